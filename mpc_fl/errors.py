@@ -1,0 +1,98 @@
+"""Errors a user can act on.
+
+Every error carries one line that says what happened, where, and what to do. The command line prints that line and
+exits with `exit_code`; it never shows a traceback for these. No message may contain secret data: values of shares,
+images, updates or keys never enter an exception.
+"""
+
+from __future__ import annotations
+
+
+class MpcFlError(Exception):
+    """Base of all errors with a one-line message for the user.
+
+    `what` says what is wrong and where, `fix` says what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        self.what = " ".join(what.split())
+        self.fix = " ".join(fix.split())
+        super().__init__(f"{self.what}: {self.fix}" if self.fix else self.what)
+
+
+class ConfigError(MpcFlError):
+    """The configuration cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(MpcFlError):
+    """Data are missing, unreadable or not of the configured form."""
+
+    exit_code = 3
+
+
+class ModelError(MpcFlError):
+    """A model file or architecture cannot be used."""
+
+    exit_code = 4
+
+
+class UnsupportedLayerError(ModelError):
+    """A layer has no encrypted counterpart."""
+
+
+class HeadroomError(MpcFlError):
+    """A value does not fit the fixed-point ring; raised before anything is sent."""
+
+    exit_code = 5
+
+
+class PrivacyBudgetError(MpcFlError):
+    """The run would exceed a hospital's privacy budget; raised before the step that would."""
+
+    exit_code = 6
+
+
+class IdentityError(MpcFlError):
+    """A key or certificate is missing, expired, or bound to another party."""
+
+    exit_code = 7
+
+
+class LinkError(MpcFlError):
+    """A link to another party cannot be used."""
+
+    exit_code = 8
+
+
+class HandshakeError(LinkError):
+    """Two parties do not agree on who they are or what they run."""
+
+
+class PeerLostError(LinkError):
+    """Another party went away or was late. `peer` names it; the cause lies there, not here."""
+
+    def __init__(self, peer: str, what: str, fix: str = "") -> None:
+        self.peer = peer
+        super().__init__(what, fix)
+
+
+class ProtocolError(MpcFlError):
+    """A party sent something the protocol does not allow at this point."""
+
+    exit_code = 9
+
+
+class SecrecyError(MpcFlError):
+    """Code tried to look at a secret, or to draw a random value twice. Always a defect of the program."""
+
+    exit_code = 10
+
+
+class RunFailedError(MpcFlError):
+    """A launched run ended because a party failed; the message names the party and its reason."""
+
+    exit_code = 11
