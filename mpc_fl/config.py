@@ -1,0 +1,305 @@
+"""The configuration of a run: one YAML file, validated, completed with defaults, saved with the run.
+
+Sections follow the protocol: `data`, `model`, `training`, `privacy`, `aggregation`, `inference`, `runtime` are the same
+at every party and enter the digest that parties compare at the hand-shake; `federation` says who takes part and where;
+`site` holds what differs from machine to machine (paths) and never leaves it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mpc_fl.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PartitionSection(Section):
+    """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
+
+    method: Literal["equal", "dirichlet", "none"] = "equal"
+    alpha: Positive = 0.5
+
+
+class PhantomSection(Section):
+    """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
+
+    train_patients: Count = 1200
+    test_patients: Count = 300
+
+
+class TableSection(Section):
+    """Columns of a CSV file. Without `patient_column` every row is one patient."""
+
+    label_column: str = "label"
+    patient_column: str | None = None
+    features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+
+
+class SubsetSection(Section):
+    """Upper limits on patients per hospital, for short runs; null takes all."""
+
+    train_patients: Count | None = None
+    test_patients: Count | None = None
+
+
+class DataSection(Section):
+    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files."""
+
+    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
+    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 32
+    channels: Literal[1, 3] = 1
+    wrong_size: Literal["error", "resize"] = "error"
+    partition: PartitionSection = PartitionSection()
+    phantoms: PhantomSection = PhantomSection()
+    table: TableSection = TableSection()
+    subset: SubsetSection = SubsetSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must name at least two different classes")
+        if self.source == "csv" and self.table.features is None:
+            raise ValueError("table.features (the number of feature columns) must be set for csv")
+        return self
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one record: (channels, height, width) for images, (features,) for tables."""
+        if self.source == "csv":
+            return (self.table.features or 0,)
+        if self.source == "breast_cancer":
+            return (30,)
+        return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether records are rows of features."""
+        return self.source in ("csv", "breast_cancer")
+
+
+class ModelSection(Section):
+    """Architecture: `small_cnn`, `mlp`, `resnet18`, or any torchvision classifier by name.
+
+    `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (calibrated on public
+    synthetic images; free under encryption), `group` uses GroupNorm (costs inverse square roots under encryption).
+    """
+
+    architecture: str = "small_cnn"
+    normalisation: Literal["frozen", "group"] = "frozen"
+    hidden: tuple[Count, ...] = (32, 32)
+
+
+class TrainingSection(Section):
+    """Local training between two aggregations. `batch_size` is the expected number of patients per step (Poisson)."""
+
+    rounds: Count = 5
+    local_steps: Count = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 0.5
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
+    sampling_seed: int | None = Field(
+        default=None, description="null draws the secret sampling order from the system; a number is for simulation only"
+    )
+
+
+class PrivacySection(Section):
+    """Differential privacy of each hospital's patients. `local`: each hospital adds the full noise itself."""
+
+    mechanism: Literal["local", "none"] = "local"
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    clipping_norm: Positive = 1.0
+    noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
+    accountant: Literal["rdp", "prv"] = "rdp"
+
+
+class AggregationSection(Section):
+    """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`."""
+
+    fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
+    update_bound: Positive = 64.0
+    count_bound: Count = 1 << 20
+    weighted: bool = True
+
+
+class InferenceSection(Section):
+    """Encrypted inference between one hospital and a model owner."""
+
+    engine: Literal["reference"] = "reference"
+    fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
+    batch_size: Count = 1
+    limit: Count | None = None
+    plaintext_reference: bool = False
+    logit_bound: Positive = 4096.0
+
+
+class RuntimeSection(Section):
+    """Deadlines in seconds, threads per party."""
+
+    connect_timeout: Positive = 60.0
+    receive_timeout: Positive = 600.0
+    threads: Count = 1
+    first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+
+
+class FederationSection(Section):
+    """Who takes part. `addresses` maps party names to host:port; empty lets the launcher choose on this machine."""
+
+    hospitals: Annotated[int, Field(ge=2, le=64)] = 3
+    session: str = ""
+    addresses: dict[str, str] = Field(default_factory=dict)
+
+
+class SiteSection(Section):
+    """What only this machine knows: paths. Not part of the digest, never sent."""
+
+    data: Path | None = None
+    images: Path | None = None
+    model: Path | None = None
+    out: Path | None = None
+    log: Path | None = None
+    identity: Path | None = None
+    privacy_ledger: Path | None = None
+
+
+class Config(Section):
+    """A complete configuration. Build it with `load_config` or `parse_config`."""
+
+    name: str = "phantoms"
+    task: Literal["train", "infer"] = "train"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    training: TrainingSection = TrainingSection()
+    privacy: PrivacySection = PrivacySection()
+    aggregation: AggregationSection = AggregationSection()
+    inference: InferenceSection = InferenceSection()
+    runtime: RuntimeSection = RuntimeSection()
+    federation: FederationSection = FederationSection()
+    site: SiteSection = SiteSection()
+
+    def digest(self) -> str:
+        """SHA-256 over everything parties must agree on (all but `site`), as hex."""
+        shared = self.model_dump(mode="json", exclude={"site"})
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The complete configuration as YAML that `load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def with_values(self, **sections: dict[str, Any] | str | int) -> Config:
+        """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`."""
+        values = self.model_dump(mode="json")
+        for name, change in sections.items():
+            if isinstance(change, dict):
+                values[name] = {**values[name], **change}
+            else:
+                values[name] = change
+        return parse_config(values, "the resolved configuration")
+
+
+def _known_names(path: tuple[Any, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for name in path:
+        field = section.model_fields.get(str(name))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    first = error.errors()[0]
+    path = first["loc"]
+    dotted = ".".join(str(part) for part in path)
+    if first["type"] == "extra_forbidden":
+        known = _known_names(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.0)
+        prefix = ".".join(str(part) for part in path[:-1])
+        suggestion = f"{prefix}.{near[0]}" if near and prefix else (near[0] if near else "nothing here")
+        return ConfigError(f"{source}: unknown key '{dotted}'", f"the nearest known name is '{suggestion}'")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return ConfigError(f"{source}: '{dotted}' is not valid", f"{message} (got {str(first.get('input'))[:60]!r})")
+
+
+def parse_config(values: Any, source: str) -> Config:
+    """Validate a nested dictionary. `source` names it in errors.
+
+    Raises `ConfigError` with one line that names the key; for an unknown key also the nearest known one.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: not a mapping of sections", "start from one of the files in configs/")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` settings, values read as YAML. Raises `ConfigError` for a malformed setting."""
+    result = json.loads(json.dumps(values, default=str))
+    for setting in overrides:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {setting!r} is not of the form a.b=c", "for example --set training.rounds=3")
+        *parents, last = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {setting!r}: '{parent}' is a value, not a section", "shorten the key")
+            node = child
+        try:
+            # A dot is needed before an exponent in YAML floats; 1e-5 would stay a string, which pydantic parses.
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting!r}: the value is not YAML", "quote it") from None
+    return result
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a YAML file. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read configuration {path}: {reason}", "give the path of a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{where}: not valid YAML", "check the indentation and quotes there") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a mapping of sections", "start from one of the files in configs/")
+    return parse_config(apply_overrides(values or {}, overrides or []), str(path))
+
+
+def party_names(config: Config) -> list[str]:
+    """Names of all parties of the configured task, computing parties first in rank order."""
+    if config.task == "train":
+        return [f"hospital-{rank}" for rank in range(config.federation.hospitals)] + ["aggregator"]
+    return ["hospital-0", "model-owner", "dealer"]
