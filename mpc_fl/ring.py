@@ -1,0 +1,74 @@
+"""Fixed-point numbers in the ring Z_2^64, and the proof that a sum of them cannot wrap.
+
+A real x is encoded as round(x * 2^f) modulo 2^64, held in int64; sums of encodings are exact. Encoding is refused
+(never clamped, never wrapped) where a value does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mpc_fl.errors import HeadroomError
+
+RING_BITS = 64
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """Fixed point with `fraction_bits` fractional bits for values of magnitude at most `bound`."""
+
+    fraction_bits: int
+    bound: float
+
+    def encode(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """Encode float values of any shape as int64 ring elements, rounding half to even.
+
+        `what` names the tensor in errors (never its values). Raises `HeadroomError` when a value is NaN or infinite,
+        or its magnitude exceeds `bound`.
+        """
+        if not bool(torch.isfinite(values).all()):
+            raise HeadroomError(f"{what} holds NaN or infinite values", "lower the learning rate or check the data")
+        if values.numel() and float(values.abs().max()) > self.bound:
+            raise HeadroomError(
+                f"{what} exceeds the headroom: a coordinate is larger than {self.bound:g}",
+                "raise aggregation.update_bound or lower the learning rate",
+            )
+        return torch.round(values.double() * float(1 << self.fraction_bits)).to(torch.int64)
+
+    def decode(self, elements: torch.Tensor) -> torch.Tensor:
+        """Decode int64 ring elements (read as signed) to float64 of the same shape."""
+        return elements.double() / float(1 << self.fraction_bits)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """Proof that `parties` encodings, each multiplied by an integer of at most `weight_bound`, sum without wrapping.
+
+    The largest magnitude of the sum is parties * weight_bound * (bound * 2^f + 1/2) and must stay below 2^63.
+    """
+
+    fixed_point: FixedPoint
+    parties: int
+    weight_bound: int
+
+    @property
+    def bits_needed(self) -> float:
+        """log2 of the largest possible magnitude of the sum."""
+        largest = self.fixed_point.bound * (1 << self.fixed_point.fraction_bits) + 0.5
+        return math.log2(self.parties * self.weight_bound * largest)
+
+    @property
+    def bits_spare(self) -> float:
+        """Bits left below the sign bit; negative when a wrap is possible."""
+        return RING_BITS - 1 - self.bits_needed
+
+    def require(self) -> None:
+        """Raise `HeadroomError` before a run whose sums could wrap."""
+        if self.bits_spare <= 0:
+            raise HeadroomError(
+                f"the sum of {self.parties} updates needs {self.bits_needed:.1f} bits and the ring has 63",
+                "lower aggregation.fraction_bits, update_bound or count_bound",
+            )
