@@ -1,0 +1,180 @@
+"""Typed binary frames: what parties send each other. No pickle, no code, fixed limits.
+
+One frame is a header and a payload. All integers are little-endian.
+
+    magic 4 | version 1 | kind 1 | dtype 1 | dimensions 1 | sequence 8 | tag length 2 | payload length 8 |
+    tag (UTF-8) | shape (8 bytes per dimension) | payload
+
+`kind` is TENSOR (payload is the raw little-endian array) or one of the control kinds, whose payload is a JSON object.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpc_fl.errors import ProtocolError
+
+MAGIC = b"MPCF"
+VERSION = 1
+MAX_TAG = 256
+MAX_DIMENSIONS = 8
+MAX_PAYLOAD = 1 << 32
+MAX_CONTROL = 1 << 20
+CHUNK_BYTES = 2 << 20
+_HEADER = struct.Struct("<4sBBBBQHQ")
+
+_DTYPES: list[tuple[torch.dtype, int]] = [
+    (torch.int64, 8),
+    (torch.int32, 4),
+    (torch.int16, 2),
+    (torch.int8, 1),
+    (torch.uint8, 1),
+    (torch.bool, 1),
+    (torch.float32, 4),
+    (torch.float64, 8),
+]
+_CODE_OF = {dtype: code for code, (dtype, _) in enumerate(_DTYPES)}
+
+
+class Kind(enum.IntEnum):
+    """What a frame carries."""
+
+    HELLO = 1
+    WELCOME = 2
+    TENSOR = 3
+    OBJECT = 4
+    ABORT = 5
+    BYE = 6
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One received message. `payload` is a tensor for TENSOR frames, a JSON object otherwise."""
+
+    kind: Kind
+    tag: str
+    sequence: int
+    payload: torch.Tensor | dict[str, Any]
+    size: int
+
+
+def encode_frame(kind: Kind, tag: str, sequence: int, payload: torch.Tensor | dict[str, Any]) -> Iterator[bytes]:
+    """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent as they lie in memory."""
+    encoded_tag = tag.encode()
+    if len(encoded_tag) > MAX_TAG:
+        raise ProtocolError("a frame tag is too long", "this is a defect of the program")
+    if isinstance(payload, torch.Tensor):
+        array = payload.detach().contiguous()
+        if array.dtype not in _CODE_OF or array.dim() > MAX_DIMENSIONS:
+            raise ProtocolError(f"tensors of {array.dtype} cannot be sent", "this is a defect of the program")
+        code, shape = _CODE_OF[array.dtype], tuple(array.shape)
+        body = array.reshape(-1).view(torch.uint8).numpy().data if array.numel() else memoryview(b"")
+    else:
+        code, shape = 255, ()
+        body = memoryview(json.dumps(payload, allow_nan=False).encode())
+        if len(body) > MAX_CONTROL:
+            raise ProtocolError("a control message is too long", "this is a defect of the program")
+    head = _HEADER.pack(MAGIC, VERSION, kind, code, len(shape), sequence, len(encoded_tag), len(body))
+    head += encoded_tag + b"".join(int(size).to_bytes(8, "little") for size in shape)
+    yield head + bytes(body[:CHUNK_BYTES])
+    for start in range(CHUNK_BYTES, len(body), CHUNK_BYTES):
+        yield bytes(body[start : start + CHUNK_BYTES])
+
+
+class FrameReader:
+    """Turns the chunks of one stream back into frames and checks every field.
+
+    Raises `ProtocolError` for garbage, oversized, truncated, replayed or reordered frames; the stream is then dead.
+    """
+
+    def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
+        self._max_payload = max_payload
+        self._next_sequence = 0
+        self._head: tuple[Kind, int, tuple[int, ...], str, int] | None = None
+        self._body = bytearray()
+        self._filled = 0
+
+    @property
+    def in_frame(self) -> bool:
+        """Whether a frame has begun and not ended; true at the end of a stream means it was truncated."""
+        return self._head is not None
+
+    def _refuse(self, why: str) -> ProtocolError:
+        return ProtocolError(f"a frame was refused: {why}", "check that both parties run the same version")
+
+    def _start(self, chunk: bytes) -> memoryview:
+        if len(chunk) < _HEADER.size:
+            raise self._refuse("its header is truncated")
+        magic, version, kind, code, dimensions, sequence, tag_length, length = _HEADER.unpack_from(chunk)
+        if magic != MAGIC:
+            raise self._refuse("it does not begin with the frame magic")
+        if version != VERSION:
+            raise self._refuse(f"frame version {version} instead of {VERSION}")
+        if kind not in Kind.__members__.values():
+            raise self._refuse("unknown kind")
+        if sequence != self._next_sequence:
+            raise self._refuse("out of sequence (replayed, lost or reordered)")
+        if dimensions > MAX_DIMENSIONS or tag_length > MAX_TAG:
+            raise self._refuse("too many dimensions or too long a tag")
+        start = _HEADER.size + tag_length + 8 * dimensions
+        if len(chunk) < start:
+            raise self._refuse("its header is truncated")
+        try:
+            tag = chunk[_HEADER.size : _HEADER.size + tag_length].decode()
+        except UnicodeDecodeError:
+            raise self._refuse("its tag is not UTF-8") from None
+        sizes = chunk[_HEADER.size + tag_length : start]
+        shape = tuple(int.from_bytes(sizes[8 * i : 8 * i + 8], "little") for i in range(dimensions))
+        if kind == Kind.TENSOR:
+            if code >= len(_DTYPES) or math.prod(shape) * _DTYPES[code][1] != length:
+                raise self._refuse("dtype, shape and length do not agree")
+            if length > self._max_payload:
+                raise self._refuse("it is larger than the limit")
+        elif code != 255 or dimensions or length > MAX_CONTROL:
+            raise self._refuse("a control message is malformed")
+        self._head = (Kind(kind), code, shape, tag, length)
+        self._body = bytearray(length)
+        self._filled = 0
+        return memoryview(chunk)[start:]
+
+    def feed(self, chunk: bytes) -> Frame | None:
+        """Take the next chunk; return the frame it completes, if any. A chunk never spans two frames."""
+        piece = memoryview(chunk) if self._head is not None else self._start(chunk)
+        assert self._head is not None
+        kind, code, shape, tag, length = self._head
+        if self._filled + len(piece) > length or (not piece and self._filled < length):
+            raise self._refuse("its payload does not have the announced length")
+        self._body[self._filled : self._filled + len(piece)] = piece
+        self._filled += len(piece)
+        if self._filled < length:
+            return None
+        body, sequence = self._body, self._next_sequence
+        self._head, self._body = None, bytearray()
+        self._next_sequence += 1
+        if kind == Kind.TENSOR:
+            return Frame(kind, tag, sequence, _tensor(body, code, shape), length)
+        try:
+            payload = json.loads(bytes(body))
+        except (ValueError, RecursionError):
+            raise self._refuse("a control message is not JSON") from None
+        if not isinstance(payload, dict):
+            raise self._refuse("a control message is not a JSON object")
+        return Frame(kind, tag, sequence, payload, length)
+
+
+def _tensor(body: bytearray, code: int, shape: tuple[int, ...]) -> torch.Tensor:
+    dtype, _ = _DTYPES[code]
+    if not body:
+        return torch.zeros(shape, dtype=dtype)
+    if dtype == torch.bool:
+        return torch.from_numpy(np.frombuffer(body, dtype=np.uint8) != 0).reshape(shape)
+    return torch.frombuffer(body, dtype=dtype).reshape(shape)

@@ -1,0 +1,93 @@
+"""Frames: what is sent arrives, and nothing malformed is taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpc_fl.errors import ProtocolError
+from mpc_fl.frames import CHUNK_BYTES, FrameReader, Kind, encode_frame
+
+DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64]
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=4), st.text(max_size=20), st.integers(0, 2**32))
+def test_tensors_arrive_as_sent(dtype: torch.dtype, shape: list[int], tag: str, seed: int) -> None:
+    tensor = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    reader = FrameReader()
+    frames = [reader.feed(chunk) for chunk in encode_frame(Kind.TENSOR, tag, 0, tensor)]
+    assert frames[-1] is not None and frames[-1].tag == tag
+    assert isinstance(frames[-1].payload, torch.Tensor)
+    assert frames[-1].payload.dtype == dtype and torch.equal(frames[-1].payload, tensor)
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_large_tensors_are_chunked(extra: int) -> None:
+    tensor = torch.arange(2 * CHUNK_BYTES + extra, dtype=torch.uint8)
+    chunks = list(encode_frame(Kind.TENSOR, "x", 0, tensor))
+    assert len(chunks) == (3 if extra > 0 else 2)
+    reader = FrameReader()
+    frames = [reader.feed(chunk) for chunk in chunks]
+    assert frames[:-1] == [None] * (len(chunks) - 1)
+    assert torch.equal(frames[-1].payload, tensor)  # type: ignore[union-attr, arg-type]
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        FrameReader().feed(data)
+
+
+GOOD = next(encode_frame(Kind.TENSOR, "tag", 0, torch.arange(10)))
+
+
+@given(st.integers(0, len(GOOD) - 1), st.integers(1, 255))
+def test_a_flipped_byte_never_crashes_or_changes_the_frame_unseen(position: int, flip: int) -> None:
+    """A flip in header fields is refused; in tag or payload TLS guards it, the reader only must not crash."""
+    damaged = bytearray(GOOD)
+    damaged[position] ^= flip
+    reader = FrameReader()
+    try:
+        frame = reader.feed(bytes(damaged))
+    except ProtocolError:
+        return
+    if frame is None:
+        assert reader.in_frame
+    elif position < 24 and not 5 <= position <= 6:  # kind and dtype may turn into another valid one
+        raise AssertionError(f"header byte {position} was changed unseen")
+
+
+@given(st.integers(1, len(GOOD) - 1))
+def test_a_truncated_frame_is_refused_or_incomplete(length: int) -> None:
+    reader = FrameReader()
+    try:
+        assert reader.feed(GOOD[:length]) is None and reader.in_frame
+    except ProtocolError:
+        pass
+
+
+def test_replayed_and_skipped_frames_are_refused() -> None:
+    reader = FrameReader()
+    reader.feed(GOOD)
+    with pytest.raises(ProtocolError, match="out of sequence"):
+        reader.feed(GOOD)
+    with pytest.raises(ProtocolError, match="out of sequence"):
+        FrameReader().feed(next(encode_frame(Kind.TENSOR, "tag", 1, torch.arange(10))))
+
+
+def test_oversized_frames_are_refused_before_memory_is_taken() -> None:
+    with pytest.raises(ProtocolError, match="larger than the limit"):
+        FrameReader(max_payload=79).feed(GOOD)
+
+
+def test_control_frames_hold_json_objects_only() -> None:
+    reader = FrameReader()
+    frame = reader.feed(next(encode_frame(Kind.OBJECT, "t", 0, {"a": [1, "b", None]})))
+    assert frame is not None and frame.payload == {"a": [1, "b", None]}
+    body = b"[1]"
+    damaged = next(encode_frame(Kind.OBJECT, "t", 0, {}))[:-2]
+    damaged = damaged.replace((2).to_bytes(8, "little"), len(body).to_bytes(8, "little")) + body
+    with pytest.raises(ProtocolError, match="not a JSON object"):
+        FrameReader().feed(damaged)
