@@ -117,7 +117,8 @@ class TrainingSection(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
     sampling_seed: int | None = Field(
-        default=None, description="null draws the secret sampling order from the system; a number is for simulation only"
+        default=None,
+        description="null draws the secret sampling order from the system; a number is for simulation only",
     )
 
 

@@ -202,7 +202,7 @@ class LinksCommunicator(Communicator):
 
 
 def _combine(parts: list[torch.Tensor], operation: Any) -> torch.Tensor:
-    combine = {
+    combine: Any = {
         ReduceOp.SUM: torch.add,
         ReduceOp.BXOR: torch.bitwise_xor,
         ReduceOp.BAND: torch.bitwise_and,
@@ -226,7 +226,9 @@ def _to_json(obj: Any) -> dict[str, Any]:
         return {"value": obj}
     if isinstance(obj, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in obj):
         return {"list" if isinstance(obj, list) else "tuple": list(obj)}
-    raise ProtocolError(f"objects of type {type(obj).__name__} are not sent between parties", "send tensors or plain values")
+    raise ProtocolError(
+        f"objects of type {type(obj).__name__} are not sent between parties", "send tensors or plain values"
+    )
 
 
 def _from_json(message: dict[str, Any]) -> Any:

@@ -173,9 +173,13 @@ def load_identity(directory: Path, name: str) -> Identity:
     try:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError) as error:
-        raise IdentityError(f"the certificate of {name} is not of this federation ({type(error).__name__})", fix) from None
+        raise IdentityError(
+            f"the certificate of {name} is not of this federation ({type(error).__name__})", fix
+        ) from None
     if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
-        raise IdentityError(f"the certificate of {name} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M}", fix)
+        raise IdentityError(
+            f"the certificate of {name} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M}", fix
+        )
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     if host_name(name) not in names.get_values_for_type(x509.DNSName):
         raise IdentityError(f"the certificate in {directory} does not name {name}", fix)

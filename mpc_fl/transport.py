@@ -12,6 +12,7 @@ import collections
 import contextlib
 import hashlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -20,7 +21,9 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would write to the user's terminal
+
+import grpc  # noqa: E402
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -28,7 +31,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpc_fl import __version__
 from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError
-from mpc_fl.frames import VERSION, Frame, FrameReader, Kind, encode_frame
+from mpc_fl.frames import Frame, FrameReader, Kind, encode_frame
 from mpc_fl.identity import Identity, host_name
 from mpc_fl.stream_cipher import Seed
 
@@ -45,6 +48,7 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),  # a party that computes for minutes still pings; that is no attack
 ]
 
 Observer = Callable[[str, Frame], None]
@@ -78,7 +82,9 @@ class _Peer:
     outgoing: queue.Queue[bytes | None] = field(default_factory=lambda: queue.Queue(_OUTGOING_CHUNKS))
     next_sequence: int = 0
     send_lock: threading.Lock = field(default_factory=threading.Lock)
-    inbox: dict[str, collections.deque[Frame]] = field(default_factory=lambda: collections.defaultdict(collections.deque))
+    inbox: dict[str, collections.deque[Frame]] = field(
+        default_factory=lambda: collections.defaultdict(collections.deque)
+    )
     public_key: bytes | None = None
     welcomed: bool = False
     stream_open: bool = False
@@ -273,7 +279,9 @@ class Links:
     # ---- losing ----------------------------------------------------------------------------------------------------
 
     def _lost(self, peer: _Peer, how: str) -> PeerLostError:
-        return PeerLostError(peer.name, f"lost {peer.name} in phase '{self._phase}' ({how})", f"see the log of {peer.name}")
+        return PeerLostError(
+            peer.name, f"lost {peer.name} in phase '{self._phase}' ({how})", f"see the log of {peer.name}"
+        )
 
     def _lose(self, peer: _Peer, failure: MpcFlError) -> None:
         with self._changed:
@@ -363,7 +371,9 @@ class Links:
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
             reason = str(frame.payload.get("reason"))[:300]
             cause = frame.payload.get("cause") or peer.name
-            self._lose(peer, PeerLostError(str(cause)[:64], f"{peer.name} stopped: {reason}", f"see the log of {cause}"[:100]))
+            self._lose(
+                peer, PeerLostError(str(cause)[:64], f"{peer.name} stopped: {reason}", f"see the log of {cause}"[:100])
+            )
         elif frame.kind == Kind.BYE:
             with self._changed:
                 peer.closed, peer.stream_open = True, False

@@ -37,8 +37,15 @@ def local_links(name: str, names: list[str], ports: dict[str, int], directory: P
     return Links(load_identity(directory / name, name), f"127.0.0.1:{ports[name]}", peers, **settings)
 
 
-def _party(function: Callable[..., Any], name: str, names: list[str], ports: dict[str, int], directory: Path,
-           arguments: tuple[Any, ...], results: Any) -> None:
+def _party(
+    function: Callable[..., Any],
+    name: str,
+    names: list[str],
+    ports: dict[str, int],
+    directory: Path,
+    arguments: tuple[Any, ...],
+    results: Any,
+) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -50,8 +57,9 @@ def _party(function: Callable[..., Any], name: str, names: list[str], ports: dic
         raise SystemExit(1) from None
 
 
-def run_parties(function: Callable[..., Any], names: list[str], directory: Path, *arguments: Any,
-                timeout: float = 120.0) -> dict[str, Any]:
+def run_parties(
+    function: Callable[..., Any], names: list[str], directory: Path, *arguments: Any, timeout: float = 120.0
+) -> dict[str, Any]:
     """Run `function(links, *arguments)` in one process per name; return the results, or fail with the first error."""
     make_local_identities(names, {name: directory / name for name in names})
     ports = dict(zip(names, free_ports(len(names)), strict=True))

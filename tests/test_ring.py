@@ -48,7 +48,9 @@ def test_a_coordinate_beyond_the_bound_is_refused() -> None:
 
 
 @given(st.integers(4, 40), st.floats(0.5, 1e6), st.integers(2, 64), st.integers(1, 1 << 24))
-def test_headroom_is_exactly_the_condition_that_no_sum_wraps(bits: int, bound: float, parties: int, weight: int) -> None:
+def test_headroom_is_exactly_the_condition_that_no_sum_wraps(
+    bits: int, bound: float, parties: int, weight: int
+) -> None:
     headroom = Headroom(FixedPoint(bits, bound), parties, weight)
     largest = parties * weight * (bound * 2**bits + 0.5)
     if abs(math.log2(largest) - 63) < 1e-9:

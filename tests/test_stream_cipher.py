@@ -52,8 +52,10 @@ def test_a_label_is_used_once() -> None:
         seed.derive("round", 1)
 
 
-@given(st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
-       st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3))
+@given(
+    st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
+    st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
+)
 def test_labels_are_encoded_injectively(one: list[str | int], other: list[str | int]) -> None:
     from mpc_fl.stream_cipher import _encode_label
 

@@ -51,7 +51,9 @@ def test_everything_arrives_and_pairwise_seeds_agree(tmp_path: Path) -> None:
     assert len({results["a"]["seeds"]["b"], results["a"]["seeds"]["c"], results["b"]["seeds"]["c"]}) == 3
 
 
-def _together(directory: Path, second: dict[str, Any] | None = None, timeout: float = 20.0) -> list[BaseException | None]:
+def _together(
+    directory: Path, second: dict[str, Any] | None = None, timeout: float = 20.0
+) -> list[BaseException | None]:
     """Connect 'a' and 'b' in two threads of this process; return what each raised."""
     ports = dict(zip(["a", "b"], free_ports(2), strict=True))
     outcome: list[BaseException | None] = [None, None]
