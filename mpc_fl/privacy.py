@@ -1,0 +1,279 @@
+"""What has been spent of a hospital's privacy budget, as immutable events and a ledger that survives the process.
+
+Every DP-SGD round is a composition of Poisson-subsampled Gaussian mechanisms (Abadi et al., CCS 2016). Neighbouring
+data sets differ in one patient, added or removed. Epsilon comes from Opacus: `rdp` composes Renyi divergences (Mironov,
+Talwar, Zhang 2019), `prv` composes privacy loss distributions numerically (Gopi, Lee, Wutschitz 2021): tighter,
+slower.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis import rdp as analysis
+
+from mpc_fl.errors import PrivacyBudgetError
+
+Accountant = Literal["rdp", "prv"]
+
+# Opacus's orders, and larger ones: with those alone no epsilon below log(1/delta) / 62 can be certified.
+RDP_ORDERS: tuple[float, ...] = (*RDPAccountant.DEFAULT_ALPHAS, 80, 96, 128, 192, 256, 512, 1024)
+LARGEST_NOISE_MULTIPLIER = 1e3
+_CALIBRATION_TOLERANCE = 1e-3
+_ROUNDING = 1e-9
+_LEDGER_FORMAT = "mpc-fl privacy ledger 1"
+
+
+@dataclass(frozen=True)
+class SubsampledGaussian:
+    """`steps` releases of a sum clipped to norm C with Gaussian noise of standard deviation `noise_multiplier` * C,
+    each over patients drawn independently with probability `sample_rate`."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("noise multiplier", self.noise_multiplier), ("sampling rate", self.sample_rate)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+                raise PrivacyBudgetError(f"a {name} must be a positive number, not {value!r}")
+        if self.sample_rate > 1:
+            raise PrivacyBudgetError(f"a sampling rate cannot exceed 1, got {self.sample_rate!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
+            raise PrivacyBudgetError(f"a number of steps must be a whole number from 0 on, not {self.steps!r}")
+
+
+@dataclass(frozen=True)
+class PrivacyBudget:
+    """The (epsilon, delta) a hospital's patients are promised over everything it ever releases from these data."""
+
+    epsilon: float
+    delta: float
+    accountant: Accountant = "rdp"
+
+
+def _merged(events: Iterable[SubsampledGaussian]) -> list[tuple[float, float, int]]:
+    """Equal mechanisms in one entry, in a fixed order: composition is commutative, and so becomes our rounding."""
+    steps: dict[tuple[float, float], int] = {}
+    for event in events:
+        key = (float(event.noise_multiplier), float(event.sample_rate))
+        steps[key] = steps.get(key, 0) + event.steps
+    return [(noise, rate, count) for (noise, rate), count in sorted(steps.items()) if count]
+
+
+@functools.lru_cache(maxsize=4096)
+def _renyi_of_one_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
+    """Renyi divergences at `RDP_ORDERS`, float64; they add up over steps."""
+    return np.asarray(
+        analysis.compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(RDP_ORDERS))
+    )
+
+
+def epsilon_of(events: Iterable[SubsampledGaussian], delta: float, accountant: Accountant = "rdp") -> float:
+    """Smallest epsilon the accountant certifies for the composition of `events` at `delta`; 0 for no events.
+
+    Raises `PrivacyBudgetError` unless 0 < delta < 1, and where `prv` cannot represent the composition.
+    """
+    if not 0 < delta < 1:
+        raise PrivacyBudgetError(f"delta must lie between 0 and 1, got {delta}", "set privacy.delta, for example 1e-4")
+    history = _merged(events)
+    if not history:
+        return 0.0
+    with warnings.catch_warnings():
+        # "Optimal order is the smallest/largest alpha": the bound holds, a finer order could only lower it.
+        warnings.simplefilter("ignore")
+        if accountant == "rdp":
+            divergences = sum(count * _renyi_of_one_step(noise, rate) for noise, rate, count in history)
+            epsilon, _ = analysis.get_privacy_spent(orders=list(RDP_ORDERS), rdp=divergences, delta=delta)
+            return float(epsilon)
+        numerical = PRVAccountant()
+        numerical.history = history
+        try:
+            return float(numerical.get_epsilon(delta=delta))
+        except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
+            raise PrivacyBudgetError(
+                f"the prv accountant cannot compose these events: {error}", "set privacy.accountant=rdp"
+            ) from None
+
+
+def check_delta(delta: float, patients: int, who: str) -> None:
+    """Raise `PrivacyBudgetError` unless delta < 1 / patients: a larger one allows publishing a patient outright."""
+    if patients < 1:
+        raise PrivacyBudgetError(f"{who}: no training patients", "give this hospital data")
+    if not 0 < delta < 1 / patients:
+        raise PrivacyBudgetError(
+            f"{who}: delta {delta:g} is not below 1/{patients}, one over the number of training patients",
+            f"set privacy.delta to at most {0.1 / patients:.1g}",
+        )
+
+
+def _spent_message(who: str, epsilon: float, target: float, delta: float) -> str:
+    return f"{who}: privacy budget already spent: epsilon {epsilon:.3f} of {target:g} at delta {delta:g}"
+
+
+def calibrate_noise_multiplier(
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    spent: Iterable[SubsampledGaussian] = (),
+    accountant: Accountant = "rdp",
+    who: str = "hospital",
+) -> float:
+    """Smallest noise multiplier (up to 0.1 %) with which `steps` more steps and `spent` compose to at most the target.
+
+    By bisection; the returned value itself has been checked against the accountant. Raises `PrivacyBudgetError`,
+    beginning with `who`, if the events already spent leave nothing.
+    """
+    past = list(spent)
+
+    def total(noise_multiplier: float) -> float:
+        return epsilon_of([*past, SubsampledGaussian(noise_multiplier, sample_rate, steps)], delta, accountant)
+
+    before = epsilon_of(past, delta, accountant)
+    advice = "stop here, or agree on a larger privacy.epsilon with the patients' representatives"
+    if before >= target_epsilon:
+        raise PrivacyBudgetError(_spent_message(who, before, target_epsilon, delta), advice)
+    high = 1.0
+    while total(high) > target_epsilon:
+        high *= 2
+        if high > LARGEST_NOISE_MULTIPLIER:
+            message = (
+                f"{_spent_message(who, before, target_epsilon, delta)}; {steps} more steps fit with no noise "
+                f"multiplier up to {LARGEST_NOISE_MULTIPLIER:g}"
+            )
+            raise PrivacyBudgetError(message, advice)
+    low = high / 2
+    while low > 1e-3 and total(low) <= target_epsilon:
+        high, low = low, low / 2
+    while high - low > _CALIBRATION_TOLERANCE * high:
+        middle = (low + high) / 2
+        if total(middle) <= target_epsilon:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+class PrivacyLedger:
+    """One hospital's record of every noisy release made from its patients, in a JSON file.
+
+    A record is written, and is on the disk, before the release it stands for: a crash in between costs budget, never
+    privacy. A file that cannot be read, was cut short or edited, or belongs to another hospital is refused, and never
+    replaced by an empty one. Deleting the file resets the budget; only the hospital itself can do that.
+    """
+
+    def __init__(self, path: Path, who: str) -> None:
+        self.path = path
+        self.who = who
+
+    def spent(self) -> list[SubsampledGaussian]:
+        """All events charged so far, oldest first. Raises `PrivacyBudgetError` for an unusable file."""
+        return [self._event(record) for record in self.records()]
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records: time, run, round, noise_multiplier, sample_rate, steps. A missing file has none."""
+        try:
+            content = json.loads(self.path.read_bytes())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._refusal(error.strerror or "cannot be read") from None
+        except ValueError:
+            raise self._refusal("is not JSON") from None
+        if not isinstance(content, dict) or content.get("format") != _LEDGER_FORMAT:
+            raise self._refusal("is not of this format")
+        records = content.get("records")
+        if not isinstance(records, list) or content.get("sha256") != self._digest(content.get("hospital"), records):
+            raise self._refusal("does not match its checksum")
+        if content["hospital"] != self.who:
+            raise self._refusal(f"belongs to {content['hospital']}")
+        for record in records:
+            self._event(record)
+        return records
+
+    def charge(
+        self, event: SubsampledGaussian, *, run: str, round_number: int, budget: PrivacyBudget | None = None
+    ) -> None:
+        """Record `event` durably; call this before the result leaves the hospital.
+
+        With a `budget`, raises `PrivacyBudgetError` and records nothing if the total would exceed it. Also raises it if
+        the file is unusable or cannot be written. Processes that share the file wait for each other.
+        """
+        with self._locked():
+            records = self.records()
+            if budget is not None:
+                events = [self._event(record) for record in records]
+                after = epsilon_of([*events, event], budget.delta, budget.accountant)
+                if after > budget.epsilon + _ROUNDING:
+                    raise PrivacyBudgetError(
+                        f"{self.who}: round {round_number} would raise epsilon to {after:.3f}, "
+                        f"beyond {budget.epsilon:g} at delta {budget.delta:g}",
+                        "nothing was released; stop here, or agree on a larger privacy.epsilon",
+                    )
+            time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            records.append({"time": time, "run": run, "round": round_number, **asdict(event)})
+            self._write(records)
+
+    def _refusal(self, reason: str) -> PrivacyBudgetError:
+        return PrivacyBudgetError(
+            f"{self.who}: privacy ledger {self.path} {reason}",
+            "restore it from a backup; without it the budget spent is unknown, so nothing is released",
+        )
+
+    def _event(self, record: Any) -> SubsampledGaussian:
+        try:
+            return SubsampledGaussian(record["noise_multiplier"], record["sample_rate"], record["steps"])
+        except (KeyError, TypeError, PrivacyBudgetError):
+            raise self._refusal("has a record that is not an event") from None
+
+    @staticmethod
+    def _digest(hospital: Any, records: list[Any]) -> str:
+        return hashlib.sha256(json.dumps([hospital, records], sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path.with_name(self.path.name + ".lock"), "w")  # noqa: SIM115
+        except OSError as error:
+            raise self._refusal(f"cannot be written: {error.strerror}") from None
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, also if the process dies
+            yield
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        digest = self._digest(self.who, records)
+        lines = ",\n".join(json.dumps(record) for record in records)
+        text = (
+            f'{{"format": {json.dumps(_LEDGER_FORMAT)}, "hospital": {json.dumps(self.who)}, '
+            f'"sha256": "{digest}", "records": [\n{lines}\n]}}\n'
+        )
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+            directory = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise self._refusal(f"cannot be written: {error.strerror}") from None
