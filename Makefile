@@ -1,0 +1,48 @@
+# `make demo` and `make test` need nothing but make and Python 3.10 to 3.12; they install into ./.venv.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+# The first interpreter that starts and has a supported version; the CPU wheel of torch may exist for one of them only.
+PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3.10 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: demo test check install bench clean help
+
+help:
+	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
+	@echo "make test    the tests"
+	@echo "make check   format, lint, types and layers"
+	@echo "make clean   remove the environment and the demo's results"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mpc-fl needs Python 3.10, 3.11 or 3.12 on the path" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a minute or two) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 'setuptools>=70'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@rm -rf $(DEMO) $(DEMO)-diagnosis $(DEMO).failed $(DEMO)-diagnosis.failed $(DEMO).partial $(DEMO)-diagnosis.partial
+	$(BIN)/mpc-fl train configs/demo.yaml --out $(DEMO)
+	$(BIN)/mpc-fl infer configs/demo.yaml --model $(DEMO)/model.safetensors --out $(DEMO)-diagnosis --set inference.plaintext_reference=true
+	@echo
+	@echo "Training report:  $(CURDIR)/$(DEMO)/report.html"
+	@echo "Diagnosis report: $(CURDIR)/$(DEMO)-diagnosis/report.html"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(DEMO)-diagnosis build *.egg-info

@@ -1,0 +1,279 @@
+"""One federated round, as every role runs it: the main path of training.
+
+Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one world:
+  1. all start from the same global model
+  2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
+  3. each hospital encodes count * update and count in the ring; refused if they do not fit
+  4. weighted mean on shares; the two sums are opened to the aggregator alone
+  5. the aggregator applies the mean and sends the new global model
+  6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpc_fl.config import Config
+from mpc_fl.data import Dataset
+from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters, load_flat_parameters
+from mpc_fl.opening import SecretDomain
+from mpc_fl.per_sample_gradients import choose_per_sample_method
+from mpc_fl.phantoms import public_phantoms
+from mpc_fl.privacy import (
+    PrivacyBudget,
+    PrivacyLedger,
+    SubsampledGaussian,
+    calibrate_noise_multiplier,
+    check_delta,
+    epsilon_of,
+)
+from mpc_fl.ring import FixedPoint, Headroom
+from mpc_fl.secrecy import Private
+from mpc_fl.secure_sum import encode_weighted, weighted_mean
+from mpc_fl.statistics import Evaluation, evaluate_locally, secure_evaluation
+from mpc_fl.stream_cipher import Seed
+from mpc_fl.training import sampling_rate, train_locally
+from mpc_fl.transport import Links
+from mpc_fl.weights import flatten_buffers, load_flat_buffers
+
+AGGREGATOR = "aggregator"
+CALIBRATION_IMAGES = 64
+
+Notify = Callable[[str, int, int], None]
+
+
+def headroom_of(config: Config) -> Headroom:
+    """The headroom of the weighted sum over all hospitals; `require` it before a run."""
+    fixed_point = FixedPoint(config.aggregation.fraction_bits, config.aggregation.update_bound)
+    weight_bound = config.aggregation.count_bound if config.aggregation.weighted else 1
+    return Headroom(fixed_point, config.federation.hospitals, weight_bound)
+
+
+def initial_model(config: Config) -> nn.Module:
+    """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
+    model = build_model(config, config.data.input_shape, config.seed)
+    if config.model.normalisation == "frozen" and not config.data.is_table:
+        calibrate_batchnorm(model, public_phantoms(CALIBRATION_IMAGES, config))
+    return model
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+    """Logits of a model in evaluation mode, float32 (records, classes)."""
+    model.eval()
+    pieces = [model(inputs[start : start + chunk]) for start in range(0, len(inputs), chunk)]
+    return torch.cat(pieces) if pieces else torch.zeros(0, 1)
+
+
+@dataclass
+class Hospital:
+    """One hospital's state over the rounds. Everything here stays at this site."""
+
+    config: Config
+    name: str
+    rank: int
+    model: nn.Module
+    train: Dataset
+    test: Dataset
+    ledger: PrivacyLedger
+    budget: PrivacyBudget
+    noise_multiplier: float | None
+    sample_rate: float
+    method: Any = None
+    noise_seed: Seed = field(default_factory=Seed.from_system)
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """Secret and fresh by default; a number in simulations, different at each hospital."""
+        seed = self.config.training.sampling_seed
+        return None if seed is None else seed * 1000 + self.rank
+
+    def epsilon(self) -> float | None:
+        """Epsilon spent on these patients so far, all runs in the ledger together."""
+        if self.config.privacy.mechanism == "none":
+            return None
+        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
+
+
+def join(config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger) -> Hospital:
+    """Prepare a hospital for a run: model, sampling rate, noise multiplier for the budget that is left.
+
+    Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
+    """
+    headroom_of(config).require()
+    name = f"hospital-{rank}"
+    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
+    rate = sampling_rate(config, train.patient_count)
+    noise: float | None = None
+    if config.privacy.mechanism == "local":
+        check_delta(budget.delta, train.patient_count, name)
+        noise = config.privacy.noise_multiplier
+        if noise is None:
+            steps = config.training.rounds * config.training.local_steps
+            noise = calibrate_noise_multiplier(
+                budget.epsilon, budget.delta, rate, steps, ledger.spent(), budget.accountant, name
+            )
+    model = initial_model(config)
+    hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate)
+    if config.privacy.mechanism != "none":
+        wanted = config.training.per_sample_gradients
+        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
+    return hospital
+
+
+def receive_initial_model(hospital: Hospital, links: Links) -> None:
+    """Take parameters and frozen statistics from the aggregator, so that all start bit for bit alike."""
+    parameters, buffers = flatten_parameters(hospital.model), flatten_buffers(hospital.model)
+    load_flat_parameters(
+        hospital.model, links.receive_tensor(AGGREGATOR, "initial parameters", torch.float32, parameters.shape)
+    )
+    load_flat_buffers(
+        hospital.model, links.receive_tensor(AGGREGATOR, "initial statistics", torch.float32, buffers.shape)
+    )
+
+
+def send_initial_model(model: nn.Module, links: Links) -> None:
+    """The aggregator's side of `receive_initial_model`."""
+    for peer in links.peers:
+        links.send_tensor(peer, "initial parameters", flatten_parameters(model))
+        links.send_tensor(peer, "initial statistics", flatten_buffers(model))
+
+
+def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify: Notify) -> dict[str, Any]:
+    """Round `number` at a hospital. Returns this site's own metrics (they never leave it).
+
+    Raises `PrivacyBudgetError` before training if the round would exceed the budget, `HeadroomError` if the update is
+    NaN, infinite or too large, before anything is sent; `PeerLostError` when a party is lost or late.
+    """
+    config, links = hospital.config, domain.runtime.links
+    old = flatten_parameters(hospital.model)
+
+    # 2. Train with differential privacy; the ledger is charged by what the round will release.
+    links.set_phase(f"round {number} training")
+    began = time.monotonic()
+
+    def step_done(done: int, total: int) -> None:
+        notify("training", (number - 1) * total + done, config.training.rounds * total)
+
+    if hospital.noise_multiplier is not None:
+        charge_round(hospital, number)
+    local = train_locally(
+        hospital.model,
+        hospital.train,
+        config,
+        hospital.noise_multiplier,
+        hospital.sample_rate,
+        hospital.noise_seed,
+        hospital.sampling_seed,
+        number,
+        step_done,
+        hospital.method,
+    )
+    trained = time.monotonic()
+
+    # 3. Encode; the count is as secret as the update.
+    links.set_phase(f"round {number} aggregation")
+    count = hospital.train.patient_count if config.aggregation.weighted else 1
+    headroom = headroom_of(config)
+    encoded = encode_weighted(
+        Private(f"update of {hospital.name}", local.update),
+        Private(f"patient count of {hospital.name}", count),
+        headroom,
+    )
+
+    # 4. and 5. Mean on shares, opened to the aggregator, which sends the new global model.
+    weighted_mean(domain, *encoded, config.aggregation.fraction_bits, AGGREGATOR, f"round {number}: mean update")
+    load_flat_parameters(hospital.model, links.receive_tensor(AGGREGATOR, "global model", torch.float32, old.shape))
+    notify("aggregation", number, config.training.rounds)
+    aggregated = time.monotonic()
+
+    # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
+    own = hospital_evaluation(hospital, domain, number)
+    notify("evaluation", number, config.training.rounds)
+    return {
+        "round": number,
+        "loss": local.mean_loss,
+        "epsilon": hospital.epsilon(),
+        "noise_multiplier": hospital.noise_multiplier,
+        "clipped_fraction": local.clipped_fraction,
+        "steps": local.steps,
+        "method": local.method,
+        "own_accuracy": own.accuracy,
+        "own_records": own.records,
+        "seconds": {
+            "train": trained - began,
+            "aggregate": aggregated - trained,
+            "evaluate": time.monotonic() - aggregated,
+        },
+    }
+
+
+def charge_round(hospital: Hospital, number: int) -> None:
+    """Write the round's release into the privacy ledger before anything that depends on patients is computed."""
+    assert hospital.noise_multiplier is not None
+    event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, hospital.config.training.local_steps)
+    hospital.ledger.charge(event, run=hospital.config.name, round_number=number, budget=hospital.budget)
+
+
+def hospital_evaluation(hospital: Hospital, domain: SecretDomain, number: int) -> Evaluation:
+    """Step 6 at a hospital; also run once before the first round."""
+    domain.runtime.links.set_phase(f"round {number} evaluation")
+    probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs), dim=1)
+    own = evaluate_locally(probabilities, hospital.test.labels)
+    config = hospital.config
+    secure_evaluation(
+        domain,
+        Private(f"evaluation of {hospital.name}", own),
+        len(config.data.classes),
+        config.aggregation.count_bound,
+        AGGREGATOR,
+        f"round {number}: evaluation counts",
+    )
+    return own
+
+
+def aggregator_round(config: Config, model: nn.Module, domain: SecretDomain, number: int, notify: Notify) -> Evaluation:
+    """Round `number` at the aggregator: steps 4 to 6. Its own summand is zero; it learns the two opened sums."""
+    links = domain.runtime.links
+    old = flatten_parameters(model)
+
+    # 4. The aggregator holds a share like everybody else.
+    links.set_phase(f"round {number} aggregation")
+    zeros = Private("aggregator's zero", torch.zeros(old.shape, dtype=torch.int64))
+    no_weight = Private("aggregator's zero weight", torch.zeros(1, dtype=torch.int64))
+    mean = weighted_mean(
+        domain, zeros, no_weight, config.aggregation.fraction_bits, AGGREGATOR, f"round {number}: mean update"
+    )
+    assert mean is not None
+
+    # 5. Apply and send.
+    load_flat_parameters(model, (old.double() + mean).float())
+    for peer in links.peers:
+        links.send_tensor(peer, "global model", flatten_parameters(model))
+    notify("aggregation", number, config.training.rounds)
+
+    # 6. Sum of the hospitals' evaluation counts.
+    evaluation = aggregator_evaluation(config, domain, number)
+    notify("evaluation", number, config.training.rounds)
+    return evaluation
+
+
+def aggregator_evaluation(config: Config, domain: SecretDomain, number: int) -> Evaluation:
+    """Step 6 at the aggregator; also run once before the first round."""
+    domain.runtime.links.set_phase(f"round {number} evaluation")
+    evaluation = secure_evaluation(
+        domain,
+        None,
+        len(config.data.classes),
+        config.aggregation.count_bound,
+        AGGREGATOR,
+        f"round {number}: evaluation counts",
+    )
+    assert evaluation is not None
+    return evaluation

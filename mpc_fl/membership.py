@@ -1,0 +1,58 @@
+"""A party's place in a run: its name, its links to the others, and what it leaves behind at its site."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mpc_fl.config import Config, party_names
+from mpc_fl.errors import ConfigError
+from mpc_fl.files import write_json
+from mpc_fl.identity import load_identity
+from mpc_fl.transport import Agreement, Links, Observer
+
+
+def site_directory(config: Config) -> Path:
+    """Where this party writes. Raises `ConfigError` when `site.out` is not set."""
+    if config.site.out is None:
+        raise ConfigError("site.out is not set", "say with --out where this party may write")
+    return config.site.out
+
+
+def connect(config: Config, name: str, observer: Observer | None = None) -> Links:
+    """Links of the party `name` to all other parties of the task; enter them to connect.
+
+    `observer` sees every frame received, for tests of what each party learns. Raises `ConfigError` for a missing
+    address or identity directory, `IdentityError` for an unusable identity.
+    """
+    names = party_names(config)
+    if name not in names:
+        raise ConfigError(f"there is no party '{name}' in this task", f"the parties are {', '.join(names)}")
+    missing = [party for party in names if party not in config.federation.addresses]
+    if missing:
+        raise ConfigError(f"federation.addresses has no entry for {missing[0]}", "give host:port for every party")
+    if config.site.identity is None:
+        raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
+    if not config.federation.session:
+        raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
+    return Links(
+        load_identity(config.site.identity, name),
+        config.federation.addresses[name],
+        {party: config.federation.addresses[party] for party in names if party != name},
+        Agreement(config.federation.session, config.digest(), config.task),
+        config.runtime.connect_timeout,
+        config.runtime.receive_timeout,
+        observer,
+    )
+
+
+def write_traffic(links: Links, directory: Path) -> None:
+    """Write seconds per phase and the traffic with each peer, once the links are closed."""
+    phases = {
+        phase: {
+            "seconds": round(seconds, 4),
+            "peers": {peer: asdict(count) for peer, count in links.traffic.get(phase, {}).items()},
+        }
+        for phase, seconds in links.phase_seconds.items()
+    }
+    write_json(directory / "traffic.json", {"phases": phases})

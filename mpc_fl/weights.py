@@ -1,0 +1,94 @@
+"""Model files: safetensors with a description of the architecture. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mpc_fl.config import Config
+from mpc_fl.errors import ModelError
+from mpc_fl.files import written_whole
+from mpc_fl.models import build_model
+
+_FORMAT = "mpc-fl model 1"
+
+
+def _description(config: Config) -> dict[str, str]:
+    return {
+        "format": _FORMAT,
+        "architecture": config.model.architecture,
+        "normalisation": config.model.normalisation,
+        "classes": json.dumps(list(config.data.classes)),
+        "input_shape": json.dumps(list(config.data.input_shape)),
+    }
+
+
+def save_model(path: Path, model: nn.Module, config: Config) -> None:
+    """Write all parameters and buffers with the description of the architecture, whole or not at all."""
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=_description(config))
+
+
+def load_model(path: Path, config: Config) -> nn.Module:
+    """Read a model file into the configured architecture, in evaluation mode.
+
+    Raises `ModelError` when the file is missing, corrupt, of another architecture, input shape or number of classes,
+    or holds NaN or infinite weights.
+    """
+    retrain = "give a model.safetensors written by mpc-fl train"
+    try:
+        with safe_open(path, framework="pt") as file:
+            description = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except FileNotFoundError:
+        raise ModelError(f"model file {path} does not exist", retrain) from None
+    except (SafetensorError, OSError, ValueError):
+        raise ModelError(f"model file {path} is corrupt or no safetensors file", retrain) from None
+    if description.get("format") != _FORMAT:
+        raise ModelError(f"model file {path} does not describe an mpc-fl model", retrain)
+    expected = _description(config)
+    for key, words in (
+        ("classes", "classes"),
+        ("architecture", "model.architecture"),
+        ("normalisation", "model.normalisation"),
+        ("input_shape", "input shape"),
+    ):
+        if description.get(key) != expected[key]:
+            found = description.get(key)
+            detail = ""
+            if key == "classes" and found is not None:
+                detail = f" ({len(json.loads(found))} classes in the file, {len(config.data.classes)} configured)"
+            raise ModelError(
+                f"model file {path} has {words} {found}, the configuration {expected[key]}{detail}",
+                "use the configuration the model was trained with",
+            )
+    model = build_model(config, config.data.input_shape, config.seed)
+    try:
+        model.load_state_dict(tensors, strict=True)
+    except RuntimeError:
+        raise ModelError(f"the tensors in {path} do not fit the architecture", retrain) from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"model file {path} holds NaN or infinite weights in '{name}'", retrain)
+    return model.eval()
+
+
+def flatten_buffers(model: nn.Module) -> torch.Tensor:
+    """All floating-point buffers (frozen normalisation statistics) in one float32 vector."""
+    pieces = [buffer.reshape(-1).float() for buffer in model.buffers() if buffer.is_floating_point()]
+    return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def load_flat_buffers(model: nn.Module, flat: torch.Tensor) -> None:
+    """Inverse of `flatten_buffers`; the caller has checked the length."""
+    start = 0
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(flat[start : start + buffer.numel()].reshape(buffer.shape))
+            start += buffer.numel()

@@ -1,0 +1,44 @@
+"""The aggregator: leads the rounds, holds a share, learns the opened mean update and nothing about one hospital."""
+
+from __future__ import annotations
+
+import time
+
+from mpc_fl.config import Config, party_names
+from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.federation import (
+    AGGREGATOR,
+    Notify,
+    aggregator_evaluation,
+    aggregator_round,
+    headroom_of,
+    initial_model,
+    send_initial_model,
+)
+from mpc_fl.files import append_json_line
+from mpc_fl.membership import connect, site_directory, write_traffic
+from mpc_fl.opening import OpeningRecord, SecretDomain
+from mpc_fl.transport import Observer
+from mpc_fl.weights import save_model
+
+
+def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
+    """Take part in a training run until its last round; write model, metrics and opening record to `site.out`."""
+    out = site_directory(config)
+    headroom_of(config).require()
+    model = initial_model(config)
+    links = connect(config, AGGREGATOR, observer)
+    with links, CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime:
+        domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", AGGREGATOR))
+        notify("connect", 1, 1)
+        links.set_phase("distribution")
+        send_initial_model(model, links)
+        evaluation = aggregator_evaluation(config, domain, 0)
+        append_json_line(out / "metrics.jsonl", {"round": 0, "evaluation": evaluation.to_json(), "seconds": 0.0})
+        for number in range(1, config.training.rounds + 1):
+            began = time.monotonic()
+            evaluation = aggregator_round(config, model, domain, number, notify)
+            line = {"round": number, "evaluation": evaluation.to_json(), "seconds": time.monotonic() - began}
+            append_json_line(out / "metrics.jsonl", line)
+        save_model(out / "model.safetensors", model, config)
+    write_traffic(links, out)
