@@ -113,8 +113,8 @@ class TrainingSection(Section):
     rounds: Count = 5
     local_steps: Count = 10
     batch_size: Count = 64
-    learning_rate: Positive = 0.5
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    learning_rate: Positive = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
     sampling_seed: int | None = Field(
         default=None,
