@@ -50,6 +50,16 @@ class TableSection(Section):
     patient_column: str | None = None
     features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    reference_ranges: tuple[tuple[float, float], ...] | None = Field(
+        default=None, description="public (low, high) of each feature column, never taken from patients of this run"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TableSection:
+        for low, high in self.reference_ranges or ():
+            if not low < high:
+                raise ValueError("reference_ranges must be pairs of (low, high) with low < high")
+        return self
 
 
 class SubsetSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,15 +17,17 @@ from mpc_fl.files import written_whole
 from mpc_fl.models import build_model
 
 _FORMAT = "mpc-fl model 1"
+_KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and equal models shall be equal files
 
 
-def _description(config: Config) -> dict[str, str]:
+def describe(config: Config) -> dict[str, Any]:
+    """What a model file says about its network."""
     return {
         "format": _FORMAT,
         "architecture": config.model.architecture,
         "normalisation": config.model.normalisation,
-        "classes": json.dumps(list(config.data.classes)),
-        "input_shape": json.dumps(list(config.data.input_shape)),
+        "classes": list(config.data.classes),
+        "input_shape": list(config.data.input_shape),
     }
 
 
@@ -32,7 +35,7 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
     """Write all parameters and buffers with the description of the architecture, whole or not at all."""
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=_description(config))
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(describe(config))})
 
 
 def load_model(path: Path, config: Config) -> nn.Module:
@@ -44,15 +47,15 @@ def load_model(path: Path, config: Config) -> nn.Module:
     retrain = "give a model.safetensors written by mpc-fl train"
     try:
         with safe_open(path, framework="pt") as file:
-            description = file.metadata() or {}
+            description = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
     except FileNotFoundError:
         raise ModelError(f"model file {path} does not exist", retrain) from None
     except (SafetensorError, OSError, ValueError):
         raise ModelError(f"model file {path} is corrupt or no safetensors file", retrain) from None
-    if description.get("format") != _FORMAT:
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ModelError(f"model file {path} does not describe an mpc-fl model", retrain)
-    expected = _description(config)
+    expected = describe(config)
     for key, words in (
         ("classes", "classes"),
         ("architecture", "model.architecture"),
@@ -60,10 +63,9 @@ def load_model(path: Path, config: Config) -> nn.Module:
         ("input_shape", "input shape"),
     ):
         if description.get(key) != expected[key]:
-            found = description.get(key)
-            detail = ""
-            if key == "classes" and found is not None:
-                detail = f" ({len(json.loads(found))} classes in the file, {len(config.data.classes)} configured)"
+            found, detail = description.get(key), ""
+            if key == "classes" and isinstance(found, list):
+                detail = f" ({len(found)} classes in the file, {len(config.data.classes)} configured)"
             raise ModelError(
                 f"model file {path} has {words} {found}, the configuration {expected[key]}{detail}",
                 "use the configuration the model was trained with",
