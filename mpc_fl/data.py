@@ -14,7 +14,7 @@ import torch
 
 from mpc_fl.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.image_files import SUFFIXES, UnreadableImageError, read_image
+from mpc_fl.image_files import UnreadableImageError, is_image_file, read_image
 from mpc_fl.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.phantoms import make_phantoms
 from mpc_fl.tables import Records, read_breast_cancer, read_csv, read_medmnist
@@ -71,7 +71,8 @@ def _data_path(config: Config) -> Path:
 def _class_folders(root: Path, config: Config) -> list[tuple[int, Path]]:
     if not root.is_dir():
         raise DataError(f"data folder {root} does not exist", "give DIR/{train,test}/<class>/ with --data DIR")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    # Hidden folders are left by notebooks and file servers; they are no classes.
+    found = [entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")]
     unknown = [name for name in found if name not in config.data.classes]
     if unknown:
         raise DataError(
@@ -86,8 +87,15 @@ def _class_folders(root: Path, config: Config) -> list[tuple[int, Path]]:
     return folders
 
 
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror or 'no access'}", "check its permissions") from None
+
+
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+    return [path for path in _entries(folder) if is_image_file(path)]
 
 
 def _index(config: Config, split: Split) -> _Index:
@@ -160,8 +168,9 @@ def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> lis
 
 
 def load_hospital(config: Config, rank: int, split: Split) -> Dataset:
-    """The patients of hospital `rank` in one split; only its own image files are opened.
+    """The patients of hospital `rank` in one split; only its own image files are read.
 
+    (Of files without a suffix the first bytes are looked at, to tell whether they are DICOM.)
     An unreadable file is skipped and counted. Raises `DataError` for missing folders, an empty class, a hospital without
     patients, images of a wrong size, labels beyond the classes, or when every file is unreadable.
     """
@@ -206,18 +215,19 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     """Images to diagnose: a file, a folder of files, or a folder with one folder per class; labels -1 where unknown.
 
     With `limit` the images are taken evenly over the classes in sorted order. Phantoms and the embedded table need no
-    path and give test records, one unless `limit` says more. Raises `DataError` like `load_hospital`.
+    path and give test records, one unless `limit` says more. Raises `DataError` like `load_hospital`; records of some
+    classes only are no error here.
     """
-    if path is not None and config.data.source == "csv":
-        records = read_csv(path, config, None)
-        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
-    if path is None or config.data.source == "npz":
-        if config.data.source == "images":
+    source = config.data.source
+    if path is None:
+        if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")
-        if config.data.source in ("npz", "csv"):
-            config = config.with_values(site={"data": None if path is None else str(path)})
-        embedded = config.data.source in ("phantoms", "breast_cancer")
-        return _dataset_of(_index(config, "test"), limit or (1 if embedded else None))
+        return _dataset_of(_index(config, "test"), limit or 1)
+    if source in ("csv", "npz"):
+        records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
+        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+    if source == "breast_cancer":
+        raise DataError("breast_cancer takes no images", "leave out --images")
     labels, files = _find_images(path, config)
     chosen = _evenly(labels, limit)
     images, kept, skipped = _read_files([files[row] for row in chosen], config)

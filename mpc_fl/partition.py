@@ -7,6 +7,8 @@ import re
 import numpy as np
 
 _KERMANY = re.compile(r"^(person\d+|(?:NORMAL2-)?IM-\d+)(?=[-_.])")
+_SUFFIX = re.compile(r"\.[A-Za-z][A-Za-z0-9]*$")  # the last part of a DICOM identifier, `.123`, is no suffix
+_EVEN = 1e6  # shares are equal from here on; numpy's draw overflows far above
 
 
 def generator(seed: int, *purpose: int) -> np.random.Generator:
@@ -24,7 +26,7 @@ def patient_of(file_name: str) -> str:
     match = _KERMANY.match(file_name)
     if match is not None:
         return match.group(1)
-    stem = file_name.rsplit(".", 1)[0]
+    stem = _SUFFIX.sub("", file_name) or file_name
     return stem.split("_", 1)[0] or stem
 
 
@@ -43,12 +45,14 @@ def partition_dirichlet(labels: np.ndarray, hospitals: int, alpha: float, seed: 
     """Divide each class in proportions drawn from Dirichlet(alpha): the smaller alpha, the less alike the hospitals.
 
     Hsu, Qi, Brown 2019, section 3, with one draw per class. A hospital may get no patient; the caller says so.
+    The proportions depend on the seed alone, so a hospital's test patients are like its training patients.
     """
-    draw = generator(seed, 2)
+    draw, classes = generator(seed, 2), np.unique(labels)
+    shares = draw.dirichlet([min(alpha, _EVEN)] * hospitals, size=len(classes))
     parts: list[list[np.ndarray]] = [[] for _ in range(hospitals)]
-    for label in np.unique(labels):
+    for label, share in zip(classes, shares, strict=True):
         members = draw.permutation(np.flatnonzero(labels == label))
-        cuts = np.floor(np.cumsum(draw.dirichlet([alpha] * hospitals))[:-1] * len(members) + 0.5).astype(int)
+        cuts = np.floor(np.cumsum(share)[:-1] * len(members) + 0.5).astype(int)
         for part, piece in zip(parts, np.split(members, cuts), strict=True):
             part.append(piece)
     return [_interleaved(np.concatenate(part), labels, draw) for part in parts]

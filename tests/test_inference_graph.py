@@ -142,7 +142,7 @@ def frozen_first() -> nn.Module:
     return nn.Sequential(FrozenBatchNorm2d(3), nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.AdaptiveAvgPool2d(1))
 
 
-@pytest.mark.parametrize("build", [Functional, gelu_norms, frozen_first, lambda: small_cnn(3, 3)])
+@pytest.mark.parametrize("build", [Functional, gelu_norms, frozen_first, lambda: small_cnn((3, 16, 16), 3)])
 def test_small_network_gives_the_plaintext_logits(build: Callable[[], nn.Module]) -> None:
     model = calibrated(build(), 3, 16, 16)
     assert largest_difference(model, torch.randn(3, 3, 16, 16)) < 0.01
@@ -201,7 +201,7 @@ def test_final_softmax_is_dropped_and_an_inner_one_refused() -> None:
 
 
 def test_model_is_left_as_it_is_and_progress_names_every_layer() -> None:
-    model = calibrated(small_cnn(1, 2), 1, 16, 16)
+    model = calibrated(small_cnn((1, 16, 16), 2), 1, 16, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     graph = inference.build_graph(model, (1, 16, 16))
     shared = graph.encrypt(src=0)

@@ -1,0 +1,61 @@
+"""The smallest program on the library: three processes compute a mean nobody could compute alone.
+
+Run it: .venv/bin/python examples/secure_mean.py
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.identity import load_identity, make_local_identities
+from mpc_fl.opening import OpeningRecord, SecretDomain
+from mpc_fl.ring import FixedPoint, Headroom
+from mpc_fl.secrecy import Private
+from mpc_fl.secure_sum import encode_weighted, weighted_mean
+from mpc_fl.transport import Agreement, Links
+
+NAMES = ["north", "south", "west"]
+HEADROOM = Headroom(FixedPoint(fraction_bits=24, bound=1000.0), parties=3, weight_bound=10_000)
+
+
+def hospital(name: str, addresses: dict[str, str], session: str, directory: Path, value: float, patients: int) -> None:
+    """One party: shares its value, weighted by its number of patients; only 'north' learns the mean."""
+    peers = {peer: address for peer, address in addresses.items() if peer != name}
+    agreement = Agreement(session, "secure mean example", "example")
+    with Links(load_identity(directory / name, name), addresses[name], peers, agreement, 30.0, 30.0) as links:
+        with CrypTenRuntime(links, NAMES, dealer=None, fraction_bits=24) as runtime:
+            domain = SecretDomain(runtime, OpeningRecord(directory / name / "openings.jsonl", name))
+            update = Private("mean haemoglobin", torch.tensor([value], dtype=torch.float64))
+            encoded = encode_weighted(update, Private("number of patients", patients), HEADROOM)
+            mean = weighted_mean(domain, *encoded, 24, "north", "example")
+            print(f"{name}: {'learns nothing' if mean is None else f'the mean over all patients is {float(mean):.3f}'}")
+
+
+def main() -> None:
+    directory = Path(tempfile.mkdtemp())
+    make_local_identities(NAMES, {name: directory / name for name in NAMES})
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in NAMES]
+    addresses = {name: f"127.0.0.1:{s.getsockname()[1]}" for name, s in zip(NAMES, sockets, strict=True)}
+    for listener in sockets:
+        listener.close()
+    session = secrets.token_hex(8)
+    context = multiprocessing.get_context("spawn")
+    private = {"north": (13.9, 120), "south": (14.4, 45), "west": (12.8, 300)}
+    processes = [
+        context.Process(target=hospital, args=(name, addresses, session, directory, *private[name])) for name in NAMES
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+if __name__ == "__main__":
+    main()
