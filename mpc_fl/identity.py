@@ -1,28 +1,45 @@
 """Who a party is: a certificate of the federation's own authority, bound to the party's name and role.
 
-ECDSA on P-256 (gRPC's TLS library accepts no Ed25519 certificates). A local run makes an authority in memory, issues one
-short-lived certificate per party and forgets the authority's key. Key files have mode 0600 and each party reads only
-its own directory: `<name>.key`, `<name>.crt`, `federation.crt`.
+ECDSA on P-256 (gRPC's TLS library accepts no Ed25519 certificates). Each party reads only its own directory: `<name>.key`
+(mode 0600), `<name>.crt`, `federation.crt` (the authority's certificate) and, once there is one, `federation.crl` (the
+serial numbers the authority has revoked, RFC 5280 section 5). `authority` makes the certificates; this module checks them.
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from mpc_fl.errors import IdentityError
+from mpc_fl.files import written_whole
 
 DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
-_CLOCK_SKEW = datetime.timedelta(minutes=5)
+CLOCK_SKEW = datetime.timedelta(minutes=5)
+ROOT_FILE = "federation.crt"
+REVOCATION_FILE = "federation.crl"
+PARTY_NAME = re.compile(r"aggregator|dealer|model-owner|hospital-(?:0|[1-9][0-9]{0,2})")
+_ASK = "ask the federation's administrator for a certificate of this party"
+# What parsing and checking X.509 raises on bytes that are no sound certificate, request or revocation list.
+UNSOUND = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def role_of(name: str) -> str:
@@ -35,152 +52,324 @@ def host_name(name: str) -> str:
     return f"{name}.{DOMAIN}"
 
 
+def check_party_name(name: str) -> str:
+    """The same name. Raises `IdentityError` when no party of a federation can have it."""
+    if not PARTY_NAME.fullmatch(name):
+        raise IdentityError(
+            f"'{name[:40]}' is no party name", "the parties are hospital-<n>, aggregator, dealer and model-owner"
+        )
+    return name
+
+
+def party_subject(name: str, role: str, federation: str | None = None) -> x509.Name:
+    """The subject of a certificate or request: federation (O; a request leaves it out), role (OU), party name (CN)."""
+    fields = [
+        (NameOID.ORGANIZATION_NAME, federation),
+        (NameOID.ORGANIZATIONAL_UNIT_NAME, role),
+        (NameOID.COMMON_NAME, name),
+    ]
+    return x509.Name([x509.NameAttribute(field, value) for field, value in fields if value is not None])
+
+
 @dataclass(frozen=True)
 class Identity:
-    """A party's key and certificates in PEM. The key is secret and never shown."""
+    """A party's key and certificates in PEM. The key is secret and never shown.
+
+    `revoked` holds the serial numbers of certificates that this party no longer accepts.
+    """
 
     name: str
     certificate: bytes
     authority: bytes
     key: bytes = field(repr=False)
+    revoked: frozenset[int] = frozenset()
 
 
-def _subject(name: str, role: str) -> x509.Name:
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, "mpc-fl federation"),
-            x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role),
-            x509.NameAttribute(NameOID.COMMON_NAME, name),
-        ]
+# ---- checking a certificate --------------------------------------------------------------------------------------------
+
+
+def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> x509.Certificate:
+    """Check that the federation of `trusted` certified the party `name`; return the certificate.
+
+    Pure, so that it means the same for a certificate from a TLS hand-shake and for one that came through a relay. Only
+    a signature (`verify_signature`) shows that whoever sent the certificate also holds its key.
+
+    Raises `IdentityError` when the certificate is not PEM, is not signed by the federation's authority, is expired, not
+    yet valid or revoked, names another party or another role than the name implies, may not sign, or is an authority.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+    except UNSOUND:
+        raise IdentityError(f"the certificate of {name} is not valid PEM", _ASK) from None
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(trusted.authority))
+    except UNSOUND:
+        raise IdentityError(f"the certificate of {name} is not signed by this federation's authority", _ASK) from None
+    now = datetime.datetime.now(datetime.timezone.utc)
+    if certificate.not_valid_before_utc > now:
+        raise IdentityError(
+            f"the certificate of {name} is not valid before {_date(certificate.not_valid_before_utc)}",
+            "compare the clocks of the machines",
+        )
+    if certificate.not_valid_after_utc <= now:
+        raise IdentityError(
+            f"the certificate of {name} expired on {_date(certificate.not_valid_after_utc)}",
+            "renew it with: mpc-fl pki renew",
+        )
+    if certificate.serial_number in trusted.revoked:
+        raise IdentityError(f"the certificate of {name} was revoked", _ASK)
+    try:
+        _check_fields(certificate, name)
+    except UNSOUND:
+        raise IdentityError(f"the certificate of {name} lacks what a party's certificate must say", _ASK) from None
+    return certificate
+
+
+def _check_fields(certificate: x509.Certificate, name: str) -> None:
+    """Name, role, key and permitted use. Raises `IdentityError`, or one of `UNSOUND` for a missing extension."""
+    extensions = certificate.extensions
+    alternative_names = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    if _subject_values(certificate.subject, NameOID.COMMON_NAME) != [name] or list(alternative_names) != [
+        x509.DNSName(host_name(name))
+    ]:
+        raise IdentityError(f"the certificate does not name {name}: it is another party's", _ASK)
+    if _subject_values(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME) != [role_of(name)]:
+        raise IdentityError(f"the certificate of {name} is not for the role {role_of(name)}", _ASK)
+    if extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
+        raise IdentityError(f"the certificate of {name} is an authority's", _ASK)
+    if not extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
+        raise IdentityError(f"the certificate of {name} does not permit signatures", _ASK)
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise IdentityError(f"the certificate of {name} holds no P-256 key", _ASK)
+
+
+def _subject_values(subject: x509.Name, attribute: x509.ObjectIdentifier) -> list[str | bytes]:
+    return [item.value for item in subject.get_attributes_for_oid(attribute)]
+
+
+def _date(moment: datetime.datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
+
+
+def verify_revocation_list(list_pem: bytes, authority: x509.Certificate) -> x509.CertificateRevocationList:
+    """Check that `authority` signed this revocation list; return it, whatever its age.
+
+    Raises `IdentityError` when it is not PEM, or not of this authority.
+    """
+    fix = f"fetch {REVOCATION_FILE} from the federation's administrator again"
+    try:
+        revocations = x509.load_pem_x509_crl(list_pem)
+    except UNSOUND:
+        raise IdentityError(f"{REVOCATION_FILE} is not a valid revocation list", fix) from None
+    try:
+        genuine = revocations.issuer == authority.subject and revocations.is_signature_valid(
+            authority.public_key()  # type: ignore[arg-type]  # any other kind of key raises TypeError
+        )
+    except UNSOUND:
+        genuine = False
+    if not genuine:
+        raise IdentityError(f"{REVOCATION_FILE} is not signed by this federation's authority", fix)
+    return revocations
+
+
+def revoked_serials(list_pem: bytes, authority: x509.Certificate) -> frozenset[int]:
+    """The serial numbers in a revocation list that is genuine and current.
+
+    Raises `IdentityError` when it is not PEM, not of this authority, or out of date: then it may lack a revocation.
+    """
+    revocations = verify_revocation_list(list_pem, authority)
+    until = revocations.next_update_utc
+    if until is None or until <= datetime.datetime.now(datetime.timezone.utc):
+        since = "" if until is None else f" since {_date(until)}"
+        raise IdentityError(
+            f"{REVOCATION_FILE} is out of date{since}", "fetch a new one from the federation's administrator"
+        )
+    return frozenset(entry.serial_number for entry in revocations)
+
+
+# ---- signatures --------------------------------------------------------------------------------------------------------
+
+
+def _signed_bytes(purpose: str, message: bytes) -> bytes:
+    """Injective: lengths come first, so no other (purpose, message) gives these bytes."""
+    words = purpose.encode()
+    return (
+        b"mpc-fl signature 1" + len(words).to_bytes(4, "little") + words + len(message).to_bytes(8, "little") + message
     )
 
 
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
+def sign(identity: Identity, purpose: str, message: bytes) -> bytes:
+    """Sign `message` for one purpose with the party's key: ECDSA on P-256 with SHA-256 (FIPS 186-5), DER-encoded.
+
+    Raises `IdentityError` when the identity holds no usable key.
+    """
+    return private_key(identity.key, identity.name).sign(_signed_bytes(purpose, message), ec.ECDSA(hashes.SHA256()))
 
 
-class Authority:
-    """A federation authority held in memory; its key is never written."""
+def verify_signature(certificate: x509.Certificate, purpose: str, message: bytes, signature: bytes) -> None:
+    """Check that the holder of `certificate` signed this message for this purpose.
 
-    def __init__(self, lifetime: datetime.timedelta) -> None:
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self._lifetime = lifetime
-        now = datetime.datetime.now(datetime.timezone.utc)
-        subject = _subject("federation authority", "authority")
-        self._certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
-            .public_key(self._key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - _CLOCK_SKEW)
-            .not_valid_after(now + lifetime)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .add_extension(_key_usage(sign_certificates=True), critical=True)
-            .sign(self._key, hashes.SHA256())
-        )
-
-    def issue(self, name: str, lifetime: datetime.timedelta | None = None) -> Identity:
-        """A fresh key and a certificate for the party `name`. A negative lifetime makes an expired one, for tests."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.datetime.now(datetime.timezone.utc)
-        lifetime = self._lifetime if lifetime is None else lifetime
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(_subject(name, role_of(name)))
-            .issuer_name(self._certificate.subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(min(now, now + lifetime) - _CLOCK_SKEW)
-            .not_valid_after(now + lifetime)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(host_name(name))]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_key_usage(sign_certificates=False), critical=True)
-            .add_extension(
-                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-                critical=False,
-            )
-            .sign(self._key, hashes.SHA256())
-        )
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        return Identity(name, _pem(certificate), _pem(self._certificate), private)
+    `certificate` comes from `verify_certificate`. Raises `IdentityError` when the signature is not its holder's, or is
+    over another message or purpose.
+    """
+    key = certificate.public_key()
+    try:
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise TypeError
+        key.verify(signature, _signed_bytes(purpose, message), ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, TypeError, ValueError):
+        raise IdentityError(f"a signature for '{purpose}' does not verify", "run the same version everywhere") from None
 
 
-def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=sign_certificates,
-        crl_sign=sign_certificates,
-        encipher_only=False,
-        decipher_only=False,
+# ---- asking for a certificate ------------------------------------------------------------------------------------------
+
+
+def make_key(directory: Path, name: str) -> ec.EllipticCurvePrivateKey:
+    """Make a party's key and write it (mode 0600) to its directory; a new directory gets mode 0700.
+
+    Raises `IdentityError` when the directory already holds a key of this party: a key in use is never overwritten.
+    """
+    path = directory / f"{name}.key"
+    make_directory(directory)
+    if os.path.lexists(path):
+        raise IdentityError(f"{path} exists already", "choose another directory, or renew the certificate of this key")
+    key = ec.generate_private_key(ec.SECP256R1())
+    write_file(path, private_pem(key), 0o600)
+    return key
+
+
+def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
+    """SHA-256 of a public key (DER, SubjectPublicKeyInfo) in groups of four digits, for two people to compare."""
+    encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return " ".join(hashlib.sha256(encoded).hexdigest()[start : start + 4] for start in range(0, 64, 4))
+
+
+def make_request(directory: Path, name: str) -> Path:
+    """Make a party's key and a request (PKCS 10) for its certificate in its own directory; return the request's path.
+
+    The key never leaves the directory: the request holds the public key, signed with the private one. Raises
+    `IdentityError` for a name no party has, or when there is a key already.
+    """
+    key = make_key(directory, check_party_name(name))
+    request = x509.CertificateSigningRequestBuilder().subject_name(party_subject(name, role_of(name)))
+    path = directory / f"{name}.csr"
+    signed = request.sign(key, hashes.SHA256())
+    write_file(path, signed.public_bytes(serialization.Encoding.PEM))
+    return path
+
+
+def verify_request(request_pem: bytes, name: str) -> ec.EllipticCurvePublicKey:
+    """Check a request for the certificate of `name`; return the public key to certify.
+
+    Raises `IdentityError` when it is not PEM, not signed with the key it holds, or made for another name or role.
+    """
+    fix = f"make a request with: mpc-fl pki request {name}"
+    try:
+        request = x509.load_pem_x509_csr(request_pem)
+        key, genuine = request.public_key(), request.is_signature_valid
+    except UNSOUND:
+        raise IdentityError(f"the request for {name} is not valid PEM", fix) from None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise IdentityError(f"the request for {name} holds no P-256 key", fix)
+    if not genuine:
+        raise IdentityError(f"the request for {name} is not signed with the key it holds", fix)
+    if request.subject != party_subject(name, role_of(name)):
+        raise IdentityError(f"the request was not made for {name}", fix)
+    return key
+
+
+# ---- the directory of a party ------------------------------------------------------------------------------------------
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory that only its owner can enter, unless it exists. Raises `IdentityError` when that fails."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise IdentityError(f"cannot create {directory}: {error.strerror}", "choose another directory") from None
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a file whole or not at all, and to the disk. Raises `MpcFlError` when it cannot be written."""
+    try:
+        with written_whole(path, mode) as temporary, temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
+    except OSError as error:
+        raise IdentityError(f"cannot write {path}: {error.strerror}", "check that you may write there") from None
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key in PEM (PKCS 8), not encrypted: for files of mode 0600 only."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def write_identity(identity: Identity, directory: Path) -> None:
-    """Write key (mode 0600) and certificates of one party; the directory is created with mode 0700."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name, content, mode in (
-        (f"{identity.name}.key", identity.key, 0o600),
-        (f"{identity.name}.crt", identity.certificate, 0o644),
-        ("federation.crt", identity.authority, 0o644),
-    ):
-        temporary = directory / f".{name}.partial"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, directory / name)
+    """Write key (mode 0600) and certificates of one party; a new directory gets mode 0700."""
+    make_directory(directory)
+    write_file(directory / f"{identity.name}.key", identity.key, 0o600)
+    write_certificates(directory, identity.name, identity.certificate, identity.authority, None)
 
 
-def make_local_identities(names: Iterable[str], directory_of: dict[str, Path], hours: float = 24.0) -> None:
-    """Make an authority for one local run and write an identity into each party's own directory."""
-    authority = Authority(datetime.timedelta(hours=hours))
-    for name in names:
-        write_identity(authority.issue(name), directory_of[name])
+def write_certificates(
+    directory: Path, name: str, certificate: bytes, authority: bytes, revocations: bytes | None
+) -> None:
+    """Write the public part of an identity, all in PEM: what a site receives when it made its key itself."""
+    make_directory(directory)
+    if revocations is not None:
+        write_file(directory / REVOCATION_FILE, revocations)
+    write_file(directory / ROOT_FILE, authority)
+    write_file(directory / f"{name}.crt", certificate)
+
+
+def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
+    """The key of a party from its PEM. Raises `IdentityError` when it is none."""
+    try:
+        key = serialization.load_pem_private_key(key_pem, password=None)
+    except UNSOUND:
+        raise IdentityError(f"the key of {name} is not valid PEM", _ASK) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IdentityError(f"the key of {name} is not a P-256 key", _ASK)
+    return key
+
+
+def read_private(path: Path) -> bytes:
+    """The content of a file that only its owner may read.
+
+    Raises `IdentityError` when it is readable by others, and `OSError` when it cannot be read.
+    """
+    if path.stat().st_mode & 0o077:
+        raise IdentityError(f"the file {path} can be read by other users", f"run: chmod 600 {path}")
+    return path.read_bytes()
 
 
 def load_identity(directory: Path, name: str) -> Identity:
     """Read and check a party's identity.
 
     Raises `IdentityError` when a file is missing, the key is readable by others, the key does not belong to the
-    certificate, the certificate is expired, names another party, or is not signed by the federation's authority.
+    certificate, the revocation list is out of date or not of this authority, and for whatever `verify_certificate`
+    refuses.
     """
-    fix = "ask the federation's administrator for a certificate for this party"
     try:
-        key_path = directory / f"{name}.key"
-        key_pem = key_path.read_bytes()
+        key_pem = read_private(directory / f"{name}.key")
         certificate_pem = (directory / f"{name}.crt").read_bytes()
-        authority_pem = (directory / "federation.crt").read_bytes()
-        mode = key_path.stat().st_mode & 0o077
+        authority_pem = (directory / ROOT_FILE).read_bytes()
+        revocations = directory / REVOCATION_FILE
+        # A dangling link exists in this sense: it must fail, not count as "nothing revoked".
+        list_pem = revocations.read_bytes() if os.path.lexists(revocations) else None
     except OSError as error:
-        raise IdentityError(f"cannot read the identity of {name} in {directory}: {error.strerror}", fix) from None
-    if mode:
-        raise IdentityError(f"the key file {key_path} can be read by other users", f"run: chmod 600 {key_path}")
+        raise IdentityError(f"cannot read the identity of {name} in {directory}: {error.strerror}", _ASK) from None
     try:
-        key = serialization.load_pem_private_key(key_pem, password=None)
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
         authority = x509.load_pem_x509_certificate(authority_pem)
-    except (ValueError, TypeError):
-        raise IdentityError(f"the identity of {name} in {directory} is not valid PEM", fix) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise IdentityError(f"the key of {name} does not belong to its certificate", fix)
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise IdentityError(
-            f"the certificate of {name} is not of this federation ({type(error).__name__})", fix
-        ) from None
-    if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.timezone.utc):
-        raise IdentityError(
-            f"the certificate of {name} expired on {certificate.not_valid_after_utc:%Y-%m-%d %H:%M}", fix
-        )
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    if host_name(name) not in names.get_values_for_type(x509.DNSName):
-        raise IdentityError(f"the certificate in {directory} does not name {name}", fix)
-    return Identity(name, certificate_pem, authority_pem, key_pem)
+    except UNSOUND:
+        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", _ASK) from None
+    revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
+    identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
+    certificate = verify_certificate(certificate_pem, name, identity)
+    if private_key(key_pem, name).public_key() != certificate.public_key():
+        raise IdentityError(f"the key of {name} does not belong to its certificate", _ASK)
+    return identity
