@@ -9,11 +9,12 @@ DEMO := runs/demo
 PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3.10 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test check install bench clean help
+.PHONY: demo test test-slow check install bench clean help
 
 help:
 	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
 	@echo "make test    the tests"
+	@echo "make test-slow   faults in every phase of every role, several minutes more"
 	@echo "make check   format, lint, types and layers"
 	@echo "make clean   remove the environment and the demo's results"
 
@@ -36,7 +37,10 @@ demo: $(STAMP)
 	@echo "Diagnosis report: $(CURDIR)/$(DEMO)-diagnosis/report.html"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from mpc_fl.authority import make_local_identities
 from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.identity import load_identity, make_local_identities
+from mpc_fl.identity import load_identity
 from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.ring import FixedPoint, Headroom
+from mpc_fl.routes import routes
 from mpc_fl.secrecy import Private
 from mpc_fl.secure_sum import encode_weighted, weighted_mean
 from mpc_fl.transport import Agreement, Links
@@ -27,7 +29,7 @@ HEADROOM = Headroom(FixedPoint(fraction_bits=24, bound=1000.0), parties=3, weigh
 
 def hospital(name: str, addresses: dict[str, str], session: str, directory: Path, value: float, patients: int) -> None:
     """One party: shares its value, weighted by its number of patients; only 'north' learns the mean."""
-    peers = {peer: address for peer, address in addresses.items() if peer != name}
+    peers = routes(name, NAMES, addresses, relay=None)
     agreement = Agreement(session, "secure mean example", "example")
     with Links(load_identity(directory / name, name), addresses[name], peers, agreement, 30.0, 30.0) as links:
         with CrypTenRuntime(links, NAMES, dealer=None, fraction_bits=24) as runtime:

@@ -164,25 +164,51 @@ class InferenceSection(Section):
 
 
 class RuntimeSection(Section):
-    """Deadlines in seconds, threads per party."""
+    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need."""
 
     connect_timeout: Positive = 60.0
     receive_timeout: Positive = 600.0
     threads: Count = 1
     first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
 
 
 class FederationSection(Section):
-    """Who takes part. `addresses` maps party names to host:port; empty lets the launcher choose on this machine."""
+    """Who takes part. `addresses` maps party names to host:port; empty lets the launcher choose on this machine.
+
+    Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
+    aggregator unless named otherwise, which passes sealed chunks and can read none.
+    """
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = 3
     session: str = ""
     addresses: dict[str, str] = Field(default_factory=dict)
+    dial_out_only: tuple[str, ...] = ()
+    relay: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> FederationSection:
+        for name in self.dial_out_only:
+            if name in self.addresses:
+                raise ValueError(f"{name} is in dial_out_only and has an address; give it only one of them")
+            if name == (self.relay or "aggregator"):
+                raise ValueError(f"{name} is the relay, so others must be able to dial it")
+        for name, address in self.addresses.items():
+            host, separator, port = address.rpartition(":")
+            if not (host and separator and port.isdigit() and 0 < int(port) < 65536):
+                raise ValueError(f"the address of {name} must be host:port")
+        return self
 
 
 class SiteSection(Section):
-    """What only this machine knows: paths. Not part of the digest, never sent."""
+    """What only this machine knows. Not part of the digest, never sent.
 
+    `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
+    `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads.
+    """
+
+    listen: str | None = None
+    training_processes: Count = 1
     data: Path | None = None
     images: Path | None = None
     model: Path | None = None

@@ -72,6 +72,10 @@ class HandshakeError(LinkError):
     """Two parties do not agree on who they are or what they run."""
 
 
+class DisagreementError(HandshakeError):
+    """A genuine peer runs another version, session, configuration or task."""
+
+
 class PeerLostError(LinkError):
     """Another party went away or was late. `peer` names it; the cause lies there, not here."""
 

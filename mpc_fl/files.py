@@ -16,18 +16,20 @@ from mpc_fl.errors import MpcFlError
 @contextlib.contextmanager
 def written_whole(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it when the block succeeds, remove it when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(descriptor)
+        temporary = Path(name)
         yield temporary
         os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, mode: int = 0o644) -> None:

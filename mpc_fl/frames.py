@@ -5,7 +5,8 @@ One frame is a header and a payload. All integers are little-endian.
     magic 4 | version 1 | kind 1 | dtype 1 | dimensions 1 | sequence 8 | tag length 2 | payload length 8 |
     tag (UTF-8) | shape (8 bytes per dimension) | payload
 
-`kind` is TENSOR (payload is the raw little-endian array) or one of the control kinds, whose payload is a JSON object.
+`kind` is TENSOR (payload is the raw little-endian array), RELAY (a sealed chunk as uint8, its tag names the other end)
+or one of the control kinds, whose payload is a JSON object.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MAX_DIMENSIONS = 8
 MAX_PAYLOAD = 1 << 32
 MAX_CONTROL = 1 << 20
 CHUNK_BYTES = 2 << 20
+MAX_RELAYED = CHUNK_BYTES + (64 << 10)  # one chunk with its header, sealed
 _HEADER = struct.Struct("<4sBBBBQHQ")
 
 _DTYPES: list[tuple[torch.dtype, int]] = [
@@ -54,6 +56,8 @@ class Kind(enum.IntEnum):
     OBJECT = 4
     ABORT = 5
     BYE = 6
+    RELAY_GREETING = 7
+    RELAY = 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,13 @@ class Frame:
     size: int
 
 
-def encode_frame(kind: Kind, tag: str, sequence: int, payload: torch.Tensor | dict[str, Any]) -> Iterator[bytes]:
-    """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent as they lie in memory."""
+def encode_frame(
+    kind: Kind, tag: str, sequence: int, payload: torch.Tensor | bytes | dict[str, Any]
+) -> Iterator[bytes]:
+    """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent as they lie in memory.
+
+    Bytes are sent like a uint8 tensor.
+    """
     encoded_tag = tag.encode()
     if len(encoded_tag) > MAX_TAG:
         raise ProtocolError("a frame tag is too long", "this is a defect of the program")
@@ -78,6 +87,8 @@ def encode_frame(kind: Kind, tag: str, sequence: int, payload: torch.Tensor | di
             raise ProtocolError(f"tensors of {array.dtype} cannot be sent", "this is a defect of the program")
         code, shape = _CODE_OF[array.dtype], tuple(array.shape)
         body = array.reshape(-1).view(torch.uint8).numpy().data if array.numel() else memoryview(b"")
+    elif isinstance(payload, bytes):
+        code, shape, body = _CODE_OF[torch.uint8], (len(payload),), memoryview(payload)
     else:
         code, shape = 255, ()
         body = memoryview(json.dumps(payload, allow_nan=False).encode())
@@ -134,10 +145,10 @@ class FrameReader:
             raise self._refuse("its tag is not UTF-8") from None
         sizes = chunk[_HEADER.size + tag_length : start]
         shape = tuple(int.from_bytes(sizes[8 * i : 8 * i + 8], "little") for i in range(dimensions))
-        if kind == Kind.TENSOR:
+        if kind in (Kind.TENSOR, Kind.RELAY):
             if code >= len(_DTYPES) or math.prod(shape) * _DTYPES[code][1] != length:
                 raise self._refuse("dtype, shape and length do not agree")
-            if length > self._max_payload:
+            if length > (self._max_payload if kind == Kind.TENSOR else MAX_RELAYED):
                 raise self._refuse("it is larger than the limit")
         elif code != 255 or dimensions or length > MAX_CONTROL:
             raise self._refuse("a control message is malformed")
@@ -160,7 +171,7 @@ class FrameReader:
         body, sequence = self._body, self._next_sequence
         self._head, self._body = None, bytearray()
         self._next_sequence += 1
-        if kind == Kind.TENSOR:
+        if kind in (Kind.TENSOR, Kind.RELAY):
             return Frame(kind, tag, sequence, _tensor(body, code, shape), length)
         try:
             payload = json.loads(bytes(body))

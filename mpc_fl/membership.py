@@ -9,6 +9,7 @@ from mpc_fl.config import Config, party_names
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
 from mpc_fl.identity import load_identity
+from mpc_fl.routes import routes
 from mpc_fl.transport import Agreement, Links, Observer
 
 
@@ -28,21 +29,28 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
     names = party_names(config)
     if name not in names:
         raise ConfigError(f"there is no party '{name}' in this task", f"the parties are {', '.join(names)}")
-    missing = [party for party in names if party not in config.federation.addresses]
+    federation = config.federation
+    addresses = {party: address for party, address in federation.addresses.items() if party in names}
+    missing = [party for party in names if party not in addresses and party not in federation.dial_out_only]
     if missing:
-        raise ConfigError(f"federation.addresses has no entry for {missing[0]}", "give host:port for every party")
+        raise ConfigError(
+            f"federation.addresses has no entry for {missing[0]}",
+            "give host:port for every party that is not in federation.dial_out_only",
+        )
     if config.site.identity is None:
         raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
-    if not config.federation.session:
+    if not federation.session:
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
+    relay = federation.relay or ("aggregator" if "aggregator" in names else None)
     return Links(
         load_identity(config.site.identity, name),
-        config.federation.addresses[name],
-        {party: config.federation.addresses[party] for party in names if party != name},
-        Agreement(config.federation.session, config.digest(), config.task),
+        (config.site.listen or addresses[name]) if name in addresses else None,
+        routes(name, names, addresses, relay),
+        Agreement(federation.session, config.digest(), config.task),
         config.runtime.connect_timeout,
         config.runtime.receive_timeout,
         observer,
+        relay,
     )
 
 

@@ -1,109 +1,61 @@
-"""Links between parties: gRPC streams with mutual TLS, typed frames, a deadline on every wait.
+"""Links between parties: typed frames over gRPC streams, a deadline on every wait.
 
-Each party serves one port and dials every peer; the stream a party dials carries what it sends. A stream begins with a
-HELLO (name, session, configuration digest, an ephemeral X25519 key) that the peer checks against the dialler's
-certificate and answers with WELCOME or refuses with the reason. A party that ends well says BYE; one that fails says
-ABORT with its reason; a stream that ends without either is a lost party. This module moves bytes and does no arithmetic.
+One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
+parties that can only dial out reach each other through the relay, a party both can dial, with everything sealed end to
+end. A link begins with one signed greeting from each side (`handshake`). A party that ends well says BYE; one that
+fails says ABORT with its reason; a link that ends without either is a lost party. This module moves bytes and does no
+arithmetic.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import hashlib
 import logging
-import os
-import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would write to the user's terminal
-
-import grpc  # noqa: E402
 import torch
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from mpc_fl import __version__
-from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import DisagreementError, HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.frames import Frame, FrameReader, Kind, encode_frame
-from mpc_fl.identity import Identity, host_name
+from mpc_fl.grpc_streams import Conversation, StreamServer, dial, wait_for_all
+from mpc_fl.handshake import Agreement, check_greeting, greeting_digest, make_greeting, pairwise_key
+from mpc_fl.identity import Identity
+from mpc_fl.peer import Peer
+from mpc_fl.routes import Route
+from mpc_fl.sealing import Sealer, Unsealer
 from mpc_fl.stream_cipher import Seed
+from mpc_fl.traffic import Traffic, TrafficCounter
+
+__all__ = ["Agreement", "Links", "Observer"]
 
 log = logging.getLogger(__name__)
 
-_METHOD = "/mpc_fl.Link/Send"
-_OUTGOING_CHUNKS = 16
-_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", 8 << 20),
-    ("grpc.max_send_message_length", 8 << 20),
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),  # a party that computes for minutes still pings; that is no attack
-]
+_LONGEST_GREETING = 30.0
+_LINGER, _LINGER_AFTER_ERROR = 10.0, 2.0
 
 Observer = Callable[[str, Frame], None]
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """What all parties of a run must agree on before anything else is sent."""
-
-    session: str
-    digest: str
-    task: str
-
-
-@dataclass
-class Traffic:
-    """Bytes and messages of one peer in one phase."""
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    messages_sent: int = 0
-    messages_received: int = 0
-    waits: int = 0
-    seconds_waited: float = 0.0
-
-
-@dataclass
-class _Peer:
-    name: str
-    address: str
-    outgoing: queue.Queue[bytes | None] = field(default_factory=lambda: queue.Queue(_OUTGOING_CHUNKS))
-    next_sequence: int = 0
-    send_lock: threading.Lock = field(default_factory=threading.Lock)
-    inbox: dict[str, collections.deque[Frame]] = field(
-        default_factory=lambda: collections.defaultdict(collections.deque)
-    )
-    public_key: bytes | None = None
-    welcomed: bool = False
-    stream_open: bool = False
-    closed: bool = False
-    failure: MpcFlError | None = None
-
-
 class Links:
-    """This party's links to its peers. Use as a context manager; leaving it with an error tells the peers why."""
+    """This party's links to its peers. Use as a context manager; leaving it with an error tells the peers why.
+
+    `listen` is the address this party serves, None when it can only dial out. `relay` names the party that passes sealed
+    chunks between parties that can only dial out.
+    """
 
     def __init__(
         self,
         identity: Identity,
-        listen: str,
-        peers: dict[str, str],
+        listen: str | None,
+        peers: dict[str, Route],
         agreement: Agreement,
         connect_timeout: float,
         receive_timeout: float,
         observer: Observer | None = None,
+        relay: str | None = None,
     ) -> None:
         self.name = identity.name
         self._identity = identity
@@ -112,24 +64,25 @@ class Links:
         self._connect_timeout = connect_timeout
         self._receive_timeout = receive_timeout
         self._observer = observer
-        self._peers = {name: _Peer(name, address) for name, address in peers.items()}
+        self._relay = relay
+        self._peers = {name: Peer(name, route) for name, route in peers.items()}
         self._key = X25519PrivateKey.generate()
         self._changed = threading.Condition()
         self._closing = False
-        self._phase = "connect"
-        self.traffic: dict[str, dict[str, Traffic]] = {}
-        self.phase_seconds: dict[str, float] = {}
-        self._phase_began = time.monotonic()
-        self._server: grpc.Server | None = None
-        self._channels: list[grpc.Channel] = []
+        self._counter = TrafficCounter("connect")
+        self._server: StreamServer | None = None
+        self._channels: list[Any] = []
 
     # ---- connecting ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Links:
         try:
-            self._serve()
+            if self._listen is not None:
+                streams, timeout = 2 * len(self._peers) + 4, min(self._connect_timeout, _LONGEST_GREETING)
+                self._server = StreamServer(self._identity, self._listen, self._admit, streams, timeout)
             for peer in self._peers.values():
-                self._dial(peer)
+                if peer.route.how == "dial":
+                    self._dial(peer)
             self._await_all_peers()
         except BaseException as error:
             self._stop(error)
@@ -139,132 +92,83 @@ class Links:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self._stop(error)
 
-    def _hello(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "version": __version__,
-            "session": self._agreement.session,
-            "digest": self._agreement.digest,
-            "task": self._agreement.task,
-            "public_key": self._key.public_key().public_bytes_raw().hex(),
-        }
+    def _public_key(self) -> bytes:
+        return self._key.public_key().public_bytes_raw()
 
-    def _serve(self) -> None:
-        credentials = grpc.ssl_server_credentials(
-            [(self._identity.key, self._identity.certificate)],
-            root_certificates=self._identity.authority,
-            require_client_auth=True,
-        )
-        pool = futures.ThreadPoolExecutor(max_workers=2 * len(self._peers) + 4, thread_name_prefix="link")
-        self._server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=2 * len(self._peers) + 4)
-        handler = grpc.stream_stream_rpc_method_handler(self._take_stream)
-        service, method = _METHOD.strip("/").split("/")
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-        try:
-            port = self._server.add_secure_port(self._listen, credentials)
-        except (RuntimeError, ValueError):
-            port = 0
-        if port == 0:
-            raise LinkError(
-                f"{self.name} cannot listen on {self._listen}: the port is in use or not allowed",
-                "choose another address in federation.addresses, or free the port",
-            )
-        self._server.start()
+    def _greet(self, peer: Peer, answers: str = "") -> dict[str, Any]:
+        return make_greeting(self._identity, self._agreement, peer.name, self._public_key(), answers)
 
-    def _dial(self, peer: _Peer) -> None:
-        credentials = grpc.ssl_channel_credentials(
-            self._identity.authority, self._identity.key, self._identity.certificate
-        )
-        options = [*_OPTIONS, ("grpc.ssl_target_name_override", host_name(peer.name)), ("grpc.enable_http_proxy", 0)]
-        options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
-        channel = grpc.secure_channel(peer.address, credentials, options=options)
-        self._channels.append(channel)
-        call = channel.stream_stream(_METHOD)(self._outgoing(peer), wait_for_ready=True)
-        threading.Thread(target=self._watch_call, args=(peer, call), name=f"to-{peer.name}", daemon=True).start()
-        self._put(peer, Kind.HELLO, "", self._hello())
+    def _dial(self, peer: Peer) -> None:
+        peer.greeting = self._greet(peer)
+        peer.conversation = self._converse(peer)
+        self._put(peer, Kind.HELLO, "", peer.greeting)
+        self._channels.append(dial(self._identity, peer.name, peer.route.address, peer.conversation))
 
-    def _outgoing(self, peer: _Peer) -> Iterator[bytes]:
-        while (chunk := peer.outgoing.get()) is not None:
-            yield chunk
+    def _converse(self, peer: Peer) -> Conversation:
+        def take(chunk: bytes) -> bool:
+            frame = peer.reader.feed(chunk)
+            return frame is None or self._deliver(peer, frame)
 
-    def _watch_call(self, peer: _Peer, call: Any) -> None:
-        """Take WELCOME from the peer, then learn when and why the stream we send on ends."""
+        def ended(failure: MpcFlError | None) -> None:
+            if isinstance(failure, HandshakeError):
+                failure = HandshakeError(f"{peer.name} refused {self.name}: {failure.what}", "compare the two sides")
+            elif isinstance(failure, ProtocolError):
+                failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
+            self._lose(peer, failure or self._lost(peer, "the link ended without a farewell"))
+
+        return Conversation(take, ended)
+
+    def _admit(self, names: set[str], chunk: bytes) -> Conversation:
+        """Answer the first chunk of a stream that somebody dialled. Raises `HandshakeError` or `ProtocolError`."""
         reader = FrameReader()
-        try:
-            for chunk in call:
-                frame = reader.feed(chunk)
-                if frame is not None and frame.kind == Kind.WELCOME:
-                    with self._changed:
-                        peer.welcomed = True
-                        self._changed.notify_all()
-        except grpc.RpcError as error:
-            code, details = error.code(), str(error.details() or "")
-            if code == grpc.StatusCode.PERMISSION_DENIED:
-                self._lose(peer, HandshakeError(f"{peer.name} refused {self.name}: {details}", "compare the two sides"))
-            else:
-                self._lose(peer, self._lost(peer, "the link broke"))
-        except ProtocolError as error:
-            self._lose(peer, error)
-
-    def _take_stream(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Serve one incoming stream: check HELLO, welcome, then fill the inbox until BYE, ABORT or loss."""
-        reader = FrameReader()
-        try:
-            peer = self._admit(next(chunks, b""), reader, context)
-        except (HandshakeError, ProtocolError) as error:
-            log.warning("refused a link from %s: %s", context.peer(), error)
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, error.what)
-        yield from encode_frame(Kind.WELCOME, "", 0, {"name": self.name})
-        try:
-            for chunk in chunks:
-                frame = reader.feed(chunk)
-                if frame is not None and not self._deliver(peer, frame):
-                    return
-        except ProtocolError as error:
-            log.warning("refused a frame from %s: %s", peer.name, error)
-            self._lose(peer, ProtocolError(f"{peer.name} sent a bad frame: {error.what}", error.fix))
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error.what)
-        except grpc.RpcError:
-            pass  # reported below, as for a stream that ends without BYE
-        self._lose(peer, self._lost(peer, "the link ended without a farewell"))
-
-    def _admit(self, chunk: bytes, reader: FrameReader, context: grpc.ServicerContext) -> _Peer:
-        names = {value.decode() for value in context.auth_context().get("x509_common_name", [])}
         frame = reader.feed(chunk)
         if frame is None or frame.kind != Kind.HELLO or not isinstance(frame.payload, dict):
             raise HandshakeError("the first frame is not a greeting")
-        hello = frame.payload
-        name = hello.get("name")
+        name = frame.payload.get("name")
         if name not in names:
             raise HandshakeError(f"the certificate of {', '.join(sorted(names)) or 'nobody'} was used as {name!r}")
         peer = self._peers.get(str(name))
         if peer is None:
             raise HandshakeError(f"{name} takes no part in this run")
-        for key, mine in self._hello().items():
-            if key in ("name", "public_key"):
-                continue
-            if hello.get(key) != mine:
-                words = {"digest": "configuration"}.get(key, key)
-                self._lose(peer, HandshakeError(f"{peer.name} runs another {words}", "give all parties the same file"))
-                raise HandshakeError(f"{peer.name} and {self.name} do not have the same {words}")
-        try:
-            public_key = bytes.fromhex(str(hello.get("public_key")))
-            X25519PublicKey.from_public_bytes(public_key)
-        except ValueError:
-            raise HandshakeError("the greeting holds no valid public key") from None
+        if peer.route.how != "await":
+            raise HandshakeError(f"{name} should wait to be dialled by {self.name}, or use the relay")
+        public_key = self._check(peer, frame.payload)
         with self._changed:
-            if peer.stream_open or peer.public_key is not None:
+            if peer.conversation is not None:
                 raise HandshakeError(f"{peer.name} is connected already")
-            peer.stream_open, peer.public_key = True, public_key
+            conversation = peer.conversation = self._converse(peer)
+            peer.reader = reader
+        self._put(peer, Kind.WELCOME, "", self._greet(peer, greeting_digest(frame.payload)))
+        self._connected(peer, public_key)
+        return conversation
+
+    def _check(self, peer: Peer, greeting: Any, answers: str = "") -> bytes:
+        """The peer's public key. A genuine peer that runs something else ends this party too, a false one does not."""
+        try:
+            return check_greeting(greeting, peer.name, self._identity, self._agreement, answers)
+        except DisagreementError as error:
+            self._lose(peer, error)
+            raise
+
+    def _connected(self, peer: Peer, public_key: bytes) -> None:
+        with self._changed:
+            peer.public_key, peer.connected = public_key, True
+            waiting, peer.waiting_greetings = peer.waiting_greetings, []
             self._changed.notify_all()
-        return peer
+        for greeting in waiting:
+            self._put(peer, Kind.RELAY_GREETING, "", greeting)
+        if peer.name == self._relay:
+            for other in self._peers.values():
+                if other.route.how == "relay, first":
+                    other.greeting = self._greet(other)
+                    self._put(peer, Kind.RELAY_GREETING, "", other.greeting)
 
     def _await_all_peers(self) -> None:
         deadline = time.monotonic() + self._connect_timeout
         with self._changed:
             while True:
                 self._raise_first_failure()
-                missing = [p.name for p in self._peers.values() if not (p.welcomed and p.public_key)]
+                missing = [peer.name for peer in self._peers.values() if not peer.connected]
                 if not missing:
                     return
                 remaining = deadline - time.monotonic()
@@ -276,18 +180,77 @@ class Links:
                     )
                 self._changed.wait(remaining)
 
+    # ---- relaying --------------------------------------------------------------------------------------------------
+
+    def _take_relay_greeting(self, origin: Peer, greeting: Any) -> None:
+        """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first."""
+        receiver = str(greeting.get("to"))
+        if receiver != self.name:
+            self._require_relayable(origin, greeting.get("name"), receiver)
+            target = self._peers[receiver]
+            with self._changed:
+                if not target.connected:
+                    if len(target.waiting_greetings) >= len(self._peers):
+                        raise ProtocolError(f"{origin.name} sent too many greetings", "restart the run")
+                    target.waiting_greetings.append(greeting)
+                    return
+            self._put(target, Kind.RELAY_GREETING, "", greeting)
+            return
+        sender = self._peers.get(str(greeting.get("name")))
+        if sender is None or not sender.relayed or origin.name != self._relay or sender.connected:
+            raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
+        if sender.route.how == "relay, first":
+            public_key = self._check(sender, greeting, greeting_digest(sender.greeting or {}))
+        else:
+            public_key = self._check(sender, greeting)
+            self._put(origin, Kind.RELAY_GREETING, "", self._greet(sender, greeting_digest(greeting)))
+        pair = (self.name, sender.name)
+        outgoing, incoming = f"sealed {self.name}>{sender.name}", f"sealed {sender.name}>{self.name}"
+        sender.sealer = Sealer(pairwise_key(self._key, public_key, pair, self._agreement, outgoing), *pair)
+        sender.unsealer = Unsealer(
+            pairwise_key(self._key, public_key, pair, self._agreement, incoming), sender.name, self.name
+        )
+        self._connected(sender, public_key)
+
+    def _take_relayed(self, origin: Peer, frame: Frame) -> None:
+        """A sealed chunk: open it when it came from the relay, pass it on when this party is the relay."""
+        assert isinstance(frame.payload, torch.Tensor)
+        if origin.name != self._relay:
+            self._require_relayable(origin, origin.name, frame.tag)
+            target = self._peers[frame.tag]
+            self._counter.of(origin.name).bytes_relayed += frame.size
+            try:
+                self._put(target, Kind.RELAY, origin.name, frame.payload)
+            except LinkError:  # the loss of the receiver is reported where this party waits for it
+                log.info("a sealed chunk for %s could not be passed on", target.name)
+            return
+        sender = self._peers.get(frame.tag)
+        if sender is None or sender.unsealer is None:
+            raise ProtocolError("a sealed chunk came through the relay that was not expected", "restart the run")
+        opened = sender.reader.feed(sender.unsealer.unseal(frame.payload.numpy().tobytes()))
+        if opened is not None:
+            self._deliver(sender, opened)
+
+    def _require_relayable(self, origin: Peer, sender: Any, receiver: str) -> None:
+        target = self._peers.get(receiver)
+        if self._relay != self.name or sender != origin.name or target is None or target is origin:
+            raise ProtocolError(f"{origin.name} asked to relay what may not be relayed", "give all parties one file")
+
     # ---- losing ----------------------------------------------------------------------------------------------------
 
-    def _lost(self, peer: _Peer, how: str) -> PeerLostError:
+    def _lost(self, peer: Peer, how: str) -> PeerLostError:
         return PeerLostError(
-            peer.name, f"lost {peer.name} in phase '{self._phase}' ({how})", f"see the log of {peer.name}"
+            peer.name, f"lost {peer.name} in phase '{self._counter.phase}' ({how})", f"see the log of {peer.name}"
         )
 
-    def _lose(self, peer: _Peer, failure: MpcFlError) -> None:
+    def _lose(self, peer: Peer, failure: MpcFlError) -> None:
         with self._changed:
             if not self._closing and not peer.closed and peer.failure is None:
                 peer.failure = failure
-            peer.stream_open = False
+            if peer.name == self._relay:
+                for other in self._peers.values():
+                    if other.relayed and not other.closed and other.failure is None and not self._closing:
+                        other.failure = failure
             self._changed.notify_all()
 
     def _raise_first_failure(self) -> None:
@@ -298,6 +261,8 @@ class Links:
             raise failures[0]
 
     def _stop(self, error: BaseException | None) -> None:
+        if error is None and self._relay == self.name:
+            self._await_farewells()
         with self._changed:
             self._closing = True
         if error is None:
@@ -307,80 +272,89 @@ class Links:
             reason = error.what if isinstance(error, MpcFlError) else type(error).__name__
             peer_name = error.peer if isinstance(error, PeerLostError) else None
             kind, payload = Kind.ABORT, {"reason": reason, "cause": peer_name}
-        for peer in self._peers.values():
-            if peer.failure is None:
-                with contextlib.suppress(LinkError, ProtocolError):
+        # Through the relay first: its own link must still be open for that.
+        for peer in sorted(self._peers.values(), key=lambda peer: not peer.relayed):
+            if peer.connected and peer.failure is None and not peer.closed:
+                try:
                     self._put(peer, kind, "", payload, timeout=2.0)
-            with contextlib.suppress(queue.Full):
-                peer.outgoing.put(None, timeout=0.5)
-        self._linger(2.0 if error is not None else 10.0)
+                except (LinkError, ProtocolError):
+                    log.info("%s could not be told that %s ends", peer.name, self.name)
+        talking = [peer.conversation for peer in self._peers.values() if peer.conversation is not None]
+        for conversation in talking:
+            conversation.finish()
+        wait_for_all(talking, _LINGER if error is None else _LINGER_AFTER_ERROR)
         for channel in self._channels:
             channel.close()
         if self._server is not None:
-            self._server.stop(grace=0.2).wait(2.0)
+            self._server.stop()
         self.set_phase("closed")
 
-    def _linger(self, seconds: float) -> None:
-        """Let queued frames leave and peers say goodbye before the streams are cut."""
-        deadline = time.monotonic() + seconds
+    def _await_farewells(self) -> None:
+        """A relay stays for those who still need it."""
+        deadline = time.monotonic() + self._receive_timeout
+        waiting = [peer for peer in self._peers.values() if peer.route.how == "await"]
         with self._changed:
-            while any(peer.stream_open and peer.failure is None for peer in self._peers.values()):
+            while len(waiting) > 1 and any(not peer.closed and not peer.gone for peer in waiting):
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return
-                self._changed.wait(remaining)
+                self._changed.wait(min(remaining, 0.5))
 
     # ---- frames ----------------------------------------------------------------------------------------------------
 
-    def _count(self, peer: str) -> Traffic:
-        return self.traffic.setdefault(self._phase, {}).setdefault(peer, Traffic())
-
     def _put(
-        self, peer: _Peer, kind: Kind, tag: str, payload: torch.Tensor | dict[str, Any], timeout: float | None = None
+        self,
+        peer: Peer,
+        kind: Kind,
+        tag: str,
+        payload: torch.Tensor | bytes | dict[str, Any],
+        timeout: float | None = None,
     ) -> None:
         deadline = time.monotonic() + (self._receive_timeout if timeout is None else timeout)
         with peer.send_lock:
-            traffic = self._count(peer.name)
+            traffic = self._counter.of(peer.name)
             for chunk in encode_frame(kind, tag, peer.next_sequence, payload):
-                while True:
-                    if peer.failure is not None:
-                        raise peer.failure
-                    try:
-                        peer.outgoing.put(chunk, timeout=0.2)
-                        break
-                    except queue.Full:
-                        if time.monotonic() > deadline:
-                            raise PeerLostError(
-                                peer.name,
-                                f"{peer.name} takes no data in phase '{self._phase}'",
-                                f"see the log of {peer.name}",
-                            ) from None
+                if peer.sealer is not None:
+                    assert self._relay is not None
+                    seconds = max(0.1, deadline - time.monotonic())
+                    self._put(self._peers[self._relay], Kind.RELAY, peer.name, peer.sealer.seal(chunk), seconds)
+                else:
+                    peer.put_chunk(chunk, deadline, self._counter.phase)
                 traffic.bytes_sent += len(chunk)
             peer.next_sequence += 1
             traffic.messages_sent += 1
 
-    def _deliver(self, peer: _Peer, frame: Frame) -> bool:
-        """File a frame; return False when it ends the stream."""
+    def _deliver(self, peer: Peer, frame: Frame) -> bool:
+        """File a frame; return False when it ends the link."""
         if self._observer is not None:
             self._observer(peer.name, frame)
-        if frame.kind in (Kind.TENSOR, Kind.OBJECT):
+        if not peer.connected:
+            if frame.kind != Kind.WELCOME or peer.route.how != "dial":
+                raise ProtocolError("a link did not begin with a greeting", "run the same version everywhere")
+            self._connected(peer, self._check(peer, frame.payload, greeting_digest(peer.greeting or {})))
+        elif frame.kind in (Kind.TENSOR, Kind.OBJECT):
             with self._changed:
                 peer.inbox[frame.tag].append(frame)
                 self._changed.notify_all()
-            return True
-        if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
+        elif frame.kind == Kind.RELAY:
+            self._take_relayed(peer, frame)
+        elif frame.kind == Kind.RELAY_GREETING:
+            self._take_relay_greeting(peer, frame.payload)
+        elif frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
             reason = str(frame.payload.get("reason"))[:300]
             cause = frame.payload.get("cause") or peer.name
             self._lose(
                 peer, PeerLostError(str(cause)[:64], f"{peer.name} stopped: {reason}", f"see the log of {cause}"[:100])
             )
+            return False
         elif frame.kind == Kind.BYE:
             with self._changed:
-                peer.closed, peer.stream_open = True, False
+                peer.closed = True
                 self._changed.notify_all()
+            return False
         else:
             raise ProtocolError("a greeting came twice", "check that both parties run the same version")
-        return False
+        return True
 
     def _take(self, sender: str, tag: str) -> Frame:
         peer = self._peers[sender]
@@ -396,14 +370,15 @@ class Links:
                 if remaining <= 0:
                     raise PeerLostError(
                         sender,
-                        f"{sender} is late: nothing for '{tag}' within {self._receive_timeout:g} s in phase '{self._phase}'",
+                        f"{sender} is late: nothing for '{tag}' within {self._receive_timeout:g} s "
+                        f"in phase '{self._counter.phase}'",
                         f"see the log of {sender}, or raise runtime.receive_timeout",
                     )
                 self._changed.wait(remaining)
             frame = peer.inbox[tag].popleft()
             if not peer.inbox[tag]:
                 del peer.inbox[tag]
-        traffic = self._count(sender)
+        traffic = self._counter.of(sender)
         traffic.bytes_received += frame.size
         traffic.messages_received += 1
         if waited:
@@ -418,11 +393,19 @@ class Links:
         """Names of the peers, in the order given."""
         return list(self._peers)
 
+    @property
+    def traffic(self) -> dict[str, dict[str, Traffic]]:
+        """Counts by phase and peer."""
+        return self._counter.by_phase
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds by phase, of the phases that have ended."""
+        return self._counter.phase_seconds
+
     def set_phase(self, phase: str) -> None:
         """Name what is going on, for counters and for messages about lost parties."""
-        now = time.monotonic()
-        self.phase_seconds[self._phase] = self.phase_seconds.get(self._phase, 0.0) + now - self._phase_began
-        self._phase, self._phase_began = phase, now
+        self._counter.set_phase(phase)
 
     def send_tensor(self, receiver: str, tag: str, tensor: torch.Tensor) -> None:
         """Send a tensor. Raises `PeerLostError` when the receiver is gone or takes nothing until the deadline."""
@@ -458,15 +441,9 @@ class Links:
     def pairwise_seed(self, peer: str, purpose: str) -> Seed:
         """A seed that only this party and `peer` know, fresh for this run and bound to both names, session and purpose.
 
-        X25519 between keys made for this connection and received over the mutually authenticated link, then HKDF
-        (RFC 5869). Fresh keys per start mean that no mask repeats after a retry or a restart.
+        From the X25519 keys of the signed greetings (`handshake.pairwise_key`): a relay between the two does not know it.
         """
         public_key = self._peers[peer].public_key
         if public_key is None:
             raise LinkError(f"{peer} is not connected", "connect before deriving secrets")
-        secret = self._key.exchange(X25519PublicKey.from_public_bytes(public_key))
-        mine = self._key.public_key().public_bytes_raw()
-        context = [*sorted([self.name, peer]), self._agreement.session, self._agreement.digest, purpose]
-        info = b"".join(len(part.encode()).to_bytes(2, "little") + part.encode() for part in context)
-        transcript = hashlib.sha256(b"".join(sorted([mine, public_key]))).digest()
-        return Seed(HKDF(SHA256(), 32, salt=transcript, info=b"mpc-fl pairwise seed" + info).derive(secret))
+        return Seed(pairwise_key(self._key, public_key, (self.name, peer), self._agreement, purpose))

@@ -11,6 +11,7 @@ from mpc_fl.federation import (
     Notify,
     aggregator_evaluation,
     aggregator_round,
+    announce_end,
     headroom_of,
     initial_model,
     send_initial_model,
@@ -41,4 +42,5 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             line = {"round": number, "evaluation": evaluation.to_json(), "seconds": time.monotonic() - began}
             append_json_line(out / "metrics.jsonl", line)
         save_model(out / "model.safetensors", model, config)
+        announce_end(links, config.training.rounds)
     write_traffic(links, out)

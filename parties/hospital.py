@@ -6,7 +6,7 @@ from mpc_fl.config import Config, party_names
 from mpc_fl.crypten_runtime import CrypTenRuntime
 from mpc_fl.data import load_hospital, load_images
 from mpc_fl.diagnosis import ask, public_graph, write_results
-from mpc_fl.federation import Notify, hospital_evaluation, hospital_round, join, receive_initial_model
+from mpc_fl.federation import Notify, await_end, hospital_evaluation, hospital_round, join, receive_initial_model
 from mpc_fl.files import append_json_line
 from mpc_fl.membership import connect, site_directory, write_traffic
 from mpc_fl.opening import OpeningRecord, SecretDomain
@@ -39,6 +39,7 @@ def train(config: Config, rank: int, notify: Notify, observer: Observer | None =
         hospital_evaluation(hospital, domain, 0)
         for number in range(1, config.training.rounds + 1):
             append_json_line(out / "metrics.jsonl", hospital_round(hospital, domain, number, notify))
+        await_end(links, config.training.rounds)
         save_model(out / "model.safetensors", hospital.model, config)
     write_traffic(links, out)
 

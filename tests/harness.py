@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpc_fl.identity import load_identity, make_local_identities
+from mpc_fl.authority import make_local_identities
+from mpc_fl.identity import load_identity
+from mpc_fl.routes import routes
 from mpc_fl.transport import Agreement, Links
 
-SPAWN = multiprocessing.get_context("spawn")
+# Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
+# and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["harness_imports"])
+# The fork server finds modules only through the environment.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 def free_ports(count: int) -> list[int]:
@@ -27,14 +35,15 @@ def free_ports(count: int) -> list[int]:
 
 
 def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> Links:
-    peers = {peer: f"127.0.0.1:{ports[peer]}" for peer in names if peer != name}
+    addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
     settings: dict[str, Any] = {
         "agreement": Agreement("test", "digest", "train"),
         "connect_timeout": 60.0,
         "receive_timeout": 60.0,
     }
     settings.update(options)
-    return Links(load_identity(directory / name, name), f"127.0.0.1:{ports[name]}", peers, **settings)
+    peers = routes(name, names, addresses, settings.get("relay"))
+    return Links(load_identity(directory / name, name), addresses.get(name), peers, **settings)
 
 
 def _party(
@@ -44,13 +53,14 @@ def _party(
     ports: dict[str, int],
     directory: Path,
     arguments: tuple[Any, ...],
+    options: dict[str, Any],
     results: Any,
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
-        with local_links(name, names, ports, directory) as links:
+        with local_links(name, names, ports, directory, **options) as links:
             results.put((name, "result", function(links, *arguments)))
     except Exception as error:
         results.put((name, "error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
@@ -58,14 +68,23 @@ def _party(
 
 
 def run_parties(
-    function: Callable[..., Any], names: list[str], directory: Path, *arguments: Any, timeout: float = 120.0
+    function: Callable[..., Any],
+    names: list[str],
+    directory: Path,
+    *arguments: Any,
+    timeout: float = 120.0,
+    dial_out_only: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Run `function(links, *arguments)` in one process per name; return the results, or fail with the first error."""
     make_local_identities(names, {name: directory / name for name in names})
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    reachable = [name for name in names if name not in dial_out_only]
+    ports = dict(zip(reachable, free_ports(len(reachable)), strict=True))
     results = SPAWN.Queue()
     processes = [
-        SPAWN.Process(target=_party, args=(function, name, names, ports, directory, arguments, results), name=name)
+        SPAWN.Process(
+            target=_party, args=(function, name, names, ports, directory, arguments, options, results), name=name
+        )
         for name in names
     ]
     for process in processes:

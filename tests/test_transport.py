@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import re
 import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from harness import free_ports, local_links, run_parties
+from scipy import stats
 
+from mpc_fl.authority import Authority, make_local_identities
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
 from mpc_fl.frames import Kind, encode_frame
-from mpc_fl.identity import Authority, host_name, load_identity, make_local_identities, write_identity
-from mpc_fl.transport import Agreement
+from mpc_fl.handshake import Agreement, make_greeting
+from mpc_fl.identity import Identity, host_name, load_identity, sign, write_identity
+from mpc_fl.routes import routes
+from mpc_fl.sealing import Sealer, Unsealer
 
 pytestmark = pytest.mark.processes
 
@@ -49,6 +59,100 @@ def test_everything_arrives_and_pairwise_seeds_agree(tmp_path: Path) -> None:
         assert results[one]["seeds"][other] != results[one]["other"][other]
         assert 12_000_000 < results[one]["traffic"][other] < 12_001_000
     assert len({results["a"]["seeds"]["b"], results["a"]["seeds"]["c"], results["b"]["seeds"]["c"]}) == 3
+
+
+def observed_exchange(links: Any, directory: str) -> dict[str, Any]:
+    """`exchange`, and at the relay a look at every frame it passed on."""
+    result = exchange(links)
+    result["relayed"] = sum(count.bytes_relayed for counts in links.traffic.values() for count in counts.values())
+    return result
+
+
+def test_parties_that_only_dial_out_reach_each_other_through_a_relay_that_reads_nothing(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    names = ["a", "b", "c", "relay"]
+    results = run_parties(
+        observed_exchange, names, tmp_path, str(seen), dial_out_only=["a", "b"], relay="relay",
+        observer=RelayObserver(str(seen)),
+    )  # fmt: skip
+    for one, other in combinations(names, 2):
+        assert results[one]["seeds"][other] == results[other]["seeds"][one]
+    assert results["relay"]["relayed"] > 2 * 12_000_000 and results["c"]["relayed"] == 0
+    # What the relay saw of the 12 MB counter tensors: about as many of each byte value, no run of them.
+    relayed = b"".join(path.read_bytes() for path in seen.iterdir())
+    assert len(relayed) > 2 * 12_000_000
+    counts = np.bincount(np.frombuffer(relayed, dtype=np.uint8), minlength=256)
+    assert stats.chisquare(counts).pvalue > 1e-7  # false-alarm rate 1e-7
+    assert bytes(torch.arange(100, 110).numpy().tobytes()) not in relayed
+
+
+def exchange_without_the_relay(links: Any) -> int:
+    """The relay has nothing to do itself; the others need it for many messages."""
+    if links.name == "relay":
+        return 0
+    peer = "a" if links.name == "b" else "b"
+    for number in range(20):
+        links.send_tensor(peer, "number", torch.tensor([number]))
+        assert int(links.receive_tensor(peer, "number", torch.int64, (1,))) == number
+    return 20
+
+
+def test_a_relay_that_has_finished_stays_for_the_others(tmp_path: Path) -> None:
+    names = ["a", "b", "relay"]
+    results = run_parties(exchange_without_the_relay, names, tmp_path, dial_out_only=["a", "b"], relay="relay")
+    assert results == {"a": 20, "b": 20, "relay": 0}
+
+
+class RelayObserver:
+    """Keeps the payloads of relayed frames that reach a party which is not their end."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def __call__(self, peer: str, frame: Any) -> None:
+        if frame.kind == Kind.RELAY and frame.tag in ("a", "b") and peer in ("a", "b"):
+            with open(f"{self.directory}/{peer}", "ab") as file:
+                file.write(frame.payload.numpy().tobytes())
+
+
+def test_sealed_chunks_are_refused_when_changed_replayed_or_reordered() -> None:
+    key = bytes(range(32))
+    chunks = [Sealer(key, "a", "b").seal(b"one")]
+    sealer = Sealer(key, "a", "b")
+    chunks = [sealer.seal(b"one"), sealer.seal(b"two")]
+    assert [Unsealer(key, "a", "b").unseal(chunks[0])] == [b"one"]
+    bad: list[tuple[str, list[bytes]]] = [
+        ("changed", [chunks[0][:-1] + bytes([chunks[0][-1] ^ 1])]),
+        ("replayed", [chunks[0], chunks[0]]),
+        ("reordered", [chunks[1]]),
+        ("truncated", [chunks[0][:5]]),
+    ]
+    for what, sent in bad:
+        unsealer = Unsealer(key, "a", "b")
+        with pytest.raises(ProtocolError, match="changed, replayed or reordered"):
+            for chunk in sent:
+                unsealer.unseal(chunk)
+        assert what
+    with pytest.raises(ProtocolError):
+        Unsealer(key, "b", "a").unseal(chunks[0])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_both_ends_of_a_route_agree(count: int) -> None:
+    """For every set of parties with an address: one end dials, or both use a relay that both dial."""
+    names = [f"p{index}" for index in range(count)]
+    for mask in range(1, 2**count):
+        addresses = {name: f"host:{index + 1}" for index, name in enumerate(names) if mask >> index & 1}
+        relay = next(iter(addresses))
+        table = {name: routes(name, names, addresses, relay) for name in names}
+        for one, other in combinations(names, 2):
+            ends = {table[one][other].how, table[other][one].how}
+            assert ends in ({"dial", "await"}, {"relay, first", "relay, second"})
+            if "dial" not in ends:
+                assert table[one][relay].how == table[other][relay].how == "dial"
+    with pytest.raises(LinkError, match="both only dial out"):
+        routes("p0", names, {}, None)
 
 
 def _together(
@@ -136,6 +240,7 @@ class Attacker:
     def __init__(self, directory: Path, name: str, port: int) -> None:
         identity = load_identity(directory, name)
         credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+        self.identity = identity
         options = [("grpc.ssl_target_name_override", host_name("a"))]
         self.channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options)
 
@@ -150,42 +255,68 @@ class Attacker:
         return "OK"
 
 
-def _hello(**changes: Any) -> bytes:
-    from mpc_fl import __version__
+def _hello(identity: Identity, **changes: Any) -> bytes:
+    """A greeting of `identity` to 'a' that is genuine but for `changes`, which are signed too."""
+    key = X25519PrivateKey.generate().public_key().public_bytes_raw()
+    greeting = {**make_greeting(identity, Agreement("test", "digest", "train"), "a", key), **changes}
+    signed = {name: value for name, value in greeting.items() if name != "signature"}
+    message = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+    if "signature" not in changes:
+        greeting["signature"] = sign(identity, "mpc-fl greeting", message).hex()
+    return next(encode_frame(Kind.HELLO, "", 0, greeting))
 
-    payload = {"name": "b", "version": __version__, "session": "test", "digest": "digest", "task": "train",
-               "public_key": "ab" * 32, **changes}  # fmt: skip
-    return next(encode_frame(Kind.HELLO, "", 0, payload))
+
+def _oversized() -> bytes:
+    """The header of a frame that announces more than a frame may hold."""
+    head = next(encode_frame(Kind.TENSOR, "x", 1, torch.zeros(1, dtype=torch.int64)))
+    size = (1 << 33).to_bytes(8, "little")
+    return head[:18] + size + head[26:27] + (1 << 30).to_bytes(8, "little")
+
+
+Chunks = Callable[[Identity], list[bytes]]
 
 
 @pytest.mark.parametrize(
     ("chunks", "reason"),
     [
-        ([b"GET / HTTP/1.1"], "truncated"),
-        ([b"x" * 100], "magic"),
-        ([next(encode_frame(Kind.OBJECT, "", 0, {"name": "b"}))], "not a greeting"),
-        ([_hello(name="a")], "certificate of b was used as 'a'"),
-        ([_hello(name="c")], "certificate of b was used as 'c'"),
-        ([_hello(version="0.0.0")], "same version"),
-        ([_hello(public_key="zz")], "no valid public key"),
-        ([_hello(), b"garbage"], "truncated"),
-        ([_hello(), _hello()], "out of sequence"),
+        (lambda b: [b"GET / HTTP/1.1"], "truncated"),
+        (lambda b: [b"x" * 100], "magic"),
+        (lambda b: [next(encode_frame(Kind.OBJECT, "", 0, {"name": "b"}))], "not a greeting"),
+        (lambda b: [next(encode_frame(Kind.HELLO, "", 0, {"name": "b"}))], "not a greeting"),
+        (lambda b: [_hello(b, name="a")], "certificate of b was used as 'a'"),
+        (lambda b: [_hello(b, name="c")], "certificate of b was used as 'c'"),
+        (lambda b: [_hello(b, to="c")], "made for another link"),
+        (lambda b: [_hello(b, signature="00" * 70)], "does not verify"),
+        (lambda b: [_hello(b, signature="zz")], "not signed"),
+        (lambda b: [_hello(b, version="0.0.0")], "same version"),
+        (lambda b: [_hello(b, answers="ab" * 32)], "answers another"),
+        (lambda b: [_hello(b, public_key="zz")], "no valid public key"),
+        (lambda b: [_hello(b), b"garbage"], "truncated"),
+        (lambda b: [_hello(b), _oversized()], "do not agree|larger than the limit"),
+        (lambda b: [hello := _hello(b), hello], "out of sequence"),
     ],
 )
-def test_bad_streams_are_refused_with_the_reason(chunks: list[bytes], reason: str, tmp_path: Path) -> None:
+def test_bad_streams_are_refused_with_the_reason(
+    chunks: Chunks, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
     ports = dict(zip(["a", "b"], free_ports(2), strict=True))
     said: list[str] = []
 
     def attack() -> None:
-        said.append(Attacker(tmp_path / "b", "b", ports["a"]).send(*chunks))
+        attacker = Attacker(tmp_path / "b", "b", ports["a"])
+        said.append(attacker.send(*chunks(attacker.identity)))
 
     thread = threading.Thread(target=attack)
     thread.start()
-    with pytest.raises((LinkError, ProtocolError)), local_links("a", ["a", "b"], ports, tmp_path, connect_timeout=2.0):
-        pass  # pragma: no cover - never connects
+    with (
+        pytest.raises((LinkError, ProtocolError)),
+        local_links("a", ["a", "b"], ports, tmp_path, connect_timeout=2.0) as a,
+    ):
+        a.receive_object("b", "never")
     thread.join()
-    assert reason in said[0], said
+    assert re.search(reason, said[0]), said
+    assert re.search(reason, caplog.text), "the refusal is logged with its reason"
 
 
 def test_a_plaintext_client_gets_nothing(tmp_path: Path) -> None:

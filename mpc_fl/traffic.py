@@ -1,0 +1,39 @@
+"""Bytes, messages, rounds and seconds, per peer and phase of a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class Traffic:
+    """Bytes and messages of one peer in one phase; `bytes_relayed` were passed on from it to others, sealed."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    messages_sent: int = 0
+    messages_received: int = 0
+    bytes_relayed: int = 0
+    waits: int = 0
+    seconds_waited: float = 0.0
+
+
+class TrafficCounter:
+    """Counts by the phase that is going on. `by_phase[phase][peer]` is a `Traffic`; a wait is one round of messages."""
+
+    def __init__(self, phase: str) -> None:
+        self.by_phase: dict[str, dict[str, Traffic]] = {}
+        self.phase_seconds: dict[str, float] = {}
+        self.phase = phase
+        self._began = time.monotonic()
+
+    def set_phase(self, phase: str) -> None:
+        """End the current phase and begin another, or go on with one of the same name."""
+        now = time.monotonic()
+        self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._began
+        self.phase, self._began = phase, now
+
+    def of(self, peer: str) -> Traffic:
+        """The counts of `peer` in the current phase."""
+        return self.by_phase.setdefault(self.phase, {}).setdefault(peer, Traffic())
