@@ -19,19 +19,20 @@ federation:
   addresses: {hospital-0: "127.0.0.1:47100", hospital-1: "127.0.0.1:47101", hospital-2: "127.0.0.1:47102", aggregator: "127.0.0.1:47103"}
 YAML
 
-# The federation's administrator issues certificates; each site gets its own directory and nothing else.
-"$bin/python" - "$work" <<'PY'
-import sys
-from pathlib import Path
-from mpc_fl.identity import make_local_identities
-names = ["hospital-0", "hospital-1", "hospital-2", "aggregator"]
-make_local_identities(names, {name: Path(sys.argv[1]) / name / "identity" for name in names})
-PY
+# Each site makes its own key and a request; the federation's administrator certifies it and returns three files.
+"$bin/mpc-fl" pki init "$work/authority" --no-passphrase
+for name in hospital-0 hospital-1 hospital-2 aggregator; do
+    "$bin/mpc-fl" pki request "$name" --out "$work/$name/identity"
+    "$bin/mpc-fl" pki issue "$work/authority" "$name" --request "$work/$name/identity/$name.csr" --out "$work/returned/$name"
+    cp "$work/returned/$name/$name.crt" "$work/returned/$name/federation.crt" "$work/returned/$name/federation.crl" "$work/$name/identity/"
+done
 
+processes=()
 for rank in 0 1 2; do
     "$bin/mpc-fl" party hospital --rank "$rank" --config "$work/federation.yaml" \
         --identity "$work/hospital-$rank/identity" --out "$work/hospital-$rank" 2> "$work/hospital-$rank/log" &
+    processes+=($!)
 done
 "$bin/mpc-fl" party aggregator --config "$work/federation.yaml" --identity "$work/aggregator/identity" --out "$work/aggregator"
-wait
+for process in "${processes[@]}"; do wait "$process"; done  # a hospital that failed fails this script
 echo "The aggregator's model: $work/aggregator/model.safetensors"

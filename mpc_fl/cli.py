@@ -1,4 +1,4 @@
-"""The command line: `mpc-fl train | infer | report | party | check | estimate`."""
+"""The command line: `mpc-fl train | infer | report | party | check | estimate | pki | bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from mpc_fl import bench, pki
 from mpc_fl.config import Config, load_config
 from mpc_fl.errors import MpcFlError
 
@@ -25,7 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Hospitals learn together and diagnose together on secret-shared tensors. Start with: make demo",
 )
+app.add_typer(pki.app, name="pki")
+app.add_typer(bench.app, name="bench")
 errors = Console(stderr=True, highlight=False)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, for example configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value; repeatable.")]
@@ -58,20 +62,25 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, str, int, int], None]]:
-    """One progress bar per phase; each party's part of it adds up."""
+    """One progress bar per phase; each party's part of it adds up. Nothing is drawn before the first step."""
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=False) as bars:
-        tasks: dict[str, TaskID] = {}
-        states: dict[str, dict[str, tuple[int, int]]] = {}
+    bars = Progress(*columns, console=errors, transient=False)
+    tasks: dict[str, TaskID] = {}
+    states: dict[str, dict[str, tuple[int, int]]] = {}
 
-        def progress(party: str, phase: str, done: int, total: int) -> None:
-            states.setdefault(phase, {})[party] = (done, total)
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase)
-            parts = states[phase].values()
-            bars.update(tasks[phase], completed=sum(p[0] for p in parts), total=sum(p[1] for p in parts))
+    def progress(party: str, phase: str, done: int, total: int) -> None:
+        bars.start()
+        states.setdefault(phase, {})[party] = (done, total)
+        if phase not in tasks:
+            tasks[phase] = bars.add_task(phase)
+        parts = states[phase].values()
+        bars.update(tasks[phase], completed=sum(p[0] for p in parts), total=sum(p[1] for p in parts))
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            bars.stop()
 
 
 @app.command()
@@ -112,6 +121,9 @@ def train(
             )
         else:
             _say(f"{line['hospital']}: NO differential privacy (privacy.mechanism: none).")
+    if ledger is None and settings.privacy.mechanism != "none" and not summary["synthetic"]:
+        _say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
+    _say_skipped(summary)
     _say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
 
 
@@ -148,6 +160,7 @@ def infer(
         difference = summary["comparison"]["largest_logit_difference"]
         agree = "agree" if summary["comparison"]["classes_agree"] else "DIFFER"
         _say(f"Encrypted and plaintext classes {agree}; largest logit difference {difference:.5f}.")
+    _say_skipped(summary)
     _say(f"Report: {out / 'report.html'}")
 
 
@@ -176,31 +189,43 @@ def party(
 
     The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
     """
-    from mpc_fl.launcher import run_party, set_up_log
+    from mpc_fl.launcher import run_party, set_up_log, unforeseen
 
     settings = _configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)
     set_up_log(settings.site.log)
     name = f"hospital-{rank}" if role == "hospital" else role
     with _bars() as progress:
-        run_party(name, settings, lambda phase, done, total: progress(name, phase, done, total))
+        try:
+            run_party(name, settings, lambda phase, done, total: progress(name, phase, done, total))
+        except MpcFlError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a traceback could quote this party's data
+            raise unforeseen(error) from None
 
 
 @app.command()
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
-    settings = _configure(config, overrides, data=data)
-    found = _preflight(settings)
+    try:
+        settings = _configure(config, overrides, data=data)
+        found = _preflight(settings)
+        _require_memory(settings, found)
+    except MpcFlError as error:
+        if as_json:
+            _print_json({"ok": False, "error": error.what, "fix": error.fix})
+        raise
     if as_json:
         _print_json({"ok": True, **found})
         return
     for line in found["privacy"]:
         _say(f"{line['hospital']}: {line['patients']} training patients" + _privacy_words(line))
-    _say(f"Headroom: {found['headroom_bits_spare']} bits to spare. The run can work.")
+    _say(f"Headroom: {found['headroom_bits_spare']} bits to spare.")
+    _say(f"Memory: {_gigabytes(found, 'hospital')} per hospital. The run can work.")
 
 
 @app.command()
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what training and one encrypted diagnosis cost: bytes, messages, rounds, epsilon."""
+    """Say what training and one encrypted diagnosis cost: bytes, messages, rounds, epsilon, memory."""
     from mpc_fl.data import patients_per_hospital
     from mpc_fl.estimate import estimate_inference, estimate_training
 
@@ -211,13 +236,28 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         _print_json({"training": training, "inference": inference})
         return
     _say(f"Training, {training['rounds']} rounds of {training['parameters']:,} parameters:")
-    _say(f"  each hospital sends {training['bytes_sent_per_hospital'] / 1e6:,.1f} MB")
+    sent, messages = training["bytes_sent_per_hospital"] / 1e6, training["messages_per_hospital"]
+    _say(
+        f"  each hospital sends {sent:,.1f} MB in {messages} messages, needs {_gigabytes(training, 'hospital')} of memory"
+    )
     _say(f"  the aggregator sends {training['bytes_sent_by_aggregator'] / 1e6:,.1f} MB")
     for line in training["privacy"]:
         _say(f"  {line['hospital']}: {line['patients']} patients" + _privacy_words(line))
     _say(f"Encrypted inference, a batch of {inference['batch']}:")
     _say(f"  {inference['bytes_per_party'] / 1e6:,.1f} MB sent per party in {inference['rounds']} rounds")
+    _say(
+        f"  {inference['bytes_sent_by_dealer'] / 1e6:,.1f} MB sent by the dealer; {_gigabytes(inference, 'party')} of memory"
+    )
     _say(f"  {inference['comparisons']:,} comparisons, {inference['multiplications']:,} secret multiplications")
+
+
+def _gigabytes(estimate: dict[str, Any], who: str) -> str:
+    return f"about {estimate[f'memory_bytes_per_{who}'] / 1e9:.1f} GB"
+
+
+def _say_skipped(summary: dict[str, Any]) -> None:
+    if summary["skipped_files"]:
+        _say(f"Unreadable files left out: {summary['skipped_files']}; the logs of the hospitals name them.")
 
 
 def _privacy_words(line: dict[str, Any]) -> str:
@@ -231,31 +271,58 @@ def _preflight(config: Config) -> dict[str, Any]:
     from mpc_fl.data import patients_per_hospital
     from mpc_fl.estimate import estimate_training
     from mpc_fl.federation import headroom_of
-    from mpc_fl.privacy import check_delta
 
     headroom_of(config).require()
-    patients = patients_per_hospital(config)
-    if config.privacy.mechanism == "local":
-        for rank, count in enumerate(patients):
-            check_delta(config.privacy.delta, count, f"hospital-{rank}")
-    return estimate_training(config, patients)
+    return estimate_training(config, patients_per_hospital(config))
 
 
-def _interrupted(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def _require_memory(config: Config, found: dict[str, Any]) -> None:
+    """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
+    from mpc_fl.estimate import available_memory
+
+    parties = 1 if config.federation.addresses else config.federation.hospitals + 1
+    needed, available = parties * found["memory_bytes_per_hospital"], available_memory()
+    if available is not None and needed > available:
+        raise MpcFlError(
+            f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "
+            f"{available / 1e9:.1f} GB are available",
+            "use fewer hospitals, data.subset, a smaller training.batch_size, or training.per_sample_gradients=loop",
+        )
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP. Not a KeyboardInterrupt, which typer would end without a word."""
+
+
+def _interrupted(number: int, _frame: object) -> NoReturn:
+    for interrupt in _INTERRUPTS:
+        signal.signal(interrupt, signal.SIG_IGN)  # a second one must not stop the cleaning up, which takes seconds
+    raise Interrupted(number)
 
 
 def main() -> None:
     """Entry point: one line per error and its exit code, never a traceback for what a user can mend."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
+    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    for number in (number for number in _INTERRUPTS if before[number] != signal.SIG_IGN):
+        signal.signal(number, _interrupted)
     try:
         app()
     except MpcFlError as error:
-        errors.print(f"mpc-fl: {error}", style="red", markup=False, soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        errors.print("mpc-fl: interrupted; all parties were stopped", style="red", markup=False)
-        raise SystemExit(130) from None
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        where = f" of {error.filename}" if error.filename else ""
+        _end(f"input or output{where} failed: {error.strerror}: check permissions and free space", 1)
+    except Interrupted as error:
+        _end(f"interrupted by {signal.Signals(error.args[0]).name}: nothing was left running", 128 + error.args[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    errors.print(f"mpc-fl: {message}", style="red", markup=False, soft_wrap=True)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -69,7 +69,11 @@ def _data_path(config: Config) -> Path:
 
 
 def _class_folders(root: Path, config: Config) -> list[tuple[int, Path]]:
-    if not root.is_dir():
+    try:
+        exists = root.is_dir()
+    except OSError as error:
+        raise DataError(f"cannot look into {root.parent}: {error.strerror}", "check its permissions") from None
+    if not exists:
         raise DataError(f"data folder {root} does not exist", "give DIR/{train,test}/<class>/ with --data DIR")
     # Hidden folders are left by notebooks and file servers; they are no classes.
     found = [entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")]

@@ -21,6 +21,11 @@ class MpcFlError(Exception):
         self.fix = " ".join(fix.split())
         super().__init__(f"{self.what}: {self.fix}" if self.fix else self.what)
 
+    @property
+    def for_peers(self) -> str:
+        """What other parties may be told of it: no more than the user here, and nothing that describes this site."""
+        return self.what
+
 
 class ConfigError(MpcFlError):
     """The configuration cannot be used."""
@@ -32,6 +37,11 @@ class DataError(MpcFlError):
     """Data are missing, unreadable or not of the configured form."""
 
     exit_code = 3
+
+    @property
+    def for_peers(self) -> str:
+        """Without names and counts of files."""
+        return "its data cannot be used"
 
 
 class ModelError(MpcFlError):
@@ -54,6 +64,11 @@ class PrivacyBudgetError(MpcFlError):
     """The run would exceed a hospital's privacy budget; raised before the step that would."""
 
     exit_code = 6
+
+    @property
+    def for_peers(self) -> str:
+        """Without figures: from epsilon, with the public noise and steps, follows how many patients a hospital has."""
+        return "its privacy budget does not allow this run to go on"
 
 
 class IdentityError(MpcFlError):

@@ -1,27 +1,72 @@
-"""What a run will need, before it: headroom, privacy, bytes, rounds of messages, memory."""
+"""What a run will need, before it: headroom, privacy, bytes, messages, memory.
+
+Bytes are those of tensors; frames, greetings and control messages add about 100 bytes each. Memory is a model of what
+the programs hold, with constants fitted to measured peaks (`VmHWM` of parties, in their logs): right within a factor of
+two, for a decision between a laptop and a server.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from mpc_fl.config import Config
-from mpc_fl.diagnosis import public_graph
-from mpc_fl.federation import headroom_of
+from mpc_fl.diagnosis import public_graph, requests_of
+from mpc_fl.errors import ModelError
+from mpc_fl.federation import EVALUATION_CHUNK, headroom_of, plan_release
 from mpc_fl.inference import cost
 from mpc_fl.models import build_model, flatten_parameters
-from mpc_fl.privacy import SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
+from mpc_fl.privacy import epsilon_of
 from mpc_fl.statistics import SCORE_BINS
-from mpc_fl.training import sampling_rate
 from mpc_fl.weights import flatten_buffers
 
 _WORD = 8
 _FLOAT = 4
+# Fitted: an idle party; words per element of the widest layer that a comparison on shares holds.
+_IDLE_BYTES = 460 << 20
+_COMPARISON_WORDS = 48
+
+
+class _Activations(NamedTuple):
+    """Elements that one record makes in a network: of all layers together, and of the widest layer."""
+
+    all: int
+    widest: int
+
+
+def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations:
+    """By a pass on a shape without elements. Raises `ModelError` when the network does not take such a record."""
+    sizes: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        sizes.extend(value.numel() for value in outputs if isinstance(value, torch.Tensor))
+
+    shapes = copy.deepcopy(model).to("meta")
+    for module in shapes.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(1, *input_shape, device="meta"))
+    except (RuntimeError, ValueError, AssertionError):
+        size = "x".join(map(str, input_shape))
+        raise ModelError(
+            f"the network does not take records of shape {size}", "set data.image_size to what it takes"
+        ) from None
+    return _Activations(sum(sizes), max(sizes))
 
 
 def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
-    """Bytes, messages, privacy and headroom of a training run, with `patients[i]` training patients at hospital i."""
+    """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i.
+
+    Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
+    """
     model = build_model(config, config.data.input_shape, config.seed)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
@@ -35,38 +80,75 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
         "rounds": rounds,
         "bytes_sent_per_hospital": up,
         "bytes_sent_by_aggregator": hospitals * down,
-        "messages_per_hospital": 4 * rounds + 1,
+        "messages_per_hospital": 3 * rounds + 1,
         "headroom_bits_spare": round(headroom.bits_spare, 1),
-        "memory_bytes_per_hospital": parameters * (3 * _FLOAT + 4 * _WORD),
+        "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
         "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],
     }
 
 
+def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:
+    """Peak bytes of the largest hospital, at one record per patient: while it evaluates, trains or aggregates."""
+    layers = _activations(model, config.data.input_shape)
+    records = 2 * patients * torch.Size(config.data.input_shape).numel()  # read one by one, then stacked
+    evaluating = 3 * EVALUATION_CHUNK * layers.widest
+    per_record = parameters + 5 * layers.all
+    method = config.training.per_sample_gradients
+    # Large networks are measured to be fastest in the loop, which holds one gradient.
+    one_by_one = method == "loop" or (method == "auto" and parameters > 1_000_000)
+    together = 1 if one_by_one else min(config.training.batch_size, patients)
+    if config.privacy.mechanism == "none":
+        together, per_record = min(config.training.batch_size, patients), 2 * layers.all
+    # Gradients of single records are held for a chunk of at most 1 GB (`per_sample_gradients`).
+    training = min(together * per_record, (1 << 30) // _FLOAT + 5 * layers.all * together)
+    weights = 5 * parameters  # global, working copy, gradient, momentum, update
+    shares = 4 * parameters * _WORD // _FLOAT  # encoded, mask, share, message
+    return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
+
+
 def _privacy(config: Config, rank: int, patients: int) -> dict[str, Any]:
     name = f"hospital-{rank}"
-    if config.privacy.mechanism == "none":
+    planned = plan_release(config, patients, [], name)
+    if planned is None:
         return {"hospital": name, "patients": patients, "epsilon": None, "noise_multiplier": None}
-    rate, steps = sampling_rate(config, patients), config.training.rounds * config.training.local_steps
-    settings = config.privacy
-    noise = settings.noise_multiplier
-    if noise is None:
-        noise = calibrate_noise_multiplier(settings.epsilon, settings.delta, rate, steps, [], settings.accountant, name)
-    spent = epsilon_of([SubsampledGaussian(noise, rate, steps)], settings.delta, settings.accountant)
     return {
         "hospital": name,
         "patients": patients,
-        "sampling_rate": rate,
-        "steps": steps,
-        "noise_multiplier": noise,
-        "epsilon": spent,
-        "target_epsilon": settings.epsilon,
-        "delta": settings.delta,
+        "sampling_rate": planned.sample_rate,
+        "steps": planned.steps,
+        "noise_multiplier": planned.noise_multiplier,
+        "epsilon": epsilon_of([planned], config.privacy.delta, config.privacy.accountant),
+        "target_epsilon": config.privacy.epsilon,
+        "delta": config.privacy.delta,
     }
 
 
+def available_memory() -> int | None:
+    """Bytes of memory this machine can still give, `None` where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
 def estimate_inference(config: Config) -> dict[str, Any]:
-    """Bytes, rounds and comparisons of one batch of encrypted inference, from shapes alone."""
+    """Bytes, rounds, comparisons and memory of one batch of encrypted inference, from shapes alone.
+
+    `bytes_per_party` goes each way between hospital and model owner, `bytes_sent_by_dealer` to the model owner.
+    """
+    shape = (config.inference.batch_size, *config.data.input_shape)
     with torch.no_grad():
         graph = public_graph(config)
-    shape = (config.inference.batch_size, *config.data.input_shape)
-    return {"batch": config.inference.batch_size, "layers": len(graph.layers), **cost(graph, shape)}
+        model = build_model(config, config.data.input_shape, config.seed)
+    corrections = _WORD * sum(r.elements for r in requests_of(graph, shape, 2, config.inference.fraction_bits))
+    weights = len(flatten_parameters(model)) * (2 * _FLOAT + 2 * _WORD)
+    comparing = config.inference.batch_size * _activations(model, config.data.input_shape).widest * _COMPARISON_WORDS
+    ahead = min(corrections, config.runtime.dealer_ahead_bytes)
+    return {
+        "batch": config.inference.batch_size,
+        "layers": len(graph.layers),
+        **cost(graph, shape),
+        "bytes_sent_by_dealer": corrections,
+        "memory_bytes_per_party": _IDLE_BYTES + weights + _WORD * comparing + ahead,
+    }

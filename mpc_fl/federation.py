@@ -11,8 +11,9 @@ Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from mpc_fl.config import Config
 from mpc_fl.data import Dataset
+from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError
 from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters, load_flat_parameters
 from mpc_fl.opening import SecretDomain
 from mpc_fl.per_sample_gradients import choose_per_sample_method
@@ -42,8 +44,11 @@ from mpc_fl.training import sampling_rate, train_locally
 from mpc_fl.transport import Links
 from mpc_fl.weights import flatten_buffers, load_flat_buffers
 
+log = logging.getLogger(__name__)
+
 AGGREGATOR = "aggregator"
 CALIBRATION_IMAGES = 64
+EVALUATION_CHUNK = 64
 
 Notify = Callable[[str, int, int], None]
 
@@ -55,6 +60,38 @@ def headroom_of(config: Config) -> Headroom:
     return Headroom(fixed_point, config.federation.hospitals, weight_bound)
 
 
+def plan_release(
+    config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str
+) -> SubsampledGaussian | None:
+    """What the whole run will release of a hospital's patients; `None` without differential privacy.
+
+    The noise multiplier is the configured one, or the smallest with which the run fits what `spent` leaves of the budget.
+    Raises `PrivacyBudgetError` when nothing is left, the run does not fit or delta is too large, `HeadroomError` for more
+    patients than sums have room for. Messages begin with `who`.
+    """
+    if config.aggregation.weighted and patients > config.aggregation.count_bound:
+        raise HeadroomError(f"{who} has more patients than aggregation.count_bound", "raise aggregation.count_bound")
+    settings, past = config.privacy, list(spent)
+    if settings.mechanism == "none":
+        return None
+    check_delta(settings.delta, patients, who)
+    rate, steps = sampling_rate(config, patients), config.training.rounds * config.training.local_steps
+    noise = settings.noise_multiplier
+    if noise is None:
+        noise = calibrate_noise_multiplier(
+            settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
+        )
+    planned = SubsampledGaussian(noise, rate, steps)
+    total = epsilon_of([*past, planned], settings.delta, settings.accountant)
+    if total > settings.epsilon:
+        raise PrivacyBudgetError(
+            f"{who}: {steps} steps with noise multiplier {noise:g} would bring epsilon to {total:.3f}, beyond the budget of "
+            f"{settings.epsilon:g}",
+            "raise privacy.noise_multiplier, or set it to null to have it calibrated",
+        )
+    return planned
+
+
 def initial_model(config: Config) -> nn.Module:
     """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
     model = build_model(config, config.data.input_shape, config.seed)
@@ -64,7 +101,7 @@ def initial_model(config: Config) -> nn.Module:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = EVALUATION_CHUNK) -> torch.Tensor:
     """Logits of a model in evaluation mode, float32 (records, classes)."""
     model.eval()
     pieces = [model(inputs[start : start + chunk]) for start in range(0, len(inputs), chunk)]
@@ -109,16 +146,10 @@ def join(config: Config, rank: int, train: Dataset, test: Dataset, ledger: Priva
     headroom_of(config).require()
     name = f"hospital-{rank}"
     budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
+    spent = [] if config.privacy.mechanism == "none" else ledger.spent()
+    planned = plan_release(config, train.patient_count, spent, name)
+    noise = None if planned is None else planned.noise_multiplier
     rate = sampling_rate(config, train.patient_count)
-    noise: float | None = None
-    if config.privacy.mechanism == "local":
-        check_delta(budget.delta, train.patient_count, name)
-        noise = config.privacy.noise_multiplier
-        if noise is None:
-            steps = config.training.rounds * config.training.local_steps
-            noise = calibrate_noise_multiplier(
-                budget.epsilon, budget.delta, rate, steps, ledger.spent(), budget.accountant, name
-            )
     model = initial_model(config)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate)
     if config.privacy.mechanism != "none":
@@ -192,6 +223,7 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
     load_flat_parameters(hospital.model, links.receive_tensor(AGGREGATOR, "global model", torch.float32, old.shape))
     notify("aggregation", number, config.training.rounds)
     aggregated = time.monotonic()
+    log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, trained - began, aggregated - trained)
 
     # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
     own = hospital_evaluation(hospital, domain, number)
@@ -206,6 +238,7 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
         "method": local.method,
         "own_accuracy": own.accuracy,
         "own_records": own.records,
+        "skipped_files": hospital.train.skipped + hospital.test.skipped,
         "seconds": {
             "train": trained - began,
             "aggregate": aggregated - trained,
@@ -261,6 +294,7 @@ def aggregator_round(config: Config, model: nn.Module, domain: SecretDomain, num
     # 6. Sum of the hospitals' evaluation counts.
     evaluation = aggregator_evaluation(config, domain, number)
     notify("evaluation", number, config.training.rounds)
+    log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
     return evaluation
 
 
@@ -277,3 +311,17 @@ def aggregator_evaluation(config: Config, domain: SecretDomain, number: int) -> 
     )
     assert evaluation is not None
     return evaluation
+
+
+def announce_end(links: Links, rounds: int) -> None:
+    """At the aggregator, when its results are written: tell all hospitals that the run is complete."""
+    links.set_phase("conclusion")
+    for peer in links.peers:
+        links.send_object(peer, "complete", {"rounds": rounds})
+
+
+def await_end(links: Links, rounds: int) -> None:
+    """At a hospital: nothing counts as a success before the aggregator says so. Raises `PeerLostError` otherwise."""
+    links.set_phase("conclusion")
+    if links.receive_object(AGGREGATOR, "complete").get("rounds") != rounds:
+        raise ProtocolError("the aggregator ended after another number of rounds", "run the same version everywhere")

@@ -7,12 +7,16 @@ itself, so that no orphan outlives a killed launcher.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
+import re
+import resource
 import secrets
 import signal
 import socket
@@ -20,20 +24,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpc_fl.authority import make_local_identities
 from mpc_fl.config import Config, parse_config, party_names
 from mpc_fl.errors import ConfigError, LinkError, MpcFlError, PeerLostError, RunFailedError
-from mpc_fl.identity import make_local_identities
 
 ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
          "model-owner": "parties.model_owner"}  # fmt: skip
-CAUSE_GRACE = 2.0
+# All processes have ended within 10 s of a failure: a party takes leave of its peers first (`transport`), and tells then.
+CAUSE_GRACE = 3.0
 TERMINATE_GRACE = 3.0
+ORPHANED = 3  # exit status of a party whose launcher is gone
 
 Progress = Callable[[str, str, int, int], None]
 
@@ -57,6 +63,8 @@ def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
             port = 0 if first_port is None else first_port + index
             listener = socket.socket()
             held.append(listener)
+            if first_port is not None:  # connections of the run before, closed but remembered, are no obstacle
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind(("127.0.0.1", port))
             except OSError:
@@ -73,11 +81,12 @@ def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
 def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
     """One configuration per party of a local run: fresh session, addresses, identities, a directory of its own."""
     names = party_names(config)
+    reachable = [name for name in names if name not in config.federation.dial_out_only]
     federation = {
         "session": secrets.token_hex(16),
-        "addresses": config.federation.addresses or local_addresses(names, config.runtime.first_port),
+        "addresses": config.federation.addresses or local_addresses(reachable, config.runtime.first_port),
     }
-    missing = set(names) - set(federation["addresses"])
+    missing = set(reachable) - set(federation["addresses"])
     if missing:
         raise ConfigError(f"federation.addresses lacks {sorted(missing)[0]}", "name all parties or none")
     directories = {name: run_dir / "parties" / name for name in names}
@@ -104,11 +113,11 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
 # ---- in the party's process --------------------------------------------------------------------------------------------
 
 
-def _end_with_launcher(pipe: Connection, lock: threading.Lock) -> None:
+def _end_with_launcher(pipe: Connection) -> None:
     """The launcher never writes: the pipe becomes readable only when it is gone."""
     while not pipe.poll(None):
         pass
-    os._exit(3)
+    os._exit(ORPHANED)
 
 
 def set_up_log(path: Path | None) -> None:
@@ -122,6 +131,15 @@ def set_up_log(path: Path | None) -> None:
     )
 
 
+def peak_memory() -> int:
+    """Most bytes of memory this process has held. (Linux lets ru_maxrss begin with what the parent held.)"""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if found:
+            return int(found.group(1)) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
     """Run one party's program in this process until it ends. Raises what the program raises."""
     import torch
@@ -133,17 +151,30 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
     log = logging.getLogger("mpc_fl")
     log.info("%s starts (%s), process %d", name, config.task, os.getpid())
     importlib.import_module(ROLES[role]).run(config, rank, notify, observer)
-    log.info("%s has finished", name)
+    log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)
+
+
+def unforeseen(error: BaseException) -> MpcFlError:
+    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost."""
+    log = logging.getLogger("mpc_fl")
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in frames:
+        log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
+    log.error("unexpected %s", type(error).__name__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
+    return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
 
 
 def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C for all
     lock = threading.Lock()
-    threading.Thread(target=_end_with_launcher, args=(pipe, lock), daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
 
     def tell(**event: Any) -> None:
-        with lock:
-            pipe.send_bytes(json.dumps(event).encode())
+        try:
+            with lock:
+                pipe.send_bytes(json.dumps(event).encode())
+        except OSError:
+            os._exit(ORPHANED)
 
     log = logging.getLogger("mpc_fl")
     code = 0
@@ -157,14 +188,8 @@ def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoRet
         tell(error=str(error), peer=error.peer if isinstance(error, PeerLostError) else None, time=time.time())
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
-        # The message of an unforeseen error could quote data, so only its type and place are told and logged.
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
-        for frame in frames:
-            log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
-        log.error("unexpected %s", type(error).__name__)
-        tell(error=f"unexpected {type(error).__name__} at {place} (a defect; see the log)", peer=None, time=time.time())
-        code = 1
+        tell(error=str(unforeseen(error)), peer=None, time=time.time())
+        code = MpcFlError.exit_code
     logging.shutdown()
     os._exit(code)  # threads of a lost link must not keep the process
 
@@ -187,7 +212,6 @@ class _Party:
 @dataclass
 class _Watch:
     parties: list[_Party] = field(default_factory=list)
-    failed_at: float | None = None
 
     def read(self, party: _Party, progress: Progress) -> None:
         try:
@@ -211,6 +235,21 @@ class _Watch:
         return party.process.exitcode is not None and not party.open and not party.finished
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes started within never see SIGINT: Ctrl-C reaches them too, but the launcher handles it for all.
+
+    One that arrives meanwhile is delivered to the launcher at the end. (Python's own handler would only be replaced
+    after the imports of a party, and print a traceback until then.)
+    """
+    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def launch(config: Config, run_dir: Path, progress: Progress) -> None:
     """Run every party of the task to its end.
 
@@ -224,33 +263,38 @@ def launch(config: Config, run_dir: Path, progress: Progress) -> None:
         for name, party_config in placed.items():
             here, there = context.Pipe()
             values = party_config.model_dump(mode="json")
-            process = context.Process(target=_party_process, args=(name, values, there), name=name)
-            process.start()
+            # A daemon ends with this process even if an interrupt comes before it is on the list.
+            process = context.Process(target=_party_process, args=(name, values, there), name=name, daemon=True)
+            with _without_interrupts():
+                process.start()
             there.close()
             watch.parties.append(_Party(name, process, here))
-        _watch(watch, progress)
+        failures = _watch(watch, progress)
     finally:
         _end_all(watch.parties)
-    failures = watch.failures()
     if failures:
         raise _explain(failures)
 
 
-def _watch(watch: _Watch, progress: Progress) -> None:
+def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
+    """Wait until all parties have finished or one has failed; the failed ones, with the cause among them if it shows."""
+    failed_at: float | None = None
     while True:
         waiting: list[Any] = [party.pipe for party in watch.parties if party.open]
         waiting += [party.process.sentinel for party in watch.parties if party.process.exitcode is None]
-        if not waiting:
-            return
-        multiprocessing.connection.wait(waiting, timeout=0.5)
+        if waiting:
+            multiprocessing.connection.wait(waiting, timeout=0.5)
         for party in watch.parties:
             watch.read(party, progress)
-        if watch.failures():
-            watch.failed_at = watch.failed_at or time.monotonic()
-            causes = [party for party in watch.failures() if party.blames is None]
+        failures = watch.failures()
+        if failures:
+            failed_at = failed_at or time.monotonic()
+            causes = [party for party in failures if party.blames is None]
             # A loss that one party reports usually has its cause at another: give that one time to say it.
-            if causes or time.monotonic() - watch.failed_at > CAUSE_GRACE:
-                return
+            if causes or not waiting or time.monotonic() - failed_at > CAUSE_GRACE:
+                return failures
+        elif not waiting:
+            return []
 
 
 def _end_all(parties: list[_Party]) -> None:
@@ -267,12 +311,16 @@ def _end_all(parties: list[_Party]) -> None:
 
 
 def _explain(failures: list[_Party]) -> RunFailedError:
-    """The cause: a party's own error, or its death by a signal, before losses that others report; then the earliest."""
+    """The cause: a party's own error, or else its death, before losses that others report; then the earliest."""
     own = [party for party in failures if party.blames is None and party.error is not None]
-    dead = [party for party in failures if party.error is None and party.process.exitcode not in (0, -signal.SIGTERM)]
+    dead = [party for party in failures if party.error is None]
     first = min(own or dead or failures, key=lambda party: party.failed_at)
     if first.error is not None:
         return RunFailedError(f"{first.name} failed: {first.error}")
-    code = first.process.exitcode
-    how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit status {code}"
-    return RunFailedError(f"{first.name} {how}", "all other parties were stopped")
+    code, stopped = first.process.exitcode, "all other parties were stopped"
+    if code == -signal.SIGKILL:
+        return RunFailedError(
+            f"{first.name} was killed by signal 9", f"{stopped}; the system does that too when memory runs out"
+        )
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
+    return RunFailedError(f"{first.name} {how}", stopped)

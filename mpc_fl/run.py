@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from mpc_fl.config import Config, party_names
-from mpc_fl.data import load_images
+from mpc_fl.data import Dataset, load_images
+from mpc_fl.diagnosis import private_graph
 from mpc_fl.errors import ConfigError, MpcFlError
 from mpc_fl.federation import predict
 from mpc_fl.files import write_json, write_text
@@ -36,15 +37,15 @@ def run_directory(out: Path) -> Iterator[Path]:
 
     Raises `ConfigError` when `out` exists: results are never overwritten.
     """
-    if out.exists():
-        raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
-    partial, failed = out.with_name(out.name + ".partial"), out.with_name(out.name + ".failed")
     try:
+        if out.exists() or out.is_symlink():
+            raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
+        partial, failed = (out.with_name(out.name + suffix) for suffix in (".partial", ".failed"))
         partial.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"{partial} exists", "another run is using it; remove it if that one is dead") from None
     except OSError as error:
-        raise ConfigError(f"cannot create {partial}: {error.strerror}", "choose another --out") from None
+        raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
     try:
         yield partial
         partial.rename(out)
@@ -61,6 +62,9 @@ def _keep_logs(partial: Path, failed: Path) -> None:
         logs.rename(failed / "logs")
         if (partial / "config.yaml").is_file():
             (partial / "config.yaml").rename(failed / "config.yaml")
+        # What a failed run released stays released: its privacy ledgers are kept.
+        for ledger in partial.glob("parties/*/*-privacy.json"):
+            ledger.rename(failed / ledger.name)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -91,9 +95,10 @@ def train(config: Config, out: Path, command: str, progress: Progress) -> dict[s
         _forget_identities(config, directory)
         global_metrics = read_json_lines(directory / "metrics.jsonl")
         hospitals = [name for name in party_names(config) if name.startswith("hospital-")]
-        privacy = []
+        privacy, skipped = [], 0
         for name in hospitals:
             last = read_json_lines(directory / "parties" / name / "metrics.jsonl")[-1]
+            skipped += last["skipped_files"]
             privacy.append(
                 {
                     "hospital": name,
@@ -112,6 +117,7 @@ def train(config: Config, out: Path, command: str, progress: Progress) -> dict[s
             "rounds": config.training.rounds,
             "parameters": count_parameters(directory / "model.safetensors", config),
             "hospitals": hospitals,
+            "skipped_files": skipped,
             "seconds": round(time.monotonic() - began, 2),
             "command": command,
             "versions": versions(),
@@ -133,19 +139,22 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
     config = config.with_values(task="infer")
     if config.site.model is None:
         raise ConfigError("no model was given", "pass --model FILE")
-    load_model(config.site.model, config)  # a bad file is told before processes start
+    # What is wrong with model, network or images is told before processes start.
+    private_graph(config, load_model(config.site.model, config))
+    images = load_images(config.site.images, config, config.inference.limit)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
         launch(config, directory, progress)
         _forget_identities(config, directory)
         results = read_json_lines(directory / "parties" / "hospital-0" / "results.jsonl")
-        comparison = _compare(config, results, directory) if config.inference.plaintext_reference else None
+        comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
         summary = {
             "kind": "infer",
             "name": config.name,
             "synthetic": config.data.source == "phantoms",
             "images": len(results),
+            "skipped_files": images.skipped,
             "classes": list(config.data.classes),
             "seconds": round(time.monotonic() - began, 2),
             "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
@@ -159,10 +168,9 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
     return summary
 
 
-def _compare(config: Config, results: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
     """The plaintext reference, computed by the user who has both model and images: for checking a simulation only."""
     assert config.site.model is not None
-    images = load_images(config.site.images, config, config.inference.limit)
     model = load_model(config.site.model, config)
     torch.set_num_threads(1)
     began = time.monotonic()

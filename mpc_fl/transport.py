@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from mpc_fl.errors import DisagreementError, HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import DisagreementError, HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError, SecrecyError
 from mpc_fl.frames import Frame, FrameReader, Kind, encode_frame
 from mpc_fl.grpc_streams import Conversation, StreamServer, dial, wait_for_all
 from mpc_fl.handshake import Agreement, check_greeting, greeting_digest, make_greeting, pairwise_key
@@ -69,6 +69,7 @@ class Links:
         self._key = X25519PrivateKey.generate()
         self._changed = threading.Condition()
         self._closing = False
+        self._seeds_given: set[tuple[str, str]] = set()
         self._counter = TrafficCounter("connect")
         self._server: StreamServer | None = None
         self._channels: list[Any] = []
@@ -269,7 +270,7 @@ class Links:
             kind, payload = Kind.BYE, {}
         else:
             # Only messages written for users cross the link: anything else could quote a secret.
-            reason = error.what if isinstance(error, MpcFlError) else type(error).__name__
+            reason = error.for_peers if isinstance(error, MpcFlError) else type(error).__name__
             peer_name = error.peer if isinstance(error, PeerLostError) else None
             kind, payload = Kind.ABORT, {"reason": reason, "cause": peer_name}
         # Through the relay first: its own link must still be open for that.
@@ -442,8 +443,12 @@ class Links:
         """A seed that only this party and `peer` know, fresh for this run and bound to both names, session and purpose.
 
         From the X25519 keys of the signed greetings (`handshake.pairwise_key`): a relay between the two does not know it.
+        Raises `SecrecyError` when it was given before, because a second holder could draw its values again.
         """
         public_key = self._peers[peer].public_key
         if public_key is None:
             raise LinkError(f"{peer} is not connected", "connect before deriving secrets")
+        if (peer, purpose) in self._seeds_given:
+            raise SecrecyError(f"the seed with {peer} for '{purpose}' was asked for twice: its values would repeat")
+        self._seeds_given.add((peer, purpose))
         return Seed(pairwise_key(self._key, public_key, (self.name, peer), self._agreement, purpose))

@@ -41,44 +41,54 @@ def save_model(path: Path, model: nn.Module, config: Config) -> None:
 def load_model(path: Path, config: Config) -> nn.Module:
     """Read a model file into the configured architecture, in evaluation mode.
 
-    Raises `ModelError` when the file is missing, corrupt, of another architecture, input shape or number of classes,
-    or holds NaN or infinite weights.
+    Raises `ModelError` when the file is missing, cannot be read, is corrupt, of another architecture, input shape or
+    number of classes, or holds tensors of another type, NaN or infinite weights.
     """
     retrain = "give a model.safetensors written by mpc-fl train"
-    try:
-        with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    except FileNotFoundError:
-        raise ModelError(f"model file {path} does not exist", retrain) from None
-    except (SafetensorError, OSError, ValueError):
-        raise ModelError(f"model file {path} is corrupt or no safetensors file", retrain) from None
+    description, tensors = _read(path, retrain)
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ModelError(f"model file {path} does not describe an mpc-fl model", retrain)
     expected = describe(config)
-    for key, words in (
-        ("classes", "classes"),
-        ("architecture", "model.architecture"),
-        ("normalisation", "model.normalisation"),
-        ("input_shape", "input shape"),
-    ):
+    for key in ("classes", "architecture", "normalisation", "input_shape"):
         if description.get(key) != expected[key]:
-            found, detail = description.get(key), ""
-            if key == "classes" and isinstance(found, list):
-                detail = f" ({len(found)} classes in the file, {len(config.data.classes)} configured)"
+            found, wanted = _shown(key, description.get(key)), _shown(key, expected[key])
             raise ModelError(
-                f"model file {path} has {words} {found}, the configuration {expected[key]}{detail}",
+                f"model file {path} has {found}, the configuration {wanted}",
                 "use the configuration the model was trained with",
             )
     model = build_model(config, config.data.input_shape, config.seed)
-    try:
-        model.load_state_dict(tensors, strict=True)
-    except RuntimeError:
-        raise ModelError(f"the tensors in {path} do not fit the architecture", retrain) from None
+    forms = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
+    if forms != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}:
+        raise ModelError(f"the tensors in model file {path} do not fit the architecture", retrain)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"model file {path} holds NaN or infinite weights in '{name}'", retrain)
+    model.load_state_dict(tensors, strict=True)
     return model.eval()
+
+
+def _read(path: Path, fix: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Description and tensors of a model file."""
+    try:
+        path.open("rb").close()  # safetensors does not say why it cannot open a file
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+    except FileNotFoundError:
+        raise ModelError(f"model file {path} does not exist", fix) from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ModelError(f"cannot read model file {path}: {error.strerror}", fix) from None
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        raise ModelError(f"model file {path} is corrupt or no safetensors file", fix) from None
+
+
+def _shown(key: str, value: Any) -> str:
+    """An entry of a description for an error, on one line and short: a file may hold anything."""
+    text = json.dumps(value)
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    if key == "classes" and isinstance(value, list):
+        return f"{len(value)} classes {text}"
+    return f"{key.replace('_', ' ')} {text}"
 
 
 def flatten_buffers(model: nn.Module) -> torch.Tensor:
