@@ -66,7 +66,7 @@ class SecretDomain:
         who = self.runtime.world if dst is None else [self.runtime.world[dst]]
         value: Shared[Any] = Shared("a CrypTen tensor", tensor)
         elements = _open_elements(self, value, list(who), "CrypTen get_plain_text")
-        if elements is None or not decode:
+        if elements is None or not decode or share_of(tensor)[1] == 0:
             return elements
         return (elements.double() / float(1 << share_of(tensor)[1])).float()
 

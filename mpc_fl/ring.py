@@ -1,7 +1,7 @@
-"""Fixed-point numbers in the ring Z_2^64, and the proof that a sum of them cannot wrap.
+"""Fixed-point numbers in the ring Z_2^k, k = 64 or 32, and the proof that a sum of them cannot wrap.
 
-A real x is encoded as round(x * 2^f) modulo 2^64, held in int64; sums of encodings are exact. Encoding is refused
-(never clamped, never wrapped) where a value does not fit.
+A real x is encoded as round(x * 2^f) modulo 2^k, held in int64 or int32; sums of encodings are exact. Encoding is
+refused (never clamped, never wrapped) where a value does not fit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,18 @@ import torch
 from mpc_fl.errors import HeadroomError
 
 RING_BITS = 64
+DTYPE_OF = {32: torch.int32, 64: torch.int64}
+
+
+@dataclass(frozen=True, repr=False)
+class RingShare:
+    """One party's additive share of a tensor over Z_2^32, int32, whose value has `fraction_bits` fractional bits.
+
+    The share of a ring that CrypTen does not have; in Z_2^64 a CrypTen tensor holds it.
+    """
+
+    elements: torch.Tensor
+    fraction_bits: int
 
 
 @dataclass(frozen=True)

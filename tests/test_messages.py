@@ -100,7 +100,7 @@ def test_hospitals_receive_nothing_but_the_global_model(training: dict[str, Any]
         tensors = [(peer, tag) for peer, kind, tag, _ in frames if kind == "TENSOR"]
         assert tensors == [("aggregator", "initial parameters"), ("aggregator", "initial statistics"),
                            ("aggregator", "global model")]  # fmt: skip
-        assert {kind for _, kind, _, _ in frames} <= {"HELLO", "TENSOR", "BYE"}
+        assert {kind for _, kind, _, _ in frames} <= {"HELLO", "WELCOME", "TENSOR", "OBJECT", "BYE"}
 
 
 def test_the_aggregator_receives_uniform_shares_and_their_sum_is_the_mean(training: dict[str, Any]) -> None:
@@ -133,8 +133,11 @@ def test_shares_of_different_updates_look_alike(training: dict[str, Any]) -> Non
 def test_control_messages_hold_no_numbers_of_patients(training: dict[str, Any]) -> None:
     for name in party_names(parse_config(TRAINING, "test")):
         for _, kind, _, payload in training[name]["frames"]:
-            if kind == "HELLO":
-                assert set(payload) == {"name", "version", "session", "digest", "task", "public_key"}
+            if kind in ("HELLO", "WELCOME"):
+                assert set(payload) == {"name", "to", "version", "session", "digest", "task", "public_key", "answers",
+                                        "certificate", "signature"}  # fmt: skip
+            elif kind == "OBJECT":
+                assert payload == {"rounds": 1}  # the end of the run, as configured
             elif kind != "TENSOR":
                 assert payload == {}, kind
 

@@ -5,7 +5,10 @@ Statistical tests use fixed thresholds; the seeds are fresh, so each states how 
 
 from __future__ import annotations
 
+import copy
 import pickle
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -32,6 +35,73 @@ def test_known_answer() -> None:
     derived = hmac.new(key, b"mpc-fl stream" + label + b"\x01", hashlib.sha256).digest()
     expected = Cipher(algorithms.AES256(derived), modes.CTR(bytes(16))).encryptor().update(bytes(800))
     assert Seed(key).stream("mask", 7).words(100, np.int64).tobytes() == expected
+
+
+@pytest.mark.parametrize(("bits", "word"), [(1, "uint8"), (8, "uint8"), (9, "uint16"), (20, "uint32"), (33, "int64")])
+def test_short_elements_are_the_low_bits_of_the_narrowest_words(bits: int, word: str) -> None:
+    """Pins how much key stream an element takes: both ends of a pair must agree on it."""
+    count = 2**20 + 3  # more than one piece
+    words = Seed(bytes(32)).stream("x").words(count, np.dtype(word).type)
+    elements = Seed(bytes(32)).stream("x").ring_elements((count,), bits)
+    assert elements.dtype == torch.int64
+    assert np.array_equal(elements.numpy(), words.astype(np.int64) & (2**bits - 1))
+
+
+@pytest.mark.parametrize("bits", [0, 65])
+def test_elements_have_1_to_64_bits(bits: int) -> None:
+    with pytest.raises(ValueError, match="1 .. 64"):
+        Seed.from_system().stream("x").ring_elements((3,), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 2**18 + 1)])
+def test_masks_combined_in_place_are_those_drawn_alone(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    draw = np.int64 if dtype == torch.int64 else np.int32
+    mask = torch.from_numpy(Seed(bytes(32)).stream("x").words(int(np.prod(shape)), draw)).reshape(shape)
+    start = Seed.from_system().stream("start").ring_elements(shape).to(dtype)
+    for name, expected in (
+        ("add_to", start + mask),
+        ("subtract_from", start - mask),
+        ("exclusive_or_into", start ^ mask),
+    ):
+        total = start.clone()
+        getattr(Seed(bytes(32)).stream("x"), name)(total)
+        assert torch.equal(total, expected), name
+
+
+@pytest.mark.parametrize("total", [torch.zeros(4), torch.zeros(4, dtype=torch.int16), torch.zeros(4, 4).long().t()[1:]])
+def test_masks_go_into_contiguous_integers_only(total: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="contiguous"):
+        Seed.from_system().stream("x").add_to(total)
+
+
+def test_a_label_is_used_once_among_threads() -> None:
+    class SlowSet(set[bytes]):
+        """Leaves time between looking a label up and adding it."""
+
+        def __contains__(self, mark: object) -> bool:
+            known = super().__contains__(mark)
+            time.sleep(0.01)
+            return known
+
+    seed, gate = Seed.from_system(), threading.Barrier(4)
+    seed._used = SlowSet()
+    outcomes = []
+
+    def use() -> None:
+        gate.wait(timeout=10)
+        try:
+            seed.stream("label")
+            outcomes.append("drawn")
+        except SecrecyError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert sorted(outcomes) == ["drawn", "refused", "refused", "refused"]
 
 
 def test_same_seed_and_label_give_the_same_values_and_others_do_not() -> None:
@@ -65,8 +135,9 @@ def test_labels_are_encoded_injectively(one: list[str | int], other: list[str | 
 def test_seeds_are_not_shown_or_pickled() -> None:
     seed = Seed(b"k" * 32)
     assert "k" * 5 not in repr(seed)
-    with pytest.raises(SecrecyError):
-        pickle.dumps(seed)
+    for duplicate in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(SecrecyError):
+            duplicate(seed)
 
 
 def test_torch_seed_has_no_influence() -> None:
