@@ -4,6 +4,10 @@ Every DP-SGD round is a composition of Poisson-subsampled Gaussian mechanisms (A
 data sets differ in one patient, added or removed. Epsilon comes from Opacus: `rdp` composes Renyi divergences (Mironov,
 Talwar, Zhang 2019), `prv` composes privacy loss distributions numerically (Gopi, Lee, Wutschitz 2021): tighter,
 slower.
+
+A mechanism whose outputs are only within total variation eta of a Gaussian one's (integer noise: `distributed_mechanism`)
+is the same event with that eta: over all steps the distances add up, and where the Gaussian releases are (epsilon, delta)
+the real ones are (epsilon, delta + (1 + exp(epsilon)) * sum of eta). A fixed small part of delta is set aside for this.
 """
 
 from __future__ import annotations
@@ -35,17 +39,22 @@ RDP_ORDERS: tuple[float, ...] = (*RDPAccountant.DEFAULT_ALPHAS, 80, 96, 128, 192
 LARGEST_NOISE_MULTIPLIER = 1e3
 _CALIBRATION_TOLERANCE = 1e-3
 _ROUNDING = 1e-9
+_SET_ASIDE = 2.0**-20
 _LEDGER_FORMAT = "mpc-fl privacy ledger 1"
 
 
 @dataclass(frozen=True)
 class SubsampledGaussian:
     """`steps` releases of a sum clipped to norm C with Gaussian noise of standard deviation `noise_multiplier` * C,
-    each over patients drawn independently with probability `sample_rate`."""
+    each over patients drawn independently with probability `sample_rate`.
+
+    `total_variation` bounds, per step, how far the release is from that one in distribution, whatever the data.
+    """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    total_variation: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("noise multiplier", self.noise_multiplier), ("sampling rate", self.sample_rate)):
@@ -55,6 +64,9 @@ class SubsampledGaussian:
             raise PrivacyBudgetError(f"a sampling rate cannot exceed 1, got {self.sample_rate!r}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 0:
             raise PrivacyBudgetError(f"a number of steps must be a whole number from 0 on, not {self.steps!r}")
+        distance = self.total_variation
+        if isinstance(distance, bool) or not isinstance(distance, (int, float)) or not 0 <= distance < 1:
+            raise PrivacyBudgetError(f"a total variation must be a number from 0 to 1, not {distance!r}")
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,25 @@ def _renyi_of_one_step(noise_multiplier: float, sample_rate: float) -> np.ndarra
 def epsilon_of(events: Iterable[SubsampledGaussian], delta: float, accountant: Accountant = "rdp") -> float:
     """Smallest epsilon the accountant certifies for the composition of `events` at `delta`; 0 for no events.
 
-    Raises `PrivacyBudgetError` unless 0 < delta < 1, and where `prv` cannot represent the composition.
+    Infinite where the events' total variation leaves nothing to certify. Raises `PrivacyBudgetError` unless
+    0 < delta < 1, and where `prv` cannot represent the composition.
     """
     if not 0 < delta < 1:
         raise PrivacyBudgetError(f"delta must lie between 0 and 1, got {delta}", "set privacy.delta, for example 1e-4")
+    events = list(events)
     history = _merged(events)
     if not history:
         return 0.0
+    distance = math.fsum(event.steps * event.total_variation for event in events)
+    if distance == 0:
+        return _epsilon_of_gaussians(history, delta, accountant)
+    set_aside = _SET_ASIDE * delta
+    epsilon = _epsilon_of_gaussians(history, delta - set_aside, accountant)
+    # (1 + exp(epsilon)) * distance <= set_aside, without overflow
+    return epsilon if np.logaddexp(0.0, epsilon) + math.log(distance) <= math.log(set_aside) else math.inf
+
+
+def _epsilon_of_gaussians(history: list[tuple[float, float, int]], delta: float, accountant: Accountant) -> float:
     with warnings.catch_warnings():
         # "Optimal order is the smallest/largest alpha": the bound holds, a finer order could only lower it.
         warnings.simplefilter("ignore")
@@ -133,6 +157,7 @@ def calibrate_noise_multiplier(
     spent: Iterable[SubsampledGaussian] = (),
     accountant: Accountant = "rdp",
     who: str = "hospital",
+    total_variation: float = 0.0,
 ) -> float:
     """Smallest noise multiplier (up to 0.1 %) with which `steps` more steps and `spent` compose to at most the target.
 
@@ -142,7 +167,8 @@ def calibrate_noise_multiplier(
     past = list(spent)
 
     def total(noise_multiplier: float) -> float:
-        return epsilon_of([*past, SubsampledGaussian(noise_multiplier, sample_rate, steps)], delta, accountant)
+        planned = SubsampledGaussian(noise_multiplier, sample_rate, steps, total_variation)
+        return epsilon_of([*past, planned], delta, accountant)
 
     before = epsilon_of(past, delta, accountant)
     advice = "stop here, or agree on a larger privacy.epsilon with the patients' representatives"
@@ -186,7 +212,8 @@ class PrivacyLedger:
         return [self._event(record) for record in self.records()]
 
     def records(self) -> list[dict[str, Any]]:
-        """All records: time, run, round, noise_multiplier, sample_rate, steps. A missing file has none."""
+        """All records: time, run, round, noise_multiplier, sample_rate, steps, total_variation (if any). A missing file
+        has none."""
         try:
             content = json.loads(self.path.read_bytes())
         except FileNotFoundError:
@@ -237,8 +264,9 @@ class PrivacyLedger:
 
     def _event(self, record: Any) -> SubsampledGaussian:
         try:
-            return SubsampledGaussian(record["noise_multiplier"], record["sample_rate"], record["steps"])
-        except (KeyError, TypeError, PrivacyBudgetError):
+            distance = record.get("total_variation", 0.0)  # ledgers of version 0.1 have none
+            return SubsampledGaussian(record["noise_multiplier"], record["sample_rate"], record["steps"], distance)
+        except (KeyError, TypeError, AttributeError, PrivacyBudgetError):
             raise self._refusal("has a record that is not an event") from None
 
     @staticmethod

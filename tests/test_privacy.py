@@ -1,12 +1,16 @@
-"""The accountant agrees with Opacus, calibration meets its target, the ledger refuses rather than forgets."""
+"""The accountant agrees with Opacus and dp-accounting, calibration meets its target, the ledger refuses to forget."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting import rdp
+from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -45,8 +49,6 @@ def test_epsilon_is_that_of_opacus() -> None:
 def test_known_value_without_subsampling() -> None:
     # One Gaussian release with sigma = 1 has Renyi divergence alpha / 2 (Mironov 2017, proposition 7); the conversion
     # of Balle et al. 2020 (theorem 21) at delta = 1e-5 is minimised over the same orders here.
-    import math
-
     def converted(order: float) -> float:
         return order / 2 + math.log1p(-1 / order) - (math.log(1e-5) + math.log(order)) / (order - 1)
 
@@ -112,6 +114,81 @@ def test_impossible_events_are_refused(noise: float, rate: float, steps: int) ->
         SubsampledGaussian(noise, rate, steps)
 
 
+# --- integer noise: a distance from the Gaussian ------------------------------------------------------------------------
+
+CASES = [(2.0, 0.1, 100), (0.8, 0.05, 200), (3.0, 1.0, 20)]
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), CASES)
+def test_renyi_epsilon_is_that_of_dp_accounting(noise: float, rate: float, steps: int) -> None:
+    """Tolerance 1e-9 at whole orders, where both are exact; at others dp-accounting has an upper bound only."""
+    step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+    ours = epsilon_of([SubsampledGaussian(noise, rate, steps, 1e-30)], 1e-5)
+    theirs = rdp.RdpAccountant(list(RDP_ORDERS))
+    theirs.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+    assert ours <= theirs.get_epsilon(1e-5) * (1 + 1e-6)
+    whole = [order for order in RDP_ORDERS if order == int(order)]
+    theirs = rdp.RdpAccountant(whole)
+    theirs.compose(dp_accounting.SelfComposedDpEvent(step, steps))
+    own = steps * privacy._renyi_of_one_step(noise, rate)[[RDP_ORDERS.index(order) for order in whole]]
+    assert own == pytest.approx(theirs._rdp, rel=1e-9)
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), CASES)
+def test_epsilon_of_integer_noise_lies_within_the_bounds_of_dp_accounting(
+    noise: float, rate: float, steps: int
+) -> None:
+    """The discrete Gaussian's own privacy loss, in one dimension, composed by another library, from both sides.
+
+    `prv` must lie above the optimistic estimate and at most 0.02 above the pessimistic one (prv's own error is 0.01); `rdp`
+    must lie above both. 512 grid units of sensitivity.
+    """
+    bounds = [
+        privacy_loss_distribution.from_discrete_gaussian_mechanism(
+            math.sqrt((512 * noise) ** 2 + 5),
+            sensitivity=512,
+            sampling_prob=rate,
+            value_discretization_interval=2e-4,
+            pessimistic_estimate=pessimistic,
+        )
+        .self_compose(steps)
+        .get_epsilon_for_delta(1e-4)
+        for pessimistic in (False, True)
+    ]
+    event = SubsampledGaussian(noise, rate, steps, 1e-30)
+    assert bounds[0] <= epsilon_of([event], 1e-4, "prv") <= bounds[1] + 0.02
+    assert bounds[1] <= epsilon_of([event], 1e-4, "rdp")
+
+
+def test_total_variation_is_paid_from_delta() -> None:
+    def total(distance: float, steps: int = 10) -> float:
+        return epsilon_of([SubsampledGaussian(1.0, 0.16, steps, distance)], DELTA)
+
+    exact = total(0.0)
+    assert total(1e-30) == epsilon_of([SubsampledGaussian(1.0, 0.16, 10)], DELTA * (1 - 2.0**-20)) > exact
+    # The largest distance whose (1 + exp(epsilon)) * 10 steps fit 2^-20 of delta; then nothing can be certified.
+    largest = DELTA * 2.0**-20 / (1 + math.exp(total(1e-30))) / 10
+    assert total(largest * 0.999) == total(1e-30) and total(largest * 1.001) == math.inf
+    split = [SubsampledGaussian(1.0, 0.16, 5, largest * 0.5), SubsampledGaussian(1.0, 0.16, 5, largest * 1.51)]
+    assert epsilon_of(split, DELTA) == math.inf
+    assert total(0.5, steps=0) == 0.0
+    assert epsilon_of([SubsampledGaussian(1e-2, 1.0, 10, 1e-300)], DELTA) == math.inf  # and no overflow
+
+
+@pytest.mark.parametrize("distance", [-1e-9, 1.0, math.nan, math.inf, True, "0", None])
+def test_impossible_distances_are_refused(distance: object) -> None:
+    with pytest.raises(PrivacyBudgetError, match="total variation"):
+        SubsampledGaussian(1.0, 0.1, 1, distance)  # type: ignore[arg-type]
+
+
+def test_calibration_pays_for_the_distance() -> None:
+    noise = calibrate_noise_multiplier(4.0, DELTA, 0.16, 20, EVENTS[1:], total_variation=1e-25)
+    event = SubsampledGaussian(noise, 0.16, 20, 1e-25)
+    assert 3.98 < epsilon_of([*EVENTS[1:], event], DELTA) <= 4.0
+    with pytest.raises(PrivacyBudgetError, match="no noise multiplier"):
+        calibrate_noise_multiplier(4.0, DELTA, 0.16, 20, total_variation=1e-8)
+
+
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +217,22 @@ def test_ledger_round_trips_every_event(
     for event in events:
         ledger.charge(event, run="any", round_number=0)
     assert ledger.spent() == events
+
+
+def test_a_ledger_of_before_distances_were_recorded_is_read(ledger: PrivacyLedger) -> None:
+    """The file as version 0.1.0 wrote it, and the next record beside it."""
+    record = {"time": "2026-01-01T00:00:00+00:00", "run": "phantoms", "round": 1}
+    record |= {"noise_multiplier": 1.0, "sample_rate": 0.16, "steps": 25}
+    digest = PrivacyLedger._digest("hospital-1", [record])
+    ledger.path.parent.mkdir(parents=True)
+    ledger.path.write_text(
+        f'{{"format": "mpc-fl privacy ledger 1", "hospital": "hospital-1", "sha256": "{digest}", "records": [\n'
+        f"{json.dumps(record)}\n]}}\n"
+    )
+    assert ledger.spent() == EVENTS[:1]
+    event = SubsampledGaussian(2.0, 0.1, 10, 3e-27)
+    ledger.charge(event, run="phantoms", round_number=2, budget=PrivacyBudget(20.0, DELTA))
+    assert ledger.spent() == [*EVENTS[:1], event]
 
 
 def test_charge_stops_before_the_budget_is_exceeded(ledger: PrivacyLedger) -> None:
