@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -175,9 +176,15 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], as_json:
 
 @app.command()
 def party(
-    role: Annotated[str, typer.Argument(metavar="ROLE", help="hospital, aggregator, dealer or model-owner")],
     config: Annotated[Path, typer.Option(help="The run's configuration: same file everywhere but for `site`.")],
-    rank: Annotated[int, typer.Option(min=0, help="Rank of a hospital.")] = 0,
+    role: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[ROLE]",
+            help="hospital, aggregator, dealer or model-owner; torchrun, Slurm and Kubernetes tell it.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rank of a hospital, or without ROLE of any party.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory where this party writes.")] = None,
     identity: Annotated[Path | None, typer.Option(help="Directory with this party's key and certificate.")] = None,
     data: DataPath = None,
@@ -190,10 +197,12 @@ def party(
     The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
     """
     from mpc_fl.launcher import run_party, set_up_log, unforeseen
+    from mpc_fl.placement import party_of, site_of
 
     settings = _configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)
+    name = party_of(settings, role, rank, os.environ)
+    settings = site_of(settings, name)
     set_up_log(settings.site.log)
-    name = f"hospital-{rank}" if role == "hospital" else role
     with _bars() as progress:
         try:
             run_party(name, settings, lambda phase, done, total: progress(name, phase, done, total))

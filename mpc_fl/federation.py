@@ -41,6 +41,7 @@ from mpc_fl.secure_sum import encode_weighted, weighted_mean
 from mpc_fl.statistics import Evaluation, evaluate_locally, secure_evaluation
 from mpc_fl.stream_cipher import Seed
 from mpc_fl.training import sampling_rate, train_locally
+from mpc_fl.training_group import TrainingGroup
 from mpc_fl.transport import Links
 from mpc_fl.weights import flatten_buffers, load_flat_buffers
 
@@ -123,6 +124,7 @@ class Hospital:
     noise_multiplier: float | None
     sample_rate: float
     method: Any = None
+    group: TrainingGroup | None = None
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -205,6 +207,7 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
         number,
         step_done,
         hospital.method,
+        hospital.group,
     )
     trained = time.monotonic()
 

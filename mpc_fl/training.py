@@ -7,6 +7,9 @@ at most the clipping norm when one patient is added or removed, whatever their d
 Opacus's optimizer does noise, scale and step; its generator is replaced by the project's stream cipher. Layers that
 draw at random (dropout, stochastic depth) are off, BatchNorm keeps its statistics: every network trains in evaluation
 mode, so that a patient's gradient depends on that patient alone.
+
+Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`training_group`).
+Sampling, noise and the step itself stay in the hospital's own process.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from mpc_fl.per_sample_gradients import (
 )
 from mpc_fl.privacy import SubsampledGaussian
 from mpc_fl.stream_cipher import Seed, Stream
+from mpc_fl.training_group import TrainingGroup
 
 _GAUSSIANS_PER_VALUE = 4
 
@@ -165,11 +169,11 @@ def _check(data: PatientRecords, sample_rate: float) -> None:
         raise PrivacyBudgetError(f"the sampling rate must lie in (0, 1], got {sample_rate}", "see training.batch_size")
 
 
-def _plain_gradients(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _mean_gradient(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
     """Mean gradient of the batch into `.grad`, without clipping; returns the summed loss."""
     value = sum_cross_entropy(model(inputs), labels)
     (value / len(inputs)).backward()
-    return value.detach()
+    return float(value.detach())
 
 
 def sampling_rate(config: Config, patients: int) -> float:
@@ -188,6 +192,7 @@ def train_locally(
     round_number: int,
     progress: Callable[[int, int], None] | None = None,
     method: Method | None = None,
+    group: TrainingGroup | None = None,
 ) -> LocalRound:
     """Train `config.training.local_steps` steps from the weights in `model`, which itself stays as it is.
 
@@ -195,10 +200,12 @@ def train_locally(
     comes from streams of `noise_seed` labelled by round, step and parameter, so the same round cannot be drawn
     twice from one seed. `sampling_seed`: a `Seed`, None for a fresh one, a number for simulation only. `method`
     overrides `config.training.per_sample_gradients` (choose once, use for all rounds). `progress(step, steps)` follows
-    each step. With mechanism `none`: plain SGD on the same kind of batches, no clipping, no noise, no event.
+    each step. `group` shares out each step over its processes; the result is the same up to rounding. With mechanism
+    `none`: plain SGD on the same kind of batches, no clipping, no noise, no event.
 
     Raises `DataError` for malformed data, `ModelError` if the method cannot handle the model or training diverges,
-    `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds.
+    `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds,
+    `TrainingProcessError` if a process of the group dies or is late.
     """
     start = time.perf_counter()
     _check(data, sample_rate)
@@ -230,6 +237,8 @@ def train_locally(
             noise_stream=lambda index: noise_seed.stream("dp noise", round_number, step, index),
         )
 
+    if group is not None:
+        group.begin_round(working, private)
     order = _sampling_seed(sampling_seed)
     loss_sum, used, clipped = 0.0, 0, 0
     for step in range(steps):
@@ -241,17 +250,20 @@ def train_locally(
         used += len(rows)
         # 3. Clip and sum, add noise, scale, step.
         if optimizer is not None:
-            sums = clipped_sum(
-                working, sum_cross_entropy, inputs, labels, config.privacy.clipping_norm, method or "loop"
-            )
+            norm, by = config.privacy.clipping_norm, method or "loop"
+            if group is None:
+                sums = clipped_sum(working, sum_cross_entropy, inputs, labels, norm, by)
+            else:
+                sums = group.clipped_sum(working, inputs, labels, norm, by)
             loss_sum += float(sums.losses.sum())
-            clipped += int((sums.norms > config.privacy.clipping_norm).sum())
+            clipped += int((sums.norms > norm).sum())
             optimizer.zero_grad()
             optimizer.accumulate(sums.gradients)
             optimizer.step()
         elif len(rows):
             sgd.zero_grad()
-            loss_sum += float(_plain_gradients(working, inputs, labels))
+            gradient = _mean_gradient if group is None else group.mean_gradient
+            loss_sum += gradient(working, inputs, labels)
             sgd.step()
         if progress is not None:
             progress(step + 1, steps)

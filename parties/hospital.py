@@ -11,6 +11,7 @@ from mpc_fl.files import append_json_line
 from mpc_fl.membership import connect, site_directory, write_traffic
 from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.privacy import PrivacyLedger
+from mpc_fl.training_group import training_group
 from mpc_fl.transport import Observer
 from mpc_fl.weights import save_model
 
@@ -31,7 +32,11 @@ def train(config: Config, rank: int, notify: Notify, observer: Observer | None =
     directory = config.site.privacy_ledger or out
     hospital = join(config, rank, patients, held_out, PrivacyLedger(directory / f"{name}-privacy.json", name))
     links = connect(config, name, observer)
-    with links, CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime:
+    with (
+        training_group(config, hospital.model) as hospital.group,
+        links,
+        CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime,
+    ):
         domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", name))
         notify("connect", 1, 1)
         links.set_phase("distribution")
