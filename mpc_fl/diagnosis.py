@@ -1,33 +1,46 @@
 """Encrypted diagnosis between a hospital (rank 0) and a model owner (rank 1), with a dealer outside.
 
-Protocol, per batch of images:
-  1. the hospital announces the batch size (public), shares the images; the model owner shared its weights at the start
-  2. both evaluate the network on shares, with triples of the dealer (`inference`)
-  3. the logits are opened to the hospital alone
+Protocol, once:
+  1. the hospital announces the batch sizes (public)
+  2. both record by a dry run what correlated randomness a batch of each size takes, and declare it to the dealer, which
+     begins with the first batch's while
+  3. the model owner shares its weights
+Per batch of images:
+  4. the hospital announces this batch's size and the next one's, and shares the images
+  5. both evaluate the network on shares (`inference`), with the dealer's corrections made ahead of need (`dealer`)
+  6. the logits are opened to the hospital alone
 
 Security. Shares of image and weights are masked by the pairwise seed of the two parties, every opened intermediate is
 masked by a triple (Beaver 1991), the logits reach only the hospital, refreshed by a zero-share. The model owner learns
-shapes, the number of batches and timing; the hospital learns its logits, architecture and shapes. Semi-honest.
+shapes, the number and sizes of batches and timing; the hospital learns its logits, architecture and shapes; the dealer
+learns shapes and timing. Semi-honest, and the dealer colludes with neither.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from mpc_fl.config import Config
+from mpc_fl.correlated_randomness import Request
 from mpc_fl.crypten_runtime import crypten
 from mpc_fl.data import Dataset
-from mpc_fl.errors import ProtocolError
+from mpc_fl.dealer_client import DealerClient
+from mpc_fl.dry_run import record_requests, shape_share
+from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.federation import Notify
 from mpc_fl.files import finite, write_text, written_whole
-from mpc_fl.inference import EncryptedGraph, OnLayer, build_graph, check_logits
+from mpc_fl.inference import EncryptedGraph, OnLayer, build_graph, check_logits, run_layers
+from mpc_fl.inference_cost import module_with
 from mpc_fl.models import build_model
 from mpc_fl.opening import SecretDomain, open_to
 from mpc_fl.secrecy import Shared
@@ -68,6 +81,26 @@ def private_graph(config: Config, model: nn.Module) -> EncryptedGraph:
     return build_graph(model, config.data.input_shape)
 
 
+def requests_of(graph: EncryptedGraph, input_shape: Sequence[int], parties: int, fraction_bits: int) -> list[Request]:
+    """The correlated randomness of one forward pass on `input_shape` (N, C, H, W), in order, from shapes alone.
+
+    The weights may be encrypted or not; only their shapes count.
+    """
+
+    def weights_without_elements(module: Any) -> Any:
+        shapes = {name: tuple(parameter.size()) for name, parameter in module.named_parameters()}
+        twin = module_with(module, {name: shape_share(shape, fraction_bits) for name, shape in shapes.items()})
+        twin.encrypted = True
+        return twin
+
+    def forward() -> None:
+        layers = [dataclasses.replace(layer, module=weights_without_elements(layer.module)) for layer in graph.layers]
+        run_layers(layers, graph.input, graph.output, shape_share(input_shape, fraction_bits))
+
+    with crypten.no_grad():
+        return record_requests(forward, parties, fraction_bits)
+
+
 def ask(
     config: Config, graph: EncryptedGraph, images: Dataset, domain: SecretDomain, notify: Notify
 ) -> list[Diagnosis]:
@@ -77,31 +110,41 @@ def ask(
     like any other batch. Raises `ProtocolError` if the repetition fails too, `PeerLostError` for a lost party.
     """
     links = domain.runtime.links
+    count, size = len(images.inputs), config.inference.batch_size
+    batches = [images.inputs[start : start + size] for start in range(0, count, size)]
+    sizes = [len(batch) for batch in batches]
     links.set_phase("sharing weights")
+    distinct = list(dict.fromkeys(sizes))
+    links.send_object(MODEL_OWNER, "batch sizes", {"sizes": distinct})
+    _declare_batches(config, graph, distinct, domain)
     encrypted = graph.encrypt(src=_MODEL_OWNER_RANK)
     results: list[Diagnosis] = []
-    count, size = len(images.inputs), config.inference.batch_size
-    for start in range(0, count, size):
-        batch = images.inputs[start : start + size]
+    for batch, following in zip(batches, [*sizes[1:], 0], strict=True):
+        start = len(results)
         links.set_phase(f"images {start + 1} to {start + len(batch)}" if size > 1 else f"image {start + 1}")
         began = time.monotonic()
 
         def layer_done(index: int, total: int, _name: str, done: int = start, width: int = len(batch)) -> None:
             notify("encrypted inference", done * total + index * width, count * total)
 
-        logits = _ask_batch(config, encrypted, batch, domain, layer_done)
+        logits = _ask_batch(config, encrypted, batch, following, domain, layer_done)
         seconds = (time.monotonic() - began) / len(batch)
         results += [Diagnosis(row.float(), seconds) for row in logits]
-    links.send_object(MODEL_OWNER, "batch", {"size": 0})
+    links.send_object(MODEL_OWNER, "batch", {"size": 0, "next": 0})
     return results
 
 
 def _ask_batch(
-    config: Config, graph: EncryptedGraph, batch: torch.Tensor, domain: SecretDomain, on_layer: OnLayer
+    config: Config,
+    graph: EncryptedGraph,
+    batch: torch.Tensor,
+    following: int,
+    domain: SecretDomain,
+    on_layer: OnLayer,
 ) -> torch.Tensor:
     for attempt in range(_ATTEMPTS):
-        domain.runtime.links.send_object(MODEL_OWNER, "batch", {"size": len(batch)})
-        logits = _evaluate(graph, batch, domain, on_layer)
+        domain.runtime.links.send_object(MODEL_OWNER, "batch", {"size": len(batch), "next": following})
+        logits = _evaluate(graph, batch, following, domain, on_layer)
         assert logits is not None
         try:
             check_logits(logits, config.inference.logit_bound)
@@ -116,25 +159,53 @@ def answer(config: Config, graph: EncryptedGraph, domain: SecretDomain) -> int:
     """The model owner's side: share the weights, serve batches until the hospital is done; returns their number."""
     links = domain.runtime.links
     links.set_phase("sharing weights")
+    sizes = links.receive_object(HOSPITAL, "batch sizes").get("sizes")
+    allowed = range(1, config.inference.batch_size + 1)
+    # All batches are full but the last.
+    if not isinstance(sizes, list) or len(sizes) > 2 or any(type(n) is not int or n not in allowed for n in sizes):
+        raise ProtocolError("the hospital announced batches of a size not agreed", "check inference.batch_size")
+    _declare_batches(config, graph, sizes, domain)
     encrypted = graph.encrypt(src=_MODEL_OWNER_RANK)
     batches = 0
     while True:
-        size = links.receive_object(HOSPITAL, "batch").get("size")
-        if not isinstance(size, int) or not 0 <= size <= config.inference.batch_size:
+        message = links.receive_object(HOSPITAL, "batch")
+        size, following = message.get("size"), message.get("next")
+        if type(size) is not int or type(following) is not int or not {size, following} <= {0, *sizes}:
             raise ProtocolError("the hospital announced a batch of a size not agreed", "check inference.batch_size")
         if size == 0:
             return batches
         batches += 1
         links.set_phase(f"batch {batches}")
-        _evaluate(encrypted, torch.zeros(size, *config.data.input_shape), domain, None)
+        _evaluate(encrypted, torch.zeros(size, *config.data.input_shape), following, domain, None)
+
+
+def _dealer(domain: SecretDomain) -> DealerClient:
+    if domain.runtime.dealer_client is None:
+        raise SecrecyError("an encrypted inference has no dealer")
+    return domain.runtime.dealer_client
+
+
+def _program(size: int) -> str:
+    return f"batch of {size}"
+
+
+def _declare_batches(config: Config, graph: EncryptedGraph, sizes: Sequence[int], domain: SecretDomain) -> None:
+    """Step 2, at both parties alike."""
+    dealer, world = _dealer(domain), domain.runtime.world
+    for size in sizes:
+        shape = (size, *config.data.input_shape)
+        dealer.declare(_program(size), requests_of(graph, shape, len(world), config.inference.fraction_bits))
+        if size == sizes[0]:
+            dealer.prepare(_program(size))
 
 
 def _evaluate(
-    graph: EncryptedGraph, batch: torch.Tensor, domain: SecretDomain, on_layer: OnLayer | None
+    graph: EncryptedGraph, batch: torch.Tensor, following: int, domain: SecretDomain, on_layer: OnLayer | None
 ) -> torch.Tensor | None:
-    """Steps 1 to 3. At the model owner `batch` only gives the shape."""
-    shared = crypten.cryptensor(batch, src=0)
-    logits = graph.forward(shared, on_layer)
+    """Steps 4 to 6. At the model owner `batch` only gives the shape."""
+    with _dealer(domain).program(_program(len(batch)), _program(following) if following else None):
+        shared = crypten.cryptensor(batch, src=0)
+        logits = graph.forward(shared, on_layer)
     return open_to(domain, Shared("logits", logits), [HOSPITAL], "diagnosis for the hospital that asked")
 
 

@@ -12,8 +12,7 @@ from mpc_fl.federation import (
     aggregator_evaluation,
     aggregator_round,
     announce_end,
-    headroom_of,
-    initial_model,
+    prepare_aggregator,
     send_initial_model,
 )
 from mpc_fl.files import append_json_line
@@ -26,21 +25,20 @@ from mpc_fl.weights import save_model
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Take part in a training run until its last round; write model, metrics and opening record to `site.out`."""
     out = site_directory(config)
-    headroom_of(config).require()
-    model = initial_model(config)
+    aggregator = prepare_aggregator(config)
     links = connect(config, AGGREGATOR, observer)
     with links, CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", AGGREGATOR))
         notify("connect", 1, 1)
         links.set_phase("distribution")
-        send_initial_model(model, links)
+        send_initial_model(aggregator.model, links)
         evaluation = aggregator_evaluation(config, domain, 0)
         append_json_line(out / "metrics.jsonl", {"round": 0, "evaluation": evaluation.to_json(), "seconds": 0.0})
         for number in range(1, config.training.rounds + 1):
             began = time.monotonic()
-            evaluation = aggregator_round(config, model, domain, number, notify)
+            evaluation = aggregator_round(aggregator, domain, number, notify)
             line = {"round": number, "evaluation": evaluation.to_json(), "seconds": time.monotonic() - began}
             append_json_line(out / "metrics.jsonl", line)
-        save_model(out / "model.safetensors", model, config)
+        save_model(out / "model.safetensors", aggregator.model, config)
         announce_end(links, config.training.rounds)
     write_traffic(links, out)

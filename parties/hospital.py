@@ -57,7 +57,8 @@ def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -
     notify("load data", 1, 1)
     links = connect(config, name, observer)
     world = [name, "model-owner"]
-    with links, CrypTenRuntime(links, world, "dealer", config.inference.fraction_bits) as runtime:
+    bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
+    with links, CrypTenRuntime(links, world, "dealer", bits, ahead) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", name))
         notify("connect", 1, 1)
         results = ask(config, graph, images, domain, notify)

@@ -23,7 +23,8 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     graph = private_graph(config, load_model(config.site.model, config))
     notify("load model", 1, 1)
     links = connect(config, NAME, observer)
-    with links, CrypTenRuntime(links, ["hospital-0", NAME], "dealer", config.inference.fraction_bits) as runtime:
+    bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
+    with links, CrypTenRuntime(links, ["hospital-0", NAME], "dealer", bits, ahead) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", NAME))
         notify("connect", 1, 1)
         answer(config, graph, domain)

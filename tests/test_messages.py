@@ -191,15 +191,25 @@ def test_only_the_hospital_gets_the_logits(inference: dict[str, Any]) -> None:
 def test_the_dealer_receives_shapes_only(inference: dict[str, Any]) -> None:
     frames = inference["dealer"]["frames"]
     assert not [kind for _, kind, _, _ in frames if kind == "TENSOR"]
-    requests = [payload for _, kind, _, payload in frames if kind == "OBJECT"]
+    control = [p for peer, kind, tag, p in frames if kind == "OBJECT" and tag == "dealer control"]
+    requests = [request for message in control for request in message.get("requests", [])]
     assert len(requests) > 100
     for request in requests:
-        assert set(request) <= {"index", "kind", "shapes", "operation", "arguments", "options"}
-        assert all(isinstance(size, int) for shape in request["shapes"].values() for size in shape)
+        assert set(request) <= {"kind", "shapes", "operation", "options"}
+        assert all(isinstance(size, int) and size < 10**6 for shape in request["shapes"] for size in shape)
+    for message in control:
+        assert set(message) <= {"kind", "program", "requests", "more", "ahead_bytes", "instance", "following"}
+    assert {tag for _, kind, tag, _ in frames if kind == "OBJECT"} == {"dealer control", "dealer consumed"}
+    for _, kind, tag, message in frames:
+        if kind == "OBJECT" and tag == "dealer consumed":
+            assert set(message) == {"instance", "blocks", "complete"}
 
 
-def test_requests_to_the_dealer_are_the_same_for_both_images(inference: dict[str, Any]) -> None:
-    requests = [p for peer, kind, _, p in inference["dealer"]["frames"] if kind == "OBJECT" and peer == "hospital-0"]
-    stripped = [{key: value for key, value in request.items() if key != "index"} for request in requests[:-1]]
-    half = len(stripped) // 2
-    assert stripped[:half] == stripped[half:]
+def test_both_images_ask_the_dealer_for_the_same(inference: dict[str, Any]) -> None:
+    """One declaration serves both; apart from the running number the dealer cannot tell one image from the other."""
+    frames = inference["dealer"]["frames"]
+    for party in ("hospital-0", "model-owner"):
+        control = [p for peer, kind, tag, p in frames if (peer, kind, tag) == (party, "OBJECT", "dealer control")]
+        assert [message["kind"] for message in control] == ["declare", "prepare", "run", "run", "finish"]
+        runs = [(message["program"], message["instance"]) for message in control if message["kind"] == "run"]
+        assert runs == [("batch of 1", 1), ("batch of 1", 2)]

@@ -342,7 +342,7 @@ REVIEWED = {
     # not a secret of the protocol: a network's first weights, and names of files
     "nn/module.py": {"Linear.__init__", "Conv1d.__init__", "Conv2d.__init__", "_BatchNorm.__init__"},
     "nn/init.py": {""},
-    # NOT replaced: DPSplit draws its noise and label flips from torch's generator. mpc_fl does not use it.
+    # refused by the runtime: DPSplit draws its noise and label flips from torch's generator
     "nn/privacy/dp_split.py": {"DPSplitModel._process_targets", "DPSplitModel._generate_noise_from_src"},
 }
 
@@ -388,6 +388,32 @@ def test_the_guard_sees_a_draw_from_torch() -> None:
         ):
             with pytest.raises(AssertionError, match="drew from"):
                 draw()
+
+
+def what_is_refused(links: Any) -> list[str]:
+    """Parts of CrypTen that draw secrets from torch's generator, called inside the runtime."""
+    from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
+
+    refused = []
+    runtime = CrypTenRuntime(links, ["party-0", "party-1"], None, 16)
+    with crypten.cfg.temp_override({"mpc.protocol": "replicated"}):
+        try:
+            runtime.__enter__()
+        except SecrecyError as error:
+            refused.append(str(error))
+    with runtime:
+        for call in (lambda: crypten.manual_seed(1, 2, 3), lambda: crypten.nn.privacy.DPSplitModel()):
+            try:
+                call()
+            except SecrecyError as error:
+                refused.append(str(error))
+    return refused
+
+
+def test_what_crypten_draws_from_torch_is_refused(tmp_path: Path) -> None:
+    results = run_parties(what_is_refused, ["party-0", "party-1"], tmp_path)
+    for refused in results.values():
+        assert "replicated" in refused[0] and ["torch.Generator" in text for text in refused] == [False, True, True]
 
 
 def test_the_benchmark_prints_both_sources_and_their_ratio() -> None:
