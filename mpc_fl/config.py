@@ -133,14 +133,28 @@ class TrainingSection(Section):
 
 
 class PrivacySection(Section):
-    """Differential privacy of each hospital's patients. `local`: each hospital adds the full noise itself."""
+    """Differential privacy of each hospital's patients.
 
-    mechanism: Literal["local", "none"] = "local"
+    `local`: each hospital adds the full noise itself, once per local step. `distributed`: every step is a secure sum, and
+    each hospital adds its part of the noise of that sum, so that it holds against `colluders` hospitals that take out
+    theirs. All then need one noise multiplier: set it, or `smallest_hospital`, a public lower bound on the training
+    patients of every hospital, to have it calibrated.
+    """
+
+    mechanism: Literal["local", "distributed", "none"] = "local"
+    colluders: Annotated[int, Field(ge=0)] = 1
+    smallest_hospital: Count | None = None
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     clipping_norm: Positive = 1.0
     noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
     accountant: Literal["rdp", "prv"] = "rdp"
+
+    @model_validator(mode="after")
+    def _check(self) -> PrivacySection:
+        if self.mechanism == "distributed" and self.noise_multiplier is None and self.smallest_hospital is None:
+            raise ValueError("distributed noise needs noise_multiplier, or smallest_hospital to calibrate it")
+        return self
 
 
 class AggregationSection(Section):

@@ -22,7 +22,9 @@ from torch import nn
 
 from mpc_fl.config import Config
 from mpc_fl.data import Dataset
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.distributed_mechanism import DistributedGaussian
+from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.federated_sgd import ServerOptimizer, Steps, aggregator_steps, hospital_steps, mechanism_of
 from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters, load_flat_parameters
 from mpc_fl.opening import SecretDomain
 from mpc_fl.per_sample_gradients import choose_per_sample_method
@@ -78,11 +80,17 @@ def plan_release(
     check_delta(settings.delta, patients, who)
     rate, steps = sampling_rate(config, patients), config.training.rounds * config.training.local_steps
     noise = settings.noise_multiplier
-    if noise is None:
-        noise = calibrate_noise_multiplier(
-            settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
-        )
-    planned = SubsampledGaussian(noise, rate, steps)
+    if settings.mechanism == "distributed":
+        if patients < (settings.smallest_hospital or 0):
+            raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
+        planned = distributed_mechanism_of(config).event(rate, steps)
+        noise = planned.noise_multiplier
+    else:
+        if noise is None:
+            noise = calibrate_noise_multiplier(
+                settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
+            )
+        planned = SubsampledGaussian(noise, rate, steps)
     total = epsilon_of([*past, planned], settings.delta, settings.accountant)
     if total > settings.epsilon:
         raise PrivacyBudgetError(
@@ -91,6 +99,11 @@ def plan_release(
             "raise privacy.noise_multiplier, or set it to null to have it calibrated",
         )
     return planned
+
+
+def distributed_mechanism_of(config: Config) -> DistributedGaussian:
+    """The public mechanism of a run with distributed noise."""
+    return mechanism_of(config, len(flatten_parameters(build_model(config, config.data.input_shape, config.seed))))
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -125,6 +138,7 @@ class Hospital:
     sample_rate: float
     method: Any = None
     group: TrainingGroup | None = None
+    mechanism: DistributedGaussian | None = None
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -154,6 +168,10 @@ def join(config: Config, rank: int, train: Dataset, test: Dataset, ledger: Priva
     rate = sampling_rate(config, train.patient_count)
     model = initial_model(config)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate)
+    if config.privacy.mechanism == "distributed":
+        if config.site.training_processes > 1:
+            raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
+        hospital.mechanism = distributed_mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
         hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
@@ -184,6 +202,37 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
     Raises `PrivacyBudgetError` before training if the round would exceed the budget, `HeadroomError` if the update is
     NaN, infinite or too large, before anything is sent; `PeerLostError` when a party is lost or late.
     """
+    began = time.monotonic()
+    steps, train_seconds = _take_steps(hospital, domain, number, notify)
+    aggregate_seconds = time.monotonic() - began - train_seconds
+    log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, train_seconds, aggregate_seconds)
+    notify("aggregation", number, hospital.config.training.rounds)
+
+    # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
+    evaluation_began = time.monotonic()
+    own = hospital_evaluation(hospital, domain, number)
+    notify("evaluation", number, hospital.config.training.rounds)
+    return {
+        "round": number,
+        "loss": steps.mean_loss,
+        "epsilon": hospital.epsilon(),
+        "noise_multiplier": hospital.noise_multiplier,
+        "clipped_fraction": steps.clipped_fraction,
+        "steps": steps.count,
+        "method": steps.method,
+        "own_accuracy": own.accuracy,
+        "own_records": own.records,
+        "skipped_files": hospital.train.skipped + hospital.test.skipped,
+        "seconds": {
+            "train": train_seconds,
+            "aggregate": aggregate_seconds,
+            "evaluate": time.monotonic() - evaluation_began,
+        },
+    }
+
+
+def _take_steps(hospital: Hospital, domain: SecretDomain, number: int, notify: Notify) -> tuple[Steps, float]:
+    """Steps 2 to 5 at a hospital; returns what it keeps of them, and the seconds spent on training."""
     config, links = hospital.config, domain.runtime.links
     old = flatten_parameters(hospital.model)
 
@@ -196,6 +245,23 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
 
     if hospital.noise_multiplier is not None:
         charge_round(hospital, number)
+    if hospital.mechanism is not None:
+        # Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`.
+        before = links.seconds_of(f"round {number} training")
+        steps = hospital_steps(
+            domain,
+            hospital.model,
+            hospital.train,
+            config,
+            hospital.mechanism,
+            hospital.sample_rate,
+            hospital.noise_seed,
+            hospital.sampling_seed,
+            number,
+            hospital.method,
+            step_done,
+        )
+        return steps, links.seconds_of(f"round {number} training") - before
     local = train_locally(
         hospital.model,
         hospital.train,
@@ -224,36 +290,17 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
     # 4. and 5. Mean on shares, opened to the aggregator, which sends the new global model.
     weighted_mean(domain, *encoded, config.aggregation.fraction_bits, AGGREGATOR, f"round {number}: mean update")
     load_flat_parameters(hospital.model, links.receive_tensor(AGGREGATOR, "global model", torch.float32, old.shape))
-    notify("aggregation", number, config.training.rounds)
-    aggregated = time.monotonic()
-    log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, trained - began, aggregated - trained)
-
-    # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
-    own = hospital_evaluation(hospital, domain, number)
-    notify("evaluation", number, config.training.rounds)
-    return {
-        "round": number,
-        "loss": local.mean_loss,
-        "epsilon": hospital.epsilon(),
-        "noise_multiplier": hospital.noise_multiplier,
-        "clipped_fraction": local.clipped_fraction,
-        "steps": local.steps,
-        "method": local.method,
-        "own_accuracy": own.accuracy,
-        "own_records": own.records,
-        "skipped_files": hospital.train.skipped + hospital.test.skipped,
-        "seconds": {
-            "train": trained - began,
-            "aggregate": aggregated - trained,
-            "evaluate": time.monotonic() - aggregated,
-        },
-    }
+    return Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained - began
 
 
 def charge_round(hospital: Hospital, number: int) -> None:
     """Write the round's release into the privacy ledger before anything that depends on patients is computed."""
     assert hospital.noise_multiplier is not None
-    event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, hospital.config.training.local_steps)
+    steps = hospital.config.training.local_steps
+    if hospital.mechanism is not None:
+        event = hospital.mechanism.event(hospital.sample_rate, steps)
+    else:
+        event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, steps)
     hospital.ledger.charge(event, run=hospital.config.name, round_number=number, budget=hospital.budget)
 
 
@@ -274,13 +321,47 @@ def hospital_evaluation(hospital: Hospital, domain: SecretDomain, number: int) -
     return own
 
 
-def aggregator_round(config: Config, model: nn.Module, domain: SecretDomain, number: int, notify: Notify) -> Evaluation:
-    """Round `number` at the aggregator: steps 4 to 6. Its own summand is zero; it learns the two opened sums."""
+@dataclass
+class Aggregator:
+    """The aggregator's state over the rounds: the global model, and for distributed noise mechanism and optimizer."""
+
+    config: Config
+    model: nn.Module
+    mechanism: DistributedGaussian | None
+    optimizer: ServerOptimizer
+
+
+def prepare_aggregator(config: Config) -> Aggregator:
+    """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
+    headroom_of(config).require()
+    mechanism = distributed_mechanism_of(config) if config.privacy.mechanism == "distributed" else None
+    optimizer = ServerOptimizer(config.training.learning_rate, config.training.momentum)
+    return Aggregator(config, initial_model(config), mechanism, optimizer)
+
+
+def aggregator_round(aggregator: Aggregator, domain: SecretDomain, number: int, notify: Notify) -> Evaluation:
+    """Round `number` at the aggregator: steps 4 to 6. Its own summand is zero; it learns the opened sums."""
+    config = aggregator.config
+    domain.runtime.links.set_phase(f"round {number} aggregation")
+    if aggregator.mechanism is not None:
+        aggregator_steps(domain, aggregator.model, config, aggregator.mechanism, aggregator.optimizer, number)
+    else:
+        _average(config, aggregator.model, domain, number)
+    notify("aggregation", number, config.training.rounds)
+
+    # 6. Sum of the hospitals' evaluation counts.
+    evaluation = aggregator_evaluation(config, domain, number)
+    notify("evaluation", number, config.training.rounds)
+    log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
+    return evaluation
+
+
+def _average(config: Config, model: nn.Module, domain: SecretDomain, number: int) -> None:
+    """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, apply and send it."""
     links = domain.runtime.links
     old = flatten_parameters(model)
 
     # 4. The aggregator holds a share like everybody else.
-    links.set_phase(f"round {number} aggregation")
     zeros = Private("aggregator's zero", torch.zeros(old.shape, dtype=torch.int64))
     no_weight = Private("aggregator's zero weight", torch.zeros(1, dtype=torch.int64))
     mean = weighted_mean(
@@ -292,13 +373,6 @@ def aggregator_round(config: Config, model: nn.Module, domain: SecretDomain, num
     load_flat_parameters(model, (old.double() + mean).float())
     for peer in links.peers:
         links.send_tensor(peer, "global model", flatten_parameters(model))
-    notify("aggregation", number, config.training.rounds)
-
-    # 6. Sum of the hospitals' evaluation counts.
-    evaluation = aggregator_evaluation(config, domain, number)
-    notify("evaluation", number, config.training.rounds)
-    log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
-    return evaluation
 
 
 def aggregator_evaluation(config: Config, domain: SecretDomain, number: int) -> Evaluation:

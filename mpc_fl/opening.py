@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mpc_fl.crypten_runtime import CrypTenRuntime, share_of
+from mpc_fl.ring import RingShare
 from mpc_fl.secrecy import Shared
 
 
@@ -74,24 +75,30 @@ class SecretDomain:
 def open_to(domain: SecretDomain, value: Shared[Any], who: list[str], why: str) -> torch.Tensor | None:
     """Open a secret-shared value to the parties named in `who`; return it there (float64), `None` elsewhere.
 
-    Each party sends its share to each party in `who`: one round, 8 bytes per element and link. The share is refreshed
-    with a fresh zero-share first, so that what an opener receives from one party is uniform given the sum and shows
-    nothing of how the value was computed. All parties of the world must call this in the same order.
+    Each party sends its share to each party in `who`: one round, 8 bytes per element and link (4 over Z_2^32). The
+    share is refreshed with a fresh zero-share first, so that what an opener receives from one party is uniform given the
+    sum and shows nothing of how the value was computed. All parties of the world must call this in the same order.
 
     Raises `PeerLostError` when a share does not arrive in time.
     """
     elements = _open_elements(domain, value, who, why)
     if elements is None:
         return None
-    return elements.double() / float(1 << share_of(value.inside_protocol())[1])
+    return elements.double() / float(1 << _share_of(value)[1])
+
+
+def _share_of(value: Shared[Any]) -> tuple[torch.Tensor, int, bool]:
+    """This party's share, its fraction bits, and whether shares combine by exclusive or."""
+    inside = value.inside_protocol()
+    return (inside.elements, inside.fraction_bits, False) if isinstance(inside, RingShare) else share_of(inside)
 
 
 def _open_elements(domain: SecretDomain, value: Shared[Any], who: list[str], why: str) -> torch.Tensor | None:
     runtime, links = domain.runtime, domain.runtime.links
-    share, _, exclusive_or = share_of(value.inside_protocol())
+    share, _, exclusive_or = _share_of(value)
     domain.record.append(value.label, why, list(share.shape), list(who), list(runtime.world))
-    zero = runtime.zero_share(share.shape, exclusive_or=exclusive_or)
-    refreshed = share ^ zero if exclusive_or else share + zero
+    refreshed = share.clone()
+    runtime.add_zero_share(refreshed, exclusive_or=exclusive_or)
     for name in who:
         if name != links.name:
             links.send_tensor(name, "opening", refreshed)
@@ -100,6 +107,9 @@ def _open_elements(domain: SecretDomain, value: Shared[Any], who: list[str], why
     total = refreshed
     for name in runtime.world:
         if name != links.name:
-            received = links.receive_tensor(name, "opening", torch.int64, share.shape)
-            total = total ^ received if exclusive_or else total + received
+            received = links.receive_tensor(name, "opening", share.dtype, share.shape)
+            if exclusive_or:
+                total ^= received
+            else:
+                total += received
     return total

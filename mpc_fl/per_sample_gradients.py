@@ -16,6 +16,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
+from mpc_fl.distributed_mechanism import DistributedGaussian, add_patients
 from mpc_fl.errors import ModelError
 from mpc_fl.graph import without_in_place
 from mpc_fl.models import trainable_parameters
@@ -148,6 +149,31 @@ def clipped_sum(
         torch.cat(norms) if norms else empty,
         torch.cat(losses) if losses else empty,
     )
+
+
+class RoundedSum(NamedTuple):
+    """`total` integers (P,) of the mechanism's ring, norms before clipping and losses of each record (N,)."""
+
+    total: torch.Tensor
+    norms: torch.Tensor
+    losses: torch.Tensor
+
+
+def rounded_sum(
+    model: nn.Module,
+    loss: Loss,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    mechanism: DistributedGaussian,
+    method: Method = "loop",
+) -> RoundedSum:
+    """Clip each record's gradient, round it to the mechanism's grid, and add up exactly; see `clipped_sum`."""
+    total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
+    norms, losses = [torch.empty(0, dtype=torch.float64)], [torch.empty(0)]
+    for gradients, values in _IMPLEMENTATIONS[method](model, loss, inputs, labels) if len(inputs) else iter(()):
+        norms.append(add_patients(mechanism, total, gradients))
+        losses.append(values)
+    return RoundedSum(total, torch.cat(norms), torch.cat(losses))
 
 
 def working_copy(model: nn.Module) -> nn.Module:

@@ -22,13 +22,18 @@ import torch
 
 from mpc_fl.crypten_runtime import mpc_tensor_from_share
 from mpc_fl.opening import SecretDomain, open_to
-from mpc_fl.ring import FixedPoint, Headroom
+from mpc_fl.ring import FixedPoint, Headroom, RingShare
 from mpc_fl.secrecy import Private, Shared
 
 
 def secure_sum(domain: SecretDomain, encoded: Private[torch.Tensor], fraction_bits: int) -> Shared[Any]:
-    """This party's share of the sum of all parties' int64 tensors of one shape, `fraction_bits` kept with it."""
+    """This party's share of the sum of all parties' tensors of one shape, `fraction_bits` kept with it.
+
+    int64: a CrypTen tensor over Z_2^64. int32: a `RingShare` over Z_2^32, masked by the zero-share that `open_to` adds.
+    """
     elements = encoded.inside_protocol()
+    if elements.dtype == torch.int32:
+        return Shared(f"sum of {encoded.label}", RingShare(elements, fraction_bits))
     share = elements + domain.runtime.zero_share(elements.shape)
     return Shared(f"sum of {encoded.label}", mpc_tensor_from_share(share, fraction_bits))
 

@@ -137,7 +137,8 @@ class StreamNoiseOptimizer(DPOptimizer):
             parameter.summed_grad = None
 
 
-def _sampling_seed(seed: Seed | int | None) -> Seed:
+def sampling_seed_of(seed: Seed | int | None) -> Seed:
+    """A `Seed` as it is, a fresh one for None; from a number one for simulation, the same for the same number."""
     if isinstance(seed, Seed):
         return seed
     if seed is None:
@@ -239,7 +240,7 @@ def train_locally(
 
     if group is not None:
         group.begin_round(working, private)
-    order = _sampling_seed(sampling_seed)
+    order = sampling_seed_of(sampling_seed)
     loss_sum, used, clipped = 0.0, 0, 0
     for step in range(steps):
         # 2. Poisson-sample patients, one record each.

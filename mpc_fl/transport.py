@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from mpc_fl.errors import DisagreementError, HandshakeError, LinkError, MpcFlError, PeerLostError, ProtocolError, SecrecyError
+from mpc_fl.errors import (
+    DisagreementError,
+    HandshakeError,
+    LinkError,
+    MpcFlError,
+    PeerLostError,
+    ProtocolError,
+    SecrecyError,
+)
 from mpc_fl.frames import Frame, FrameReader, Kind, encode_frame
 from mpc_fl.grpc_streams import Conversation, StreamServer, dial, wait_for_all
 from mpc_fl.handshake import Agreement, check_greeting, greeting_digest, make_greeting, pairwise_key
@@ -403,6 +411,10 @@ class Links:
     def phase_seconds(self) -> dict[str, float]:
         """Seconds by phase, of the phases that have ended."""
         return self._counter.phase_seconds
+
+    def seconds_of(self, phase: str) -> float:
+        """Seconds spent in a phase so far, the current stay left out."""
+        return self._counter.phase_seconds.get(phase, 0.0)
 
     def set_phase(self, phase: str) -> None:
         """Name what is going on, for counters and for messages about lost parties."""
