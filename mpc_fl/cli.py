@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from mpc_fl import bench, pki
+from mpc_fl import bench, ledger_commands, pki
 from mpc_fl.config import Config, load_config
 from mpc_fl.errors import MpcFlError
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(pki.app, name="pki")
 app.add_typer(bench.app, name="bench")
+app.add_typer(ledger_commands.app, name="ledger")
 errors = Console(stderr=True, highlight=False)
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

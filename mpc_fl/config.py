@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpc_fl.errors import ConfigError
 
+AGGREGATOR = "aggregator"
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -205,7 +207,7 @@ class FederationSection(Section):
         for name in self.dial_out_only:
             if name in self.addresses:
                 raise ValueError(f"{name} is in dial_out_only and has an address; give it only one of them")
-            if name == (self.relay or "aggregator"):
+            if name == (self.relay or AGGREGATOR):
                 raise ValueError(f"{name} is the relay, so others must be able to dial it")
         for name, address in self.addresses.items():
             host, separator, port = address.rpartition(":")
@@ -352,5 +354,5 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
-        return [f"hospital-{rank}" for rank in range(config.federation.hospitals)] + ["aggregator"]
+        return [f"hospital-{rank}" for rank in range(config.federation.hospitals)] + [AGGREGATOR]
     return ["hospital-0", "model-owner", "dealer"]

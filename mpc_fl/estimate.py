@@ -1,6 +1,7 @@
 """What a run will need, before it: headroom, privacy, bytes, messages, memory.
 
-Bytes are those of tensors; frames, greetings and control messages add about 100 bytes each. Memory is a model of what
+Bytes are those of tensors; frames and control messages add about 100 bytes each, signatures of the reveal ledger and
+greetings about 1.5 KB. Memory is a model of what
 the programs hold, with constants fitted to measured peaks (`VmHWM` of parties, in their logs): right within a factor of
 two, for a decision between a laptop and a server.
 """
@@ -18,7 +19,7 @@ from torch import nn
 from mpc_fl.config import Config
 from mpc_fl.diagnosis import public_graph, requests_of
 from mpc_fl.errors import ModelError
-from mpc_fl.federation import EVALUATION_CHUNK, headroom_of, plan_release
+from mpc_fl.federation import EVALUATION_CHUNK, distributed_mechanism_of, headroom_of, plan_release
 from mpc_fl.inference import cost
 from mpc_fl.models import build_model, flatten_parameters
 from mpc_fl.privacy import epsilon_of
@@ -72,15 +73,21 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
     classes, rounds = len(config.data.classes), config.training.rounds
     counts = classes * classes + 2 * classes * SCORE_BINS
     hospitals = config.federation.hospitals
-    up = rounds * _WORD * (parameters + 1 + counts) + _WORD * counts
-    down = _FLOAT * (parameters + buffers) + rounds * _FLOAT * parameters
+    # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
+    sums, up_once = 1, _WORD * (parameters + 1)
+    if config.privacy.mechanism == "distributed":
+        sums, up_once = config.training.local_steps, distributed_mechanism_of(config).ring_bits // 8 * parameters
+    up = rounds * (sums * up_once + _WORD * counts) + _WORD * counts
+    down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * parameters
+    opened = rounds * (sums + (1 if config.privacy.mechanism == "distributed" else 2)) + 1
+    signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
     headroom = headroom_of(config)
     return {
         "parameters": parameters,
         "rounds": rounds,
         "bytes_sent_per_hospital": up,
         "bytes_sent_by_aggregator": hospitals * down,
-        "messages_per_hospital": 3 * rounds + 1,
+        "messages_per_hospital": opened + signed,
         "headroom_bits_spare": round(headroom.bits_spare, 1),
         "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
         "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],

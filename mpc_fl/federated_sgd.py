@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config import AGGREGATOR, Config
 from mpc_fl.distributed_mechanism import (
     DistributedGaussian,
     mean_gradient,
@@ -36,12 +36,13 @@ from mpc_fl.models import flatten_parameters, load_flat_parameters, trainable_pa
 from mpc_fl.opening import SecretDomain, open_to
 from mpc_fl.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.privacy import calibrate_noise_multiplier
+from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.secrecy import Private
 from mpc_fl.secure_sum import secure_sum
 from mpc_fl.stream_cipher import Seed
 from mpc_fl.training import PatientRecords, sample_patients, sampling_seed_of
 
-AGGREGATOR = "aggregator"
+_SUM = "sum of clipped gradients"
 
 
 def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
@@ -76,6 +77,21 @@ def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
         return planned(32)
     except HeadroomError:
         return planned(64)
+
+
+def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
+    """What all parties may know of the privacy that `steps` steps spend: what was agreed, no hospital's own figure."""
+    settings = config.privacy
+    if settings.mechanism == "none":
+        return {"mechanism": "none"}
+    return {
+        "mechanism": settings.mechanism,
+        "unit": "patient",
+        "steps": steps,
+        "clipping norm": settings.clipping_norm,
+        "delta": settings.delta,
+        "epsilon of all rounds at most": settings.epsilon,
+    }
 
 
 @dataclass(frozen=True)
@@ -121,7 +137,8 @@ def hospital_steps(
         share = noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
         # 3. and 4.
         links.set_phase(f"round {number} aggregation")
-        open_to(domain, secure_sum(domain, share, 0), [AGGREGATOR], f"round {number} step {step + 1}: noised gradient")
+        why = f"round {number} step {step + 1}: noised gradient"
+        open_to(domain, secure_sum(domain, share, 0, _SUM), [AGGREGATOR], why, privacy_of_steps(config, 1))
         shape = (mechanism.parameters,)
         load_flat_parameters(working, links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
         step_done(step + 1, steps)
@@ -156,7 +173,7 @@ def aggregator_steps(
     for step in range(config.training.local_steps):
         zeros = Private("clipped gradients", torch.zeros(mechanism.parameters, dtype=mechanism.dtype))
         why = f"round {number} step {step + 1}: noised gradient"
-        opened = open_to(domain, secure_sum(domain, zeros, 0), [AGGREGATOR], why)
+        opened = open_to(domain, secure_sum(domain, zeros, 0, _SUM), [AGGREGATOR], why, privacy_of_steps(config, 1))
         assert opened is not None
         stepped = optimizer.step(flatten_parameters(working), mean_gradient(mechanism, opened.long()))
         load_flat_parameters(working, stepped)

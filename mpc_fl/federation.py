@@ -7,6 +7,7 @@ Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one
   4. weighted mean on shares; the two sums are opened to the aggregator alone
   5. the aggregator applies the mean and sends the new global model
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
+  7. all sign the round's openings and the new global model into the reveal ledger
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config import AGGREGATOR, Config
 from mpc_fl.data import Dataset
 from mpc_fl.distributed_mechanism import DistributedGaussian
 from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError, ProtocolError
-from mpc_fl.federated_sgd import ServerOptimizer, Steps, aggregator_steps, hospital_steps, mechanism_of
+from mpc_fl.federated_sgd import (
+    ServerOptimizer,
+    Steps,
+    aggregator_steps,
+    hospital_steps,
+    mechanism_of,
+    privacy_of_steps,
+)
 from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters, load_flat_parameters
 from mpc_fl.opening import SecretDomain
 from mpc_fl.per_sample_gradients import choose_per_sample_method
@@ -49,7 +57,6 @@ from mpc_fl.weights import flatten_buffers, load_flat_buffers
 
 log = logging.getLogger(__name__)
 
-AGGREGATOR = "aggregator"
 CALIBRATION_IMAGES = 64
 EVALUATION_CHUNK = 64
 
@@ -288,7 +295,15 @@ def _take_steps(hospital: Hospital, domain: SecretDomain, number: int, notify: N
     )
 
     # 4. and 5. Mean on shares, opened to the aggregator, which sends the new global model.
-    weighted_mean(domain, *encoded, config.aggregation.fraction_bits, AGGREGATOR, f"round {number}: mean update")
+    why = f"round {number}: mean update"
+    weighted_mean(
+        domain,
+        *encoded,
+        config.aggregation.fraction_bits,
+        AGGREGATOR,
+        why,
+        privacy_of_steps(config, config.training.local_steps),
+    )
     load_flat_parameters(hospital.model, links.receive_tensor(AGGREGATOR, "global model", torch.float32, old.shape))
     return Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained - began
 
@@ -364,9 +379,8 @@ def _average(config: Config, model: nn.Module, domain: SecretDomain, number: int
     # 4. The aggregator holds a share like everybody else.
     zeros = Private("aggregator's zero", torch.zeros(old.shape, dtype=torch.int64))
     no_weight = Private("aggregator's zero weight", torch.zeros(1, dtype=torch.int64))
-    mean = weighted_mean(
-        domain, zeros, no_weight, config.aggregation.fraction_bits, AGGREGATOR, f"round {number}: mean update"
-    )
+    why, privacy = f"round {number}: mean update", privacy_of_steps(config, config.training.local_steps)
+    mean = weighted_mean(domain, zeros, no_weight, config.aggregation.fraction_bits, AGGREGATOR, why, privacy)
     assert mean is not None
 
     # 5. Apply and send.

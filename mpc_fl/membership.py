@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.config import Config, party_names
+from mpc_fl.config import AGGREGATOR, Config, party_names
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
 from mpc_fl.identity import load_identity
+from mpc_fl.ledger_file import RevealLedger
 from mpc_fl.routes import routes
 from mpc_fl.transport import Agreement, Links, Observer
 
@@ -41,7 +42,7 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
     if not federation.session:
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
-    relay = federation.relay or ("aggregator" if "aggregator" in names else None)
+    relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     return Links(
         load_identity(config.site.identity, name),
         (config.site.listen or addresses[name]) if name in addresses else None,
@@ -52,6 +53,12 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         observer,
         relay,
     )
+
+
+def open_ledger(config: Config, name: str) -> RevealLedger:
+    """This party's reveal ledger in its directory. Raises `MpcFlError` when the one there was changed."""
+    assert config.site.identity is not None  # `connect` came first
+    return RevealLedger(site_directory(config), load_identity(config.site.identity, name))
 
 
 def write_traffic(links: Links, directory: Path) -> None:

@@ -24,8 +24,11 @@ from mpc_fl.diagnosis import private_graph
 from mpc_fl.errors import ConfigError, MpcFlError
 from mpc_fl.federation import predict
 from mpc_fl.files import write_json, write_text
+from mpc_fl.identity import ROOT_FILE
 from mpc_fl.launcher import Progress, launch
+from mpc_fl.ledger_file import OPENINGS_FILE
 from mpc_fl.report import write_report
+from mpc_fl.reveal_ledger import LEDGER_FILE
 from mpc_fl.weights import load_model
 
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
@@ -55,6 +58,7 @@ def run_directory(out: Path) -> Iterator[Path]:
 
 
 def _keep_logs(partial: Path, failed: Path) -> None:
+    """Logs and configuration, and what was revealed until then: each party's reveal ledger, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
     logs = partial / "logs"
     if logs.is_dir() and any(logs.iterdir()):
@@ -62,6 +66,13 @@ def _keep_logs(partial: Path, failed: Path) -> None:
         logs.rename(failed / "logs")
         if (partial / "config.yaml").is_file():
             (partial / "config.yaml").rename(failed / "config.yaml")
+        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE) for path in partial.rglob(name)]:
+            kept = failed / path.relative_to(partial)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+        for path in [partial / ROOT_FILE, *partial.glob(f"parties/*/identity/{ROOT_FILE}")]:
+            if path.is_file():
+                path.replace(failed / ROOT_FILE)
         # What a failed run released stays released: its privacy ledgers are kept.
         for ledger in partial.glob("parties/*/*-privacy.json"):
             ledger.rename(failed / ledger.name)
@@ -90,7 +101,7 @@ def train(config: Config, out: Path, command: str, progress: Progress) -> dict[s
         began = time.monotonic()
         launch(config, directory, progress)
         aggregator = directory / "parties" / "aggregator"
-        for name in ("model.safetensors", "metrics.jsonl", "openings.jsonl"):
+        for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
             (aggregator / name).rename(directory / name)
         _forget_identities(config, directory)
         global_metrics = read_json_lines(directory / "metrics.jsonl")
@@ -186,7 +197,9 @@ def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], dir
 
 
 def _forget_identities(config: Config, directory: Path) -> None:
-    """Keys of a local run serve only that run."""
+    """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
+    root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
+    write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
     for name in party_names(config):
         identity = directory / "parties" / name / "identity"
         if identity.is_dir():

@@ -16,26 +16,31 @@ element from each other party (`opening.open_to`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from mpc_fl.crypten_runtime import mpc_tensor_from_share
 from mpc_fl.opening import SecretDomain, open_to
+from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.ring import FixedPoint, Headroom, RingShare
 from mpc_fl.secrecy import Private, Shared
 
 
-def secure_sum(domain: SecretDomain, encoded: Private[torch.Tensor], fraction_bits: int) -> Shared[Any]:
+def secure_sum(
+    domain: SecretDomain, encoded: Private[torch.Tensor], fraction_bits: int, what: str = "a sum over parties"
+) -> Shared[Any]:
     """This party's share of the sum of all parties' tensors of one shape, `fraction_bits` kept with it.
 
+    `what` names the sum, alike at all parties: they sign it when it is opened.
     int64: a CrypTen tensor over Z_2^64. int32: a `RingShare` over Z_2^32, masked by the zero-share that `open_to` adds.
     """
     elements = encoded.inside_protocol()
     if elements.dtype == torch.int32:
-        return Shared(f"sum of {encoded.label}", RingShare(elements, fraction_bits))
+        return Shared(what, RingShare(elements, fraction_bits))
     share = elements + domain.runtime.zero_share(elements.shape)
-    return Shared(f"sum of {encoded.label}", mpc_tensor_from_share(share, fraction_bits))
+    return Shared(what, mpc_tensor_from_share(share, fraction_bits))
 
 
 def encode_weighted(
@@ -60,14 +65,15 @@ def weighted_mean(
     fraction_bits: int,
     opener: str,
     why: str,
+    privacy: Mapping[str, Scalar] | None = None,
 ) -> torch.Tensor | None:
     """The weighted mean of all updates, opened to `opener` alone (float64 of shape (P,)); `None` elsewhere.
 
     Opens exactly two sums: of weight * update and of weight. No party's weight or update can be told from them.
     """
-    weighted = secure_sum(domain, encoded_update, fraction_bits)
-    total = secure_sum(domain, encoded_weight, 0)
-    opened_sum = open_to(domain, weighted, [opener], why)
+    weighted = secure_sum(domain, encoded_update, fraction_bits, "sum of weighted updates")
+    total = secure_sum(domain, encoded_weight, 0, "sum of weights")
+    opened_sum = open_to(domain, weighted, [opener], why, privacy)
     opened_weight = open_to(domain, total, [opener], f"{why} (divisor)")
     if opened_sum is None or opened_weight is None:
         return None

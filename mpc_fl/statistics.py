@@ -97,7 +97,7 @@ def secure_evaluation(
         evaluation = own.inside_protocol()
         flat = torch.cat([evaluation.confusion.reshape(-1), evaluation.scores.reshape(-1)])
     encoded = FixedPoint(0, float(count_bound)).encode(flat.double(), "an evaluation count")
-    shared = secure_sum(domain, Private("evaluation counts", encoded), 0)
+    shared = secure_sum(domain, Private("evaluation counts", encoded), 0, "sum of evaluation counts")
     opened = open_to(domain, shared, [opener], why)
     if opened is None:
         return None

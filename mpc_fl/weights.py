@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from mpc_fl.config import Config
@@ -31,11 +31,16 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
-def save_model(path: Path, model: nn.Module, config: Config) -> None:
-    """Write all parameters and buffers with the description of the architecture, whole or not at all."""
+def model_file(model: nn.Module, config: Config) -> bytes:
+    """The content of a model file: all parameters and buffers with the description of the architecture."""
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return save(tensors, metadata={_KEY: json.dumps(describe(config))})
+
+
+def save_model(path: Path, model: nn.Module, config: Config) -> None:
+    """Write a model file whole or not at all."""
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(describe(config))})
+        temporary.write_bytes(model_file(model, config))
 
 
 def load_model(path: Path, config: Config) -> nn.Module:

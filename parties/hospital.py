@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from mpc_fl.audit_trail import begin_ledger, sign_end, sign_round
 from mpc_fl.config import Config, party_names
 from mpc_fl.crypten_runtime import CrypTenRuntime
 from mpc_fl.data import load_hospital, load_images
 from mpc_fl.diagnosis import ask, public_graph, write_results
-from mpc_fl.federation import Notify, await_end, hospital_evaluation, hospital_round, join, receive_initial_model
+from mpc_fl.federation import (
+    Notify,
+    await_end,
+    hospital_evaluation,
+    hospital_round,
+    join,
+    receive_initial_model,
+)
 from mpc_fl.files import append_json_line
-from mpc_fl.membership import connect, site_directory, write_traffic
+from mpc_fl.membership import connect, open_ledger, site_directory, write_traffic
 from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.privacy import PrivacyLedger
 from mpc_fl.training_group import training_group
@@ -37,13 +45,19 @@ def train(config: Config, rank: int, notify: Notify, observer: Observer | None =
         links,
         CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime,
     ):
-        domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", name))
+        ledger = open_ledger(config, name)
+        domain = SecretDomain(runtime, ledger)
         notify("connect", 1, 1)
+        begin_ledger(ledger, links, config)
         links.set_phase("distribution")
         receive_initial_model(hospital, links)
         hospital_evaluation(hospital, domain, 0)
+        sign_round(ledger, links, config, 0, hospital.model)
         for number in range(1, config.training.rounds + 1):
-            append_json_line(out / "metrics.jsonl", hospital_round(hospital, domain, number, notify))
+            metrics = hospital_round(hospital, domain, number, notify)
+            sign_round(ledger, links, config, number, hospital.model)
+            append_json_line(out / "metrics.jsonl", metrics)
+        sign_end(ledger, links, config, hospital.model)
         await_end(links, config.training.rounds)
         save_model(out / "model.safetensors", hospital.model, config)
     write_traffic(links, out)

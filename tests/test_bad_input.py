@@ -388,9 +388,10 @@ def test_party_commands(site: Site, run: Run) -> None:
     def party(*more: object) -> list[object]:
         return ["party", *more, "--config", site.config, "--set", f"site.log={site.root / 'log'}"]
 
-    assert_refused(run, party("hospitall"), ConfigError, "there is no role 'hospitall': the roles are hospital,")
-    assert_refused(run, party("hospital"), ConfigError, "site.out is not set", "--out")
-    status, _, complained = run(party("hospital", "--data", site.data, "--out", site.results))
+    assert_refused(run, party("hospitall"), ConfigError, "there is no party 'hospitall' in this task: the parties are")
+    assert_refused(run, party("hospital"), ConfigError, "--rank")
+    assert_refused(run, party("hospital", "--rank", "0"), ConfigError, "site.out is not set", "--out")
+    status, _, complained = run(party("hospital", "--rank", "0", "--data", site.data, "--out", site.results))
     assert status == ConfigError.exit_code
     assert complained.splitlines()[-1].startswith(
         "mpc-fl: federation.addresses has no entry for hospital-0: give host:port"
@@ -406,7 +407,7 @@ def test_an_unforeseen_error_of_a_party_quotes_no_data(site: Site, run: Run, mon
 
     monkeypatch.setattr(launcher, "importlib", type("Broken", (), {"import_module": staticmethod(fail)}))
     log = site.root / "log"
-    arguments = ["party", "hospital", "--config", site.config, "--set", f"site.log={log}"]
+    arguments = ["party", "hospital", "--rank", "0", "--config", site.config, "--set", f"site.log={log}"]
     status, said, complained = run(arguments)
     assert (status, said) == (1, "")
     assert re.fullmatch(
@@ -490,7 +491,11 @@ def assert_failed(run: Run, site: Site, arguments: list[object], pattern: str) -
     assert "Traceback" not in complained
     assert not [line for line in lines[:-1] if "/" not in line.split()[-2]], "before it only progress bars"
     (failed,) = site.results.iterdir()
-    assert failed.name == "run.failed" and sorted(path.name for path in failed.iterdir()) == ["config.yaml", "logs"]
+    kept = {path.name for path in failed.iterdir()}
+    ledgers = {f"hospital-{rank}-privacy.json" for rank in range(2)}
+    assert failed.name == "run.failed" and {"config.yaml", "logs"} <= kept
+    assert kept <= {"config.yaml", "logs", "federation.crt", "parties", *ledgers}
+    assert {path.name for path in failed.glob("parties/*/*")} <= {"openings.jsonl", "reveal_ledger.jsonl"}
     logs = {path.stem: path.read_text() for path in (failed / "logs").iterdir()}
     assert sorted(logs) == ["aggregator", "hospital-0", "hospital-1"]
     assert not [log for log in logs.values() if "Traceback" in log]

@@ -26,6 +26,7 @@ SMALL = {
     "federation": {"hospitals": 2},
     "inference": {"batch_size": 2},
 }
+SIGNED = 4000  # a message of the reveal ledger: signatures of all parties, or their certificates
 HEADER, GREETING = 150, 2000  # at most: bytes of a frame beyond its tensor, of a greeting with certificates
 
 
@@ -62,7 +63,7 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
     assert re.search(r"^Headroom: 11\.4 bits to spare\.\nMemory: about 0\.\d GB per hospital\. The run can work\.$", said,
                      re.MULTILINE)  # fmt: skip
     said = command(capsys, monkeypatch, "estimate", DEMO, "--set", "privacy.mechanism=none")
-    assert "each hospital sends 1.5 MB in 25 messages, needs about 0." in said
+    assert "each hospital sends 1.5 MB in 38 messages, needs about 0." in said
     assert said.count("800 patients, no differential privacy") == 3
     assert "3.1 MB sent per party in 57 rounds" in said and "1.6 MB sent by the dealer" in said
 
@@ -131,8 +132,10 @@ def peak_memory(run: Path, party: str) -> int:
 
 
 def assert_sent(run: Path, party: str, expected: int) -> None:
-    """Not less than estimated, and more only by the headers of frames."""
-    headers = HEADER * sent(run, party, "messages_sent") + 2 * GREETING
+    """Not less than estimated, and more only by the headers of frames and what all sign."""
+    signed = sum(count["messages_sent"] for phase, counts in traffic(run, party).items()
+                 if "signatures" in phase or phase == "reveal ledger" for count in counts["peers"].values())  # fmt: skip
+    headers = HEADER * sent(run, party, "messages_sent") + 2 * GREETING + SIGNED * signed
     assert expected <= sent(run, party, "bytes_sent") <= expected * 1.001 + headers, party
 
 

@@ -61,10 +61,18 @@ def end_of(processes: list[psutil.Process], began: float, record: Record) -> Non
     assert not alive, f"still there after {TO_END} s: {alive}"
 
 
+# Besides the logs: what was opened, who signed for it, and what privacy it cost stay known.
+KEPT_OF_A_FAILED_RUN = {
+    *("config.yaml", "logs", "federation.crt", "parties"),
+    *(f"hospital-{rank}-privacy.json" for rank in range(3)),
+}
+
+
 def only_logs_are_left(out: Path) -> None:
     assert not out.exists() and not out.with_name(f"{out.name}.partial").exists()
     kept = out.with_name(f"{out.name}.failed")
-    assert sorted(path.name for path in kept.iterdir()) == ["config.yaml", "logs"]
+    assert {"config.yaml", "logs"} <= {path.name for path in kept.iterdir()} <= KEPT_OF_A_FAILED_RUN
+    assert {path.name for path in kept.glob("parties/*/*")} <= {"openings.jsonl", "reveal_ledger.jsonl"}
     assert sorted(path.stem for path in (kept / "logs").iterdir()) == PARTIES
 
 

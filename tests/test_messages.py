@@ -132,10 +132,15 @@ def test_shares_of_different_updates_look_alike(training: dict[str, Any]) -> Non
 
 def test_control_messages_hold_no_numbers_of_patients(training: dict[str, Any]) -> None:
     for name in party_names(parse_config(TRAINING, "test")):
-        for _, kind, _, payload in training[name]["frames"]:
+        for _, kind, tag, payload in training[name]["frames"]:
             if kind in ("HELLO", "WELCOME"):
                 assert set(payload) == {"name", "to", "version", "session", "digest", "task", "public_key", "answers",
                                         "certificate", "signature"}  # fmt: skip
+            elif tag.startswith("ledger"):
+                # Certificates, and signatures of what all parties know alike.
+                assert set(payload) <= {"claim", "signature", "signatures", "certificate", "certificates", "resumed",
+                                        "blocks", "seal",
+                                        *party_names(parse_config(TRAINING, "test"))}, (tag, set(payload))  # fmt: skip
             elif kind == "OBJECT":
                 assert payload == {"rounds": 1}  # the end of the run, as configured
             elif kind != "TENSOR":

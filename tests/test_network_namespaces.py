@@ -98,7 +98,7 @@ def _start(
     for name in NAMES:
         role, _, rank = name.partition("-")
         command = ["ip", "netns", "exec", machines[name], sys.executable, "-m", "mpc_fl.cli", "party", role]
-        command += ["--rank", rank or "0", "--config", str(path), "--out", str(directory / name)]
+        command += [*(["--rank", rank] if rank else []), "--config", str(path), "--out", str(directory / name)]
         command += ["--identity", str(directory / name / "identity")]
         log = (directory / name / "log").open("w")
         parties[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
