@@ -145,6 +145,7 @@ def test_federation_over_separate_networks_with_hospitals_that_only_dial_out(
     assert len(openings) == 7 and all(opening["to"] == ["aggregator"] for opening in openings)
 
 
+@pytest.mark.slow
 def test_a_pulled_cable_ends_every_party_and_is_named(machines: dict[str, str], tmp_path: Path) -> None:
     """One hospital's cable is pulled after the first round; the others end by the deadline and say who was lost."""
     parties = _start(machines, tmp_path, rounds=100_000, receive_timeout=30)
