@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 from mpc_fl.authority import make_local_identities
 from mpc_fl.config import Config, parse_config, party_names
 from mpc_fl.errors import ConfigError, LinkError, MpcFlError, PeerLostError, RunFailedError
+from mpc_fl.tls_log import log_refused_handshakes
 
 ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
          "model-owner": "parties.model_owner"}  # fmt: skip
@@ -142,6 +143,7 @@ def peak_memory() -> int:
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
     """Run one party's program in this process until it ends. Raises what the program raises."""
+    log_refused_handshakes()
     import torch
 
     torch.set_num_threads(config.runtime.threads)

@@ -7,11 +7,17 @@ very same links and exchange messages.
 from __future__ import annotations
 
 import datetime
+import json
 import logging
+import os
+import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +191,53 @@ def test_the_links_speak_tls_1_3(waiting: Waiting) -> None:
     with socket.create_connection(("127.0.0.1", waiting.ports[TARGET]), timeout=10) as connection:
         with context.wrap_socket(connection, server_hostname=host_name(TARGET)) as secured:
             assert secured.version() == "TLSv1.3"
+
+
+def test_a_party_logs_why_tls_was_refused(tmp_path: Path) -> None:
+    """The real program with gRPC's own messages: an expired certificate and a plaintext client are logged as such."""
+    authority = Authority(datetime.timedelta(hours=1))
+    write_identity(authority.issue(TARGET), tmp_path / "identity")
+    ports = dict(zip(NAMES, free_ports(3), strict=True))
+    config = {
+        "data": {"image_size": 8, "phantoms": {"train_patients": 30, "test_patients": 30}},
+        "model": {"architecture": "mlp", "hidden": [4]},
+        "privacy": {"mechanism": "none"},
+        "runtime": {"connect_timeout": 120},
+        "federation": {
+            "hospitals": 2,
+            "session": "tls",
+            "addresses": {name: f"127.0.0.1:{port}" for name, port in ports.items()},
+        },
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "mpc_fl.cli", "party", "hospital", "--rank", "0", "--config", "config.yaml"]
+    command += ["--identity", "identity", "--out", "out", "--set", f"site.log={tmp_path / 'log'}"]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")])
+    party = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _wait_for(lambda: _listens(ports[TARGET]), "the party listens")
+        state = Waiting(ports, tmp_path, authority, {}, [])
+        expired = authority.issue("hospital-1", datetime.timedelta(minutes=-1))
+        assert not _attack(state, expired, _greeting(expired), seconds=2.0).startswith("OK")
+        _wait_for(lambda: "certificate has expired" in (tmp_path / "log").read_text(), "the refusal is logged")
+    finally:
+        party.kill()
+        said = party.communicate(timeout=30)[1]
+    assert re.search(r"WARNING .*refused a TLS hand-shake: .*certificate has expired", (tmp_path / "log").read_text())
+    assert "ssl_transport_security" not in said, "gRPC's own lines do not reach the user"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"not within a minute: {what}"
+        time.sleep(0.1)
 
 
 GREETING_LENGTH = 200
