@@ -144,6 +144,7 @@ class StreamServer:
                 "choose another address in federation.addresses, or free the port",
             )
         self._server.start()
+        log.info("%s listens on %s", identity.name, listen)
 
     def _serve(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One incoming stream: admit or refuse it, then read on one thread and write on this one."""

@@ -221,6 +221,7 @@ def test_ctrl_c_stops_every_party(command: Command, record_property: Record) -> 
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_launcher_stopped_while_parties_start(command: Command, record_property: Record) -> None:
     """The parties are still importing, long before they could be told anything."""
     processes = command.wait_for_parties()

@@ -117,6 +117,7 @@ def _log(directory: Path, name: str) -> str:
     return (directory / name / "log").read_text()
 
 
+@pytest.mark.slow
 def test_federation_over_separate_networks_with_hospitals_that_only_dial_out(
     machines: dict[str, str], tmp_path: Path
 ) -> None:
@@ -134,8 +135,9 @@ def test_federation_over_separate_networks_with_hospitals_that_only_dial_out(
         _end(parties)
     for name, party in parties.items():
         assert party.returncode == 0, f"{name}: {_log(tmp_path, name)[-800:]}"
-        expected = set() if name in BEHIND_FIREWALL else {PORT}
-        assert listening[name] == expected, f"{name} listens on {listening[name]}"
+        reachable = name not in BEHIND_FIREWALL
+        assert listening[name] <= ({PORT} if reachable else set()), f"{name} listens on {listening[name]}"
+        assert (f"{name} listens on 10.77.0." in _log(tmp_path, name)) == reachable
     models = {(tmp_path / name / "model.safetensors").read_bytes() for name in NAMES}
     assert len(models) == 1
     traffic = json.loads((tmp_path / "aggregator" / "traffic.json").read_text())["phases"].values()

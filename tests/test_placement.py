@@ -205,6 +205,7 @@ def free_port_range(count: int) -> int:
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_federation_under_torchrun(tmp_path: Path) -> None:
     """examples/torchrun.sh for two hospitals: every process finds out which party it is, and they train one model."""
     environment = {

@@ -32,8 +32,9 @@ def test_every_way_to_look_raises(kind: type, attempt: Callable[[Any], object]) 
 
 
 def test_logging_a_secret_shows_nothing(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    value = int("7654321"[::-1])  # a log handler may quote the source line of the call
     with contextlib.suppress(SecrecyError):
-        logging.getLogger("test").warning("value %s", Private("the update", 1234567))
+        logging.getLogger("test").warning("value %s", Private("the update", value))
     output = capsys.readouterr()
     assert "1234567" not in caplog.text + output.err + output.out
 

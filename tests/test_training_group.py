@@ -160,6 +160,7 @@ class WithUnusedLayer(nn.Module):
         return self.used(inputs.flatten(1) if bool((inputs >= 0).all()) else inputs)
 
 
+@pytest.mark.slow
 def test_parameters_without_a_gradient_do_no_harm_and_the_group_ends_with_its_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -290,6 +291,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_its_killed_parent_though_it_computes(tmp_path: Path) -> None:
     """kill -9 of the hospital's own process while the other is within a forward pass that does not end."""
     script = tmp_path / "hospital.py"
