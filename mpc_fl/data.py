@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import torch
 
 from mpc_fl.config import Config
 from mpc_fl.errors import DataError
+from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.image_files import UnreadableImageError, is_image_file, read_image
 from mpc_fl.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.phantoms import make_phantoms
@@ -49,6 +50,13 @@ class Dataset:
     def patient_count(self) -> int:
         """Number of patients."""
         return int(self.patients.max()) + 1 if len(self.patients) else 0
+
+
+def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset:
+    """The same records with normalised inputs; unchanged without a normalisation. Raises `DataError` if it does not fit."""
+    if normalisation is None:
+        return dataset
+    return replace(dataset, inputs=normalisation.apply(dataset.inputs))
 
 
 @dataclass(frozen=True)

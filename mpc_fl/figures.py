@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from mpc_fl.evaluation import area_under_curve, roc_points
+
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B5B95", "#7F7F7F")
 _INK, _FAINT = "black", "#c9ced6"
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.5, 1.5)))
@@ -93,36 +95,6 @@ def png_uri(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def roc_points(negative: Sequence[int], positive: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Points of the ROC curve from score histograms (counts per bin, low scores first), from (0, 0) to (1, 1).
-
-    Returns (false positive rates, true positive rates); both empty when one of the groups is empty.
-    """
-    negatives, positives = sum(negative), sum(positive)
-    if not negatives or not positives:
-        return [], []
-    false_rates, true_rates = [0.0], [0.0]
-    false_count = true_count = 0
-    for others, own in zip(reversed(negative), reversed(positive), strict=True):
-        false_count, true_count = false_count + others, true_count + own
-        if others or own:
-            false_rates.append(false_count / negatives)
-            true_rates.append(true_count / positives)
-    return false_rates, true_rates
-
-
-def area_under_curve(negative: Sequence[int], positive: Sequence[int]) -> float | None:
-    """AUC from score histograms, or `None` when one group is empty.
-
-    Two scores in the same bin count as a tie (one half), so the result differs from the AUC of the scores themselves by
-    at most half the share of pairs whose scores fall into one bin.
-    """
-    x, y = roc_points(negative, positive)
-    if not x:
-        return None
-    return sum((x[i] - x[i - 1]) * (y[i] + y[i - 1]) / 2 for i in range(1, len(x)))
 
 
 def shorten(name: str, length: int = 22) -> str:
@@ -245,6 +217,30 @@ def roc_curves(names: Sequence[str], scores: Sequence[Sequence[Sequence[int]]]) 
     axes.set(xlabel="False positive rate", ylabel="True positive rate", title="One class versus the rest")
     axes.set_anchor("E")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", handlelength=3)
+    return figure
+
+
+@_styled
+def reliability_diagram(bins: Sequence[tuple[int, float | None, float | None]]) -> Figure:
+    """Share that is right against mean confidence (records, confidence, share right per bin), and records per bin below."""
+    figure = Figure(figsize=(4.6, 4.7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    width = 1 / len(bins)
+    centres = [(index + 0.5) * width for index in range(len(bins))]
+    upper.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES[2], label="perfect calibration")
+    shares = [0.0 if right is None else right for _, _, right in bins]
+    upper.bar(centres, shares, 0.94 * width, color=PALETTE[0], alpha=0.35, label="share right")
+    points = [(mean, right) for _, mean, right in bins if mean is not None and right is not None]
+    style = {"color": PALETTE[1], "linestyle": "none", "marker": "D", "markerfacecolor": "none", "markeredgewidth": 1.6}
+    upper.plot([x for x, _ in points], [y for _, y in points], label="at mean confidence", **style)
+    upper.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="Share right", title="Calibration")
+    _percent(upper.yaxis)
+    lower.bar(centres, [count for count, _, _ in bins], 0.94 * width, color=PALETTE[7])
+    lower.set(xlabel="Probability of the predicted class", ylabel="Records")
+    lower.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    _from_zero(lower)
+    _percent(lower.xaxis)
+    _legend_below(figure, upper, 2)
     return figure
 
 

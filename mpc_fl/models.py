@@ -7,18 +7,22 @@ same network, whatever else the process has drawn before.
 BatchNorm cannot be trained with differential privacy, because its batch statistics mix patients. Two replacements:
 `frozen` keeps the layer with statistics measured once on public synthetic images (they fold into the convolution under
 encryption); `group` is GroupNorm (Wu and He, ECCV 2018).
+
+Parameters are global, or (FedBN; Li et al., ICLR 2021) those of normalisation layers are each hospital's own:
+`shared_coordinates` says which coordinates of the flat vector hospitals have in common.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from mpc_fl import compatibility
@@ -30,6 +34,7 @@ import torchvision.models  # noqa: E402  (after the operators it needs are defin
 
 OWN_ARCHITECTURES = ("small_cnn", "mlp")
 _CALIBRATION_CHUNK = 64
+_NORMALISATION = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RANDOM_FILLS = frozenset(
     {
         "uniform_",
@@ -218,7 +223,8 @@ def calibrate_batchnorm(model: nn.Module, inputs: torch.Tensor) -> None:
 
     The statistics are plain averages over chunks of 64 inputs. They are buffers, not parameters: no update carries
     them, so all parties must calibrate on the same public inputs. Never call this with patients' data: nothing is
-    clipped and no noise is added. Raises `ModelError` for fewer than two inputs.
+    clipped and no noise is added (`strategies.calibrate_own` says when a hospital may after all). Raises
+    `ModelError` for fewer than two inputs.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     if not layers:
@@ -268,3 +274,46 @@ def load_flat_parameters(model: nn.Module, flat: torch.Tensor) -> None:
             piece = flat[start : start + parameter.numel()]
             parameter.copy_(piece.reshape(parameter.shape))
             start += parameter.numel()
+
+
+def _normalisation_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, _NORMALISATION)]
+
+
+def shared_coordinates(model: nn.Module, local_normalisation: bool) -> torch.Tensor:
+    """Which of the P coordinates of `flatten_parameters` all hospitals share, bool (P,).
+
+    All of them, or with `local_normalisation` all but scale and shift of normalisation layers (BatchNorm, frozen or not,
+    GroupNorm, LayerNorm). Raises `ModelError` when a network without trainable normalisation shall keep it local.
+    """
+    own: set[int] = set()
+    if local_normalisation:
+        own = {id(value) for _, layer in _normalisation_layers(model) for value in layer.parameters(recurse=False)}
+    parameters = [parameter for _, parameter in trainable_parameters(model)]
+    if local_normalisation and not any(id(parameter) in own for parameter in parameters):
+        raise ModelError("the network has no normalisation layer to train", "set training.local_normalisation to false")
+    pieces = [torch.full((parameter.numel(),), id(parameter) not in own) for parameter in parameters]
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.bool)
+
+
+def normalisation_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and statistics of normalisation layers, by their names in the `state_dict`."""
+    return {
+        f"{path}.{name}" if path else name: value.detach().clone()
+        for path, layer in _normalisation_layers(model)
+        for name, value in layer.state_dict().items()
+    }
+
+
+def load_normalisation_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Inverse of `normalisation_state`, into a network of the same structure. Raises `ModelError` for another one."""
+    names = normalisation_state(model).keys()
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
+    forms = {name: (value.dtype, value.shape) for name, value in own.items()}
+    if forms != {name: (value.dtype, value.shape) for name, value in state.items()}:
+        raise ModelError(
+            "the normalisation layers do not fit the network", "use a file of the same architecture and normalisation"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(state[name])

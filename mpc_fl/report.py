@@ -27,7 +27,7 @@ _MOST_IMAGES = 24
 _TRAINING_STATEMENT = """These sums are the only values that left the secret domain. Everything else that was computed
 from patients and sent to another party was a share, which alone is uniformly random. The global model, which the
 aggregator computes from the opened mean updates, goes to every hospital."""
-_INFERENCE_STATEMENT = """The logits, opened to the hospital alone, are the only values that left the secret domain.
+_INFERENCE_STATEMENT = """The logits (or the class alone), opened to the hospital alone, are all that left the secret domain.
 Images and weights were sent as shares; what is revealed between layers is masked by random values used once."""
 
 
@@ -105,6 +105,12 @@ def _final(run: Run) -> dict[str, Any]:
     return dict(run.summary.get("final") or _json_lines(run, "metrics.jsonl")[-1]["evaluation"])
 
 
+def _skipped(summary: dict[str, Any]) -> list[tuple[str, object, str]]:
+    """A headline number where files were left out; a run that says nothing about it is of an older version."""
+    count = summary.get("skipped_files")
+    return [("Skipped files", count, "could not be read and were left out")] if count else []
+
+
 def _result(run: Run) -> Markup:
     final, summary = _final(run), run.summary
     largest, guess = max(map(sum, final["confusion"])) / max(1, final["records"]), 1 / len(final["confusion"])
@@ -119,6 +125,7 @@ def _result(run: Run) -> Markup:
         ("Epsilon, largest of all hospitals", plain(worst["epsilon"]) if spent else "none", remark),
         ("Rounds", summary["rounds"], f"{len(summary['hospitals'])} hospitals"),
         ("Time", duration(summary["seconds"]), f"{summary['parameters']:,} trained parameters"),
+        *_skipped(summary),
     ]
     better = final["accuracy_low"] > max(largest, guess)
     text = f"""The {"whole interval lies" if better else "interval does not lie"} above the chance level: the model is
@@ -176,6 +183,33 @@ def _by_class(run: Run) -> Markup:
     return Markup(counts + roc + table("Each class versus the rest, final model, all hospitals.", head, rows, 5))
 
 
+def _calibration(run: Run) -> Markup:
+    final = _final(run)
+    if "reliability" not in final:
+        return _missing("calibration was not recorded by the version that made this run")
+    bins = [(int(count), mean, right) for count, mean, right in final["reliability"]]
+    facts = [
+        (
+            "Expected calibration error",
+            percent(final["calibration_error"]),
+            "mean distance of confidence and share right",
+        ),
+        ("Brier score", plain(final["brier"]), "all classes; 0 is perfect, 2 the worst"),
+        (
+            "AUC, mean of classes",
+            plain(final["auc_macro"], ".3f"),
+            f"at most {plain(final['auc_resolution'], '.1g')} off by bins",
+        ),
+    ]
+    described = (f"{percent(a)} confidence: {percent(b)} of {count} right" for count, a, b in bins if count)
+    caption = """Of the records whose predicted class got a probability in each tenth, the share that is right. Below the
+    line the model is too sure of itself. Counts and sums of rounded probabilities over all hospitals were opened, in one
+    sum with the confusion matrix."""
+    return Markup(
+        tiles(facts) + plot(figures.reliability_diagram(bins), f"Calibration. {'; '.join(described)}.", caption)
+    )
+
+
 def _privacy(run: Run) -> Markup:
     entries, (lines, notes) = run.summary["privacy"], _hospital_metrics(run)
     spent = {name: [number(line["epsilon"]) for line in of] for name, of in lines.items()}
@@ -213,13 +247,14 @@ def _results(run: Run) -> tuple[list[dict[str, Any]], Markup]:
     found, note = _each(lambda name: json.loads(_read(run.directory, name))["logits"], wanted)
     reference = found[wanted[0]] if found else [None] * len(results)
     for line, logits in zip(results, reference, strict=True):
-        names = run.classes(len(line["probabilities"]))
+        names = run.classes(len(line["probabilities"] or run.summary["classes"]))
         line.update(classes=names, chosen=names[line["predicted"]], plaintext=None, difference=None)
         line["truth"] = names[line["label"]] if line["label"] >= 0 else "unknown"
         if logits is not None:
             powers = [math.exp(logit - max(logits)) for logit in logits]
             line["plaintext"] = [power / sum(powers) for power in powers]
-            line["difference"] = max(abs(a - b) for a, b in zip(line["logits"], logits, strict=True))
+            if line["logits"] is not None:
+                line["difference"] = max(abs(a - b) for a, b in zip(line["logits"], logits, strict=True))
     return results, note
 
 
@@ -232,7 +267,9 @@ def _diagnosis(run: Run) -> Markup:
     if comparison:
         remark = f"plaintext takes {duration(comparison['plaintext_seconds_per_image'])} per image"
         facts.append(("Same classes as plaintext", "yes" if comparison["classes_agree"] else "no", remark))
-        facts.append(("Largest logit difference", plain(comparison["largest_logit_difference"]), "to plaintext"))
+        if comparison["largest_logit_difference"] is not None:
+            facts.append(("Largest logit difference", plain(comparison["largest_logit_difference"]), "to plaintext"))
+    facts += _skipped(summary)
     known = [line for line in summary.get("results") or _results(run)[0] if line["label"] >= 0]
     if known:
         right = sum(line["label"] == line["predicted"] for line in known)
@@ -250,24 +287,29 @@ def _images(run: Run) -> Markup:
         note = Markup(note + _missing("images.safetensors is missing or cannot be read (tables have none)"))
     cards = ""
     for line, address in zip(lines, addresses, strict=True):
-        bars = figures.probability_bars(line["classes"], line["probabilities"], line["plaintext"])
         alt = text = f"{line['name']}: predicted {line['chosen']}, true class {line['truth']}"
-        for kind, values in (("encrypted", line["probabilities"]), ("plaintext", line["plaintext"] or [])):
+        for kind, values in (("encrypted", line["probabilities"] or []), ("plaintext", line["plaintext"] or [])):
             listed = (f"{a} {percent(b)}" for a, b in zip(line["classes"], values, strict=False))
             alt += f"; {kind}: {', '.join(listed) or 'not computed'}"
-        if line["plaintext"] is not None:
+        if line["difference"] is not None:
             text += f"; largest logit difference to plaintext {plain(line['difference'])}"
         scan = f'<img class="scan" src="{address}" alt="The image {escape(line["name"])}">' if address else ""
-        chart = f'<img class="plot" src="{figures.svg_uri(bars)}" alt="{escape(alt)}">'
+        chart = ""
+        if line["probabilities"] is not None:
+            bars = figures.probability_bars(line["classes"], line["probabilities"], line["plaintext"])
+            chart = f'<img class="plot" src="{figures.svg_uri(bars)}" alt="{escape(alt)}">'
         cards += f'<figure class="card">{scan}{chart}<figcaption>{escape(text)}</figcaption></figure>'
     text = f"{len(lines)} of {run.summary['images']} images. Probabilities are the softmax of the opened logits."
+    if lines and lines[0]["probabilities"] is None:
+        text = f"{len(lines)} of {run.summary['images']} images. Only the class was opened."
     return Markup(paragraph(text, "soft") + note + cards)
 
 
 def _all_images(run: Run) -> Markup:
     rows = []
     for line in _results(run)[0]:
-        chance, seconds = percent(line["probabilities"][line["predicted"]]), plain(line["seconds"])
+        opened, seconds = line["probabilities"], plain(line["seconds"])
+        chance = "not opened" if opened is None else percent(opened[line["predicted"]])
         names = (line["index"], line["name"], line["truth"], line["chosen"])
         rows.append((*names, chance, seconds, plain(line["difference"])))
     head = ("Index", "Name", "True class", "Predicted", "Probability", "Seconds", "Logit difference")
@@ -343,7 +385,7 @@ _SECTIONS: dict[str, dict[str, tuple[Callable[[Run], Markup], ...]]] = {
     "train": {
         "Result": (_result,),
         "Training curves": (_global_curve, _hospital_curves),
-        "Results by class": (_by_class,),
+        "Results by class": (_by_class, _calibration),
         "Privacy": (_privacy,),
     },
     "infer": {"Result": (_diagnosis,), "Each image": (_images,), "All images": (_all_images,)},

@@ -8,6 +8,10 @@ Opacus's optimizer does noise, scale and step; its generator is replaced by the 
 draw at random (dropout, stochastic depth) are off, BatchNorm keeps its statistics: every network trains in evaluation
 mode, so that a patient's gradient depends on that patient alone.
 
+FedProx (Li et al., MLSys 2020) adds mu/2 |w - w_0|^2 to the loss, w_0 where the round began. Its gradient mu (w - w_0) joins
+after clipping, noise and division: clipping would let it crowd out patients. It costs no privacy, because w_0 is the
+global model and w what earlier noised steps made of it: nothing else of a patient is in it (post-processing).
+
 Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`training_group`).
 Sampling, noise and the step itself stay in the hospital's own process.
 """
@@ -137,6 +141,24 @@ class StreamNoiseOptimizer(DPOptimizer):
             parameter.summed_grad = None
 
 
+def add_proximal_term(optimizer: torch.optim.Optimizer, coefficient: float) -> None:
+    """Let every step of `optimizer` from now on add coefficient * (w - w_0), w_0 the parameters as they are now.
+
+    The term joins `.grad` immediately before the step, after whatever made that gradient. A parameter without gradient
+    is not stepped and gets none.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def pull_back(*_: object) -> None:
+        with torch.no_grad():
+            for parameter, origin in zip(parameters, start, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - origin, alpha=coefficient)
+
+    optimizer.register_step_pre_hook(pull_back)
+
+
 def sampling_seed_of(seed: Seed | int | None) -> Seed:
     """A `Seed` as it is, a fresh one for None; from a number one for simulation, the same for the same number."""
     if isinstance(seed, Seed):
@@ -202,7 +224,8 @@ def train_locally(
     twice from one seed. `sampling_seed`: a `Seed`, None for a fresh one, a number for simulation only. `method`
     overrides `config.training.per_sample_gradients` (choose once, use for all rounds). `progress(step, steps)` follows
     each step. `group` shares out each step over its processes; the result is the same up to rounding. With mechanism
-    `none`: plain SGD on the same kind of batches, no clipping, no noise, no event.
+    `none`: plain SGD on the same kind of batches, no clipping, no noise, no event. `config.training.proximal` adds the
+    proximal term of FedProx to every step.
 
     Raises `DataError` for malformed data, `ModelError` if the method cannot handle the model or training diverges,
     `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds,
@@ -222,6 +245,8 @@ def train_locally(
     working = working_copy(model)
     parameters = [parameter for _, parameter in trainable_parameters(working)]
     sgd = torch.optim.SGD(parameters, lr=config.training.learning_rate, momentum=config.training.momentum)
+    if config.training.proximal:
+        add_proximal_term(sgd, config.training.proximal)
     step = 0
     optimizer: StreamNoiseOptimizer | None = None
     if event is not None:

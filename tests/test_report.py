@@ -179,7 +179,7 @@ def test_training_report_has_every_section_and_stands_alone(tmp_path: Path) -> N
     assert [f"#s{i}" for i in range(7)] == re.findall(r'href="([^"]*)"', text)
     assert "Not shown" not in text
     pictures = re.findall(r'<img class="plot" src="data:image/svg\+xml;base64,[^"]+" alt="([^"]+)">', text)
-    assert len(pictures) == text.count("<img") == text.count("<figcaption>") == 6
+    assert len(pictures) == text.count("<img") == text.count("<figcaption>") == 7
     assert BANNER in text
     assert "at a real site each hospital sees only its own line" in " ".join(text.split())
     assert "only values that left the secret domain" in text
