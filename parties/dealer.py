@@ -1,20 +1,24 @@
-"""The dealer: hands out correlated randomness for an inference. It sees operations and shapes, no share of anything."""
+"""The dealer: hands out correlated randomness for inferences and checks of norms. It sees shapes, no share of anything."""
 
 from __future__ import annotations
 
-from mpc_fl.config import Config
-from mpc_fl.dealer import Dealer
+from mpc_fl.config import DEALER, Config
+from mpc_fl.diagnosis import deal_tuples
 from mpc_fl.federation import Notify
 from mpc_fl.membership import connect, site_directory, write_traffic
+from mpc_fl.round_check import serve_checks
 from mpc_fl.transport import Observer
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
-    """Serve tuples, ahead of need where the parties declared a program, until both computing parties are finished."""
+    """Serve an inference until both computing parties are finished, or the checks of a training run until its end."""
     out = site_directory(config)
-    links = connect(config, "dealer", observer)
+    links = connect(config, DEALER, observer)
     with links:
         notify("connect", 1, 1)
         links.set_phase("correlated randomness")
-        Dealer(links, ["hospital-0", "model-owner"], config.runtime.dealer_ahead_bytes).serve()
+        if config.task == "train":
+            serve_checks(links, config.runtime.dealer_ahead_bytes)
+        else:
+            deal_tuples(config, links)
     write_traffic(links, out)
