@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -71,4 +71,61 @@ def links(
         table.add_row(
             way, protected, f"{figures['echo_milliseconds']:.2f} ms", f"{figures['gigabytes_per_second']:.2f} GB/s"
         )
+    _print_table(table)
+
+
+@app.command()
+def aggregation(
+    parties: Annotated[int, typer.Option(min=2, max=64, help="Number of hospitals.")] = 3,
+    parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_178_051,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Rounds to take the median of.")] = 5,
+    against: Annotated[str, typer.Option(help="crypten: the same sum in stock CrypTen as well; or none.")] = "crypten",
+    leave_out: Annotated[
+        bool, typer.Option("--leave-out", help="With closing masks, as below a full quorum or with the check of norms.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A round of secure aggregation, beside a plain all-reduce over the same links and stock CrypTen."""
+    from mpc_fl.bench_aggregation import measure_aggregation
+
+    if against not in ("crypten", "none"):
+        raise typer.BadParameter("crypten or none", param_hint="--against")
+    results = measure_aggregation(parties, parameters, repeats, against, leave_out)
+    if as_json:
+        _print_json({"bench": "aggregation", **results})
+        return
+    table = Table(title=f"one round, {parties} hospitals, {parameters:,} parameters, one thread per party")
+    for heading in ("figure", "value"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for name, value in results.items():
+        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+    _print_table(table)
+
+
+@app.command()
+def inference(
+    model: Annotated[str, typer.Option(help="A torchvision classifier by name.")] = "resnet18",
+    size: Annotated[int, typer.Option(min=32, max=1024, help="Image height and width.")] = 224,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Images per batch.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, max=100, help="Batches to take the median of.")] = 5,
+    against: Annotated[str, typer.Option(help="crypten: run stock CrypTen in the same run; or none.")] = "crypten",
+    as_json: AsJson = False,
+) -> None:
+    """An encrypted diagnosis by the engine `fast`, beside the plaintext network and stock CrypTen."""
+    from mpc_fl.bench_inference import measure_inference
+
+    if against not in ("crypten", "none"):
+        raise typer.BadParameter("crypten or none", param_hint="--against")
+    baseline: Literal["crypten", "none"] = "crypten" if against == "crypten" else "none"
+    results = measure_inference(model, size, batch, repeats, baseline)
+    if as_json:
+        _print_json({"bench": "inference", **results})
+        return
+    table = Table(title=f"{model}, {size} x {size}, {batch} image(s) per batch, one thread per party")
+    for heading in ("figure", "value"):
+        table.add_column(heading, justify="left" if heading == "figure" else "right")
+    for name, value in results.items():
+        if isinstance(value, (int, float, str)):
+            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+            table.add_row(name, shown)
     _print_table(table)

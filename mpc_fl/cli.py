@@ -92,6 +92,7 @@ def train(
     data: DataPath = None,
     overrides: Overrides = None,
     ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one model with several hospitals on this machine, each a process of its own.
@@ -104,7 +105,7 @@ def train(
     settings = _configure(config, overrides, data=data, privacy_ledger=ledger)
     _preflight(settings)
     with _bars() as progress:
-        summary = run.train(settings, out, _command(), progress)
+        summary = run.train(settings, out, _command(), progress, resume)
     if as_json:
         _print_json({**summary, "report": str(out / "report.html")})
         return
@@ -157,11 +158,13 @@ def infer(
         _say("Data: SYNTHETIC phantoms, not patients.")
     for line in summary["results"]:
         name = summary["classes"][line["predicted"]]
-        _say(f"{line['name']}: {name} ({max(line['probabilities']):.1%}), {line['seconds']:.1f} s")
+        chance = f" ({max(line['probabilities']):.1%})" if line["probabilities"] else ""  # the label alone was opened
+        _say(f"{line['name']}: {name}{chance}, {line['seconds']:.1f} s")
     if summary["comparison"] is not None:
         difference = summary["comparison"]["largest_logit_difference"]
         agree = "agree" if summary["comparison"]["classes_agree"] else "DIFFER"
-        _say(f"Encrypted and plaintext classes {agree}; largest logit difference {difference:.5f}.")
+        logits = "logits not opened" if difference is None else f"largest logit difference {difference:.5f}"
+        _say(f"Encrypted and plaintext classes {agree}; {logits}.")
     _say_skipped(summary)
     _say(f"Report: {out / 'report.html'}")
 
@@ -280,7 +283,7 @@ def _preflight(config: Config) -> dict[str, Any]:
     """Everything that can be refused before a process starts. Raises the error the run would raise."""
     from mpc_fl.data import patients_per_hospital
     from mpc_fl.estimate import estimate_training
-    from mpc_fl.federation import headroom_of
+    from mpc_fl.participants import headroom_of
 
     headroom_of(config).require()
     return estimate_training(config, patients_per_hospital(config))

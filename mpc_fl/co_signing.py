@@ -50,6 +50,7 @@ def co_sign(
     about: str,
     values: Mapping[str, str] | None = None,
     members: Members | None = None,
+    tolerant: bool = False,
 ) -> Block:
     """Sign, with all `parties`, what was opened since the block before. All call this alike; the leader is one of them.
 
@@ -57,6 +58,7 @@ def co_sign(
     (`ledger_file.tensor_digest`), by name. `about` says which round and attempt; it differs from call to call, so that a
     message of a failed attempt is never taken for one of the next. Raises `ProtocolError` naming the party whose record
     differs, at the leader (the others hear it as the leader's reason); `PeerLostError` when a party is lost or late.
+    With `tolerant` all that are left get that error, nothing is signed, and they may sign without the lost party.
     """
     # 1. Make and sign the block.
     draft, others = ledger.draft(kind, about, parties, values, members), [name for name in parties if name != leader]
@@ -65,13 +67,23 @@ def co_sign(
     # 2. and 5. Send signature and digests, get all signatures.
     if links.name != leader:
         links.send_object(leader, tag, {"claim": _claim(draft), "signature": to_json(own)})
-        signatures = _parsed(_list_of(signature_from), leader, links.receive_object(leader, tag).get("signatures"))
+        answer = links.receive_object(leader, tag)
+        if "lost" in answer:
+            raise PeerLostError(str(answer["lost"])[:64], f"{leader} lost a party before all had signed")
+        signatures = _parsed(_list_of(signature_from), leader, answer.get("signatures"))
         block = replace(draft, signatures=tuple(signatures))
         ledger.add(block)
         return block
 
     # 3. Compare.
-    received = {name: links.receive_object(name, tag) for name in others}
+    received: dict[str, Mapping[str, Any]] = {}
+    for name in others:
+        try:
+            received[name] = links.receive_object(name, tag)
+        except PeerLostError:
+            if tolerant:
+                _send_to_all(links, [other for other in others if other != name], tag, {"lost": name}, tolerant)
+            raise
     difference = disagreement({**{name: item.get("claim") for name, item in received.items()}, leader: _claim(draft)})
     if difference is not None:
         raise ProtocolError(difference, _COMPARE)
@@ -80,7 +92,7 @@ def co_sign(
     signed = {name: _parsed(signature_from, name, item.get("signature")) for name, item in received.items()}
     block = replace(draft, signatures=tuple({**signed, leader: own}[name] for name in parties))
     ledger.add(block)
-    _send_to_all(links, others, tag, {"signatures": [to_json(signature) for signature in block.signatures]})
+    _send_to_all(links, others, tag, {"signatures": [to_json(signature) for signature in block.signatures]}, tolerant)
     return block
 
 
@@ -232,15 +244,15 @@ def _seal(ledger: RevealLedger, count: int) -> str:
 # ---- messages ----------------------------------------------------------------------------------------------------------
 
 
-def _send_to_all(links: Links, others: Sequence[str], tag: str, value: dict[str, Any]) -> None:
-    """Send to every party that can be reached; only then raise the first loss."""
+def _send_to_all(links: Links, others: Sequence[str], tag: str, value: dict[str, Any], tolerant: bool = False) -> None:
+    """Send to every party that can be reached; only then raise the first loss, unless losses are tolerated."""
     lost: list[PeerLostError] = []
     for name in others:
         try:
             links.send_object(name, tag, value)
         except PeerLostError as error:
             lost.append(error)
-    if lost:
+    if lost and not tolerant:
         raise lost[0]
 
 

@@ -18,11 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mpc_fl.errors import ConfigError
 
-AGGREGATOR = "aggregator"
+AGGREGATOR, DEALER = "aggregator", "dealer"
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Strategy = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd"]
 
 
 class Section(BaseModel):
@@ -72,7 +74,12 @@ class SubsetSection(Section):
 
 
 class DataSection(Section):
-    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files."""
+    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+
+    `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
+    a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
+    `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
+    """
 
     source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
     classes: tuple[str, ...] = ("normal", "bacterial", "viral")
@@ -83,9 +90,13 @@ class DataSection(Section):
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()
     subset: SubsetSection = SubsetSection()
+    normalise: Literal["none", "secure"] = "none"
+    normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
+        if self.normalise == "secure" and self.is_table and self.table.reference_ranges is None:
+            raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
         if self.source == "csv" and self.table.features is None:
@@ -120,18 +131,49 @@ class ModelSection(Section):
 
 
 class TrainingSection(Section):
-    """Local training between two aggregations. `batch_size` is the expected number of patients per step (Poisson)."""
+    """Local training between two aggregations. `batch_size` is the expected number of patients per step (Poisson).
 
+    `strategy` says what becomes of the opened mean: `fedavg` adds the mean update, `fedavgm`, `fedadam` and `fedyogi` step
+    along it with momentum or adaptively, `fedsgd` opens every single gradient and steps with `learning_rate` and
+    `momentum`. `fedprox` is `fedavg` with a `proximal` term in the local steps, which other strategies may have as well.
+    `local_normalisation` (FedBN) leaves parameters and statistics of normalisation layers at each hospital.
+    """
+
+    strategy: Strategy | None = Field(
+        default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
+    )
     rounds: Count = 5
     local_steps: Count = 10
     batch_size: Count = 64
     learning_rate: Positive = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Momentum = 0.9
+    server_learning_rate: Positive | None = Field(default=None, description="null: 1, or 0.03 for fedadam and fedyogi")
+    server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
+    server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    local_normalisation: bool = False
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
     sampling_seed: int | None = Field(
         default=None,
         description="null draws the secret sampling order from the system; a number is for simulation only",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSection:
+        name = self.strategy or "fedavg"
+        if (name == "fedprox") and not self.proximal:
+            raise ValueError("fedprox needs a proximal coefficient above 0")
+        if self.proximal and self.strategy in (None, "fedavg"):
+            raise ValueError("fedavg with a proximal term is fedprox; set strategy: fedprox")
+        if self.proximal and self.local_steps == 1:
+            raise ValueError("the first local step has no proximal term; use more local_steps, or proximal: 0")
+        if self.proximal * self.learning_rate > 1:
+            raise ValueError("proximal * learning_rate must not exceed 1, or every step would overshoot")
+        if self.server_momentum is not None and name not in ("fedavgm", "fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_momentum; use fedavgm, fedadam or fedyogi")
+        if self.server_adaptivity is not None and name not in ("fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_adaptivity; use fedadam or fedyogi")
+        return self
 
 
 class PrivacySection(Section):
@@ -160,18 +202,31 @@ class PrivacySection(Section):
 
 
 class AggregationSection(Section):
-    """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`."""
+    """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
+
+    With `norm_check` the L2 norm of each hidden update is held against a bound before anything is opened, on shares and
+    with the dealer; what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise.
+    """
 
     fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
     update_bound: Positive = 64.0
     count_bound: Count = 1 << 20
     weighted: bool = True
+    norm_check: bool = False
+    norm_bound: Positive | None = Field(
+        default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"
+    )
 
 
 class InferenceSection(Section):
-    """Encrypted inference between one hospital and a model owner."""
+    """Encrypted inference between one hospital and a model owner.
 
-    engine: Literal["reference"] = "reference"
+    `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` label opens the
+    class alone to the hospital (engine fast).
+    """
+
+    engine: Literal["reference", "fast"] = "reference"
+    reveal: Literal["logits", "label"] = "logits"
     fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
     batch_size: Count = 1
     limit: Count | None = None
@@ -186,6 +241,9 @@ class RuntimeSection(Section):
     receive_timeout: Positive = 600.0
     threads: Count = 1
     first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
+    )
     dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
 
 
@@ -197,6 +255,16 @@ class FederationSection(Section):
     """
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = 3
+    quorum: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
+    )
+    round_timeout: Positive | None = Field(
+        default=None, description="seconds a hospital may take for its update; null: runtime.receive_timeout"
+    )
+    evaluate_incomplete: bool = Field(
+        default=False,
+        description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
+    )
     session: str = ""
     addresses: dict[str, str] = Field(default_factory=dict)
     dial_out_only: tuple[str, ...] = ()
@@ -204,6 +272,8 @@ class FederationSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> FederationSection:
+        if self.quorum is not None and self.quorum > self.hospitals:
+            raise ValueError(f"a quorum of {self.quorum} cannot be reached by {self.hospitals} hospitals")
         for name in self.dial_out_only:
             if name in self.addresses:
                 raise ValueError(f"{name} is in dial_out_only and has an address; give it only one of them")
@@ -215,15 +285,23 @@ class FederationSection(Section):
                 raise ValueError(f"the address of {name} must be host:port")
         return self
 
+    @property
+    def quorum_size(self) -> int:
+        """Fewest hospitals a sum is opened over."""
+        return self.hospitals if self.quorum is None else self.quorum
+
 
 class SiteSection(Section):
     """What only this machine knows. Not part of the digest, never sent.
+
+    `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads.
     """
 
     listen: str | None = None
+    resume: bool = False
     training_processes: Count = 1
     data: Path | None = None
     images: Path | None = None
@@ -250,9 +328,43 @@ class Config(Section):
     federation: FederationSection = FederationSection()
     site: SiteSection = SiteSection()
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if distributed and self.strategy not in ("fedsgd", "fedadam", "fedyogi"):
+            raise ValueError(
+                f"privacy.mechanism distributed opens every gradient, training.strategy {self.strategy} has none to open; use "
+                "fedsgd, fedadam or fedyogi"
+            )
+        if self.strategy == "fedsgd" and not distributed and training.local_steps != 1:
+            raise ValueError("training.strategy fedsgd opens every step; set training.local_steps to 1")
+        if self.strategy == "fedsgd" and training.server_learning_rate is not None:
+            raise ValueError("fedsgd steps with training.learning_rate; leave training.server_learning_rate null")
+        if training.proximal and distributed:
+            raise ValueError("privacy.mechanism distributed has no local steps, so training.proximal must be 0")
+        if training.local_normalisation and distributed:
+            # What stays at a hospital would be trained with a part of the noise only, and shape what is opened later.
+            raise ValueError(
+                "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
+            )
+        if training.local_normalisation and self.model.architecture == "mlp":
+            raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
+        return self
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
+        return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site`), as hex."""
         shared = self.model_dump(mode="json", exclude={"site"})
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+    def run_digest(self) -> str:
+        """SHA-256 over what a run computes, as hex: all but where its parties are and how long they wait."""
+        places = {"addresses", "session", "dial_out_only", "relay", "round_timeout"}
+        shared = self.model_dump(mode="json", exclude={"site": True, "runtime": True, "federation": places})
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -291,6 +403,8 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
         suggestion = f"{prefix}.{near[0]}" if near and prefix else (near[0] if near else "nothing here")
         return ConfigError(f"{source}: unknown key '{dotted}'", f"the nearest known name is '{suggestion}'")
     message = str(first["msg"]).removeprefix("Value error, ")
+    if not path:  # sections that do not go together
+        return ConfigError(source, message)
     return ConfigError(f"{source}: '{dotted}' is not valid", f"{message} (got {str(first.get('input'))[:60]!r})")
 
 
@@ -354,5 +468,11 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
-        return [f"hospital-{rank}" for rank in range(config.federation.hospitals)] + [AGGREGATOR]
+        hospitals = [f"hospital-{rank}" for rank in range(config.federation.hospitals)]
+        return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
     return ["hospital-0", "model-owner", "dealer"]
+
+
+def may_lose_hospitals(config: Config) -> bool:
+    """Whether a training run goes on when it loses a hospital."""
+    return config.task == "train" and config.federation.quorum_size < config.federation.hospitals

@@ -1,5 +1,9 @@
 """Encrypted diagnosis between a hospital (rank 0) and a model owner (rank 1), with a dealer outside.
 
+`inference.engine` chooses between two engines with one interface: `request_diagnoses` at the hospital, `answer_requests`
+at the model owner, `deal_tuples` at the dealer. `fast` is for convolutional networks, its protocol is in
+`fast.sessions`. `reference` is for all others:
+
 Protocol, once:
   1. the hospital announces the batch sizes (public)
   2. both record by a dry run what correlated randomness a batch of each size takes, and declare it to the dealer, which
@@ -30,42 +34,176 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config import DEALER, Config
 from mpc_fl.correlated_randomness import Request
-from mpc_fl.crypten_runtime import crypten
-from mpc_fl.data import Dataset
+from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
+from mpc_fl.data import Dataset, load_images, normalised
+from mpc_fl.dealer import Dealer
 from mpc_fl.dealer_client import DealerClient
 from mpc_fl.dry_run import record_requests, shape_share
-from mpc_fl.errors import ProtocolError, SecrecyError
+from mpc_fl.errors import ConfigError, ProtocolError, SecrecyError
+from mpc_fl.fast.calibration import calibrate
+from mpc_fl.fast.dealing import deal
+from mpc_fl.fast.float_graph import prepare
+from mpc_fl.fast.network import Network
+from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.federation import Notify
 from mpc_fl.files import finite, write_text, written_whole
 from mpc_fl.inference import EncryptedGraph, OnLayer, build_graph, check_logits, run_layers
 from mpc_fl.inference_cost import module_with
 from mpc_fl.models import build_model
-from mpc_fl.opening import SecretDomain, open_to
+from mpc_fl.opening import Record, SecretDomain, open_to
+from mpc_fl.phantoms import public_phantoms
 from mpc_fl.secrecy import Shared
+from mpc_fl.transport import Links
+from mpc_fl.weights import load_normalisation
 
 HOSPITAL, MODEL_OWNER = "hospital-0", "model-owner"
 _MODEL_OWNER_RANK = 1
 _ATTEMPTS = 2
+_CALIBRATION_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The hospital's result for one image: float logits (classes,), and the seconds its batch took per image."""
+    """The hospital's result for one image, and the seconds its batch took per image.
 
-    logits: torch.Tensor
+    `logits`, float (classes,), is None where inference.reveal opens the label alone; `predicted` is the class's index.
+    """
+
+    logits: torch.Tensor | None
     seconds: float
+    predicted: int
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, seconds: float) -> Diagnosis:
+        """From opened logits (classes,)."""
+        return cls(logits, seconds, int(logits.argmax()))
 
     @property
-    def probabilities(self) -> torch.Tensor:
-        """Softmax of the logits, computed at the hospital."""
-        return torch.softmax(self.logits.double(), dim=0)
+    def probabilities(self) -> torch.Tensor | None:
+        """Softmax of the logits, computed at the hospital; None without logits."""
+        return None if self.logits is None else torch.softmax(self.logits.double(), dim=0)
 
-    @property
-    def predicted(self) -> int:
-        """Index of the most probable class."""
-        return int(self.logits.argmax())
+
+# ---- either engine -------------------------------------------------------------------------------------------------
+
+
+def require_supported(config: Config, model: nn.Module | None = None) -> None:
+    """Raise when the engine cannot run the network; nothing is sent. The hospital, without `model`, checks shapes alone.
+
+    `UnsupportedLayerError` names the layer; `ModelError` says what else is wrong with `model`; `ConfigError`: the label
+    alone shall be opened by an engine that opens logits.
+    """
+    if model is None:
+        model = build_model(config, config.data.input_shape, config.seed)
+    if config.inference.engine == "fast":
+        prepare(model)
+        return
+    if config.inference.reveal == "label":
+        raise ConfigError("inference.reveal=label needs inference.engine=fast", "set the engine, or reveal logits")
+    private_graph(config, model)
+
+
+def request_diagnoses(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
+    """The hospital's side of a session: one `Diagnosis` per record of `images`."""
+    if config.data.normalise == "secure":
+        shape = (2, config.data.input_shape[0])
+        constants = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
+        images = normalised(images, Normalisation.of_tensor(constants))
+    if config.inference.engine == "fast":
+        return _ask_fast(config, images, _domain_without_crypten(links, record), notify)
+    graph = public_graph(config)
+    with _runtime(config, links) as runtime:
+        return ask(config, graph, images, SecretDomain(runtime, record), notify)
+
+
+def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:
+    """The model owner's side of a session; returns the number of batches.
+
+    What inputs are normalised with is no secret of the model: it is told to the hospital, which normalises.
+    """
+    assert config.site.model is not None
+    normalisation = load_normalisation(config.site.model, config)
+    if normalisation is not None:
+        links.send_tensor(HOSPITAL, "normalisation", normalisation.tensor())
+    if config.inference.engine == "fast":
+        images = calibration_images(config)
+        calibration = calibrate(model, images if normalisation is None else normalisation.apply(images))
+        domain = _domain_without_crypten(links, record)
+        agreed = config.inference.reveal, config.inference.batch_size
+        integers = calibration.weights.inside_protocol()
+        return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed).serve()
+    graph = private_graph(config, model)
+    with _runtime(config, links) as runtime:
+        return answer(config, graph, SecretDomain(runtime, record))
+
+
+def deal_tuples(config: Config, links: Links) -> None:
+    """The dealer's side of a session."""
+    if config.inference.engine == "fast":
+        deal(links, HOSPITAL, MODEL_OWNER)
+    else:
+        Dealer(links, [HOSPITAL, MODEL_OWNER], config.runtime.dealer_ahead_bytes).serve()
+
+
+def _runtime(config: Config, links: Links) -> CrypTenRuntime:
+    bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
+    return CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], DEALER, bits, ahead)
+
+
+# ---- engine fast ---------------------------------------------------------------------------------------------------
+
+
+def calibration_images(config: Config) -> torch.Tensor:
+    """What the model owner finds ranges with: its own records (site.images) if it names some, else public phantoms.
+
+    Ranges hold four times the largest value seen, but phantoms are no patients: a model owner should name records like
+    those it will be asked about. Raises `DataError` when there are none.
+    """
+    if config.site.images is not None or config.data.is_table:
+        return load_images(config.site.images, config, _CALIBRATION_IMAGES).inputs
+    return public_phantoms(_CALIBRATION_IMAGES, config)
+
+
+def _domain_without_crypten(links: Links, record: Record) -> SecretDomain:
+    """`open_to` needs the zero-shares of a runtime; CrypTen itself stays as it is."""
+    return SecretDomain(CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], None, 0), record)
+
+
+def _ask_fast(config: Config, images: Dataset, domain: SecretDomain, notify: Notify) -> list[Diagnosis]:
+    reveal = config.inference.reveal
+    hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal)
+    _require_agreed(config, hospital.network)
+    count, size = len(images.inputs), config.inference.batch_size
+    results: list[Diagnosis] = []
+    for start in range(0, count, size):
+        batch = images.inputs[start : start + size]
+        notify("encrypted inference", start, count)
+        hospital.prepare(len(batch))
+        began = time.monotonic()
+        opened = hospital.diagnose(batch)
+        seconds = (time.monotonic() - began) / len(batch)
+        if reveal == "label":
+            results += [Diagnosis(None, seconds, int(label)) for label in opened]
+        else:
+            results += [Diagnosis.of(row.float(), seconds) for row in opened]
+    notify("encrypted inference", count, count)
+    hospital.finish()
+    return results
+
+
+def _require_agreed(config: Config, network: Network) -> None:
+    """The model owner's network must take these records and tell these classes apart."""
+    shapes = network.values[network.input].shape, network.values[network.output].shape
+    if shapes != (tuple(config.data.input_shape), (len(config.data.classes),)):
+        raise ProtocolError(
+            "the model owner's network has other inputs or classes", "give both parties one configuration"
+        )
+
+
+# ---- engine reference ----------------------------------------------------------------------------------------------
 
 
 def public_graph(config: Config) -> EncryptedGraph:
@@ -129,7 +267,7 @@ def ask(
 
         logits = _ask_batch(config, encrypted, batch, following, domain, layer_done)
         seconds = (time.monotonic() - began) / len(batch)
-        results += [Diagnosis(row.float(), seconds) for row in logits]
+        results += [Diagnosis.of(row.float(), seconds) for row in logits]
     links.send_object(MODEL_OWNER, "batch", {"size": 0, "next": 0})
     return results
 
@@ -209,6 +347,10 @@ def _evaluate(
     return open_to(domain, Shared("logits", logits), [HOSPITAL], "diagnosis for the hospital that asked")
 
 
+def _rounded(values: torch.Tensor | None) -> list[float] | None:
+    return None if values is None else [round(value, 6) for value in values.tolist()]
+
+
 def write_results(config: Config, images: Dataset, results: list[Diagnosis], out: Path) -> None:
     """Write the hospital's results and, for its own report, its images (both readable by this user only)."""
     lines = []
@@ -218,8 +360,8 @@ def write_results(config: Config, images: Dataset, results: list[Diagnosis], out
             "name": images.names[index],
             "label": int(images.labels[index]),
             "predicted": result.predicted,
-            "probabilities": [round(value, 6) for value in result.probabilities.tolist()],
-            "logits": [round(value, 6) for value in result.logits.tolist()],
+            "probabilities": _rounded(result.probabilities),
+            "logits": _rounded(result.logits),
             "seconds": round(result.seconds, 4),
         }
         lines.append(json.dumps(finite(line)))

@@ -105,6 +105,16 @@ class ProtocolError(MpcFlError):
     exit_code = 9
 
 
+class QuorumError(MpcFlError):
+    """Fewer hospitals are left than the agreed quorum; nothing more is opened."""
+
+    exit_code = 12
+
+
+class SumLostError(ProtocolError):
+    """A sum can never be opened, because parties were lost whose keys it needs; it is made anew."""
+
+
 class SecrecyError(MpcFlError):
     """Code tried to look at a secret, or to draw a random value twice. Always a defect of the program."""
 

@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mpc_fl.closed_sum import KEY_BYTES
 from mpc_fl.config import Config
 from mpc_fl.diagnosis import public_graph, requests_of
 from mpc_fl.errors import ModelError
-from mpc_fl.federation import EVALUATION_CHUNK, distributed_mechanism_of, headroom_of, plan_release
+from mpc_fl.evaluation import evaluation_length
+from mpc_fl.feature_statistics import plan_features
+from mpc_fl.federation import EVALUATION_CHUNK
 from mpc_fl.inference import cost
-from mpc_fl.models import build_model, flatten_parameters
+from mpc_fl.models import build_model, flatten_parameters, shared_coordinates
+from mpc_fl.participants import distributed_mechanism_of, headroom_of, plan_release, sum_rules
 from mpc_fl.privacy import epsilon_of
-from mpc_fl.statistics import SCORE_BINS
 from mpc_fl.weights import flatten_buffers
 
 _WORD = 8
@@ -71,23 +74,26 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
     model = build_model(config, config.data.input_shape, config.seed)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
-    counts = classes * classes + 2 * classes * SCORE_BINS
-    hospitals = config.federation.hospitals
+    shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
+    counts, hospitals, headroom = evaluation_length(classes), config.federation.hospitals, headroom_of(config)
     # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
-    sums, up_once = 1, _WORD * (parameters + 1)
+    sums, ring_bits = 1, headroom.ring_bits
     if config.privacy.mechanism == "distributed":
-        sums, up_once = config.training.local_steps, distributed_mechanism_of(config).ring_bits // 8 * parameters
-    up = rounds * (sums * up_once + _WORD * counts) + _WORD * counts
-    down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * parameters
-    opened = rounds * (sums + (1 if config.privacy.mechanism == "distributed" else 2)) + 1
+        sums, ring_bits = config.training.local_steps, distributed_mechanism_of(config).ring_bits
+    before = [_WORD] if config.aggregation.weighted else []
+    if config.data.normalise == "secure":
+        before.append(_WORD * plan_features(config).length)
+    opened = len(before) + rounds * (sums + 1) + 1
+    keys = KEY_BYTES * 2 * min(sum_rules(config).closing, hospitals - 1)
+    up = sum(before) + rounds * (sums * ring_bits // 8 * shared + _WORD * counts) + _WORD * counts + opened * keys
+    down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
     signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
-    headroom = headroom_of(config)
     return {
         "parameters": parameters,
         "rounds": rounds,
         "bytes_sent_per_hospital": up,
         "bytes_sent_by_aggregator": hospitals * down,
-        "messages_per_hospital": opened + signed,
+        "messages_per_hospital": 1 + 2 * opened + signed,  # it announces itself, then sends summands and keys
         "headroom_bits_spare": round(headroom.bits_spare, 1),
         "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
         "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],

@@ -16,7 +16,7 @@ Rounds and bytes. One round per step: each hospital sends 4 bytes per parameter 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +32,17 @@ from mpc_fl.distributed_mechanism import (
     step_total_variation,
 )
 from mpc_fl.errors import HeadroomError
+from mpc_fl.feature_statistics import plan_features
 from mpc_fl.models import flatten_parameters, load_flat_parameters, trainable_parameters
-from mpc_fl.opening import SecretDomain, open_to
+from mpc_fl.opening import SecretDomain
 from mpc_fl.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.privacy import calibrate_noise_multiplier
+from mpc_fl.quorum_sum import Description, Missed, Rules, broadcast, collect, contribute, next_word, say
 from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.secrecy import Private
-from mpc_fl.secure_sum import secure_sum
+from mpc_fl.strategies import ServerOptimizer
 from mpc_fl.stream_cipher import Seed
 from mpc_fl.training import PatientRecords, sample_patients, sampling_seed_of
-
-_SUM = "sum of clipped gradients"
 
 
 def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
@@ -52,21 +52,25 @@ def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
     The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
     """
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
+    # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
+    absent = settings.colluders + hospitals - config.federation.quorum_size
     noise = settings.noise_multiplier
     if noise is None:
         assert settings.smallest_hospital is not None  # the configuration demands it
         rate = min(1.0, training.batch_size / settings.smallest_hospital)
-        distance = step_total_variation(parameters, hospitals, settings.colluders)
+        distance = step_total_variation(parameters, hospitals, absent)
         steps = training.rounds * training.local_steps
+        features = plan_features(config).event() if config.data.normalise == "secure" else None
+        before = [] if features is None else [features]
         noise = calibrate_noise_multiplier(
-            settings.epsilon, settings.delta, rate, steps, [], settings.accountant, "the federation", distance
+            settings.epsilon, settings.delta, rate, steps, before, settings.accountant, "the federation", distance
         )
 
     def planned(ring_bits: int) -> DistributedGaussian:
         return plan_mechanism(
             parameters=parameters,
             hospitals=hospitals,
-            colluders=settings.colluders,
+            colluders=absent,
             expected_patients=training.batch_size,
             clipping_norm=settings.clipping_norm,
             noise_multiplier=noise,
@@ -104,8 +108,14 @@ class Steps:
     method: str
 
 
+def _about(config: Config, number: int, step: int) -> Description:
+    why = f"round {number} step {step + 1}: noised gradient"
+    return Description("sum of clipped gradients", why, privacy_of_steps(config, 1))
+
+
 def hospital_steps(
     domain: SecretDomain,
+    rules: Rules,
     model: nn.Module,
     data: PatientRecords,
     config: Config,
@@ -113,15 +123,19 @@ def hospital_steps(
     sample_rate: float,
     noise_seed: Seed,
     sampling_seed: Seed | int | None,
-    number: int,
+    round_of: tuple[int, int],
+    hospitals: tuple[str, ...],
     method: Method,
     step_done: Callable[[int, int], None],
-) -> Steps:
+    before_keys: Callable[[], None] | None = None,
+) -> tuple[tuple[str, ...], Steps] | Missed:
     """Steps 1 to 4 at a hospital, `training.local_steps` times; `model` gets the parameters of the last one.
 
-    Raises `HeadroomError` before anything is sent when a sum exceeds its bound, `PeerLostError` for a lost party.
+    `round_of` is (round, attempt). Returns the hospitals of the last sum, or why there is none. `noise_seed` must be fresh
+    for every attempt. Raises `HeadroomError` before anything is sent when a sum exceeds its bound, `PeerLostError` for a
+    lost aggregator.
     """
-    links, steps = domain.runtime.links, config.training.local_steps
+    links, steps, number = domain.links, config.training.local_steps, round_of[0]
     working, order = working_copy(model), sampling_seed_of(sampling_seed)
     losses, used, clipped = 0.0, 0, 0
     for step in range(steps):
@@ -137,49 +151,51 @@ def hospital_steps(
         share = noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
         # 3. and 4.
         links.set_phase(f"round {number} aggregation")
-        why = f"round {number} step {step + 1}: noised gradient"
-        open_to(domain, secure_sum(domain, share, 0, _SUM), [AGGREGATOR], why, privacy_of_steps(config, 1))
+        label = ("gradient", *round_of, step)
+        hospitals = contribute(domain, rules, hospitals, label, share, _about(config, number, step), before_keys)
+        if links.name not in hospitals:
+            return "left out"
+        if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
+            return "void"
         shape = (mechanism.parameters,)
         load_flat_parameters(working, links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
         step_done(step + 1, steps)
     _copy_parameters(working, model)
-    return Steps(losses / used if used else float("nan"), clipped / used if used else 0.0, steps, method)
-
-
-@dataclass
-class ServerOptimizer:
-    """SGD with momentum at the aggregator, in float64; `velocity` is its state over steps and rounds."""
-
-    learning_rate: float
-    momentum: float
-    velocity: torch.Tensor | None = None
-
-    def step(self, parameters: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """New parameters, float32 (P,), from float32 parameters and a float64 gradient of the same shape."""
-        self.velocity = gradient if self.velocity is None else self.momentum * self.velocity + gradient
-        return (parameters.double() - self.learning_rate * self.velocity).float()
+    kept = Steps(losses / used if used else float("nan"), clipped / used if used else 0.0, steps, method)
+    return hospitals, kept
 
 
 def aggregator_steps(
     domain: SecretDomain,
+    rules: Rules,
     model: nn.Module,
     config: Config,
     mechanism: DistributedGaussian,
     optimizer: ServerOptimizer,
-    number: int,
-) -> None:
-    """Steps 3 and 4 at the aggregator, whose own summand is zero; `model` gets the parameters of the last step."""
-    links, working = domain.runtime.links, working_copy(model)
+    round_of: tuple[int, int],
+    hospitals: tuple[str, ...],
+    starts: Mapping[str, str],
+) -> tuple[str, ...]:
+    """Steps 3 and 4 at the aggregator; `model` gets the parameters of the last step. Returns the hospitals of its sum.
+
+    Raises `QuorumError` when too few are left, `SumLostError` when a sum cannot be opened any more; the optimizer has then
+    stepped for the sums before, whose gradients are opened and spent.
+    """
+    links, working, number = domain.links, working_copy(model), round_of[0]
+    parameters = flatten_parameters(working)
     for step in range(config.training.local_steps):
-        zeros = Private("clipped gradients", torch.zeros(mechanism.parameters, dtype=mechanism.dtype))
-        why = f"round {number} step {step + 1}: noised gradient"
-        opened = open_to(domain, secure_sum(domain, zeros, 0, _SUM), [AGGREGATOR], why, privacy_of_steps(config, 1))
-        assert opened is not None
-        stepped = optimizer.step(flatten_parameters(working), mean_gradient(mechanism, opened.long()))
-        load_flat_parameters(working, stepped)
-        for peer in links.peers:
-            links.send_tensor(peer, "global model", stepped)
+        label, shape = ("gradient", *round_of, step), (mechanism.parameters,)
+        about = _about(config, number, step)
+        hospitals, opened = collect(domain, rules, hospitals, starts, label, mechanism.dtype, shape, about)
+        # The mean over those present: `mean_gradient` divides by the number of all hospitals.
+        gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
+        parameters = optimizer.step(parameters, gradient)
+        say(links, hospitals, "model")
+        stepped = parameters
+        broadcast(links, hospitals, lambda name, stepped=stepped: links.send_tensor(name, "global model", stepped))  # type: ignore[misc]
+    load_flat_parameters(working, parameters)
     _copy_parameters(working, model)
+    return hospitals
 
 
 @torch.no_grad()

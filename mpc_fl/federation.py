@@ -1,124 +1,59 @@
 """One federated round, as every role runs it: the main path of training.
 
 Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one world:
-  1. all start from the same global model
+  1. the aggregator says who takes part; all of them start from the same global model (`attendance`)
   2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
-  3. each hospital encodes count * update and count in the ring; refused if they do not fit
-  4. weighted mean on shares; the two sums are opened to the aggregator alone
-  5. the aggregator applies the mean and sends the new global model
+  3. each hospital encodes its weighted update in the ring; refused if it does not fit
+  4. closed sum: who is late is left out, the quorum is checked, the sum is opened to the aggregator alone (`quorum_sum`)
+  5. the aggregator steps along the mean and sends the new global model
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger
+
+Weights. The total number of training patients N is opened once, over all hospitals. Hospital i's weight is its number
+over N', the public power of two above N, so that the sum of weighted updates is a mean and needs no headroom for counts.
+A round that somebody misses opens no sum of counts of its own: its difference to N would be the absent hospital's.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from mpc_fl.attendance import Attendance, RoundPlan
 from mpc_fl.config import AGGREGATOR, Config
-from mpc_fl.data import Dataset
-from mpc_fl.distributed_mechanism import DistributedGaussian
-from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError, ProtocolError
-from mpc_fl.federated_sgd import (
-    ServerOptimizer,
-    Steps,
-    aggregator_steps,
-    hospital_steps,
-    mechanism_of,
-    privacy_of_steps,
-)
-from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters, load_flat_parameters
+from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
+from mpc_fl.evaluation import Evaluation, decode_evaluation, encode_evaluation, evaluate_locally, evaluation_length
+from mpc_fl.feature_statistics import Normalisation, decode_features, encode_features, plan_features
+from mpc_fl.federated_sgd import Steps, aggregator_steps, hospital_steps, privacy_of_steps
+from mpc_fl.models import flatten_parameters, load_flat_parameters
 from mpc_fl.opening import SecretDomain
-from mpc_fl.per_sample_gradients import choose_per_sample_method
-from mpc_fl.phantoms import public_phantoms
-from mpc_fl.privacy import (
-    PrivacyBudget,
-    PrivacyLedger,
-    SubsampledGaussian,
-    calibrate_noise_multiplier,
-    check_delta,
-    epsilon_of,
+from mpc_fl.participants import (
+    Aggregator,
+    Hospital,
+    calibrate_on_public_images,
+    checked,
+    features_run_name,
+    headroom_of,
+    run_name,
 )
-from mpc_fl.ring import FixedPoint, Headroom
+from mpc_fl.privacy import SubsampledGaussian
+from mpc_fl.quorum_sum import Description, Missed, Rules, broadcast, collect, contribute, next_word, say
 from mpc_fl.secrecy import Private
-from mpc_fl.secure_sum import encode_weighted, weighted_mean
-from mpc_fl.statistics import Evaluation, evaluate_locally, secure_evaluation
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import sampling_rate, train_locally
-from mpc_fl.training_group import TrainingGroup
+from mpc_fl.strategies import calibrate_own
+from mpc_fl.training import train_locally
 from mpc_fl.transport import Links
 from mpc_fl.weights import flatten_buffers, load_flat_buffers
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_IMAGES = 64
 EVALUATION_CHUNK = 64
 
 Notify = Callable[[str, int, int], None]
-
-
-def headroom_of(config: Config) -> Headroom:
-    """The headroom of the weighted sum over all hospitals; `require` it before a run."""
-    fixed_point = FixedPoint(config.aggregation.fraction_bits, config.aggregation.update_bound)
-    weight_bound = config.aggregation.count_bound if config.aggregation.weighted else 1
-    return Headroom(fixed_point, config.federation.hospitals, weight_bound)
-
-
-def plan_release(
-    config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str
-) -> SubsampledGaussian | None:
-    """What the whole run will release of a hospital's patients; `None` without differential privacy.
-
-    The noise multiplier is the configured one, or the smallest with which the run fits what `spent` leaves of the budget.
-    Raises `PrivacyBudgetError` when nothing is left, the run does not fit or delta is too large, `HeadroomError` for more
-    patients than sums have room for. Messages begin with `who`.
-    """
-    if config.aggregation.weighted and patients > config.aggregation.count_bound:
-        raise HeadroomError(f"{who} has more patients than aggregation.count_bound", "raise aggregation.count_bound")
-    settings, past = config.privacy, list(spent)
-    if settings.mechanism == "none":
-        return None
-    check_delta(settings.delta, patients, who)
-    rate, steps = sampling_rate(config, patients), config.training.rounds * config.training.local_steps
-    noise = settings.noise_multiplier
-    if settings.mechanism == "distributed":
-        if patients < (settings.smallest_hospital or 0):
-            raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
-        planned = distributed_mechanism_of(config).event(rate, steps)
-        noise = planned.noise_multiplier
-    else:
-        if noise is None:
-            noise = calibrate_noise_multiplier(
-                settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
-            )
-        planned = SubsampledGaussian(noise, rate, steps)
-    total = epsilon_of([*past, planned], settings.delta, settings.accountant)
-    if total > settings.epsilon:
-        raise PrivacyBudgetError(
-            f"{who}: {steps} steps with noise multiplier {noise:g} would bring epsilon to {total:.3f}, beyond the budget of "
-            f"{settings.epsilon:g}",
-            "raise privacy.noise_multiplier, or set it to null to have it calibrated",
-        )
-    return planned
-
-
-def distributed_mechanism_of(config: Config) -> DistributedGaussian:
-    """The public mechanism of a run with distributed noise."""
-    return mechanism_of(config, len(flatten_parameters(build_model(config, config.data.input_shape, config.seed))))
-
-
-def initial_model(config: Config) -> nn.Module:
-    """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
-    model = build_model(config, config.data.input_shape, config.seed)
-    if config.model.normalisation == "frozen" and not config.data.is_table:
-        calibrate_batchnorm(model, public_phantoms(CALIBRATION_IMAGES, config))
-    return model
 
 
 @torch.no_grad()
@@ -129,96 +64,124 @@ def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = EVALUATION_CHUN
     return torch.cat(pieces) if pieces else torch.zeros(0, 1)
 
 
-@dataclass
-class Hospital:
-    """One hospital's state over the rounds. Everything here stays at this site."""
-
-    config: Config
-    name: str
-    rank: int
-    model: nn.Module
-    train: Dataset
-    test: Dataset
-    ledger: PrivacyLedger
-    budget: PrivacyBudget
-    noise_multiplier: float | None
-    sample_rate: float
-    method: Any = None
-    group: TrainingGroup | None = None
-    mechanism: DistributedGaussian | None = None
-    noise_seed: Seed = field(default_factory=Seed.from_system)
-
-    @property
-    def sampling_seed(self) -> int | None:
-        """Secret and fresh by default; a number in simulations, different at each hospital."""
-        seed = self.config.training.sampling_seed
-        return None if seed is None else seed * 1000 + self.rank
-
-    def epsilon(self) -> float | None:
-        """Epsilon spent on these patients so far, all runs in the ledger together."""
-        if self.config.privacy.mechanism == "none":
-            return None
-        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
+# ---- before the first round --------------------------------------------------------------------------------------------
 
 
-def join(config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger) -> Hospital:
-    """Prepare a hospital for a run: model, sampling rate, noise multiplier for the budget that is left.
+def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> None:
+    """Parameters, frozen statistics and normalisation of inputs, for hospitals that begin, join, or begin anew."""
 
-    Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
-    """
-    headroom_of(config).require()
-    name = f"hospital-{rank}"
-    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
-    spent = [] if config.privacy.mechanism == "none" else ledger.spent()
-    planned = plan_release(config, train.patient_count, spent, name)
-    noise = None if planned is None else planned.noise_multiplier
-    rate = sampling_rate(config, train.patient_count)
-    model = initial_model(config)
-    hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate)
-    if config.privacy.mechanism == "distributed":
-        if config.site.training_processes > 1:
-            raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
-        hospital.mechanism = distributed_mechanism_of(config)
-    if config.privacy.mechanism != "none":
-        wanted = config.training.per_sample_gradients
-        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
-    return hospital
+    def send(name: str) -> None:
+        links.send_tensor(name, "parameters", flatten_parameters(aggregator.model))
+        links.send_tensor(name, "statistics", flatten_buffers(aggregator.model))
+        if aggregator.normalisation is not None:
+            links.send_tensor(name, "normalisation", aggregator.normalisation.tensor())
+
+    broadcast(links, names, send)
 
 
-def receive_initial_model(hospital: Hospital, links: Links) -> None:
-    """Take parameters and frozen statistics from the aggregator, so that all start bit for bit alike."""
+def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
+    """A hospital's side of `send_model`, so that all start bit for bit alike."""
     parameters, buffers = flatten_parameters(hospital.model), flatten_buffers(hospital.model)
     load_flat_parameters(
-        hospital.model, links.receive_tensor(AGGREGATOR, "initial parameters", torch.float32, parameters.shape)
+        hospital.model, links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
     )
-    load_flat_buffers(
-        hospital.model, links.receive_tensor(AGGREGATOR, "initial statistics", torch.float32, buffers.shape)
-    )
+    load_flat_buffers(hospital.model, links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape))
+    if normalised:
+        values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, None)
+        hospital.normalise(Normalisation.of_tensor(values))
 
 
-def send_initial_model(model: nn.Module, links: Links) -> None:
-    """The aggregator's side of `receive_initial_model`."""
-    for peer in links.peers:
-        links.send_tensor(peer, "initial parameters", flatten_parameters(model))
-        links.send_tensor(peer, "initial statistics", flatten_buffers(model))
+def _all(config: Config, rules: Rules) -> Rules:
+    """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
+    return Rules(rules.opener, config.federation.hospitals, rules.closing, rules.seconds)
 
 
-def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify: Notify) -> dict[str, Any]:
-    """Round `number` at a hospital. Returns this site's own metrics (they never leave it).
+def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...]) -> None:
+    """Sums over all hospitals before the first round, at a hospital: features if so configured, and the patients."""
+    config, rules = hospital.config, _all(hospital.config, rules)
+    domain.links.set_phase("preparation")
+    if config.data.normalise == "secure":
+        plan, ledger = plan_features(config), hospital.ledger
+        event = plan.event()
+        if event is not None:
+            run = features_run_name(config)
+            ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
+        encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
+        release = None if event is None else ledger.release
+        contribute(domain, rules, hospitals, ("features",), encoded, _FEATURES, release)
+        values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.features))
+        hospital.normalise(Normalisation.of_tensor(values))
+        buffers = flatten_buffers(hospital.model)
+        load_flat_buffers(
+            hospital.model, domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
+        )
+    if config.aggregation.weighted:
+        count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
+        contribute(domain, rules, hospitals, ("patients",), count, _PATIENTS)
+    calibrate_own(hospital.model, hospital.train.inputs, config)
+
+
+_FEATURES = Description("sum of features", "mean and deviation of the inputs")
+_PATIENTS = Description("number of patients", "total weight of the mean")
+
+
+def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: Rules, attendance: Attendance) -> None:
+    """Sums over all hospitals before the first round, at the aggregator."""
+    config, rules, hospitals = aggregator.config, _all(aggregator.config, rules), attendance.members
+    domain.links.set_phase("preparation")
+    if config.data.normalise == "secure":
+        plan = plan_features(config)
+        shape = (plan.length,)
+        _, total = collect(domain, rules, hospitals, attendance.starts, ("features",), torch.int64, shape, _FEATURES)
+        aggregator.normalisation = decode_features(plan, total).normalisation
+        values = aggregator.normalisation.tensor()
+        calibrate_on_public_images(aggregator.model, config, aggregator.normalisation)
+        buffers = flatten_buffers(aggregator.model)
+
+        def send(name: str) -> None:
+            domain.links.send_tensor(name, "normalisation", values)
+            domain.links.send_tensor(name, "statistics", buffers)
+
+        broadcast(domain.links, hospitals, send)
+    aggregator.patients = config.federation.hospitals
+    if config.aggregation.weighted:
+        _, total = collect(domain, rules, hospitals, attendance.starts, ("patients",), torch.int64, (1,), _PATIENTS)
+        aggregator.patients = int(total)
+        if not 0 < aggregator.patients <= config.federation.hospitals * config.aggregation.count_bound:
+            raise ProtocolError("the opened number of patients cannot be", "a hospital does not follow the protocol")
+    aggregator.weight_total = 1 << (aggregator.patients - 1).bit_length()
+
+
+# ---- a round at a hospital ---------------------------------------------------------------------------------------------
+
+
+def hospital_round(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
+) -> dict[str, Any] | Missed:
+    """Steps 2 to 6 at a hospital. Returns this site's own metrics (they never leave it), or why there are none.
 
     Raises `PrivacyBudgetError` before training if the round would exceed the budget, `HeadroomError` if the update is
-    NaN, infinite or too large, before anything is sent; `PeerLostError` when a party is lost or late.
+    NaN, infinite or too large, before anything is sent; `PeerLostError` when the aggregator is lost or late.
     """
-    began = time.monotonic()
-    steps, train_seconds = _take_steps(hospital, domain, number, notify)
+    began, rounds, links, number = time.monotonic(), hospital.config.training.rounds, domain.links, plan.number
+    links.set_phase(f"round {number} training")
+    if hospital.noise_multiplier is not None:
+        charge_round(hospital, number)
+    take_steps = _gradient_steps if hospital.mechanism is not None else _local_steps
+    size = len(hospital.shared_parameters)
+    check = checked(rules, hospital.config, hospital.mechanism, size, plan.weight_total)
+    taken = take_steps(hospital, domain, check, plan, notify)
+    if isinstance(taken, str):
+        return taken
+    hospitals, steps, train_seconds = taken
     aggregate_seconds = time.monotonic() - began - train_seconds
     log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, train_seconds, aggregate_seconds)
-    notify("aggregation", number, hospital.config.training.rounds)
+    notify("aggregation", number, rounds)
 
     # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
     evaluation_began = time.monotonic()
-    own = hospital_evaluation(hospital, domain, number)
-    notify("evaluation", number, hospital.config.training.rounds)
+    own = hospital_evaluation(hospital, domain, rules, hospitals, plan.number, plan.attempt)
+    notify("evaluation", number, rounds)
     return {
         "round": number,
         "loss": steps.mean_loss,
@@ -238,74 +201,88 @@ def hospital_round(hospital: Hospital, domain: SecretDomain, number: int, notify
     }
 
 
-def _take_steps(hospital: Hospital, domain: SecretDomain, number: int, notify: Notify) -> tuple[Steps, float]:
-    """Steps 2 to 5 at a hospital; returns what it keeps of them, and the seconds spent on training."""
-    config, links = hospital.config, domain.runtime.links
-    old = flatten_parameters(hospital.model)
+Taken = tuple[tuple[str, ...], Steps, float]
 
-    # 2. Train with differential privacy; the ledger is charged by what the round will release.
-    links.set_phase(f"round {number} training")
+
+def _local_steps(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
+) -> Taken | Missed:
+    """Steps 2 to 5: local training, then one closed sum of the weighted updates."""
+    config, links, number = hospital.config, domain.links, plan.number
     began = time.monotonic()
-
-    def step_done(done: int, total: int) -> None:
-        notify("training", (number - 1) * total + done, config.training.rounds * total)
-
-    if hospital.noise_multiplier is not None:
-        charge_round(hospital, number)
-    if hospital.mechanism is not None:
-        # Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`.
-        before = links.seconds_of(f"round {number} training")
-        steps = hospital_steps(
-            domain,
-            hospital.model,
-            hospital.train,
-            config,
-            hospital.mechanism,
-            hospital.sample_rate,
-            hospital.noise_seed,
-            hospital.sampling_seed,
-            number,
-            hospital.method,
-            step_done,
-        )
-        return steps, links.seconds_of(f"round {number} training") - before
     local = train_locally(
         hospital.model,
         hospital.train,
         config,
         hospital.noise_multiplier,
         hospital.sample_rate,
-        hospital.noise_seed,
+        hospital.noise_seed.derive("round", number, plan.attempt),
         hospital.sampling_seed,
         number,
-        step_done,
+        _progress(config, number, notify),
         hospital.method,
         hospital.group,
     )
-    trained = time.monotonic()
+    trained = time.monotonic() - began
 
-    # 3. Encode; the count is as secret as the update.
+    # 3. Encode; the weight is as secret as the update.
     links.set_phase(f"round {number} aggregation")
     count = hospital.train.patient_count if config.aggregation.weighted else 1
-    headroom = headroom_of(config)
-    encoded = encode_weighted(
-        Private(f"update of {hospital.name}", local.update),
-        Private(f"patient count of {hospital.name}", count),
-        headroom,
-    )
+    label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
+    encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
-    # 4. and 5. Mean on shares, opened to the aggregator, which sends the new global model.
-    why = f"round {number}: mean update"
-    weighted_mean(
+    # 4. and 5. Closed sum, opened to the aggregator, which sends the new global model.
+    about = _mean_update(config, number)
+    release = hospital.ledger.release if hospital.noise_multiplier is not None else None
+    admitted = contribute(domain, rules, plan.hospitals, ("update", number, plan.attempt), encoded, about, release)
+    del encoded
+    if hospital.name not in admitted:
+        return "left out"
+    if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
+        return "void"
+    trained_model = flatten_parameters(hospital.model) + local.update
+    load_flat_parameters(hospital.model, trained_model)
+    shape = hospital.shared_parameters.shape
+    hospital.take_global(links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
+    return admitted, Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained
+
+
+def _gradient_steps(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
+) -> Taken | Missed:
+    """Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`."""
+    assert hospital.mechanism is not None
+    links, phase = domain.links, f"round {plan.number} training"
+    before = links.seconds_of(phase)
+    taken = hospital_steps(
         domain,
-        *encoded,
-        config.aggregation.fraction_bits,
-        AGGREGATOR,
-        why,
-        privacy_of_steps(config, config.training.local_steps),
+        rules,
+        hospital.model,
+        hospital.train,
+        hospital.config,
+        hospital.mechanism,
+        hospital.sample_rate,
+        hospital.noise_seed.derive("round", plan.number, plan.attempt),
+        hospital.sampling_seed,
+        (plan.number, plan.attempt),
+        plan.hospitals,
+        hospital.method,
+        _progress(hospital.config, plan.number, notify),
+        hospital.ledger.release,
     )
-    load_flat_parameters(hospital.model, links.receive_tensor(AGGREGATOR, "global model", torch.float32, old.shape))
-    return Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained - began
+    return taken if isinstance(taken, str) else (*taken, links.seconds_of(phase) - before)
+
+
+def _progress(config: Config, number: int, notify: Notify) -> Callable[[int, int], None]:
+    def step_done(done: int, total: int) -> None:
+        notify("training", (number - 1) * total + done, config.training.rounds * total)
+
+    return step_done
+
+
+def _mean_update(config: Config, number: int) -> Description:
+    privacy = privacy_of_steps(config, config.training.local_steps)
+    return Description("sum of weighted updates", f"round {number}: mean update", privacy)
 
 
 def charge_round(hospital: Hospital, number: int) -> None:
@@ -316,99 +293,124 @@ def charge_round(hospital: Hospital, number: int) -> None:
         event = hospital.mechanism.event(hospital.sample_rate, steps)
     else:
         event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, steps)
-    hospital.ledger.charge(event, run=hospital.config.name, round_number=number, budget=hospital.budget)
+    run = run_name(hospital.config)
+    hospital.ledger.charge(event, run=run, round_number=number, budget=hospital.budget, reserve=True)
 
 
-def hospital_evaluation(hospital: Hospital, domain: SecretDomain, number: int) -> Evaluation:
+def hospital_evaluation(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], number: int, attempt: int
+) -> Evaluation:
     """Step 6 at a hospital; also run once before the first round."""
-    domain.runtime.links.set_phase(f"round {number} evaluation")
+    domain.links.set_phase(f"round {number} evaluation")
     probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs), dim=1)
     own = evaluate_locally(probabilities, hospital.test.labels)
-    config = hospital.config
-    secure_evaluation(
-        domain,
-        Private(f"evaluation of {hospital.name}", own),
-        len(config.data.classes),
-        config.aggregation.count_bound,
-        AGGREGATOR,
-        f"round {number}: evaluation counts",
-    )
+    encoded = encode_evaluation(own, hospital.config.aggregation.count_bound)
+    if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
+        counts = Private(f"evaluation of {hospital.name}", encoded)
+        rules, label = _evaluating(hospital.config, rules), ("evaluation", number, attempt)
+        contribute(domain, rules, hospitals, label, counts, _evaluation_counts(number))
     return own
 
 
-@dataclass
-class Aggregator:
-    """The aggregator's state over the rounds: the global model, and for distributed noise mechanism and optimizer."""
-
-    config: Config
-    model: nn.Module
-    mechanism: DistributedGaussian | None
-    optimizer: ServerOptimizer
+def _evaluation_counts(number: int) -> Description:
+    return Description("sum of evaluation counts", f"round {number}: evaluation counts")
 
 
-def prepare_aggregator(config: Config) -> Aggregator:
-    """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
-    headroom_of(config).require()
-    mechanism = distributed_mechanism_of(config) if config.privacy.mechanism == "distributed" else None
-    optimizer = ServerOptimizer(config.training.learning_rate, config.training.momentum)
-    return Aggregator(config, initial_model(config), mechanism, optimizer)
+def _evaluating(config: Config, rules: Rules) -> Rules:
+    """Counts carry no noise: unless configured otherwise they are opened over all hospitals or not at all."""
+    rules = _all(config, rules)
+    smallest = config.federation.quorum_size if config.federation.evaluate_incomplete else rules.smallest
+    return Rules(rules.opener, smallest, rules.closing, rules.seconds)
 
 
-def aggregator_round(aggregator: Aggregator, domain: SecretDomain, number: int, notify: Notify) -> Evaluation:
-    """Round `number` at the aggregator: steps 4 to 6. Its own summand is zero; it learns the opened sums."""
-    config = aggregator.config
-    domain.runtime.links.set_phase(f"round {number} aggregation")
-    if aggregator.mechanism is not None:
-        aggregator_steps(domain, aggregator.model, config, aggregator.mechanism, aggregator.optimizer, number)
-    else:
-        _average(config, aggregator.model, domain, number)
+# ---- a round at the aggregator -----------------------------------------------------------------------------------------
+
+
+def aggregator_round(
+    aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
+) -> tuple[tuple[str, ...], Evaluation | None]:
+    """Steps 4 to 6 at the aggregator: which hospitals made the round, and the evaluation where it may be opened.
+
+    Raises `QuorumError` when too few are left, `SumLostError` when the round has no result and is to be made anew.
+    """
+    config, links, number = aggregator.config, domain.links, plan.number
+    links.set_phase(f"round {number} aggregation")
+    size = len(aggregator.shared_parameters)
+    check = checked(rules, config, aggregator.mechanism, size, plan.weight_total)
+    try:
+        if aggregator.mechanism is not None:
+            round_of = (number, plan.attempt)
+            hospitals = aggregator_steps(
+                domain,
+                check,
+                aggregator.model,
+                config,
+                aggregator.mechanism,
+                aggregator.optimizer,
+                round_of,
+                plan.hospitals,
+                plan.starts,
+            )
+        else:
+            hospitals = _average(aggregator, domain, check, plan)
+    except SumLostError:
+        say(links, plan.hospitals, "void")
+        raise
     notify("aggregation", number, config.training.rounds)
 
     # 6. Sum of the hospitals' evaluation counts.
-    evaluation = aggregator_evaluation(config, domain, number)
+    evaluation = aggregator_evaluation(config, domain, rules, hospitals, plan)
     notify("evaluation", number, config.training.rounds)
-    log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
-    return evaluation
+    if evaluation is not None:
+        log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
+    return hospitals, evaluation
 
 
-def _average(config: Config, model: nn.Module, domain: SecretDomain, number: int) -> None:
-    """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, apply and send it."""
-    links = domain.runtime.links
-    old = flatten_parameters(model)
-
-    # 4. The aggregator holds a share like everybody else.
-    zeros = Private("aggregator's zero", torch.zeros(old.shape, dtype=torch.int64))
-    no_weight = Private("aggregator's zero weight", torch.zeros(1, dtype=torch.int64))
-    why, privacy = f"round {number}: mean update", privacy_of_steps(config, config.training.local_steps)
-    mean = weighted_mean(domain, zeros, no_weight, config.aggregation.fraction_bits, AGGREGATOR, why, privacy)
-    assert mean is not None
-
-    # 5. Apply and send.
-    load_flat_parameters(model, (old.double() + mean).float())
-    for peer in links.peers:
-        links.send_tensor(peer, "global model", flatten_parameters(model))
+def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:
+    """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
+    config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
+    label, shape = ("update", plan.number, plan.attempt), aggregator.shared_parameters.shape
+    about = _mean_update(config, plan.number)
+    hospitals, total = collect(domain, rules, plan.hospitals, plan.starts, label, headroom.dtype, shape, about)
+    shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
+    say(links, hospitals, "model")
+    broadcast(links, hospitals, lambda name: links.send_tensor(name, "global model", shared))
+    return hospitals
 
 
-def aggregator_evaluation(config: Config, domain: SecretDomain, number: int) -> Evaluation:
-    """Step 6 at the aggregator; also run once before the first round."""
-    domain.runtime.links.set_phase(f"round {number} evaluation")
-    evaluation = secure_evaluation(
-        domain,
-        None,
-        len(config.data.classes),
-        config.aggregation.count_bound,
-        AGGREGATOR,
-        f"round {number}: evaluation counts",
-    )
-    assert evaluation is not None
-    return evaluation
+def aggregator_evaluation(
+    config: Config, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
+) -> Evaluation | None:
+    """Step 6 at the aggregator; also run once before the first round. `None` when somebody is missing."""
+    domain.links.set_phase(f"round {plan.number} evaluation")
+    rules, label = _evaluating(config, rules), ("evaluation", plan.number, plan.attempt)
+    if len(hospitals) < rules.smallest:
+        say(domain.links, hospitals, "skip")
+        return None
+    say(domain.links, hospitals, "evaluate")
+    classes = len(config.data.classes)
+    shape, about = (evaluation_length(classes),), _evaluation_counts(plan.number)
+    try:
+        _, total = collect(domain, rules, hospitals, plan.starts, label, torch.int64, shape, about)
+    except QuorumError as error:
+        # Nothing was opened and nobody need wait: the round itself has its result.
+        log.warning("%s", error)
+        say(domain.links, hospitals, "fixed", hospitals=[])
+        return None
+    except SumLostError as error:
+        log.warning("%s", error)
+        return None
+    return decode_evaluation(total, classes)
 
 
-def announce_end(links: Links, rounds: int) -> None:
+# ---- the end -----------------------------------------------------------------------------------------------------------
+
+
+def announce_end(links: Links, hospitals: tuple[str, ...], rounds: int) -> None:
     """At the aggregator, when its results are written: tell all hospitals that the run is complete."""
     links.set_phase("conclusion")
-    for peer in links.peers:
-        links.send_object(peer, "complete", {"rounds": rounds})
+    for name in hospitals:
+        links.send_object(name, "complete", {"rounds": rounds})
 
 
 def await_end(links: Links, rounds: int) -> None:

@@ -26,7 +26,7 @@ from mpc_fl.identity import Identity, host_name  # noqa: E402
 log = logging.getLogger(__name__)
 
 _METHOD = "/mpc_fl.Link/Send"
-_OUTGOING_CHUNKS = 16
+_OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.max_send_message_length", 8 << 20),

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpc_fl.authority import make_local_identities
-from mpc_fl.config import Config, parse_config, party_names
+from mpc_fl.config import Config, may_lose_hospitals, parse_config, party_names
 from mpc_fl.errors import ConfigError, LinkError, MpcFlError, PeerLostError, RunFailedError
+from mpc_fl.files import write_text
 from mpc_fl.tls_log import log_refused_handshakes
 
 ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
@@ -79,19 +80,28 @@ def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
     return addresses
 
 
+def _session(run_dir: Path) -> str:
+    """A fresh name for a run, or the one that it has when it goes on."""
+    path = run_dir / "session"
+    if not path.exists():
+        write_text(path, secrets.token_hex(16))
+    return path.read_text(encoding="ascii")
+
+
 def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
     """One configuration per party of a local run: fresh session, addresses, identities, a directory of its own."""
     names = party_names(config)
     reachable = [name for name in names if name not in config.federation.dial_out_only]
     federation = {
-        "session": secrets.token_hex(16),
+        "session": _session(run_dir),
         "addresses": config.federation.addresses or local_addresses(reachable, config.runtime.first_port),
     }
     missing = set(reachable) - set(federation["addresses"])
     if missing:
         raise ConfigError(f"federation.addresses lacks {sorted(missing)[0]}", "name all parties or none")
     directories = {name: run_dir / "parties" / name for name in names}
-    make_local_identities(names, {name: directories[name] / "identity" for name in names})
+    if not all((directories[name] / "identity").is_dir() for name in names):
+        make_local_identities(names, {name: directories[name] / "identity" for name in names})
     placed = {}
     for name in names:
         site: dict[str, Any] = {
@@ -209,11 +219,20 @@ class _Party:
     blames: str | None = None
     failed_at: float = float("inf")
     open: bool = True
+    starts: int = 1
 
 
 @dataclass
 class _Watch:
+    """All parties; `start` starts one, `spare` is how many hospitals the run can do without, `restarts` how often each of
+    them is started again. `lost` are those that were lost, in order, as often as they were."""
+
+    start: Callable[[str, bool], _Party]
+    spare: int = 0
+    restarts: int = 0
     parties: list[_Party] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    _given_up: set[str] = field(default_factory=set)
 
     def read(self, party: _Party, progress: Progress) -> None:
         try:
@@ -230,7 +249,31 @@ class _Watch:
             party.open = False
 
     def failures(self) -> list[_Party]:
-        return [party for party in self.parties if party.error is not None or self._died(party)]
+        """Parties that failed, without hospitals that the run can do without."""
+        failed = [party for party in self.parties if party.error is not None or self._died(party)]
+        return [party for party in failed if not (party.name.startswith("hospital-") and self.spare > 0)]
+
+    def do_without(self, progress: Progress) -> None:
+        """Start lost hospitals again, or go on without them as far as the quorum allows."""
+        for index, party in enumerate(self.parties):
+            failed = party.error is not None or self._died(party)
+            if not failed or not party.name.startswith("hospital-") or self.spare <= 0 or party.name in self._given_up:
+                continue
+            if party.process.exitcode is None:
+                continue  # it is still taking leave
+            reason = party.error or f"its process ended with exit status {party.process.exitcode}"
+            logging.getLogger("mpc_fl").warning("%s was lost: %s", party.name, reason)
+            self.lost.append(party.name)
+            party.pipe.close()
+            if party.starts <= self.restarts:
+                self.parties[index] = self.start(party.name, True)
+                self.parties[index].starts = party.starts + 1
+                progress(party.name, "started again", party.starts, self.restarts)
+            else:
+                self.spare -= 1
+                party.finished, party.error, party.open = True, None, False
+                self._given_up.add(party.name)
+                progress(party.name, "lost", 1, 1)
 
     @staticmethod
     def _died(party: _Party) -> bool:
@@ -252,30 +295,42 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def launch(config: Config, run_dir: Path, progress: Progress) -> None:
+def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
     """Run every party of the task to its end.
+
+    Hospitals that are lost are started again `runtime.restarts` times each; then the run goes on without them as long as
+    the quorum holds. Returns the names of lost hospitals, as often as they were lost.
 
     Raises `RunFailedError` naming the party that failed and why, after all processes have ended (within
     `CAUSE_GRACE` + `TERMINATE_GRACE` seconds, then by force). `KeyboardInterrupt` ends them too and is raised again.
     """
     placed = place_parties(config, run_dir)
     context = multiprocessing.get_context("spawn")
-    watch = _Watch()
+
+    def start(name: str, again: bool) -> _Party:
+        here, there = context.Pipe()
+        values = placed[name].model_dump(mode="json")
+        values["site"]["resume"] = values["site"]["resume"] or again
+        # A daemon ends with this process even if an interrupt comes before it is on the list.
+        process = context.Process(target=_party_process, args=(name, values, there), name=name, daemon=True)
+        with _without_interrupts():
+            process.start()
+        there.close()
+        return _Party(name, process, here)
+
+    watch = _Watch(start)
+    if may_lose_hospitals(config):
+        watch.spare = config.federation.hospitals - config.federation.quorum_size
+        watch.restarts = config.runtime.restarts
     try:
-        for name, party_config in placed.items():
-            here, there = context.Pipe()
-            values = party_config.model_dump(mode="json")
-            # A daemon ends with this process even if an interrupt comes before it is on the list.
-            process = context.Process(target=_party_process, args=(name, values, there), name=name, daemon=True)
-            with _without_interrupts():
-                process.start()
-            there.close()
-            watch.parties.append(_Party(name, process, here))
+        for name in placed:
+            watch.parties.append(start(name, False))
         failures = _watch(watch, progress)
     finally:
         _end_all(watch.parties)
     if failures:
         raise _explain(failures)
+    return watch.lost
 
 
 def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
@@ -288,6 +343,7 @@ def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
             multiprocessing.connection.wait(waiting, timeout=0.5)
         for party in watch.parties:
             watch.read(party, progress)
+        watch.do_without(progress)
         failures = watch.failures()
         if failures:
             failed_at = failed_at or time.monotonic()

@@ -35,7 +35,18 @@ class Peer:
     connected: bool = False
     closed: bool = False
     failure: MpcFlError | None = None
+    starts: int = 0
     waiting_greetings: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_again(self, failure: MpcFlError) -> None:
+        """Forget a link that is gone, so that the peer can connect anew; until it has, sending to it is the failure."""
+        self.failure = self.failure or failure
+        with self.send_lock:  # free soon: whoever sends meets the failure
+            self.starts += 1
+            self.conversation, self.reader, self.next_sequence = None, FrameReader(), 0
+            self.inbox.clear()
+            self.sealer = self.unsealer = None
+            self.connected = False
 
     @property
     def relayed(self) -> bool:
@@ -47,10 +58,13 @@ class Peer:
         """Whether nothing can come from it any more."""
         return self.conversation is None or self.conversation.over
 
-    def put_chunk(self, chunk: bytes, deadline: float, phase: str) -> None:
-        """Queue a chunk. Raises the failure of the link, or `PeerLostError` when the peer takes nothing for too long."""
+    def put_chunk(self, chunk: bytes, deadline: float, phase: str, greeting: bool = False) -> None:
+        """Queue a chunk; greetings also while the peer comes back after a failure.
+
+        Raises the failure of the link, or `PeerLostError` when the peer takes nothing for too long.
+        """
         while True:
-            if self.failure is not None:
+            if self.failure is not None and not greeting:
                 raise self.failure
             if self.conversation is None:
                 raise LinkError(f"{self.name} is not connected", "connect before sending")

@@ -195,6 +195,12 @@ def calibrate_noise_multiplier(
     return high
 
 
+def _without_unreleased(records: list[dict[str, Any]], run: str | None) -> list[dict[str, Any]]:
+    """Without a last record of `run` that was reserved and never released."""
+    unreleased = bool(records) and records[-1].get("released") is False and records[-1].get("run") == run
+    return records[:-1] if unreleased else records
+
+
 class PrivacyLedger:
     """One hospital's record of every noisy release made from its patients, in a JSON file.
 
@@ -207,9 +213,18 @@ class PrivacyLedger:
         self.path = path
         self.who = who
 
-    def spent(self) -> list[SubsampledGaussian]:
-        """All events charged so far, oldest first. Raises `PrivacyBudgetError` for an unusable file."""
-        return [self._event(record) for record in self.records()]
+    def spent(self, run: str | None = None) -> list[SubsampledGaussian]:
+        """All events charged so far, oldest first. Raises `PrivacyBudgetError` for an unusable file.
+
+        With `run`, a last record of that run that was never released is left out: the run is about to make it anew.
+        """
+        records = self.records()
+        return [self._event(record) for record in _without_unreleased(records, run)]
+
+    def require_at_least(self, count: int) -> None:
+        """Raise `PrivacyBudgetError` when the file holds fewer records than a checkpoint saw in it."""
+        if len(self.records()) < count:
+            raise self._refusal("holds less than when the last checkpoint was written")
 
     def records(self) -> list[dict[str, Any]]:
         """All records: time, run, round, noise_multiplier, sample_rate, steps, total_variation (if any). A missing file
@@ -234,15 +249,24 @@ class PrivacyLedger:
         return records
 
     def charge(
-        self, event: SubsampledGaussian, *, run: str, round_number: int, budget: PrivacyBudget | None = None
+        self,
+        event: SubsampledGaussian,
+        *,
+        run: str,
+        round_number: int,
+        budget: PrivacyBudget | None = None,
+        reserve: bool = False,
     ) -> None:
         """Record `event` durably; call this before the result leaves the hospital.
+
+        With `reserve` it counts at once, but until `release` the same run may replace it: a round that was begun and never
+        left the hospital is not paid for twice.
 
         With a `budget`, raises `PrivacyBudgetError` and records nothing if the total would exceed it. Also raises it if
         the file is unusable or cannot be written. Processes that share the file wait for each other.
         """
         with self._locked():
-            records = self.records()
+            records = _without_unreleased(self.records(), run)
             if budget is not None:
                 events = [self._event(record) for record in records]
                 after = epsilon_of([*events, event], budget.delta, budget.accountant)
@@ -253,8 +277,17 @@ class PrivacyLedger:
                         "nothing was released; stop here, or agree on a larger privacy.epsilon",
                     )
             time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            records.append({"time": time, "run": run, "round": round_number, **asdict(event)})
+            record = {"time": time, "run": run, "round": round_number, "released": not reserve, **asdict(event)}
+            records.append(record)
             self._write(records)
+
+    def release(self) -> None:
+        """Mark the last record as released, durably: to be called when nothing but the keys of a sum is left to send."""
+        with self._locked():
+            records = self.records()
+            if records and records[-1].get("released") is False:
+                records[-1]["released"] = True
+                self._write(records)
 
     def _refusal(self, reason: str) -> PrivacyBudgetError:
         return PrivacyBudgetError(

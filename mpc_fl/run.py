@@ -1,14 +1,14 @@
 """A whole local run: a directory that appears complete or not at all, its summary and its report.
 
 While a run works its directory is `<out>.partial`. It is renamed to `<out>` when everything is written; after a failure
-only configuration and logs are kept, in `<out>.failed`.
+`<out>.failed` keeps configuration and logs, what was revealed and spent, and where a round was completed what it takes to
+go on from there: checkpoints and the parties' keys.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import platform
 import shutil
 import time
@@ -18,33 +18,39 @@ from typing import Any
 
 import torch
 
-from mpc_fl.config import Config, party_names
-from mpc_fl.data import Dataset, load_images
-from mpc_fl.diagnosis import private_graph
+from mpc_fl.config import AGGREGATOR, Config, party_names
+from mpc_fl.data import Dataset, load_images, normalised
+from mpc_fl.diagnosis import require_supported
 from mpc_fl.errors import ConfigError, MpcFlError
 from mpc_fl.federation import predict
-from mpc_fl.files import write_json, write_text
+from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.identity import ROOT_FILE
 from mpc_fl.launcher import Progress, launch
 from mpc_fl.ledger_file import OPENINGS_FILE
 from mpc_fl.report import write_report
 from mpc_fl.reveal_ledger import LEDGER_FILE
-from mpc_fl.weights import load_model
+from mpc_fl.weights import load_model, load_normalisation
 
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
 
 
 @contextlib.contextmanager
-def run_directory(out: Path) -> Iterator[Path]:
-    """Yield the working directory of a run that shall become `out`.
+def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
+    """Yield the working directory of a run that shall become `out`; with `resume` that of the run which failed or died.
 
-    Raises `ConfigError` when `out` exists: results are never overwritten.
+    Raises `ConfigError` when `out` exists: results are never overwritten; or when there is nothing to go on with.
     """
     try:
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
         partial, failed = (out.with_name(out.name + suffix) for suffix in (".partial", ".failed"))
-        partial.mkdir(parents=True)
+        if resume:
+            if not partial.exists() and _resumable(failed):
+                failed.rename(partial)
+            if not _resumable(partial):
+                raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
+        else:
+            partial.mkdir(parents=True)
     except FileExistsError:
         raise ConfigError(f"{partial} exists", "another run is using it; remove it if that one is dead") from None
     except OSError as error:
@@ -57,10 +63,18 @@ def run_directory(out: Path) -> Iterator[Path]:
         raise
 
 
+def _resumable(directory: Path) -> bool:
+    """Whether a round of this run was completed: its aggregator has a checkpoint."""
+    return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))
+
+
 def _keep_logs(partial: Path, failed: Path) -> None:
     """Logs and configuration, and what was revealed until then: each party's reveal ledger, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
     logs = partial / "logs"
+    if _resumable(partial):
+        partial.rename(failed)
+        return
     if logs.is_dir() and any(logs.iterdir()):
         failed.mkdir(parents=True)
         logs.rename(failed / "logs")
@@ -88,27 +102,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
+    """Train in local processes, or go on with a run that failed; return the summary.
 
-
-def train(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
-    """Train in local processes; return the summary. Raises `RunFailedError` naming the failed party."""
-    config = config.with_values(task="train")
-    with run_directory(out) as directory:
+    Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
+    """
+    config = config.with_values(task="train", site={"resume": resume})
+    with run_directory(out, resume) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
-        launch(config, directory, progress)
+        lost = launch(config, directory, progress)
         aggregator = directory / "parties" / "aggregator"
         for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
             (aggregator / name).rename(directory / name)
         _forget_identities(config, directory)
+        for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
+            checkpoint.unlink()
         global_metrics = read_json_lines(directory / "metrics.jsonl")
         hospitals = [name for name in party_names(config) if name.startswith("hospital-")]
         privacy, skipped = [], 0
         for name in hospitals:
-            last = read_json_lines(directory / "parties" / name / "metrics.jsonl")[-1]
+            lines = read_json_lines(directory / "parties" / name / "metrics.jsonl")
+            if not lines:
+                continue
+            last = lines[-1]
             skipped += last["skipped_files"]
             privacy.append(
                 {
@@ -132,8 +149,10 @@ def train(config: Config, out: Path, command: str, progress: Progress) -> dict[s
             "seconds": round(time.monotonic() - began, 2),
             "command": command,
             "versions": versions(),
-            "final": global_metrics[-1]["evaluation"],
+            "final": [line["evaluation"] for line in global_metrics if line["evaluation"] is not None][-1],
             "privacy": privacy,
+            "took_part": {str(line["round"]): line["hospitals"] for line in global_metrics},
+            "lost": lost,
         }
         write_json(directory / "summary.json", summary)
         write_report(directory)
@@ -151,7 +170,7 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
     if config.site.model is None:
         raise ConfigError("no model was given", "pass --model FILE")
     # What is wrong with model, network or images is told before processes start.
-    private_graph(config, load_model(config.site.model, config))
+    require_supported(config, load_model(config.site.model, config))
     images = load_images(config.site.images, config, config.inference.limit)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
@@ -185,13 +204,15 @@ def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], dir
     model = load_model(config.site.model, config)
     torch.set_num_threads(1)
     began = time.monotonic()
-    logits = predict(model, images.inputs, chunk=1)
+    logits = predict(model, normalised(images, load_normalisation(config.site.model, config)).inputs, chunk=1)
     seconds = (time.monotonic() - began) / len(images.inputs)
     write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
-    encrypted = torch.tensor([line["logits"] for line in results])
+    opened = config.inference.reveal == "logits"
+    encrypted = torch.tensor([line["logits"] for line in results]) if opened else None
+    predicted = torch.tensor([line["predicted"] for line in results])
     return {
-        "largest_logit_difference": float((encrypted - logits).abs().max()),
-        "classes_agree": bool((encrypted.argmax(1) == logits.argmax(1)).all()),
+        "largest_logit_difference": None if encrypted is None else float((encrypted - logits).abs().max()),
+        "classes_agree": bool((predicted == logits.argmax(1)).all()),
         "plaintext_seconds_per_image": round(seconds, 4),
     }
 
@@ -200,6 +221,7 @@ def _forget_identities(config: Config, directory: Path) -> None:
     """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
     root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
     write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
+    (directory / "session").unlink(missing_ok=True)
     for name in party_names(config):
         identity = directory / "parties" / name / "identity"
         if identity.is_dir():

@@ -225,6 +225,10 @@ class Seed:
         """A child seed, independent of all streams and of other children. Raises `SecrecyError` on a second use."""
         return Seed(self._once(b"mpc-fl seed", label))
 
+    def again(self) -> Seed:
+        """The same seed as new, to compute with a mask that was drawn before. Never to mask anything with it again."""
+        return Seed(self._key)
+
     def reveal_for_transport(self) -> bytes:
         """The raw key, for the one message that hands this seed to another party over an encrypted link."""
         return self._key

@@ -3,16 +3,19 @@
 One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
 parties that can only dial out reach each other through the relay, a party both can dial, with everything sealed end to
 end. A link begins with one signed greeting from each side (`handshake`). A party that ends well says BYE; one that
-fails says ABORT with its reason; a link that ends without either is a lost party. This module moves bytes and does no
-arithmetic.
+fails says ABORT with its reason; a link that ends without either is a lost party. Losing a party ends every wait, except
+that the loss of a `tolerated` one, once all have been connected, ends only waits for that one; when it comes back (after
+a restart, with new keys) its link is made again. This module moves bytes and does no arithmetic.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_GREETING = 30.0
 _LINGER, _LINGER_AFTER_ERROR = 10.0, 2.0
+_REDIAL = 1.0
 
 Observer = Callable[[str, Frame], None]
 
@@ -51,7 +55,8 @@ class Links:
     """This party's links to its peers. Use as a context manager; leaving it with an error tells the peers why.
 
     `listen` is the address this party serves, None when it can only dial out. `relay` names the party that passes sealed
-    chunks between parties that can only dial out.
+    chunks between parties that can only dial out. Connecting fails when any party is missing after `connect_timeout`;
+    with `resuming` the `tolerated` ones may be missing then.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class Links:
         receive_timeout: float,
         observer: Observer | None = None,
         relay: str | None = None,
+        tolerated: Collection[str] = (),
+        resuming: bool = False,
     ) -> None:
         self.name = identity.name
         self._identity = identity
@@ -73,11 +80,13 @@ class Links:
         self._receive_timeout = receive_timeout
         self._observer = observer
         self._relay = relay
+        self._tolerated, self._resuming, self._started = frozenset(tolerated), resuming, False
         self._peers = {name: Peer(name, route) for name, route in peers.items()}
         self._key = X25519PrivateKey.generate()
         self._changed = threading.Condition()
         self._closing = False
-        self._seeds_given: set[tuple[str, str]] = set()
+        self._scope = ""
+        self._seeds_given: set[tuple[str, bytes, str]] = set()
         self._counter = TrafficCounter("connect")
         self._server: StreamServer | None = None
         self._channels: list[Any] = []
@@ -109,23 +118,46 @@ class Links:
 
     def _dial(self, peer: Peer) -> None:
         peer.greeting = self._greet(peer)
-        peer.conversation = self._converse(peer)
+        conversation = self._converse(peer)
         self._put(peer, Kind.HELLO, "", peer.greeting)
-        self._channels.append(dial(self._identity, peer.name, peer.route.address, peer.conversation))
+        self._channels.append(dial(self._identity, peer.name, peer.route.address, conversation))
 
     def _converse(self, peer: Peer) -> Conversation:
+        """A new conversation with a peer. One that it replaces has no more say."""
+
         def take(chunk: bytes) -> bool:
+            if peer.conversation is not conversation:
+                return False
             frame = peer.reader.feed(chunk)
             return frame is None or self._deliver(peer, frame)
 
         def ended(failure: MpcFlError | None) -> None:
+            if peer.conversation is not conversation:
+                return
             if isinstance(failure, HandshakeError):
                 failure = HandshakeError(f"{peer.name} refused {self.name}: {failure.what}", "compare the two sides")
             elif isinstance(failure, ProtocolError):
                 failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
             self._lose(peer, failure or self._lost(peer, "the link ended without a farewell"))
+            self._dial_again(peer)
 
-        return Conversation(take, ended)
+        conversation = peer.conversation = Conversation(take, ended)
+        return conversation
+
+    def _dial_again(self, peer: Peer) -> None:
+        """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends."""
+
+        def again() -> None:
+            with self._changed:
+                if self._closing or peer.closed:
+                    return
+            peer.begin_again(self._lost(peer, "it started again"))
+            self._dial(peer)
+
+        if self._started and peer.name in self._tolerated and peer.route.how == "dial" and not self._closing:
+            timer = threading.Timer(_REDIAL, again)
+            timer.daemon = True
+            timer.start()
 
     def _admit(self, names: set[str], chunk: bytes) -> Conversation:
         """Answer the first chunk of a stream that somebody dialled. Raises `HandshakeError` or `ProtocolError`."""
@@ -144,12 +176,19 @@ class Links:
         public_key = self._check(peer, frame.payload)
         with self._changed:
             if peer.conversation is not None:
-                raise HandshakeError(f"{peer.name} is connected already")
-            conversation = peer.conversation = self._converse(peer)
+                if not self._may_return(peer):
+                    raise HandshakeError(f"{peer.name} is connected already")
+                # It comes back: the other end of the link before is gone, whether this side has noticed or not.
+                peer.begin_again(self._lost(peer, "it started again"))
+            conversation = self._converse(peer)
             peer.reader = reader
         self._put(peer, Kind.WELCOME, "", self._greet(peer, greeting_digest(frame.payload)))
         self._connected(peer, public_key)
         return conversation
+
+    def _may_return(self, peer: Peer) -> bool:
+        """Whether a peer that was connected, or is lost, may make its link anew."""
+        return self._started and peer.name in self._tolerated and not peer.closed
 
     def _check(self, peer: Peer, greeting: Any, answers: str = "") -> bytes:
         """The peer's public key. A genuine peer that runs something else ends this party too, a false one does not."""
@@ -161,7 +200,7 @@ class Links:
 
     def _connected(self, peer: Peer, public_key: bytes) -> None:
         with self._changed:
-            peer.public_key, peer.connected = public_key, True
+            peer.public_key, peer.connected, peer.failure = public_key, True, None
             waiting, peer.waiting_greetings = peer.waiting_greetings, []
             self._changed.notify_all()
         for greeting in waiting:
@@ -169,8 +208,16 @@ class Links:
         if peer.name == self._relay:
             for other in self._peers.values():
                 if other.route.how == "relay, first":
-                    other.greeting = self._greet(other)
-                    self._put(peer, Kind.RELAY_GREETING, "", other.greeting)
+                    self._greet_through(peer, other)
+        if self._relay == self.name and self._started:
+            # Those who greet it through this relay do not see that it came back.
+            for other in self._peers.values():
+                if other is not peer and other.connected and other.failure is None:
+                    self._put(other, Kind.RELAY_GREETING, "", {"returned": peer.name})
+
+    def _greet_through(self, relay: Peer, other: Peer) -> None:
+        other.greeting = self._greet(other)
+        self._put(relay, Kind.RELAY_GREETING, "", other.greeting)
 
     def _await_all_peers(self) -> None:
         deadline = time.monotonic() + self._connect_timeout
@@ -178,9 +225,10 @@ class Links:
             while True:
                 self._raise_first_failure()
                 missing = [peer.name for peer in self._peers.values() if not peer.connected]
-                if not missing:
-                    return
                 remaining = deadline - time.monotonic()
+                if not missing or (remaining <= 0 and self._resuming and self._tolerated.issuperset(missing)):
+                    self._started = True
+                    return
                 if remaining <= 0:
                     raise PeerLostError(
                         missing[0],
@@ -193,6 +241,12 @@ class Links:
 
     def _take_relay_greeting(self, origin: Peer, greeting: Any) -> None:
         """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first."""
+        if origin.name == self._relay and set(greeting) == {"returned"}:
+            returned = self._peers.get(str(greeting["returned"]))
+            if returned is not None and returned.name in self._tolerated and returned.route.how == "relay, first":
+                returned.begin_again(self._lost(returned, "it started again"))
+                self._greet_through(origin, returned)
+            return
         receiver = str(greeting.get("to"))
         if receiver != self.name:
             self._require_relayable(origin, greeting.get("name"), receiver)
@@ -206,6 +260,8 @@ class Links:
             self._put(target, Kind.RELAY_GREETING, "", greeting)
             return
         sender = self._peers.get(str(greeting.get("name")))
+        if sender is not None and self._may_return(sender) and sender.route.how == "relay, second":
+            sender.begin_again(self._lost(sender, "it started again"))
         if sender is None or not sender.relayed or origin.name != self._relay or sender.connected:
             raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
         if sender.route.how == "relay, first":
@@ -262,9 +318,12 @@ class Links:
                         other.failure = failure
             self._changed.notify_all()
 
-    def _raise_first_failure(self) -> None:
+    def _raise_first_failure(self, awaited: str | None = None) -> None:
         """A refused hand-shake explains more than the losses it causes, so it is reported first."""
-        failures = [peer.failure for peer in self._peers.values() if peer.failure is not None]
+        ignored = self._tolerated - {awaited} if self._started else frozenset[str]()
+        failures = [
+            peer.failure for peer in self._peers.values() if peer.failure is not None and peer.name not in ignored
+        ]
         failures.sort(key=lambda failure: isinstance(failure, PeerLostError))
         if failures:
             raise failures[0]
@@ -288,7 +347,11 @@ class Links:
                     self._put(peer, kind, "", payload, timeout=2.0)
                 except (LinkError, ProtocolError):
                     log.info("%s could not be told that %s ends", peer.name, self.name)
-        talking = [peer.conversation for peer in self._peers.values() if peer.conversation is not None]
+        talking = [
+            peer.conversation
+            for peer in self._peers.values()
+            if peer.conversation is not None and (peer.connected or not self._started)
+        ]
         for conversation in talking:
             conversation.finish()
         wait_for_all(talking, _LINGER if error is None else _LINGER_AFTER_ERROR)
@@ -328,7 +391,7 @@ class Links:
                     seconds = max(0.1, deadline - time.monotonic())
                     self._put(self._peers[self._relay], Kind.RELAY, peer.name, peer.sealer.seal(chunk), seconds)
                 else:
-                    peer.put_chunk(chunk, deadline, self._counter.phase)
+                    peer.put_chunk(chunk, deadline, self._counter.phase, kind in (Kind.HELLO, Kind.WELCOME))
                 traffic.bytes_sent += len(chunk)
             peer.next_sequence += 1
             traffic.messages_sent += 1
@@ -365,21 +428,24 @@ class Links:
             raise ProtocolError("a greeting came twice", "check that both parties run the same version")
         return True
 
-    def _take(self, sender: str, tag: str) -> Frame:
-        peer = self._peers[sender]
+    def _take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
+        peer, tag = self._peers[sender], self._scope + tag
         began = time.monotonic()
-        deadline = began + self._receive_timeout
+        seconds = self._receive_timeout if deadline is None else max(0.0, deadline - began)
+        deadline = began + seconds
         with self._changed:
-            waited = not peer.inbox[tag]
+            waited, start = not peer.inbox[tag], peer.starts
             while not peer.inbox[tag]:
-                self._raise_first_failure()
+                self._raise_first_failure(sender)
+                if peer.starts != start:
+                    raise self._lost(peer, "it started again")
                 if peer.closed:
                     raise self._lost(peer, "it had finished already")
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     raise PeerLostError(
                         sender,
-                        f"{sender} is late: nothing for '{tag}' within {self._receive_timeout:g} s "
+                        f"{sender} is late: nothing for '{tag}' within {seconds:.4g} s "
                         f"in phase '{self._counter.phase}'",
                         f"see the log of {sender}, or raise runtime.receive_timeout",
                     )
@@ -394,6 +460,12 @@ class Links:
             traffic.waits += 1
             traffic.seconds_waited += time.monotonic() - began
         return frame
+
+    def scoped(self, scope: str) -> Links:
+        """The same links for a protocol of its own: its messages and seeds are apart from all others."""
+        links = copy.copy(self)
+        links._scope = f"{self._scope}{scope}/"
+        return links
 
     # ---- what protocols use ----------------------------------------------------------------------------------------
 
@@ -422,18 +494,26 @@ class Links:
 
     def send_tensor(self, receiver: str, tag: str, tensor: torch.Tensor) -> None:
         """Send a tensor. Raises `PeerLostError` when the receiver is gone or takes nothing until the deadline."""
-        self._put(self._peers[receiver], Kind.TENSOR, tag, tensor)
+        self._put(self._peers[receiver], Kind.TENSOR, self._scope + tag, tensor)
 
     def send_object(self, receiver: str, tag: str, value: dict[str, Any]) -> None:
         """Send a small JSON object (public control data, never a secret)."""
-        self._put(self._peers[receiver], Kind.OBJECT, tag, value)
+        self._put(self._peers[receiver], Kind.OBJECT, self._scope + tag, value)
 
-    def receive_tensor(self, sender: str, tag: str, dtype: torch.dtype, shape: Sequence[int] | None) -> torch.Tensor:
+    def receive_tensor(
+        self,
+        sender: str,
+        tag: str,
+        dtype: torch.dtype,
+        shape: Sequence[int] | None,
+        deadline: float | None = None,
+    ) -> torch.Tensor:
         """The next tensor of `tag` from `sender`, of exactly this dtype and shape (`None`: any shape).
 
-        Raises `PeerLostError` when the sender is gone or late, `ProtocolError` when dtype or shape differ.
+        Waits until `deadline` (of `time.monotonic`), by default for the receive timeout. Raises `PeerLostError` when the
+        sender is gone or late, `ProtocolError` when dtype or shape differ.
         """
-        frame = self._take(sender, tag)
+        frame = self._take(sender, tag, deadline)
         tensor = frame.payload
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
             raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", "run the same version everywhere")
@@ -444,12 +524,45 @@ class Links:
             )
         return tensor
 
-    def receive_object(self, sender: str, tag: str) -> dict[str, Any]:
-        """The next JSON object of `tag` from `sender`. Raises like `receive_tensor`."""
-        payload = self._take(sender, tag).payload
+    def receive_object(self, sender: str, tag: str, deadline: float | None = None) -> dict[str, Any]:
+        """The next JSON object of `tag` from `sender`. Waits and raises like `receive_tensor`."""
+        payload = self._take(sender, tag, deadline).payload
         if not isinstance(payload, dict):
             raise ProtocolError(f"{sender} sent a tensor for '{tag}'", "run the same version everywhere")
         return payload
+
+    def alive(self, peer: str) -> bool:
+        """Whether the peer is connected and, as far as this party knows, still there."""
+        state = self._peers[peer]
+        return state.connected and state.failure is None and not state.closed
+
+    def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
+        """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
+        with self._changed:
+            while True:
+                self._raise_first_failure()
+                for name, tag in tags.items():
+                    peer = self._peers[name]
+                    if peer.inbox.get(self._scope + tag) or peer.failure is not None or peer.closed:
+                        return name
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
+
+    def await_change(self, seconds: float) -> None:
+        """Wait until something arrives, is lost or connects, for at most `seconds`."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def waiting(self, sender: str, tag: str) -> bool:
+        """Whether a message of `tag` from `sender` has arrived."""
+        return bool(self._peers[sender].inbox.get(self._scope + tag))
+
+    def key_fingerprint(self, party: str) -> str:
+        """SHA-256 of the X25519 public key of a peer or of this party: it says which start of a process this is."""
+        key = self._public_key() if party == self.name else self._peers[party].public_key
+        return "" if key is None else hashlib.sha256(key).hexdigest()
 
     def pairwise_seed(self, peer: str, purpose: str) -> Seed:
         """A seed that only this party and `peer` know, fresh for this run and bound to both names, session and purpose.
@@ -458,9 +571,10 @@ class Links:
         Raises `SecrecyError` when it was given before, because a second holder could draw its values again.
         """
         public_key = self._peers[peer].public_key
+        purpose = self._scope + purpose
         if public_key is None:
             raise LinkError(f"{peer} is not connected", "connect before deriving secrets")
-        if (peer, purpose) in self._seeds_given:
+        if (peer, public_key, purpose) in self._seeds_given:
             raise SecrecyError(f"the seed with {peer} for '{purpose}' was asked for twice: its values would repeat")
-        self._seeds_given.add((peer, purpose))
+        self._seeds_given.add((peer, public_key, purpose))
         return Seed(pairwise_key(self._key, public_key, (self.name, peer), self._agreement, purpose))

@@ -2,48 +2,112 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
-from mpc_fl.audit_trail import begin_ledger, sign_end, sign_round
+from mpc_fl.attendance import Attendance, RoundPlan
+from mpc_fl.audit_trail import begin_ledger, lead_signatures, sign_end
 from mpc_fl.config import AGGREGATOR, Config, party_names
-from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.errors import SumLostError
+from mpc_fl.evaluation import Evaluation
 from mpc_fl.federation import (
     Notify,
     aggregator_evaluation,
+    aggregator_preparation,
     aggregator_round,
     announce_end,
-    prepare_aggregator,
-    send_initial_model,
+    send_model,
 )
-from mpc_fl.files import append_json_line
-from mpc_fl.membership import connect, open_ledger, site_directory, write_traffic
+from mpc_fl.files import append_json_line, keep_json_lines
+from mpc_fl.ledger_file import RevealLedger
+from mpc_fl.membership import connect, open_ledger, site_directory, training_runtime, write_traffic
 from mpc_fl.opening import SecretDomain
+from mpc_fl.participants import Aggregator, prepare_aggregator, sum_rules
+from mpc_fl.quorum_sum import Rules
+from mpc_fl.round_check import end_checks
 from mpc_fl.transport import Observer
 from mpc_fl.weights import save_model
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Take part in a training run until its last round; write model, metrics and opening record to `site.out`."""
-    out = site_directory(config)
+    out, rules = site_directory(config), sum_rules(config)
+    hospitals = tuple(name for name in party_names(config) if name.startswith("hospital-"))
     aggregator = prepare_aggregator(config)
+    resumed = config.site.resume and aggregator.resume(out)
     links = connect(config, AGGREGATOR, observer)
-    with links, CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime:
+    with links, training_runtime(links, config) as runtime:
         ledger = open_ledger(config, AGGREGATOR)
-        domain = SecretDomain(runtime, ledger)
+        domain, attendance = SecretDomain(runtime, ledger), Attendance(links, rules, hospitals)
         notify("connect", 1, 1)
-        begin_ledger(ledger, links, config)
-        links.set_phase("distribution")
-        send_initial_model(aggregator.model, links)
-        evaluation = aggregator_evaluation(config, domain, 0)
-        sign_round(ledger, links, config, 0, aggregator.model)
-        append_json_line(out / "metrics.jsonl", {"round": 0, "evaluation": evaluation.to_json(), "seconds": 0.0})
-        for number in range(1, config.training.rounds + 1):
-            began = time.monotonic()
-            evaluation = aggregator_round(aggregator, domain, number, notify)
-            sign_round(ledger, links, config, number, aggregator.model)
-            line = {"round": number, "evaluation": evaluation.to_json(), "seconds": time.monotonic() - began}
-            append_json_line(out / "metrics.jsonl", line)
-        sign_end(ledger, links, config, aggregator.model)
-        save_model(out / "model.safetensors", aggregator.model, config)
-        announce_end(links, config.training.rounds)
+        attendance.await_announced(not resumed, config.runtime.connect_timeout)
+        if resumed:
+            keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
+        else:
+            _begin(aggregator, domain, ledger, rules, attendance)
+        for number in range(aggregator.round + 1, config.training.rounds + 1):
+            _round(aggregator, domain, ledger, rules, attendance, number, notify)
+        # Whoever has come back since takes the last model and signs the end.
+        plan = attendance.plan(config.training.rounds + 1, 0, aggregator.weight_total, True)
+        _welcome(aggregator, domain, ledger, plan)
+        sign_end(ledger, links, config, plan.hospitals, aggregator.model, aggregator.shared_parameters,
+                 aggregator.normalisation)  # fmt: skip
+        save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
+        announce_end(links, plan.hospitals, config.training.rounds)
+        end_checks(links, config)
     write_traffic(links, out)
+
+
+def _begin(
+    aggregator: Aggregator, domain: SecretDomain, ledger: RevealLedger, rules: Rules, attendance: Attendance
+) -> None:
+    """All hospitals, before the first round: the same model, the sums over all of them, a first evaluation."""
+    config, links = aggregator.config, domain.links
+    plan = attendance.plan(0, 0, 1, bool(ledger.blocks))
+    _welcome(aggregator, domain, ledger, plan)
+    aggregator_preparation(aggregator, domain, rules, attendance)
+    evaluation = aggregator_evaluation(config, domain, rules, plan.hospitals, plan)
+    lead_signatures(ledger, links, rules, plan.hospitals, "round 0", aggregator.shared_parameters)
+    _conclude(aggregator, 0, plan.hospitals, evaluation, 0.0)
+
+
+def _welcome(aggregator: Aggregator, domain: SecretDomain, ledger: RevealLedger, plan: RoundPlan) -> None:
+    """Newcomers get the global model; all sign who they are."""
+    if plan.newcomers:
+        domain.links.set_phase("distribution")
+        send_model(aggregator, domain.links, plan.newcomers)
+        begin_ledger(ledger, domain.links, aggregator.config, plan.hospitals, plan.resumed)
+
+
+def _round(
+    aggregator: Aggregator,
+    domain: SecretDomain,
+    ledger: RevealLedger,
+    rules: Rules,
+    attendance: Attendance,
+    number: int,
+    notify: Notify,
+) -> None:
+    """A round, as often as it takes until it has a result."""
+    began = time.monotonic()
+    for attempt in itertools.count():
+        plan = attendance.plan(number, attempt, aggregator.weight_total, True)
+        _welcome(aggregator, domain, ledger, plan)
+        try:
+            hospitals, evaluation = aggregator_round(aggregator, domain, rules, plan, notify)
+            break
+        except SumLostError:
+            attendance.void()
+    signed = lead_signatures(ledger, domain.links, rules, hospitals, f"round {number}", aggregator.shared_parameters)
+    attendance.keep(signed)
+    _conclude(aggregator, number, hospitals, evaluation, time.monotonic() - began)
+
+
+def _conclude(
+    aggregator: Aggregator, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float
+) -> None:
+    out = site_directory(aggregator.config)
+    counts = None if evaluation is None else evaluation.to_json()
+    line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
+    append_json_line(out / "metrics.jsonl", line)
+    aggregator.checkpoint(out, number)

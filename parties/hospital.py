@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from mpc_fl.attendance import RoundPlan, announce, await_keys
 from mpc_fl.audit_trail import begin_ledger, sign_end, sign_round
-from mpc_fl.config import Config, party_names
-from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.config import AGGREGATOR, Config, party_names
 from mpc_fl.data import load_hospital, load_images
-from mpc_fl.diagnosis import ask, public_graph, write_results
+from mpc_fl.diagnosis import request_diagnoses, require_supported, write_results
 from mpc_fl.federation import (
     Notify,
     await_end,
     hospital_evaluation,
+    hospital_preparation,
     hospital_round,
-    join,
-    receive_initial_model,
+    receive_model,
 )
-from mpc_fl.files import append_json_line
-from mpc_fl.membership import connect, open_ledger, site_directory, write_traffic
+from mpc_fl.files import append_json_line, keep_json_lines
+from mpc_fl.ledger_file import RevealLedger
+from mpc_fl.membership import connect, open_ledger, site_directory, training_runtime, write_traffic
 from mpc_fl.opening import OpeningRecord, SecretDomain
+from mpc_fl.participants import Hospital, join, sum_rules
 from mpc_fl.privacy import PrivacyLedger
+from mpc_fl.quorum_sum import Missed, Rules, next_word
+from mpc_fl.strategies import calibrate_own
 from mpc_fl.training_group import training_group
 from mpc_fl.transport import Observer
 from mpc_fl.weights import save_model
@@ -34,47 +38,86 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
 
 def train(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Train until the last round; write this site's own metrics, opening record and the final global model."""
-    out, name = site_directory(config), f"hospital-{rank}"
+    out, name, rules = site_directory(config), f"hospital-{rank}", sum_rules(config)
+    hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
     patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
     notify("load data", 1, 1)
-    directory = config.site.privacy_ledger or out
-    hospital = join(config, rank, patients, held_out, PrivacyLedger(directory / f"{name}-privacy.json", name))
+    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.json", name)
+    hospital = join(config, rank, patients, held_out, privacy_ledger, out)
     links = connect(config, name, observer)
     with (
         training_group(config, hospital.model) as hospital.group,
         links,
-        CrypTenRuntime(links, party_names(config), None, config.aggregation.fraction_bits) as runtime,
+        training_runtime(links, config) as runtime,
     ):
         ledger = open_ledger(config, name)
         domain = SecretDomain(runtime, ledger)
         notify("connect", 1, 1)
-        begin_ledger(ledger, links, config)
-        links.set_phase("distribution")
-        receive_initial_model(hospital, links)
-        hospital_evaluation(hospital, domain, 0)
-        sign_round(ledger, links, config, 0, hospital.model)
-        for number in range(1, config.training.rounds + 1):
-            metrics = hospital_round(hospital, domain, number, notify)
-            sign_round(ledger, links, config, number, hospital.model)
-            append_json_line(out / "metrics.jsonl", metrics)
-        sign_end(ledger, links, config, hospital.model)
+        announce(links, AGGREGATOR, hospitals)
+        while True:
+            word = next_word(links, AGGREGATOR, ("plan", "wait"))
+            if word["word"] == "wait":
+                links.await_change(1.0)
+                announce(links, AGGREGATOR, hospitals)
+                continue
+            plan = RoundPlan.from_word(word)
+            await_keys(links, plan, config.runtime.connect_timeout)
+            if plan.newcomers:
+                _begin(hospital, domain, ledger, plan)
+            if plan.number > config.training.rounds:
+                break
+            if _round(hospital, domain, ledger, rules, plan, notify) == "left out":
+                announce(links, AGGREGATOR, hospitals)
+        sign_end(
+            ledger, links, config, plan.hospitals, hospital.model, hospital.shared_parameters, hospital.normalisation
+        )
         await_end(links, config.training.rounds)
-        save_model(out / "model.safetensors", hospital.model, config)
+        save_model(out / "model.safetensors", hospital.model, config, hospital.normalisation)
     write_traffic(links, out)
+
+
+def _begin(hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, plan: RoundPlan) -> None:
+    """Newcomers take the global model, at the start or where the others are; all sign who they are."""
+    config, links, out = hospital.config, domain.links, site_directory(hospital.config)
+    if hospital.name in plan.newcomers:
+        links.set_phase("distribution")
+        receive_model(hospital, links, config.data.normalise == "secure" and plan.number > 0)
+        calibrate_own(hospital.model, hospital.train.inputs, config)
+        hospital.resume(out, plan.number - 1)
+        keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
+    begin_ledger(ledger, links, config, plan.hospitals, plan.resumed)
+
+
+def _round(
+    hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, rules: Rules, plan: RoundPlan, notify: Notify
+) -> Missed | None:
+    """A round, or what comes before the first one; signed by all, kept, and written to this site's own metrics."""
+    out, about = site_directory(hospital.config), f"round {plan.number}"
+    if plan.number == 0:
+        hospital_preparation(hospital, domain, rules, plan.hospitals)
+        hospital_evaluation(hospital, domain, rules, plan.hospitals, 0, plan.attempt)
+        metrics = None
+    else:
+        result = hospital_round(hospital, domain, rules, plan, notify)
+        if isinstance(result, str):
+            return result
+        metrics = result
+    hospital.checkpoint(out, plan.number)
+    sign_round(ledger, domain.links, about, hospital.shared_parameters)
+    if metrics is not None:
+        append_json_line(out / "metrics.jsonl", metrics)
+    return None
 
 
 def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Get class probabilities for this hospital's images; neither image nor result leaves it in the clear."""
     out, name = site_directory(config), "hospital-0"
     images = load_images(config.site.images, config, config.inference.limit)
-    graph = public_graph(config)
+    require_supported(config)
     notify("load data", 1, 1)
     links = connect(config, name, observer)
-    world = [name, "model-owner"]
-    bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
-    with links, CrypTenRuntime(links, world, "dealer", bits, ahead) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", name))
+    with links:
         notify("connect", 1, 1)
-        results = ask(config, graph, images, domain, notify)
+        results = request_diagnoses(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_results(config, images, results, out)
     write_traffic(links, out)

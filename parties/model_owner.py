@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from mpc_fl.config import Config
-from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.diagnosis import answer, private_graph
+from mpc_fl.diagnosis import answer_requests, require_supported
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation import Notify
 from mpc_fl.membership import connect, site_directory, write_traffic
-from mpc_fl.opening import OpeningRecord, SecretDomain
+from mpc_fl.opening import OpeningRecord
 from mpc_fl.transport import Observer
 from mpc_fl.weights import load_model
 
@@ -20,12 +19,11 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     out = site_directory(config)
     if config.site.model is None:
         raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")
-    graph = private_graph(config, load_model(config.site.model, config))
+    model = load_model(config.site.model, config)
+    require_supported(config, model)
     notify("load model", 1, 1)
     links = connect(config, NAME, observer)
-    bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
-    with links, CrypTenRuntime(links, ["hospital-0", NAME], "dealer", bits, ahead) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(out / "openings.jsonl", NAME))
+    with links:
         notify("connect", 1, 1)
-        answer(config, graph, domain)
+        answer_requests(config, model, links, OpeningRecord(out / "openings.jsonl", NAME))
     write_traffic(links, out)

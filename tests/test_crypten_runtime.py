@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 from harness import free_ports, local_links, run_parties
-from stock_crypten import NoTorchRandomness, stock_crypten
+from no_torch_randomness import NoTorchRandomness
 from torch.nn import functional
+
+from mpc_fl.stock_crypten import stock_crypten
 
 pytestmark = pytest.mark.processes
 

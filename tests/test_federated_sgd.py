@@ -13,7 +13,7 @@ from scipy import stats
 
 from mpc_fl.config import Config, parse_config
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
-from mpc_fl.federated_sgd import ServerOptimizer, mechanism_of
+from mpc_fl.federated_sgd import mechanism_of
 
 pytestmark = pytest.mark.processes
 HOSPITALS = ["hospital-0", "hospital-1", "hospital-2"]
@@ -35,7 +35,7 @@ class KeepFrames:
     shares: list[tuple[str, np.ndarray]] = []
 
     def __call__(self, peer: str, frame: Any) -> None:
-        if frame.tag == "opening":
+        if frame.tag.startswith("summand"):
             self.shares.append((peer, frame.payload.numpy().copy()))
 
 
@@ -43,15 +43,16 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
     import mpc_fl.federated_sgd as federated_sgd
     from mpc_fl.crypten_runtime import CrypTenRuntime
     from mpc_fl.data import load_hospital
-    from mpc_fl.federation import initial_model
     from mpc_fl.models import flatten_parameters
     from mpc_fl.opening import OpeningRecord, SecretDomain
+    from mpc_fl.participants import initial_model, sum_rules
+    from mpc_fl.strategies import server_optimizer
     from mpc_fl.stream_cipher import Seed
 
     config = _config()
     model = initial_model(config)
     parameters = len(flatten_parameters(model))
-    mechanism = mechanism_of(config, parameters)
+    mechanism, rules = mechanism_of(config, parameters), sum_rules(config)
     result: dict[str, Any] = {"ring": mechanism.ring_bits, "parameters": parameters}
     with CrypTenRuntime(links, [*HOSPITALS, "aggregator"], None, 24) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
@@ -60,7 +61,11 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
             opened: list[torch.Tensor] = []
             mean_gradient = federated_sgd.mean_gradient
             federated_sgd.mean_gradient = lambda m, total: opened.append(total.clone()) or mean_gradient(m, total)
-            federated_sgd.aggregator_steps(domain, model, config, mechanism, ServerOptimizer(0.1, 0.9), 1)
+            starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+            optimizer = server_optimizer(config)
+            federated_sgd.aggregator_steps(
+                domain, rules, model, config, mechanism, optimizer, (1, 0), tuple(HOSPITALS), starts
+            )
             result |= {"opened": opened, "shares": KeepFrames.shares}
         else:
             summands: list[torch.Tensor] = []
@@ -75,9 +80,12 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
 
             federated_sgd.noised_share = kept
             data = load_hospital(config, int(links.name[-1]), "train")
-            kept_steps = federated_sgd.hospital_steps(
-                domain, model, data, config, mechanism, 0.4, Seed.from_system(), None, 1, "vmap", lambda *_: None
-            )
+            taken = federated_sgd.hospital_steps(
+                domain, rules, model, data, config, mechanism, 0.4, Seed.from_system(), None, (1, 0), tuple(HOSPITALS),
+                "vmap", lambda *_: None,
+            )  # fmt: skip
+            assert not isinstance(taken, str) and taken[0] == tuple(HOSPITALS)
+            kept_steps = taken[1]
             sent = links.traffic["round 1 aggregation"]["aggregator"].bytes_sent
             result |= {"summands": summands, "exact": exact, "sent": sent, "steps": kept_steps}
     result["model"] = flatten_parameters(model)
@@ -120,21 +128,8 @@ def test_the_opened_sum_is_exact_noised_and_costs_four_bytes_per_parameter(tmp_p
         assert results[name]["steps"].count == STEPS
 
 
-def test_momentum_is_that_of_torch() -> None:
-    generator = torch.Generator().manual_seed(1)
-    parameter = torch.nn.Parameter(torch.randn(50, generator=generator))
-    torch_sgd = torch.optim.SGD([parameter], lr=0.3, momentum=0.8)
-    ours, flat = ServerOptimizer(0.3, 0.8), parameter.detach().clone()
-    for _ in range(5):
-        gradient = torch.randn(50, generator=generator)
-        parameter.grad = gradient.clone()
-        torch_sgd.step()
-        flat = ours.step(flat, gradient.double())
-    assert torch.allclose(flat, parameter.detach(), atol=1e-5)
-
-
 def test_the_mechanism_is_public_and_calibrated_for_the_smallest_hospital() -> None:
-    from mpc_fl.federation import plan_release
+    from mpc_fl.participants import plan_release
     from mpc_fl.privacy import epsilon_of
 
     config = _config(noise_multiplier=None, smallest_hospital=30, epsilon=8.0)

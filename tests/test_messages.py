@@ -16,6 +16,7 @@ from harness import SPAWN
 from scipy import stats
 
 from mpc_fl.config import Config, parse_config, party_names
+from mpc_fl.evaluation import evaluation_length
 
 pytestmark = pytest.mark.processes
 FALSE_ALARM = 1e-7
@@ -44,12 +45,15 @@ def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
         own["update"] = result.update
         return result
 
+    def copied(payload: Any) -> Any:
+        return payload.clone() if isinstance(payload, torch.Tensor) else payload  # sums are made in place
+
     federation.train_locally = observed_training
     run_party(
         name,
         parse_config(values, name),
         lambda *_: None,
-        lambda peer, frame: frames.append((peer, frame.kind.name, frame.tag, frame.payload)),
+        lambda peer, frame: frames.append((peer, frame.kind.name, frame.tag, copied(frame.payload))),
     )
     torch.save({"frames": frames, "own": own}, Path(directory) / f"{name}.pt")
 
@@ -98,33 +102,37 @@ def test_hospitals_receive_nothing_but_the_global_model(training: dict[str, Any]
     for rank in range(3):
         frames = training[f"hospital-{rank}"]["frames"]
         tensors = [(peer, tag) for peer, kind, tag, _ in frames if kind == "TENSOR"]
-        assert tensors == [("aggregator", "initial parameters"), ("aggregator", "initial statistics"),
+        assert tensors == [("aggregator", "parameters"), ("aggregator", "statistics"),
                            ("aggregator", "global model")]  # fmt: skip
         assert {kind for _, kind, _, _ in frames} <= {"HELLO", "WELCOME", "TENSOR", "OBJECT", "BYE"}
 
 
 def test_the_aggregator_receives_uniform_shares_and_their_sum_is_the_mean(training: dict[str, Any]) -> None:
     received = _tensors(training["aggregator"])
-    assert {tag for _, tag, _ in received} == {"opening"}
+    kinds = {tag.split()[0] for _, tag, _ in received}
+    assert kinds == {"summand", "keys"}
+    assert all(values.size == 0 for _, tag, values in received if tag.startswith("keys")), "nobody may be left out here"
     for rank in range(3):
         own = training[f"hospital-{rank}"]["own"]["update"].double().numpy()
-        shares = [values for peer, _, values in received if peer == f"hospital-{rank}"]
-        assert [len(share) for share in shares] == [309, len(own), 1, 309]
-        weighted = shares[1]
-        assert _uniform(weighted) > FALSE_ALARM
+        shares = [v for peer, tag, v in received if peer == f"hospital-{rank}" and tag.startswith("summand")]
+        evaluation = evaluation_length(3)
+        assert [len(share) for share in shares] == [1, evaluation, len(own), evaluation]
+        weighted = shares[2]
+        assert _uniform(weighted[: len(weighted) // 2 * 2].view(np.int64)) > FALSE_ALARM
         # Neither the update nor its sign nor the count shows: correlation within chance, no element in the clear.
         assert abs(np.corrcoef(weighted.astype(np.float64), own)[0, 1]) < 5.4 / np.sqrt(len(own))
         signs = int(((weighted > 0) == (own > 0))[own != 0].sum())
         assert stats.binomtest(signs, int((own != 0).sum())).pvalue > FALSE_ALARM
         counts = {31, 30}
-        encoded = np.rint(own * 2**24).astype(np.int64)
-        for count in (1, *counts):
-            assert not (weighted == encoded * count)[encoded != 0].any()
-        assert int(shares[2][0]) not in counts and abs(int(shares[2][0])) > 2**32  # chance of a small share: 1e-9
+        for count in (128, 1, *counts):  # as itself, over N' = 128, or times the count
+            encoded = np.rint(own * 2**24 * count / 128).astype(np.int64)
+            # An element of Z_2^32 meets another by chance once in 2^32: fewer than 3 hits, false-alarm rate below 1e-9.
+            assert int((weighted == encoded)[encoded != 0].sum()) < 3
+        assert int(shares[0][0]) not in counts and abs(int(shares[0][0])) > 2**32  # chance of a small share: 1e-9
 
 
 def test_shares_of_different_updates_look_alike(training: dict[str, Any]) -> None:
-    shares = [values for _, _, values in _tensors(training["aggregator"]) if len(values) > BIG]
+    shares = [v for _, tag, v in _tensors(training["aggregator"]) if tag.startswith("summand") and len(v) > BIG]
     assert len(shares) == 3
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert stats.ks_2samp(shares[one], shares[other]).pvalue > FALSE_ALARM
@@ -141,6 +149,15 @@ def test_control_messages_hold_no_numbers_of_patients(training: dict[str, Any]) 
                 assert set(payload) <= {"claim", "signature", "signatures", "certificate", "certificates", "resumed",
                                         "blocks", "seal",
                                         *party_names(parse_config(TRAINING, "test"))}, (tag, set(payload))  # fmt: skip
+            elif tag == "word":
+                # Who takes part, and the power of two above the number of all patients (91, so 128).
+                assert set(payload) <= {"word", "number", "attempt", "hospitals", "starts", "newcomers", "weight_total",
+                                        "resumed"}  # fmt: skip
+                assert payload.get("weight_total", 1) in (1, 128) and payload.get("number", 0) in (0, 1, 2)
+            elif tag == "present":
+                assert set(payload) == {"held"} and all(len(key) == 64 for key in payload["held"].values())
+            elif tag.startswith("ready"):
+                assert payload == {}
             elif kind == "OBJECT":
                 assert payload == {"rounds": 1}  # the end of the run, as configured
             elif kind != "TENSOR":

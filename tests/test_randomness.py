@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 import torch
 from harness import run_parties
-from stock_crypten import NoTorchRandomness, stock_crypten
+from no_torch_randomness import NoTorchRandomness
 from typer.testing import CliRunner
 
 from mpc_fl.errors import SecrecyError
+from mpc_fl.stock_crypten import stock_crypten
 from mpc_fl.stream_cipher import Seed
 
 WORLD = ["party-0", "party-1"]

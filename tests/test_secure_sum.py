@@ -15,6 +15,7 @@ import torch
 from harness import run_parties
 from scipy import stats
 
+from mpc_fl.evaluation import evaluation_length
 from mpc_fl.ring import FixedPoint
 
 pytestmark = pytest.mark.processes
@@ -93,7 +94,7 @@ def test_sums_are_exact_and_shares_are_uniform(parties: int, tmp_path: Path) -> 
     for name in world:
         records = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert [record["to"] for record in records] == [[world[-1]]] * 3
-        assert [record["shape"] for record in records] == [[257], [1], [9 + 300]]
+        assert [record["shape"] for record in records] == [[257], [1], [evaluation_length(3)]]
         assert all(record["among"] == world for record in records)
 
 

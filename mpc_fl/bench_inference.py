@@ -1,0 +1,220 @@
+"""The engine `fast` beside stock CrypTen and the plaintext network, in one run: what an encrypted diagnosis costs.
+
+Every party is a process of its own with one thread; the parties of `fast` talk over mutual TLS as in a real run. The network
+has its first random weights and BatchNorm calibrated on SYNTHETIC phantoms; phantoms are diagnosed, too. Speed depends on
+shapes alone.
+
+  fast       hospital, model owner, dealer. Per batch: `offline` (dealer's corrections, client's part), then `online`, from the
+             image to the opened logits. Medians; the first batch, in which each convolution is measured once, is left out
+  crypten    stock CrypTen on gloo: its trusted first party, its own max-pool, masked weights sent with every image
+  plaintext  the float network on one thread, in this process, before the others start
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mpc_fl.authority import make_local_identities
+from mpc_fl.config import Config
+from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.errors import RunFailedError
+from mpc_fl.fast.calibration import calibrate
+from mpc_fl.fast.dealing import deal
+from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.identity import load_identity
+from mpc_fl.launcher import local_addresses, peak_memory
+from mpc_fl.models import build_model, calibrate_batchnorm
+from mpc_fl.opening import OpeningRecord, SecretDomain
+from mpc_fl.phantoms import make_phantoms, public_phantoms
+from mpc_fl.routes import routes
+from mpc_fl.stock_crypten_inference import stock_crypten_logits
+from mpc_fl.transport import Agreement, Links
+
+HOSPITAL, OWNER, DEALER = "hospital-0", "model-owner", "dealer"
+PARTIES = (HOSPITAL, OWNER, DEALER)
+Against = Literal["crypten", "none"]
+_WAIT = 600.0
+_CALIBRATION_IMAGES = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured: `repeats` batches of `batch` images of `size` x `size` through torchvision's `model`."""
+
+    model: str
+    size: int
+    batch: int
+    repeats: int
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the network."""
+        data = {"image_size": self.size, "channels": 3}
+        return Config().with_values(data=data, model={"architecture": self.model, "normalisation": "frozen"})
+
+    def network(self) -> nn.Module:
+        """The float network, alike in every process that asks."""
+        model = build_model(self.config, self.config.data.input_shape, 0)
+        calibrate_batchnorm(model, public_phantoms(_CALIBRATION_IMAGES, self.config))
+        return model.eval()
+
+    def images(self) -> torch.Tensor:
+        """The images that are diagnosed, float32 (batch, 3, size, size)."""
+        found = make_phantoms(self.batch, 3, self.size, 1, "test").images[: self.batch]
+        return torch.from_numpy(found)[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+def measure_inference(model: str, size: int, batch: int, repeats: int, against: Against) -> dict[str, Any]:
+    """Figures of one run, ready for JSON; times in seconds per batch.
+
+    Raises `RunFailedError` when a process fails, `UnsupportedLayerError` or `HeadroomError` for a network that does not fit.
+    """
+    torch.set_num_threads(1)
+    job = Job(model, size, batch, repeats)
+    network, images = job.network(), job.images()
+    calibrate(network, images)  # whatever is wrong with the network is said before processes start
+    plaintext, expected = _plaintext(network, images, repeats)
+    fast = _run(_fast_party, PARTIES, job)
+    hospital = fast[HOSPITAL]
+    sent = {name: result["bytes_sent"] // (batch * (repeats + 1)) for name, result in fast.items() if name != DEALER}
+    logits = torch.tensor(hospital["logits"], dtype=torch.float64)
+    online, offline = (statistics.median(hospital[phase][1:]) for phase in ("online", "offline"))
+    figures: dict[str, Any] = {
+        "model": model,
+        "size": size,
+        "batch": batch,
+        "repeats": repeats,
+        "plaintext_seconds": plaintext,
+        "online_seconds": online,
+        "offline_seconds": offline,
+        "online_seconds_of_each": hospital["online"],
+        "offline_seconds_of_each": hospital["offline"],
+        "ratio_vs_plaintext": online / plaintext,
+        "ratio_offline_to_online": offline / online,
+        "bytes_sent_per_party": max(sent.values()),
+        "bytes_sent": sent,
+        "sequential_messages": hospital["sequential_messages"],
+        "max_logit_error": float((logits - expected.double()).abs().max()),
+        "same_class": bool((logits.argmax(1) == expected.argmax(1)).all()),
+        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in fast.values()),
+        "peak_memory_bytes_of_each": {name: result["peak_memory_bytes"] for name, result in fast.items()},
+    }
+    if against == "crypten":
+        stock = _run(_stock_party, PARTIES[:2], job)
+        found = torch.tensor(stock[HOSPITAL]["logits"], dtype=torch.float64)
+        figures["crypten_seconds"] = stock[HOSPITAL]["seconds"]
+        figures["crypten_max_logit_error"] = float((found - expected.double()).abs().max())
+        figures["crypten_peak_memory_bytes"] = max(stock[name]["peak_memory_bytes"] for name in PARTIES[:2])
+        figures["speedup_vs_crypten"] = figures["crypten_seconds"] / online
+    return figures
+
+
+def _plaintext(network: nn.Module, images: torch.Tensor, repeats: int) -> tuple[float, torch.Tensor]:
+    """Median seconds of the float network, and its logits."""
+    seconds = []
+    with torch.no_grad():
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            logits = network(images)
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:]), logits
+
+
+def _run(party: Callable[..., None], names: tuple[str, ...], job: Job) -> dict[str, dict[str, Any]]:
+    """Run `party(name, job, ...)` in one process per name; their results."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        make_local_identities(list(names), {name: Path(folder) / name for name in names})
+        addresses, session = local_addresses(list(names), None), secrets.token_hex(8)
+        pipes = {name: context.Pipe(duplex=False) for name in names}
+        processes = [
+            context.Process(target=party, args=(name, job, addresses, folder, session, pipes[name][1]), name=name)
+            for name in names
+        ]
+        results: dict[str, dict[str, Any]] = {}
+        deadline = time.monotonic() + _WAIT
+        try:
+            for process in processes:
+                process.start()
+                pipes[process.name][1].close()
+            while len(results) < len(names):
+                waiting = {pipes[name][0]: name for name in names if name not in results}
+                ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise RunFailedError(f"the benchmark took longer than {_WAIT:g} s", "use a smaller size")
+                for connection in ready:
+                    assert isinstance(connection, Connection)
+                    try:
+                        results[waiting[connection]] = connection.recv()
+                    except EOFError:
+                        what = f"the benchmark failed at {waiting[connection]}"
+                        raise RunFailedError(what, "see the output above") from None
+            for process in processes:
+                process.join(timeout=30)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    return results
+
+
+def _fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection) -> None:
+    torch.set_num_threads(1)
+    peers = routes(name, list(PARTIES), addresses, None)
+    identity = load_identity(Path(folder) / name, name)
+    agreement = Agreement(session, "bench inference", "bench")
+    figures: dict[str, Any] = {}
+    with Links(identity, addresses[name], peers, agreement, _WAIT, _WAIT) as links:
+        if name == DEALER:
+            deal(links, HOSPITAL, OWNER)
+        else:
+            record = OpeningRecord(Path(folder) / name / "openings.jsonl", name)
+            domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 0), record)
+            figures = _diagnoses(domain, job) if name == HOSPITAL else _answers(domain, job)
+            figures["bytes_sent"] = sum(peer.bytes_sent for peer in links.traffic["online"].values())
+    figures["peak_memory_bytes"] = peak_memory()
+    results.send(figures)
+
+
+def _diagnoses(domain: SecretDomain, job: Job) -> dict[str, Any]:
+    hospital = Hospital(domain, OWNER, DEALER)
+    images = job.images()
+    seconds: dict[str, list[float]] = {"offline": [], "online": []}
+    for _ in range(job.repeats + 1):
+        began = time.perf_counter()
+        hospital.prepare(job.batch)
+        prepared = time.perf_counter()
+        logits = hospital.diagnose(images)
+        seconds["offline"].append(prepared - began)
+        seconds["online"].append(time.perf_counter() - prepared)
+    hospital.finish()
+    return {**seconds, "logits": logits.tolist(), "sequential_messages": hospital.sequential_messages}
+
+
+def _answers(domain: SecretDomain, job: Job) -> dict[str, Any]:
+    calibration = calibrate(job.network(), public_phantoms(_CALIBRATION_IMAGES, job.config))
+    Owner(domain, HOSPITAL, DEALER, calibration.network, calibration.weights.inside_protocol()).serve()
+    return {}
+
+
+def _stock_party(
+    name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection
+) -> None:
+    torch.set_num_threads(1)
+    rank = PARTIES.index(name)
+    seconds, logits = stock_crypten_logits(rank, Path(folder) / "store", job.network(), job.images())
+    opened = None if logits is None else logits.tolist()
+    results.send({"seconds": seconds, "logits": opened, "peak_memory_bytes": peak_memory()})

@@ -1,0 +1,253 @@
+"""The public integer network that both parties of the engine `fast` compute. No weights, nothing secret.
+
+THE CONTRACT between calibration (makes it), emulation (the plaintext oracle) and the protocol (runs it on shares).
+
+Values. A value is an integer tensor of `shape` (one record, without batch dimension) that stands for the real numbers
+integer * scale. Its ring Z_2^bits is 32 bits wide ("wide") or narrower ("narrow"); elements are read as signed. Two
+additive shares modulo 2^bits represent it: C's (hospital) and S's (model owner).
+
+Truncation. A layer computes its result modulo 2^b, b the width of its inputs, and then, if `shift` > 0, truncates and
+reduces: the value goes from width b to b - shift. With s_C, s_S the two shares modulo 2^b (S has added 2^shift - 1 to
+its own), the shares of the result are the logical shifts s_C >> shift and s_S >> shift modulo 2^(b - shift). So
+    result = (z + 2^shift - 1 - s_C mod 2^b) >> shift   +   s_C >> shift      modulo 2^(b - shift),
+which is z / 2^shift rounded down or up, without bias because s_C is uniform: no message, no failure. The one thing
+that an emulation needs besides the weights is therefore s_C of every layer with shift > 0 (`sessions` can record them for
+the tests, keyed by the layer's output); without them it draws uniform ones.
+
+What needs which width:
+  Convolution, Linear        wide input, wide result before truncation; weights `weights[layer.output]`, held by S alone
+  ReLU                       narrow input of 8 to 24 bits; output wide (extended for free) or as narrow as the input
+  SignExtend                 narrow input of 8 to 24 bits, wide output, same signed value; costs as much as a ReLU
+  MaxPool                    narrow in and out, |x| < 2^(bits - 2) so that differences fit; so too for logits whose label
+                             alone is revealed
+  AveragePool, Add           any width, equal for all inputs; Concatenate, Flatten too
+So a narrow value cannot enter a linear layer: it goes through ReLU or SignExtend first. One truncation per layer: for a
+residual block Add takes the convolution wide (shift 0) and the identity wide times a multiplier, and truncates the sum.
+
+Lowering. AdaptiveAveragePool becomes AveragePool where all windows are equal. AveragePool is a plain sum: the divisor
+goes into `scale`. Put MaxPool before ReLU and Concatenate before ReLU (both commute with it): fewer gates and rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mpc_fl.errors import ModelError
+
+RING_BITS = 32
+NARROWEST, WIDEST_GATE = 8, 24  # widths of a comparison
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of `shape` (C, H, W) or (F,), in Z_2^bits, that stands for integer * scale."""
+
+    shape: tuple[int, ...]
+    bits: int
+    scale: float
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of one record."""
+        return math.prod(self.shape)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it lives in Z_2^32, as the input of a linear layer must."""
+        return self.bits == RING_BITS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One step: the values named `inputs` give the value named `output`, truncated by `shift` bits at the end.
+
+    `path` is the layer's name as the user knows it, for messages.
+    """
+
+    path: str
+    inputs: tuple[str, ...]
+    output: str
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Convolution(Layer):
+    """2-D cross-correlation as in torch, zero padding. `weight_shape` is (out, in / groups, height, width).
+
+    The bias (out,) is an integer at the scale of the result before truncation. `weight_bits`: the signed integers
+    weights[output] fit in so many bits (public; it decides how many limbs a convolution takes).
+    """
+
+    weight_shape: tuple[int, int, int, int] = (0, 0, 0, 0)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    weight_bits: int = 16
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """W x + bias, `weight_shape` (out, in), on a flat value (in,)."""
+
+    weight_shape: tuple[int, int] = (0, 0)
+    weight_bits: int = 16
+
+
+@dataclass(frozen=True)
+class ReLU(Layer):
+    """max(x, 0), or with `ceiling` (an integer > 0 at the input's scale) min(max(x, 0), ceiling). shift is 0."""
+
+    ceiling: int | None = None
+
+
+@dataclass(frozen=True)
+class SignExtend(Layer):
+    """The same signed value in Z_2^32. shift is 0."""
+
+
+@dataclass(frozen=True)
+class MaxPool(Layer):
+    """Maximum over windows; `padding` (top, bottom, left, right) holds the smallest value -2^(bits - 2). shift is 0.
+
+    An input without rows or columns to spare (ceil_mode) is padded at bottom and right.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class AveragePool(Layer):
+    """`multiplier` times the sum (not the mean) over windows, zero padding (top, bottom, left, right)."""
+
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    multiplier: int = 1
+
+
+@dataclass(frozen=True)
+class Add(Layer):
+    """sum_i multipliers[i] * inputs[i] + constant, elementwise, all public integers; one input is allowed."""
+
+    multipliers: tuple[int, ...] = (1, 1)
+    constant: int = 0
+
+
+@dataclass(frozen=True)
+class Concatenate(Layer):
+    """Inputs of one width and scale, concatenated along the channels (first dimension of `shape`)."""
+
+
+@dataclass(frozen=True)
+class Flatten(Layer):
+    """(C, H, W) to (C * H * W,), or any reshape of one record to `values[output].shape` that keeps the order."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as layers in order of execution. `values` describes the input, and the output of every layer.
+
+    `input` is wide: C encodes a record as round(x / scale). `output` are the logits, of one dimension.
+    """
+
+    layers: tuple[Layer, ...]
+    values: Mapping[str, Value]
+    input: str
+    output: str
+
+    def __post_init__(self) -> None:
+        known = {self.input}
+        for layer in self.layers:
+            _check(self, layer, known)
+            known.add(layer.output)
+        if self.output not in known or not self.values[self.input].wide:
+            raise ModelError("the integer network has no output or a narrow input", "this is a defect of calibration")
+
+    @property
+    def linear_layers(self) -> tuple[Convolution | Linear, ...]:
+        """The layers with weights, in order."""
+        return tuple(layer for layer in self.layers if isinstance(layer, (Convolution, Linear)))
+
+
+def _check(network: Network, layer: Layer, known: set[str]) -> None:
+    values = network.values
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise ModelError(f"layer '{layer.path}' of the integer network: {what}", "this is a defect of calibration")
+
+    require(set(layer.inputs) <= known and len(layer.inputs) > 0, "an input does not exist yet")
+    require(layer.output not in known and layer.output in values, "its output is not described or exists already")
+    inputs, output = [values[name] for name in layer.inputs], values[layer.output]
+    bits = inputs[0].bits
+    require(all(value.bits == bits for value in inputs), "its inputs have different widths")
+    require(0 <= layer.shift < bits and NARROWEST <= output.bits <= RING_BITS, "its shift or width is out of range")
+    gate = NARROWEST <= bits <= WIDEST_GATE and layer.shift == 0
+    if isinstance(layer, (Convolution, Linear)):
+        require(bits == RING_BITS, "a linear layer needs a wide input")
+        require(2 <= layer.weight_bits <= RING_BITS, "its weights have no possible width")
+    if isinstance(layer, ReLU):
+        require(gate and output.bits in (bits, RING_BITS), "ReLU needs a narrow input and shift 0")
+        require(layer.ceiling is None or 0 < layer.ceiling < 1 << (bits - 2), "its ceiling is out of range")
+    elif isinstance(layer, SignExtend):
+        require(gate and output.bits == RING_BITS, "sign extension goes from narrow to wide")
+    elif isinstance(layer, MaxPool):
+        require(gate and output.bits == bits, "a max-pool keeps a narrow width")
+    else:
+        require(output.bits == bits - layer.shift, "the output's width is not the input's less the shift")
+    several = isinstance(layer, (Add, Concatenate))
+    require(several or len(inputs) == 1, "it takes one input")
+    require(not isinstance(layer, Add) or len(layer.multipliers) == len(inputs), "one multiplier per input")
+    try:
+        shape = _output_shape(layer, inputs, output)
+    except (ValueError, IndexError):  # a shape or option of another length
+        shape = None
+    require(shape == output.shape, "its output has another shape than it gives")
+
+
+def _output_shape(layer: Layer, inputs: list[Value], output: Value) -> tuple[int, ...] | None:
+    """The shape that a layer gives; None where it cannot be."""
+    shape = inputs[0].shape
+    if isinstance(layer, Linear):
+        outputs, width = layer.weight_shape
+        return (outputs,) if shape == (width,) else None
+    if isinstance(layer, Convolution):
+        outputs, width, *kernel = layer.weight_shape
+        (vertical, horizontal), (channels, *size) = layer.padding, shape
+        if layer.groups < 1 or channels != width * layer.groups or outputs % layer.groups:
+            return None
+        reach = [dilation * (length - 1) + 1 for dilation, length in zip(layer.dilation, kernel, strict=True)]
+        return _windows(
+            outputs, size, reach, layer.stride, (vertical, vertical, horizontal, horizontal), layer.dilation
+        )
+    if isinstance(layer, (MaxPool, AveragePool)):
+        channels, *size = shape
+        return _windows(channels, size, list(layer.kernel), layer.stride, layer.padding)
+    if isinstance(layer, Concatenate):
+        same = all(value.shape[1:] == shape[1:] for value in inputs)
+        return (sum(value.shape[0] for value in inputs), *shape[1:]) if same else None
+    if isinstance(layer, Flatten):
+        return output.shape if output.elements == inputs[0].elements else None
+    return shape if all(value.shape == shape for value in inputs) else None
+
+
+def _windows(
+    channels: int,
+    size: list[int],
+    reach: list[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int] = (1, 1),
+) -> tuple[int, ...] | None:
+    top, bottom, left, right = padding
+    lengths = [channels]
+    for length, window, step, pads in zip(size, reach, stride, (top + bottom, left + right), strict=True):
+        if min(window, step, *dilation) < 1 or min(*padding, length + pads - window) < 0:
+            return None
+        lengths.append((length + pads - window) // step + 1)
+    return tuple(lengths)

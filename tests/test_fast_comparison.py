@@ -1,0 +1,306 @@
+"""Comparison gates of the engine `fast`: right on every value, and everything that is opened or sent is uniform.
+
+Seeds are fresh, so the statistical tests fail by chance: each p-value is compared with `FALSE_ALARM` and the test says
+how many there are.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from mpc_fl.errors import SecrecyError
+from mpc_fl.fast import gate_correlation
+from mpc_fl.fast.bit_planes import bits_of, pack, packed_bytes, planes_of, unpack
+from mpc_fl.fast.comparison import Exchange, compare
+from mpc_fl.fast.correlations import OneTime
+from mpc_fl.fast.gate_correlation import Gate, GateMaterial, Result
+from mpc_fl.fast.network import AveragePool, MaxPool
+from mpc_fl.fast.pooling import max_pool, max_pool_counts, maximum, sum_pool
+from mpc_fl.stream_cipher import Seed
+
+FALSE_ALARM = 1e-9
+
+Messages = list[np.ndarray]
+
+
+def run_pair(function: Callable[[bool, Exchange], Any]) -> tuple[tuple[Any, Any], tuple[Messages, Messages]]:
+    """Run `function(first, exchange)` as C and as S; their results, and what each of them sent."""
+    inboxes: tuple[queue.Queue[np.ndarray], queue.Queue[np.ndarray]] = (queue.Queue(), queue.Queue())
+    results: list[Any] = [None, None]
+    sent: tuple[Messages, Messages] = ([], [])
+
+    def party(index: int) -> None:
+        def exchange(message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+            sent[index].append(message.copy())
+            inboxes[1 - index].put(message.copy())
+            if meanwhile is not None:
+                meanwhile()
+            return inboxes[index].get(timeout=60)
+
+        results[index] = function(index == 0, exchange)
+
+    threads = [threading.Thread(target=party, args=(index,), daemon=True) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+    return (results[0], results[1]), sent
+
+
+def materials(gate: Gate) -> tuple[GateMaterial, GateMaterial, np.ndarray]:
+    """C's and S's part, and S's correction."""
+    keys = Seed.from_system().reveal_for_transport(), Seed.from_system().reveal_for_transport()
+    client, owner = (Seed(key).stream("gate") for key in keys)
+    correction = gate_correlation.correction_of(gate, client, owner)
+    client, owner = (Seed(key).stream("gate") for key in keys)
+    return (
+        GateMaterial(gate, client),
+        GateMaterial(gate, owner, correction.copy()),
+        correction,
+    )
+
+
+def modulo(values: np.ndarray, bits: int) -> np.ndarray:
+    return values.astype(np.int64).astype(np.uint32) & np.uint32((1 << bits) - 1)
+
+
+def split(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares modulo 2^bits of signed values of any shape."""
+    client = Seed.from_system().stream("share").words(values.size, np.uint32).reshape(values.shape)
+    client &= np.uint32((1 << bits) - 1)
+    return client, modulo(values - client.astype(np.int64), bits)
+
+
+def evaluate(values: np.ndarray, bits: int, result: Result) -> tuple[np.ndarray, tuple[Messages, Messages], Any]:
+    gate = Gate(bits, len(values), result)
+    shares, (client, owner, correction) = split(values, bits), materials(gate)
+    before = [share.copy() for share in shares]
+    outputs, sent = run_pair(
+        lambda first, exchange: compare(client if first else owner, shares[0 if first else 1], first, exchange)
+    )
+    assert all(np.array_equal(*pair) for pair in zip(before, shares, strict=True))  # inputs stay as they are
+    return outputs[0] + outputs[1], sent, (gate, outputs, correction)
+
+
+def expected(values: np.ndarray, result: Result) -> np.ndarray:
+    return values if result is Result.EXTENDED else np.maximum(values, 0)
+
+
+def check(values: np.ndarray, bits: int, result: Result) -> None:
+    opened, sent, (gate, _, _) = evaluate(values, bits, result)
+    width = bits if result is Result.NARROW else 32
+    assert np.array_equal(modulo(opened.astype(np.int64), width), modulo(expected(values, result), width))
+    masked_digits = 8 * gate.masks * gate.words
+    lengths = [packed_bytes(bits, gate.count), masked_digits, 8 * gate.words]
+    assert [len(message) for message in sent[0]] == [len(message) for message in sent[1]] == lengths
+
+
+# --- right on every value -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", Result)
+@pytest.mark.parametrize("bits", [8, 9, 10, 11, 12, 13, 16])
+def test_every_value_of_a_narrow_width(bits: int, result: Result) -> None:
+    check(np.arange(-(1 << bits - 1), 1 << bits - 1), bits, result)
+
+
+@pytest.mark.parametrize("result", Result)
+def test_every_value_of_20_bits(result: Result) -> None:
+    check(np.arange(-(1 << 19), 1 << 19), 20, result)
+
+
+def boundaries(bits: int) -> list[int]:
+    largest = (1 << bits - 1) - 1
+    powers = [sign * (1 << power) + step for power in range(bits - 1) for sign in (-1, 1) for step in (-1, 0, 1)]
+    return sorted({0, 1, -1, largest, -largest - 1, *[value for value in powers if -largest <= value <= largest]})
+
+
+@given(st.data())
+def test_any_width_and_number(data: st.DataObject) -> None:
+    bits = data.draw(st.integers(8, 24))
+    numbers = st.one_of(st.sampled_from(boundaries(bits)), st.integers(-(1 << bits - 1), (1 << bits - 1) - 1))
+    values = np.array(data.draw(st.lists(numbers, min_size=1, max_size=300)))
+    check(values, bits, data.draw(st.sampled_from(list(Result))))
+
+
+@pytest.mark.parametrize("result", Result)
+@pytest.mark.parametrize("bits", range(8, 25))
+def test_boundaries(bits: int, result: Result) -> None:
+    check(np.array(boundaries(bits) * 3), bits, result)
+
+
+def test_more_gates_than_one_pass() -> None:
+    count = gate_correlation.CHUNK + 1001
+    values = np.resize(np.array(boundaries(20)), count)
+    for result in Result:
+        check(values, 20, result)
+
+
+@given(st.integers(8, 24), st.lists(st.integers(0, (1 << 24) - 1), min_size=1, max_size=200))
+def test_packing(bits: int, numbers: list[int]) -> None:
+    values = np.array(numbers, dtype=np.uint32) & np.uint32((1 << bits) - 1)
+    packed = pack(values, bits)
+    assert len(packed) == packed_bytes(bits, len(values))
+    assert np.array_equal(unpack(packed, bits, len(values)), values)
+    planes = planes_of(values, bits)
+    assert np.array_equal(
+        sum(bits_of(plane, len(values)).astype(np.uint32) << i for i, plane in enumerate(planes)), values
+    )
+
+
+def test_a_gate_of_another_size_is_refused() -> None:
+    client, _, correction = materials(Gate(20, 10, Result.WIDE))
+    with pytest.raises(ValueError, match="another size"):
+        GateMaterial(Gate(20, 11, Result.WIDE), Seed.from_system().stream("gate"), correction)
+    with pytest.raises(ValueError, match="does not fit"):
+        compare(client, np.zeros(11, dtype=np.uint32), True, lambda message, meanwhile=None: message)
+    for bits, count in ((7, 1), (25, 1), (20, 0)):
+        with pytest.raises(ValueError, match="8 to 24 bits"):
+            Gate(bits, count, Result.WIDE)
+
+
+def test_bytes_per_gate() -> None:
+    """What the docs state, at k = 20: 3.75 bytes per direction online; corrections of 27, 21 and 18 bytes."""
+    count = 6400
+    for result, correction in ((Result.WIDE, 27), (Result.NARROW, 21), (Result.EXTENDED, 18)):
+        gate = Gate(20, count, result)
+        assert gate.correction_bytes == correction * count
+        assert packed_bytes(20, count) + 8 * (gate.masks + 1) * gate.words == 3.75 * count
+
+
+# --- uniform ------------------------------------------------------------------------------------------------------------
+
+
+def assert_uniform(cells: np.ndarray, count: int, what: str) -> None:
+    observed = np.bincount(cells.astype(np.int64), minlength=count)
+    assert len(observed) == count
+    assert stats.chisquare(observed).pvalue > FALSE_ALARM, what
+
+
+@pytest.mark.parametrize("result", Result)
+@pytest.mark.parametrize("value", [0, 5, -5, (1 << 19) - 1, -(1 << 19)])
+def test_everything_opened_sent_and_corrected_is_uniform(value: int, result: Result) -> None:
+    """For one fixed secret: 19 p-values a case, 15 cases, 10^-9 each: a false alarm once in 3 million runs."""
+    bits, count = 20, 64_000
+    _, sent, (gate, outputs, correction) = evaluate(np.full(count, value), bits, result)
+    for who, messages in zip(("C", "S"), sent, strict=True):
+        for step, message in enumerate(messages):
+            assert_uniform(message, 256, f"message {step} of {who}")
+    assert_uniform(correction, 256, "S's correction")
+    for output in outputs:
+        assert_uniform(output & np.uint32(0xFF), 256, "a share of the result")
+        assert_uniform(output >> np.uint32(12 if result is Result.NARROW else 24), 256, "a share of the result")
+    # The opened values, jointly: a digit of c, both masked bits of that digit, and t.
+    c = unpack(sent[0][0], bits, count) + unpack(sent[1][0], bits, count)
+    masked = (sent[0][1] ^ sent[1][1]).view(np.uint64).reshape(gate.masks, gate.words)
+    t = bits_of((sent[0][2] ^ sent[1][2]).view(np.uint64), count)
+    digits = len(gate.digits)
+    for digit in range(digits):
+        cells = (c >> np.uint32(4 * digit)) & np.uint32((1 << gate.digits[digit]) - 1)
+        cells = 4 * cells + 2 * bits_of(masked[digit], count) + t
+        cell_count = 4 << gate.digits[digit]
+        if digit:
+            cells = 2 * cells + bits_of(masked[digits + digit - 1], count)
+            cell_count *= 2
+        assert_uniform(cells, cell_count, f"digit {digit} of what is opened")
+    assert_uniform(2 * ((c >> np.uint32(bits - 1)) & np.uint32(1)) + t, 4, "the highest bit of c and t")
+    # Shares of the result stay uniform when all that was opened is known.
+    for output in outputs:
+        assert_uniform(2 * (output & np.uint32(0x7F)) + t, 256, "a share of the result and t")
+
+
+def test_two_runs_on_one_secret_have_nothing_in_common() -> None:
+    values = np.full(64_000, 1234)
+    first, second = (evaluate(values, 20, Result.WIDE)[1] for _ in range(2))
+    for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert_uniform(one ^ other, 256, "difference of two runs")
+
+
+def test_each_piece_is_handed_out_once() -> None:
+    pieces = OneTime({"relu1": 1, "relu2": 2})
+    assert pieces.take("relu1") == 1
+    with pytest.raises(SecrecyError, match="used already"):
+        pieces.take("relu1")
+    assert pieces.left == 1
+    assert "2" not in repr(pieces).replace("pieces", "")
+
+
+# --- maxima -------------------------------------------------------------------------------------------------------------
+
+
+def gates_for(counts: list[int], bits: int) -> tuple[list[GateMaterial], list[GateMaterial]]:
+    made = [materials(Gate(bits, count, Result.NARROW)) for count in counts]
+    return [client for client, _, _ in made], [owner for _, owner, _ in made]
+
+
+def run_with_gates(
+    counts: list[int], bits: int, function: Callable[[bool, Callable[[np.ndarray], np.ndarray]], np.ndarray]
+) -> np.ndarray:
+    """Signed values of the shares that `function(first, relu)` returns at both; all gates must be used."""
+    client, owner = gates_for(counts, bits)
+
+    def party(first: bool, exchange: Exchange) -> np.ndarray:
+        gates = client if first else owner
+        return function(first, lambda share: compare(gates.pop(0), share, first, exchange))
+
+    (one, other), _ = run_pair(party)
+    assert not client and not owner
+    opened = modulo((one + other).astype(np.int64), bits).astype(np.int64)
+    return np.where(opened >= 1 << bits - 1, opened - (1 << bits), opened)
+
+
+@given(st.data())
+def test_max_pool_equals_torch(data: st.DataObject) -> None:
+    bits = data.draw(st.sampled_from([12, 20]))
+    kernel = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    stride = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    pads = data.draw(st.tuples(*(st.integers(0, size // 2) for size in (kernel[0], kernel[0], kernel[1], kernel[1]))))
+    shape = (2, 3, data.draw(st.integers(4, 9)), data.draw(st.integers(4, 9)))
+    seed = data.draw(st.integers(0, 1 << 16))
+    bound = 1 << bits - 2
+    values = np.random.default_rng(seed).integers(-bound + 1, bound, shape)
+    layer = MaxPool("pool", ("x",), "y", 0, kernel, stride, pads)
+    shares = split(values.transpose(0, 2, 3, 1), bits)
+    counts = [shape[0] * count for count in max_pool_counts(layer, shape[1:])]
+    got = run_with_gates(
+        counts, bits, lambda first, relu: max_pool(layer, shares[0 if first else 1], bits, first, relu)
+    )
+    top, bottom, left, right = pads
+    padded = torch.nn.functional.pad(torch.from_numpy(values).double(), (left, right, top, bottom), value=-float(bound))
+    exact = torch.nn.functional.max_pool2d(padded, kernel, stride).numpy()
+    assert np.array_equal(got.transpose(0, 3, 1, 2), exact)
+
+
+@given(st.integers(1, 9), st.integers(0, 1 << 16))
+def test_a_tournament_finds_the_maximum(candidates: int, seed: int) -> None:
+    bound = 1 << 18
+    values = np.random.default_rng(seed).integers(-bound, bound, (candidates, 7))
+    shares = split(values, 20)
+    pairs, remaining = [], candidates
+    while remaining > 1:
+        pairs.append(7 * (remaining // 2))
+        remaining -= remaining // 2
+    got = run_with_gates(pairs, 20, lambda first, relu: maximum(list(shares[0 if first else 1]), 20, relu))
+    assert np.array_equal(got, values.max(axis=0))
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(-5, 99))
+def test_sum_pool_equals_torch(kernel: int, stride: int, pad: int, multiplier: int) -> None:
+    layer = AveragePool("pool", ("x",), "y", 0, (kernel, kernel), (stride, stride), (pad, 0, 0, pad), multiplier)
+    values = np.random.default_rng(kernel).integers(-1000, 1000, (2, 5, 6, 3))
+    padded = torch.nn.functional.pad(torch.from_numpy(values.transpose(0, 3, 1, 2)).double(), (0, pad, pad, 0))
+    exact = torch.nn.functional.avg_pool2d(padded, kernel, stride, divisor_override=1).numpy() * multiplier
+    client, owner = split(values, 32)
+    got = (sum_pool(layer, client) + sum_pool(layer, owner)).view(np.int32).transpose(0, 3, 1, 2)
+    assert np.array_equal(got, exact)

@@ -1,0 +1,253 @@
+"""Convolutions modulo 2^32 are exact: every method, every geometry, extreme values; a wrong kernel is never used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from mpc_fl.fast import integer_linear
+from mpc_fl.fast.integer_linear import Method, PreparedConvolution, PreparedLinear, convolve, linear
+
+torch.set_num_threads(1)
+
+EXTREMES = [-(1 << 31), (1 << 31) - 1, -1, 0, 1, 0x7F7F7F7F, 0x80808080 - (1 << 32), 0x00800080, 0x7FFF8000, -32896]
+LIMB_METHODS: tuple[Method, ...] = ("bytes", "halves")
+
+
+@pytest.fixture
+def fresh_choice() -> Iterator[None]:
+    """The self-test and the choices of this process, forgotten before and after."""
+    integer_linear.usable.cache_clear()
+    integer_linear._chosen.clear()
+    yield
+    integer_linear.usable.cache_clear()
+    integer_linear._chosen.clear()
+
+
+def elements(draw: torch.Generator, *shape: int, bits: int = 32) -> torch.Tensor:
+    """Random int32 of so many bits, a third of them extreme where all bits are asked for."""
+    values = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), shape, generator=draw)
+    if bits == 32:
+        chosen = torch.tensor(EXTREMES)[torch.randint(0, len(EXTREMES), shape, generator=draw)]
+        values = torch.where(torch.rand(shape, generator=draw) < 0.33, chosen, values)
+    return values.to(torch.int32)
+
+
+def exact(weights: torch.Tensor, images: torch.Tensor, *geometry: object) -> torch.Tensor:
+    """The convolution in int64, which wraps modulo 2^64, reduced modulo 2^32."""
+    return functional.conv2d(images.long(), weights.long(), None, *geometry).to(torch.int32)  # type: ignore[arg-type]
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[object, ...]]:
+    """Weight shape, image shape, and (stride, padding, dilation, groups), with at least one output pixel."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    wide = draw(st.integers(1, 9))
+    outputs = groups * draw(st.integers(1, 5))
+
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    kernel, stride, padding, dilation = pair(1, 4), pair(1, 3), pair(0, 3), pair(1, 2)
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    size = [each + draw(st.integers(0, 7)) for each in least]
+    images = (draw(st.integers(1, 3)), groups * wide, *size)
+    return (outputs, wide, *kernel), images, (stride, padding, dilation, groups)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    geometry=geometries(),
+    weight_bits=st.sampled_from([2, 8, 9, 16, 17, 24, 32]),
+    seed=st.integers(0, 1 << 30),
+    last=st.booleans(),
+)
+def test_convolutions_are_exact_for_every_geometry(
+    geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[object, ...]], weight_bits: int, seed: int, last: bool
+) -> None:
+    weight_shape, image_shape, options = geometry
+    draw = torch.Generator().manual_seed(seed)
+    weights, images = elements(draw, *weight_shape, bits=weight_bits), elements(draw, *image_shape)
+    expected = exact(weights, images, *options)
+    if last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    for method in (*LIMB_METHODS, "integers"):
+        prepared = PreparedConvolution(weights, *options, method=method)  # type: ignore[arg-type]
+        assert torch.equal(prepared(images), expected), method
+    assert torch.equal(convolve(weights, images, *options), expected)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.integers(2, 12),
+    multiplicity=st.integers(1, 3),
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 2),
+    dilation=st.integers(1, 2),
+    seed=st.integers(0, 1 << 30),
+)
+def test_depthwise_convolutions_are_exact(
+    channels: int, multiplicity: int, kernel: int, stride: int, padding: int, dilation: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weights = elements(draw, channels * multiplicity, 1, kernel, kernel)
+    images = elements(draw, 2, channels, 9, 11)
+    options = ((stride, stride), (padding, padding), (dilation, dilation), channels)
+    expected = exact(weights, images, *options)
+    assert torch.equal(PreparedConvolution(weights, *options, method="taps")(images), expected)
+    assert torch.equal(convolve(weights, images, *options), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    inner=st.integers(1, 600),
+    columns=st.integers(1, 40),
+    weight_bits=st.sampled_from([8, 16, 20, 32]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_matrix_products_are_exact(rows: int, inner: int, columns: int, weight_bits: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    weights, activations = elements(draw, columns, inner, bits=weight_bits), elements(draw, rows, inner)
+    expected = (activations.long() @ weights.long().t()).to(torch.int32)
+    for method in LIMB_METHODS:
+        assert torch.equal(PreparedLinear(weights, method)(activations), expected), method
+    assert torch.equal(linear(weights, activations), expected)
+
+
+@pytest.mark.parametrize("left", EXTREMES)
+@pytest.mark.parametrize("right", EXTREMES)
+def test_sums_of_equal_extreme_values_wrap_correctly(left: int, right: int) -> None:
+    # All limbs at once at their extremes, with sums long enough to saturate 16-bit and to wrap 32-bit accumulators.
+    for inner in (33, 4608):
+        activations = torch.full((5, inner), left, dtype=torch.int32)
+        weights = torch.full((3, inner), right, dtype=torch.int32)
+        expected = (activations.long() @ weights.long().t()).to(torch.int32)
+        for method in LIMB_METHODS:
+            assert torch.equal(PreparedLinear(weights, method)(activations), expected), method
+
+
+@pytest.mark.parametrize("method", LIMB_METHODS)
+def test_accumulators_may_wrap(method: Method) -> None:
+    inner = 300_000  # 300,000 products of 2^14 pass 2^31
+    activations = torch.full((2, inner), 0x80808080 - (1 << 32), dtype=torch.int32)
+    weights = torch.full((3, inner), 0x80808080 - (1 << 32), dtype=torch.int32)
+    expected = (activations.long() @ weights.long().t()).to(torch.int32)
+    assert torch.equal(PreparedLinear(weights, method)(activations), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 90, 56), (8, 64, 14, 14), (3, 16, 150, 40)])
+def test_large_inputs_are_cut_into_pieces_without_seams(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights, images = elements(draw, 8, shape[1], 3, 3, bits=16), elements(draw, *shape)
+    for method in LIMB_METHODS:
+        for stride in (1, 2):
+            prepared = PreparedConvolution(weights, (stride, stride), (1, 1), method=method)
+            assert torch.equal(prepared(images), exact(weights, images, stride, 1)), (method, stride)
+
+
+def test_small_weights_have_two_limbs_and_masks_four() -> None:
+    draw = torch.Generator().manual_seed(0)
+    for bits, limbs in ((8, 1), (15, 2), (20, 3), (32, 4)):
+        prepared = PreparedConvolution(elements(draw, 4, 3, 3, 3, bits=bits))
+        assert prepared._prepared("bytes")[0].limbs == prepared._bytes == limbs
+    for value, limbs in ((127, 1), (128, 2), (-128, 1), (-129, 2), (32639, 2), (32640, 3), (-32896, 2), (-32897, 3)):
+        weights = torch.full((1, 1, 1, 1), value, dtype=torch.int32)
+        assert PreparedConvolution(weights)._prepared("bytes")[0].limbs == PreparedConvolution(weights)._bytes == limbs
+
+
+def test_results_are_channels_last() -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = elements(draw, 2, 6, 9, 9)
+    for groups, method in ((1, "bytes"), (1, "halves"), (1, "integers"), (2, "bytes"), (6, "taps")):
+        weights = elements(draw, 12, 6 // groups, 3, 3)
+        result = PreparedConvolution(weights, groups=groups, method=method)(images)  # type: ignore[arg-type]
+        assert result.is_contiguous(memory_format=torch.channels_last), method
+
+
+def test_a_kernel_that_saturates_is_found_and_never_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+) -> None:
+    def saturating(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        # What 8-bit kernels without VNNI do: pairs of products are added in 16 bits, which saturate.
+        products = left.long().unsqueeze(2) * right.long().unsqueeze(0)
+        if products.shape[1] % 2:
+            products = functional.pad(products, (0, 0, 0, 1))
+        pairs = (products[:, 0::2] + products[:, 1::2]).clamp(-(1 << 15), (1 << 15) - 1)
+        return out.copy_(pairs.sum(dim=1))
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    with caplog.at_level("WARNING"):
+        assert "bytes" not in integer_linear.usable()
+    assert "bytes is not usable" in caplog.text
+    draw = torch.Generator().manual_seed(0)
+    weights, images = elements(draw, 4, 8, 3, 3), elements(draw, 1, 8, 6, 6)
+    assert torch.equal(convolve(weights, images), exact(weights, images))
+    assert "bytes" not in integer_linear.chosen_methods()
+
+
+def test_a_kernel_that_is_wrong_for_one_shape_is_not_used_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+) -> None:
+    integer_linear.usable()
+    right = torch._int_mm
+
+    def wrong(left: torch.Tensor, right_factor: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        return right(left, right_factor, out=out).add_(1)
+
+    monkeypatch.setattr(torch, "_int_mm", wrong)
+    monkeypatch.setattr(integer_linear, "_seconds", lambda run, method: {"bytes": 1.0, "integers": 2.0}[method])
+    draw = torch.Generator().manual_seed(0)
+    weights, images = elements(draw, 4, 8, 3, 3, bits=16), elements(draw, 1, 8, 6, 6)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(convolve(weights, images), exact(weights, images))
+    assert "bytes is wrong" in caplog.text
+
+
+def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+    monkeypatch.delattr(torch, "_int_mm")
+    draw = torch.Generator().manual_seed(0)
+    weights, images = elements(draw, 4, 8, 3, 3), elements(draw, 1, 8, 6, 6)
+    assert torch.equal(convolve(weights, images), exact(weights, images))
+    assert "bytes" not in integer_linear.usable()
+
+
+def test_the_fastest_method_is_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+    times = {"bytes": 3.0, "integers": 1.0}
+    measured = []
+
+    def seconds(run: object, method: Method) -> float:
+        measured.append(method)
+        return times[method]
+
+    monkeypatch.setattr(integer_linear, "_seconds", seconds)
+    draw = torch.Generator().manual_seed(0)
+    prepared = PreparedConvolution(elements(draw, 4, 3, 3, 3, bits=16))
+    prepared(elements(draw, 1, 3, 8, 8))
+    assert integer_linear.chosen_methods() == ("integers",)
+    count = len(measured)
+    prepared(elements(draw, 1, 3, 8, 8))
+    assert len(measured) == count
+    prepared(elements(draw, 2, 3, 8, 8))
+    assert len(measured) > count
+
+
+def test_weights_are_not_printed_and_wrong_inputs_are_refused() -> None:
+    weights = torch.full((2, 3, 1, 1), 123456789, dtype=torch.int32)
+    assert "123456789" not in repr(PreparedConvolution(weights)) + repr(PreparedLinear(weights[:, :, 0, 0]))
+    with pytest.raises(ValueError, match="int32"):
+        PreparedConvolution(weights.long())
+    with pytest.raises(ValueError, match="shape"):
+        PreparedConvolution(weights)(torch.zeros(1, 4, 5, 5, dtype=torch.int32))
+    with pytest.raises(ValueError, match="shape"):
+        PreparedConvolution(torch.zeros(2, 3, 9, 9, dtype=torch.int32))(torch.zeros(1, 3, 5, 5, dtype=torch.int32))
+    with pytest.raises(ValueError, match="groups"):
+        PreparedConvolution(weights, groups=3)
+    with pytest.raises(ValueError, match="shape"):
+        PreparedLinear(weights[:, :, 0, 0])(torch.zeros(1, 4, dtype=torch.int32))
