@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mpc_fl.config import Config
 from mpc_fl.fast import integer_linear
+from mpc_fl.fast.limbs import usable
 from mpc_fl.models import build_model
 
 Layer = tuple[nn.Conv2d | nn.Linear, torch.Size]
@@ -101,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    methods = integer_linear.usable()
+    methods = usable()
     self_test = time.perf_counter() - start
     with torch.no_grad():
         layers = layers_of(options.network, options.size, options.batch)

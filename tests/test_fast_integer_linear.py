@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mpc_fl.fast import integer_linear
+from mpc_fl.fast import integer_linear, limbs
 from mpc_fl.fast.integer_linear import Method, PreparedConvolution, PreparedLinear, convolve, linear
 
 torch.set_num_threads(1)
@@ -22,10 +22,10 @@ LIMB_METHODS: tuple[Method, ...] = ("bytes", "halves")
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """The self-test and the choices of this process, forgotten before and after."""
-    integer_linear.usable.cache_clear()
+    limbs.usable.cache_clear()
     integer_linear._chosen.clear()
     yield
-    integer_linear.usable.cache_clear()
+    limbs.usable.cache_clear()
     integer_linear._chosen.clear()
 
 
@@ -154,12 +154,12 @@ def test_large_inputs_are_cut_into_pieces_without_seams(shape: tuple[int, ...]) 
 
 def test_small_weights_have_two_limbs_and_masks_four() -> None:
     draw = torch.Generator().manual_seed(0)
-    for bits, limbs in ((8, 1), (15, 2), (20, 3), (32, 4)):
-        prepared = PreparedConvolution(elements(draw, 4, 3, 3, 3, bits=bits))
-        assert prepared._prepared("bytes")[0].limbs == prepared._bytes == limbs
-    for value, limbs in ((127, 1), (128, 2), (-128, 1), (-129, 2), (32639, 2), (32640, 3), (-32896, 2), (-32897, 3)):
-        weights = torch.full((1, 1, 1, 1), value, dtype=torch.int32)
-        assert PreparedConvolution(weights)._prepared("bytes")[0].limbs == PreparedConvolution(weights)._bytes == limbs
+    cases = [(elements(draw, 4, 3, 3, 3, bits=bits), count) for bits, count in ((8, 1), (15, 2), (20, 3), (32, 4))]
+    for value, count in ((127, 1), (128, 2), (-128, 1), (-129, 2), (32639, 2), (32640, 3), (-32896, 2), (-32897, 3)):
+        cases.append((torch.full((1, 1, 1, 1), value, dtype=torch.int32), count))
+    for weights, count in cases:
+        prepared = PreparedConvolution(weights)
+        assert prepared._prepared("bytes")[0].limbs == prepared._bytes == count
 
 
 def test_results_are_channels_last() -> None:
@@ -184,7 +184,7 @@ def test_a_kernel_that_saturates_is_found_and_never_used(
 
     monkeypatch.setattr(torch, "_int_mm", saturating)
     with caplog.at_level("WARNING"):
-        assert "bytes" not in integer_linear.usable()
+        assert "bytes" not in limbs.usable()
     assert "bytes is not usable" in caplog.text
     draw = torch.Generator().manual_seed(0)
     weights, images = elements(draw, 4, 8, 3, 3), elements(draw, 1, 8, 6, 6)
@@ -195,7 +195,7 @@ def test_a_kernel_that_saturates_is_found_and_never_used(
 def test_a_kernel_that_is_wrong_for_one_shape_is_not_used_there(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
 ) -> None:
-    integer_linear.usable()
+    limbs.usable()
     right = torch._int_mm
 
     def wrong(left: torch.Tensor, right_factor: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
@@ -215,7 +215,7 @@ def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch
     draw = torch.Generator().manual_seed(0)
     weights, images = elements(draw, 4, 8, 3, 3), elements(draw, 1, 8, 6, 6)
     assert torch.equal(convolve(weights, images), exact(weights, images))
-    assert "bytes" not in integer_linear.usable()
+    assert "bytes" not in limbs.usable()
 
 
 def test_the_fastest_method_is_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:

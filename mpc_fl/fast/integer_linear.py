@@ -1,30 +1,22 @@
-"""Exact convolutions and matrix products modulo 2^32.
+"""Exact convolutions and matrix products modulo 2^32, on int32 tensors.
 
-Elements of Z_2^32 are int32. Processors multiply bytes far faster than words (AVX-512 VNNI, AMX), so both factors are
-written in signed digits ("limbs"), x = x_0 + 2^8 x_1 + 2^16 x_2 + 2^24 x_3 with -128 <= x_i < 128, and
-    W x = sum over i + j <= 3 of 2^(8 (i + j)) W_i x_j   modulo 2^32,
-because higher pairs vanish. All pairs of one i + j are one product of 8-bit matrices, with the limbs side by side along
-the summed dimension: [x_j x_(j+1)] [W_(j+1); W_j]. 32-bit sums may wrap there: that is the modulus. Weights of 16 bits
-have two limbs, so 7 of 16 pairs remain.
-
-Four methods give the same result, and the fastest is chosen by measurement, once per shape: `bytes` as above, `halves`
-(16-bit limbs, sums below 2^53 exact in float64), `integers` (torch's int64 arithmetic), `taps` (depthwise
-convolutions: one multiply-add per weight). Before the first use the first two are compared with int64 arithmetic on
-random and extreme values; one that fails (kernels that saturate exist) is never used in this process. Prepared weights
-take 1 byte per limb (halves: 8 bytes).
+Four methods give the same result: `bytes` and `halves` (`limbs`, after unfolding patches), `integers` (torch's int64
+arithmetic), and `taps` (depthwise convolutions: one multiply-add of whole images per weight). The fastest is chosen by
+measurement, once per shape, and its result is compared with that of `integers` then. Prepared weights take 1 byte per
+limb (halves: 8 bytes).
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn import functional
+
+from mpc_fl.fast.limbs import LIMBS, Limbs, PreparedMatrix, bytes_needed, limbs_side_by_side, usable
 
 log = logging.getLogger(__name__)
 Method = Literal["bytes", "halves", "integers", "taps"]
@@ -35,93 +27,9 @@ _MANY_WEIGHTS = 1 << 22
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
-@dataclass(frozen=True)
-class _Limbs:
-    """A way to write elements of Z_2^32: `count` signed digits of `bits` bits each, held in `dtype` for `multiply`."""
-
-    bits: int
-    count: int
-    digit: torch.dtype
-    dtype: torch.dtype
-    multiply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
-
-    def shifted(self, elements: torch.Tensor) -> torch.Tensor:
-        """An int32 tensor whose bits, digit by digit, are the signed limbs: ((x + h) xor h) with h = half a digit each."""
-        half = sum(1 << (self.bits * (index + 1) - 1) for index in range(self.count))
-        constant = torch.tensor(half - (1 << 32), dtype=torch.int32)
-        return (elements + constant).bitwise_xor_(constant)
-
-    def limb(self, shifted: torch.Tensor, index: int) -> torch.Tensor:
-        """Limb number `index` of what `shifted` returned."""
-        return (shifted >> (self.bits * index)).to(self.digit)
-
-
-def _multiply_bytes(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    if left.shape[1] == 1:  # torch 2.13 misreads a right factor of one row with strides (1, 1)
-        torch.mul(left.to(torch.int32), right.to(torch.int32), out=out)
-    else:
-        torch._int_mm(left, right, out=out)
-
-
-def _multiply_halves(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
-    # Products of two limbs are at most 2^30, and two limbs stand side by side.
-    if left.shape[1] > 1 << 22:
-        raise ValueError("sums of more than 2^22 products of 16-bit limbs may not be exact")
-    out.copy_((left @ right).to(torch.int64))
-
-
-_LIMBS = {
-    "bytes": _Limbs(8, 4, torch.int8, torch.int8, _multiply_bytes),
-    "halves": _Limbs(16, 2, torch.int16, torch.float64, _multiply_halves),
-}
-
-
 def _check_elements(tensor: torch.Tensor, dimensions: tuple[int, ...], what: str) -> None:
     if tensor.dtype != torch.int32 or tensor.dim() not in dimensions:
         raise ValueError(f"{what} must be int32 with {dimensions} dimensions, not {tensor.dtype} {tuple(tensor.shape)}")
-
-
-def _bytes_needed(elements: torch.Tensor) -> int:
-    """How many signed bytes, 1 to 4, hold every element."""
-    low, high = (int(bound) for bound in torch.aminmax(elements)) if elements.numel() else (0, 0)
-    ones = (1, 0x101, 0x10101)
-    return next((count for count, one in enumerate(ones, 1) if -128 * one <= low and high <= 127 * one), 4)
-
-
-class _PreparedMatrix:
-    """The transposed right factor of `elements @ matrix^T`, (N, K): its limbs side by side, the higher ones first."""
-
-    def __init__(self, matrix: torch.Tensor, kind: _Limbs) -> None:
-        self.kind = kind
-        self.columns, self.inner = matrix.shape
-        shifted = kind.shifted(matrix)
-        limbs = [kind.limb(shifted, index) for index in range(kind.count)]
-        while len(limbs) > 1 and not bool(limbs[-1].any()):
-            limbs.pop()
-        self.limbs = len(limbs)
-        self.stacked = torch.cat(limbs[::-1], dim=1).to(kind.dtype)
-
-    def multiply_into(self, out: torch.Tensor, rows: torch.Tensor, scratch: torch.Tensor) -> None:
-        """out = rows @ matrix^T; `rows` (M, count * K) hold the limbs side by side, `out` and `scratch` are int32 (M, N)."""
-        for total in range(self.kind.count):  # i + j
-            lowest = max(0, total - self.limbs + 1)
-            left = rows[:, lowest * self.inner : (total + 1) * self.inner]
-            first = (self.limbs - 1 - (total - lowest)) * self.inner
-            right = self.stacked[:, first:].t()
-            if total == 0:
-                self.kind.multiply(left, right, out)
-            else:
-                self.kind.multiply(left, right, scratch)
-                out.add_(scratch, alpha=1 << (self.kind.bits * total))
-
-
-def _limbs_side_by_side(elements: torch.Tensor, kind: _Limbs) -> torch.Tensor:
-    """int32 (M, K) to limbs (M, count * K)."""
-    shifted = kind.shifted(elements)
-    rows = torch.empty(len(elements), kind.count, elements.shape[1], dtype=kind.dtype)
-    for index in range(kind.count):
-        rows[:, index] = kind.limb(shifted, index)
-    return rows.view(len(elements), -1)
 
 
 class PreparedConvolution:
@@ -149,9 +57,9 @@ class PreparedConvolution:
         self.kernel: Pair = (weights.shape[2], weights.shape[3])
         self.in_channels = weights.shape[1] * groups
         self._method = method
-        self._matrices: dict[str, list[_PreparedMatrix]] = {}
+        self._matrices: dict[str, list[PreparedMatrix]] = {}
         self._taps: torch.Tensor | None = None
-        self._bytes = _bytes_needed(weights)
+        self._bytes = bytes_needed(weights)
 
     def __repr__(self) -> str:
         return f"PreparedConvolution{tuple(self.weights.shape)}"
@@ -197,11 +105,11 @@ class PreparedConvolution:
         self._matrices = {method: matrices for method, matrices in self._matrices.items() if method == chosen}
         return chosen
 
-    def _prepared(self, method: str) -> list[_PreparedMatrix]:
+    def _prepared(self, method: str) -> list[PreparedMatrix]:
         """One matrix per group, (O / groups, kernel height * width * I / groups), inputs' channels last."""
         if method not in self._matrices:
             parts = self.weights.permute(0, 2, 3, 1).flatten(1).chunk(self.groups)
-            self._matrices[method] = [_PreparedMatrix(part, _LIMBS[method]) for part in parts]
+            self._matrices[method] = [PreparedMatrix(part, LIMBS[method]) for part in parts]
         return self._matrices[method]
 
     def _by_limbs(self, activations: torch.Tensor, method: str) -> torch.Tensor:
@@ -220,12 +128,12 @@ class PreparedConvolution:
                 result[..., group * matrix.columns : (group + 1) * matrix.columns] = inside
         return result.permute(0, 3, 1, 2)
 
-    def _multiply_patches(self, pixels: torch.Tensor, matrix: _PreparedMatrix, result: torch.Tensor) -> None:
+    def _multiply_patches(self, pixels: torch.Tensor, matrix: PreparedMatrix, result: torch.Tensor) -> None:
         """result (N, H', W', O), contiguous, from pixels (N, H, W, I)."""
         kind, (_, rows, columns, outputs) = matrix.kind, result.shape
         if self.kernel == (1, 1) and self.padding == (0, 0):
             inputs = pixels[:, :: self.stride[0], :: self.stride[1]].reshape(-1, pixels.shape[-1])
-            patches = _limbs_side_by_side(inputs, kind)
+            patches = limbs_side_by_side(inputs, kind)
             flat = result.view(-1, outputs)
             matrix.multiply_into(flat, patches, torch.empty_like(flat))
             return
@@ -242,7 +150,7 @@ class PreparedConvolution:
                 flat = out.view(-1, outputs)
                 matrix.multiply_into(flat, patches, scratch[: len(flat)])
 
-    def _padded_planes(self, pixels: torch.Tensor, kind: _Limbs) -> torch.Tensor:
+    def _padded_planes(self, pixels: torch.Tensor, kind: Limbs) -> torch.Tensor:
         """Limbs of (N, H, W, I) as planes (count, N, H + padding, W + padding, I); zeros have zero limbs."""
         (vertical, horizontal), (count, rows, columns, channels) = self.padding, pixels.shape
         padded = (kind.count, count, rows + 2 * vertical, columns + 2 * horizontal, channels)
@@ -295,7 +203,7 @@ class PreparedLinear:
         _check_elements(weights, (2,), "weights")
         self.weights = weights
         self._method = method
-        self._matrices: dict[str, _PreparedMatrix] = {}
+        self._matrices: dict[str, PreparedMatrix] = {}
 
     def __repr__(self) -> str:
         return f"PreparedLinear{tuple(self.weights.shape)}"
@@ -314,11 +222,11 @@ class PreparedLinear:
     def _run(self, method: Method, activations: torch.Tensor) -> torch.Tensor:
         if method == "integers":
             return functional.linear(activations.to(torch.int64), self.weights.to(torch.int64)).to(torch.int32)
-        kind = _LIMBS[method]
+        kind = LIMBS[method]
         if method not in self._matrices:
-            self._matrices[method] = _PreparedMatrix(self.weights, kind)
+            self._matrices[method] = PreparedMatrix(self.weights, kind)
         result = torch.empty(len(activations), len(self.weights), dtype=torch.int32)
-        self._matrices[method].multiply_into(result, _limbs_side_by_side(activations, kind), torch.empty_like(result))
+        self._matrices[method].multiply_into(result, limbs_side_by_side(activations, kind), torch.empty_like(result))
         return result
 
 
@@ -380,51 +288,3 @@ def _seconds(run: Callable[[Method], object], method: Method) -> float:
     start = time.perf_counter()
     run(method)
     return time.perf_counter() - start
-
-
-@functools.cache
-def usable() -> tuple[Method, ...]:
-    """The methods with limbs that pass the self-test in this process; runs it once, within some 20 ms."""
-    methods: list[Method] = ["bytes", "halves"]
-    return tuple(method for method in methods if passes_self_test(method))
-
-
-def passes_self_test(method: Method) -> bool:
-    """Whether a method agrees with torch's int64 arithmetic on random and extreme values. Logs a warning if not."""
-    draw = torch.Generator().manual_seed(0)
-    extremes = torch.tensor(
-        [-(1 << 31), (1 << 31) - 1, -1, 0x7F7F7F7F, 0x80808080 - (1 << 32), 0x7FFF8000, 0x80 << 8, 0, 1, 0x00FF00FF],
-        dtype=torch.int32,
-    )
-
-    def values(*shape: int, only: int | None = None) -> torch.Tensor:
-        drawn = torch.randint(-(1 << 31), 1 << 31, shape, generator=draw).to(torch.int32)
-        places = torch.randint(0, 3 * len(extremes), shape, generator=draw) if only is None else torch.full(shape, only)
-        return torch.where(places < len(extremes), extremes[places.clamp(max=len(extremes) - 1)], drawn)
-
-    try:
-        for rows, inner, columns in ((1, 512, 3), (49, 1155, 40), (200, 64, 64)):
-            for left, right in ((values(rows, inner), values(columns, inner)), *_constant_pairs(values, rows, inner)):
-                exact = (left.to(torch.int64) @ right.to(torch.int64).t()).to(torch.int32)
-                if not torch.equal(PreparedLinear(right, method)(left), exact):
-                    raise ArithmeticError(f"a product of {rows} x {inner} x {columns} is wrong")
-        weights, images = values(24, 16, 3, 3), values(2, 16, 9, 11)
-        exact = functional.conv2d(images.to(torch.int64), weights.to(torch.int64), None, (2, 1), (1, 1)).to(torch.int32)
-        if not torch.equal(PreparedConvolution(weights, (2, 1), (1, 1), method=method)(images), exact):
-            raise ArithmeticError("a convolution is wrong")
-    except (ArithmeticError, RuntimeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("integer convolution by %s is not usable on this machine, a slower way is: %s", method, reason)
-        return False
-    return True
-
-
-def _constant_pairs(
-    values: Callable[..., torch.Tensor], rows: int, inner: int
-) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """Matrices of one extreme value each: all limbs -128, or all 127 and -128, where a saturating kernel fails."""
-    most_negative, most_positive = 4, 3
-    return (
-        (values(rows, inner, only=most_negative), values(8, inner, only=most_negative)),
-        (values(rows, inner, only=most_positive), values(8, inner, only=most_negative)),
-    )
