@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -45,6 +46,8 @@ from mpc_fl.transport import Agreement, Links
 HOSPITAL, OWNER, DEALER = "hospital-0", "model-owner", "dealer"
 PARTIES = (HOSPITAL, OWNER, DEALER)
 Against = Literal["crypten", "none"]
+# From the addresses of all parties to those at which others reach them, while the parties run.
+Detour = Callable[[dict[str, str]], AbstractContextManager[dict[str, str]]]
 _WAIT = 600.0
 _CALIBRATION_IMAGES = 16
 
@@ -86,7 +89,7 @@ def measure_inference(model: str, size: int, batch: int, repeats: int, against: 
     network, images = job.network(), job.images()
     calibrate(network, images)  # whatever is wrong with the network is said before processes start
     plaintext, expected = _plaintext(network, images, repeats)
-    fast = _run(_fast_party, PARTIES, job)
+    fast = run_parties(fast_party, PARTIES, job)
     hospital = fast[HOSPITAL]
     sent = {name: result["bytes_sent"] // (batch * (repeats + 1)) for name, result in fast.items() if name != DEALER}
     logits = torch.tensor(hospital["logits"], dtype=torch.float64)
@@ -112,7 +115,7 @@ def measure_inference(model: str, size: int, batch: int, repeats: int, against: 
         "peak_memory_bytes_of_each": {name: result["peak_memory_bytes"] for name, result in fast.items()},
     }
     if against == "crypten":
-        stock = _run(_stock_party, PARTIES[:2], job)
+        stock = run_parties(_stock_party, PARTIES[:2], job)
         found = torch.tensor(stock[HOSPITAL]["logits"], dtype=torch.float64)
         figures["crypten_seconds"] = stock[HOSPITAL]["seconds"]
         figures["crypten_max_logit_error"] = float((found - expected.double()).abs().max())
@@ -132,15 +135,21 @@ def _plaintext(network: nn.Module, images: torch.Tensor, repeats: int) -> tuple[
     return statistics.median(seconds[1:]), logits
 
 
-def _run(party: Callable[..., None], names: tuple[str, ...], job: Job) -> dict[str, dict[str, Any]]:
-    """Run `party(name, job, ...)` in one process per name; their results."""
+def run_parties(
+    party: Callable[..., None], names: tuple[str, ...], job: Job, detour: Detour = nullcontext
+) -> dict[str, dict[str, Any]]:
+    """Run `party(name, job, ...)` in one process per name; their results. Others are reached through `detour`."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    addresses, session = local_addresses(list(names), None), secrets.token_hex(8)
+    with tempfile.TemporaryDirectory() as folder, detour(addresses) as reached:
         make_local_identities(list(names), {name: Path(folder) / name for name in names})
-        addresses, session = local_addresses(list(names), None), secrets.token_hex(8)
         pipes = {name: context.Pipe(duplex=False) for name in names}
         processes = [
-            context.Process(target=party, args=(name, job, addresses, folder, session, pipes[name][1]), name=name)
+            context.Process(
+                target=party,
+                args=(name, job, {**reached, name: addresses[name]}, folder, session, pipes[name][1]),
+                name=name,
+            )
             for name in names
         ]
         results: dict[str, dict[str, Any]] = {}
@@ -171,7 +180,8 @@ def _run(party: Callable[..., None], names: tuple[str, ...], job: Job) -> dict[s
     return results
 
 
-def _fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection) -> None:
+def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection) -> None:
+    """A party of `fast` in a process of its own."""
     torch.set_num_threads(1)
     peers = routes(name, list(PARTIES), addresses, None)
     identity = load_identity(Path(folder) / name, name)

@@ -8,14 +8,15 @@ So what is checked is what the sum is made of (`closed_sum`). T is the bound in 
   3. squares of u_i with the dealer's tuples; their sum is F_i (Beaver opens u_i - r, which fixes u_i)
   4. the opener draws K = 40 public vectors p over {-1, 0, 1} (1/4, 1/2, 1/4)
   5. comparisons on shares: |<p, u_i>| <= R and |<p, V_i - 2^s u_i>| <= R' modulo 2^k for every p, and F_i <= A
-  6. their conjunction is opened to the opener alone
+  6. every comparison that failed lets a random shared word through; their exclusive or is opened to the opener alone. It is
+     zero if none failed, and otherwise uniform (zero with probability 2^-64), whichever failed: one bit
 
 Why i says what V_i is. Squares need a larger ring than the shares have. CrypTen's division by 2^s is wrong with probability
-|V| / 2^32 per bucket for shares lifted from Z_2^32 by multiplying by 2^32, which would refuse every second honest update;
-conversion to bits and back is exact and costs 30 times as many bytes. So i supplies u_i, and steps 4 and 5 check it. If a bucket
-of u_i is not within 2 R (modulo 2^64), or one of V_i - 2^s u_i not within 2 R' (modulo 2^k), then each p finds it with
-probability 1/2, because p without this bucket, plus it, and minus it cannot all be within R: together a lie passes with
-probability 2^-39. Within 2 R the squares cannot wrap, for M (2 R)^2 < 2^63 is proven when the test is planned.
+|V| / 2^32 per bucket for shares lifted from Z_2^32 by multiplying by 2^32: among thousands of buckets one would often fail an
+honest update. Conversion to bits and back is exact and costs many times the bytes. So i supplies u_i, and steps 4 and 5 check
+it. If a bucket of u_i is not within 2 R (modulo 2^64), or one of V_i - 2^s u_i not within 2 R' (modulo 2^k), then each p
+finds it with probability 1/2, because p without this bucket cannot be within R together with p plus it or p minus it. A lie
+passes with probability 2^-39. Within 2 R the squares cannot wrap: M (2 R)^2 < 2^63 is proven when the test is planned.
 
 An honest hospital with |x| <= T passes. F has mean at most T^2 and variance at most 2 T^4 / M; with A for T^2 (1 + margin),
 margin = sqrt(2400 / M), it is refused with probability below 1/1201 by Cantelli's inequality, whatever x is (below 1e-9 for
@@ -31,12 +32,14 @@ Messages are Beaver's openings (uniform), step 1, and one bit per hospital: that
 of honest ones, up to the probabilities above. The dealer sees shapes. The opener must not tell the seed to a hospital before
 its summand is fixed. Not covered: a hospital that changes its shares within the computation; CrypTen's shares carry no MACs.
 
-Rounds and bytes, N = n + 1 parties: 12 + 7 ceil(log2 N) rounds. Sent by a hospital: for step 1 k/8 M bytes to each
-other one, for the rest about 8 n M + 27 kB n N to each of the N - 1 others; 8 n M + 27 kB n N from the dealer to the last party.
+Rounds and bytes, N = n + 1 parties: 12 rounds and log N to the base 3/2, less one, about (14 for N = 4, 17 for N = 10). Sent to
+every other party: 8 n M + 1288 n (24 + 2 N); to each other hospital k/8 M more (step 1). From the dealer to the last party:
+8 n M + 1288 n (12 + N).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -138,13 +141,37 @@ def projections(seed: bytes, buckets: int) -> torch.Tensor:
     return torch.from_numpy(values.reshape(PROJECTIONS, buckets))
 
 
-def _within(
-    test: NormTest, u: torch.Tensor, folded: torch.Tensor, first: bool, draw: Callable[[], torch.Tensor]
+def _negative(values: torch.Tensor) -> Any:
+    """Whether int64 shares hold negative values: `BinarySharedTensor` of their shape, 1 or 0 in bit 0.
+
+    CrypTen's conversion to bits adds the parties' shares in pairs, 7 rounds for each level. Here they are reduced three
+    to two without carrying, one round for each level, and two are added in the end (Wallace 1964). The result is exact.
+    """
+    words = crypten.mpc.primitives.BinarySharedTensor
+    count = crypten.communicator.get().get_world_size()
+    rest = words.stack([words(values, src=rank) for rank in range(count)])
+    while rest.size(0) > 2:
+        third = rest.size(0) // 3
+        a, b, c = (rest[part * third : (part + 1) * third] for part in range(3))
+        majority = ((a ^ c) & (b ^ c)) ^ c
+        total = a ^ b ^ c
+        total.share = torch.cat([total.share, majority.share << 1, rest.share[3 * third :]])
+        rest = total
+    return (rest[0] + rest[1] if count > 1 else rest[0]) >> 63 & 1
+
+
+def _verdict(
+    test: NormTest,
+    u: torch.Tensor,
+    folded: torch.Tensor,
+    first: bool,
+    draw: Callable[[], torch.Tensor],
+    random_words: Callable[[tuple[int, ...]], torch.Tensor],
 ) -> Any:
-    """Steps 3 to 5 on shares u (int64) and V, shape (n, M): an `MPCTensor` of n shared bits. `first`: this is rank 0."""
-    # 3. Squares; rank 0 adds what is public.
+    """Steps 3 to 6 on shares u (int64) and V, shape (n, M): an `MPCTensor` of n words. `first`: this is rank 0."""
+    # 3. Squares.
     squares = crypten.mpc.primitives.beaver.square(mpc_tensor_from_share(u, 0)._tensor).share.sum(1, keepdim=True)
-    # 4. and 5. What must not be negative. V - 2^s u in Z_2^k, lifted to Z_2^64.
+    # 4. and 5. What must not be negative. V - 2^s u in Z_2^k, lifted to Z_2^64; rank 0 adds what is public.
     vectors = draw().t()
     lift = 64 - test.ring_bits
     dropped = (folded.long() << lift) - (u << (lift + test.dropped_bits))
@@ -153,26 +180,28 @@ def _within(
     if first:
         ranges = [test.range_of_kept] * (2 * PROJECTIONS) + [test.range_of_dropped << lift] * (2 * PROJECTIONS)
         values = values + torch.tensor([*ranges, test.largest_square_sum])
-    # 5. A negative number has its highest bit set. All of them must not.
-    bits = mpc_tensor_from_share(values, 0).to(crypten.mpc.binary)._tensor >> 63
-    bits = ~bits & 1
-    while bits.size(1) > 1:
-        half = bits.size(1) // 2
-        rest = bits[:, 2 * half :]
-        bits = bits[:, :half] & bits[:, half : 2 * half]
-        bits.share = torch.cat([bits.share, rest.share], dim=1)
-    return crypten.mpc.MPCTensor.from_shares(bits.share[:, 0] & 1, precision=0, ptype=crypten.mpc.binary)
+    failed = _negative(values)
+    # 6. The bit of each failed comparison becomes a word of ones, and lets a word through that nobody knows.
+    failed.share = -(failed.share & 1)
+    words = crypten.mpc.primitives.BinarySharedTensor.from_shares(random_words(tuple(failed.share.shape)), precision=0)
+    let_through = (failed & words).share
+    total = let_through[:, 0]
+    for column in range(1, let_through.size(1)):
+        total = total ^ let_through[:, column]
+    return crypten.mpc.MPCTensor.from_shares(total, precision=0, ptype=crypten.mpc.binary)
 
 
-def requests_of(test: NormTest, candidates: int, parties: int) -> list[Request]:
+@functools.lru_cache(maxsize=64)
+def requests_of(test: NormTest, candidates: int, parties: int) -> tuple[Request, ...]:
     """What the check of so many candidates among so many computing parties asks of the dealer, in order."""
     shape = (candidates, test.buckets)
 
     def computation() -> Any:
         share = shape_share(shape, 0).share
-        return _within(test, share, share, True, lambda: torch.zeros(PROJECTIONS, test.buckets, dtype=torch.int64))
+        vectors = torch.zeros(PROJECTIONS, test.buckets, dtype=torch.int64)
+        return _verdict(test, share, share, True, lambda: vectors, lambda size: shape_share(size, 0).share)
 
-    return record_requests(computation, parties, 0)
+    return tuple(record_requests(computation, parties, 0))
 
 
 def _program(domain: SecretDomain, test: NormTest, candidates: int) -> str:
@@ -235,13 +264,12 @@ def norm_check(
             drawn = received.numpy().tobytes()
         return projections(drawn, test.buckets)
 
-    # 3. to 5.
+    # 3. to 6.
     assert runtime.dealer_client is not None
     with runtime.dealer_client.program(name), torch.no_grad():
-        within = _within(test, u, folded, runtime.rank == 0, draw)
-    # 6.
-    opened = open_to(domain, Shared(_WHAT, within), [opener], why)
-    return None if opened is None else [bool(bit) for bit in opened]
+        verdict = _verdict(test, u, folded, runtime.rank == 0, draw, lambda size: runtime.elements(size, 64))
+    opened = open_to(domain, Shared(_WHAT, verdict), [opener], why)
+    return None if opened is None else [float(word) == 0 for word in opened]
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ def plan_release(
     rate = sampling_rate(config, patients)
     steps = max(1, config.training.rounds - rounds_done) * config.training.local_steps
     noise = settings.noise_multiplier
+    if patients < (settings.smallest_hospital or 0):
+        raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
     if settings.mechanism == "distributed":
-        if patients < (settings.smallest_hospital or 0):
-            raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
         planned = distributed_mechanism_of(config).event(rate, steps)
         noise = planned.noise_multiplier
     else:

@@ -20,11 +20,13 @@ u_j = 4 sin^2(pi x_j / q) >= 16 x_j^2 / q^2. Whatever x is, and with U the sum o
   2. E G = 4m (1 - prod over blocks of (1 - U_b / 4m)) >= 4m (1 - exp(-U / 4m)), by the independence of the shifts
   3. given the shifts, Var G <= 2 sum of u_j u_k over ordered pairs at one position (Efron-Stein: changing one
      coordinate changes G by a term of at most 2 sqrt(u_j G')), in expectation over the shifts <= 2 U^2 / m
-  4. so for U <= m/64: E (G - U)^2 <= (2/m + 1/250) U^2, and by Chebyshev P[G <= U/12] < 0.0064 for m = 4096. For larger U
+  4. given the shifts, E G >= U - D, D a quarter of the sum of u_j u_k over pairs at one position; E D <= U^2 / 8m and
+     Var D <= U^3 / 16m, because any two blocks meet at a uniform distance, these distances are independent in pairs, and u_j <= 4
+  5. so for U <= m/16: E (G - U)^2 <= (2/m + 1/250) U^2, and by Chebyshev P[G <= U/12] < 0.006 for m = 4096. For larger U
      (2) bounds the mean, and G is a sum of independent terms in [0, 8] given the shifts, in which at least U_b is expected
      for every block b
-Hence, for B <= q sqrt(2m) / 10 and |x| >= 10 B, F stays below 1.8 B^2 with probability below 0.01: by (4) as long as
-|x| <= q sqrt(m) / 51, where U <= m/64 in any case; beyond, tests measure it on structured attacks.
+Hence, for B <= q sqrt(2m) / 10 and |x| >= 10 B, F stays below 1.8 B^2 with probability below 0.01: by (5) as long as
+|x| <= q sqrt(m) / 26, where U <= m/16 in any case; beyond, (2) is what is proved, and tests measure structured attacks.
 
 Cost. Work on pieces that fit the cache, a few operations per element; 2 bits of the key stream per coordinate.
 """

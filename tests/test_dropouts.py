@@ -11,6 +11,9 @@ import datetime
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +292,47 @@ def test_a_hospital_lost_in_the_check_makes_the_sum_begin_again(tmp_path: Path) 
         assert set(site.await_words(4).values()) == {"finished"}
         assert [len(line["hospitals"]) for line in site.rounds.values()] == [3, 2, 2, 2]
         site.verify("aggregator", "hospital-0", "hospital-2")
+
+
+def _command(out: Path, *more: str) -> list[str]:
+    settings = [
+        "data.image_size=8", "data.phantoms.train_patients=90", "data.phantoms.test_patients=30", "training.rounds=6",
+        "model.architecture=mlp", "model.hidden=[4]", "training.local_steps=2", "training.batch_size=16",
+        "training.per_sample_gradients=vmap", "training.sampling_seed=5", "privacy.mechanism=none",
+        "training.learning_rate=0.01",
+    ]  # fmt: skip
+    values = [text for setting in settings for text in ("--set", setting)]
+    return [sys.executable, "-m", "mpc_fl.cli", "train", "configs/demo.yaml", "--out", str(out), *values, *more]
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_was_killed_goes_on_with_resume(tmp_path: Path) -> None:
+    repository = Path(__file__).resolve().parent.parent
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(_command(whole), check=True, capture_output=True, cwd=repository, timeout=200)
+    process = subprocess.Popen(_command(killed), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    aggregator = killed.with_name("killed.partial") / "parties" / "aggregator"
+    deadline = time.monotonic() + 120
+    while not (aggregator / "checkpoint-2.safetensors").exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not killed.exists()
+    time.sleep(3.0)  # its parties end themselves; the resumed ones take the same ports only if those are free
+    done = subprocess.run(
+        _command(killed, "--resume", "--json"), capture_output=True, text=True, cwd=repository, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    summary = json.loads(done.stdout)
+    assert sorted(map(int, summary["took_part"])) == list(range(7))
+    again = subprocess.run(
+        _command(tmp_path / "other", "--resume"),
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        timeout=100,
+        check=False,
+    )
+    assert again.returncode == 2 and "there is no run to go on with" in again.stderr

@@ -26,7 +26,6 @@ from mpc_fl.cli import _bars
 from mpc_fl.config import parse_config
 from mpc_fl.errors import LinkError, RunFailedError
 from mpc_fl.launcher import local_addresses
-from mpc_fl.privacy import PrivacyLedger
 from mpc_fl.run import run_directory, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -61,18 +60,22 @@ def end_of(processes: list[psutil.Process], began: float, record: Record) -> Non
     assert not alive, f"still there after {TO_END} s: {alive}"
 
 
-# Besides the logs: what was opened, who signed for it, and what privacy it cost stay known.
+# Besides the logs: what was opened, who signed for it, and what privacy it cost stay known; after a complete round also
+# what it takes to go on.
 KEPT_OF_A_FAILED_RUN = {
-    *("config.yaml", "logs", "federation.crt", "parties"),
+    *("config.yaml", "logs", "federation.crt", "parties", "session"),
     *(f"hospital-{rank}-privacy.json" for rank in range(3)),
 }
+KEPT_OF_A_PARTY = re.compile(
+    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.json(\.lock)?"
+)
 
 
 def only_logs_are_left(out: Path) -> None:
     assert not out.exists() and not out.with_name(f"{out.name}.partial").exists()
     kept = out.with_name(f"{out.name}.failed")
     assert {"config.yaml", "logs"} <= {path.name for path in kept.iterdir()} <= KEPT_OF_A_FAILED_RUN
-    assert {path.name for path in kept.glob("parties/*/*")} <= {"openings.jsonl", "reveal_ledger.jsonl"}
+    assert all(KEPT_OF_A_PARTY.fullmatch(path.name) for path in kept.glob("parties/*/*"))
     assert sorted(path.stem for path in (kept / "logs").iterdir()) == PARTIES
 
 
@@ -119,23 +122,20 @@ def test_a_killed_party_is_named(tmp_path: Path, number: signal.Signals, record_
 def test_a_party_that_raises_is_named_though_another_hangs(tmp_path: Path, record_property: Record) -> None:
     """hospital-1 finds its privacy ledger damaged. hospital-0 is stopped: it neither answers its peers nor SIGTERM."""
     values = {**ENDLESS, "privacy": {"delta": 0.01, "epsilon": 1e9, "noise_multiplier": 5.0}}
-    held: list[int] = []
-    rounds = 0
 
     def strike(party: str, phase: str, done: int) -> bool:
-        nonlocal rounds
         directory = tmp_path / "run.partial" / "parties" / "hospital-1"
-        if not held and (party, phase) == ("hospital-1", "training") and done >= 3:
-            # Hold the ledger: hospital-1 will wait for it at the beginning of its next round ...
-            held.append(os.open(directory / "hospital-1-privacy.json.lock", os.O_RDWR))
-            fcntl.flock(held[0], fcntl.LOCK_EX)
-            rounds = len(PrivacyLedger(directory / "hospital-1-privacy.json", "hospital-1").records())
-        if not held or party != "hospital-0" or phase != "training" or done <= rounds:
+        if (party, phase) != ("hospital-1", "training") or done < 3:
             return False
-        # ... for which hospital-0 has trained, so that hospital-1 needs nothing more of it to get there.
-        running_parties()["hospital-0"].suspend()
+        # Hold the ledger until hospital-1 waits for it, and so needs nothing of hospital-0 to come to what is in it.
+        lock = directory / "hospital-1-privacy.json.lock"
+        held, parties = os.open(lock, os.O_RDWR), running_parties()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waits = lambda: str(lock) in [file.path for file in parties["hospital-1"].open_files()]  # noqa: E731
+        eventually(waits, 60.0, "hospital-1 comes to its ledger")
+        parties["hospital-0"].suspend()
         (directory / "hospital-1-privacy.json").write_text("damaged")
-        os.close(held[0])
+        os.close(held)
         return True
 
     message = failing_run(tmp_path / "run", values, strike, record_property)
