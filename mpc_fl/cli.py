@@ -124,10 +124,10 @@ def train(
             )
         else:
             _say(f"{line['hospital']}: NO differential privacy (privacy.mechanism: none).")
-    for number, hospitals in summary["took_part"].items():
-        absent = [name for name in summary["hospitals"] if name not in hospitals]
-        if absent:
-            _say(f"Round {number} was made without {', '.join(absent)}.")
+    for name in summary["hospitals"]:
+        missed = [number for number, hospitals in summary["took_part"].items() if name not in hospitals]
+        if missed:
+            _say(f"{name} took no part in round {', '.join(missed)}.")
     if ledger is None and settings.privacy.mechanism != "none" and not summary["synthetic"]:
         _say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     _say_skipped(summary)

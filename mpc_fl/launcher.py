@@ -41,6 +41,7 @@ ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "de
 # All processes have ended within 10 s of a failure: a party takes leave of its peers first (`transport`), and tells then.
 CAUSE_GRACE = 3.0
 TERMINATE_GRACE = 3.0
+LATECOMER_GRACE = 10.0
 ORPHANED = 3  # exit status of a party whose launcher is gone
 
 Progress = Callable[[str, str, int, int], None]
@@ -233,6 +234,7 @@ class _Watch:
     parties: list[_Party] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     _given_up: set[str] = field(default_factory=set)
+    _finished_at: float | None = None
 
     def read(self, party: _Party, progress: Progress) -> None:
         try:
@@ -261,8 +263,6 @@ class _Watch:
                 continue
             if party.process.exitcode is None:
                 continue  # it is still taking leave
-            reason = party.error or f"its process ended with exit status {party.process.exitcode}"
-            logging.getLogger("mpc_fl").warning("%s was lost: %s", party.name, reason)
             self.lost.append(party.name)
             party.pipe.close()
             if party.starts <= self.restarts:
@@ -274,6 +274,18 @@ class _Watch:
                 party.finished, party.error, party.open = True, None, False
                 self._given_up.add(party.name)
                 progress(party.name, "lost", 1, 1)
+
+    def give_up_latecomers(self) -> None:
+        """Hospitals that were started again and came too late: all others have finished, nobody answers them any more."""
+        late = [party for party in self.parties if not party.finished]
+        if not late or any(party.starts == 1 for party in late):
+            self._finished_at = None
+            return
+        self._finished_at = self._finished_at or time.monotonic()
+        if time.monotonic() - self._finished_at > LATECOMER_GRACE:
+            for party in late:
+                party.process.kill()
+                party.finished, party.error, party.open = True, None, False
 
     @staticmethod
     def _died(party: _Party) -> bool:
@@ -344,6 +356,7 @@ def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
         for party in watch.parties:
             watch.read(party, progress)
         watch.do_without(progress)
+        watch.give_up_latecomers()
         failures = watch.failures()
         if failures:
             failed_at = failed_at or time.monotonic()
