@@ -64,3 +64,4 @@ def prepare() -> None:
     """Define what the installed torch lacks. Safe to call from every module that imports torchvision or crypten."""
     _alias_onnx_registration()
     _define_detection_schemas()
+

@@ -20,7 +20,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would write to th
 
 import grpc  # noqa: E402
 
-from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, ProtocolError  # noqa: E402
+from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, ProtocolError, RefusedError  # noqa: E402
 from mpc_fl.identity import Identity, host_name  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ _OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.http2.max_frame_size", 4 << 20),  # a chunk in one frame: a seventh faster than in 16 KB
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -99,6 +100,10 @@ class Conversation:
         self._over.set()
         self._ended(failure)
 
+    def cut(self) -> None:
+        """Take nothing more, whatever the peer still sends."""
+        self._over.set()
+
     def wait(self, seconds: float) -> bool:
         """Wait until nothing can come in any more; False when it took longer than `seconds`."""
         return self._over.wait(seconds)
@@ -112,6 +117,8 @@ def _explain(error: grpc.RpcError) -> MpcFlError | None:
         return HandshakeError(details)
     if code == grpc.StatusCode.INVALID_ARGUMENT:
         return ProtocolError(details)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return RefusedError(details)
     return None
 
 
@@ -154,6 +161,9 @@ class StreamServer:
         timer.start()
         try:
             conversation = self._admit(names, next(chunks, b""))
+        except RefusedError as error:
+            log.info("%s was not served: %s", ", ".join(sorted(names)), error)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         except (LinkError, ProtocolError) as error:
             log.warning("refused a link from %s (%s): %s", context.peer(), ", ".join(sorted(names)), error)
             context.abort(grpc.StatusCode.PERMISSION_DENIED, error.what)

@@ -15,8 +15,6 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
-import re
-import resource
 import secrets
 import signal
 import socket
@@ -34,6 +32,7 @@ from mpc_fl.authority import make_local_identities
 from mpc_fl.config import Config, may_lose_hospitals, parse_config, party_names
 from mpc_fl.errors import ConfigError, LinkError, MpcFlError, PeerLostError, RunFailedError
 from mpc_fl.files import write_text
+from mpc_fl.memory import peak_memory, use_large_pages
 from mpc_fl.tls_log import log_refused_handshakes
 
 ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
@@ -141,15 +140,6 @@ def set_up_log(path: Path | None) -> None:
     logging.basicConfig(
         level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
-
-
-def peak_memory() -> int:
-    """Most bytes of memory this process has held. (Linux lets ru_maxrss begin with what the parent held.)"""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if found:
-            return int(found.group(1)) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
@@ -317,6 +307,7 @@ def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
     `CAUSE_GRACE` + `TERMINATE_GRACE` seconds, then by force). `KeyboardInterrupt` ends them too and is raised again.
     """
     placed = place_parties(config, run_dir)
+    use_large_pages()
     context = multiprocessing.get_context("spawn")
 
     def start(name: str, again: bool) -> _Party:

@@ -228,7 +228,7 @@ def test_images_to_diagnose(site: Site, run: Run) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "words"),
     [
-        (["aggregation.update_bound=1e9"], HeadroomError, "needs 74.9 bits and the ring has 63"),
+        (["aggregation.update_bound=1e13"], HeadroomError, "needs 67.2 bits and the ring has 63"),
         (["aggregation.count_bound=3"], HeadroomError, "hospital-0 has more patients than aggregation.count_bound"),
         (["privacy.delta=0.1"], PrivacyBudgetError, "hospital-0: delta 0.1 is not below 1/12"),
         (
