@@ -31,9 +31,7 @@ _PIECE = 16 << 10  # bytes that leave together
 _BUFFER = 4 << 20  # bytes that one direction holds back
 
 
-async def _one_direction(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float, rate: float
-) -> None:
+async def _one_direction(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay: float, rate: float) -> None:
     """Pass bytes on, each when `rate` bytes a second let it through, and `delay` seconds later."""
     loop = asyncio.get_running_loop()
     waiting: deque[tuple[float, bytes]] = deque()
@@ -94,7 +92,7 @@ async def _relay(targets: dict[str, str], delay: float, rate: float, told: Conne
     for name, target in targets.items():
         server = await asyncio.start_server(lambda r, w, t=target: pass_on(t, r, w), "127.0.0.1", 0)
         servers.append(server)
-        addresses[name] = "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        addresses[name] = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     told.send(addresses)
     await asyncio.gather(*(server.serve_forever() for server in servers))
 

@@ -35,7 +35,8 @@ from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.sessions import Hospital, Owner
 from mpc_fl.identity import load_identity
-from mpc_fl.launcher import local_addresses, peak_memory
+from mpc_fl.launcher import local_addresses
+from mpc_fl.memory import peak_memory
 from mpc_fl.models import build_model, calibrate_batchnorm
 from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.phantoms import make_phantoms, public_phantoms

@@ -1,4 +1,4 @@
-"""The command line: `mpc-fl train | infer | report | party | check | estimate | pki | bench`."""
+"""The command line: `mpc-fl train | infer | serve | report | party | check | estimate | pki | bench`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from mpc_fl import bench, ledger_commands, pki
+from mpc_fl import bench, dealer_commands, ledger_commands, pki
 from mpc_fl.config import Config, load_config
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 
 app = typer.Typer(
     name="mpc-fl",
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(pki.app, name="pki")
 app.add_typer(bench.app, name="bench")
 app.add_typer(ledger_commands.app, name="ledger")
+app.add_typer(dealer_commands.app, name="dealer")
 errors = Console(stderr=True, highlight=False)
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -92,7 +93,9 @@ def train(
     data: DataPath = None,
     overrides: Overrides = None,
     ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this run.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one model with several hospitals on this machine, each a process of its own.
@@ -138,10 +141,15 @@ def train(
 def infer(
     config: ConfigPath,
     out: OutPath,
-    model: Annotated[Path, typer.Option(help="model.safetensors of a training run; the model owner's secret.")],
+    model: Annotated[
+        Path | None, typer.Option(help="model.safetensors of a training run; the model owner's secret.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Image file or directory; the hospital's secret. Phantoms need none.")
     ] = None,
+    identity: Annotated[Path | None, typer.Option(help="This hospital's key and certificate, to ask a server.")] = None,
+    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Model owner to ask (mpc-fl serve).")] = None,
+    dealer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server's dealer.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,9 +157,20 @@ def infer(
 
     Three processes: hospital, model owner, dealer. Only the hospital learns the result. With
     --set inference.plaintext_reference=true the same images are also run in the clear, to compare.
+
+    With --identity this process is a hospital alone and asks a model owner that stays up (mpc-fl serve); addresses that
+    --server and --dealer do not give are those in the configuration's federation.addresses.
     """
     from mpc_fl import run
 
+    if identity is not None or server is not None or dealer is not None:
+        asked = {"model-owner": server, "dealer": dealer}
+        settings = _configure(config, overrides, images=images, identity=identity)
+        addresses = {**settings.federation.addresses, **{name: at for name, at in asked.items() if at is not None}}
+        _ask(settings.with_values(federation={"addresses": addresses}), out, model, as_json)
+        return
+    if model is None:
+        raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to ask a server")
     settings = _configure(config, overrides, model=model, images=images)
     with _bars() as progress:
         summary = run.infer(settings, out, _command(), progress)
@@ -160,10 +179,7 @@ def infer(
         return
     if summary["synthetic"]:
         _say("Data: SYNTHETIC phantoms, not patients.")
-    for line in summary["results"]:
-        name = summary["classes"][line["predicted"]]
-        chance = f" ({max(line['probabilities']):.1%})" if line["probabilities"] else ""  # the label alone was opened
-        _say(f"{line['name']}: {name}{chance}, {line['seconds']:.1f} s")
+    _say_diagnoses(summary)
     if summary["comparison"] is not None:
         difference = summary["comparison"]["largest_logit_difference"]
         agree = "agree" if summary["comparison"]["classes_agree"] else "DIFFER"
@@ -171,6 +187,65 @@ def infer(
         _say(f"Encrypted and plaintext classes {agree}; {logits}.")
     _say_skipped(summary)
     _say(f"Report: {out / 'report.html'}")
+
+
+def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None:
+    """A hospital that asks a server."""
+    from mpc_fl import run
+
+    if model is not None:
+        raise ConfigError("the model is the server's", "leave --model out to ask a server")
+    with _bars() as progress:
+        summary = run.ask(settings, out, _command(), progress)
+    if as_json:
+        _print_json(summary)
+    else:
+        _say_diagnoses(summary)
+        _say(f"Results: {out / 'results.jsonl'}")
+    if summary["refused"]:
+        raise RefusedError(summary["refused"])
+
+
+@app.command()
+def serve(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="Directory of the service; kept from start to start, holds the quotas.")],
+    model: Annotated[Path | None, typer.Option(help="model.safetensors; the model owner's secret.")] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(help="Key and certificate of the model owner; without, of a simulation on this machine."),
+    ] = None,
+    role: Annotated[str, typer.Option(help="With --identity: model-owner, or dealer for the dealer it works with.")] = (
+        "model-owner"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Keep a model owner up that answers any hospital of the federation, until Ctrl-C.
+
+    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask. Without
+    --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
+    """
+    from mpc_fl import run
+    from mpc_fl.launcher import run_party, set_up_log, unforeseen
+
+    settings = _configure(config, overrides, model=model, identity=identity, out=out)
+
+    def tell(federation: Path) -> None:
+        _say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / 'hospital-0' / 'identity'} --out DIR")
+        sys.stdout.flush()
+
+    if role not in ("model-owner", "dealer"):
+        raise ConfigError(f"'{role}' cannot serve", "give --role model-owner or --role dealer")
+    if identity is None:
+        run.serve(settings, out, lambda *_progress: None, tell)
+        return
+    set_up_log(settings.site.log)
+    try:
+        run_party(role, settings.with_values(task="serve"), lambda *_progress: None)
+    except MpcFlError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a traceback could quote the model
+        raise unforeseen(error) from None
 
 
 @app.command()
@@ -270,6 +345,13 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
 
 def _gigabytes(estimate: dict[str, Any], who: str) -> str:
     return f"about {estimate[f'memory_bytes_per_{who}'] / 1e9:.1f} GB"
+
+
+def _say_diagnoses(summary: dict[str, Any]) -> None:
+    for line in summary["results"]:
+        name = summary["classes"][line["predicted"]]
+        chance = f" ({max(line['probabilities']):.1%})" if line["probabilities"] else ""  # the label alone was opened
+        _say(f"{line['name']}: {name}{chance}, {line['seconds']:.1f} s")
 
 
 def _say_skipped(summary: dict[str, Any]) -> None:

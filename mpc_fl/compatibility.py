@@ -64,4 +64,3 @@ def prepare() -> None:
     """Define what the installed torch lacks. Safe to call from every module that imports torchvision or crypten."""
     _alias_onnx_registration()
     _define_detection_schemas()
-

@@ -2,7 +2,7 @@
 
 Sections follow the protocol: `data`, `model`, `training`, `privacy`, `aggregation`, `inference`, `runtime` are the same
 at every party and enter the digest that parties compare at the hand-shake; `federation` says who takes part and where;
-`site` holds what differs from machine to machine (paths) and never leaves it.
+`serving` is the model owner's own matter; `site` holds what differs from machine to machine (paths) and never leaves it.
 """
 
 from __future__ import annotations
@@ -222,7 +222,8 @@ class InferenceSection(Section):
     """Encrypted inference between one hospital and a model owner.
 
     `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` label opens the
-    class alone to the hospital (engine fast).
+    class alone to the hospital (engine fast). `fill` stores as many batches in the parties' pools (site.pool) instead of
+    diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run.
     """
 
     engine: Literal["reference", "fast"] = "reference"
@@ -232,6 +233,31 @@ class InferenceSection(Section):
     limit: Count | None = None
     plaintext_reference: bool = False
     logit_bound: Positive = 4096.0
+    fill: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    dealer: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> InferenceSection:
+        if self.engine != "fast" and (self.fill or not self.dealer):
+            raise ValueError("inference.fill and inference.dealer=false need inference.engine=fast, which has pools")
+        if self.fill and not self.dealer:
+            raise ValueError("a pool is filled by the dealer; set inference.dealer to true")
+        return self
+
+
+class ServingSection(Section):
+    """What a model owner that stays up (`mpc-fl serve`) grants each hospital; no other party needs to know.
+
+    Batches take turns, round-robin over hospitals, `turns` at once. A turn longer than `patience` seconds keeps others
+    waiting no more, and a hospital from which nothing comes for `deadline` seconds has lost its session.
+    """
+
+    images_per_day: Count = Field(default=200, description="of one hospital within any 24 hours")
+    images_per_minute: Count = Field(default=20, description="of one hospital within any 60 seconds")
+    sessions: Count = Field(default=16, description="hospitals that may be connected at once")
+    turns: Count = 2
+    patience: Positive = 15.0
+    deadline: Positive = 60.0
 
 
 class RuntimeSection(Section):
@@ -297,7 +323,8 @@ class SiteSection(Section):
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
-    `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads.
+    `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
+    where correlations made ahead lie, a directory of its own for each party below.
     """
 
     listen: str | None = None
@@ -310,13 +337,14 @@ class SiteSection(Section):
     log: Path | None = None
     identity: Path | None = None
     privacy_ledger: Path | None = None
+    pool: Path | None = None
 
 
 class Config(Section):
     """A complete configuration. Build it with `load_config` or `parse_config`."""
 
     name: str = "phantoms"
-    task: Literal["train", "infer"] = "train"
+    task: Literal["train", "infer", "serve"] = "train"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
@@ -324,6 +352,7 @@ class Config(Section):
     privacy: PrivacySection = PrivacySection()
     aggregation: AggregationSection = AggregationSection()
     inference: InferenceSection = InferenceSection()
+    serving: ServingSection = ServingSection()
     runtime: RuntimeSection = RuntimeSection()
     federation: FederationSection = FederationSection()
     site: SiteSection = SiteSection()
@@ -331,6 +360,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if self.task == "serve" and self.inference.batch_size > min(
+            self.serving.images_per_minute, self.serving.images_per_day
+        ):
+            raise ValueError("inference.batch_size exceeds serving.images_per_minute or images_per_day; lower it")
         if distributed and self.strategy not in ("fedsgd", "fedadam", "fedyogi"):
             raise ValueError(
                 f"privacy.mechanism distributed opens every gradient, training.strategy {self.strategy} has none to open; use "
@@ -358,13 +391,15 @@ class Config(Section):
 
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site`), as hex."""
-        shared = self.model_dump(mode="json", exclude={"site"})
+        shared = self.model_dump(mode="json", exclude={"site", "serving"})
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def run_digest(self) -> str:
         """SHA-256 over what a run computes, as hex: all but where its parties are and how long they wait."""
         places = {"addresses", "session", "dial_out_only", "relay", "round_timeout"}
-        shared = self.model_dump(mode="json", exclude={"site": True, "runtime": True, "federation": places})
+        shared = self.model_dump(
+            mode="json", exclude={"site": True, "serving": True, "runtime": True, "federation": places}
+        )
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -470,7 +505,9 @@ def party_names(config: Config) -> list[str]:
     if config.task == "train":
         hospitals = [f"hospital-{rank}" for rank in range(config.federation.hospitals)]
         return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
-    return ["hospital-0", "model-owner", "dealer"]
+    if config.task == "serve":  # hospitals come and go
+        return [DEALER, "model-owner"]
+    return ["hospital-0", "model-owner", *([DEALER] if config.inference.dealer else [])]
 
 
 def may_lose_hospitals(config: Config) -> bool:

@@ -26,9 +26,10 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -46,6 +47,8 @@ from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.float_graph import prepare
 from mpc_fl.fast.network import Network
+from mpc_fl.fast.party_pools import HospitalPool, OwnerPool
+from mpc_fl.fast.pool import Purpose
 from mpc_fl.fast.sessions import Hospital, Owner
 from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.federation import Notify
@@ -124,8 +127,11 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
 
     What inputs are normalised with is no secret of the model: it is told to the hospital, which normalises.
     """
-    assert config.site.model is not None
-    normalisation = load_normalisation(config.site.model, config)
+    normalisation = None
+    if config.data.normalise == "secure":
+        if config.site.model is None:
+            raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")
+        normalisation = load_normalisation(config.site.model, config)
     if normalisation is not None:
         links.send_tensor(HOSPITAL, "normalisation", normalisation.tensor())
     if config.inference.engine == "fast":
@@ -134,7 +140,8 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
         domain = _domain_without_crypten(links, record)
         agreed = config.inference.reveal, config.inference.batch_size
         integers = calibration.weights.inside_protocol()
-        return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed).serve()
+        with _pool(config, OwnerPool, MODEL_OWNER, HOSPITAL) as pool:
+            return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed, pool).serve()
     graph = private_graph(config, model)
     with _runtime(config, links) as runtime:
         return answer(config, graph, SecretDomain(runtime, record))
@@ -172,9 +179,43 @@ def _domain_without_crypten(links: Links, record: Record) -> SecretDomain:
     return SecretDomain(CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], None, 0), record)
 
 
+P = TypeVar("P", HospitalPool, OwnerPool)
+
+
+def _pool(config: Config, kind: type[P], party: str, counterpart: str) -> AbstractContextManager[P | None]:
+    """This party's half of the pool in `site.pool`, if it has one."""
+    inference, directory = config.inference, config.site.pool
+    if directory is None:
+        if inference.fill:
+            raise ConfigError(f"{party} has no place for a pool", "set site.pool to a directory")
+        return nullcontext()
+    purpose: Purpose = "fill" if inference.fill else "use"
+    return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
+
+
+def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> None:
+    """The hospital's side of a session that stores `inference.fill` batches for later sessions; no image is needed.
+
+    Raises `PoolError` when the model owner does not hold the other half of this pool.
+    """
+    inference = config.inference
+    with _pool(config, HospitalPool, HOSPITAL, MODEL_OWNER) as pool:
+        hospital = Hospital(_domain_without_crypten(links, record), MODEL_OWNER, DEALER, inference.reveal, pool)
+        _require_agreed(config, hospital.network)
+        hospital.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
+        hospital.finish()
+
+
 def _ask_fast(config: Config, images: Dataset, domain: SecretDomain, notify: Notify) -> list[Diagnosis]:
+    with _pool(config, HospitalPool, HOSPITAL, MODEL_OWNER) as pool:
+        return _ask_with(config, images, domain, notify, pool)
+
+
+def _ask_with(
+    config: Config, images: Dataset, domain: SecretDomain, notify: Notify, pool: HospitalPool | None
+) -> list[Diagnosis]:
     reveal = config.inference.reveal
-    hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal)
+    hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal, pool)
     _require_agreed(config, hospital.network)
     count, size = len(images.inputs), config.inference.batch_size
     results: list[Diagnosis] = []

@@ -44,6 +44,15 @@ class DataError(MpcFlError):
         return "its data cannot be used"
 
 
+class PoolError(DataError):
+    """A pool of correlations is missing, empty, damaged, in use, or another's."""
+
+    @property
+    def for_peers(self) -> str:
+        """Without names of files."""
+        return "its pool of correlations cannot be used"
+
+
 class ModelError(MpcFlError):
     """A model file or architecture cannot be used."""
 
@@ -97,6 +106,15 @@ class PeerLostError(LinkError):
     def __init__(self, peer: str, what: str, fix: str = "") -> None:
         self.peer = peer
         super().__init__(what, fix)
+
+
+class RefusedError(LinkError):
+    """A party that serves others does not serve this one now; the line says when it may come back."""
+
+    @property
+    def for_peers(self) -> str:
+        """All of it is meant for the peer."""
+        return str(self)
 
 
 class ProtocolError(MpcFlError):

@@ -135,13 +135,25 @@ def _result(run: Run) -> Markup:
 
 
 def _global_curve(run: Run) -> Markup:
-    lines = _json_lines(run, "metrics.jsonl")
+    lines = [line for line in _json_lines(run, "metrics.jsonl") if line["evaluation"] is not None]
     rounds, scores = [line["round"] for line in lines], [line["evaluation"] for line in lines]
     largest = max(map(sum, scores[-1]["confusion"])) / max(1, scores[-1]["records"])
     values = "; ".join(f"round {a}: {percent(b['accuracy'])}" for a, b in zip(rounds, scores, strict=True))
     caption = """Accuracy and balanced accuracy of the global model on the test records of all hospitals together, with
     the 95 % Wilson interval of the accuracy. Round 0 is the initial model. Only the sums over hospitals were opened."""
     return plot(figures.global_curve(rounds, scores, largest), f"Accuracy by round. {values}.", caption)
+
+
+def _absences(run: Run) -> Markup:
+    """Who took no part in a round, if anybody."""
+    took_part, everybody = run.summary.get("took_part") or {}, run.summary["hospitals"]
+    missing = {number: [name for name in everybody if name not in here] for number, here in took_part.items()}
+    rows = [(number, ", ".join(names)) for number, names in missing.items() if names]
+    if not rows:
+        return Markup("")
+    text = """In these rounds hospitals were absent: lost, late, or left out by the check of norms. Their updates are in
+    none of these rounds' sums, and evaluation counts of the others were not opened: the difference would be theirs."""
+    return Markup(paragraph(text) + table("Absent hospitals by round", ("Round", "Absent"), rows, 0))
 
 
 def _hospital_curves(run: Run) -> Markup:
@@ -384,7 +396,7 @@ def _configuration(run: Run) -> Markup:
 _SECTIONS: dict[str, dict[str, tuple[Callable[[Run], Markup], ...]]] = {
     "train": {
         "Result": (_result,),
-        "Training curves": (_global_curve, _hospital_curves),
+        "Training curves": (_global_curve, _absences, _hospital_curves),
         "Results by class": (_by_class, _calibration),
         "Privacy": (_privacy,),
     },

@@ -113,7 +113,9 @@ class MeanHeadroom:
         elements = torch.empty(update.shape, dtype=self.dtype)
         for piece, place in zip(update.reshape(-1).split(_PIECE), elements.reshape(-1).split(_PIECE), strict=True):
             self.fixed_point.require_fit(piece, what)
-            place.copy_(piece.to(torch.float64, copy=True).mul_(weight * (1 << self.fixed_point.fraction_bits)).round_())
+            place.copy_(
+                piece.to(torch.float64, copy=True).mul_(weight * (1 << self.fixed_point.fraction_bits)).round_()
+            )
         return elements
 
     def decode(self, elements: torch.Tensor, factor: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:

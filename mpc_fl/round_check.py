@@ -49,7 +49,9 @@ class RoundCheck:
         """See `NormCheck.at_hospital`."""
         hospitals = word.get("hospitals")
         if not isinstance(hospitals, list) or not set(hospitals) <= set(masks.plan.hospitals):
-            raise ProtocolError(f"{masks.plan.opener} began a check without hospitals", "run the same version everywhere")
+            raise ProtocolError(
+                f"{masks.plan.opener} began a check without hospitals", "run the same version everywhere"
+            )
         if masks.me in hospitals:
             world = [*hospitals, masks.plan.opener]
             with self._domain(domain, world, f"check {masks.plan.name}") as inner:

@@ -12,25 +12,28 @@ import importlib.metadata
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpc_fl.config import AGGREGATOR, Config, party_names
+from mpc_fl.authority import make_local_identities
+from mpc_fl.config import AGGREGATOR, Config, SiteSection, party_names
 from mpc_fl.data import Dataset, load_images, normalised
 from mpc_fl.diagnosis import require_supported
-from mpc_fl.errors import ConfigError, MpcFlError
+from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.federation import predict
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.identity import ROOT_FILE
-from mpc_fl.launcher import Progress, launch
+from mpc_fl.launcher import Progress, launch, local_addresses, run_party, unforeseen
 from mpc_fl.ledger_file import OPENINGS_FILE
 from mpc_fl.report import write_report
 from mpc_fl.reveal_ledger import LEDGER_FILE
+from mpc_fl.service import hospital_in, require_servable
 from mpc_fl.weights import load_model, load_normalisation
 
+_SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
 
 
@@ -195,6 +198,80 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
         }
         write_json(directory / "summary.json", summary)
         write_report(directory)
+    return summary
+
+
+def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[Path], None]) -> None:
+    """Keep a model owner and a dealer up in local processes until an interrupt; `directory` is kept from start to start.
+
+    Makes identities for them and all hospitals of the federation in `directory`/parties/NAME/identity, and tells `tell` the
+    path of the configuration that hospitals ask with. Raises `RunFailedError` when one of the two fails.
+    """
+    config = config.with_values(task="serve")
+    require_servable(config)
+    if config.site.model is None:
+        raise ConfigError("no model was given", "pass --model FILE")
+    require_supported(config, load_model(config.site.model, config))
+    servers = party_names(config)
+    names = [*servers, *(f"hospital-{rank}" for rank in range(config.federation.hospitals))]
+    directories = {name: directory / "parties" / name / "identity" for name in names}
+    if not all(path.is_dir() for path in directories.values()):
+        make_local_identities(names, directories, hours=_SERVICE_HOURS)
+    addresses = config.federation.addresses or local_addresses(servers, config.runtime.first_port)
+    config = config.with_values(federation={"addresses": addresses})
+    nowhere = {name: SiteSection().model_dump()[name] for name in config.site.model_dump()}
+    write_text(directory / "federation.yaml", config.with_values(site=nowhere).to_yaml())
+
+    def ready(party: str, phase: str, done: int, total: int) -> None:
+        progress(party, phase, done, total)
+        if phase == "serving":
+            serving.add(party)
+            if serving == set(servers):
+                tell(directory / "federation.yaml")
+
+    serving: set[str] = set()
+    launch(config, directory, ready)
+
+
+def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+    """A hospital's diagnosis by a model owner that stays up, in this process; return the summary.
+
+    `refused` in it says why not all images were answered. Raises `RefusedError` when none was.
+    """
+    config = config.with_values(task="serve")
+    if config.site.identity is None:
+        raise ConfigError(
+            "site.identity is not set", "say with --identity where this hospital's key and certificate lie"
+        )
+    name = hospital_in(config.site.identity)
+    with run_directory(out) as directory:
+        config = config.with_values(site={"out": str(directory)})
+        began, refused = time.monotonic(), None
+        try:
+            run_party(name, config, lambda phase, done, total: progress(name, phase, done, total))
+        except RefusedError as error:
+            if not (directory / "results.jsonl").is_file():
+                raise
+            refused = str(error)
+        except MpcFlError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a traceback could quote this hospital's data
+            raise unforeseen(error) from None
+        results = read_json_lines(directory / "results.jsonl")
+        summary = {
+            "kind": "ask",
+            "name": config.name,
+            "hospital": name,
+            "synthetic": config.data.source == "phantoms",
+            "images": len(results),
+            "classes": list(config.data.classes),
+            "seconds": round(time.monotonic() - began, 2),
+            "command": command,
+            "versions": versions(),
+            "refused": refused,
+            "results": results,
+        }
+        write_json(directory / "summary.json", summary)
     return summary
 
 

@@ -51,6 +51,20 @@ _REDIAL = 1.0
 Observer = Callable[[str, Frame], None]
 
 
+def first_greeting(reader: FrameReader, names: set[str], chunk: bytes) -> dict[str, Any]:
+    """The greeting in a stream's first chunk, from the holder of a certificate of `names`; not checked any further.
+
+    Raises `HandshakeError`, or `ProtocolError` for bytes that are no frame.
+    """
+    frame = reader.feed(chunk)
+    if frame is None or frame.kind != Kind.HELLO or not isinstance(frame.payload, dict):
+        raise HandshakeError("the first frame is not a greeting")
+    name = frame.payload.get("name")
+    if not isinstance(name, str) or name not in names:
+        raise HandshakeError(f"the certificate of {', '.join(sorted(names)) or 'nobody'} was used as {name!r}")
+    return frame.payload
+
+
 class Links:
     """This party's links to its peers. Use as a context manager; leaving it with an error tells the peers why.
 
@@ -85,6 +99,7 @@ class Links:
         self._key = X25519PrivateKey.generate()
         self._changed = threading.Condition()
         self._closing = False
+        self._interruption: MpcFlError | None = None
         self._scope = ""
         self._seeds_given: set[tuple[str, bytes, str]] = set()
         self._counter = TrafficCounter("connect")
@@ -97,7 +112,7 @@ class Links:
         try:
             if self._listen is not None:
                 streams, timeout = 2 * len(self._peers) + 4, min(self._connect_timeout, _LONGEST_GREETING)
-                self._server = StreamServer(self._identity, self._listen, self._admit, streams, timeout)
+                self._server = StreamServer(self._identity, self._listen, self.admit, streams, timeout)
             for peer in self._peers.values():
                 if peer.route.how == "dial":
                     self._dial(peer)
@@ -159,21 +174,21 @@ class Links:
             timer.daemon = True
             timer.start()
 
-    def _admit(self, names: set[str], chunk: bytes) -> Conversation:
-        """Answer the first chunk of a stream that somebody dialled. Raises `HandshakeError` or `ProtocolError`."""
+    def admit(self, names: set[str], chunk: bytes) -> Conversation:
+        """Answer the first chunk of a stream that somebody dialled, with a certificate of `names`.
+
+        Called by this party's own server, or by one that many sessions share (`service_front`). Raises `HandshakeError` or
+        `ProtocolError`.
+        """
         reader = FrameReader()
-        frame = reader.feed(chunk)
-        if frame is None or frame.kind != Kind.HELLO or not isinstance(frame.payload, dict):
-            raise HandshakeError("the first frame is not a greeting")
-        name = frame.payload.get("name")
-        if name not in names:
-            raise HandshakeError(f"the certificate of {', '.join(sorted(names)) or 'nobody'} was used as {name!r}")
-        peer = self._peers.get(str(name))
+        greeting = first_greeting(reader, names, chunk)
+        name = greeting["name"]
+        peer = self._peers.get(name)
         if peer is None:
             raise HandshakeError(f"{name} takes no part in this run")
         if peer.route.how != "await":
             raise HandshakeError(f"{name} should wait to be dialled by {self.name}, or use the relay")
-        public_key = self._check(peer, frame.payload)
+        public_key = self._check(peer, greeting)
         with self._changed:
             if peer.conversation is not None:
                 if not self._may_return(peer):
@@ -182,7 +197,7 @@ class Links:
                 peer.begin_again(self._lost(peer, "it started again"))
             conversation = self._converse(peer)
             peer.reader = reader
-        self._put(peer, Kind.WELCOME, "", self._greet(peer, greeting_digest(frame.payload)))
+        self._put(peer, Kind.WELCOME, "", self._greet(peer, greeting_digest(greeting)))
         self._connected(peer, public_key)
         return conversation
 
@@ -320,6 +335,8 @@ class Links:
 
     def _raise_first_failure(self, awaited: str | None = None) -> None:
         """A refused hand-shake explains more than the losses it causes, so it is reported first."""
+        if self._interruption is not None:
+            raise self._interruption
         ignored = self._tolerated - {awaited} if self._started else frozenset[str]()
         failures = [
             peer.failure for peer in self._peers.values() if peer.failure is not None and peer.name not in ignored
@@ -355,6 +372,8 @@ class Links:
         for conversation in talking:
             conversation.finish()
         wait_for_all(talking, _LINGER if error is None else _LINGER_AFTER_ERROR)
+        for conversation in talking:
+            conversation.cut()
         for channel in self._channels:
             channel.close()
         if self._server is not None:
@@ -535,6 +554,17 @@ class Links:
         """Whether the peer is connected and, as far as this party knows, still there."""
         state = self._peers[peer]
         return state.connected and state.failure is None and not state.closed
+
+    def require_all(self) -> None:
+        """Raise what a wait would raise now: for a lost peer, or after `interrupt`."""
+        with self._changed:
+            self._raise_first_failure()
+
+    def interrupt(self, error: MpcFlError) -> None:
+        """End this party's waits with `error`, from another thread: those who wait for messages, and for peers."""
+        with self._changed:
+            self._interruption = error
+            self._changed.notify_all()
 
     def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
         """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""

@@ -7,11 +7,17 @@ from mpc_fl.diagnosis import deal_tuples
 from mpc_fl.federation import Notify
 from mpc_fl.membership import connect, site_directory, write_traffic
 from mpc_fl.round_check import serve_checks
+from mpc_fl.service import serve_correlations
+from mpc_fl.stopping import until_told_to_stop
 from mpc_fl.transport import Observer
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Serve an inference until both computing parties are finished, or the checks of a training run until its end."""
+    if config.task == "serve":
+        with until_told_to_stop() as stopped:
+            serve_correlations(config, notify, stopped, observer)
+        return
     out = site_directory(config)
     links = connect(config, DEALER, observer)
     with links:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mpc_fl.attendance import RoundPlan, announce, await_keys
 from mpc_fl.audit_trail import begin_ledger, sign_end, sign_round
 from mpc_fl.config import AGGREGATOR, Config, party_names
 from mpc_fl.data import load_hospital, load_images
-from mpc_fl.diagnosis import request_diagnoses, require_supported, write_results
+from mpc_fl.diagnosis import fill_pool, request_diagnoses, require_supported, write_results
+from mpc_fl.errors import RefusedError
 from mpc_fl.federation import (
     Notify,
     await_end,
@@ -22,6 +25,7 @@ from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.participants import Hospital, join, sum_rules
 from mpc_fl.privacy import PrivacyLedger
 from mpc_fl.quorum_sum import Missed, Rules, next_word
+from mpc_fl.service import ask_service, links_to_service
 from mpc_fl.strategies import calibrate_own
 from mpc_fl.training_group import training_group
 from mpc_fl.transport import Observer
@@ -32,6 +36,10 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     """Take part in the configured task as hospital `rank`."""
     if config.task == "train":
         train(config, rank, notify, observer)
+    elif config.task == "serve":
+        ask(config, f"hospital-{rank}", notify, observer)
+    elif config.inference.fill:
+        fill(config, notify, observer)
     else:
         diagnose(config, notify, observer)
 
@@ -120,4 +128,42 @@ def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -
         notify("connect", 1, 1)
         results = request_diagnoses(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_results(config, images, results, out)
+    write_traffic(links, out)
+
+
+def ask(config: Config, name: str, notify: Notify, observer: Observer | None = None) -> None:
+    """Get class probabilities for this hospital's images from a model owner that stays up.
+
+    Raises `RefusedError`, which says when to come back, once what was answered until then is written.
+    """
+    out = site_directory(config)
+    images = load_images(config.site.images, config, config.inference.limit)
+    require_supported(config)
+    notify("load data", 1, 1)
+    links = links_to_service(config, name, observer)
+    with links:
+        notify("connect", 1, 1)
+        results, refusal = ask_service(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
+    count = len(results)
+    answered = replace(
+        images,
+        inputs=images.inputs[:count],
+        labels=images.labels[:count],
+        patients=images.patients[:count],
+        names=images.names[:count],
+    )
+    write_results(config, answered, results, out)
+    write_traffic(links, out)
+    if refusal is not None:
+        raise RefusedError(f"{count} of {len(images)} images were answered; {refusal.what}", refusal.fix)
+
+
+def fill(config: Config, notify: Notify, observer: Observer | None = None) -> None:
+    """Store correlations for diagnoses to come in this hospital's pool; it takes no image."""
+    out, name = site_directory(config), "hospital-0"
+    require_supported(config)
+    links = connect(config, name, observer)
+    with links:
+        notify("connect", 1, 1)
+        fill_pool(config, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_traffic(links, out)

@@ -8,6 +8,8 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.federation import Notify
 from mpc_fl.membership import connect, site_directory, write_traffic
 from mpc_fl.opening import OpeningRecord
+from mpc_fl.service import serve_model
+from mpc_fl.stopping import until_told_to_stop
 from mpc_fl.transport import Observer
 from mpc_fl.weights import load_model
 
@@ -15,7 +17,11 @@ NAME = "model-owner"
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
-    """Share the weights and compute on shares until the hospital has asked about its last image."""
+    """Share the weights and compute on shares until the hospital has asked about its last image; or serve all hospitals."""
+    if config.task == "serve":
+        with until_told_to_stop() as stopped:
+            serve_model(config, notify, stopped, observer)
+        return
     out = site_directory(config)
     if config.site.model is None:
         raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")

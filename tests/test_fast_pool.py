@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import torch
 from harness import run_parties
 from test_fast_diagnosis import NAMES, configuration, model_of
+from test_fast_engine import small_network
 from typer.testing import CliRunner
 
 from mpc_fl import diagnosis
@@ -28,6 +31,7 @@ from mpc_fl.config import DEALER, Config
 from mpc_fl.data import Dataset
 from mpc_fl.errors import ConfigError, PoolError, SecrecyError
 from mpc_fl.fast import party_pools, pool
+from mpc_fl.fast.network import Network
 from mpc_fl.fast.pool import Pool, Terms, create_pool, open_pool
 from mpc_fl.opening import OpeningRecord
 from mpc_fl.phantoms import public_phantoms
@@ -411,6 +415,8 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     shutil.rmtree(half)
     shutil.copytree(backup, half)
     assert site.half(diagnosis.HOSPITAL).numbers == [0, 1, 2, 3]
+    assert site.run(0) == []
+    assert site.half(diagnosis.HOSPITAL).next == 2  # told by S, and on the disk before anything is asked
     assert_close(site.run(1), 1)
     assert site.lines("places") == ["0", "1", "2"]
     assert site.half(diagnosis.HOSPITAL).numbers == site.half(diagnosis.MODEL_OWNER).numbers == [3]
@@ -454,6 +460,52 @@ def test_halves_of_different_batches_under_one_number(tmp_path: Path) -> None:
     records[1].write_bytes(earlier)  # opens, as it was never used, but C has the other one
     with pytest.raises(AssertionError, match="halves of different batches"):
         site.run(1)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_command_line_fills_and_infers(tmp_path: Path) -> None:
+    config, model, where = tmp_path / "config.yaml", tmp_path / "model.safetensors", tmp_path / "pool"
+    config.write_text(configuration(engine="fast", batch_size=1, limit=2).to_yaml())
+    save_model(model, model_of(configuration(engine="fast")), configuration(engine="fast"))
+
+    def command(*arguments: object) -> dict[str, Any]:
+        words = [sys.executable, "-c", "from mpc_fl.cli import main; main()", *map(str, arguments), "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    filling = ("dealer", "fill", config, "--model", model, "--count", 3, "--pool", where)
+    assert command(*filling)["left"] == 3
+    assert command(*filling, "--below", 3)["filled"] == 0
+    settings = [f"site.pool={where}", "inference.dealer=false", "inference.plaintext_reference=true"]
+    summary = command(
+        "infer", config, "--model", model, "--out", tmp_path / "out", *(w for s in settings for w in ("--set", s))
+    )
+    assert summary["comparison"]["classes_agree"] and summary["images"] == 2
+    assert command("dealer", "status", "--pool", where)["left"] == 1
+
+
+def test_a_pool_for_something_else_is_refused(tmp_path: Path) -> None:
+    network = small_network()
+    fitting = dataclasses.replace(TERMS, network=party_pools._digest_of(network), records=4)
+    filled(tmp_path / "hospital-0" / "model-owner", 1, fitting)
+    small = dataclasses.replace(network, output="flat")
+
+    def check(purpose: pool.Purpose, records: int, reveal: party_pools.Reveal, asked: Network = network) -> None:
+        with party_pools.HospitalPool(tmp_path, "hospital-0", "model-owner", purpose, records, reveal) as found:
+            found._require_fitting(asked)
+
+    check("use", 4, "logits")
+    check("use", 5, "logits")
+    for message, arguments in (
+        ("for another network", ("use", 4, "logits", small)),
+        ("for inference.reveal=logits", ("use", 4, "label")),
+        ("for inference.batch_size=4", ("use", 3, "logits")),
+        ("for inference.batch_size=4", ("fill", 5, "logits")),
+    ):
+        with pytest.raises(PoolError, match=message):
+            check(*arguments)  # type: ignore[arg-type]
 
 
 def test_a_place_is_a_number_and_a_tag() -> None:

@@ -163,8 +163,16 @@ def _mask(seed: Seed, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(seed.stream("mask", name).words(int(np.prod(shape)), np.int32).reshape(shape))
 
 
-def client_correlations(program: Program, seed: Seed, masked_weights: Mapping[str, LinearMap]) -> ClientCorrelations:
-    """C's part of a batch from its seed and F = W - B of each layer: u_C + F * A is its share of W * A = F * A + B * A."""
+def client_correlations(
+    program: Program,
+    seed: Seed,
+    masked_weights: Mapping[str, LinearMap],
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> ClientCorrelations:
+    """C's part of a batch from its seed and F = W - B of each layer: u_C + F * A is its share of W * A = F * A + B * A.
+
+    `stored` holds these products if they were made before, by layer; F is not read then.
+    """
     masks = {name: _mask(seed, name, shape) for name, shape in program.masks.items()}
     products: dict[str, torch.Tensor] = {}
     gates: dict[str, GateMaterial] = {}
@@ -172,6 +180,8 @@ def client_correlations(program: Program, seed: Seed, masked_weights: Mapping[st
         stream = seed.stream("piece", name)
         if isinstance(piece, Gate):
             gates[name] = GateMaterial(piece, stream)
+        elif stored is not None:
+            products[name] = stored[name]
         else:
             products[name] = product_share_of_client(masked_weights[name], masks[piece.value], stream)
     return ClientCorrelations(OneTime(masks), OneTime(products), OneTime(gates))

@@ -14,10 +14,11 @@ from mpc_fl.errors import ProtocolError
 from mpc_fl.fast.correlations import Reveal, corrections_of, program_of
 from mpc_fl.fast.linear import linear_maps, weight_masks
 from mpc_fl.fast.network_messages import network_from
+from mpc_fl.stream_cipher import Seed
 from mpc_fl.transport import Links
 
 SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
-NETWORK, BATCH, STEP, READY = "network", "batch", "step", "ready"
+NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
 _LARGEST_BATCH = 1024
 
 
@@ -44,9 +45,14 @@ def deal(links: Links, hospital: str, owner: str) -> int:
     Both must announce the same batches in the same order. Raises `ProtocolError` if they do not.
     """
     links.set_phase("offline")
-    network = network_from(links.receive_object(owner, NETWORK))
+    description = links.receive_object(owner, NETWORK)
+    network = network_from(description)
     client_root, owner_root = links.pairwise_seed(hospital, SEED), links.pairwise_seed(owner, SEED)
-    masks = linear_maps(network, weight_masks(network, owner_root.derive("model")))
+    if MASK_SEED in description:  # B is that of a pool
+        mask_seed = Seed(links.receive_tensor(owner, MASK_SEED, torch.uint8, (32,)).numpy().tobytes())
+    else:
+        mask_seed = owner_root.derive("model")
+    masks = linear_maps(network, weight_masks(network, mask_seed))
     number = 0
     while True:
         announced = [batch_from(links.receive_object(name, BATCH), number) for name in (hospital, owner)]

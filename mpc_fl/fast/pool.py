@@ -78,7 +78,7 @@ class Pool:
     def __init__(self, directory: Path, terms: Terms, keys: _Keys) -> None:
         self.directory, self.terms = directory, terms
         self._keys = keys
-        self._locks = contextlib.ExitStack()
+        self._locks, self._purpose = contextlib.ExitStack(), ""
 
     def __repr__(self) -> str:
         return f"Pool({self.directory}, {len(self.numbers)} records)"
@@ -92,6 +92,7 @@ class Pool:
     def close(self) -> None:
         """Let another process use the pool."""
         self._locks.close()
+        self._purpose = ""
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -127,6 +128,7 @@ class Pool:
 
         Raises `SecrecyError` for a number that is used up or taken.
         """
+        self._require("fill")
         if number < self.next or number in self.numbers:
             raise SecrecyError(f"record {number} of the pool at {self.directory} exists or was used already")
         _seal(self._path(number), self._keys.of_record(number), self._context(number), tag, content)
@@ -155,6 +157,7 @@ class Pool:
 
     def give_up_below(self, number: int) -> None:
         """Durably use up every record below `number`."""
+        self._require("use")
         if number <= self.next:
             return
         self._keys = self._keys.forward(number)
@@ -169,6 +172,10 @@ class Pool:
     def _context(self, what: int | str) -> bytes:
         return json.dumps({**asdict(self.terms), "what": what}, sort_keys=True).encode()
 
+    def _require(self, purpose: Purpose) -> None:
+        if self._purpose != purpose:
+            raise SecrecyError(f"the pool at {self.directory} was not opened to {purpose} it")
+
     def _lock(self, purpose: Purpose) -> None:
         path = self.directory / f"{purpose}.lock"
         with _readable(path):
@@ -181,6 +188,7 @@ class Pool:
             raise PoolError(
                 f"another process is {doing} the pool at {self.directory}", "wait until it has ended"
             ) from None
+        self._purpose = purpose
 
 
 def create_pool(directory: Path, terms: Terms, meeting: Seed, model: np.ndarray) -> Pool:
@@ -215,6 +223,8 @@ def open_pool(directory: Path, purpose: Purpose | None) -> Pool:
     if purpose is not None:
         pool._lock(purpose)
         pool.terms, pool._keys = _read_keys(directory)  # as the last process left them
+        for left_over in directory.glob(f".{KEYS}.*" if purpose == "use" else f".*{RECORD}.*"):
+            left_over.unlink(missing_ok=True)  # of a crash; old keys must not stay
     return pool
 
 
@@ -288,7 +298,7 @@ def _seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray
     """Write a sealed file, to the disk, whole or not at all."""
     salt = os.urandom(_SALT_BYTES)
     header = _MAGIC + salt + tag
-    cipher, buffer = _file_key(key, salt), memoryview(np.ascontiguousarray(content).view(np.uint8)).cast("B")
+    cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
     with written_whole(path, 0o600) as temporary, temporary.open("wb") as file:
         file.write(header)
         for piece, nonce in _segments(len(buffer)):

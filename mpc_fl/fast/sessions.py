@@ -12,28 +12,32 @@ Per batch, online:
 Security. Semi-honest parties, D colludes with neither. To S everything it receives is uniform: E, masked openings,
 corrections. To C: F, masked openings, and the opened result. D receives the network and numbers of records. See the modules
 named for the arguments; the number and sizes of messages depend on public values alone.
+
+Steps 2 and 3 may have been done before: with a pool both parties take batches from their disks, see `party_pools`.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
+from mpc_fl.errors import ModelError, PoolError, ProtocolError, SecrecyError
 from mpc_fl.fast.correlations import (
     ClientCorrelations,
     OwnerCorrelations,
     Product,
+    Program,
     Reveal,
     client_correlations,
     label_bits,
     owner_correlations,
     program_of,
 )
-from mpc_fl.fast.dealing import BATCH, NETWORK, READY, SEED, STEP, batch_from, correction_tag
+from mpc_fl.fast.dealing import BATCH, MASK_SEED, NETWORK, READY, SEED, STEP, batch_from, correction_tag
 from mpc_fl.fast.emulation import encode
 from mpc_fl.fast.engine import (
     OnTruncation,
@@ -43,53 +47,118 @@ from mpc_fl.fast.engine import (
     empty_share,
     owner_evaluation,
 )
-from mpc_fl.fast.linear import linear_maps, weight_masks
+from mpc_fl.fast.linear import LinearMap, linear_maps, weight_masks
 from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import RING_BITS, Network
 from mpc_fl.fast.network_messages import describe, network_from
+from mpc_fl.fast.party_pools import FIRST_NUMBER, POOL, HospitalPool, OwnerPool, Place
 from mpc_fl.opening import SecretDomain, open_to
 from mpc_fl.ring import RingShare
 from mpc_fl.secrecy import Shared
+from mpc_fl.stream_cipher import Seed
 
 _WEIGHTS = "masked weights"
 
 
 class Hospital:
-    """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`."""
+    """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`.
 
-    def __init__(self, domain: SecretDomain, owner: str, dealer: str, reveal: Reveal = "logits") -> None:
+    With a pool that S holds the other half of, batches come from it while there are some; then from the dealer, if one
+    takes part.
+    """
+
+    def __init__(
+        self,
+        domain: SecretDomain,
+        owner: str,
+        dealer: str,
+        reveal: Reveal = "logits",
+        pool: HospitalPool | None = None,
+    ) -> None:
         self._domain, self._owner, self._dealer, self._reveal = domain, owner, dealer, reveal
         links = domain.runtime.links
         links.set_phase("model")
-        self.network = network_from(links.receive_object(owner, NETWORK))
-        masked = {}
-        for layer in self.network.linear_layers:
-            tag = f"{_WEIGHTS} {layer.output}"
-            masked[layer.output] = links.receive_tensor(owner, tag, torch.int32, layer.weight_shape)
-        self._masked_weights = linear_maps(self.network, masked)
-        self._root = links.pairwise_seed(dealer, SEED)
-        self._prepared: deque[tuple[int, int, ClientCorrelations]] = deque()
+        description = links.receive_object(owner, NETWORK)
+        self.network = network_from(description)
+        self._pool = pool
+        if pool is None and POOL in description:
+            links.send_object(owner, POOL, {"id": "", "unused": True})
+        self._masked_weights: dict[str, LinearMap] | None = None
+        if pool is None or not pool.meet(links, self.network, description.get(POOL)):
+            self._receive_masked_weights()
+        self._root = links.pairwise_seed(dealer, SEED) if dealer in links.peers else None
+        self._prepared: deque[tuple[int, int, int, ClientCorrelations]] = deque()
         self._announced = 0
         self.sequential_messages = 0
         self.on_truncation: OnTruncation | None = None
 
-    def _announce(self, records: int) -> int:
+    def _receive_masked_weights(self) -> None:
+        masked, links = {}, self._domain.runtime.links
+        for layer in self.network.linear_layers:
+            tag = f"{_WEIGHTS} {layer.output}"
+            masked[layer.output] = links.receive_tensor(self._owner, tag, torch.int32, layer.weight_shape)
+        self._masked_weights = linear_maps(self.network, masked)
+
+    def _announce(self, step: str, records: int, place: Place | None = None) -> int:
         number, links = self._announced, self._domain.runtime.links
         batch = {"number": number, "records": records, "reveal": self._reveal}
-        links.send_object(self._dealer, BATCH, batch)
-        links.send_object(self._owner, STEP, {"step": "prepare" if records else "finish", **batch})
+        if self._dealer in links.peers:
+            links.send_object(self._dealer, BATCH, batch)
+        where = {} if place is None else place.message()
+        links.send_object(self._owner, STEP, {"step": step, **batch, **where})
         self._announced += 1
         return number
 
     def prepare(self, records: int) -> None:
-        """Offline work for one batch of `records` records; returns when S has its corrections, too."""
+        """Offline work for one batch of `records` records; returns when S has its corrections, too.
+
+        Raises `PoolError` when nothing is left in the pool and no dealer takes part.
+        """
         links = self._domain.runtime.links
         links.set_phase("offline")
-        number = self._announce(records)
-        program = program_of(self.network, records, self._reveal)
-        seed = self._root.derive("batch", number)
-        self._prepared.append((number, records, client_correlations(program, seed, self._masked_weights)))
+        pool = self._pool
+        if pool is not None and pool.left and records <= pool.records:
+            place, correlations = pool.take(self.network)
+            number = FIRST_NUMBER + place.number
+            links.send_object(self._owner, STEP, {"step": "take", **place.message()})
+            self._prepared.append((number, records, pool.records, correlations))
+            links.receive_object(self._owner, READY)
+            return
+        number, _, correlations = self._made_by_dealer("prepare", records)
+        self._prepared.append((number, records, records, correlations))
         links.receive_object(self._owner, READY)
+
+    def _made_by_dealer(
+        self, step: str, records: int, place: Place | None = None
+    ) -> tuple[int, Seed, ClientCorrelations]:
+        """Number, seed and C's part of a batch that is announced now."""
+        if self._root is None:
+            raise PoolError(
+                "no batch is left in the pool and no dealer takes part",
+                "fill the pool: mpc-fl dealer fill, or set inference.dealer=true",
+            )
+        number = self._announce(step, records, place)
+        if self._masked_weights is None:
+            assert self._pool is not None
+            self._masked_weights = linear_maps(self.network, self._pool.masked_weights(self.network))
+        program, seed = program_of(self.network, records, self._reveal), self._root.derive("batch", number)
+        return number, seed, client_correlations(program, seed.again(), self._masked_weights)
+
+    def fill(self, batches: int, records: int, stored: Callable[[int], None] = lambda done: None) -> None:
+        """Store `batches` batches of `records` records in the pool instead of using them. Tells `stored` how many are."""
+        links, pool = self._domain.runtime.links, self._pool
+        assert pool is not None
+        links.set_phase("offline")
+        if not pool.agreed:
+            assert self._masked_weights is not None
+            masked = {name: linear.weights for name, linear in self._masked_weights.items()}
+            pool.keep(links, self.network, masked)
+        for done in range(batches):
+            place = pool.new_place()
+            _, seed, correlations = self._made_by_dealer("fill", records, place)
+            pool.put(place, self.network, seed, correlations)
+            links.receive_object(self._owner, READY)
+            stored(done + 1)
 
     def diagnose(self, records: torch.Tensor) -> torch.Tensor:
         """The logits (N, K), float64, of float records (N, C, H, W); with reveal = "label" the classes (N,), int64.
@@ -98,8 +167,11 @@ class Hospital:
         """
         if not self._prepared or self._prepared[0][1] != len(records):
             raise SecrecyError(f"no correlated randomness is prepared for a batch of {len(records)} records")
+        asked, size = self._prepared[0][1:3]
+        if size > asked:  # batches of a pool have one size
+            records = torch.cat([records, records.new_zeros(size - asked, *records.shape[1:])])
         share = as_channels_last(encode(self.network, records).numpy().view(np.uint32))
-        number, _, correlations = self._prepared.popleft()
+        number, _, _, correlations = self._prepared.popleft()
         links = self._domain.runtime.links
         links.set_phase("online")
         links.send_object(self._owner, STEP, {"step": "evaluate", "number": number})
@@ -115,13 +187,14 @@ class Hospital:
         assert opened is not None
         self.sequential_messages = evaluation.chain.length + 1
         links.set_phase("idle")
+        opened = opened[:asked]
         if self._reveal == "label":
             return opened.to(torch.int64) % (1 << label_bits(self.network)[1])
         return opened * self.network.values[self.network.output].scale
 
     def finish(self) -> None:
         """Tell the others that no batch follows. Batches prepared and not used are dropped."""
-        self._announce(0)
+        self._announce("finish", 0)
 
 
 class Owner:
@@ -136,6 +209,7 @@ class Owner:
         integers: IntegerWeights,
         reveal: Reveal = "logits",
         largest_batch: int = 64,
+        pool: OwnerPool | None = None,
     ) -> None:
         self._reveal, self._largest_batch = reveal, largest_batch
         self._domain, self._hospital, self._dealer, self.network = domain, hospital, dealer, network
@@ -145,17 +219,35 @@ class Owner:
                 raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
         links = domain.runtime.links
         links.set_phase("model")
-        for name in (hospital, dealer):
-            links.send_object(name, NETWORK, describe(network))
-        self._root = links.pairwise_seed(dealer, SEED)
-        masks = weight_masks(network, self._root.derive("model"))
-        for layer in network.linear_layers:
-            masked = integers.weights[layer.output] - masks.pop(layer.output)
-            links.send_tensor(hospital, f"{_WEIGHTS} {layer.output}", masked)
+        self._pool = pool
+        offered = {} if pool is None else pool.offer(network, integers)
+        links.send_object(hospital, NETWORK, {**describe(network), **offered})
+        kept = pool is not None and pool.meet(links)
+        # B outlives this session if it is a pool's: then the dealer is told its seed each time.
+        own_seed = None if pool is None else pool.mask_seed() if kept else Seed.from_system() if pool.filling else None
+        self._root = self._tell_dealer(own_seed) if dealer in links.peers else None
+        if not kept:
+            mask_seed = own_seed or (Seed.from_system() if self._root is None else self._root.derive("model"))
+            masks = weight_masks(network, mask_seed.again())
+            for layer in network.linear_layers:
+                masked = integers.weights[layer.output] - masks.pop(layer.output)
+                links.send_tensor(hospital, f"{_WEIGHTS} {layer.output}", masked)
+            if pool is not None and pool.filling:
+                pool.keep(links, network, integers, mask_seed)
         self._weights, self._biases = linear_maps(network, integers.weights), integers.biases
         self._prepared: deque[tuple[int, int, Reveal, OwnerCorrelations]] = deque()
         self._announced = 0
         self._warm: set[int] = set()
+
+    def _tell_dealer(self, mask_seed: Seed | None) -> Seed:
+        """Give it the network, and B's seed unless B is this session's; the seed in common."""
+        links = self._domain.runtime.links
+        given = {} if mask_seed is None else {MASK_SEED: True}
+        links.send_object(self._dealer, NETWORK, {**describe(self.network), **given})
+        if mask_seed is not None:
+            words = np.frombuffer(mask_seed.reveal_for_transport(), dtype=np.uint8).copy()
+            links.send_tensor(self._dealer, MASK_SEED, torch.from_numpy(words))
+        return links.pairwise_seed(self._dealer, SEED)
 
     def serve(self) -> int:
         """Prepare and evaluate batches as the hospital asks, until it is done; returns how many were evaluated.
@@ -169,12 +261,17 @@ class Owner:
             match message.pop("step", None):
                 case "prepare":
                     self._prepare(message)
+                case "take" if self._pool is not None and self._pool.agreed:
+                    self._take(self._pool, Place.from_message(message))
+                case "fill" if self._pool is not None and self._pool.filling:
+                    self._fill(self._pool, message)
                 case "evaluate" if self._prepared and message.get("number") == self._prepared[0][0]:
                     self._evaluate(*self._prepared.popleft())
                     evaluated += 1
                 case "finish":
                     batch_from(message, self._announced)
-                    links.send_object(self._dealer, BATCH, message)
+                    if self._dealer in links.peers:
+                        links.send_object(self._dealer, BATCH, message)
                     return evaluated
                 case _:
                     raise ProtocolError(
@@ -183,6 +280,26 @@ class Owner:
 
     def _prepare(self, message: dict[str, Any]) -> None:
         """Steps 2 and 3."""
+        number, records, reveal, program, seed, corrections = self._made_by_dealer(message)
+        self._keep_ready(number, records, reveal, program, owner_correlations(program, seed, corrections))
+
+    def _take(self, pool: OwnerPool, place: Place) -> None:
+        """The same from the pool."""
+        self._domain.runtime.links.set_phase("offline")
+        correlations = pool.take(self.network, place)
+        program = program_of(self.network, pool.records, self._reveal)
+        self._keep_ready(FIRST_NUMBER + place.number, pool.records, self._reveal, program, correlations)
+
+    def _fill(self, pool: OwnerPool, message: dict[str, Any]) -> None:
+        """Store a batch in the pool."""
+        number, records, _, _, seed, corrections = self._made_by_dealer(message)
+        if records != pool.records:
+            raise ProtocolError("the hospital fills batches of another size", "give both one configuration")
+        pool.put(Place.from_message(message), self.network, seed, corrections)
+        self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
+
+    def _made_by_dealer(self, message: dict[str, Any]) -> tuple[int, int, Reveal, Program, Seed, dict[str, np.ndarray]]:
+        """Number, size, what is revealed, pieces, own seed and corrections of a batch that the hospital announced."""
         links = self._domain.runtime.links
         links.set_phase("offline")
         number = self._announced
@@ -191,6 +308,8 @@ class Owner:
             raise ProtocolError(
                 "the hospital asked for a batch or result not agreed", "check inference.reveal and inference.batch_size"
             )
+        if self._root is None:
+            raise ProtocolError("the hospital asked for a batch of a dealer that takes no part", "fill the pool")
         links.send_object(self._dealer, BATCH, message)
         self._announced += 1
         program = program_of(self.network, records, reveal)
@@ -200,14 +319,19 @@ class Owner:
             ).numpy()
             for name, piece in program.pieces.items()
         }
-        correlations = owner_correlations(program, self._root.derive("batch", number), corrections)
+        return number, records, reveal, program, self._root.derive("batch", number), corrections
+
+    def _keep_ready(
+        self, number: int, records: int, reveal: Reveal, program: Program, correlations: OwnerCorrelations
+    ) -> None:
+        """For the hospital to evaluate."""
         self._prepared.append((number, records, reveal, correlations))
         if records not in self._warm:  # the fastest way of each convolution is measured now, not while an image waits
             self._warm.add(records)
             for name, piece in program.pieces.items():
                 if isinstance(piece, Product):
                     self._weights[name](torch.zeros(program.masks[piece.value], dtype=torch.int32))
-        links.send_object(self._hospital, READY, {"number": number})
+        self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
 
     def _evaluate(self, number: int, records: int, reveal: Reveal, correlations: OwnerCorrelations) -> None:
         """Steps 4 and 5."""

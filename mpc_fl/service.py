@@ -1,0 +1,305 @@
+"""Sessions with a model owner that stays up: the model owner's, the dealer's and the hospital's part. Engine `fast` only.
+
+  hospital      makes a fresh session name, dials model owner and dealer, asks about its images batch by batch
+  model owner   dials the dealer in every session that a hospital begins; says before each batch whose turn it is and whether
+                the hospital's limits allow it (`serving`); otherwise tells it when to come back and ends the session
+  dealer        serves both as in any diagnosis
+
+The protocol between them is that of `fast.sessions`, with masks, seeds and masked weights of this session alone. The model
+owner learns which hospital asks, when and about how many images; other hospitals learn nothing but waiting times.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpc_fl.config import DEALER, Config
+from mpc_fl.crypten_runtime import CrypTenRuntime
+from mpc_fl.data import Dataset, normalised
+from mpc_fl.diagnosis import MODEL_OWNER, Diagnosis, calibration_images, require_supported
+from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, ProtocolError, RefusedError
+from mpc_fl.fast.calibration import calibrate
+from mpc_fl.fast.dealing import deal
+from mpc_fl.fast.lowering import IntegerWeights
+from mpc_fl.fast.network import Network
+from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.feature_statistics import Normalisation
+from mpc_fl.federation import Notify
+from mpc_fl.handshake import Agreement
+from mpc_fl.identity import Identity, load_identity
+from mpc_fl.membership import site_directory
+from mpc_fl.opening import OpeningRecord, Record, SecretDomain
+from mpc_fl.reveal_ledger import Scalar
+from mpc_fl.routes import routes
+from mpc_fl.secrecy import Private
+from mpc_fl.service_front import TASK, ServiceFront
+from mpc_fl.serving import Gate, Turns, UsageLedger, limits_of, service_digest
+from mpc_fl.transport import Links, Observer
+from mpc_fl.weights import load_model, load_normalisation
+
+_REFUSED = "refused"
+_LAST_WORD = 2.0  # seconds in which the reason of a refusal may arrive after the session has ended otherwise
+
+
+# ---- all -----------------------------------------------------------------------------------------------------------
+
+
+def require_servable(config: Config) -> None:
+    """Raise `ConfigError` unless the configuration can be served: the engine `fast`, on images."""
+    if config.inference.engine != "fast":
+        raise ConfigError("only the engine fast can be served", "set inference.engine=fast")
+
+
+def session_links(
+    identity: Identity,
+    config: Config,
+    hospital: str,
+    agreement: Agreement,
+    deadline: float,
+    observer: Observer | None = None,
+) -> Links:
+    """This party's links in a session of `hospital`: the hospital dials both others, the model owner the dealer.
+
+    Nothing is listened on: at model owner and dealer `ServiceFront` hands in who dials. Raises `ConfigError`.
+    """
+    addresses = {name: config.federation.addresses.get(name, "") for name in (DEALER, MODEL_OWNER)}
+    for name, address in addresses.items():
+        if not address and identity.name != name:
+            raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
+    peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
+    return Links(identity, None, peers, agreement, config.runtime.connect_timeout, deadline, observer)
+
+
+def _identity(config: Config, name: str) -> Identity:
+    if config.site.identity is None:
+        raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
+    return load_identity(config.site.identity, name)
+
+
+def _listen(config: Config, name: str) -> str:
+    listen = config.site.listen or config.federation.addresses.get(name)
+    if listen is None:
+        raise ConfigError(f"federation.addresses has no entry for {name}", "give host:port for every party that serves")
+    return listen
+
+
+# ---- model owner ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ServedModel:
+    """What is alike in all sessions: the integer network, its weights, what inputs are normalised with."""
+
+    network: Network
+    weights: Private[IntegerWeights]
+    normalisation: Normalisation | None
+
+
+def served_model(config: Config) -> ServedModel:
+    """The model of `site.model` as integers. Raises `ConfigError`, `ModelError` or `HeadroomError`."""
+    if config.site.model is None:
+        raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")
+    require_servable(config)
+    model = load_model(config.site.model, config)
+    require_supported(config, model)
+    normalisation = load_normalisation(config.site.model, config)
+    images = calibration_images(config)
+    calibration = calibrate(model, images if normalisation is None else normalisation.apply(images))
+    return ServedModel(calibration.network, calibration.weights, normalisation)
+
+
+class _OneByOne:
+    """An opening record that several sessions share."""
+
+    def __init__(self, record: Record) -> None:
+        self._record, self._guard = record, threading.Lock()
+
+    def append(
+        self,
+        what: str,
+        why: str,
+        shape: Sequence[int],
+        to: Sequence[str],
+        among: Sequence[str],
+        privacy: Mapping[str, Scalar] | None = None,
+    ) -> object:
+        with self._guard:
+            return self._record.append(what, why, shape, to, among, privacy)
+
+
+class GatedOwner(Owner):
+    """The model owner's side of a session in which a gate comes before each batch. One batch at a time."""
+
+    gate: Gate
+    _waits_for_images = False
+
+    def _prepare(self, message: dict[str, Any]) -> None:
+        records = message.get("records")
+        if self._waits_for_images or type(records) is not int or not 1 <= records <= self._largest_batch:
+            raise ProtocolError(
+                "the hospital asked for a batch that is not agreed, or for two at once", "check inference.batch_size"
+            )
+        self.gate.begin(records)
+        self._waits_for_images = True
+        super()._prepare(message)
+
+    def _evaluate(self, *arguments: Any) -> None:
+        super()._evaluate(*arguments)
+        self._waits_for_images = False
+        self.gate.end()
+
+
+def answer_hospital(
+    config: Config, model: ServedModel, links: Links, hospital: str, gate: Gate, record: Record
+) -> None:
+    """One session: as many batches as the hospital asks for and its limits allow."""
+    try:
+        if model.normalisation is not None:
+            links.send_tensor(hospital, "normalisation", model.normalisation.tensor())
+        domain = SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
+        agreed = config.inference.reveal, config.inference.batch_size
+        owner = GatedOwner(domain, hospital, DEALER, model.network, model.weights.inside_protocol(), *agreed)
+        with gate.session():
+            owner.gate = gate
+            owner.serve()
+    except RefusedError as error:
+        links.send_object(hospital, _REFUSED, {"why": str(error)})
+        raise
+
+
+def serve_model(config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None) -> None:
+    """The model owner: serve hospitals until `until` returns or raises. Raises `MpcFlError` for what prevents a start."""
+    identity, out, listen = _identity(config, MODEL_OWNER), site_directory(config), _listen(config, MODEL_OWNER)
+    model, serving = served_model(config), config.serving
+    notify("load model", 1, 1)
+    usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
+    record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
+
+    def make_links(hospital: str, agreement: Agreement) -> Links:
+        usage.require(hospital)
+        return session_links(identity, config, hospital, agreement, serving.deadline, observer)
+
+    def serve(links: Links, hospital: str) -> None:
+        gate = Gate(hospital, turns, usage, links.require_all)
+        answer_hospital(config, model, links, hospital, gate, record)
+
+    digest = service_digest(config)
+    try:
+        with ServiceFront(identity, listen, digest, set(), serving.sessions, make_links, serve):
+            notify("serving", 1, 1)
+            until()
+    finally:
+        usage.close()
+
+
+# ---- dealer --------------------------------------------------------------------------------------------------------
+
+
+def serve_correlations(
+    config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None
+) -> None:
+    """The dealer: deal in every session of a hospital with the model owner until `until` returns or raises."""
+    require_servable(config)
+    identity, listen = _identity(config, DEALER), _listen(config, DEALER)
+
+    def make_links(hospital: str, agreement: Agreement) -> Links:
+        return session_links(identity, config, hospital, agreement, config.runtime.receive_timeout, observer)
+
+    def serve(links: Links, hospital: str) -> None:
+        deal(links, hospital, MODEL_OWNER)
+
+    digest, sessions = service_digest(config), config.serving.sessions
+    with ServiceFront(identity, listen, digest, {MODEL_OWNER}, sessions, make_links, serve):
+        notify("serving", 1, 1)
+        until()
+
+
+# ---- hospital ------------------------------------------------------------------------------------------------------
+
+
+def hospital_in(directory: Path) -> str:
+    """The hospital whose certificate lies in an identity directory. Raises `IdentityError` when there is not just one."""
+    names = sorted(path.stem for path in directory.glob("hospital-*.crt"))
+    if len(names) != 1:
+        what = "no hospital's certificate" if not names else f"certificates of {' and '.join(names[:2])}"
+        raise IdentityError(f"there is {what} in {directory}", "give a directory with the identity of one hospital")
+    return names[0]
+
+
+def links_to_service(config: Config, name: str, observer: Observer | None = None) -> Links:
+    """A new session of hospital `name`; enter the links to connect."""
+    require_servable(config)
+    agreement = Agreement(f"{name}/{secrets.token_hex(16)}", service_digest(config), TASK)
+    return session_links(_identity(config, name), config, name, agreement, config.runtime.receive_timeout, observer)
+
+
+def ask_service(
+    config: Config, images: Dataset, links: Links, record: Record, notify: Notify
+) -> tuple[list[Diagnosis], RefusedError | None]:
+    """One `Diagnosis` for each of the first records of `images`: of all, or of as many as the limits allowed.
+
+    The refusal then says when to come back. Raises it when there is no diagnosis at all; `PeerLostError` for a lost party.
+    """
+    count, size, reveal = len(images.inputs), config.inference.batch_size, config.inference.reveal
+    found: list[Diagnosis] = []
+    try:
+        with _explained(links):
+            if config.data.normalise == "secure":
+                shape = (2, config.data.input_shape[0])
+                constants = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
+                images = normalised(images, Normalisation.of_tensor(constants))
+            domain = SecretDomain(CrypTenRuntime(links, [links.name, MODEL_OWNER], None, 0), record)
+            hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal)
+            _require_agreed(config, hospital.network)
+            for start in range(0, count, size):
+                batch = images.inputs[start : start + size]
+                notify("encrypted inference", start, count)
+                hospital.prepare(len(batch))
+                began = time.monotonic()
+                opened = hospital.diagnose(batch)
+                seconds = (time.monotonic() - began) / len(batch)
+                for row in opened:
+                    label = int(row) if reveal == "label" else int(row.argmax())
+                    found.append(Diagnosis(None if reveal == "label" else row.float(), seconds, label))
+            hospital.finish()
+            notify("encrypted inference", count, count)
+    except RefusedError as error:
+        if not found:
+            raise
+        return found, error
+    return found, None
+
+
+class _explained:
+    """Inside, the end of a session that the model owner explained as a refusal is a `RefusedError`."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, PeerLostError):
+            return
+        # The dealer may have ended before the model owner's word is here.
+        deadline = time.monotonic() + _LAST_WORD
+        while not self._links.waiting(MODEL_OWNER, _REFUSED):
+            if not self._links.alive(MODEL_OWNER) or time.monotonic() > deadline:
+                return
+            self._links.await_change(0.1)
+        raise RefusedError(str(self._links.receive_object(MODEL_OWNER, _REFUSED).get("why"))[:300]) from None
+
+
+def _require_agreed(config: Config, network: Network) -> None:
+    shapes = network.values[network.input].shape, network.values[network.output].shape
+    if shapes != (tuple(config.data.input_shape), (len(config.data.classes),)):
+        raise ProtocolError("the model owner's network has other inputs or classes", "give both one configuration")
