@@ -183,7 +183,7 @@ class Seed:
 
     Printing a seed shows nothing; pickling, copying, and using it in a forked process are errors; `stream` and
     `derive` refuse a label they have seen, also from another thread. A process that starts again must make its seeds
-    anew, from the system or by a key exchange, and never keep one on disk.
+    anew, from the system or by a key exchange, and never keep one on disk (`fast.pool` keeps chains of keys instead).
     """
 
     __slots__ = ("_forks", "_key", "_lock", "_used")
