@@ -93,7 +93,7 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
         "rounds": rounds,
         "bytes_sent_per_hospital": up,
         "bytes_sent_by_aggregator": hospitals * down,
-        "messages_per_hospital": 1 + 2 * opened + signed,  # it announces itself, then sends summands and keys
+        "messages_per_hospital": 1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
         "headroom_bits_spare": round(headroom.bits_spare, 1),
         "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
         "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],

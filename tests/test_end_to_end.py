@@ -67,7 +67,7 @@ def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo:
 
     central = record(out / "openings.jsonl")
     assert all(record(out / "parties" / f"hospital-{rank}" / "openings.jsonl") == central for rank in range(3))
-    assert len(central) == 1 + 3 * summary["rounds"]
+    assert len(central) == 2 + 2 * summary["rounds"]  # total weight, evaluation before round 1, and two a round
     assert {to for *_, to in central} == {("aggregator",)}
     assert (summary["parameters"],) in {shape for _, _, shape, _ in central}
 
