@@ -109,6 +109,7 @@ def test_tables_of_real_patients(tmp_path: Path) -> None:
     assert diagnosis["comparison"]["largest_logit_difference"] < 0.01
 
 
+@pytest.mark.slow
 def test_hospitals_of_unequal_size_and_plain_training(tmp_path: Path) -> None:
     """Dirichlet partition and no noise: the weighted mean and the whole path without differential privacy."""
     summary = mpc_fl(

@@ -400,6 +400,7 @@ def test_diagnoses_from_a_pool(tmp_path: Path) -> None:
         site.run(1, kill_at="other model")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     site = Site(tmp_path)
