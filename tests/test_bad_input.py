@@ -517,6 +517,7 @@ def test_nan_in_an_update(site: Site, run: Run) -> None:
     assert_failed(run, site, site.train(*more), pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_an_update_beyond_the_headroom(site: Site, run: Run) -> None:
     more = ["--set", "aggregation.update_bound=1e-5"]

@@ -96,7 +96,7 @@ def declared_inference(links: Any, directory: str, parties: int) -> Any:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("parties", [2, 3])
+@pytest.mark.parametrize("parties", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_dry_run_declares_exactly_what_the_network_asks_for(parties: int, tmp_path: Path) -> None:
     """The party checks every tuple against the declaration and would stop. No tuple is asked for alone."""
     names = [f"party-{rank}" for rank in range(parties)] + ["dealer"]

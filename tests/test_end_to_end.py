@@ -97,6 +97,7 @@ def test_diagnosis_under_encryption_agrees_with_plaintext(demo: tuple[Path, dict
     assert images.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_tables_of_real_patients(tmp_path: Path) -> None:
     """scikit-learn's breast-cancer set: train, then diagnose rows under encryption."""
     config = REPOSITORY / "configs" / "breast_cancer.yaml"
@@ -121,6 +122,7 @@ def test_hospitals_of_unequal_size_and_plain_training(tmp_path: Path) -> None:
     assert all(line["epsilon"] is None for line in summary["privacy"])
 
 
+@pytest.mark.slow
 def test_resnet18_on_real_xrays(xrays: Path, tmp_path: Path) -> None:
     """The paper's network at 224 x 224: one private round, one encrypted diagnosis (the README's command, shortened)."""
     config = REPOSITORY / "configs" / "chest_xray.yaml"

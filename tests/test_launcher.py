@@ -233,6 +233,7 @@ def test_a_launcher_stopped_while_parties_start(command: Command, record_propert
     assert not command.out.exists() and not command.out.with_name("run.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_parties_end_themselves_when_the_launcher_is_killed(command: Command, record_property: Record) -> None:
     processes = command.wait_for("parties/hospital-1/metrics.jsonl")

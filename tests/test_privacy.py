@@ -66,7 +66,9 @@ def test_splitting_a_run_does_not_change_its_cost(noise: float, rate: float, fir
     assert epsilon_of(parts[:1], DELTA) < whole
 
 
-@pytest.mark.parametrize(("accountant", "spent"), [("rdp", []), ("rdp", EVENTS), ("prv", EVENTS[:1])])
+@pytest.mark.parametrize(
+    ("accountant", "spent"), [("rdp", []), ("rdp", EVENTS), pytest.param("prv", EVENTS[:1], marks=pytest.mark.slow)]
+)
 def test_calibration_meets_the_target_closely(accountant: privacy.Accountant, spent: list[SubsampledGaussian]) -> None:
     noise = calibrate_noise_multiplier(8.0, DELTA, 0.16, 20, spent, accountant, "hospital-0")
     total = epsilon_of([*spent, SubsampledGaussian(noise, 0.16, 20)], DELTA, accountant)

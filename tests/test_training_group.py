@@ -227,7 +227,7 @@ class Stricken(nn.Module):
     ("mechanism", "processes", "strike"),
     [
         ("local", 2, signal.SIGKILL),
-        ("none", 3, signal.SIGSTOP),
+        pytest.param("none", 3, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param("local", 3, signal.SIGSTOP, marks=pytest.mark.slow),
         pytest.param("none", 2, signal.SIGKILL, marks=pytest.mark.slow),
     ],
