@@ -4,7 +4,8 @@ All three in one run, each hospital a process of one thread, all of them with th
 - `closed sum`: encode, mask, send; fix who is in it, send keys, unmask, decode (`quorum_sum`), noise off. `seconds` end when
   the aggregator has the mean, `seconds_with_reply` when every hospital has it too
 - `all-reduce`: float32 updates to the aggregator, which adds them up and sends the mean back, over the same TLS links
-- `crypten`: stock CrypTen over gloo without encryption: every party shares its update with all, sums, opens to one
+- `crypten`: stock CrypTen over gloo without encryption: every party shares its update with all, sums, opens to one. As its
+  users run it, without the large pages that this project gives its processes
 """
 
 from __future__ import annotations
@@ -75,7 +76,10 @@ def measure_aggregation(parties: int, parameters: int, repeats: int, against: st
 def _run(way: str, parties: int, parameters: int, repeats: int, left_out: bool) -> dict[str, Any]:
     hospitals = [f"hospital-{rank}" for rank in range(parties)]
     names = hospitals if way == "crypten" else [*hospitals, AGGREGATOR]
-    use_large_pages()  # for all three ways
+    if way == "crypten":
+        os.environ.pop("GLIBC_TUNABLES", None)  # as its users run it
+    else:
+        use_large_pages()  # as the launcher does
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         directory, addresses = Path(folder), {}
