@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import secrets
 import statistics
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 
 from mpc_fl.authority import make_local_identities
+from mpc_fl.bench_processes import run_processes
 from mpc_fl.config import AGGREGATOR
 from mpc_fl.crypten_runtime import CrypTenRuntime
 from mpc_fl.errors import MpcFlError, RunFailedError
@@ -80,35 +80,14 @@ def _run(way: str, parties: int, parameters: int, repeats: int, left_out: bool) 
         os.environ.pop("GLIBC_TUNABLES", None)  # as its users run it
     else:
         use_large_pages()  # as the launcher does
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         directory, addresses = Path(folder), {}
         if way != "crypten":
             make_local_identities(names, {name: directory / name for name in names})
             addresses = local_addresses(names, None)
         session = secrets.token_hex(8)
-        here, there = context.Pipe()
-        task = (way, names, addresses, folder, session, parameters, repeats, left_out)
-        processes = [context.Process(target=_party, args=(name, *task, there), name=name) for name in names]
-        results: list[dict[str, Any]] = []
-        try:
-            for process in processes:
-                process.start()
-            there.close()
-            for _ in names:
-                if not here.poll(_WAIT):
-                    raise RunFailedError(f"the benchmark of the {way} took longer than {_WAIT:g} s", "use less data")
-                try:
-                    results.append(here.recv())
-                except EOFError:
-                    raise RunFailedError(f"the benchmark of the {way} failed", "see the output above") from None
-            for process in processes:
-                process.join(timeout=_WAIT)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+        task = {name: (name, way, names, addresses, folder, session, parameters, repeats, left_out) for name in names}
+        results = list(run_processes(_party, task, _WAIT, f"the benchmark of the {way}").values())
     failed = [result["error"] for result in results if "error" in result]
     if failed:
         raise RunFailedError(f"the benchmark of the {way} failed: {failed[0]}")

@@ -12,7 +12,6 @@ shapes alone.
 
 from __future__ import annotations
 
-import multiprocessing
 import secrets
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +27,9 @@ import torch
 from torch import nn
 
 from mpc_fl.authority import make_local_identities
+from mpc_fl.bench_processes import run_processes
 from mpc_fl.config import Config
 from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.errors import RunFailedError
 from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.sessions import Hospital, Owner
@@ -140,45 +139,11 @@ def run_parties(
     party: Callable[..., None], names: tuple[str, ...], job: Job, detour: Detour = nullcontext
 ) -> dict[str, dict[str, Any]]:
     """Run `party(name, job, ...)` in one process per name; their results. Others are reached through `detour`."""
-    context = multiprocessing.get_context("spawn")
     addresses, session = local_addresses(list(names), None), secrets.token_hex(8)
     with tempfile.TemporaryDirectory() as folder, detour(addresses) as reached:
         make_local_identities(list(names), {name: Path(folder) / name for name in names})
-        pipes = {name: context.Pipe(duplex=False) for name in names}
-        processes = [
-            context.Process(
-                target=party,
-                args=(name, job, {**reached, name: addresses[name]}, folder, session, pipes[name][1]),
-                name=name,
-            )
-            for name in names
-        ]
-        results: dict[str, dict[str, Any]] = {}
-        deadline = time.monotonic() + _WAIT
-        try:
-            for process in processes:
-                process.start()
-                pipes[process.name][1].close()
-            while len(results) < len(names):
-                waiting = {pipes[name][0]: name for name in names if name not in results}
-                ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    raise RunFailedError(f"the benchmark took longer than {_WAIT:g} s", "use a smaller size")
-                for connection in ready:
-                    assert isinstance(connection, Connection)
-                    try:
-                        results[waiting[connection]] = connection.recv()
-                    except EOFError:
-                        what = f"the benchmark failed at {waiting[connection]}"
-                        raise RunFailedError(what, "see the output above") from None
-            for process in processes:
-                process.join(timeout=30)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
-    return results
+        task = {name: (name, job, {**reached, name: addresses[name]}, folder, session) for name in names}
+        return run_processes(party, task, _WAIT, "the benchmark")
 
 
 def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection) -> None:

@@ -6,7 +6,6 @@ which neither encrypts nor authenticates. Each measures an echo of one element a
 
 from __future__ import annotations
 
-import multiprocessing
 import secrets
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from mpc_fl.authority import make_local_identities
-from mpc_fl.errors import RunFailedError
+from mpc_fl.bench_processes import run_processes
 from mpc_fl.identity import load_identity
 from mpc_fl.launcher import local_addresses
 from mpc_fl.routes import routes
@@ -46,40 +45,15 @@ def measure_links(megabytes: int, echoes: int, repeats: int) -> dict[str, Any]:
 
 def _run(way: str, megabytes: int, echoes: int, repeats: int) -> dict[str, float]:
     names = ["one", "two", "relay"] if way == "relayed link" else ["one", "two"]
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         addresses: dict[str, str] = {}
         if way != "gloo":
             make_local_identities(names, {name: directory / name for name in names})
             addresses = local_addresses(["relay"] if way == "relayed link" else names, None)
-        session = secrets.token_hex(8)
-        here, there = context.Pipe()
-        processes = [
-            context.Process(
-                target=_party,
-                args=(way, name, names, addresses, folder, session, (megabytes, echoes, repeats), there),
-                name=name,
-            )
-            for name in names
-        ]
-        try:
-            for process in processes:
-                process.start()
-            there.close()
-            if not here.poll(_WAIT):
-                raise RunFailedError(f"the benchmark of the {way} took longer than {_WAIT:g} s", "use less data")
-            try:
-                result: dict[str, float] = here.recv()
-            except EOFError:
-                raise RunFailedError(f"the benchmark of the {way} failed", "see the output above") from None
-            for process in processes:
-                process.join(timeout=_WAIT)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+        session, amount = secrets.token_hex(8), (megabytes, echoes, repeats)
+        task = {name: (way, name, names, addresses, folder, session, amount) for name in names}
+        result: dict[str, float] = run_processes(_party, task, _WAIT, f"the benchmark of the {way}")["one"]
     return result
 
 
@@ -103,8 +77,7 @@ def _party(
         agreement = Agreement(session, "bench links", "bench")
         with Links(identity, addresses.get(name), peers, agreement, _WAIT, _WAIT, relay=relay) as links:
             result = _over_links(links, *amount) if name != "relay" else None
-    if result is not None:
-        results.send(result)
+    results.send(result)
 
 
 def _over_links(links: Links, megabytes: int, echoes: int, repeats: int) -> dict[str, float] | None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ from mpc_fl.dealer import Dealer
 from mpc_fl.dealer_client import DealerClient
 from mpc_fl.dry_run import record_requests, shape_share
 from mpc_fl.errors import ConfigError, ProtocolError, SecrecyError
-from mpc_fl.fast.calibration import calibrate
+from mpc_fl.fast.calibration import Calibration, calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.float_graph import prepare
 from mpc_fl.fast.network import Network
@@ -111,10 +111,7 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
 
 def request_diagnoses(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
     """The hospital's side of a session: one `Diagnosis` per record of `images`."""
-    if config.data.normalise == "secure":
-        shape = (2, config.data.input_shape[0])
-        constants = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
-        images = normalised(images, Normalisation.of_tensor(constants))
+    images = as_the_model_takes_them(config, images, links)
     if config.inference.engine == "fast":
         return _ask_fast(config, images, _domain_without_crypten(links, record), notify)
     graph = public_graph(config)
@@ -135,8 +132,7 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
     if normalisation is not None:
         links.send_tensor(HOSPITAL, "normalisation", normalisation.tensor())
     if config.inference.engine == "fast":
-        images = calibration_images(config)
-        calibration = calibrate(model, images if normalisation is None else normalisation.apply(images))
+        calibration = calibrated(config, model, normalisation)
         domain = _domain_without_crypten(links, record)
         agreed = config.inference.reveal, config.inference.batch_size
         integers = calibration.weights.inside_protocol()
@@ -153,6 +149,21 @@ def deal_tuples(config: Config, links: Links) -> None:
         deal(links, HOSPITAL, MODEL_OWNER)
     else:
         Dealer(links, [HOSPITAL, MODEL_OWNER], config.runtime.dealer_ahead_bytes).serve()
+
+
+def as_the_model_takes_them(config: Config, images: Dataset, links: Links) -> Dataset:
+    """The hospital's images, normalised with the constants that the model owner tells where inputs are normalised."""
+    if config.data.normalise == "none":
+        return images
+    shape = (2, config.data.input_shape[0])
+    constants = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
+    return normalised(images, Normalisation.of_tensor(constants))
+
+
+def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> Calibration:
+    """The model as integers, with ranges found on `calibration_images`. Raises `HeadroomError`, `DataError`."""
+    images = calibration_images(config)
+    return calibrate(model, images if normalisation is None else normalisation.apply(images))
 
 
 def _runtime(config: Config, links: Links) -> CrypTenRuntime:
@@ -214,11 +225,14 @@ def _ask_fast(config: Config, images: Dataset, domain: SecretDomain, notify: Not
 def _ask_with(
     config: Config, images: Dataset, domain: SecretDomain, notify: Notify, pool: HospitalPool | None
 ) -> list[Diagnosis]:
-    reveal = config.inference.reveal
-    hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal, pool)
+    hospital = Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
+    return list(diagnose_batches(config, images, hospital, notify))
+
+
+def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify: Notify) -> Iterator[Diagnosis]:
+    """One `Diagnosis` per record of `images`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
     _require_agreed(config, hospital.network)
     count, size = len(images.inputs), config.inference.batch_size
-    results: list[Diagnosis] = []
     for start in range(0, count, size):
         batch = images.inputs[start : start + size]
         notify("encrypted inference", start, count)
@@ -226,13 +240,13 @@ def _ask_with(
         began = time.monotonic()
         opened = hospital.diagnose(batch)
         seconds = (time.monotonic() - began) / len(batch)
-        if reveal == "label":
-            results += [Diagnosis(None, seconds, int(label)) for label in opened]
-        else:
-            results += [Diagnosis.of(row.float(), seconds) for row in opened]
+        for row in opened:
+            if config.inference.reveal == "label":
+                yield Diagnosis(None, seconds, int(row))
+            else:
+                yield Diagnosis.of(row.float(), seconds)
     notify("encrypted inference", count, count)
     hospital.finish()
-    return results
 
 
 def _require_agreed(config: Config, network: Network) -> None:

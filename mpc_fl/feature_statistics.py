@@ -27,15 +27,14 @@ the sum wraps nowhere in Z_2^64 and is exact in float64, through which openings 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from mpc_fl.config import Config
 from mpc_fl.distributed_mechanism import DistributedGaussian, add_patients, noised_share, plan_mechanism
 from mpc_fl.errors import DataError, HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.patient_records import PatientRecords
 from mpc_fl.privacy import SubsampledGaussian
 from mpc_fl.secrecy import Private
 from mpc_fl.stream_cipher import Seed
@@ -46,19 +45,6 @@ _FINEST_GRID_BITS = 24  # an error of a mean below 2^-24 of the range
 _LARGEST_EXACT = 1 << 53
 _LEAST_DEVIATION = 1 / 64  # of the range: less would only magnify noise
 _TABLE_BOUND = 2.0  # of features with reference ranges, see `tables.scale_features`
-
-
-class PatientRecords(Protocol):
-    """Training data in memory: `inputs` float32 (N, ...), `labels` int64 (N,), and the rows of each patient."""
-
-    @property
-    def inputs(self) -> torch.Tensor: ...
-
-    @property
-    def labels(self) -> torch.Tensor: ...
-
-    @property
-    def records_of_patient(self) -> Sequence[torch.Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from mpc_fl.errors import HeadroomError
 from mpc_fl.feature_statistics import plan_features
 from mpc_fl.models import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.opening import SecretDomain
+from mpc_fl.patient_records import PatientRecords
 from mpc_fl.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.privacy import calibrate_noise_multiplier
 from mpc_fl.quorum_sum import Description, Missed, Rules, broadcast, collect, contribute, next_word, say
@@ -42,7 +43,8 @@ from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.secrecy import Private
 from mpc_fl.strategies import ServerOptimizer
 from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import PatientRecords, sample_patients, sampling_seed_of
+from mpc_fl.training import sample_patients, sampling_seed_of
+from mpc_fl.transport import Links
 
 
 def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
@@ -165,6 +167,12 @@ def hospital_steps(
     return hospitals, kept
 
 
+def send_global(links: Links, hospitals: tuple[str, ...], shared: torch.Tensor) -> None:
+    """At the aggregator: the new global parameters, float32, for the hospitals of the sum they were made of."""
+    say(links, hospitals, "model")
+    broadcast(hospitals, lambda name: links.send_tensor(name, "global model", shared))
+
+
 def aggregator_steps(
     domain: SecretDomain,
     rules: Rules,
@@ -190,9 +198,7 @@ def aggregator_steps(
         # The mean over those present: `mean_gradient` divides by the number of all hospitals.
         gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
         parameters = optimizer.step(parameters, gradient)
-        say(links, hospitals, "model")
-        stepped = parameters
-        broadcast(links, hospitals, lambda name, stepped=stepped: links.send_tensor(name, "global model", stepped))  # type: ignore[misc]
+        send_global(links, hospitals, parameters)
     load_flat_parameters(working, parameters)
     _copy_parameters(working, model)
     return hospitals

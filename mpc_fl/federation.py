@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from mpc_fl.config import AGGREGATOR, Config
 from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
 from mpc_fl.evaluation import Evaluation, decode_evaluation, encode_evaluation, evaluate_locally, evaluation_length
 from mpc_fl.feature_statistics import Normalisation, decode_features, encode_features, plan_features
-from mpc_fl.federated_sgd import Steps, aggregator_steps, hospital_steps, privacy_of_steps
+from mpc_fl.federated_sgd import Steps, aggregator_steps, hospital_steps, privacy_of_steps, send_global
 from mpc_fl.models import flatten_parameters, load_flat_parameters
 from mpc_fl.opening import SecretDomain
 from mpc_fl.participants import (
@@ -76,7 +77,7 @@ def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> 
         if aggregator.normalisation is not None:
             links.send_tensor(name, "normalisation", aggregator.normalisation.tensor())
 
-    broadcast(links, names, send)
+    broadcast(names, send)
 
 
 def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
@@ -93,7 +94,7 @@ def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
 
 def _all(config: Config, rules: Rules) -> Rules:
     """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
-    return Rules(rules.opener, config.federation.hospitals, rules.closing, rules.seconds)
+    return replace(rules, smallest=config.federation.hospitals, check=None)
 
 
 def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...]) -> None:
@@ -142,7 +143,7 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
             domain.links.send_tensor(name, "normalisation", values)
             domain.links.send_tensor(name, "statistics", buffers)
 
-        broadcast(domain.links, hospitals, send)
+        broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
     if config.aggregation.weighted:
         _, total = collect(domain, rules, hospitals, attendance.starts, ("patients",), torch.int64, (1,), _PATIENTS)
@@ -318,9 +319,7 @@ def _evaluation_counts(number: int) -> Description:
 
 def _evaluating(config: Config, rules: Rules) -> Rules:
     """Counts carry no noise: unless configured otherwise they are opened over all hospitals or not at all."""
-    rules = _all(config, rules)
-    smallest = config.federation.quorum_size if config.federation.evaluate_incomplete else rules.smallest
-    return Rules(rules.opener, smallest, rules.closing, rules.seconds)
+    return rules if config.federation.evaluate_incomplete else _all(config, rules)
 
 
 # ---- a round at the aggregator -----------------------------------------------------------------------------------------
@@ -373,8 +372,7 @@ def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: R
     about = _mean_update(config, plan.number)
     hospitals, total = collect(domain, rules, plan.hospitals, plan.starts, label, headroom.dtype, shape, about)
     shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
-    say(links, hospitals, "model")
-    broadcast(links, hospitals, lambda name: links.send_tensor(name, "global model", shared))
+    send_global(links, hospitals, shared)
     return hospitals
 
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from mpc_fl.closed_sum import ClosedSum, SummandMasks, SumPlan
-from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError, QuorumError, SumLostError
+from mpc_fl.errors import PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.opening import FixedSum, SecretDomain, open_to
 from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.secrecy import Private, Shared
@@ -43,9 +43,14 @@ _AT_A_TIME = 2
 
 def say(links: Links, names: Sequence[str], word: str, **values: Any) -> None:
     """Tell each hospital the aggregator's next word; one that is lost is told nothing."""
+    broadcast(names, lambda name: links.send_object(name, _WORD, {"word": word, **values}))
+
+
+def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
+    """Call `send` for each hospital; a loss is logged and found again where it matters."""
     for name in names:
         try:
-            links.send_object(name, _WORD, {"word": word, **values})
+            send(name)
         except PeerLostError as error:
             log.warning("%s", error)
 
@@ -245,13 +250,3 @@ def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str
             + (f" ({', '.join(missing)} missing)" if missing else ""),
             "nothing was opened; see the logs of the hospitals, then go on with --resume",
         )
-
-
-def broadcast(links: Links, names: Sequence[str], send: Callable[[str], None]) -> None:
-    """Call `send` for each hospital that is alive; a loss is logged and found again where it matters."""
-    for name in names:
-        try:
-            send(name)
-        except PeerLostError as error:
-            if isinstance(error, MpcFlError):
-                log.warning("%s", error)

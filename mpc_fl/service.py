@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpc_fl.config import DEALER, Config
 from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.data import Dataset, normalised
-from mpc_fl.diagnosis import MODEL_OWNER, Diagnosis, calibration_images, require_supported
+from mpc_fl.data import Dataset
+from mpc_fl.diagnosis import (
+    MODEL_OWNER,
+    Diagnosis,
+    as_the_model_takes_them,
+    calibrated,
+    diagnose_batches,
+    require_supported,
+)
 from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, ProtocolError, RefusedError
-from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import Network
@@ -111,8 +115,7 @@ def served_model(config: Config) -> ServedModel:
     model = load_model(config.site.model, config)
     require_supported(config, model)
     normalisation = load_normalisation(config.site.model, config)
-    images = calibration_images(config)
-    calibration = calibrate(model, images if normalisation is None else normalisation.apply(images))
+    calibration = calibrated(config, model, normalisation)
     return ServedModel(calibration.network, calibration.weights, normalisation)
 
 
@@ -248,29 +251,14 @@ def ask_service(
 
     The refusal then says when to come back. Raises it when there is no diagnosis at all; `PeerLostError` for a lost party.
     """
-    count, size, reveal = len(images.inputs), config.inference.batch_size, config.inference.reveal
     found: list[Diagnosis] = []
     try:
         with _explained(links):
-            if config.data.normalise == "secure":
-                shape = (2, config.data.input_shape[0])
-                constants = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
-                images = normalised(images, Normalisation.of_tensor(constants))
+            images = as_the_model_takes_them(config, images, links)
             domain = SecretDomain(CrypTenRuntime(links, [links.name, MODEL_OWNER], None, 0), record)
-            hospital = Hospital(domain, MODEL_OWNER, DEALER, reveal)
-            _require_agreed(config, hospital.network)
-            for start in range(0, count, size):
-                batch = images.inputs[start : start + size]
-                notify("encrypted inference", start, count)
-                hospital.prepare(len(batch))
-                began = time.monotonic()
-                opened = hospital.diagnose(batch)
-                seconds = (time.monotonic() - began) / len(batch)
-                for row in opened:
-                    label = int(row) if reveal == "label" else int(row.argmax())
-                    found.append(Diagnosis(None if reveal == "label" else row.float(), seconds, label))
-            hospital.finish()
-            notify("encrypted inference", count, count)
+            hospital = Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal)
+            for diagnosis in diagnose_batches(config, images, hospital, notify):
+                found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
         if not found:
             raise
@@ -297,9 +285,3 @@ class _explained:
                 return
             self._links.await_change(0.1)
         raise RefusedError(str(self._links.receive_object(MODEL_OWNER, _REFUSED).get("why"))[:300]) from None
-
-
-def _require_agreed(config: Config, network: Network) -> None:
-    shapes = network.values[network.input].shape, network.values[network.output].shape
-    if shapes != (tuple(config.data.input_shape), (len(config.data.classes),)):
-        raise ProtocolError("the model owner's network has other inputs or classes", "give both one configuration")

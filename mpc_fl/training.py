@@ -22,7 +22,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -31,6 +30,7 @@ from torch import nn
 from mpc_fl.config import Config
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
 from mpc_fl.models import flatten_parameters, trainable_parameters
+from mpc_fl.patient_records import PatientRecords
 from mpc_fl.per_sample_gradients import (
     Method,
     choose_per_sample_method,
@@ -43,19 +43,6 @@ from mpc_fl.stream_cipher import Seed, Stream
 from mpc_fl.training_group import TrainingGroup
 
 _GAUSSIANS_PER_VALUE = 4
-
-
-class PatientRecords(Protocol):
-    """Training data in memory: `inputs` float32 (N, ...), `labels` int64 (N,), and the rows of each patient."""
-
-    @property
-    def inputs(self) -> torch.Tensor: ...
-
-    @property
-    def labels(self) -> torch.Tensor: ...
-
-    @property
-    def records_of_patient(self) -> Sequence[torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
