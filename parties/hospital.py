@@ -99,21 +99,21 @@ def _begin(hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, plan:
 def _round(
     hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, rules: Rules, plan: RoundPlan, notify: Notify
 ) -> Missed | None:
-    """A round, or what comes before the first one; signed by all, kept, and written to this site's own metrics."""
+    """A round, or what comes before the first one; written to this site's own metrics, kept, and signed by all.
+
+    In this order: the aggregator goes on from a round that all have signed, so what is written later may be lost.
+    """
     out, about = site_directory(hospital.config), f"round {plan.number}"
     if plan.number == 0:
         hospital_preparation(hospital, domain, rules, plan.hospitals)
         hospital_evaluation(hospital, domain, rules, plan.hospitals, 0, plan.attempt)
-        metrics = None
     else:
         result = hospital_round(hospital, domain, rules, plan, notify)
         if isinstance(result, str):
             return result
-        metrics = result
+        append_json_line(out / "metrics.jsonl", result)
     hospital.checkpoint(out, plan.number)
     sign_round(ledger, domain.links, about, hospital.shared_parameters)
-    if metrics is not None:
-        append_json_line(out / "metrics.jsonl", metrics)
     return None
 
 

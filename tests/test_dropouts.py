@@ -71,6 +71,8 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
             os.kill(os.getpid(), signal.SIGKILL)
 
     Links.set_phase = die_in_phase  # type: ignore[method-assign]
+    if "round 1 signed" in deaths:
+        die_once_round_1_is_signed()
     if "boosting" in deaths:
         boost_round_2()
     if "dies_in_check" in deaths:
@@ -85,6 +87,19 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
         results.join_thread()
         os._exit(error.exit_code)
     results.put((name, "finished"))
+
+
+def die_once_round_1_is_signed() -> None:
+    from parties import hospital
+
+    sign_round = hospital.sign_round
+
+    def sign_and_die(ledger: Any, links: Any, about: str, shared: torch.Tensor) -> None:
+        sign_round(ledger, links, about, shared)
+        if about == "round 1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    hospital.sign_round = sign_and_die
 
 
 def boost_round_2() -> None:
@@ -229,7 +244,7 @@ def test_fewer_than_the_quorum_end_the_run_and_say_so(tmp_path: Path) -> None:
      *[pytest.param("aggregator", phase, marks=pytest.mark.slow)
        for phase in ("preparation", "round 0 evaluation", "round 2 aggregation", "round 2 evaluation", "reveal ledger")],
      *[pytest.param("hospital-1", phase, marks=pytest.mark.slow)
-       for phase in ("round 1 signatures", "round 2 training", "round 3 aggregation")]],
+       for phase in ("round 1 signatures", "round 1 signed", "round 2 training", "round 3 aggregation")]],
 )  # fmt: skip
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(victim: str, phase: str, tmp_path: Path) -> None:
     """With noise off and the sampling order fixed. All must be there: the loss of any party ends the run."""
