@@ -183,24 +183,24 @@ class Hospital:
         return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
 
     def checkpoint(self, directory: Path, number: int) -> None:
-        """Keep what is this hospital's own after round `number`: its normalisation layers, and what its patients spent."""
-        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.records()
+        """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
+        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.state()
         save_checkpoint(
             directory,
-            Checkpoint(number, normalisation_state(self.model), {"privacy records": len(spent)}),
+            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": spent}),
             self.config.run_digest(),
         )
 
     def resume(self, directory: Path, number: int) -> None:
         """Go back to this hospital's own layers after round `number`, if it has kept them.
 
-        Raises `PrivacyBudgetError` when its privacy ledger holds less than it did then.
+        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
         """
         saved = load_checkpoint(directory, self.config.run_digest(), number)
         if saved is None:
             return
         if self.config.privacy.mechanism != "none":
-            self.ledger.require_at_least(int(saved.facts["privacy records"]))
+            self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
 

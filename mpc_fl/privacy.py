@@ -19,6 +19,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -221,9 +222,16 @@ class PrivacyLedger:
         records = self.records()
         return [self._event(record) for record in _without_unreleased(records, run)]
 
-    def require_at_least(self, count: int) -> None:
-        """Raise `PrivacyBudgetError` when the file holds fewer records than a checkpoint saw in it."""
-        if len(self.records()) < count:
+    def state(self) -> list[dict[str, Any]]:
+        """The accountant's state: all records of releases that were made. A reserved one may still be replaced."""
+        return [record for record in self.records() if record.get("released", True)]
+
+    def require(self, state: Iterable[dict[str, Any]]) -> None:
+        """Raise `PrivacyBudgetError` when the file lacks a release of a state that a checkpoint kept."""
+        known, found = (
+            Counter(json.dumps(record, sort_keys=True) for record in which) for which in (state, self.state())
+        )
+        if known - found:
             raise self._refusal("holds less than when the last checkpoint was written")
 
     def records(self) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import signal
@@ -24,13 +25,15 @@ from harness import SPAWN
 
 from mpc_fl.checkpoint import load_checkpoint
 from mpc_fl.config import Config, parse_config, party_names
+from mpc_fl.data import load_hospital
 from mpc_fl.errors import MpcFlError
 from mpc_fl.files import read_json_lines
 from mpc_fl.identity import ROOT_FILE
 from mpc_fl.ledger_audit import Copy, verify_copies
+from mpc_fl.models import build_model, shared_coordinates
 from mpc_fl.norm_check import NormCheck
 from mpc_fl.reveal_ledger import LEDGER_FILE
-from mpc_fl.weights import load_model
+from mpc_fl.weights import load_model, load_normalisation
 
 pytestmark = pytest.mark.processes
 ROUNDS = 3
@@ -265,6 +268,60 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(victim: str, p
         for name in ALL:
             assert [line["round"] for line in read_json_lines(site.party(name) / "metrics.jsonl")] == [1, 2, 3]
         site.verify("aggregator", *ALL)
+
+
+def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -> None:
+    """FedBN and secure normalisation through whole runs; what is each hospital's own is never sent."""
+    changes: dict[str, dict[str, Any]] = {
+        "data": {**SETTINGS["data"], "image_size": 16, "normalise": "secure"},
+        "model": {"architecture": "small_cnn", "normalisation": "group"},
+        "training": {**SETTINGS["training"], "local_normalisation": True},
+        "federation": {"quorum": None},
+    }
+    with Site(tmp_path / "whole", **changes) as site:
+        site.start_all()
+        assert set(site.await_words(4).values()) == {"finished"}
+        expected = {name: site.parameters(name) for name in party_names(site.config)}
+        found = load_normalisation(site.party("aggregator") / "model.safetensors", site.config)
+        hospitals = [load_hospital(site.config, rank, "train") for rank in range(3)]
+        patients = [data.inputs[rows].double() for data in hospitals for rows in data.records_of_patient]
+        mean = torch.stack([images.mean() for images in patients]).mean()
+        variance = torch.stack([(images - mean).square().mean() for images in patients]).mean()
+        assert found is not None
+        assert found.mean[0] == pytest.approx(float(mean), abs=1e-4)
+        assert found.deviation[0] == pytest.approx(float(variance.sqrt()), abs=1e-4)
+        shared = shared_coordinates(build_model(site.config, site.config.data.input_shape, 0), True)
+        assert 0 < int((~shared).sum()) < len(shared)
+        for first, second in itertools.combinations(expected.values(), 2):
+            assert torch.equal(first[shared], second[shared])
+            assert not torch.equal(first[~shared], second[~shared])
+    with Site(tmp_path / "killed", **changes) as site:
+        site.start_all(hospital_1="round 2 training")
+        site.await_death("hospital-1")
+        site.await_words(3)
+        site.start_all(resume=True)
+        assert set(site.await_words(4).values()) == {"finished"}
+        for name in party_names(site.config):
+            assert torch.equal(site.parameters(name), expected[name]), name
+            assert load_normalisation(site.party(name) / "model.safetensors", site.config) == found
+        site.verify("aggregator", *ALL)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_a_privacy_ledger_that_forgot(tmp_path: Path) -> None:
+    with Site(tmp_path, privacy={"mechanism": "local", "noise_multiplier": 2.0, "delta": 1e-3}) as site:
+        ledger = site.party("hospital-0") / "hospital-0-privacy.json"
+        site.start_all(aggregator="round 3 aggregation")
+        site.await_death("aggregator")
+        site.await_words(3)
+        content = json.loads(ledger.read_text())
+        state = load_checkpoint(site.party("hospital-0"), site.config.run_digest())
+        assert state is not None and state.facts["privacy accountant"] == content["records"][:2]
+        ledger.unlink()
+        site.start_all(resume=True)
+        words = site.await_words(4)
+        assert "holds less than when the last checkpoint was written" in words["hospital-0"], words
+        assert not (site.party("aggregator") / "model.safetensors").exists()
 
 
 @pytest.mark.slow

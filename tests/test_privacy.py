@@ -237,6 +237,23 @@ def test_a_ledger_of_before_distances_were_recorded_is_read(ledger: PrivacyLedge
     assert ledger.spent() == [*EVENTS[:1], event]
 
 
+def test_a_ledger_must_hold_what_a_checkpoint_knew(ledger: PrivacyLedger, tmp_path: Path) -> None:
+    for number in (1, 2):
+        ledger.charge(EVENTS[0], run="phantoms", round_number=number)
+    state = ledger.state()
+    assert [record["round"] for record in state] == [1, 2]
+    ledger.charge(EVENTS[1], run="phantoms", round_number=3, reserve=True)
+    assert ledger.state() == state  # a reserved one may still be replaced
+    ledger.release()
+    ledger.require(state)
+    other = PrivacyLedger(tmp_path / "other.json", "hospital-1")
+    for number in (2, 3):  # as many records, but others
+        other.charge(EVENTS[1], run="phantoms", round_number=number)
+    for forgetful in (other, PrivacyLedger(tmp_path / "none.json", "hospital-1")):
+        with pytest.raises(PrivacyBudgetError, match="holds less than when the last checkpoint was written"):
+            forgetful.require(state)
+
+
 def test_charge_stops_before_the_budget_is_exceeded(ledger: PrivacyLedger) -> None:
     event = SubsampledGaussian(calibrate_noise_multiplier(4.0, DELTA, 0.2, 30), 0.2, 10)
     budget = PrivacyBudget(4.0, DELTA)
