@@ -1,11 +1,12 @@
 """An encrypted diagnosis over an emulated WAN beside loopback, in one run: the engine `fast` as `mpc-fl bench inference` runs it.
 
-    python benchmarks/wan.py [--model resnet18] [--size 224] [--batches 1 8] [--round-trip-ms 40] [--megabits 100]
+    python benchmarks/wan.py [--model resnet18] [--size 224] [--batches 1 8] [--at-once 1 2] [--round-trip-ms 40] [--megabits 100]
 
 Between any two parties lies a relay, a process of its own that passes TCP bytes on: each direction of each connection delays
 by half the round trip and lets `megabits` through a second; what does not fit waits in a buffer of 4 MB, then the sender
 waits. TLS, gRPC and HTTP/2 flow control run through it unchanged. Loss of packets and TCP's slow start are not emulated.
 Times in seconds per batch: `online` from the images to the opened logits, `offline` the dealer's corrections ahead of it.
+With `--at-once 2` the images go in two smaller batches that are evaluated at the same time: one sends while the other computes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -145,6 +148,8 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1])
+    parser.add_argument("--places", nargs="+", choices=["loopback", "wan"], default=["loopback", "wan"])
     parser.add_argument("--repeats", type=int, default=1, help="batches measured, after one that is left out")
     parser.add_argument("--round-trip-ms", type=float, default=40.0)
     parser.add_argument("--megabits", type=float, default=100.0, help="a second, each direction")
@@ -159,11 +164,15 @@ def main() -> None:
         with torch.no_grad():
             expected = network(images).double()
         del network
-        for place, round_trip in (("loopback", None), ("wan", options.round_trip_ms / 1000)):
-            found = measure(job, round_trip, options.megabits * 1e6 / 8)
+        for at_once, place in itertools.product(options.at_once, options.places):
+            if at_once > batch:
+                continue
+            round_trip = None if place == "loopback" else options.round_trip_ms / 1000
+            found = measure(dataclasses.replace(job, at_once=at_once), round_trip, options.megabits * 1e6 / 8)
             logits = torch.tensor(found.pop("logits"), dtype=torch.float64)
             largest_error = max(largest_error, float((logits - expected).abs().max()))
-            figures.setdefault(f"batch_of_{batch}", {})[place] = found
+            name = f"{batch} images" if at_once == 1 else f"{batch} images, {at_once} batches at once"
+            figures.setdefault(name, {})[place] = found
     figures["max_logit_error"] = largest_error
     sys.stdout.write(json.dumps(figures, indent=1) + "\n")
     if largest_error > 0.05:

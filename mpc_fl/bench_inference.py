@@ -2,7 +2,7 @@
 
 Every party is a process of its own with one thread; the parties of `fast` talk over mutual TLS as in a real run. The network
 has its first random weights and BatchNorm calibrated on SYNTHETIC phantoms; phantoms are diagnosed, too. Speed depends on
-shapes alone.
+shapes alone. `Job` can be given another network and other images: benchmarks/fast_accuracy.py diagnoses X-rays.
 
   fast       hospital, model owner, dealer. Per batch: `offline` (dealer's corrections, client's part), then `online`, from the
              image to the opened logits. Medians; the first batch, in which each convolution is measured once, is left out
@@ -54,12 +54,16 @@ _CALIBRATION_IMAGES = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: `repeats` batches of `batch` images of `size` x `size` through torchvision's `model`."""
+    """What is measured: `repeats` times `batch` images of `size` x `size` through torchvision's `model`.
+
+    They are evaluated in `at_once` batches at the same time.
+    """
 
     model: str
     size: int
     batch: int
     repeats: int
+    at_once: int = 1
 
     @property
     def config(self) -> Config:
@@ -73,8 +77,12 @@ class Job:
         calibrate_batchnorm(model, public_phantoms(_CALIBRATION_IMAGES, self.config))
         return model.eval()
 
+    def calibration_images(self) -> torch.Tensor:
+        """The images that ranges are found on, float32 (N, 3, size, size)."""
+        return public_phantoms(_CALIBRATION_IMAGES, self.config)
+
     def images(self) -> torch.Tensor:
-        """The images that are diagnosed, float32 (batch, 3, size, size)."""
+        """The images that are diagnosed, float32 (batch, 3, size, size); a multiple of `batch` of them."""
         found = make_phantoms(self.batch, 3, self.size, 1, "test").images[: self.batch]
         return torch.from_numpy(found)[:, None].expand(-1, 3, -1, -1).contiguous()
 
@@ -167,22 +175,28 @@ def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, sess
 
 def _diagnoses(domain: SecretDomain, job: Job) -> dict[str, Any]:
     hospital = Hospital(domain, OWNER, DEALER)
-    images = job.images()
+    rounds = job.images().split(job.batch)
+    logits: list[list[float]] = []
     seconds: dict[str, list[float]] = {"offline": [], "online": []}
-    for _ in range(job.repeats + 1):
+    for number in range(max(job.repeats + 1, len(rounds))):
+        batches = rounds[number % len(rounds)].chunk(job.at_once)
         began = time.perf_counter()
-        hospital.prepare(job.batch)
+        for images in batches:
+            hospital.prepare(len(images))
         prepared = time.perf_counter()
-        logits = hospital.diagnose(images)
+        found = torch.cat(hospital.diagnose_together(batches))
+        if number < len(rounds):
+            logits += found.tolist()
         seconds["offline"].append(prepared - began)
         seconds["online"].append(time.perf_counter() - prepared)
     hospital.finish()
-    return {**seconds, "logits": logits.tolist(), "sequential_messages": hospital.sequential_messages}
+    return {**seconds, "logits": logits, "sequential_messages": hospital.sequential_messages}
 
 
 def _answers(domain: SecretDomain, job: Job) -> dict[str, Any]:
-    calibration = calibrate(job.network(), public_phantoms(_CALIBRATION_IMAGES, job.config))
-    Owner(domain, HOSPITAL, DEALER, calibration.network, calibration.weights.inside_protocol()).serve()
+    calibration = calibrate(job.network(), job.calibration_images())
+    integers = calibration.weights.inside_protocol()
+    Owner(domain, HOSPITAL, DEALER, calibration.network, integers, at_once=job.at_once).serve()
     return {}
 
 

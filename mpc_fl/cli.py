@@ -159,7 +159,8 @@ def infer(
     --set inference.plaintext_reference=true the same images are also run in the clear, to compare.
 
     With --identity this process is a hospital alone and asks a model owner that stays up (mpc-fl serve); addresses that
-    --server and --dealer do not give are those in the configuration's federation.addresses.
+    --server and --dealer do not give are those in the configuration's federation.addresses. With --set site.pool=DIR
+    batches made ahead (mpc-fl dealer fill --server) are used first.
     """
     from mpc_fl import run
 
@@ -198,10 +199,12 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
     with _bars() as progress:
         summary = run.ask(settings, out, _command(), progress)
     if as_json:
-        _print_json(summary)
+        _print_json({**summary, "report": str(out / "report.html")})
     else:
+        if summary["synthetic"]:
+            _say("Data: SYNTHETIC phantoms, not patients.")
         _say_diagnoses(summary)
-        _say(f"Results: {out / 'results.jsonl'}")
+        _say(f"Report: {out / 'report.html'}")
     if summary["refused"]:
         raise RefusedError(summary["refused"])
 
@@ -222,7 +225,8 @@ def serve(
 ) -> None:
     """Keep a model owner up that answers any hospital of the federation, until Ctrl-C.
 
-    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask. Without
+    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask. With
+    --set site.pool=DIR each hospital may keep batches made ahead here (mpc-fl dealer fill --server). Without
     --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
     """
     from mpc_fl import run
@@ -336,7 +340,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     for line in training["privacy"]:
         _say(f"  {line['hospital']}: {line['patients']} patients" + _privacy_words(line))
     _say(f"Encrypted inference, a batch of {inference['batch']}:")
-    _say(f"  {inference['bytes_per_party'] / 1e6:,.1f} MB sent per party in {inference['rounds']} rounds")
+    steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
+    _say(f"  {inference['bytes_per_party'] / 1e6:,.1f} MB sent per party in {inference['rounds']} {steps}")
     _say(
         f"  {inference['bytes_sent_by_dealer'] / 1e6:,.1f} MB sent by the dealer; {_gigabytes(inference, 'party')} of memory"
     )

@@ -223,13 +223,15 @@ class InferenceSection(Section):
 
     `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` label opens the
     class alone to the hospital (engine fast). `fill` stores as many batches in the parties' pools (site.pool) instead of
-    diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run.
+    diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are evaluated
+    at the same time (engine fast): more images a second, more memory.
     """
 
     engine: Literal["reference", "fast"] = "reference"
     reveal: Literal["logits", "label"] = "logits"
     fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
     batch_size: Count = 1
+    at_once: Annotated[int, Field(ge=1, le=16)] = 1
     limit: Count | None = None
     plaintext_reference: bool = False
     logit_bound: Positive = 4096.0
@@ -238,6 +240,8 @@ class InferenceSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> InferenceSection:
+        if self.engine != "fast" and self.at_once > 1:
+            raise ValueError("inference.at_once needs inference.engine=fast")
         if self.engine != "fast" and (self.fill or not self.dealer):
             raise ValueError("inference.fill and inference.dealer=false need inference.engine=fast, which has pools")
         if self.fill and not self.dealer:
@@ -248,13 +252,17 @@ class InferenceSection(Section):
 class ServingSection(Section):
     """What a model owner that stays up (`mpc-fl serve`) grants each hospital; no other party needs to know.
 
+    Its dealer has `sessions` and `sessions_per_minute` of its own. `pool_batches` are kept for each hospital (site.pool).
+
     Batches take turns, round-robin over hospitals, `turns` at once. A turn longer than `patience` seconds keeps others
     waiting no more, and a hospital from which nothing comes for `deadline` seconds has lost its session.
     """
 
     images_per_day: Count = Field(default=200, description="of one hospital within any 24 hours")
     images_per_minute: Count = Field(default=20, description="of one hospital within any 60 seconds")
-    sessions: Count = Field(default=16, description="hospitals that may be connected at once")
+    sessions: Count = Field(default=16, description="hospitals that may be connected at once; as many may fill pools")
+    sessions_per_minute: Count = Field(default=30, description="that one hospital may begin within any 60 seconds")
+    pool_batches: Count = Field(default=100, description="that one hospital may have stored at the model owner")
     turns: Count = 2
     patience: Positive = 15.0
     deadline: Positive = 60.0

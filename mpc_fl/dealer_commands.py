@@ -6,13 +6,14 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mpc_fl.config import Config, load_config
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError, RefusedError
 
 app = typer.Typer(
     name="dealer",
@@ -32,9 +33,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for 
 @app.command()
 def fill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration of the diagnoses to come.")],
-    model: Annotated[Path, typer.Option(help="model.safetensors; the model owner's secret.")],
     count: Annotated[int, typer.Option(min=1, help="Batches to add, of inference.batch_size images each.")],
     pool: PoolPath,
+    model: Annotated[Path | None, typer.Option(help="model.safetensors; the model owner's secret.")] = None,
+    identity: Annotated[
+        Path | None, typer.Option(help="This hospital's key and certificate, to fill its pool with a server.")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Model owner that stays up (mpc-fl serve).")
+    ] = None,
+    dealer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server's dealer.")] = None,
     below: Annotated[
         int | None, typer.Option(min=1, help="Add them only while fewer batches than this are left.")
     ] = None,
@@ -49,27 +57,63 @@ def fill(
     """Fill the pools of a hospital and a model owner on this machine, with a dealer: three processes.
 
     Then mpc-fl infer CONFIG --set site.pool=DIR takes batches from them. With
-    --below and --every it keeps them filled in the background: diagnoses
-    may go on meanwhile. On several machines run mpc-fl party at each, with
-    task=infer, inference.engine=fast, inference.fill=N and site.pool=DIR.
+    --below and --every it keeps them filled in the background, until Ctrl-C:
+    diagnoses may go on meanwhile. On several machines run mpc-fl party at each,
+    with task=infer, inference.engine=fast, inference.fill=N and site.pool=DIR.
+
+    With --identity this process is a hospital alone: it fills its pool, and the
+    one that a model owner that stays up (mpc-fl serve) keeps for it. Addresses
+    that --server and --dealer do not give are those in federation.addresses.
     """
     if every is not None and below is None:
         raise ConfigError("--every would add batches without end", "say with --below when there are enough")
     values: dict[str, Any] = {"engine": "fast", "fill": count, "dealer": True}
-    site = {"model": str(model.absolute()), "pool": str(pool.absolute())}
-    settings = load_config(config, overrides).with_values(task="infer", inference=values, site=site)
+    settings = load_config(config, overrides).with_values(inference=values, site={"pool": str(pool.absolute())})
+    party: str | None = None
+    if identity is not None or server is not None or dealer is not None:
+        if model is not None:
+            raise ConfigError("the model is the server's", "leave --model out to fill with a server")
+        settings = _served(settings, identity, {"model-owner": server, "dealer": dealer})
+        party, add = _asking(settings), _fill_from_server
+    elif model is None:
+        raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to fill with a server")
+    else:
+        settings, add = settings.with_values(task="infer", site={"model": str(model.absolute())}), _fill
     while True:
-        seconds = _fill(settings) if below is None or _left(pool) < below else None  # of each batch
-        halves = _halves(pool)
-        if as_json:
-            filled = 0 if seconds is None else count
-            _say(json.dumps({"filled": filled, "seconds_per_batch": seconds, "left": _left(pool), "pools": halves}))
-        else:
-            done = "Nothing added" if seconds is None else f"Added {count}, {seconds:.2f} s each"
-            _say(f"{done}. {_left(pool)} batches are left in both pools.")
+        _look(settings, add, below, pool, party, as_json, every is not None)
         if every is None:
             return
         time.sleep(every)
+
+
+def _look(
+    settings: Config,
+    add: Callable[[Config], float],
+    below: int | None,
+    pool: Path,
+    party: str | None,
+    as_json: bool,
+    stays: bool,
+) -> None:
+    """Add batches unless enough are left, and say so. One that stays puts up with a server that has no time or is away."""
+    seconds: float | None = None
+    why, before = "", _left(pool, party)
+    if below is None or before < below:
+        try:
+            seconds = add(settings)  # of each batch
+        except (RefusedError, PeerLostError) as error:
+            if not stays:
+                raise
+            why = str(error)
+    left, count = _left(pool, party), settings.inference.fill
+    if as_json:
+        filled = 0 if seconds is None else count
+        told = {"filled": filled, "seconds_per_batch": seconds, "left": left, "pools": _halves(pool)}
+        _say(json.dumps({**told, "why": why} if why else told))
+        return
+    done = f"Not all added ({why})" if why else "Nothing added"
+    done = done if seconds is None else f"Added {count}, {seconds:.2f} s each"
+    _say(f"{done}. {left} batches are left{'' if party else ' in both pools'}.")
 
 
 @app.command()
@@ -99,6 +143,42 @@ def _fill(config: Config) -> float:
     with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
         launch(config, Path(directory), lambda *_: None)
         traffic = json.loads((Path(directory) / "parties" / HOSPITAL / "traffic.json").read_text())
+    return _seconds_per_batch(traffic, config)
+
+
+def _served(config: Config, identity: Path | None, asked: dict[str, str | None]) -> Config:
+    """What a hospital is told to fill with a server, in its configuration."""
+    addresses = {**config.federation.addresses, **{name: at for name, at in asked.items() if at is not None}}
+    site = {} if identity is None else {"identity": str(identity.absolute())}
+    return config.with_values(task="serve", site=site, federation={"addresses": addresses})
+
+
+def _asking(config: Config) -> str:
+    """Which hospital this is."""
+    from mpc_fl.service import hospital_in
+
+    if config.site.identity is None:
+        raise ConfigError(
+            "site.identity is not set", "say with --identity where this hospital's key and certificate lie"
+        )
+    return hospital_in(config.site.identity)
+
+
+def _fill_from_server(config: Config) -> float:
+    """The same with a model owner that stays up, in this process."""
+    from mpc_fl.launcher import run_party, unforeseen
+
+    with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
+        try:
+            run_party(_asking(config), config.with_values(site={"out": directory}), lambda *_: None)
+        except MpcFlError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a traceback could quote what this hospital keeps
+            raise unforeseen(error) from None
+        return _seconds_per_batch(json.loads((Path(directory) / "traffic.json").read_text()), config)
+
+
+def _seconds_per_batch(traffic: dict[str, Any], config: Config) -> float:
     return round(traffic["phases"]["offline"]["seconds"] / config.inference.fill, 3)
 
 
@@ -119,17 +199,27 @@ def _halves(directory: Path) -> list[dict[str, Any]]:
                 "left": len(found.numbers),
                 "used": found.next,
                 "numbers": found.numbers,
-                "bytes": sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file()),
+                "bytes": sum(_size(file) for file in path.parent.iterdir()),
             }
         )
     return halves
 
 
-def _left(directory: Path) -> int:
-    """Batches that every half has."""
-    numbers = [set(half["numbers"]) for half in _halves(directory)]
+def _size(file: Path) -> int:
+    """Bytes; none of a record that was used meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _left(directory: Path, party: str | None = None) -> int:
+    """Batches that every half has, or that of one party."""
+    halves = _halves(directory)
+    numbers = [set(half["numbers"]) for half in halves if party in (None, half["party"])]
     return len(set.intersection(*numbers)) if numbers else 0
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()  # one that stays is read as it goes

@@ -137,7 +137,8 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
         agreed = config.inference.reveal, config.inference.batch_size
         integers = calibration.weights.inside_protocol()
         with _pool(config, OwnerPool, MODEL_OWNER, HOSPITAL) as pool:
-            return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed, pool).serve()
+            at_once = config.inference.at_once
+            return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed, pool, at_once).serve()
     graph = private_graph(config, model)
     with _runtime(config, links) as runtime:
         return answer(config, graph, SecretDomain(runtime, record))
@@ -209,12 +210,17 @@ def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> N
 
     Raises `PoolError` when the model owner does not hold the other half of this pool.
     """
-    inference = config.inference
+    domain = _domain_without_crypten(links, record)
     with _pool(config, HospitalPool, HOSPITAL, MODEL_OWNER) as pool:
-        hospital = Hospital(_domain_without_crypten(links, record), MODEL_OWNER, DEALER, inference.reveal, pool)
-        _require_agreed(config, hospital.network)
-        hospital.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
-        hospital.finish()
+        fill_with(config, Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool), notify)
+
+
+def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
+    """Store `inference.fill` batches in the pool of a hospital whose session has begun; the session ends with the last."""
+    inference = config.inference
+    _require_agreed(config, hospital.network)
+    hospital.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
+    hospital.finish()
 
 
 def _ask_fast(config: Config, images: Dataset, domain: SecretDomain, notify: Notify) -> list[Diagnosis]:
@@ -232,14 +238,16 @@ def _ask_with(
 def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify: Notify) -> Iterator[Diagnosis]:
     """One `Diagnosis` per record of `images`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
     _require_agreed(config, hospital.network)
-    count, size = len(images.inputs), config.inference.batch_size
-    for start in range(0, count, size):
-        batch = images.inputs[start : start + size]
-        notify("encrypted inference", start, count)
-        hospital.prepare(len(batch))
+    count = len(images.inputs)
+    batches = images.inputs.split(config.inference.batch_size) if count else ()  # torch splits nothing into one part
+    for start in range(0, len(batches), config.inference.at_once):
+        group = batches[start : start + config.inference.at_once]
+        notify("encrypted inference", start * config.inference.batch_size, count)
+        for batch in group:
+            hospital.prepare(len(batch))
         began = time.monotonic()
-        opened = hospital.diagnose(batch)
-        seconds = (time.monotonic() - began) / len(batch)
+        opened = torch.cat(hospital.diagnose_together(group))
+        seconds = (time.monotonic() - began) / len(opened)
         for row in opened:
             if config.inference.reveal == "label":
                 yield Diagnosis(None, seconds, int(row))

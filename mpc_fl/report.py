@@ -44,6 +44,12 @@ class Run:
         names = [path.name for path in self.directory.glob(f"parties/{prefix}*") if path.is_dir()]
         return sorted(names, key=lambda name: (re.sub(r"\d+", "", name), len(name), name))
 
+    @property
+    def hospital(self) -> str:
+        """The hospital that asked, of an inference; untrusted like all else, so a name of another form counts as none."""
+        name = str(self.summary.get("hospital", "hospital-0"))
+        return name if re.fullmatch(r"hospital-\d{1,3}", name) else "hospital-0"
+
     def classes(self, count: int) -> list[str]:
         """Names of the classes, or their numbers when the names on file do not fit `count` classes."""
         names = self.summary.get("classes") or (self.config.get("data") or {}).get("classes") or []
@@ -254,7 +260,7 @@ def _privacy(run: Run) -> Markup:
 
 def _results(run: Run) -> tuple[list[dict[str, Any]], Markup]:
     """Lines of results.jsonl with names for numbers and the plaintext reference, and a note when that is missing."""
-    results = _json_lines(run, "parties/hospital-0/results.jsonl")
+    results = _json_lines(run, f"parties/{run.hospital}/results.jsonl")
     wanted = ["plaintext_reference.json"] if run.summary.get("comparison") else []
     found, note = _each(lambda name: json.loads(_read(run.directory, name))["logits"], wanted)
     reference = found[wanted[0]] if found else [None] * len(results)
@@ -286,14 +292,15 @@ def _diagnosis(run: Run) -> Markup:
     if known:
         right = sum(line["label"] == line["predicted"] for line in known)
         facts.append(("Right", f"{right} of {len(known)}", "images whose true class is known"))
-    return tiles(facts)
+    refused = summary.get("refused")
+    return Markup(tiles(facts) + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else ""))
 
 
 def _images(run: Run) -> Markup:
     lines, note = _results(run)
     addresses = [""] * len(lines := lines[:_MOST_IMAGES])
     try:
-        pixels = load_file(run.directory / "parties/hospital-0/images.safetensors")["images"]
+        pixels = load_file(run.directory / f"parties/{run.hospital}/images.safetensors")["images"]
         addresses = [figures.png_uri(picture) for picture in pixels[: len(lines)]]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError):
         note = Markup(note + _missing("images.safetensors is missing or cannot be read (tables have none)"))
@@ -367,7 +374,7 @@ def _costs(run: Run) -> Markup:
 
 def _openings(run: Run) -> Markup:
     training = run.summary["kind"] == "train"
-    name = "openings.jsonl" if training else "parties/hospital-0/openings.jsonl"
+    name = "openings.jsonl" if training else f"parties/{run.hospital}/openings.jsonl"
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in _json_lines(run, name):
         why, shape = re.sub(r"^round \d+: ", "each round: ", line["why"]), " x ".join(map(str, line["shape"]))
@@ -402,6 +409,7 @@ _SECTIONS: dict[str, dict[str, tuple[Callable[[Run], Markup], ...]]] = {
     },
     "infer": {"Result": (_diagnosis,), "Each image": (_images,), "All images": (_all_images,)},
 }
+_SECTIONS["ask"] = _SECTIONS["infer"]  # of a model owner that stays up: only the hospital's files are here
 _BOTH = {"What was opened": (_openings,), "Time and bytes": (_costs,), "Configuration": (_configuration,)}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -450,5 +458,5 @@ def write_report(run_dir: Path) -> Path:
     """
     run = _load(run_dir)
     path = run_dir / "report.html"
-    write_text(path, _page(run), 0o600 if run.summary["kind"] == "infer" else 0o644)
+    write_text(path, _page(run), 0o644 if run.summary["kind"] == "train" else 0o600)
     return path

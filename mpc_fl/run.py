@@ -245,19 +245,21 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str
         )
     name = hospital_in(config.site.identity)
     with run_directory(out) as directory:
-        config = config.with_values(site={"out": str(directory)})
+        write_text(directory / "config.yaml", config.to_yaml())
+        own = directory / "parties" / name
+        config = config.with_values(site={"out": str(own)})
         began, refused = time.monotonic(), None
         try:
             run_party(name, config, lambda phase, done, total: progress(name, phase, done, total))
         except RefusedError as error:
-            if not (directory / "results.jsonl").is_file():
+            if not (own / "results.jsonl").is_file():
                 raise
             refused = str(error)
         except MpcFlError:
             raise
         except Exception as error:  # noqa: BLE001 - a traceback could quote this hospital's data
             raise unforeseen(error) from None
-        results = read_json_lines(directory / "results.jsonl")
+        results = read_json_lines(own / "results.jsonl")
         summary = {
             "kind": "ask",
             "name": config.name,
@@ -266,12 +268,14 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str
             "images": len(results),
             "classes": list(config.data.classes),
             "seconds": round(time.monotonic() - began, 2),
+            "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
             "command": command,
             "versions": versions(),
             "refused": refused,
             "results": results,
         }
         write_json(directory / "summary.json", summary)
+        write_report(directory)
     return summary
 
 

@@ -7,17 +7,22 @@
 
 The protocol between them is that of `fast.sessions`, with masks, seeds and masked weights of this session alone. The model
 owner learns which hospital asks, when and about how many images; other hospitals learn nothing but waiting times.
+
+Where hospital and model owner have a `site.pool` each, batches come from there as in any diagnosis with pools; the masked
+weights are then the pool's, each hospital's its own. A session of another kind fills it (`fill_from_service`), also while
+the hospital diagnoses; then only batches that were there when the diagnosis began are used by it.
 """
 
 from __future__ import annotations
 
-import secrets
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from mpc_fl.config import DEALER, Config
 from mpc_fl.crypten_runtime import CrypTenRuntime
@@ -28,12 +33,15 @@ from mpc_fl.diagnosis import (
     as_the_model_takes_them,
     calibrated,
     diagnose_batches,
+    fill_with,
     require_supported,
 )
-from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, ProtocolError, RefusedError
+from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, PoolError, RefusedError
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import Network
+from mpc_fl.fast.party_pools import HospitalPool, OwnerPool
+from mpc_fl.fast.pool import Purpose
 from mpc_fl.fast.sessions import Hospital, Owner
 from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.federation import Notify
@@ -45,9 +53,11 @@ from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.routes import routes
 from mpc_fl.secrecy import Private
 from mpc_fl.service_front import TASK, ServiceFront
-from mpc_fl.serving import Gate, Turns, UsageLedger, limits_of, service_digest
+from mpc_fl.serving import Gate, SessionRate, Turns, UsageLedger, Visit, limits_of, service_digest
 from mpc_fl.transport import Links, Observer
 from mpc_fl.weights import load_model, load_normalisation
+
+log = logging.getLogger(__name__)
 
 _REFUSED = "refused"
 _LAST_WORD = 2.0  # seconds in which the reason of a refusal may arrive after the session has ended otherwise
@@ -80,6 +90,20 @@ def session_links(
             raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
     peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
     return Links(identity, None, peers, agreement, config.runtime.connect_timeout, deadline, observer)
+
+
+P = TypeVar("P", HospitalPool, OwnerPool)
+
+
+def _pool(
+    config: Config, kind: type[P], party: str, counterpart: str, visit: Visit
+) -> AbstractContextManager[P | None]:
+    """This party's half of the pool that it has with the other, if it keeps pools, to use or to fill."""
+    inference, directory = config.inference, config.site.pool
+    if directory is None:
+        return nullcontext()
+    purpose: Purpose = "fill" if visit.purpose == "fill" else "use"
+    return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
 
 
 def _identity(config: Config, name: str) -> Identity:
@@ -138,44 +162,32 @@ class _OneByOne:
             return self._record.append(what, why, shape, to, among, privacy)
 
 
-class GatedOwner(Owner):
-    """The model owner's side of a session in which a gate comes before each batch. One batch at a time."""
-
-    gate: Gate
-    _waits_for_images = False
-
-    def _prepare(self, message: dict[str, Any]) -> None:
-        records = message.get("records")
-        if self._waits_for_images or type(records) is not int or not 1 <= records <= self._largest_batch:
-            raise ProtocolError(
-                "the hospital asked for a batch that is not agreed, or for two at once", "check inference.batch_size"
-            )
-        self.gate.begin(records)
-        self._waits_for_images = True
-        super()._prepare(message)
-
-    def _evaluate(self, *arguments: Any) -> None:
-        super()._evaluate(*arguments)
-        self._waits_for_images = False
-        self.gate.end()
-
-
-def answer_hospital(
-    config: Config, model: ServedModel, links: Links, hospital: str, gate: Gate, record: Record
-) -> None:
-    """One session: as many batches as the hospital asks for and its limits allow."""
+def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
+    """One session: as many batches as the hospital asks for and its limits allow, answered or stored in its pool."""
+    hospital, inference = visit.hospital, config.inference
     try:
-        if model.normalisation is not None:
+        if model.normalisation is not None and visit.purpose == "diagnose":
             links.send_tensor(hospital, "normalisation", model.normalisation.tensor())
         domain = SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
-        agreed = config.inference.reveal, config.inference.batch_size
-        owner = GatedOwner(domain, hospital, DEALER, model.network, model.weights.inside_protocol(), *agreed)
-        with gate.session():
-            owner.gate = gate
-            owner.serve()
+        network, weights = model.network, model.weights.inside_protocol()
+        agreed = inference.reveal, inference.batch_size
+        with gate.session(), _pool(config, OwnerPool, MODEL_OWNER, hospital, visit) as pool:
+            if pool is not None and not pool.filling and not _fits(pool, model):
+                pool = None
+            Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate).serve()
     except RefusedError as error:
         links.send_object(hospital, _REFUSED, {"why": str(error)})
         raise
+
+
+def _fits(pool: OwnerPool, model: ServedModel) -> bool:
+    """Whether a hospital's pool was filled for this model. If not, it is served by the dealer, and the log says why."""
+    try:
+        pool.offer(model.network, model.weights.inside_protocol())
+    except PoolError as error:
+        log.warning("the dealer is asked: %s", error)
+        return False
+    return True
 
 
 def serve_model(config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None) -> None:
@@ -186,17 +198,20 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
     record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
 
-    def make_links(hospital: str, agreement: Agreement) -> Links:
-        usage.require(hospital)
-        return session_links(identity, config, hospital, agreement, serving.deadline, observer)
+    def make_links(visit: Visit, agreement: Agreement) -> Links:
+        if visit.purpose == "diagnose":
+            usage.require(visit.hospital)
+        elif config.site.pool is None:
+            raise RefusedError("this model owner keeps no pools", "ask it to set site.pool")
+        return session_links(identity, config, visit.hospital, agreement, serving.deadline, observer)
 
-    def serve(links: Links, hospital: str) -> None:
-        gate = Gate(hospital, turns, usage, links.require_all)
-        answer_hospital(config, model, links, hospital, gate, record)
+    def serve(links: Links, visit: Visit) -> None:
+        gate = Gate(visit, turns, usage, serving.pool_batches, links.require_all)
+        answer_hospital(config, model, links, visit, gate, record)
 
-    digest = service_digest(config)
+    digest, rate = service_digest(config), SessionRate(serving.sessions_per_minute)
     try:
-        with ServiceFront(identity, listen, digest, set(), serving.sessions, make_links, serve):
+        with ServiceFront(identity, listen, digest, set(), serving.sessions, rate, make_links, serve):
             notify("serving", 1, 1)
             until()
     finally:
@@ -213,14 +228,15 @@ def serve_correlations(
     require_servable(config)
     identity, listen = _identity(config, DEALER), _listen(config, DEALER)
 
-    def make_links(hospital: str, agreement: Agreement) -> Links:
-        return session_links(identity, config, hospital, agreement, config.runtime.receive_timeout, observer)
+    def make_links(visit: Visit, agreement: Agreement) -> Links:
+        return session_links(identity, config, visit.hospital, agreement, config.runtime.receive_timeout, observer)
 
-    def serve(links: Links, hospital: str) -> None:
-        deal(links, hospital, MODEL_OWNER)
+    def serve(links: Links, visit: Visit) -> None:
+        deal(links, visit.hospital, MODEL_OWNER)
 
     digest, sessions = service_digest(config), config.serving.sessions
-    with ServiceFront(identity, listen, digest, {MODEL_OWNER}, sessions, make_links, serve):
+    rate = SessionRate(config.serving.sessions_per_minute)
+    with ServiceFront(identity, listen, digest, {MODEL_OWNER}, sessions, rate, make_links, serve):
         notify("serving", 1, 1)
         until()
 
@@ -237,10 +253,10 @@ def hospital_in(directory: Path) -> str:
     return names[0]
 
 
-def links_to_service(config: Config, name: str, observer: Observer | None = None) -> Links:
-    """A new session of hospital `name`; enter the links to connect."""
+def links_to_service(config: Config, visit: Visit, observer: Observer | None = None) -> Links:
+    """A new session of a hospital; enter the links to connect."""
     require_servable(config)
-    agreement = Agreement(f"{name}/{secrets.token_hex(16)}", service_digest(config), TASK)
+    agreement, name = Agreement(visit.new_session(), service_digest(config), TASK), visit.hospital
     return session_links(_identity(config, name), config, name, agreement, config.runtime.receive_timeout, observer)
 
 
@@ -253,10 +269,12 @@ def ask_service(
     """
     found: list[Diagnosis] = []
     try:
-        with _explained(links):
+        with (
+            _explained(links),
+            _pool(config, HospitalPool, links.name, MODEL_OWNER, Visit(links.name)) as pool,
+        ):
             images = as_the_model_takes_them(config, images, links)
-            domain = SecretDomain(CrypTenRuntime(links, [links.name, MODEL_OWNER], None, 0), record)
-            hospital = Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal)
+            hospital = _hospital(config, links, record, pool)
             for diagnosis in diagnose_batches(config, images, hospital, notify):
                 found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
@@ -264,6 +282,24 @@ def ask_service(
             raise
         return found, error
     return found, None
+
+
+def fill_from_service(config: Config, links: Links, record: Record, notify: Notify) -> None:
+    """Store `inference.fill` batches in this hospital's pool and in the one that the model owner keeps for it.
+
+    Raises `RefusedError` when the model owner keeps no more (what was stored until then stays), `PoolError` when the two halves
+    do not belong together.
+    """
+    if config.site.pool is None:
+        raise ConfigError(f"{links.name} has no place for a pool", "set site.pool to a directory")
+    visit = Visit(links.name, "fill")
+    with _explained(links), _pool(config, HospitalPool, links.name, MODEL_OWNER, visit) as pool:
+        fill_with(config, _hospital(config, links, record, pool), notify)
+
+
+def _hospital(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
+    domain = SecretDomain(CrypTenRuntime(links, [links.name, MODEL_OWNER], None, 0), record)
+    return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
 
 
 class _explained:

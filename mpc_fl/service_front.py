@@ -1,6 +1,7 @@
 """One address for many sessions: a party that stays up admits a hospital's session, with links and a thread of its own.
 
-A session's name begins with its hospital's: 'hospital-2/<32 hex digits>', the digits fresh. Whoever dials greets with it;
+A session's name begins with its hospital's: 'hospital-2/<32 hex digits>', or 'hospital-2/fill-<32 hex digits>' where it fills
+the hospital's pool (`serving.Visit`); the digits are fresh. Whoever dials greets with it;
 the greeting is checked (certificate, signature, name, version, what is agreed on) before anything is set up, then passed to the
 session's links. So one port serves all, a session's keys are its own (fresh X25519 keys, bound to its name), and a session
 that fails ends alone: its links have its hospital as peer and no other.
@@ -22,7 +23,7 @@ from mpc_fl.frames import FrameReader
 from mpc_fl.grpc_streams import Conversation, StreamServer
 from mpc_fl.handshake import Agreement, check_greeting
 from mpc_fl.identity import Identity
-from mpc_fl.serving import hospital_of
+from mpc_fl.serving import SessionRate, Visit
 from mpc_fl.transport import Links, first_greeting
 
 log = logging.getLogger(__name__)
@@ -30,16 +31,17 @@ log = logging.getLogger(__name__)
 TASK = "serve"
 _LONGEST_GREETING = 30.0
 _STREAMS_PER_SESSION, _SPARE_STREAMS = 4, 16
+_PURPOSES = 2
 
-# The links of a new session, from its hospital and what its parties agree on; may raise `RefusedError`.
-MakeLinks = Callable[[str, Agreement], Links]
+# The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`.
+MakeLinks = Callable[[Visit, Agreement], Links]
 # What a session does, on its thread: with its links, for its hospital.
-Serve = Callable[[Links, str], object]
+Serve = Callable[[Links, Visit], object]
 
 
 @dataclass
 class _Session:
-    hospital: str
+    visit: Visit
     links: Links
     thread: threading.Thread
     ended: bool = False
@@ -48,8 +50,9 @@ class _Session:
 class ServiceFront:
     """Serves `listen` while the block lasts; at its end sessions that go on are told, and ended.
 
-    `partners` are the parties beside hospitals that may greet in a hospital's session. At most `sessions` at once, one of each
-    hospital. Raises `LinkError` when the address cannot be listened on.
+    `partners` are the parties beside hospitals that may greet in a hospital's session. At most `sessions` at once for
+    diagnoses and as many to fill pools, one of each hospital, as often as `rate` allows. Raises `LinkError` when the address
+    cannot be listened on.
     """
 
     def __init__(
@@ -59,16 +62,17 @@ class ServiceFront:
         digest: str,
         partners: set[str],
         sessions: int,
+        rate: SessionRate,
         make_links: MakeLinks,
         serve: Serve,
     ) -> None:
         self._identity, self._listen, self._digest, self._partners = identity, listen, digest, partners
-        self._most, self._make_links, self._serve = sessions, make_links, serve
+        self._most, self._rate, self._make_links, self._serve = sessions, rate, make_links, serve
         self._sessions: dict[str, _Session] = {}
         self._guard, self._closing = threading.Lock(), False
 
     def __enter__(self) -> ServiceFront:
-        streams = _STREAMS_PER_SESSION * self._most + _SPARE_STREAMS
+        streams = _STREAMS_PER_SESSION * _PURPOSES * self._most + _SPARE_STREAMS
         self._server = StreamServer(self._identity, self._listen, self._admit, streams, _LONGEST_GREETING)
         return self
 
@@ -89,48 +93,50 @@ class ServiceFront:
 
     def _admit(self, names: set[str], chunk: bytes) -> Conversation:
         greeting = first_greeting(FrameReader(), names, chunk)
-        name, hospital = greeting["name"], hospital_of(str(greeting.get("session")))
-        if hospital is None:
+        name, visit = greeting["name"], Visit.of_session(str(greeting.get("session")))
+        if visit is None:
             raise HandshakeError(f"{self._identity.name} serves: it takes no part in other runs")
-        if name != hospital and name not in self._partners:
-            raise HandshakeError(f"{name} takes no part in a session of {hospital}")
+        if name != visit.hospital and name not in self._partners:
+            raise HandshakeError(f"{name} takes no part in a session of {visit.hospital}")
         agreement = Agreement(greeting["session"], self._digest, TASK)
         check_greeting(greeting, name, self._identity, agreement)
         with self._guard:
-            session = self._sessions.get(agreement.session) or self._begin(hospital, agreement)
+            session = self._sessions.get(agreement.session) or self._begin(visit, agreement)
             if session.ended:
                 raise HandshakeError("this session has ended")
         return session.links.admit(names, chunk)
 
-    def _begin(self, hospital: str, agreement: Agreement) -> _Session:
+    def _begin(self, visit: Visit, agreement: Agreement) -> _Session:
         if self._closing:
             raise RefusedError(f"{self._identity.name} is being shut down", "come back later")
-        going_on = [session for session in self._sessions.values() if not session.ended]
-        if any(session.hospital == hospital for session in going_on):
-            raise RefusedError(f"{hospital} has a session already", "come back when it has ended")
-        if len(going_on) >= self._most:
-            raise RefusedError(f"{len(going_on)} hospitals are being served", "come back in a minute")
-        links = self._make_links(hospital, agreement)
+        going_on = [session.visit for session in self._sessions.values() if not session.ended]
+        alike = [other for other in going_on if other.purpose == visit.purpose]
+        if visit in alike:
+            raise RefusedError(f"a session of {visit} goes on already", "come back when it has ended")
+        if len(alike) >= self._most:
+            raise RefusedError(f"{len(alike)} hospitals are being served", "come back in a minute")
+        links = self._make_links(visit, agreement)
+        self._rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
         thread = threading.Thread(target=self._run, args=(agreement.session,), name=agreement.session, daemon=True)
-        self._sessions[agreement.session] = session = _Session(hospital, links, thread)
+        self._sessions[agreement.session] = session = _Session(visit, links, thread)
         thread.start()
         return session
 
     def _run(self, name: str) -> None:
         with self._guard:  # whoever began it has then put it on the list
             session = self._sessions[name]
-        log.info("a session of %s begins (%s)", session.hospital, name)
+        log.info("a session of %s begins (%s)", session.visit, name)
         try:
             with session.links:
                 try:
-                    self._serve(session.links, session.hospital)
+                    self._serve(session.links, session.visit)
                 finally:
                     session.ended = True  # before taking leave: the hospital may come back as soon as it knows
-            log.info("the session of %s has ended (%s)", session.hospital, name)
+            log.info("the session of %s has ended (%s)", session.visit, name)
         except MpcFlError as error:
-            log.warning("the session of %s ended (%s): %s", session.hospital, name, error)
+            log.warning("the session of %s ended (%s): %s", session.visit, name, error)
         except Exception as error:  # noqa: BLE001 - a defect in one session must not end others; its message could be secret
-            log.error("the session of %s ended (%s): unexpected %s", session.hospital, name, type(error).__name__)
+            log.error("the session of %s ended (%s): unexpected %s", session.visit, name, type(error).__name__)
         finally:
             with self._guard:
                 session.ended = True

@@ -1,12 +1,16 @@
 """What a standing model owner decides: whose batch is next, and how many images a hospital may ask about.
 
+A hospital may have two sessions at a time: one diagnoses, one fills its pool (`Visit`).
+
 `Rota` is round-robin over hospitals: of those that wait, the one whose last turn began longest ago is next, so no number of
-images or of new sessions gets a hospital more than its part. A turn is one batch, from its offline work to its answer. A
-turn that outlasts `patience` (its hospital hangs) no longer keeps others waiting; the session's own deadline ends it.
+images or of new sessions gets a hospital more than its part. A turn is one batch, from its offline work to its answer or to
+the disk; with `inference.at_once` as many batches as are answered together. A turn that outlasts `patience` (its hospital
+hangs) no longer keeps others waiting; the session's own deadline ends it.
 
 `UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
 offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
-Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through.
+Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
+when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
 
 `Rota` and `free_again` are pure; the caller keeps time.
 """
@@ -20,28 +24,45 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mpc_fl.config import Config
-from mpc_fl.errors import MpcFlError, RefusedError
+from mpc_fl.errors import MpcFlError, ProtocolError, RefusedError
 from mpc_fl.files import append_json_line, read_json_lines, written_whole
 
 USAGE_FILE = "usage.jsonl"
-_SESSION = re.compile(r"(hospital-(?:0|[1-9][0-9]{0,2}))/[0-9a-f]{32}")
+_SESSION = re.compile(r"(hospital-(?:0|[1-9][0-9]{0,2}))/(fill-)?[0-9a-f]{32}")
 _LOOK = 0.5  # seconds between looks at whether a waiting hospital is still there
 
 
 # ---- agreeing ----------------------------------------------------------------------------------------------------------
 
 
-def hospital_of(session: str) -> str | None:
-    """The hospital that a session's name says it is of; None when it is no session's name."""
-    found = _SESSION.fullmatch(session)
-    return found.group(1) if found else None
+@dataclass(frozen=True)
+class Visit:
+    """What a session is for: a hospital asks about images, or fills its pool. At most one of each at a time."""
+
+    hospital: str
+    purpose: Literal["diagnose", "fill"] = "diagnose"
+
+    def new_session(self) -> str:
+        """A fresh name of a session: 'hospital-2/<32 hex digits>', or 'hospital-2/fill-<32 hex digits>'."""
+        return f"{self.hospital}/{'fill-' if self.purpose == 'fill' else ''}{secrets.token_hex(16)}"
+
+    @classmethod
+    def of_session(cls, session: str) -> Visit | None:
+        """What a session's name says; None when it is no session's name."""
+        found = _SESSION.fullmatch(session)
+        return cls(found.group(1), "fill" if found.group(2) else "diagnose") if found else None
+
+    def __str__(self) -> str:
+        return self.hospital if self.purpose == "diagnose" else f"{self.hospital}, filling its pool"
 
 
 def service_digest(config: Config) -> str:
@@ -59,45 +80,51 @@ def service_digest(config: Config) -> str:
 
 
 class Rota:
-    """Turns of hospitals, at most `places` at once, not counting those that outlast `patience` seconds."""
+    """Turns of visits, at most `places` at once, not counting those that outlast `patience` seconds.
+
+    Two visits of one hospital share that hospital's part, turn about.
+    """
 
     def __init__(self, places: int, patience: float) -> None:
         self._places, self._patience = places, patience
-        self._waiting: dict[str, int] = {}  # when each came, in order
-        self._holding: dict[str, float] = {}
-        self._last: dict[
-            str, int
-        ] = {}  # number of each hospital's last turn; kept when it leaves, or leaving would pay
+        self._waiting: dict[Visit, int] = {}  # when each came, in order
+        self._holding: dict[Visit, float] = {}
+        # Number of the last turn, of each hospital and of each visit; kept when it leaves, or leaving would pay.
+        self._last: dict[str, int] = {}
+        self._last_of_visit: dict[Visit, int] = {}
         self._arrivals = self._turns = 0
 
     @property
-    def holding(self) -> set[str]:
+    def holding(self) -> set[Visit]:
         """Whose turn it is."""
         return set(self._holding)
 
-    def wait(self, hospital: str) -> None:
-        """`hospital` waits for a turn. Raises `ValueError` when it waits or has one."""
-        if hospital in self._waiting or hospital in self._holding:
-            raise ValueError(f"{hospital} waits for a turn or has one")
+    def wait(self, visit: Visit) -> None:
+        """`visit` waits for a turn. Raises `ValueError` when it waits or has one."""
+        if visit in self._waiting or visit in self._holding:
+            raise ValueError(f"{visit} waits for a turn or has one")
         self._arrivals += 1
-        self._waiting[hospital] = self._arrivals
+        self._waiting[visit] = self._arrivals
 
-    def leave(self, hospital: str) -> None:
+    def leave(self, visit: Visit) -> None:
         """Its turn is over, or it does not wait any more."""
-        self._waiting.pop(hospital, None)
-        self._holding.pop(hospital, None)
+        self._waiting.pop(visit, None)
+        self._holding.pop(visit, None)
 
-    def begin(self, now: float) -> list[str]:
+    def _place_in_line(self, visit: Visit) -> tuple[int, int, int]:
+        return self._last.get(visit.hospital, 0), self._last_of_visit.get(visit, 0), self._waiting[visit]
+
+    def begin(self, now: float) -> list[Visit]:
         """Those whose turn begins at `now`, in order."""
         began = []
         busy = sum(now - since < self._patience for since in self._holding.values())
         while self._waiting and busy < self._places:
-            hospital = min(self._waiting, key=lambda name: (self._last.get(name, 0), self._waiting[name]))
-            del self._waiting[hospital]
+            visit = min(self._waiting, key=self._place_in_line)
+            del self._waiting[visit]
             self._turns += 1
-            self._last[hospital] = self._turns
-            self._holding[hospital] = now
-            began.append(hospital)
+            self._last[visit.hospital] = self._last_of_visit[visit] = self._turns
+            self._holding[visit] = now
+            began.append(visit)
             busy += 1
         return began
 
@@ -109,29 +136,29 @@ class Turns:
         self._rota = Rota(places, patience)
         self._changed = threading.Condition()
 
-    def begin(self, hospital: str, check: Callable[[], None]) -> None:
+    def begin(self, visit: Visit, check: Callable[[], None]) -> None:
         """Wait for a turn; `check` is called meanwhile and raises when there is nobody to wait for."""
         with self._changed:
-            self._rota.wait(hospital)
+            self._rota.wait(visit)
             try:
                 while True:
                     if self._rota.begin(time.monotonic()):
                         self._changed.notify_all()
                     check()
-                    if hospital in self._rota.holding:
+                    if visit in self._rota.holding:
                         return
                     self._changed.wait(_LOOK)
             except BaseException:
-                self._leave(hospital)
+                self._leave(visit)
                 raise
 
-    def end(self, hospital: str) -> None:
+    def end(self, visit: Visit) -> None:
         """Its turn is over; no harm when it has none."""
         with self._changed:
-            self._leave(hospital)
+            self._leave(visit)
 
-    def _leave(self, hospital: str) -> None:
-        self._rota.leave(hospital)
+    def _leave(self, visit: Visit) -> None:
+        self._rota.leave(visit)
         self._changed.notify_all()
 
 
@@ -271,14 +298,48 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---- how many sessions -------------------------------------------------------------------------------------------------
+
+
+class SessionRate:
+    """At most `sessions` new sessions of each hospital within any 60 seconds, of both kinds together. Threads may share it.
+
+    Kept in memory: a session costs work, not knowledge, so nothing is lost with a restart.
+    """
+
+    def __init__(self, sessions: int, clock: Callable[[], float] = time.time) -> None:
+        self._limit, self._clock = Limit(sessions, 60.0, "a minute"), clock
+        self._begun: dict[str, list[Charge]] = {}
+        self._guard = threading.Lock()
+
+    def begin(self, hospital: str) -> None:
+        """A session of `hospital` begins. Raises `RefusedError`, which says when to come back; that costs nothing."""
+        with self._guard:
+            now = self._clock()
+            begun = [charge for charge in self._begun.get(hospital, []) if charge.time + self._limit.seconds > now]
+            again = free_again(self._limit, begun, 1, now)
+            if again is not None:
+                raise RefusedError(
+                    f"{hospital} may begin {self._limit.images} sessions in {self._limit.period}",
+                    f"come back at {_moment(again)}",
+                )
+            self._begun[hospital] = [*begun, Charge(now, 1)]
+
+
 # ---- one session's gate ------------------------------------------------------------------------------------------------
 
 
 class Gate:
-    """What `fast.sessions.Owner` asks before each batch of one hospital, and tells after it."""
+    """What `fast.sessions.Owner` asks before each batch of one session (`BatchGate`).
 
-    def __init__(self, hospital: str, turns: Turns, usage: UsageLedger, check: Callable[[], None]) -> None:
-        self._hospital, self._turns, self._usage, self._check = hospital, turns, usage, check
+    `check` raises when there is nobody to wait for any more; the model owner keeps `pool_batches` for each hospital.
+    """
+
+    def __init__(
+        self, visit: Visit, turns: Turns, usage: UsageLedger, pool_batches: int, check: Callable[[], None]
+    ) -> None:
+        self._visit, self._turns, self._usage, self._check = visit, turns, usage, check
+        self._pool_batches, self._has_turn = pool_batches, False
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Gate]:
@@ -286,14 +347,35 @@ class Gate:
         try:
             yield self
         finally:
-            self._turns.end(self._hospital)
+            self.end()
 
-    def begin(self, images: int) -> None:
-        """Wait for this hospital's turn and charge it. Raises `RefusedError`, or what `check` raises."""
-        self._usage.require(self._hospital, images)
-        self._turns.begin(self._hospital, self._check)
-        self._usage.charge(self._hospital, images)
+    def _take_turn(self) -> None:
+        if not self._has_turn:
+            self._turns.begin(self._visit, self._check)
+            self._has_turn = True
+
+    def begin(self, records: int) -> None:
+        """Wait for the turn unless it has begun, and charge. Raises `RefusedError`, `ProtocolError`, what `check` raises."""
+        if self._visit.purpose != "diagnose":
+            raise ProtocolError(
+                "the hospital asked for a diagnosis in a session that fills its pool", "begin another session"
+            )
+        self._usage.require(self._visit.hospital, records)
+        self._take_turn()
+        self._usage.charge(self._visit.hospital, records)
+
+    def store(self, stored: int) -> None:
+        """Wait for the turn before a batch is stored. Raises `RefusedError` when `stored` are enough, and as `begin`."""
+        if self._visit.purpose != "fill":
+            raise ProtocolError("the hospital filled its pool in a session that diagnoses", "begin another session")
+        if stored >= self._pool_batches:
+            raise RefusedError(
+                f"the model owner keeps {stored} batches for {self._visit.hospital}, no more than {self._pool_batches}",
+                "come back when some are used",
+            )
+        self._take_turn()
 
     def end(self) -> None:
-        """The batch has been answered."""
-        self._turns.end(self._hospital)
+        """What was begun has been answered, or stored."""
+        self._turns.end(self._visit)
+        self._has_turn = False

@@ -472,12 +472,12 @@ class Links:
             frame = peer.inbox[tag].popleft()
             if not peer.inbox[tag]:
                 del peer.inbox[tag]
-        traffic = self._counter.of(sender)
-        traffic.bytes_received += frame.size
-        traffic.messages_received += 1
-        if waited:
-            traffic.waits += 1
-            traffic.seconds_waited += time.monotonic() - began
+            traffic = self._counter.of(sender)
+            traffic.bytes_received += frame.size
+            traffic.messages_received += 1
+            if waited:
+                traffic.waits += 1
+                traffic.seconds_waited += time.monotonic() - began
         return frame
 
     def scoped(self, scope: str) -> Links:

@@ -25,7 +25,8 @@ from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.participants import Hospital, join, sum_rules
 from mpc_fl.privacy import PrivacyLedger
 from mpc_fl.quorum_sum import Missed, Rules, next_word
-from mpc_fl.service import ask_service, links_to_service
+from mpc_fl.service import ask_service, fill_from_service, links_to_service
+from mpc_fl.serving import Visit
 from mpc_fl.strategies import calibrate_own
 from mpc_fl.training_group import training_group
 from mpc_fl.transport import Observer
@@ -36,6 +37,8 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     """Take part in the configured task as hospital `rank`."""
     if config.task == "train":
         train(config, rank, notify, observer)
+    elif config.task == "serve" and config.inference.fill:
+        fill_from_server(config, f"hospital-{rank}", notify, observer)
     elif config.task == "serve":
         ask(config, f"hospital-{rank}", notify, observer)
     elif config.inference.fill:
@@ -140,7 +143,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
     images = load_images(config.site.images, config, config.inference.limit)
     require_supported(config)
     notify("load data", 1, 1)
-    links = links_to_service(config, name, observer)
+    links = links_to_service(config, Visit(name), observer)
     with links:
         notify("connect", 1, 1)
         results, refusal = ask_service(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
@@ -166,4 +169,15 @@ def fill(config: Config, notify: Notify, observer: Observer | None = None) -> No
     with links:
         notify("connect", 1, 1)
         fill_pool(config, links, OpeningRecord(out / "openings.jsonl", name), notify)
+    write_traffic(links, out)
+
+
+def fill_from_server(config: Config, name: str, notify: Notify, observer: Observer | None = None) -> None:
+    """The same with a model owner that stays up; raises `RefusedError` when it keeps no more for this hospital."""
+    out = site_directory(config)
+    require_supported(config)
+    links = links_to_service(config, Visit(name, "fill"), observer)
+    with links:
+        notify("connect", 1, 1)
+        fill_from_service(config, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_traffic(links, out)

@@ -223,6 +223,27 @@ def test_training_costs_what_was_estimated(runs: Runs) -> None:
 
 
 @pytest.mark.processes
+def test_inference_with_the_engine_fast_costs_what_was_estimated(runs: Runs, tmp_path: Path) -> None:
+    """Bytes follow from the network but for the widths of its values, which the trained model's ranges decide."""
+    config = runs.config.with_values(inference={"engine": "fast"})
+    expected = estimate_inference(config)
+    assert expected["comparisons"] > 0 and expected["multiplications"] > 0
+    site = {"model": str(runs.train / "model.safetensors"), "images": str(runs.train.parent / "images" / "ward")}
+    run = tmp_path / "fast"
+    infer(config.with_values(site=site), run, "test", lambda *_: None)
+    online = {
+        name: json.loads((run / "parties" / name / "traffic.json").read_text())["phases"]["online"]["peers"][other][
+            "bytes_sent"
+        ]
+        for name, other in (("hospital-0", "model-owner"), ("model-owner", "hospital-0"))
+    }
+    assert online["hospital-0"] == pytest.approx(expected["bytes_from_hospital"], rel=0.2, abs=60 * HEADER)
+    assert online["model-owner"] == pytest.approx(expected["bytes_from_model_owner"], rel=0.2, abs=60 * HEADER)
+    for name in ("hospital-0", "model-owner", "dealer"):
+        assert 0.5 < peak_memory(run, name) / expected["memory_bytes_per_party"] < 2
+
+
+@pytest.mark.processes
 def test_inference_costs_what_was_estimated(runs: Runs) -> None:
     config, run = runs.config, runs.infer
     expected = estimate_inference(config)

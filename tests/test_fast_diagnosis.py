@@ -64,9 +64,9 @@ def run(directory: Path, **inference: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("engine", ["fast", "reference"])
-def test_both_engines_give_the_plaintext_logits(engine: str, tmp_path: Path) -> None:
-    lines = run(tmp_path, engine=engine)
+@pytest.mark.parametrize("inference", [{"engine": "fast"}, {"engine": "fast", "at_once": 2}, {"engine": "reference"}])
+def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_path: Path) -> None:
+    lines = run(tmp_path, **inference)
     with torch.no_grad():
         plain = model_of(configuration())(records().inputs)
     assert float((torch.tensor([line["logits"] for line in lines]) - plain).abs().max()) < 0.02

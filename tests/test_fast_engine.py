@@ -187,9 +187,14 @@ def longest_chain(one: list[tuple[str, str]], other: list[tuple[str, str]]) -> i
 
 
 def session(
-    links: Links, make: Callable[[], tuple[Network, IntegerWeights]], batches: list[Any], reveal: str, directory: str
+    links: Links,
+    make: Callable[[], tuple[Network, IntegerWeights]],
+    batches: list[Any],
+    reveal: str,
+    directory: str,
+    together: bool = False,
 ) -> Session:
-    """One party: all batches prepared first, then evaluated."""
+    """One party: all batches prepared first, then evaluated one after the other or together."""
     seen = Session(received=RECEIVED)
     if links.name == "dealer":
         seen.evaluated = deal(links, HOSPITAL, OWNER)
@@ -199,16 +204,23 @@ def session(
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == OWNER:
         network, integers = make()
-        seen.evaluated = Owner(domain, HOSPITAL, "dealer", network, integers, reveal).serve()  # type: ignore[arg-type]
+        owner = Owner(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
+        seen.evaluated = owner.serve()
         seen.bytes_sent = links.traffic["online"][HOSPITAL].bytes_sent
         return seen
     hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
-    hospital.on_truncation = lambda name, share: seen.shares[-1].update({name: share.astype(np.int64)})
-    for records in batches:
-        hospital.prepare(len(records))
-    for records in batches:
-        seen.shares.append({})
-        seen.results.append(hospital.diagnose(torch.from_numpy(records)).numpy())
+    sizes = [len(records) for records in batches]  # of batches together each has its own: so shares are told apart
+
+    def note(name: str, share: np.ndarray) -> None:
+        seen.shares[sizes.index(len(share)) if together else -1].update({name: share.astype(np.int64)})
+
+    hospital.on_truncation = note
+    for size in sizes:
+        hospital.prepare(size)
+    for group in [batches] if together else [[records] for records in batches]:
+        seen.shares.extend({} for _ in group)
+        found = hospital.diagnose_together([torch.from_numpy(records) for records in group])
+        seen.results.extend(result.numpy() for result in found)
     with pytest.raises(SecrecyError, match="no correlated randomness"):
         hospital.diagnose(torch.from_numpy(batches[-1]))
     hospital.finish()
@@ -248,12 +260,12 @@ def calibrated() -> tuple[Network, IntegerWeights]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("make", [small, calibrated])
+@pytest.mark.parametrize(("make", "together"), [(small, False), (small, True), (calibrated, False)])
 def test_logits_equal_the_emulation_bit_for_bit(
-    make: Callable[[], tuple[Network, IntegerWeights]], tmp_path: Path
+    make: Callable[[], tuple[Network, IntegerWeights]], together: bool, tmp_path: Path
 ) -> None:
     batches = [images(3)[:2], images(3)[2:]]
-    got = run_parties(session, NAMES, tmp_path, make, batches, "logits", str(tmp_path))
+    got = run_parties(session, NAMES, tmp_path, make, batches, "logits", str(tmp_path), together)
     network, integers = make()
     emulator = Emulator(network, integers)
     hospital = got[HOSPITAL]
@@ -421,23 +433,25 @@ def test_corrections_in_one_buffer() -> None:
     assert owned.gates.left + owned.products.left == len(program.pieces)
 
 
-def refuse(links: Links, reveal: str, count: int) -> str:
-    """The owner agreed to logits and two records; whoever asks for more ends the session."""
+def refuse(links: Links, reveal: str, counts: list[int]) -> str:
+    """The owner agreed to logits, two records and two batches at once; whoever asks for more ends the session."""
     if links.name == "dealer":
         deal(links, HOSPITAL, OWNER)
     record = OpeningRecord(Path(os.devnull), links.name)
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == HOSPITAL:
-        Hospital(domain, OWNER, "dealer", reveal).prepare(count)  # type: ignore[arg-type]
-    Owner(domain, HOSPITAL, "dealer", *small(), largest_batch=2).serve()
+        hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+        for count in counts:
+            hospital.prepare(count)
+    Owner(domain, HOSPITAL, "dealer", *small(), largest_batch=2, at_once=2).serve()
     return "served"
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("reveal", "count"), [("label", 1), ("logits", 3)])
-def test_what_was_not_agreed_is_refused(reveal: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("reveal", "counts"), [("label", [1]), ("logits", [3]), ("logits", [1, 2, 1])])
+def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="ProtocolError: the hospital asked for a batch or result not agreed"):
-        run_parties(refuse, NAMES, tmp_path, reveal, count)
+        run_parties(refuse, NAMES, tmp_path, reveal, counts)
 
 
 def test_the_clients_product_share_is_masked() -> None:

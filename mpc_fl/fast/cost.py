@@ -63,6 +63,12 @@ def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     )
 
 
+def multiply_adds(network: Network) -> int:
+    """Multiplications of a secret activation with a secret weight in the linear layers, for one record."""
+    outputs = {layer.output: network.values[layer.output].elements for layer in network.linear_layers}
+    return sum(outputs[layer.output] * math.prod(layer.weight_shape[1:]) for layer in network.linear_layers)
+
+
 def _chain(network: Network, program: Program) -> Chain:
     """Walk the network as both parties do."""
     chain = Chain()

@@ -124,6 +124,11 @@ class _PartyPool:
         return len(self._common)
 
     @property
+    def stored(self) -> int:
+        """Batches on this party's disk."""
+        return len(self._agreed_pool().numbers)
+
+    @property
     def records(self) -> int:
         """Records per batch of this pool."""
         return self._agreed_pool().terms.records

@@ -5,27 +5,32 @@ Protocol, once:
 Per batch, offline, before the images are needed:
   2. C announces how many records come and what will be revealed, S repeats it to D
   3. D sends S its corrections; C draws its part and computes F * A (`correlations`)
-Per batch, online:
-  4. C begins with its encoded images, both evaluate the network on shares (`engine`)
-  5. the logits, or with reveal = "label" only the index of the largest, are opened to C alone (`opening.open_to`)
+Per group of prepared batches, online:
+  4. C begins with its encoded images, both evaluate the network on shares (`engine`), all batches of the group at once
+  5. the logits, or with reveal = "label" only the index of the largest, are opened to C alone (`opening.open_to`), in order
 
 Security. Semi-honest parties, D colludes with neither. To S everything it receives is uniform: E, masked openings,
 corrections. To C: F, masked openings, and the opened result. D receives the network and numbers of records. See the modules
 named for the arguments; the number and sizes of messages depend on public values alone.
 
 Steps 2 and 3 may have been done before: with a pool both parties take batches from their disks, see `party_pools`.
+
+Batches of a group share nothing: masks, tags of messages and threads are each one's own. While one of them waits for its peer
+or for the network, another computes or sends, so both parties are busy.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from mpc_fl.errors import ModelError, PoolError, ProtocolError, SecrecyError
+from mpc_fl.errors import ModelError, MpcFlError, PoolError, ProtocolError, SecrecyError
 from mpc_fl.fast.correlations import (
     ClientCorrelations,
     OwnerCorrelations,
@@ -40,6 +45,7 @@ from mpc_fl.fast.correlations import (
 from mpc_fl.fast.dealing import BATCH, MASK_SEED, NETWORK, READY, SEED, STEP, batch_from, correction_tag
 from mpc_fl.fast.emulation import encode
 from mpc_fl.fast.engine import (
+    ClientEvaluation,
     OnTruncation,
     aligned_elements,
     as_channels_last,
@@ -56,8 +62,41 @@ from mpc_fl.opening import SecretDomain, open_to
 from mpc_fl.ring import RingShare
 from mpc_fl.secrecy import Shared
 from mpc_fl.stream_cipher import Seed
+from mpc_fl.transport import Links
 
 _WEIGHTS = "masked weights"
+
+
+@dataclass(frozen=True, repr=False)
+class _ClientBatch:
+    """A batch prepared at C: asked for `records` records, made for `size`."""
+
+    number: int
+    records: int
+    size: int
+    correlations: ClientCorrelations
+
+
+@dataclass(frozen=True, repr=False)
+class _OwnerBatch:
+    """A batch prepared at S."""
+
+    number: int
+    records: int
+    correlations: OwnerCorrelations
+
+
+class BatchGate(Protocol):
+    """What S asks before it does work for its hospital; each may wait, or raise `RefusedError` to end the session."""
+
+    def begin(self, records: int) -> None:
+        """Before the offline work of a batch that will be evaluated, made by the dealer or from a pool."""
+
+    def end(self) -> None:
+        """All batches begun have been answered."""
+
+    def store(self, stored: int) -> None:
+        """Before one more batch is put into a pool that holds `stored`; `end` follows."""
 
 
 class Hospital:
@@ -87,7 +126,7 @@ class Hospital:
         if pool is None or not pool.meet(links, self.network, description.get(POOL)):
             self._receive_masked_weights()
         self._root = links.pairwise_seed(dealer, SEED) if dealer in links.peers else None
-        self._prepared: deque[tuple[int, int, int, ClientCorrelations]] = deque()
+        self._prepared: deque[_ClientBatch] = deque()
         self._announced = 0
         self.sequential_messages = 0
         self.on_truncation: OnTruncation | None = None
@@ -121,11 +160,11 @@ class Hospital:
             place, correlations = pool.take(self.network)
             number = FIRST_NUMBER + place.number
             links.send_object(self._owner, STEP, {"step": "take", **place.message()})
-            self._prepared.append((number, records, pool.records, correlations))
+            self._prepared.append(_ClientBatch(number, records, pool.records, correlations))
             links.receive_object(self._owner, READY)
             return
         number, _, correlations = self._made_by_dealer("prepare", records)
-        self._prepared.append((number, records, records, correlations))
+        self._prepared.append(_ClientBatch(number, records, records, correlations))
         links.receive_object(self._owner, READY)
 
     def _made_by_dealer(
@@ -156,8 +195,8 @@ class Hospital:
         for done in range(batches):
             place = pool.new_place()
             _, seed, correlations = self._made_by_dealer("fill", records, place)
+            links.receive_object(self._owner, READY)  # before it takes room here: S may refuse to keep more
             pool.put(place, self.network, seed, correlations)
-            links.receive_object(self._owner, READY)
             stored(done + 1)
 
     def diagnose(self, records: torch.Tensor) -> torch.Tensor:
@@ -165,32 +204,54 @@ class Hospital:
 
         Raises `SecrecyError` when no batch of this size is prepared, `HeadroomError` for records that do not fit.
         """
-        if not self._prepared or self._prepared[0][1] != len(records):
-            raise SecrecyError(f"no correlated randomness is prepared for a batch of {len(records)} records")
-        asked, size = self._prepared[0][1:3]
-        if size > asked:  # batches of a pool have one size
-            records = torch.cat([records, records.new_zeros(size - asked, *records.shape[1:])])
-        share = as_channels_last(encode(self.network, records).numpy().view(np.uint32))
-        number, _, _, correlations = self._prepared.popleft()
-        links = self._domain.runtime.links
+        return self.diagnose_together([records])[0]
+
+    def diagnose_together(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same for several batches, prepared in this order, that are evaluated at once."""
+        links, prepared = self._domain.runtime.links, list(self._prepared)[: len(batches)]
+        for place, records in enumerate(batches):
+            if place >= len(prepared) or prepared[place].records != len(records):
+                raise SecrecyError(f"no correlated randomness is prepared for a batch of {len(records)} records")
+        shares = [self._share_of_input(records, batch.size) for records, batch in zip(batches, prepared, strict=True)]
+        for _ in prepared:
+            self._prepared.popleft()
         links.set_phase("online")
-        links.send_object(self._owner, STEP, {"step": "evaluate", "number": number})
-        evaluation = client_evaluation(self.network, links, self._owner, number, correlations)
+        links.send_object(self._owner, STEP, {"step": "evaluate", "numbers": [batch.number for batch in prepared]})
+
+        def evaluation_of(batch: _ClientBatch, share: np.ndarray) -> Callable[[], np.ndarray]:
+            evaluation = client_evaluation(self.network, links, self._owner, batch.number, batch.correlations)
+            return lambda: self._evaluate(evaluation, share)
+
+        works = [evaluation_of(batch, share) for batch, share in zip(prepared, shares, strict=True)]
+        results = _at_once(works, links)
+        opened = [self._open(result)[: batch.records] for batch, result in zip(prepared, results, strict=True)]
+        links.set_phase("idle")
+        return opened
+
+    def _share_of_input(self, records: torch.Tensor, size: int) -> np.ndarray:
+        if size > len(records):  # batches of a pool have one size
+            records = torch.cat([records, records.new_zeros(size - len(records), *records.shape[1:])])
+        return as_channels_last(encode(self.network, records).numpy().view(np.uint32))
+
+    def _evaluate(self, evaluation: ClientEvaluation, share: np.ndarray) -> np.ndarray:
+        """Step 4."""
         evaluation.on_truncation = self.on_truncation
         result = evaluation.evaluate(share)
-        if self._reveal == "label":
-            opened = _open(
-                self._domain, evaluation.label_share(result), label_bits(self.network)[1], "label", links.name
-            )
-        else:
-            opened = _open(self._domain, result, self.network.values[self.network.output].bits, "logits", links.name)
-        assert opened is not None
+        result = evaluation.label_share(result) if self._reveal == "label" else result
         self.sequential_messages = evaluation.chain.length + 1
-        links.set_phase("idle")
-        opened = opened[:asked]
+        return result
+
+    def _open(self, result: np.ndarray) -> torch.Tensor:
+        """Step 5."""
+        output, me = self.network.values[self.network.output], self._domain.runtime.links.name
         if self._reveal == "label":
-            return opened.to(torch.int64) % (1 << label_bits(self.network)[1])
-        return opened * self.network.values[self.network.output].scale
+            bits = label_bits(self.network)[1]
+            label = _open(self._domain, result, bits, "label", me)
+            assert label is not None
+            return label.to(torch.int64) % (1 << bits)
+        logits = _open(self._domain, result, output.bits, "logits", me)
+        assert logits is not None
+        return logits * output.scale
 
     def finish(self) -> None:
         """Tell the others that no batch follows. Batches prepared and not used are dropped."""
@@ -198,7 +259,10 @@ class Hospital:
 
 
 class Owner:
-    """S's side of a session: the weights stay here. It agrees to nothing but `reveal` and batches of `largest_batch`."""
+    """S's side of a session: the weights stay here.
+
+    It agrees to nothing but `reveal`, batches of `largest_batch`, and `at_once` prepared ones; `gate` is asked before each.
+    """
 
     def __init__(
         self,
@@ -210,8 +274,10 @@ class Owner:
         reveal: Reveal = "logits",
         largest_batch: int = 64,
         pool: OwnerPool | None = None,
+        at_once: int = 1,
+        gate: BatchGate | None = None,
     ) -> None:
-        self._reveal, self._largest_batch = reveal, largest_batch
+        self._reveal, self._largest_batch, self._at_once, self._gate = reveal, largest_batch, at_once, gate
         self._domain, self._hospital, self._dealer, self.network = domain, hospital, dealer, network
         self.on_truncation: OnTruncation | None = None
         for layer in network.linear_layers:
@@ -235,7 +301,7 @@ class Owner:
             if pool is not None and pool.filling:
                 pool.keep(links, network, integers, mask_seed)
         self._weights, self._biases = linear_maps(network, integers.weights), integers.biases
-        self._prepared: deque[tuple[int, int, Reveal, OwnerCorrelations]] = deque()
+        self._prepared: deque[_OwnerBatch] = deque()
         self._announced = 0
         self._warm: set[int] = set()
 
@@ -265,41 +331,54 @@ class Owner:
                     self._take(self._pool, Place.from_message(message))
                 case "fill" if self._pool is not None and self._pool.filling:
                     self._fill(self._pool, message)
-                case "evaluate" if self._prepared and message.get("number") == self._prepared[0][0]:
-                    self._evaluate(*self._prepared.popleft())
-                    evaluated += 1
+                case "evaluate":
+                    evaluated += self._evaluate(message.get("numbers"))
                 case "finish":
                     batch_from(message, self._announced)
                     if self._dealer in links.peers:
                         links.send_object(self._dealer, BATCH, message)
                     return evaluated
                 case _:
-                    raise ProtocolError(
-                        "the hospital asked for a batch not prepared", "run the same version everywhere"
-                    )
+                    raise ProtocolError("the hospital asked for what was not agreed", "run the same version everywhere")
+
+    def _begin(self, records: Any) -> None:
+        """A batch that will be evaluated: within what was agreed, and the gate lets it pass."""
+        if type(records) is not int or not 1 <= records <= self._largest_batch or len(self._prepared) >= self._at_once:
+            raise ProtocolError(
+                "the hospital asked for a batch or result not agreed, or for too many at once",
+                "check inference.batch_size and inference.at_once",
+            )
+        if self._gate is not None:
+            self._gate.begin(records)
 
     def _prepare(self, message: dict[str, Any]) -> None:
         """Steps 2 and 3."""
-        number, records, reveal, program, seed, corrections = self._made_by_dealer(message)
-        self._keep_ready(number, records, reveal, program, owner_correlations(program, seed, corrections))
+        self._begin(message.get("records"))
+        number, records, program, seed, corrections = self._made_by_dealer(message)
+        self._keep_ready(number, records, program, owner_correlations(program, seed, corrections))
 
     def _take(self, pool: OwnerPool, place: Place) -> None:
         """The same from the pool."""
+        self._begin(pool.records)
         self._domain.runtime.links.set_phase("offline")
         correlations = pool.take(self.network, place)
         program = program_of(self.network, pool.records, self._reveal)
-        self._keep_ready(FIRST_NUMBER + place.number, pool.records, self._reveal, program, correlations)
+        self._keep_ready(FIRST_NUMBER + place.number, pool.records, program, correlations)
 
     def _fill(self, pool: OwnerPool, message: dict[str, Any]) -> None:
         """Store a batch in the pool."""
-        number, records, _, _, seed, corrections = self._made_by_dealer(message)
+        if self._gate is not None:
+            self._gate.store(pool.stored)
+        number, records, _, seed, corrections = self._made_by_dealer(message)
         if records != pool.records:
             raise ProtocolError("the hospital fills batches of another size", "give both one configuration")
         pool.put(Place.from_message(message), self.network, seed, corrections)
+        if self._gate is not None:
+            self._gate.end()
         self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
 
-    def _made_by_dealer(self, message: dict[str, Any]) -> tuple[int, int, Reveal, Program, Seed, dict[str, np.ndarray]]:
-        """Number, size, what is revealed, pieces, own seed and corrections of a batch that the hospital announced."""
+    def _made_by_dealer(self, message: dict[str, Any]) -> tuple[int, int, Program, Seed, dict[str, np.ndarray]]:
+        """Number, size, pieces, own seed and corrections of a batch that the hospital announced."""
         links = self._domain.runtime.links
         links.set_phase("offline")
         number = self._announced
@@ -319,13 +398,11 @@ class Owner:
             ).numpy()
             for name, piece in program.pieces.items()
         }
-        return number, records, reveal, program, self._root.derive("batch", number), corrections
+        return number, records, program, self._root.derive("batch", number), corrections
 
-    def _keep_ready(
-        self, number: int, records: int, reveal: Reveal, program: Program, correlations: OwnerCorrelations
-    ) -> None:
+    def _keep_ready(self, number: int, records: int, program: Program, correlations: OwnerCorrelations) -> None:
         """For the hospital to evaluate."""
-        self._prepared.append((number, records, reveal, correlations))
+        self._prepared.append(_OwnerBatch(number, records, correlations))
         if records not in self._warm:  # the fastest way of each convolution is measured now, not while an image waits
             self._warm.add(records)
             for name, piece in program.pieces.items():
@@ -333,20 +410,55 @@ class Owner:
                     self._weights[name](torch.zeros(program.masks[piece.value], dtype=torch.int32))
         self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
 
-    def _evaluate(self, number: int, records: int, reveal: Reveal, correlations: OwnerCorrelations) -> None:
-        """Steps 4 and 5."""
+    def _evaluate(self, numbers: Any) -> int:
+        """Steps 4 and 5 for the prepared batches of these numbers; returns how many."""
+        batches = list(self._prepared)[: len(numbers) if isinstance(numbers, list) else 0]
+        if not batches or [batch.number for batch in batches] != numbers:
+            raise ProtocolError("the hospital asked for a batch not prepared", "run the same version everywhere")
+        for _ in batches:
+            self._prepared.popleft()
         links = self._domain.runtime.links
         links.set_phase("online")
-        evaluation = owner_evaluation(
-            self.network, links, self._hospital, number, correlations, self._weights, self._biases
-        )
-        evaluation.on_truncation = self.on_truncation
-        result = evaluation.evaluate(empty_share(self.network, records))
-        if reveal == "label":
-            _open(self._domain, evaluation.label_share(result), label_bits(self.network)[1], "label", self._hospital)
-        else:
-            _open(self._domain, result, self.network.values[self.network.output].bits, "logits", self._hospital)
+        output = self.network.values[self.network.output]
+
+        def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:
+            evaluation = owner_evaluation(
+                self.network, links, self._hospital, batch.number, batch.correlations, self._weights, self._biases
+            )
+            evaluation.on_truncation = self.on_truncation
+            share = empty_share(self.network, batch.records)
+            if self._reveal == "label":
+                return lambda: evaluation.label_share(evaluation.evaluate(share))
+            return lambda: evaluation.evaluate(share)
+
+        for result in _at_once([evaluation_of(batch) for batch in batches], links):
+            if self._reveal == "label":
+                _open(self._domain, result, label_bits(self.network)[1], "label", self._hospital)
+            else:
+                _open(self._domain, result, output.bits, "logits", self._hospital)
+        if self._gate is not None and not self._prepared:
+            self._gate.end()
         links.set_phase("idle")
+        return len(batches)
+
+
+def _at_once(works: Sequence[Callable[[], np.ndarray]], links: Links) -> list[np.ndarray]:
+    """The results of all, each on a thread of its own; the first failure ends the waits of the others and is raised."""
+    if len(works) == 1:
+        return [works[0]()]
+
+    def run(work: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return work()
+        except MpcFlError as error:
+            links.interrupt(error)
+            raise
+        except Exception as error:
+            links.interrupt(MpcFlError(f"an evaluation failed with {type(error).__name__}"))
+            raise
+
+    with ThreadPoolExecutor(len(works)) as threads:
+        return list(threads.map(run, works))
 
 
 def _open(domain: SecretDomain, share: np.ndarray, bits: int, what: str, hospital: str) -> torch.Tensor | None:
