@@ -212,7 +212,7 @@ def trained_network(options: argparse.Namespace, config: Config) -> list[dict[st
     return results
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class XRays(Job):
     """The trained network and test X-rays, read from `data` and `cache` by every process."""
 
@@ -237,7 +237,14 @@ def over_the_protocol(options: argparse.Namespace) -> dict[str, Any]:
     """Encrypted against plaintext diagnoses, in a real session of three processes."""
     count = options.images - options.images % options.batch
     job = XRays(
-        "resnet18", SIZE, options.batch, 0, options.data, options.cache, count, options.calibration_images
+        "resnet18",
+        SIZE,
+        options.batch,
+        0,
+        data=options.data,
+        cache=options.cache,
+        count=count,
+        calibration_count=options.calibration_images,
     )
     expected = float_logits(job.network(), job.images())  # trains first if need be
     parties = run_parties(fast_party, PARTIES, job)

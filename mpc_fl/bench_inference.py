@@ -32,7 +32,8 @@ from mpc_fl.config import Config
 from mpc_fl.crypten_runtime import CrypTenRuntime
 from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.dealing import deal
-from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.fast.owner_session import Owner
+from mpc_fl.fast.sessions import Hospital
 from mpc_fl.identity import load_identity
 from mpc_fl.launcher import local_addresses
 from mpc_fl.memory import peak_memory

@@ -21,9 +21,9 @@ from mpc_fl.config import Config
 from mpc_fl.diagnosis import public_graph, requests_of
 from mpc_fl.errors import ModelError
 from mpc_fl.evaluation import evaluation_length
-from mpc_fl.feature_statistics import plan_features
 from mpc_fl.fast.calibration import calibrate
 from mpc_fl.fast.cost import cost_of, multiply_adds
+from mpc_fl.feature_statistics import plan_features
 from mpc_fl.federation import EVALUATION_CHUNK
 from mpc_fl.inference import cost
 from mpc_fl.models import build_model, flatten_parameters, shared_coordinates

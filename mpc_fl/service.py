@@ -40,9 +40,10 @@ from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, PoolError, 
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import Network
+from mpc_fl.fast.owner_session import Owner
 from mpc_fl.fast.party_pools import HospitalPool, OwnerPool
 from mpc_fl.fast.pool import Purpose
-from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.fast.sessions import Hospital
 from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.federation import Notify
 from mpc_fl.handshake import Agreement

@@ -330,7 +330,7 @@ class SessionRate:
 
 
 class Gate:
-    """What `fast.sessions.Owner` asks before each batch of one session (`BatchGate`).
+    """What `fast.owner_session.Owner` asks before each batch of one session (`BatchGate`).
 
     `check` raises when there is nobody to wait for any more; the model owner keeps `pool_batches` for each hospital.
     """

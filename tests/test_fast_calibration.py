@@ -206,9 +206,9 @@ def test_a_layer_that_cannot_fit_is_named() -> None:
         calibrate(linear_network(300), torch.ones(2, 3, 4, 4), Precision(8, gate_bits=14))
     with pytest.raises(HeadroomError, match="layer '0' is not finite"):
         calibrate(linear_network(3e38), torch.full((2, 3, 4, 4), 3e38))
-    # Range taken up by a bias of 4000: the weights of 1e-4 would have no bits left.
+    # Range taken up by a bias of 4000: the weights of 1e-6 would have no bits left.
     with pytest.raises(HeadroomError, match="layer '0' leaves its weights too few bits"):
-        calibrate(linear_network(1e-4, bias=4000.0), torch.ones(2, 3, 4, 4), Precision(6))
+        calibrate(linear_network(1e-6, bias=4000.0), torch.ones(2, 3, 4, 4), Precision(6))
     calibrate(linear_network(300), torch.ones(2, 3, 4, 4), Precision(6))
 
 

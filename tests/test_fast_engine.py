@@ -50,7 +50,8 @@ from mpc_fl.fast.network import (
     Value,
 )
 from mpc_fl.fast.network_messages import describe, network_from
-from mpc_fl.fast.sessions import Hospital, Owner
+from mpc_fl.fast.owner_session import Owner
+from mpc_fl.fast.sessions import Hospital
 from mpc_fl.frames import Frame, Kind
 from mpc_fl.opening import OpeningRecord, SecretDomain
 from mpc_fl.stream_cipher import Seed

@@ -305,7 +305,7 @@ class Service:
         ports = free_ports(2)
         addresses = {"model-owner": f"127.0.0.1:{ports[0]}", "dealer": f"127.0.0.1:{ports[1]}"}
         self.config = configuration().with_values(serving=serving, federation={"addresses": addresses})
-        self.servers = []
+        self.servers, self.asking = [], list[Any]()
         for name in addresses:
             site = {"model": str(directory / "model.safetensors"), "out": str(directory / name)}
             site |= {} if pools is None else {"pool": str(pools / "served")}
@@ -331,6 +331,7 @@ class Service:
             target=_asking_party, args=(name, values, self.told, barrier, trigger, self.before), name=name
         )
         process.start()
+        self.asking.append(process)
         return process
 
     def ask(self, name: str, images: int, out: str) -> tuple[str, list[dict[str, Any]]]:
@@ -408,6 +409,8 @@ def service(directory: Path) -> Iterator[Callable[..., Service]]:
         (directory / "model-owner" / name).unlink(missing_ok=True)
     yield start
     for item in started:
+        for process in item.asking:
+            process.kill()  # one that was stopped would keep a test that failed
         item.end(signal.SIGKILL)
 
 

@@ -31,7 +31,8 @@ from mpc_fl.errors import HeadroomError
 from mpc_fl.fast.float_graph import evaluate, prepare
 from mpc_fl.fast.lowering import IntegerWeights, Limit, lower
 from mpc_fl.fast.network import Network
-from mpc_fl.fast.scales import Precision, Seen
+from mpc_fl.fast.scales import WEIGHTED, Precision, Seen
+from mpc_fl.fast.weight_rounding import InputsSum
 from mpc_fl.secrecy import Private
 
 _EULER = 0.5772156649015329
@@ -168,22 +169,25 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
         raise HeadroomError("calibration needs at least one record", "pass images of the model owner or public ones")
     paths = {operation.name: operation.path for operation in graph.operations}
     found: dict[str, list[torch.Tensor]] = defaultdict(list)
-    squares: dict[str, float] = defaultdict(float)
     shapes: dict[str, tuple[int, ...]] = {}
+    inputs = {each.name: InputsSum(each, len(records)) for each in graph.operations if each.kind in WEIGHTED}
+    readers: dict[str, list[InputsSum]] = defaultdict(list)
+    for each in inputs.values():
+        readers[each.operation.inputs[0]].append(each)
     for _, name, value in _batches(graph, records):
         shapes[name] = tuple(value.shape[1:])
         found[name].append(_magnitudes(value))
-        squares[name] += (
-            float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 / value[0].numel() / len(records)
-        )
-        if not math.isfinite(squares[name]):
+        if not bool(found[name][-1].isfinite().all()):
             raise HeadroomError(f"layer '{paths.get(name, name)}' is not finite on calibration data", "check the model")
+        for reader in readers[name]:
+            reader.add(value)
     largest = {name: float(torch.cat(parts).max()) for name, parts in found.items()}
     for _, name, value in _batches(graph, stress_records(records)):
         stressed = float(_magnitudes(value).max()) * precision.stress_safety / precision.safety
         largest[name] = max(largest[name], stressed)
-    seen = {name: Seen(shapes[name], largest[name], math.sqrt(squares[name])) for name in shapes}
-    network, weights, limits = lower(graph, seen, precision)
+    seen = {name: Seen(shapes[name], largest[name]) for name in shapes}
+    statistics = {name: each.result() for name, each in inputs.items()}
+    network, weights, limits = lower(graph, seen, statistics, precision)
     ranges = tuple(Range(each.path, each.limit, torch.cat(found[each.operation])) for each in limits)
     secret = Private("integer weights", weights), Private("network", graph)
     return Calibration(network, secret[0], precision, ranges, secret[1], limits)

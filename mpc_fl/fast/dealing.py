@@ -19,6 +19,7 @@ from mpc_fl.transport import Links
 
 SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
 NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
+WEIGHTS = "masked weights"
 _LARGEST_BATCH = 1024
 
 

@@ -1,8 +1,8 @@
 """From a float network with its plan of scales to the integer network of `network` and the owner's integer weights.
 
 Operations are translated in order, each into the forms that its readers need (`scales`). A convolution's weights are
-rounded at the exponent that its result shall have less that of its input. They keep within two signed bytes, the fastest
-for `integer_linear`, unless fewer than 12 fractional bits would remain. BatchNorm that could not be folded
+rounded (`weight_rounding`) at the exponent that its result shall have less that of its input. They keep within two signed
+bytes, the fastest for `integer_linear`, unless fewer than 12 fractional bits would remain. BatchNorm that could not be folded
 is a depthwise 1 x 1 convolution. At the end a truncation moves into the layer before it where that has no other reader.
 """
 
@@ -13,13 +13,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mpc_fl.encrypted_graph import Operation, Trace
 from mpc_fl.errors import HeadroomError
-from mpc_fl.fast.float_graph import affine
 from mpc_fl.fast.network import (
     RING_BITS,
     Add,
@@ -47,9 +45,11 @@ from mpc_fl.fast.scales import (
     odd_part,
     two_byte_fraction,
 )
+from mpc_fl.fast.weight_rounding import Inputs, as_convolution, rounded
 
 _FRACTION = 12  # fractional bits that weights get even if they take a third byte
-_LEAST_WEIGHT = 64  # what the largest integer weight of a layer must reach
+_WIDTHS = ((16, TWO_BYTES), (24, (1 << 23) - 1), (RING_BITS, (1 << 31) - 1))
+_LEAST_WEIGHT = 32  # what the largest integer weight of a layer must reach
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,14 +70,14 @@ class Limit:
 
 
 def lower(
-    graph: Trace, seen: Mapping[str, Seen], precision: Precision
+    graph: Trace, seen: Mapping[str, Seen], inputs: Mapping[str, Inputs], precision: Precision
 ) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
     """The integer network, its weights, and the range of every truncated value.
 
-    `seen` is keyed by operation and input. Raises `HeadroomError` naming a layer whose range leaves too few bits,
-    `UnsupportedLayerError` for one that integers cannot express.
+    `seen` is keyed by operation and input, `inputs` by operation with weights. Raises `HeadroomError` naming a layer whose range
+    leaves too few bits, `UnsupportedLayerError` for one that integers cannot express.
     """
-    return _Lowering(Plan(graph, seen, precision)).run()
+    return _Lowering(Plan(graph, seen, inputs, precision)).run()
 
 
 class _Lowering:
@@ -198,42 +198,38 @@ class _Lowering:
         name, path, output = operation.name, operation.path, f"{operation.name}.sum"
         source, scale = self._form(operation.inputs[0], "wide")
         shape = self.plan.seen[operation.inputs[0]].shape
-        if operation.kind == "Affine":
-            weight, bias = affine(operation, shape[0])
-            weight = weight.reshape(-1, 1, 1, 1)
-        else:
-            weight = operation.tensors["weight"]
-            bias = operation.tensors.get("bias", torch.zeros(len(weight)))
-        integers, exponent, bits = self._rounded(operation, weight, scale)
+        weight, bias, geometry = as_convolution(operation, shape[0])
+        integers, correction, exponent, bits = self._rounded(operation, weight, scale)
         result, flat = Scale(exponent), operation.kind == "Affine" and len(shape) == 1
         if flat:  # as an image of one pixel
             inside = Flatten(path, (source,), f"{name}.pixel")
             source = self._append(name, inside, RING_BITS, scale, (*shape, 1, 1))
             output = f"{name}.channels"
         if operation.kind == "Linear":
-            layer: Layer = Linear(path, (source,), output, 0, (weight.shape[0], weight.shape[1]), bits)
+            layer: Linear | Convolution = Linear(path, (source,), output, 0, (weight.shape[0], weight.shape[1]), bits)
         else:
-            options: dict[str, Any] = {"groups": len(weight)}
-            if operation.kind == "Conv2d":
-                options = {key: operation.options[key] for key in ("stride", "padding", "dilation", "groups")}
-            layer = Convolution(path, (source,), output, 0, (*weight.shape[:2], *weight.shape[2:4]), **options)
-            layer = dataclasses.replace(layer, weight_bits=bits)
-        self.weights[output] = integers.to(torch.int32)
-        self.biases[output] = torch.round(bias.double() * 2.0**exponent).to(torch.int64).to(torch.int32)
+            outputs, inputs, height, width = weight.shape
+            layer = Convolution(path, (source,), output, 0, (outputs, inputs, height, width), *geometry, bits)
+        self.weights[output] = integers.reshape(layer.weight_shape).to(torch.int32)
+        # A unit of weights times the real input is this much of the result.
+        units = bias.double() * 2.0**exponent + correction / scale.value
+        self.biases[output] = torch.round(units).to(torch.int64).to(torch.int32)
         self._append(name, layer, RING_BITS, result, (*shape, 1, 1) if flat else None)
         if flat:
             output = self._append(name, Flatten(path, (output,), f"{name}.sum"), RING_BITS, result)
         return output, result
 
-    def _rounded(self, operation: Operation, weight: torch.Tensor, scale: Scale) -> tuple[torch.Tensor, int, int]:
-        """Integer weights (int64), the exponent of the result, and the public width of the weights."""
+    def _rounded(
+        self, operation: Operation, weight: torch.Tensor, scale: Scale
+    ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """Integer weights (int64), what they leave to the bias, the exponent of the result, the public width of weights."""
         precision = self.plan.precision
         magnitude = float(weight.abs().max()) or 1.0
         before = scale.exponent + math.log2(scale.divisor)  # a weight w becomes round(w 2^(exponent - before))
         fraction = precision.weight_bits or max(_FRACTION, two_byte_fraction(weight))
         exponent = min(self.plan.targets[operation.name], math.floor(before + fraction))
-        integers = torch.round(weight.double() * 2.0**exponent * scale.value).to(torch.int64)
-        largest = int(integers.abs().max())
+        real = weight.double() * 2.0**exponent * scale.value
+        largest = int(real.round().abs().max())
         if largest < _LEAST_WEIGHT and bool(weight.any()):
             raise HeadroomError(
                 f"layer '{operation.path}' leaves its weights too few bits: its largest result is "
@@ -242,7 +238,9 @@ class _Lowering:
             )
         if largest >= 1 << 31:
             raise HeadroomError(f"layer '{operation.path}' has weights beyond 32 bits", "normalise that layer")
-        return integers, exponent, 16 if largest <= TWO_BYTES else 24 if largest < 1 << 23 else RING_BITS
+        width, most = next((width, most) for width, most in _WIDTHS if largest <= most)
+        integers, correction = rounded(real, self.plan.inputs[operation.name], most)
+        return integers, correction, exponent, width
 
     def _addition(self, operation: Operation) -> tuple[str, Scale]:
         sources = [self._form(name, "sum") for name in operation.inputs]

@@ -11,11 +11,11 @@ reshaping connect form a group with one scale and one headroom: H = ceil(log2(sa
 differences are compared. A gate of 1 + H + e bits then holds values `safety` times as large as any seen.
 
 Before the truncation the exponent is R = 31 - H, so all 32 bits are used, and an input with F fractional bits leaves R - F to
-the weights. Rounding weights w disturbs the result by 2^(F - R) / sqrt(12) x, rounding activations x at random by 2^-F / sqrt(6)
-w; they are equal where 2 F = R + log2(sqrt(2) w / x), with root mean squares for w and x. So F is the mean of this over the
-layers that read a value, no more than `activation_bits`, and no less than keeps weights within two bytes. An average of n
-elements adds log2(n) bits to F and divides the second error by sqrt(n). (Measured in docs/fast_arithmetic.md: 2 to 4 times
-smaller errors than 12 + 12 bits.)
+the weights. Rounding weights w disturbs the result by 2^(F - R) / sqrt(12) x, rounding activations at random by 2^-F / sqrt(6)
+w; they are equal where 2 F = R + log2(sqrt(2) w / x), w the root mean square of weights, x that of activations less what
+`weight_rounding` makes up for. So F is the mean of this over the layers that read a value, no more than `activation_bits`, and
+no less than keeps weights within two bytes. An average of n elements adds log2(n) bits to F and divides the second error by
+sqrt(n). (Measured in docs/fast_arithmetic.md: 2 to 4 times smaller errors than 12 + 12 bits.)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from mpc_fl.encrypted_graph import Operation, Trace
 from mpc_fl.errors import HeadroomError, UnsupportedLayerError
 from mpc_fl.fast.network import NARROWEST, WIDEST_GATE
+from mpc_fl.fast.weight_rounding import Inputs
 
 AVERAGES = ("AvgPool2d", "AdaptiveAvgPool2d", "Mean")
 MAX_POOLS = ("MaxPool2d", "AdaptiveMaxPool2d")
@@ -37,6 +38,10 @@ SAME_SCALE = ("ReLU", "Hardtanh", "Concat", "Flatten", "Reshape", *MAX_POOLS)
 WEIGHTED = ("Conv2d", "Linear", "Affine")
 TWO_BYTES = 32639  # 127 * 256 + 127
 _LEAST_FRACTION = 4
+# Rounding of activations is fresh in every pixel and averages out on the way to the logits, that of weights (and of the input,
+# whose neighbours are alike) does not. Measured in docs/fast_arithmetic.md.
+_SYSTEMATIC = 2.0
+_SMALL_WEIGHT = 32  # what the largest integer weight of a layer should reach
 _SMALLEST = 2.0**-16  # a layer that was never larger is treated as if it had been
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
@@ -66,11 +71,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Seen:
-    """What calibration saw of a value: shape of one record, magnitude to make room for, and its root mean square."""
+    """What calibration saw of a value: shape of one record, and the magnitude to make room for."""
 
     shape: tuple[int, ...]
     largest: float
-    typical: float
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,10 @@ class Plan:
     common scale.
     """
 
-    def __init__(self, graph: Trace, seen: Mapping[str, Seen], precision: Precision) -> None:
-        self.graph, self.seen, self.precision = graph, seen, precision
+    def __init__(
+        self, graph: Trace, seen: Mapping[str, Seen], inputs: Mapping[str, Inputs], precision: Precision
+    ) -> None:
+        self.graph, self.seen, self.inputs, self.precision = graph, seen, inputs, precision
         self.operations = {operation.name: operation for operation in graph.operations}
         self.users: dict[str, list[Operation]] = defaultdict(list)
         for operation in graph.operations:
@@ -225,7 +231,9 @@ class Plan:
         balanced = self._balanced(group)
         wanted = self.precision.activation_bits + small - self._gain(group)
         if balanced is not None and self.precision.weight_bits is None:
-            wanted = min(self.precision.activation_bits + small, max(least, balanced))
+            # A value that is never compared, like the input, takes what the balance gives: no gate has to hold it.
+            most = self.precision.activation_bits + small if group.truncated else balanced
+            wanted = min(most, max(least, balanced))
         group.exponent = wanted - max(0, math.ceil(math.log2(group.divisor)) - 1)
         if not group.truncated:
             return
@@ -242,27 +250,32 @@ class Plan:
 
     def _balanced(self, group: Group) -> int | None:
         """Fractional bits for which weights and activations disturb the results of all readers alike."""
-        bits = []
-        for reader, source, window in self._weighted_readers(group):
+        bits, most = [], []
+        for reader, window in self._weighted_readers(group):
             if "weight" in reader.tensors:
                 weight = reader.tensors["weight"].double()
                 typical = max(float(weight.square().mean().sqrt()), _SMALLEST)
-                ratio = math.sqrt(2 * window) * typical / max(self.seen[source].typical, _SMALLEST)
+                peak = max(float(weight.abs().max()), _SMALLEST)
+                effective = self.inputs[reader.name].effective
+                if self.graph.input not in group.members:
+                    effective *= _SYSTEMATIC
+                ratio = math.sqrt(2 * window) * typical / max(effective, _SMALLEST)
                 target = self.targets[reader.name]
                 # Weights in two bytes have no use for more.
                 useful = target - two_byte_fraction(weight)
                 bits.append(max((target + math.log2(ratio)) / 2, useful) - math.log2(window))
-        return round(sum(bits) / len(bits)) if bits else None
+                most.append(target + math.log2(peak / _SMALL_WEIGHT) - math.log2(window))
+        return min(round(sum(bits) / len(bits)), math.floor(min(most))) if bits else None
 
-    def _weighted_readers(self, group: Group) -> list[tuple[Operation, str, int]]:
-        """Layers with weights that read a group, directly or averaged, what they read, and over how many elements."""
+    def _weighted_readers(self, group: Group) -> list[tuple[Operation, int]]:
+        """Layers with weights that read a group, directly or averaged, and over how many elements."""
         found = []
         pending = [(name, 1) for name in group.members]
         while pending:
             name, window = pending.pop()
             for user in self.users[name]:
                 if user.kind in WEIGHTED:
-                    found.append((user, name, window))
+                    found.append((user, window))
                 elif user.kind in AVERAGES:
                     pending.append((user.name, window * math.prod(self.window(user)[0])))
                 elif user.kind in ("Flatten", "Reshape") and user.name not in group.members:

@@ -1,0 +1,42 @@
+"""What both sides of a session do with their evaluations: run several at once, open their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mpc_fl.errors import MpcFlError
+from mpc_fl.fast.engine import aligned_elements
+from mpc_fl.fast.network import RING_BITS
+from mpc_fl.opening import SecretDomain, open_to
+from mpc_fl.ring import RingShare
+from mpc_fl.secrecy import Shared
+from mpc_fl.transport import Links
+
+
+def at_once(works: Sequence[Callable[[], np.ndarray]], links: Links) -> list[np.ndarray]:
+    """The results of all, each on a thread of its own; the first failure ends the waits of the others and is raised."""
+    if len(works) == 1:
+        return [works[0]()]
+
+    def run(work: Callable[[], np.ndarray]) -> np.ndarray:
+        try:
+            return work()
+        except MpcFlError as error:
+            links.interrupt(error)
+            raise
+        except Exception as error:
+            links.interrupt(MpcFlError(f"an evaluation failed with {type(error).__name__}"))
+            raise
+
+    with ThreadPoolExecutor(len(works)) as threads:
+        return list(threads.map(run, works))
+
+
+def open_result(domain: SecretDomain, share: np.ndarray, bits: int, what: str, hospital: str) -> torch.Tensor | None:
+    """Open a value of `bits` bits to the hospital alone, as signed integers in float64 there."""
+    elements = RingShare(aligned_elements(share, bits), RING_BITS - bits)
+    return open_to(domain, Shared(what, elements), [hospital], "diagnosis for the hospital that asked")
