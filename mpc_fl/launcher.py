@@ -287,14 +287,26 @@ def _without_interrupts() -> Iterator[None]:
     """Processes started within never see SIGINT: Ctrl-C reaches them too, but the launcher handles it for all.
 
     One that arrives meanwhile is delivered to the launcher at the end. (Python's own handler would only be replaced
-    after the imports of a party, and print a traceback until then.)
+    after the imports of a party, and print a traceback until then.) So are SIGTERM and SIGHUP, which the processes themselves
+    keep: a party that exists and was not yet told what to do would print a traceback, too.
     """
     multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
+    late: list[int] = []
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # nobody else can be interrupted
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda arrived, _frame: late.append(arrived))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for arrived in late:
+            signal.raise_signal(arrived)
 
 
 def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
