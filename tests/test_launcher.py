@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from harness import interruptible
 
 from mpc_fl.cli import _bars
 from mpc_fl.config import parse_config
@@ -146,17 +147,6 @@ def test_a_party_that_raises_is_named_though_another_hangs(tmp_path: Path, recor
 
 
 # ---- the launcher is stopped -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """A test run started in the background ignores SIGINT, and what it starts would inherit that."""
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Command:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import SPAWN, free_ports
+from harness import SPAWN, free_ports, interruptible
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -589,9 +589,11 @@ def test_the_command_line_keeps_a_pool_filled_and_asks(
     common += ["--server", addresses["model-owner"], "--dealer", addresses["dealer"]]
     filling = ["dealer", "fill", *common, "--pool", tmp_path / "asking"]
     filling += ["--count", 2, "--below", 2, "--every", 1]
-    with subprocess.Popen(
-        [*program, *map(str, filling)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as filler:
+    with interruptible():
+        filler = subprocess.Popen(
+            [*program, *map(str, filling)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    with filler:
         try:
             assert filler.stdout is not None and filler.stderr is not None
             first = json.loads(filler.stdout.readline())
