@@ -40,7 +40,7 @@ TWO_BYTES = 32639  # 127 * 256 + 127
 _LEAST_FRACTION = 4
 # Rounding of activations is fresh in every pixel and averages out on the way to the logits, that of weights (and of the input,
 # whose neighbours are alike) does not. Measured in docs/fast_arithmetic.md.
-_SYSTEMATIC = 1.4
+_SYSTEMATIC = 2.0
 _SMALL_WEIGHT = 32  # what the largest integer weight of a layer should reach
 _SMALLEST = 2.0**-16  # a layer that was never larger is treated as if it had been
 

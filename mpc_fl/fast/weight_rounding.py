@@ -22,9 +22,9 @@ from torch.nn import functional
 from mpc_fl.encrypted_graph import Operation
 from mpc_fl.fast.float_graph import affine
 
-_MOST_INPUTS = 1152  # per output: G has as many rows
+_MOST_INPUTS = 640  # per output: G has as many rows
 _PATCHES = 4096
-_DAMPING = 0.003  # of G's mean diagonal: directions that calibration did not show must not become free
+_DAMPING = 0.01  # of G's mean diagonal: directions that calibration did not show must not become free
 
 
 class Geometry(NamedTuple):
