@@ -158,6 +158,23 @@ def approach(calibration: Calibration, images: torch.Tensor) -> dict[str, Any]:
         return {"out_of_range": error.what}
 
 
+def differences(expected: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+    """How far logits are from plaintext's, and whether both marks are met."""
+    top = expected.topk(2, dim=1).values
+    every_margin, errors = top[:, 0] - top[:, 1], (found - expected).abs()
+    margins = every_margin[expected.argmax(1) != found.argmax(1)]
+    return {
+        "images": len(expected),
+        "largest_logit_error": float(errors.max()),
+        "rms_logit_error": float(errors.square().mean().sqrt()),
+        "largest_logit": float(expected.abs().max()),
+        "smallest_margin": float(every_margin.min()),
+        "predictions_equal": len(expected) - len(margins),
+        "margins_where_different": margins.tolist(),
+        "within_marks": bool((margins < MARGIN).all()) and float(errors.max()) < LARGEST_ERROR,
+    }
+
+
 def compare(
     model: nn.Module, calibration_images: torch.Tensor, images: torch.Tensor, precision: Precision
 ) -> dict[str, Any]:
@@ -168,21 +185,12 @@ def compare(
     start = time.perf_counter()
     found = torch.cat([emulator.logits(batch, Seed.from_system()) for batch in images.split(8)])
     seconds = (time.perf_counter() - start) / len(images)
-    top = expected.topk(2, dim=1).values
-    margins = (top[:, 0] - top[:, 1])[expected.argmax(1) != found.argmax(1)]
     risk = asdict(calibration.risk)
     closest = calibration.risk.closest
     risk["closest"] = {"path": closest.path, "largest": closest.largest, "limit": closest.limit}
-    errors = (found - expected).abs()
     return {
         "precision": asdict(precision),
-        "images": len(images),
-        "largest_logit_error": float(errors.max()),
-        "rms_logit_error": float(errors.square().mean().sqrt()),
-        "largest_logit": float(expected.abs().max()),
-        "predictions_equal": len(images) - len(margins),
-        "margins_where_different": margins.tolist(),
-        "within_marks": bool((margins < MARGIN).all()) and float(errors.max()) < LARGEST_ERROR,
+        **differences(expected, found),
         "gate_bits_used": sorted({value.bits for value in calibration.network.values.values() if not value.wide}),
         "weight_bits": sorted({layer.weight_bits for layer in calibration.network.linear_layers}),
         "closest_approach": {name: approach(calibration, chosen) for name, chosen in unusual(images).items()},
@@ -250,30 +258,18 @@ def over_the_protocol(options: argparse.Namespace) -> dict[str, Any]:
     parties = run_parties(fast_party, PARTIES, job)
     hospital = parties[HOSPITAL]
     found = torch.tensor(hospital["logits"], dtype=torch.float64)
-    same, errors = expected.argmax(1) == found.argmax(1), (found - expected).abs()
-    top = expected.topk(2, dim=1).values
-    margins = (top[:, 0] - top[:, 1])[~same]
-    largest = float(errors.max())
     online, offline = (sum(hospital[phase]) / count for phase in ("online", "offline"))
     return {
         "network": "resnet18, trained",
         "parties": "hospital, model owner, dealer: three processes, mutual TLS",
-        "images": count,
         "batch": options.batch,
-        "classes_equal": int(same.sum()),
-        "margins_where_different": margins.tolist(),
-        "different_beyond_margin": int((margins >= MARGIN).sum()),
-        "largest_logit_error": largest,
-        "rms_logit_error": float(errors.square().mean().sqrt()),
-        "largest_logit": float(expected.abs().max()),
-        "smallest_margin": float((top[:, 0] - top[:, 1]).min()),
+        **differences(expected, found),
         "online_seconds_per_image": online,
         "offline_seconds_per_image": offline,
         "bytes_sent_per_image": {
             name: result["bytes_sent"] // count for name, result in parties.items() if name != DEALER
         },
         "sequential_messages": hospital["sequential_messages"],
-        "within_marks": len(found) == count and bool((margins < MARGIN).all()) and largest < LARGEST_ERROR,
     }
 
 
@@ -314,7 +310,9 @@ def main() -> None:
     results = [] if options.only == "others" else trained_network(options, config)
     results += [] if options.only == "trained" else other_networks(options, config)
     print(json.dumps(results, indent=1))
-    sys.exit(0 if all(result["within_marks"] for result in results[:1] + [r for r in results if "size" in r]) else 1)
+    # Of the trained network the first row is the default; the others only show what it was chosen among.
+    judged = results if options.only == "others" else [results[0], *(row for row in results if "size" in row)]
+    sys.exit(0 if all(row["within_marks"] for row in judged) else 1)
 
 
 if __name__ == "__main__":
