@@ -163,12 +163,11 @@ def infer(
     batches made ahead (mpc-fl dealer fill --server) are used first.
     """
     from mpc_fl import run
+    from mpc_fl.service import asking
 
     if identity is not None or server is not None or dealer is not None:
-        asked = {"model-owner": server, "dealer": dealer}
         settings = _configure(config, overrides, images=images, identity=identity)
-        addresses = {**settings.federation.addresses, **{name: at for name, at in asked.items() if at is not None}}
-        _ask(settings.with_values(federation={"addresses": addresses}), out, model, as_json)
+        _ask(asking(settings, server, dealer), out, model, as_json)
         return
     if model is None:
         raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to ask a server")
@@ -230,7 +229,7 @@ def serve(
     --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
     """
     from mpc_fl import run
-    from mpc_fl.launcher import run_party, set_up_log, unforeseen
+    from mpc_fl.launcher import run_alone, set_up_log
 
     settings = _configure(config, overrides, model=model, identity=identity, out=out)
 
@@ -244,12 +243,7 @@ def serve(
         run.serve(settings, out, lambda *_progress: None, tell)
         return
     set_up_log(settings.site.log)
-    try:
-        run_party(role, settings.with_values(task="serve"), lambda *_progress: None)
-    except MpcFlError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a traceback could quote the model
-        raise unforeseen(error) from None
+    run_alone(role, settings.with_values(task="serve"), lambda *_progress: None)
 
 
 @app.command()
@@ -283,7 +277,7 @@ def party(
 
     The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
     """
-    from mpc_fl.launcher import run_party, set_up_log, unforeseen
+    from mpc_fl.launcher import run_alone, set_up_log
     from mpc_fl.placement import party_of, site_of
 
     settings = _configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)
@@ -291,12 +285,7 @@ def party(
     settings = site_of(settings, name)
     set_up_log(settings.site.log)
     with _bars() as progress:
-        try:
-            run_party(name, settings, lambda phase, done, total: progress(name, phase, done, total))
-        except MpcFlError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a traceback could quote this party's data
-            raise unforeseen(error) from None
+        run_alone(name, settings, lambda phase, done, total: progress(name, phase, done, total))
 
 
 @app.command()

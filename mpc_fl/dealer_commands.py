@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mpc_fl.config import Config, load_config
-from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError, RefusedError
+from mpc_fl.errors import ConfigError, PeerLostError, RefusedError
 
 app = typer.Typer(
     name="dealer",
@@ -65,6 +65,8 @@ def fill(
     one that a model owner that stays up (mpc-fl serve) keeps for it. Addresses
     that --server and --dealer do not give are those in federation.addresses.
     """
+    from mpc_fl.service import asking, asking_hospital
+
     if every is not None and below is None:
         raise ConfigError("--every would add batches without end", "say with --below when there are enough")
     values: dict[str, Any] = {"engine": "fast", "fill": count, "dealer": True}
@@ -73,8 +75,9 @@ def fill(
     if identity is not None or server is not None or dealer is not None:
         if model is not None:
             raise ConfigError("the model is the server's", "leave --model out to fill with a server")
-        settings = _served(settings, identity, {"model-owner": server, "dealer": dealer})
-        party, add = _asking(settings), _fill_from_server
+        site = {} if identity is None else {"identity": str(identity.absolute())}
+        settings = asking(settings.with_values(task="serve", site=site), server, dealer)
+        party, add = asking_hospital(settings), _fill_from_server
     elif model is None:
         raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to fill with a server")
     else:
@@ -146,35 +149,13 @@ def _fill(config: Config) -> float:
     return _seconds_per_batch(traffic, config)
 
 
-def _served(config: Config, identity: Path | None, asked: dict[str, str | None]) -> Config:
-    """What a hospital is told to fill with a server, in its configuration."""
-    addresses = {**config.federation.addresses, **{name: at for name, at in asked.items() if at is not None}}
-    site = {} if identity is None else {"identity": str(identity.absolute())}
-    return config.with_values(task="serve", site=site, federation={"addresses": addresses})
-
-
-def _asking(config: Config) -> str:
-    """Which hospital this is."""
-    from mpc_fl.service import hospital_in
-
-    if config.site.identity is None:
-        raise ConfigError(
-            "site.identity is not set", "say with --identity where this hospital's key and certificate lie"
-        )
-    return hospital_in(config.site.identity)
-
-
 def _fill_from_server(config: Config) -> float:
     """The same with a model owner that stays up, in this process."""
-    from mpc_fl.launcher import run_party, unforeseen
+    from mpc_fl.launcher import run_alone
+    from mpc_fl.service import asking_hospital
 
     with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
-        try:
-            run_party(_asking(config), config.with_values(site={"out": directory}), lambda *_: None)
-        except MpcFlError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a traceback could quote what this hospital keeps
-            raise unforeseen(error) from None
+        run_alone(asking_hospital(config), config.with_values(site={"out": directory}), lambda *_: None)
         return _seconds_per_batch(json.loads((Path(directory) / "traffic.json").read_text()), config)
 
 

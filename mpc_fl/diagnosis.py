@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -46,8 +46,9 @@ from mpc_fl.errors import ConfigError, ProtocolError, SecrecyError
 from mpc_fl.fast.calibration import Calibration, calibrate
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.float_graph import prepare
+from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import Network
-from mpc_fl.fast.owner_session import Owner
+from mpc_fl.fast.owner_session import BatchGate, Owner
 from mpc_fl.fast.party_pools import HospitalPool, OwnerPool
 from mpc_fl.fast.pool import Purpose
 from mpc_fl.fast.sessions import Hospital
@@ -59,7 +60,7 @@ from mpc_fl.inference_cost import module_with
 from mpc_fl.models import build_model
 from mpc_fl.opening import Record, SecretDomain, open_to
 from mpc_fl.phantoms import public_phantoms
-from mpc_fl.secrecy import Shared
+from mpc_fl.secrecy import Private, Shared
 from mpc_fl.transport import Links
 from mpc_fl.weights import load_normalisation
 
@@ -114,7 +115,8 @@ def request_diagnoses(config: Config, images: Dataset, links: Links, record: Rec
     """The hospital's side of a session: one `Diagnosis` per record of `images`."""
     images = as_the_model_takes_them(config, images, links)
     if config.inference.engine == "fast":
-        return _ask_fast(config, images, _domain_without_crypten(links, record), notify)
+        with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=False) as pool:
+            return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
     graph = public_graph(config)
     with _runtime(config, links) as runtime:
         return ask(config, graph, images, SecretDomain(runtime, record), notify)
@@ -134,12 +136,9 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
         links.send_tensor(HOSPITAL, "normalisation", normalisation.tensor())
     if config.inference.engine == "fast":
         calibration = calibrated(config, model, normalisation)
-        domain = _domain_without_crypten(links, record)
-        agreed = config.inference.reveal, config.inference.batch_size
-        integers = calibration.weights.inside_protocol()
-        with _pool(config, OwnerPool, MODEL_OWNER, HOSPITAL) as pool:
-            at_once = config.inference.at_once
-            return Owner(domain, HOSPITAL, DEALER, calibration.network, integers, *agreed, pool, at_once).serve()
+        filling = config.inference.fill > 0
+        with pool_of(config, OwnerPool, MODEL_OWNER, HOSPITAL, filling) as pool:
+            return answering_session(config, calibration, links, HOSPITAL, record, pool).serve()
     graph = private_graph(config, model)
     with _runtime(config, links) as runtime:
         return answer(config, graph, SecretDomain(runtime, record))
@@ -151,6 +150,18 @@ def deal_tuples(config: Config, links: Links) -> None:
         deal(links, HOSPITAL, MODEL_OWNER)
     else:
         Dealer(links, [HOSPITAL, MODEL_OWNER], config.runtime.dealer_ahead_bytes).serve()
+
+
+class IntegerModel(Protocol):
+    """What a session needs of a model: a `Calibration`, or what a model owner that stays up keeps of one."""
+
+    @property
+    def network(self) -> Network:
+        """The public network."""
+
+    @property
+    def weights(self) -> Private[IntegerWeights]:
+        """The owner's."""
 
 
 def as_the_model_takes_them(config: Config, images: Dataset, links: Links) -> Dataset:
@@ -187,23 +198,47 @@ def calibration_images(config: Config) -> torch.Tensor:
     return public_phantoms(_CALIBRATION_IMAGES, config)
 
 
-def _domain_without_crypten(links: Links, record: Record) -> SecretDomain:
+def _domain_without_crypten(links: Links, hospital: str, record: Record) -> SecretDomain:
     """`open_to` needs the zero-shares of a runtime; CrypTen itself stays as it is."""
-    return SecretDomain(CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], None, 0), record)
+    return SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
 
 
 P = TypeVar("P", HospitalPool, OwnerPool)
 
 
-def _pool(config: Config, kind: type[P], party: str, counterpart: str) -> AbstractContextManager[P | None]:
-    """This party's half of the pool in `site.pool`, if it has one."""
+def pool_of(
+    config: Config, kind: type[P], party: str, counterpart: str, filling: bool
+) -> AbstractContextManager[P | None]:
+    """This party's half of its pool with the other in `site.pool`, to fill or to use; None to use when it keeps none."""
     inference, directory = config.inference, config.site.pool
     if directory is None:
-        if inference.fill:
+        if filling:
             raise ConfigError(f"{party} has no place for a pool", "set site.pool to a directory")
         return nullcontext()
-    purpose: Purpose = "fill" if inference.fill else "use"
+    purpose: Purpose = "fill" if filling else "use"
     return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
+
+
+def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
+    """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
+    domain = _domain_without_crypten(links, links.name, record)
+    return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
+
+
+def answering_session(
+    config: Config,
+    model: IntegerModel,
+    links: Links,
+    hospital: str,
+    record: Record,
+    pool: OwnerPool | None,
+    gate: BatchGate | None = None,
+) -> Owner:
+    """The model owner's part of a session with `hospital`, as the configuration agrees to."""
+    domain, inference = _domain_without_crypten(links, hospital, record), config.inference
+    agreed = inference.reveal, inference.batch_size
+    network, weights = model.network, model.weights.inside_protocol()
+    return Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate)
 
 
 def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> None:
@@ -211,9 +246,8 @@ def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> N
 
     Raises `PoolError` when the model owner does not hold the other half of this pool.
     """
-    domain = _domain_without_crypten(links, record)
-    with _pool(config, HospitalPool, HOSPITAL, MODEL_OWNER) as pool:
-        fill_with(config, Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool), notify)
+    with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=True) as pool:
+        fill_with(config, asking_session(config, links, record, pool), notify)
 
 
 def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
@@ -222,18 +256,6 @@ def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
     _require_agreed(config, hospital.network)
     hospital.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
     hospital.finish()
-
-
-def _ask_fast(config: Config, images: Dataset, domain: SecretDomain, notify: Notify) -> list[Diagnosis]:
-    with _pool(config, HospitalPool, HOSPITAL, MODEL_OWNER) as pool:
-        return _ask_with(config, images, domain, notify, pool)
-
-
-def _ask_with(
-    config: Config, images: Dataset, domain: SecretDomain, notify: Notify, pool: HospitalPool | None
-) -> list[Diagnosis]:
-    hospital = Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
-    return list(diagnose_batches(config, images, hospital, notify))
 
 
 def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify: Notify) -> Iterator[Diagnosis]:

@@ -161,7 +161,7 @@ def estimate_inference(config: Config) -> dict[str, Any]:
 def _fast_inference(config: Config) -> dict[str, Any]:
     """With first random weights and ranges of phantoms: a trained model's widths differ by a few bits."""
     size, reveal = config.inference.batch_size, config.inference.reveal
-    records = calibration_records(config)
+    records = _public_records(config)
     network = calibrate(initial_model(config), records).network
     found = cost_of(network, size, reveal)
     held = _HELD_OF_CORRECTIONS * config.inference.at_once * found.correction_bytes
@@ -180,7 +180,7 @@ def _fast_inference(config: Config) -> dict[str, Any]:
     }
 
 
-def calibration_records(config: Config) -> torch.Tensor:
+def _public_records(config: Config) -> torch.Tensor:
     """Public records of the right shape, float32: what bytes depend on is a matter of shapes but for a few bits."""
     if config.data.is_table:
         columns = torch.linspace(-1.0, 1.0, config.data.input_shape[0])

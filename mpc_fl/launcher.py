@@ -168,6 +168,16 @@ def unforeseen(error: BaseException) -> MpcFlError:
     return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
 
 
+def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
+    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+    try:
+        run_party(name, config, notify)
+    except MpcFlError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        raise unforeseen(error) from None
+
+
 def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoReturn:
     lock = threading.Lock()
     threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()

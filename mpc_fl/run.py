@@ -26,11 +26,11 @@ from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.federation import predict
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.identity import ROOT_FILE
-from mpc_fl.launcher import Progress, launch, local_addresses, run_party, unforeseen
+from mpc_fl.launcher import Progress, launch, local_addresses, run_alone
 from mpc_fl.ledger_file import OPENINGS_FILE
 from mpc_fl.report import write_report
 from mpc_fl.reveal_ledger import LEDGER_FILE
-from mpc_fl.service import hospital_in, require_servable
+from mpc_fl.service import asking_hospital, require_servable
 from mpc_fl.weights import load_model, load_normalisation
 
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
@@ -239,26 +239,18 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str
     `refused` in it says why not all images were answered. Raises `RefusedError` when none was.
     """
     config = config.with_values(task="serve")
-    if config.site.identity is None:
-        raise ConfigError(
-            "site.identity is not set", "say with --identity where this hospital's key and certificate lie"
-        )
-    name = hospital_in(config.site.identity)
+    name = asking_hospital(config)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         own = directory / "parties" / name
         config = config.with_values(site={"out": str(own)})
         began, refused = time.monotonic(), None
         try:
-            run_party(name, config, lambda phase, done, total: progress(name, phase, done, total))
+            run_alone(name, config, lambda phase, done, total: progress(name, phase, done, total))
         except RefusedError as error:
             if not (own / "results.jsonl").is_file():
                 raise
             refused = str(error)
-        except MpcFlError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a traceback could quote this hospital's data
-            raise unforeseen(error) from None
         results = read_json_lines(own / "results.jsonl")
         summary = {
             "kind": "ask",

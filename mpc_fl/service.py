@@ -19,37 +19,34 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from mpc_fl.config import DEALER, Config
-from mpc_fl.crypten_runtime import CrypTenRuntime
 from mpc_fl.data import Dataset
 from mpc_fl.diagnosis import (
     MODEL_OWNER,
     Diagnosis,
+    answering_session,
     as_the_model_takes_them,
+    asking_session,
     calibrated,
     diagnose_batches,
     fill_with,
+    pool_of,
     require_supported,
 )
 from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, PoolError, RefusedError
 from mpc_fl.fast.dealing import deal
 from mpc_fl.fast.lowering import IntegerWeights
 from mpc_fl.fast.network import Network
-from mpc_fl.fast.owner_session import Owner
 from mpc_fl.fast.party_pools import HospitalPool, OwnerPool
-from mpc_fl.fast.pool import Purpose
-from mpc_fl.fast.sessions import Hospital
 from mpc_fl.feature_statistics import Normalisation
 from mpc_fl.federation import Notify
 from mpc_fl.handshake import Agreement
 from mpc_fl.identity import Identity, load_identity
 from mpc_fl.membership import site_directory
-from mpc_fl.opening import OpeningRecord, Record, SecretDomain
+from mpc_fl.opening import OpeningRecord, Record
 from mpc_fl.reveal_ledger import Scalar
 from mpc_fl.routes import routes
 from mpc_fl.secrecy import Private
@@ -91,20 +88,6 @@ def session_links(
             raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
     peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
     return Links(identity, None, peers, agreement, config.runtime.connect_timeout, deadline, observer)
-
-
-P = TypeVar("P", HospitalPool, OwnerPool)
-
-
-def _pool(
-    config: Config, kind: type[P], party: str, counterpart: str, visit: Visit
-) -> AbstractContextManager[P | None]:
-    """This party's half of the pool that it has with the other, if it keeps pools, to use or to fill."""
-    inference, directory = config.inference, config.site.pool
-    if directory is None:
-        return nullcontext()
-    purpose: Purpose = "fill" if visit.purpose == "fill" else "use"
-    return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
 
 
 def _identity(config: Config, name: str) -> Identity:
@@ -165,17 +148,14 @@ class _OneByOne:
 
 def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
     """One session: as many batches as the hospital asks for and its limits allow, answered or stored in its pool."""
-    hospital, inference = visit.hospital, config.inference
+    hospital, filling = visit.hospital, visit.purpose == "fill"
     try:
-        if model.normalisation is not None and visit.purpose == "diagnose":
+        if model.normalisation is not None and not filling:
             links.send_tensor(hospital, "normalisation", model.normalisation.tensor())
-        domain = SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
-        network, weights = model.network, model.weights.inside_protocol()
-        agreed = inference.reveal, inference.batch_size
-        with gate.session(), _pool(config, OwnerPool, MODEL_OWNER, hospital, visit) as pool:
-            if pool is not None and not pool.filling and not _fits(pool, model):
+        with gate.session(), pool_of(config, OwnerPool, MODEL_OWNER, hospital, filling) as pool:
+            if pool is not None and not filling and not _fits(pool, model):
                 pool = None
-            Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate).serve()
+            answering_session(config, model, links, hospital, record, pool, gate).serve()
     except RefusedError as error:
         links.send_object(hospital, _REFUSED, {"why": str(error)})
         raise
@@ -254,6 +234,21 @@ def hospital_in(directory: Path) -> str:
     return names[0]
 
 
+def asking(config: Config, server: str | None, dealer: str | None) -> Config:
+    """The configuration of a hospital that asks these addresses, and for those not given the configured ones."""
+    given = {name: address for name, address in ((MODEL_OWNER, server), (DEALER, dealer)) if address is not None}
+    return config.with_values(federation={"addresses": {**config.federation.addresses, **given}})
+
+
+def asking_hospital(config: Config) -> str:
+    """The hospital that `site.identity` makes this process. Raises `ConfigError` or `IdentityError`."""
+    if config.site.identity is None:
+        raise ConfigError(
+            "site.identity is not set", "say with --identity where this hospital's key and certificate lie"
+        )
+    return hospital_in(config.site.identity)
+
+
 def links_to_service(config: Config, visit: Visit, observer: Observer | None = None) -> Links:
     """A new session of a hospital; enter the links to connect."""
     require_servable(config)
@@ -272,10 +267,10 @@ def ask_service(
     try:
         with (
             _explained(links),
-            _pool(config, HospitalPool, links.name, MODEL_OWNER, Visit(links.name)) as pool,
+            pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling=False) as pool,
         ):
             images = as_the_model_takes_them(config, images, links)
-            hospital = _hospital(config, links, record, pool)
+            hospital = asking_session(config, links, record, pool)
             for diagnosis in diagnose_batches(config, images, hospital, notify):
                 found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
@@ -291,16 +286,8 @@ def fill_from_service(config: Config, links: Links, record: Record, notify: Noti
     Raises `RefusedError` when the model owner keeps no more (what was stored until then stays), `PoolError` when the two halves
     do not belong together.
     """
-    if config.site.pool is None:
-        raise ConfigError(f"{links.name} has no place for a pool", "set site.pool to a directory")
-    visit = Visit(links.name, "fill")
-    with _explained(links), _pool(config, HospitalPool, links.name, MODEL_OWNER, visit) as pool:
-        fill_with(config, _hospital(config, links, record, pool), notify)
-
-
-def _hospital(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
-    domain = SecretDomain(CrypTenRuntime(links, [links.name, MODEL_OWNER], None, 0), record)
-    return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
+    with _explained(links), pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling=True) as pool:
+        fill_with(config, asking_session(config, links, record, pool), notify)
 
 
 class _explained:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from mpc_fl.errors import MpcFlError
+from mpc_fl.fast.correlations import Reveal, label_bits
 from mpc_fl.fast.engine import aligned_elements
-from mpc_fl.fast.network import RING_BITS
+from mpc_fl.fast.network import RING_BITS, Network
 from mpc_fl.opening import SecretDomain, open_to
 from mpc_fl.ring import RingShare
 from mpc_fl.secrecy import Shared
@@ -36,7 +37,11 @@ def at_once(works: Sequence[Callable[[], np.ndarray]], links: Links) -> list[np.
         return list(threads.map(run, works))
 
 
-def open_result(domain: SecretDomain, share: np.ndarray, bits: int, what: str, hospital: str) -> torch.Tensor | None:
-    """Open a value of `bits` bits to the hospital alone, as signed integers in float64 there."""
+def open_result(
+    domain: SecretDomain, network: Network, reveal: Reveal, share: np.ndarray, hospital: str
+) -> torch.Tensor | None:
+    """Step 5: open a share of what `reveal` names to the hospital alone, as signed integers in float64 there."""
+    bits = label_bits(network)[1] if reveal == "label" else network.values[network.output].bits
     elements = RingShare(aligned_elements(share, bits), RING_BITS - bits)
-    return open_to(domain, Shared(what, elements), [hospital], "diagnosis for the hospital that asked")
+    # The record says 'label' or 'logits'.
+    return open_to(domain, Shared(reveal, elements), [hospital], "diagnosis for the hospital that asked")

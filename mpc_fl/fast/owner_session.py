@@ -16,7 +16,6 @@ from mpc_fl.fast.correlations import (
     Product,
     Program,
     Reveal,
-    label_bits,
     owner_correlations,
     program_of,
 )
@@ -141,20 +140,29 @@ class Owner:
                 case _:
                     raise ProtocolError("the hospital asked for what was not agreed", "run the same version everywhere")
 
-    def _begin(self, records: Any) -> None:
-        """A batch that will be evaluated: within what was agreed, and the gate lets it pass."""
-        if type(records) is not int or not 1 <= records <= self._largest_batch or len(self._prepared) >= self._at_once:
+    def _agreed_size(self, message: dict[str, Any]) -> int:
+        """Records of the batch that the hospital announces next."""
+        records, reveal = batch_from(message, self._announced)
+        if reveal != self._reveal or not 1 <= records <= self._largest_batch:
             raise ProtocolError(
-                "the hospital asked for a batch or result not agreed, or for too many at once",
-                "check inference.batch_size and inference.at_once",
+                "the hospital asked for a batch or result not agreed", "check inference.reveal and inference.batch_size"
+            )
+        return records
+
+    def _begin(self, records: int) -> None:
+        """A batch that will be evaluated: there is room for it, and the gate lets it pass."""
+        if len(self._prepared) >= self._at_once:
+            raise ProtocolError(
+                "the hospital asked for a batch or result not agreed: for too many at once", "check inference.at_once"
             )
         if self._gate is not None:
             self._gate.begin(records)
 
     def _prepare(self, message: dict[str, Any]) -> None:
         """Steps 2 and 3."""
-        self._begin(message.get("records"))
-        number, records, program, seed, corrections = self._made_by_dealer(message)
+        records = self._agreed_size(message)
+        self._begin(records)
+        number, program, seed, corrections = self._made_by_dealer(message, records)
         self._keep_ready(number, records, program, owner_correlations(program, seed, corrections))
 
     def _take(self, pool: OwnerPool, place: Place) -> None:
@@ -167,38 +175,36 @@ class Owner:
 
     def _fill(self, pool: OwnerPool, message: dict[str, Any]) -> None:
         """Store a batch in the pool."""
-        if self._gate is not None:
-            self._gate.store(pool.stored)
-        number, records, _, seed, corrections = self._made_by_dealer(message)
+        records = self._agreed_size(message)
         if records != pool.records:
             raise ProtocolError("the hospital fills batches of another size", "give both one configuration")
+        if self._gate is not None:
+            self._gate.store(pool.stored)
+        number, _, seed, corrections = self._made_by_dealer(message, records)
         pool.put(Place.from_message(message), self.network, seed, corrections)
         if self._gate is not None:
             self._gate.end()
         self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
 
-    def _made_by_dealer(self, message: dict[str, Any]) -> tuple[int, int, Program, Seed, dict[str, np.ndarray]]:
-        """Number, size, pieces, own seed and corrections of a batch that the hospital announced."""
+    def _made_by_dealer(
+        self, message: dict[str, Any], records: int
+    ) -> tuple[int, Program, Seed, dict[str, np.ndarray]]:
+        """Number, pieces, own seed and corrections of a batch of `records` that the hospital announced."""
         links = self._domain.runtime.links
         links.set_phase("offline")
         number = self._announced
-        records, reveal = batch_from(message, number)
-        if reveal != self._reveal or not 1 <= records <= self._largest_batch:
-            raise ProtocolError(
-                "the hospital asked for a batch or result not agreed", "check inference.reveal and inference.batch_size"
-            )
         if self._root is None:
             raise ProtocolError("the hospital asked for a batch of a dealer that takes no part", "fill the pool")
         links.send_object(self._dealer, BATCH, message)
         self._announced += 1
-        program = program_of(self.network, records, reveal)
+        program = program_of(self.network, records, self._reveal)
         corrections = {
             name: links.receive_tensor(
                 self._dealer, correction_tag(number), torch.uint8, (piece.correction_bytes,)
             ).numpy()
             for name, piece in program.pieces.items()
         }
-        return number, records, program, self._root.derive("batch", number), corrections
+        return number, program, self._root.derive("batch", number), corrections
 
     def _keep_ready(self, number: int, records: int, program: Program, correlations: OwnerCorrelations) -> None:
         """For the hospital to evaluate."""
@@ -219,7 +225,6 @@ class Owner:
             self._prepared.popleft()
         links = self._domain.runtime.links
         links.set_phase("online")
-        output = self.network.values[self.network.output]
 
         def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:
             evaluation = owner_evaluation(
@@ -232,10 +237,7 @@ class Owner:
             return lambda: evaluation.evaluate(share)
 
         for result in at_once([evaluation_of(batch) for batch in batches], links):
-            if self._reveal == "label":
-                open_result(self._domain, result, label_bits(self.network)[1], "label", self._hospital)
-            else:
-                open_result(self._domain, result, output.bits, "logits", self._hospital)
+            open_result(self._domain, self.network, self._reveal, result, self._hospital)
         if self._gate is not None and not self._prepared:
             self._gate.end()
         links.set_phase("idle")

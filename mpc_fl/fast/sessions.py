@@ -206,15 +206,11 @@ class Hospital:
 
     def _open(self, result: np.ndarray) -> torch.Tensor:
         """Step 5."""
-        output, me = self.network.values[self.network.output], self._domain.runtime.links.name
+        opened = open_result(self._domain, self.network, self._reveal, result, self._domain.runtime.links.name)
+        assert opened is not None
         if self._reveal == "label":
-            bits = label_bits(self.network)[1]
-            label = open_result(self._domain, result, bits, "label", me)
-            assert label is not None
-            return label.to(torch.int64) % (1 << bits)
-        logits = open_result(self._domain, result, output.bits, "logits", me)
-        assert logits is not None
-        return logits * output.scale
+            return opened.to(torch.int64) % (1 << label_bits(self.network)[1])
+        return opened * self.network.values[self.network.output].scale
 
     def finish(self) -> None:
         """Tell the others that no batch follows. Batches prepared and not used are dropped."""
