@@ -29,7 +29,7 @@ def correlated(seed: int, size: int, groups: int = 1) -> Inputs:
     """Inputs of which neighbours are alike, and their mean."""
     mixing = draw(seed, groups, size, 3) @ draw(seed + 1, groups, 3, size) + 0.1 * draw(seed + 2, groups, size, size)
     moments = mixing @ mixing.transpose(1, 2) / size + 1e-3 * torch.eye(size, dtype=torch.float64)
-    return Inputs(draw(seed + 3, groups, size), moments, float(moments.diagonal(dim1=1, dim2=2).mean()))
+    return Inputs(draw(seed + 3, groups, size), moments, moments.diagonal(dim1=1, dim2=2).flatten())
 
 
 def disturbance(errors: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -62,9 +62,9 @@ def test_rounding_to_nearest_disturbs_several_times_as_much() -> None:
 
 def test_many_inputs_are_rounded_to_nearest_and_nothing_leaves_the_width() -> None:
     weights, mean = 40 * draw(2, 4, 30, 1, 1), draw(3, 1, 30)
-    integers, _ = rounded(weights, Inputs(mean, None, 1.0), 1 << 20)
+    integers, _ = rounded(weights, Inputs(mean, None, torch.ones(30, dtype=torch.float64)), 1 << 20)
     assert torch.equal(integers, weights.round().to(torch.int64))
-    for inputs in (Inputs(mean, None, 1.0), correlated(4, 30)):
+    for inputs in (Inputs(mean, None, torch.ones(30, dtype=torch.float64)), correlated(4, 30)):
         clipped, _ = rounded(weights, inputs, 25)
         assert int(clipped.abs().max()) == 25
 
@@ -88,5 +88,5 @@ def test_statistics_are_those_of_the_patches(geometry: dict[str, Any]) -> None:
     off_diagonal = found.moments - expected - torch.diag_embed(damping)
     assert float(off_diagonal.abs().max()) < 1e-5
     assert bool((damping > 0).all()) and float(damping.max()) < 0.02 * float(expected.diagonal(dim1=1, dim2=2).max())
-    assert found.square == pytest.approx(float(images.double().square().mean()), rel=1e-6)
-    assert 0 < found.effective <= found.square**0.5
+    torch.testing.assert_close(found.squares, images.double().square().mean(dim=(0, 2, 3)), rtol=1e-6, atol=0)
+    assert 0 < found.effective <= float(found.squares.mean()) ** 0.5

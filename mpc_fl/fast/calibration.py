@@ -31,7 +31,8 @@ from mpc_fl.errors import HeadroomError
 from mpc_fl.fast.float_graph import evaluate, prepare
 from mpc_fl.fast.lowering import IntegerWeights, Limit, lower
 from mpc_fl.fast.network import Network
-from mpc_fl.fast.scales import WEIGHTED, Precision, Seen
+from mpc_fl.fast.rescaling import rescaled
+from mpc_fl.fast.scales import WEIGHTED, Plan, Precision, Seen
 from mpc_fl.fast.weight_rounding import InputsSum
 from mpc_fl.secrecy import Private
 
@@ -41,7 +42,10 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Range:
-    """One truncated value: the largest magnitude in each calibration image, float64 (N,), and the `limit` that fits."""
+    """One truncated value: the largest magnitude in each calibration image, float64 (N,), and the `limit` that fits.
+
+    As the channel with the widest range has it: others count up to twice, where their range is narrower (`rescaling`).
+    """
 
     path: str
     limit: float
@@ -105,7 +109,8 @@ class Approach:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The public `network`, the owner's `weights` (and the float network `graph`), and `ranges`, of the owner's data."""
+    """The public `network`, the owner's `weights` (and the float network `graph`, rescaled, with its `limits`), and `ranges`, of
+    the owner's data."""
 
     network: Network
     weights: Private[IntegerWeights]
@@ -134,8 +139,8 @@ def _batches(graph: Trace, records: torch.Tensor) -> Iterator[tuple[int, str, to
 
 
 def _magnitudes(value: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in each record, float64 (N,)."""
-    return value.reshape(len(value), -1).abs().amax(dim=1).double()
+    """The largest magnitude in each record and channel, float32 (N, channels)."""
+    return value.reshape(*value.shape[:2], -1).abs().amax(dim=2)
 
 
 def stress_records(records: torch.Tensor) -> torch.Tensor:
@@ -181,16 +186,23 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
             raise HeadroomError(f"layer '{paths.get(name, name)}' is not finite on calibration data", "check the model")
         for reader in readers[name]:
             reader.add(value)
-    largest = {name: float(torch.cat(parts).max()) for name, parts in found.items()}
+    maxima = {name: torch.cat(parts).double() for name, parts in found.items()}
+    peaks = {name: each.amax(dim=0) for name, each in maxima.items()}
     for _, name, value in _batches(graph, stress_records(records)):
-        stressed = float(_magnitudes(value).max()) * precision.stress_safety / precision.safety
-        largest[name] = max(largest[name], stressed)
-    seen = {name: Seen(shapes[name], largest[name]) for name in shapes}
+        stressed = _magnitudes(value).amax(dim=0).double() * (precision.stress_safety / precision.safety)
+        peaks[name] = torch.maximum(peaks[name], stressed)
+    seen = {name: Seen(shapes[name], peaks[name]) for name in shapes}
     statistics = {name: each.result() for name, each in inputs.items()}
-    network, weights, limits = lower(graph, seen, statistics, precision)
-    ranges = tuple(Range(each.path, each.limit, torch.cat(found[each.operation])) for each in limits)
-    secret = Private("integer weights", weights), Private("network", graph)
-    return Calibration(network, secret[0], precision, ranges, secret[1], limits)
+    full = rescaled(Plan(graph, seen, statistics, precision))
+    network, weights, limits = lower(full.graph, full.seen, full.inputs, precision)
+    ranges = []
+    for limit in limits:
+        factors = full.factors[limit.operation]
+        widest = float(factors.min())
+        largest = (maxima[limit.operation] * factors).amax(dim=1) / widest
+        ranges.append(Range(limit.path, limit.limit / widest, largest))
+    secret = Private("integer weights", weights), Private("network", full.graph)
+    return Calibration(network, secret[0], precision, tuple(ranges), secret[1], limits)
 
 
 def self_check(calibration: Calibration, records: torch.Tensor) -> Approach:
@@ -202,7 +214,7 @@ def self_check(calibration: Calibration, records: torch.Tensor) -> Approach:
     closest = Approach("", 0, 0.0)
     for first, name, value in _batches(calibration.graph.inside_protocol(), records):
         if name in limits:
-            maxima = _magnitudes(value)
+            maxima = _magnitudes(value).amax(dim=1)
             fraction = float(maxima.max()) / limits[name].limit
             if not fraction <= closest.fraction:  # also when it is not a number
                 closest = Approach(limits[name].path, first + int(maxima.argmax()), fraction)

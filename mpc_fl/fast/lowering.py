@@ -92,7 +92,7 @@ class _Lowering:
 
     def run(self) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
         graph = self.plan.graph
-        scale = Scale(self.plan.group[graph.input].exponent)
+        scale = Scale(self.plan.group[graph.input].exponent, self.plan.group[graph.input].divisor)
         self._value(graph.input, graph.input, RING_BITS, scale)
         self.forms[graph.input, "wide"] = (graph.input, scale)
         if "narrow" in self.plan.demands[graph.input]:
@@ -224,16 +224,16 @@ class _Lowering:
     ) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """Integer weights (int64), what they leave to the bias, the exponent of the result, the public width of weights."""
         precision = self.plan.precision
-        magnitude = float(weight.abs().max()) or 1.0
         before = scale.exponent + math.log2(scale.divisor)  # a weight w becomes round(w 2^(exponent - before))
         fraction = precision.weight_bits or max(_FRACTION, two_byte_fraction(weight))
         exponent = min(self.plan.targets[operation.name], math.floor(before + fraction))
         real = weight.double() * 2.0**exponent * scale.value
         largest = int(real.round().abs().max())
         if largest < _LEAST_WEIGHT and bool(weight.any()):
+            seen = self.plan.seen[operation.name]
             raise HeadroomError(
-                f"layer '{operation.path}' leaves its weights too few bits: its largest result is "
-                f"{self.plan.seen[operation.name].largest:.4g}, its largest weight {magnitude:.2g}",
+                f"layer '{operation.path}' leaves its weights too few bits: its largest result, {seen.largest / seen.factor:.4g}, "
+                "is far beyond what small weights can give exactly",
                 "normalise that layer, or calibrate with fewer activation_bits or less safety",
             )
         if largest >= 1 << 31:

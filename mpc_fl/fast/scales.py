@@ -1,6 +1,7 @@
 """Scales and widths of an integer network: which forms of each value are needed, and how large they may grow.
 
-Every value has a scale 2^-e / d: e is an exponent, d an odd divisor that only averages bring in. Three forms of a value:
+Every value has a scale 2^-e / d: e is an exponent, d an odd divisor that averages bring in, and 255 for the input, so that
+pictures of 8 bits are exact. Three forms of a value:
 
   sum     wide, as a convolution, sum or average leaves it; most of its 32 bits are used
   narrow  truncated to 8 .. `gate_bits` bits, for comparisons and to be opened
@@ -38,11 +39,14 @@ SAME_SCALE = ("ReLU", "Hardtanh", "Concat", "Flatten", "Reshape", *MAX_POOLS)
 WEIGHTED = ("Conv2d", "Linear", "Affine")
 TWO_BYTES = 32639  # 127 * 256 + 127
 _LEAST_FRACTION = 4
-# Rounding of activations is fresh in every pixel and averages out on the way to the logits, that of weights (and of the input,
-# whose neighbours are alike) does not. Measured in docs/fast_arithmetic.md.
-_SYSTEMATIC = 2.0
+_GREY_LEVELS = 255
+# How much more the rounding of weights disturbs the logits than that of what they multiply, for equal disturbance of one result.
+# Rounding of activations is fresh in every pixel and averages out on the way, that of weights does not; the input is exact as a
+# rule (pictures of 8 bits). Measured in docs/fast_arithmetic.md.
+_SYSTEMATIC = 1.4
+_EXACT = 4.0
 _SMALL_WEIGHT = 32  # what the largest integer weight of a layer should reach
-_SMALLEST = 2.0**-16  # a layer that was never larger is treated as if it had been
+SMALLEST = 2.0**-16  # a layer that was never larger is treated as if it had been
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 
@@ -71,10 +75,21 @@ class Precision:
 
 @dataclass(frozen=True)
 class Seen:
-    """What calibration saw of a value: shape of one record, and the magnitude to make room for."""
+    """What calibration saw of a value: shape of one record, and the magnitude to make room for in each channel, `peaks`
+    float64 (channels,), `factor` times what the user's network has (`rescaling`)."""
 
     shape: tuple[int, ...]
-    largest: float
+    peaks: torch.Tensor
+    factor: float = 1.0
+
+    @property
+    def largest(self) -> float:
+        """The magnitude to make room for."""
+        return float(self.peaks.max())
+
+    def multiplied(self, factors: torch.Tensor) -> Seen:
+        """The same of channels that are `factors`, float64 (channels,), times as large."""
+        return Seen(self.shape, self.peaks * factors, self.factor * float(factors.min()))
 
 
 @dataclass(frozen=True)
@@ -92,13 +107,14 @@ class Scale:
 
 @dataclass
 class Group:
-    """Values of one scale. `origins` are no views of others; `headroom` is H, `spare` 1 where differences must fit too;
-    `truncated` says whether there are narrow values at all."""
+    """Values of one scale. `origins` are no views of others; `needed` is the magnitude that must fit, in units of 1 / divisor,
+    `headroom` is H, `spare` 1 where differences must fit too; `truncated` says whether there are narrow values at all."""
 
     members: list[str] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     largest: float = 0.0
     divisor: int = 1
+    needed: float = 0.0
     spare: int = 0
     headroom: int = 0
     truncated: bool = True
@@ -121,9 +137,9 @@ def odd_part(number: int) -> tuple[int, int]:
     return twos, number >> twos
 
 
-def two_byte_fraction(weight: torch.Tensor) -> int:
-    """The most fractional bits with which weights fit two signed bytes."""
-    return math.floor(math.log2(TWO_BYTES / max(float(weight.abs().max()), _SMALLEST)))
+def two_byte_fraction(weight: torch.Tensor) -> float:
+    """The most fractional bits, not rounded down, with which weights fit two signed bytes."""
+    return math.log2(TWO_BYTES / max(float(weight.abs().max()), SMALLEST))
 
 
 class Plan:
@@ -197,7 +213,9 @@ class Plan:
         return groups
 
     def _divisor(self, name: str, groups: Mapping[str, Group]) -> int:
-        if name == self.graph.input or self.operations[name].kind in WEIGHTED:
+        if name == self.graph.input:
+            return _GREY_LEVELS if self._is_image(groups[name]) else 1
+        if self.operations[name].kind in WEIGHTED:
             return 1
         operation = self.operations[name]
         divisors = {groups[source].divisor for source in operation.inputs}
@@ -210,13 +228,18 @@ class Plan:
             divisor *= odd_part(math.prod(self.window(operation)[0]))[1]
         return divisor
 
+    def _is_image(self, group: Group) -> bool:
+        """Whether only layers with weights read the input, directly or flattened: they can take any scale."""
+        readers = [user for name in group.members for user in self.users[name]]
+        return bool(readers) and all(each.kind in (*WEIGHTED, "Flatten", "Reshape") for each in readers)
+
     def _set_headroom(self, group: Group) -> None:
         group.largest = max(self.seen[name].largest for name in group.members)
         inside = [self.operations[name] for name in group.members if name in self.operations]
         compared = any(operation.kind in (*MAX_POOLS, "Hardtanh") for operation in inside)
         group.spare = int(compared or self.graph.output in group.members)
-        size = max(group.largest, _SMALLEST) * group.divisor
-        group.headroom = math.ceil(math.log2(self.precision.safety * size)) + group.spare
+        group.needed = self.precision.safety * max(group.largest, SMALLEST) * group.divisor
+        group.headroom = math.ceil(math.log2(group.needed)) + group.spare
         for operation in inside:
             if operation.kind == "Hardtanh":
                 ceiling = operation.options["max_val"] * group.divisor
@@ -227,21 +250,24 @@ class Plan:
 
     def _set_exponent(self, group: Group) -> None:
         least = _LEAST_FRACTION - self._gain(group)
-        small = max(0, -math.ceil(math.log2(max(group.largest, _SMALLEST))))
+        small = max(0, -math.ceil(math.log2(max(group.largest, SMALLEST))))
         balanced = self._balanced(group)
         wanted = self.precision.activation_bits + small - self._gain(group)
         if balanced is not None and self.precision.weight_bits is None:
             # A value that is never compared, like the input, takes what the balance gives: no gate has to hold it.
             most = self.precision.activation_bits + small if group.truncated else balanced
             wanted = min(most, max(least, balanced))
-        group.exponent = wanted - max(0, math.ceil(math.log2(group.divisor)) - 1)
+        if self.graph.input in group.members:
+            group.exponent = max(0, wanted - round(math.log2(group.divisor)))
+        else:
+            group.exponent = wanted - max(0, math.ceil(math.log2(group.divisor)) - 1)
         if not group.truncated:
             return
         fits = self.precision.gate_bits - 1 - group.headroom
         if fits + math.log2(group.divisor) < least:
             worst = max(group.members, key=lambda name: self.seen[name].largest)
             raise HeadroomError(
-                f"layer '{self.path(worst)}' reaches {group.largest:.4g}: with a safety factor of "
+                f"layer '{self.path(worst)}' reaches {group.largest / self.seen[worst].factor:.4g}: with a safety factor of "
                 f"{self.precision.safety:g} and {_LEAST_FRACTION} fractional bits it does not fit a comparison of "
                 f"{self.precision.gate_bits} bits",
                 "normalise that layer, or calibrate with more gate_bits or less safety",
@@ -254,15 +280,14 @@ class Plan:
         for reader, window in self._weighted_readers(group):
             if "weight" in reader.tensors:
                 weight = reader.tensors["weight"].double()
-                typical = max(float(weight.square().mean().sqrt()), _SMALLEST)
-                peak = max(float(weight.abs().max()), _SMALLEST)
+                typical = max(float(weight.square().mean().sqrt()), SMALLEST)
+                peak = max(float(weight.abs().max()), SMALLEST)
                 effective = self.inputs[reader.name].effective
-                if self.graph.input not in group.members:
-                    effective *= _SYSTEMATIC
-                ratio = math.sqrt(2 * window) * typical / max(effective, _SMALLEST)
+                effective *= _EXACT if self.graph.input in group.members else _SYSTEMATIC
+                ratio = math.sqrt(2 * window) * typical / max(effective, SMALLEST)
                 target = self.targets[reader.name]
                 # Weights in two bytes have no use for more.
-                useful = target - two_byte_fraction(weight)
+                useful = math.ceil(target - two_byte_fraction(weight))
                 bits.append(max((target + math.log2(ratio)) / 2, useful) - math.log2(window))
                 most.append(target + math.log2(peak / _SMALL_WEIGHT) - math.log2(window))
         return min(round(sum(bits) / len(bits)), math.floor(min(most))) if bits else None

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,9 @@ from torch.nn import functional
 from mpc_fl.encrypted_graph import Operation
 from mpc_fl.fast.float_graph import affine
 
-_MOST_INPUTS = 640  # per output: G has as many rows
+# Inputs per output, the rows of G: for more, rounding together takes minutes and gained nothing that could be measured.
+_MOST_INPUTS = 640
+_MOST_FEATURES = 2048  # of a linear layer: one patch per record
 _PATCHES = 4096
 _DAMPING = 0.01  # of G's mean diagonal: directions that calibration did not show must not become free
 
@@ -40,24 +43,34 @@ class Geometry(NamedTuple):
 class Inputs:
     """What a linear layer reads, by its patches of D = (inputs per group) * height * width elements in each of G groups.
 
-    `mean` float64 (G, D); `moments` float64 (G, D, D), damped, or None for many inputs. Of the owner's data, not public.
+    `mean` float64 (G, D); `moments` float64 (G, D, D), damped, or None for many inputs; `squares` float64 (channels,), the mean
+    square of each channel. Of the owner's data, not public.
     """
 
     mean: torch.Tensor
     moments: torch.Tensor | None
-    square: float
+    squares: torch.Tensor
 
-    @property
+    @cached_property
     def effective(self) -> float:
         """Root mean square of what multiplies the rounding errors of weights, after what `rounded` makes up for.
 
         At least 1 / 16 of the inputs': other images may resemble each other less.
         """
+        square = float(self.squares.mean())
         if self.moments is None:
-            left = self.square - float(self.mean.square().mean())
+            left = square - float(self.mean.square().mean())
         else:
             left = float(torch.linalg.cholesky(self.moments).diagonal(dim1=-2, dim2=-1).square().mean())
-        return math.sqrt(max(left, self.square / 256))
+        return math.sqrt(max(left, square / 256))
+
+    def multiplied(self, factors: torch.Tensor) -> Inputs:
+        """The same of inputs whose channels are `factors`, float64 (channels,), times as large."""
+        groups, size = self.mean.shape
+        shared = factors.reshape(groups, -1)
+        each = shared.repeat_interleave(size // shared.shape[1], dim=1)
+        moments = None if self.moments is None else self.moments * each.unsqueeze(1) * each.unsqueeze(2)
+        return Inputs(self.mean * each, moments, self.squares * factors**2)
 
 
 def as_convolution(operation: Operation, channels: int) -> tuple[torch.Tensor, torch.Tensor, Geometry]:
@@ -79,7 +92,8 @@ class InputsSum:
         self.operation, self.records = operation, records
         self._mean: torch.Tensor | None = None
         self._moments: torch.Tensor | None = None
-        self._square, self._patches = 0.0, 0
+        self._squares = torch.zeros((), dtype=torch.float64)
+        self._patches = 0
         self._draw = torch.Generator().manual_seed(0)
 
     def add(self, values: torch.Tensor) -> None:
@@ -89,8 +103,8 @@ class InputsSum:
         groups, share = geometry.groups, len(images) / self.records
         mean = _patches(images.mean(0, keepdim=True), weight, geometry).mean(dim=(0, 1, 2)).double()
         self._mean = share * mean.reshape(groups, -1) + (0 if self._mean is None else self._mean)
-        self._square += share * float(images.double().square().mean())
-        if self._mean.shape[1] > _MOST_INPUTS:
+        self._squares = self._squares + share * images.double().square().mean(dim=(0, 2, 3))
+        if self._mean.shape[1] > (_MOST_FEATURES if self.operation.kind == "Linear" else _MOST_INPUTS):
             return
         windows = _patches(images, weight, geometry)
         count, rows, columns = windows.shape[:3]
@@ -107,11 +121,11 @@ class InputsSum:
         """The statistics of all that was added."""
         assert self._mean is not None
         if self._moments is None:
-            return Inputs(self._mean, None, self._square)
+            return Inputs(self._mean, None, self._squares)
         moments = self._moments / self._patches
         diagonal = moments.diagonal(dim1=-2, dim2=-1)
         diagonal += _DAMPING * diagonal.mean(dim=-1, keepdim=True) + 1e-12
-        return Inputs(self._mean, moments, self._square)
+        return Inputs(self._mean, moments, self._squares)
 
 
 def _patches(images: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
