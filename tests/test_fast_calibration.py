@@ -264,7 +264,9 @@ def test_the_safety_factor_holds_on_calibration_data() -> None:
         calibration = calibrate(every_shape(), images(16, 37), Precision(11, safety=safety))
         closest = self_check(calibration, images(16, 37))
         assert closest.fraction <= (1 + 1e-5) / safety
-        assert calibration.risk.closest.largest / calibration.risk.closest.limit == pytest.approx(closest.fraction, rel=1e-4)
+        assert calibration.risk.closest.largest / calibration.risk.closest.limit == pytest.approx(
+            closest.fraction, rel=1e-4
+        )
         path = next(each for each in calibration.ranges if each.path == closest.path)
         assert path.largest / path.limit == pytest.approx(closest.fraction, rel=1e-4)
 

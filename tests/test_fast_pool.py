@@ -31,6 +31,7 @@ from mpc_fl.config import DEALER, Config
 from mpc_fl.data import Dataset
 from mpc_fl.errors import ConfigError, PoolError, SecrecyError
 from mpc_fl.fast import party_pools, pool
+from mpc_fl.fast.dealing import READY
 from mpc_fl.fast.network import Network
 from mpc_fl.fast.pool import Pool, Terms, create_pool, open_pool
 from mpc_fl.opening import OpeningRecord
@@ -308,7 +309,15 @@ def note(links: Links, directory: str, kill_at: str) -> None:
                 file.write(f"{what}\n")
         return receive(sender, what, *rest)
 
+    def receive_object(sender: str, what: str, *rest: Any) -> Any:
+        value = receive_word(sender, what, *rest)
+        if what == READY:
+            die_at("before taking")
+        return value
+
+    receive_word = links.receive_object
     links.send_object, links.receive_tensor = send_object, receive_tensor  # type: ignore[method-assign]
+    links.receive_object = receive_object  # type: ignore[method-assign]
 
 
 def one_party(links: Links, inference: dict[str, Any], directory: str, count: int, kill_at: str = "") -> Any:
@@ -408,8 +417,10 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     backup = tmp_path / "backup"
     half = site.half(diagnosis.HOSPITAL).directory
     shutil.copytree(half, backup)
-    site.crash(1, "before asking")  # C has marked batch 0, S knows nothing of it
-    assert (site.half(diagnosis.HOSPITAL).next, site.half(diagnosis.MODEL_OWNER).next) == (1, 0)
+    site.crash(1, "before asking")  # nothing was used
+    assert (site.half(diagnosis.HOSPITAL).next, site.half(diagnosis.MODEL_OWNER).next) == (0, 0)
+    site.crash(1, "before taking")  # S has marked batch 0, C has not
+    assert (site.half(diagnosis.HOSPITAL).next, site.half(diagnosis.MODEL_OWNER).next) == (0, 1)
     site.crash(1, "after evaluate")  # batch 1: messages under its masks are on their way
     assert site.half(diagnosis.HOSPITAL).next == site.half(diagnosis.MODEL_OWNER).next == 2
     # C's whole half is put back from a backup: it cannot know, but S does.
@@ -419,7 +430,7 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     assert site.run(0) == []
     assert site.half(diagnosis.HOSPITAL).next == 2  # told by S, and on the disk before anything is asked
     assert_close(site.run(1), 1)
-    assert site.lines("places") == ["0", "1", "2"]
+    assert site.lines("places") == ["0", "0", "1", "2"]
     assert site.half(diagnosis.HOSPITAL).numbers == site.half(diagnosis.MODEL_OWNER).numbers == [3]
 
 

@@ -525,6 +525,11 @@ def test_a_served_hospital_uses_its_pool(service: Callable[..., Service], direct
     assert line.startswith("2 of 3 images were answered; hospital-1 may ask about 4 images in 24 hours")
     assert largest_error(directory, results, 3) < 0.02
     assert served.left("hospital-1") == [] and served.corrections() > made
+    # Who is refused has used nothing of a pool.
+    assert served.fill("hospital-1", 1) == ""
+    line, results = served.ask("hospital-1", 1, "over the limit")
+    assert "may ask about 4 images in 24 hours" in line and not results
+    assert served.left("hospital-1") == [3]
     # Another hospital, without a pool.
     served.pools = None
     line, results = served.ask("hospital-2", 1, "without a pool")

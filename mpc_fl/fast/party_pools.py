@@ -11,8 +11,9 @@ Using, at the start of a session:
      the X25519 keys of this session. No certificate needs to be the one of then, so certificates may be renewed.
   2. each tells which numbers it has left and its `next`; both give up all below the larger one, to the disk
 Per batch:
-  3. C takes the lowest number that both have (`Pool.take`: used up before anything of it is read), tells S number and tag
-  4. S takes the same number; another tag means halves of different batches, and ends the session
+  3. C tells S the lowest number that both have, and its tag
+  4. S takes it (`Pool.take`: used up before anything of it is read) and says so, then C does. S may refuse before: then neither
+     has used it. Another tag means halves of different batches, and ends the session
 
 Security. A batch from a pool is what the dealer would have sent in the session: the argument of `sessions` holds, as B may serve
 any number of batches (`linear`). It needs that no batch is used twice and that B belongs to one W: two W under one B would
@@ -280,14 +281,20 @@ class HospitalPool(_PartyPool):
         words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._program(network))]
         self._put(place, seed, torch.cat(words).numpy().view(np.uint8))
 
-    def take(self, network: Network) -> tuple[Place, ClientCorrelations]:
-        """The next batch, used up from now on."""
+    def propose(self) -> Place:
+        """The next batch."""
+        return Place(self._common[0], self._agreed_pool().tag(self._common[0]).hex())
+
+    def take(self, network: Network, place: Place) -> ClientCorrelations:
+        """The batch that was proposed, used up from now on."""
         program = self._program(network)
         shapes = _product_shapes(program)
         size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
-        place, seed, words = self._take(self._common.popleft(), size)
+        found, seed, words = self._take(self._common.popleft(), size)
+        if found != place:
+            raise ProtocolError("the next batch of the pool is not the one that was proposed", "restart the session")
         products = _split(torch.from_numpy(words.view(np.int32)), shapes)
-        return place, client_correlations(program, seed, {}, products)
+        return client_correlations(program, seed, {}, products)
 
 
 class OwnerPool(_PartyPool):

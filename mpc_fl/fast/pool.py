@@ -11,7 +11,7 @@ A pool belongs to two parties, hospital C and model owner S, and one model; each
 The dealer keeps nothing. What lies in which record and how the parties agree on one is in `party_pools`; this module only stores.
 
 Used once. Records are used in ascending order, so one number, `next`, says which are used up: all below it. `take(k)` writes
-next = k + 1 to the disk (fsync of the file, of the directory) before it reads one byte of record k. A crash before that has
+next = k + 1 to the disk (fsync of the file, of the directory) before it reads what is secret of record k. A crash before that has
 used nothing, a crash after it wastes record k. Keys are a chain: that of record k follows from chain value k, and value
 k + 1 from value k by HMAC-SHA256, but not back; `keys` holds value `next` only. So a used record cannot be decrypted any
 more, even if its file is put back, copied, or read from blocks that the disk still has (Bellare and Yee, CT-RSA 2003).
@@ -110,6 +110,13 @@ class Pool:
     def end(self) -> int:
         """Above the number of every record that this pool holds or used."""
         return max([self.next, *(number + 1 for number in self.numbers)])
+
+    def tag(self, number: int) -> bytes:
+        """The tag of a record, public; `take` finds out whether it is genuine. Raises `PoolError` for no such record."""
+        path = self._path(number)
+        with _readable(path), path.open("rb") as file:
+            header = file.read(len(_MAGIC) + _SALT_BYTES + TAG_BYTES)
+        return header[len(_MAGIC) + _SALT_BYTES :]
 
     @property
     def meeting_key(self) -> Seed:

@@ -120,11 +120,11 @@ class Hospital:
         links.set_phase("offline")
         pool = self._pool
         if pool is not None and pool.left and records <= pool.records:
-            place, correlations = pool.take(self.network)
-            number = FIRST_NUMBER + place.number
+            place = pool.propose()
             links.send_object(self._owner, STEP, {"step": "take", **place.message()})
-            self._prepared.append(_ClientBatch(number, records, pool.records, correlations))
-            links.receive_object(self._owner, READY)
+            links.receive_object(self._owner, READY)  # before it is used up here: S may refuse
+            correlations = pool.take(self.network, place)
+            self._prepared.append(_ClientBatch(FIRST_NUMBER + place.number, records, pool.records, correlations))
             return
         number, _, correlations = self._made_by_dealer("prepare", records)
         self._prepared.append(_ClientBatch(number, records, records, correlations))
