@@ -85,8 +85,9 @@ def test_values_are_multiplied_and_logits_stay(seed: int) -> None:
     for name, each in inputs.items():
         torch.testing.assert_close(full.inputs[name].mean, each.mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(full.inputs[name].squares, each.squares, rtol=1e-3, atol=1e-6)
-        found, expected = full.inputs[name].moments, each.moments
-        assert found is not None and expected is not None
+        factor, expected = full.inputs[name].cholesky(), each.moments
+        assert factor is not None and expected is not None
+        found = factor @ factor.transpose(1, 2)
         # The diagonal differs by the damping, which is multiplied as well.
         scale = float(expected.diagonal(dim1=1, dim2=2).max())
         assert float((found - expected).abs().max()) < 0.05 * scale

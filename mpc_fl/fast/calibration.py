@@ -172,6 +172,22 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
     graph = prepare(model)
     if not len(records):
         raise HeadroomError("calibration needs at least one record", "pass images of the model owner or public ones")
+    maxima, plan = _observed(graph, records, precision)
+    full = rescaled(plan)
+    del graph, plan  # its weights are not needed beside the rescaled ones
+    network, weights, limits = lower(full.graph, full.seen, full.inputs, precision)
+    ranges = []
+    for limit in limits:
+        factors = full.factors[limit.operation]
+        widest = float(factors.min())
+        largest = (maxima[limit.operation] * factors).amax(dim=1) / widest
+        ranges.append(Range(limit.path, limit.limit / widest, largest))
+    secret = Private("integer weights", weights), Private("network", full.graph)
+    return Calibration(network, secret[0], precision, tuple(ranges), secret[1], limits)
+
+
+def _observed(graph: Trace, records: torch.Tensor, precision: Precision) -> tuple[dict[str, torch.Tensor], Plan]:
+    """The largest magnitudes of every value in each record and channel, float64 (N, channels), and a plan with room for them."""
     paths = {operation.name: operation.path for operation in graph.operations}
     found: dict[str, list[torch.Tensor]] = defaultdict(list)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -192,17 +208,7 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
         stressed = _magnitudes(value).amax(dim=0).double() * (precision.stress_safety / precision.safety)
         peaks[name] = torch.maximum(peaks[name], stressed)
     seen = {name: Seen(shapes[name], peaks[name]) for name in shapes}
-    statistics = {name: each.result() for name, each in inputs.items()}
-    full = rescaled(Plan(graph, seen, statistics, precision))
-    network, weights, limits = lower(full.graph, full.seen, full.inputs, precision)
-    ranges = []
-    for limit in limits:
-        factors = full.factors[limit.operation]
-        widest = float(factors.min())
-        largest = (maxima[limit.operation] * factors).amax(dim=1) / widest
-        ranges.append(Range(limit.path, limit.limit / widest, largest))
-    secret = Private("integer weights", weights), Private("network", full.graph)
-    return Calibration(network, secret[0], precision, tuple(ranges), secret[1], limits)
+    return maxima, Plan(graph, seen, {name: each.result() for name, each in inputs.items()}, precision)
 
 
 def self_check(calibration: Calibration, records: torch.Tensor) -> Approach:

@@ -125,9 +125,10 @@ def _multiplied(operation: Operation, factors: Mapping[str, torch.Tensor], seen:
     else:
         # (O, I / groups, ...): outputs in as many runs as there are groups, each with inputs of its own.
         groups = operation.options.get("groups", 1)
-        weight = tensors["weight"].double().reshape(groups, -1, *tensors["weight"].shape[1:])
+        weight = tensors["weight"].reshape(groups, -1, *tensors["weight"].shape[1:])
         spread = (1,) * (weight.dim() - 3)
-        weight = weight * after.reshape(groups, -1, 1, *spread) / before.reshape(groups, 1, -1, *spread)
+        between = after.reshape(groups, -1, 1, *spread) / before.reshape(groups, 1, -1, *spread)
+        weight = weight * between.float()
     tensors["weight"] = weight.reshape(tensors["weight"].shape).float()
     if "bias" in tensors:
         tensors["bias"] = (tensors["bias"] * after).float()

@@ -44,12 +44,14 @@ class Inputs:
     """What a linear layer reads, by its patches of D = (inputs per group) * height * width elements in each of G groups.
 
     `mean` float64 (G, D); `moments` float64 (G, D, D), damped, or None for many inputs; `squares` float64 (channels,), the mean
-    square of each channel. Of the owner's data, not public.
+    square of each channel. `moments` are those of inputs that `factors`, (G, D), still multiply: no copy is made of what takes
+    most of calibration's memory. Of the owner's data, not public.
     """
 
     mean: torch.Tensor
     moments: torch.Tensor | None
     squares: torch.Tensor
+    factors: torch.Tensor | None = None
 
     @cached_property
     def effective(self) -> float:
@@ -58,10 +60,11 @@ class Inputs:
         At least 1 / 16 of the inputs': other images may resemble each other less.
         """
         square = float(self.squares.mean())
-        if self.moments is None:
+        factor = self.cholesky()
+        if factor is None:
             left = square - float(self.mean.square().mean())
         else:
-            left = float(torch.linalg.cholesky(self.moments).diagonal(dim1=-2, dim2=-1).square().mean())
+            left = float(factor.diagonal(dim1=-2, dim2=-1).square().mean())
         return math.sqrt(max(left, square / 256))
 
     def multiplied(self, factors: torch.Tensor) -> Inputs:
@@ -69,8 +72,15 @@ class Inputs:
         groups, size = self.mean.shape
         shared = factors.reshape(groups, -1)
         each = shared.repeat_interleave(size // shared.shape[1], dim=1)
-        moments = None if self.moments is None else self.moments * each.unsqueeze(1) * each.unsqueeze(2)
-        return Inputs(self.mean * each, moments, self.squares * factors**2)
+        before = 1 if self.factors is None else self.factors
+        return Inputs(self.mean * each, self.moments, self.squares * factors**2, before * each)
+
+    def cholesky(self) -> torch.Tensor | None:
+        """Lower triangular factors of G, float64 (G, D, D), or None for many inputs."""
+        if self.moments is None:
+            return None
+        factor = torch.linalg.cholesky(self.moments)
+        return factor if self.factors is None else factor.mul_(self.factors.unsqueeze(-1))
 
 
 def as_convolution(operation: Operation, channels: int) -> tuple[torch.Tensor, torch.Tensor, Geometry]:
@@ -118,11 +128,12 @@ class InputsSum:
             self._patches += wanted
 
     def result(self) -> Inputs:
-        """The statistics of all that was added."""
+        """The statistics of all that was added, once."""
         assert self._mean is not None
         if self._moments is None:
             return Inputs(self._mean, None, self._squares)
-        moments = self._moments / self._patches
+        moments = self._moments.div_(self._patches)
+        self._moments = None
         diagonal = moments.diagonal(dim1=-2, dim2=-1)
         diagonal += _DAMPING * diagonal.mean(dim=-1, keepdim=True) + 1e-12
         return Inputs(self._mean, moments, self._squares)
@@ -145,11 +156,11 @@ def rounded(weights: torch.Tensor, inputs: Inputs, largest: int) -> tuple[torch.
     groups, size = inputs.mean.shape
     real = weights.double().reshape(groups, -1, size)
     errors = torch.zeros_like(real)
-    if inputs.moments is None:
+    factor = inputs.cholesky()
+    if factor is None:
         errors = real - real.round().clamp(-largest, largest)
     else:
-        factor = torch.linalg.cholesky(inputs.moments)
-        factor = factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        factor /= factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).clone()
         for place in range(size - 1, -1, -1):
             left = errors[..., place + 1 :] @ factor[:, place + 1 :, place : place + 1]
             nearest = (real[..., place] + left[..., 0]).round().clamp(-largest, largest)
