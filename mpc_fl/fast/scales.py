@@ -16,7 +16,7 @@ the weights. Rounding weights w disturbs the result by 2^(F - R) / sqrt(12) x, r
 w; they are equal where 2 F = R + log2(sqrt(2) w / x), w the root mean square of weights, x that of activations less what
 `weight_rounding` makes up for. So F is the mean of this over the layers that read a value, no more than `activation_bits`, and
 no less than keeps weights within two bytes. An average of n elements adds log2(n) bits to F and divides the second error by
-sqrt(n). (Measured in docs/fast_arithmetic.md: 2 to 4 times smaller errors than 12 + 12 bits.)
+sqrt(n). (Measured in docs/fast_arithmetic.md: 4 times smaller errors than 12 + 12 bits.)
 """
 
 from __future__ import annotations
