@@ -178,9 +178,8 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
     network, weights, limits = lower(full.graph, full.seen, full.inputs, precision)
     ranges = []
     for limit in limits:
-        factors = full.factors[limit.operation]
-        widest = float(factors.min())
-        largest = (maxima[limit.operation] * factors).amax(dim=1) / widest
+        widest = full.seen[limit.operation].factor
+        largest = (maxima[limit.operation] * full.factors[limit.operation]).amax(dim=1) / widest
         ranges.append(Range(limit.path, limit.limit / widest, largest))
     secret = Private("integer weights", weights), Private("network", full.graph)
     return Calibration(network, secret[0], precision, tuple(ranges), secret[1], limits)

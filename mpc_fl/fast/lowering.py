@@ -92,7 +92,7 @@ class _Lowering:
 
     def run(self) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
         graph = self.plan.graph
-        scale = Scale(self.plan.group[graph.input].exponent, self.plan.group[graph.input].divisor)
+        scale = self.plan.group[graph.input].scale
         self._value(graph.input, graph.input, RING_BITS, scale)
         self.forms[graph.input, "wide"] = (graph.input, scale)
         if "narrow" in self.plan.demands[graph.input]:
@@ -127,7 +127,7 @@ class _Lowering:
         lift = 31 - group.headroom - scale.exponent
         if lift < 0:
             raise HeadroomError(f"layer '{path}' does not fit 32 bits", "calibrate with less safety or fewer bits")
-        target = Scale(group.exponent, group.divisor)
+        target = group.scale
         layer = Add(path, (source,), f"{operation}.narrow", RING_BITS - group.bits, (1 << lift,))
         self.forms[operation, "narrow"] = (self._append(operation, layer, group.bits, target), target)
 

@@ -24,7 +24,7 @@ import torch
 
 from mpc_fl.encrypted_graph import Operation, Trace
 from mpc_fl.fast.float_graph import affine
-from mpc_fl.fast.scales import SMALLEST, WEIGHTED, Group, Plan, Seen
+from mpc_fl.fast.scales import SMALLEST, WEIGHTED, Group, Plan, Seen, connected
 from mpc_fl.fast.weight_rounding import Inputs
 
 _LARGEST = 2.0  # factor of a channel: its limit is at least half the layer's
@@ -59,18 +59,10 @@ def rescaled(plan: Plan) -> Rescaled:
 
 def _factors(plan: Plan) -> dict[str, torch.Tensor]:
     """What every channel of every value is multiplied by."""
-    connected = {name: [name] for name in (plan.graph.input, *plan.operations)}
-    for operation in plan.graph.operations:
-        for name in operation.inputs if operation.kind not in WEIGHTED else ():
-            first, second = connected[name], connected[operation.name]
-            if first is not second:
-                first += second
-                connected.update(dict.fromkeys(second, first))
     factors = {}
-    for members in {id(each): each for each in connected.values()}.values():
-        groups = [
-            each for each in {id(plan.group[name]): plan.group[name] for name in members}.values() if each.truncated
-        ]
+    for members in connected(plan.graph, lambda kind: kind not in WEIGHTED):
+        inside = set(members)
+        groups = [each for each in plan.groups if each.truncated and each.members[0] in inside]
         channels = min(plan.seen[name].shape[0] for name in members)
         common = torch.ones(channels, dtype=torch.float64)
         if groups and plan.graph.input not in members and plan.graph.output not in members:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +110,7 @@ class Group:
     """Values of one scale. `origins` are no views of others; `needed` is the magnitude that must fit, in units of 1 / divisor,
     `headroom` is H, `spare` 1 where differences must fit too; `truncated` says whether there are narrow values at all."""
 
-    members: list[str] = field(default_factory=list)
+    members: list[str]
     origins: list[str] = field(default_factory=list)
     largest: float = 0.0
     divisor: int = 1
@@ -119,6 +119,11 @@ class Group:
     headroom: int = 0
     truncated: bool = True
     exponent: int = 0
+
+    @property
+    def scale(self) -> Scale:
+        """Of the input, and of narrow values."""
+        return Scale(self.exponent, self.divisor)
 
     @property
     def bits(self) -> int:
@@ -135,6 +140,18 @@ def odd_part(number: int) -> tuple[int, int]:
     """(a, odd) with number = 2^a * odd."""
     twos = (number & -number).bit_length() - 1
     return twos, number >> twos
+
+
+def connected(graph: Trace, kinds: Callable[[str], bool]) -> list[list[str]]:
+    """Input and operations in sets, each joined by the operations of such `kinds` with what they read."""
+    sets = {name: [name] for name in (graph.input, *(operation.name for operation in graph.operations))}
+    for operation in graph.operations:
+        for name in operation.inputs if kinds(operation.kind) else ():
+            first, second = sets[name], sets[operation.name]
+            if first is not second:
+                first += second
+                sets.update(dict.fromkeys(second, first))
+    return list({id(members): members for members in sets.values()}.values())
 
 
 def two_byte_fraction(weight: torch.Tensor) -> float:
@@ -159,9 +176,13 @@ class Plan:
             for name in operation.inputs:
                 self.users[name].append(operation)
         self.demands = self._demanded()
-        self.group = self._groups()
+        self.groups = [Group(members) for members in connected(graph, SAME_SCALE.__contains__)]
+        self.group = {name: group for group in self.groups for name in group.members}
+        self._set_origins()
+        for group in self.groups:
+            self._set_headroom(group)
         self.targets = self._targets()
-        for group in {id(group): group for group in self.group.values()}.values():
+        for group in self.groups:
             self._set_exponent(group)
 
     def is_sum(self, name: str) -> bool:
@@ -188,18 +209,11 @@ class Plan:
         """An operation's name as the user knows it."""
         return self.operations[name].path if name in self.operations else name
 
-    def _groups(self) -> dict[str, Group]:
-        """Every value's group, with its headroom."""
-        groups = {name: Group([name]) for name in (self.graph.input, *self.operations)}
-        for operation in self.graph.operations:
-            for name in operation.inputs if operation.kind in SAME_SCALE else ():
-                first, second = groups[name], groups[operation.name]
-                if first is not second:
-                    first.members += second.members
-                    groups.update(dict.fromkeys(second.members, first))
+    def _set_origins(self) -> None:
+        """Origins and divisor of every group."""
         for name in (self.graph.input, *self.operations):  # in order: an average's divisor needs that of its input
             if name == self.graph.input or self.is_sum(name):
-                group, divisor = groups[name], self._divisor(name, groups)
+                group, divisor = self.group[name], self._divisor(name)
                 if group.origins and divisor != group.divisor:
                     raise UnsupportedLayerError(
                         f"layer '{self.path(name)}' gives an average over a window whose size is no power of two to a "
@@ -208,17 +222,14 @@ class Plan:
                     )
                 group.divisor = divisor
                 group.origins.append(name)
-        for group in {id(group): group for group in groups.values()}.values():
-            self._set_headroom(group)
-        return groups
 
-    def _divisor(self, name: str, groups: Mapping[str, Group]) -> int:
+    def _divisor(self, name: str) -> int:
         if name == self.graph.input:
-            return _GREY_LEVELS if self._is_image(groups[name]) else 1
+            return _GREY_LEVELS if self._is_image(self.group[name]) else 1
         if self.operations[name].kind in WEIGHTED:
             return 1
         operation = self.operations[name]
-        divisors = {groups[source].divisor for source in operation.inputs}
+        divisors = {self.group[source].divisor for source in operation.inputs}
         if len(divisors) > 1:
             raise UnsupportedLayerError(
                 f"layer '{operation.path}' adds averages over different windows", "set the engine to reference"

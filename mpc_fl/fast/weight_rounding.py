@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ class Inputs:
     squares: torch.Tensor
     factors: torch.Tensor | None = None
 
-    @cached_property
+    @property
     def effective(self) -> float:
         """Root mean square of what multiplies the rounding errors of weights, after what `rounded` makes up for.
 
