@@ -32,7 +32,7 @@ def measure(epsilon: float, mechanism: str) -> dict[str, Any]:
         command = [
             sys.executable,
             "-m",
-            "mpc_fl.cli",
+            "mpc_fl",
             "train",
             "configs/demo.yaml",
             "--out",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from mpc_fl.bench_aggregation import measure_aggregation
+from mpc_fl.apps.bench.aggregation import measure_aggregation
 
 
 def main() -> None:

@@ -35,20 +35,20 @@ from typing import Any
 
 import torch
 
-from mpc_fl.config import Config, load_config
-from mpc_fl.data import Dataset, load_hospital, patients_per_hospital
+from mpc_fl.apps.runs.local_runs import versions
+from mpc_fl.config.config import Config, load_config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.evaluation import evaluate_locally
-from mpc_fl.federation import predict
+from mpc_fl.federation.hospital_round import predict
+from mpc_fl.federation.planning import initial_model
 from mpc_fl.files import write_json, write_text
-from mpc_fl.models import flatten_parameters, load_flat_parameters
-from mpc_fl.participants import initial_model
-from mpc_fl.partition import partition_equal, patient_of
-from mpc_fl.privacy import SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
-from mpc_fl.run import versions
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import sampling_rate, train_locally
-from mpc_fl.weights import load_model
+from mpc_fl.learning.data.loading import Dataset, load_hospital, patients_per_hospital
+from mpc_fl.learning.data.partition import partition_equal, patient_of
+from mpc_fl.learning.models.architectures import flatten_parameters, load_flat_parameters
+from mpc_fl.learning.models.evaluation import evaluate_locally
+from mpc_fl.learning.models.model_file import load_model
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
+from mpc_fl.learning.training.dp_sgd import sampling_rate, train_locally
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEPT_ASIDE = 5  # one patient in this many decides on a learning rate
@@ -211,7 +211,7 @@ def in_real_processes(config: Config, test: Dataset) -> tuple[list[dict[str, Any
     """The federated rows, by the command a user gives. Its figures are those opened from the hospitals' secure sum."""
     with tempfile.TemporaryDirectory() as directory:
         write_text(Path(directory) / "config.yaml", config.to_yaml())
-        command = [sys.executable, "-m", "mpc_fl.cli", "train", f"{directory}/config.yaml", "--json"]
+        command = [sys.executable, "-m", "mpc_fl", "train", f"{directory}/config.yaml", "--json"]
         command += ["--data", str(config.site.data), "--out", f"{directory}/run"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=3600)
         if done.returncode:

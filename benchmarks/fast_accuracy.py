@@ -26,17 +26,17 @@ import torch
 from torch import nn
 
 from mpc_fl import compatibility
-from mpc_fl.bench_inference import DEALER, HOSPITAL, PARTIES, Job, fast_party, run_parties
-from mpc_fl.config import Config
-from mpc_fl.data import Dataset, load_hospital
+from mpc_fl.apps.bench.inference import DEALER, HOSPITAL, PARTIES, Job, fast_party, run_parties
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError
-from mpc_fl.fast.calibration import Calibration, calibrate, self_check
-from mpc_fl.fast.emulation import Emulator
-from mpc_fl.fast.scales import Precision
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.phantoms import public_phantoms
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.weights import load_model, save_model
+from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check
+from mpc_fl.inference.fast.quantization.emulation import Emulator
+from mpc_fl.inference.fast.quantization.scales import Precision
+from mpc_fl.learning.data.loading import Dataset, load_hospital
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.model_file import load_model, save_model
 
 compatibility.prepare()
 import torchvision.models  # noqa: E402  (after the operators it needs are defined)

@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mpc_fl.config import Config
-from mpc_fl.fast import integer_linear
-from mpc_fl.fast.limbs import usable
-from mpc_fl.models import build_model
+from mpc_fl.config.config import Config
+from mpc_fl.inference.fast.kernels import integer_linear
+from mpc_fl.inference.fast.kernels.limbs import usable
+from mpc_fl.learning.models.architectures import build_model
 
 Layer = tuple[nn.Conv2d | nn.Linear, torch.Size]
 

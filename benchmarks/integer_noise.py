@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mpc_fl.distributed_mechanism import add_patients, noised_share, plan_mechanism
-from mpc_fl.integer_noise import DiscreteGaussian
-from mpc_fl.secrecy import Private
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import gaussian_noise
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.learning.privacy.discrete_gaussian import DiscreteGaussian
+from mpc_fl.learning.privacy.distributed_gaussian import add_patients, noised_share, plan_mechanism
+from mpc_fl.learning.training.dp_sgd import gaussian_noise
 
 VARIANCE_BITS = (0, 10, 20, 30, 40, 50)
 

@@ -27,20 +27,20 @@ from typing import Any
 
 import torch
 
-from mpc_fl.authority import make_local_identities
-from mpc_fl.closed_sum import ClosedSum, SummandMasks, SumPlan
-from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.dealer import Dealer
-from mpc_fl.identity import load_identity
-from mpc_fl.launcher import local_addresses
-from mpc_fl.norm_bound import in_grid_units
-from mpc_fl.norm_check import NormCheck, NormTest, prepare_norm_check
-from mpc_fl.opening import FixedSum, OpeningRecord, SecretDomain, open_to
-from mpc_fl.ring import FixedPoint, MeanHeadroom
-from mpc_fl.routes import routes
-from mpc_fl.secrecy import Private, Shared
-from mpc_fl.sketch import SignHash
-from mpc_fl.transport import Agreement, Links
+from mpc_fl.aggregation.norm_bound import in_grid_units
+from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
+from mpc_fl.aggregation.sketch import SignHash
+from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
+from mpc_fl.crypto.secrecy import Private, Shared
+from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.routes import routes
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.dealer import Dealer
+from mpc_fl.sharing.opening import FixedSum, OpeningRecord, SecretDomain, open_to
 
 AGGREGATOR, DEALER = "aggregator", "dealer"
 DEVIATION = 0.01  # of the updates' coordinates: noise of a usual run

@@ -16,13 +16,13 @@ from typing import Any, get_args
 
 import torch
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.graph import without_in_place
-from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters
-from mpc_fl.per_sample_gradients import Method, clipped_sum, sum_cross_entropy
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import gaussian_noise
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm, flatten_parameters
+from mpc_fl.learning.models.rewriting import without_in_place
+from mpc_fl.learning.training.dp_sgd import gaussian_noise
+from mpc_fl.learning.training.per_sample_gradients import Method, clipped_sum, sum_cross_entropy
 
 CASES = (
     ("resnet18", "frozen", (3, 96, 96), 16),

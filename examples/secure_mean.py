@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from mpc_fl.authority import make_local_identities
-from mpc_fl.crypten_runtime import CrypTenRuntime
-from mpc_fl.identity import load_identity
-from mpc_fl.opening import OpeningRecord, SecretDomain
-from mpc_fl.ring import FixedPoint, Headroom
-from mpc_fl.routes import routes
-from mpc_fl.secrecy import Private
-from mpc_fl.secure_sum import encode_weighted, weighted_mean
-from mpc_fl.transport import Agreement, Links
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.ring import FixedPoint, Headroom
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.routes import routes
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.sharing.secure_sum import encode_weighted, weighted_mean
 
 NAMES = ["north", "south", "west"]
 HEADROOM = Headroom(FixedPoint(fraction_bits=24, bound=1000.0), parties=3, weight_bound=10_000)

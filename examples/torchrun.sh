@@ -5,7 +5,7 @@
 # For rehearsals and measurements within one organisation: all parties belong to whoever starts them, and torchrun's own
 # rendezvous is neither encrypted nor authenticated. Between hospitals each one starts `mpc-fl party` itself
 # (examples/by_hand.sh). Over several machines of one organisation, on machine K of N with one party each:
-#   torchrun --nnodes N --node-rank K --nproc-per-node 1 --master-addr FIRST_MACHINE -m mpc_fl.cli party --config ...
+#   torchrun --nnodes N --node-rank K --nproc-per-node 1 --master-addr FIRST_MACHINE -m mpc_fl party --config ...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-$(mktemp -d)}
@@ -38,11 +38,11 @@ YAML
 "$bin/python" - "$work" "${names[@]}" <<'PY'
 import sys
 from pathlib import Path
-from mpc_fl.authority import make_local_identities
+from mpc_fl.crypto.authority import make_local_identities
 make_local_identities(sys.argv[2:], {name: Path(sys.argv[1]) / name / "identity" for name in sys.argv[2:]})
 PY
 
 # {party} stands for the name of the party each process finds itself to be. No restarts: a session is used once.
-"$bin/torchrun" --standalone --max-restarts 0 --nproc-per-node "${#names[@]}" -m mpc_fl.cli party \
+"$bin/torchrun" --standalone --max-restarts 0 --nproc-per-node "${#names[@]}" -m mpc_fl party \
     --config "$work/federation.yaml" --identity "$work/{party}/identity" --out "$work/{party}"
 echo "The aggregator's model: $work/aggregator/model.safetensors"

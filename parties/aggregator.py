@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import time
 
-from mpc_fl.attendance import Attendance, RoundPlan
-from mpc_fl.audit_trail import begin_ledger, lead_signatures, sign_end
-from mpc_fl.config import AGGREGATOR, Config, party_names
+from mpc_fl.aggregation.norm_check_session import end_checks
+from mpc_fl.aggregation.quorum_sum import Rules
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.config.config import AGGREGATOR, Config, party_names
 from mpc_fl.errors import SumLostError
-from mpc_fl.evaluation import Evaluation
-from mpc_fl.federation import (
+from mpc_fl.federation.attendance import Attendance, RoundPlan
+from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, sign_end
+from mpc_fl.federation.hospital_round import (
     Notify,
     aggregator_evaluation,
     aggregator_preparation,
@@ -18,15 +20,13 @@ from mpc_fl.federation import (
     announce_end,
     send_model,
 )
+from mpc_fl.federation.planning import Aggregator, prepare_aggregator, sum_rules
 from mpc_fl.files import append_json_line, keep_json_lines
-from mpc_fl.ledger_file import RevealLedger
-from mpc_fl.membership import connect, open_ledger, site_directory, training_runtime, write_traffic
-from mpc_fl.opening import SecretDomain
-from mpc_fl.participants import Aggregator, prepare_aggregator, sum_rules
-from mpc_fl.quorum_sum import Rules
-from mpc_fl.round_check import end_checks
-from mpc_fl.transport import Observer
-from mpc_fl.weights import save_model
+from mpc_fl.learning.models.evaluation import Evaluation
+from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.links.links import Observer
+from mpc_fl.links.party_links import connect, open_ledger, site_directory, training_runtime, write_traffic
+from mpc_fl.sharing.opening import SecretDomain
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:

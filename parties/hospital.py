@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpc_fl.attendance import RoundPlan, announce, await_keys
-from mpc_fl.audit_trail import begin_ledger, sign_end, sign_round
-from mpc_fl.config import AGGREGATOR, Config, party_names
-from mpc_fl.data import load_hospital, load_images
-from mpc_fl.diagnosis import fill_pool, request_diagnoses, require_supported, write_results
+from mpc_fl.aggregation.quorum_sum import Missed, Rules, next_word
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.config.config import AGGREGATOR, Config, party_names
 from mpc_fl.errors import RefusedError
-from mpc_fl.federation import (
+from mpc_fl.federation.attendance import RoundPlan, announce, await_keys
+from mpc_fl.federation.audit_trail import begin_ledger, sign_end, sign_round
+from mpc_fl.federation.hospital_round import (
     Notify,
     await_end,
     hospital_evaluation,
@@ -18,19 +18,19 @@ from mpc_fl.federation import (
     hospital_round,
     receive_model,
 )
+from mpc_fl.federation.planning import Hospital, join, sum_rules
 from mpc_fl.files import append_json_line, keep_json_lines
-from mpc_fl.ledger_file import RevealLedger
-from mpc_fl.membership import connect, open_ledger, site_directory, training_runtime, write_traffic
-from mpc_fl.opening import OpeningRecord, SecretDomain
-from mpc_fl.participants import Hospital, join, sum_rules
-from mpc_fl.privacy import PrivacyLedger
-from mpc_fl.quorum_sum import Missed, Rules, next_word
-from mpc_fl.service import ask_service, fill_from_service, links_to_service
-from mpc_fl.serving import Visit
-from mpc_fl.strategies import calibrate_own
-from mpc_fl.training_group import training_group
-from mpc_fl.transport import Observer
-from mpc_fl.weights import save_model
+from mpc_fl.inference.diagnosis import fill_pool, request_diagnoses, require_supported, write_results
+from mpc_fl.inference.serving.client import ask_service, fill_from_service, links_to_service
+from mpc_fl.inference.serving.gate import Visit
+from mpc_fl.learning.data.loading import load_hospital, load_images
+from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.learning.privacy.accounting import PrivacyLedger
+from mpc_fl.learning.training.process_group import training_group
+from mpc_fl.learning.training.server_optimizers import calibrate_own
+from mpc_fl.links.links import Observer
+from mpc_fl.links.party_links import connect, open_ledger, site_directory, training_runtime, write_traffic
+from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:

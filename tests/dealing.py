@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mpc_fl.correlated_randomness import Request, ordered_options
+from mpc_fl.sharing.correlated_randomness import Request, ordered_options
 
 WORLD = ["party-0", "party-1"]
 # Frames this process has received, where its links have `note_frame` as observer.
@@ -68,14 +68,14 @@ def note_frame(peer: str, frame: Any) -> None:
 
 
 def client_of(links: Any, **options: Any) -> Any:
-    from mpc_fl.dealer_client import DealerClient
+    from mpc_fl.sharing.dealer_client import DealerClient
 
     return DealerClient(links, [name for name in sorted([*links.peers, links.name]) if name != "dealer"],
                         "dealer", **options)  # fmt: skip
 
 
 def deal_all(links: Any, **options: Any) -> Any:
-    from mpc_fl.dealer import Dealer
+    from mpc_fl.sharing.dealer import Dealer
 
     dealer = Dealer(links, sorted(links.peers), **options)
     dealer.serve()

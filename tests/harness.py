@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpc_fl.authority import make_local_identities
-from mpc_fl.identity import load_identity
-from mpc_fl.routes import routes
-from mpc_fl.transport import Agreement, Links
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.routes import routes
 
 # Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
 # and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.

@@ -2,6 +2,6 @@
 
 import opacus  # noqa: F401
 
-import mpc_fl.federation  # noqa: F401
-import mpc_fl.launcher  # noqa: F401
+import mpc_fl.apps.runs.launcher  # noqa: F401
+import mpc_fl.federation.hospital_round  # noqa: F401
 import parties.aggregator  # noqa: F401

@@ -20,11 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mpc_fl.authority import open_key
-from mpc_fl.authority_directory import KEY_FILE, RECORD_FILE, AuthorityDirectory, describe
-from mpc_fl.certificate_record import Issued
-from mpc_fl.errors import IdentityError, MpcFlError
-from mpc_fl.identity import (
+from mpc_fl.crypto.authority import open_key
+from mpc_fl.crypto.authority_directory import KEY_FILE, RECORD_FILE, AuthorityDirectory, describe
+from mpc_fl.crypto.certificate_record import Issued
+from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     ROOT_FILE,
     Identity,
@@ -33,7 +32,8 @@ from mpc_fl.identity import (
     verify_certificate,
     verify_request,
 )
-from mpc_fl.secrecy import Private
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.errors import IdentityError, MpcFlError
 
 NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)

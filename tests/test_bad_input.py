@@ -26,8 +26,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mpc_fl import cli
-from mpc_fl.config import Config, load_config
+from mpc_fl.apps.cli import main as cli
+from mpc_fl.config.config import Config, load_config
 from mpc_fl.errors import (
     ConfigError,
     DataError,
@@ -38,9 +38,9 @@ from mpc_fl.errors import (
     PrivacyBudgetError,
     RunFailedError,
 )
-from mpc_fl.models import build_model
-from mpc_fl.privacy import PrivacyLedger, SubsampledGaussian
-from mpc_fl.weights import describe, save_model
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.model_file import describe, save_model
+from mpc_fl.learning.privacy.accounting import PrivacyLedger, SubsampledGaussian
 
 CLASSES = ("normal", "bacterial", "viral")
 SETTINGS: dict[str, Any] = {
@@ -400,7 +400,7 @@ def test_party_commands(site: Site, run: Run) -> None:
 
 def test_an_unforeseen_error_of_a_party_quotes_no_data(site: Site, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an exception says could be a value; only its type and place are told and logged."""
-    from mpc_fl import launcher
+    from mpc_fl.apps.runs import launcher
 
     def fail(*_: object) -> NoReturn:
         raise KeyError("patient 4711")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpc_fl.bench_inference import measure_inference
+from mpc_fl.apps.bench.inference import measure_inference
 from mpc_fl.errors import ModelError
 
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mpc_fl.closed_sum import ClosedSum, SummandMasks, SumPlan, require_admissible
+from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, ProtocolError, SecrecyError
-from mpc_fl.ring import FixedPoint, MeanHeadroom
-from mpc_fl.secrecy import Private
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan, require_admissible
 
 FALSE_ALARM = 1e-7
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config import apply_overrides, load_config, parse_config
+from mpc_fl.config.config import apply_overrides, load_config, parse_config
 from mpc_fl.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

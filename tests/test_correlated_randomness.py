@@ -12,10 +12,10 @@ from dealing import additive, check_tuple, wrapped
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl import correlated_randomness
-from mpc_fl.correlated_randomness import BLOCK_BYTES, Program, Request
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.sharing import correlated_randomness
+from mpc_fl.sharing.correlated_randomness import BLOCK_BYTES, Program, Request
 
 
 def deal(request: Request, parties: int, position: int = 0) -> list[list[torch.Tensor]]:

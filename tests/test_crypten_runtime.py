@@ -22,7 +22,7 @@ from harness import free_ports, local_links, run_parties
 from no_torch_randomness import NoTorchRandomness
 from torch.nn import functional
 
-from mpc_fl.stock_crypten import stock_crypten
+from mpc_fl.apps.bench.stock_crypten import stock_crypten
 
 pytestmark = pytest.mark.processes
 
@@ -204,9 +204,9 @@ def run_programs(crypten: Any, world_size: int, models: dict[str, Any]) -> Tenso
 
 def on_both_runtimes(own: Any, directory: str, ports: dict[int, dict[str, int]]) -> dict[int, Any]:
     """One party: all programs in every world it belongs to, first on stock CrypTen, then on ours."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
-    from mpc_fl.dealer import Dealer
-    from mpc_fl.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.sharing.dealer import Dealer
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     results: dict[int, Any] = {}
     for world_size in ports:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mpc_fl import data
-from mpc_fl.config import Config
-from mpc_fl.data import Dataset, Split, load_hospital, load_images, patients_per_hospital
+from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.image_files import WrongSizeError
-from mpc_fl.partition import patient_of
+from mpc_fl.learning.data import loading as data
+from mpc_fl.learning.data.image_files import WrongSizeError
+from mpc_fl.learning.data.loading import Dataset, Split, load_hospital, load_images, patients_per_hospital
+from mpc_fl.learning.data.partition import patient_of
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SIZE = 8

@@ -14,9 +14,9 @@ import torch
 from dealing import FRAMES, WORLD, additive, check_tuple, client_of, deal_all, note_frame, opened, run_of, shares_of
 from harness import SPAWN, free_ports, local_links, run_parties
 
-from mpc_fl.authority import make_local_identities
-from mpc_fl.correlated_randomness import Request
+from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import ProtocolError
+from mpc_fl.sharing.correlated_randomness import Request
 
 Outcomes = Callable[[str], dict[str, Any]]
 
@@ -136,7 +136,7 @@ def test_the_dealer_sees_operations_and_shapes_only(dealt: dict[str, Any]) -> No
 def bounded_program(links: Any, limit: int, blocks_ahead: int) -> Any:
     """The dealer serves as far as the bound allows before the parties, whom it then tells, consume anything."""
     if links.name == "dealer":
-        from mpc_fl.dealer import Dealer
+        from mpc_fl.sharing.dealer import Dealer
 
         dealer, peak = Dealer(links, WORLD, limit), 0
         for _ in range(2 + blocks_ahead):  # declare, prepare, blocks

@@ -13,8 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mpc_fl import integer_noise
-from mpc_fl.distributed_mechanism import (
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError, SecrecyError
+from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian, epsilon_of
+from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
     add_patients,
     mean_gradient,
@@ -24,10 +28,6 @@ from mpc_fl.distributed_mechanism import (
     require_patients,
     step_total_variation,
 )
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError, SecrecyError
-from mpc_fl.privacy import SubsampledGaussian, epsilon_of
-from mpc_fl.secrecy import Private
-from mpc_fl.stream_cipher import Seed
 
 STANDARD_ERRORS = 5.5  # a normal variable beyond: 4e-8
 

@@ -23,17 +23,17 @@ import torch
 from cryptography import x509
 from harness import SPAWN
 
-from mpc_fl.checkpoint import load_checkpoint
-from mpc_fl.config import Config, parse_config, party_names
-from mpc_fl.data import load_hospital
+from mpc_fl.aggregation.norm_check import NormCheck
+from mpc_fl.audit.ledger_audit import Copy, verify_copies
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE
+from mpc_fl.config.config import Config, parse_config, party_names
+from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.errors import MpcFlError
+from mpc_fl.federation.checkpoint import load_checkpoint
 from mpc_fl.files import read_json_lines
-from mpc_fl.identity import ROOT_FILE
-from mpc_fl.ledger_audit import Copy, verify_copies
-from mpc_fl.models import build_model, shared_coordinates
-from mpc_fl.norm_check import NormCheck
-from mpc_fl.reveal_ledger import LEDGER_FILE
-from mpc_fl.weights import load_model, load_normalisation
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.models.architectures import build_model, shared_coordinates
+from mpc_fl.learning.models.model_file import load_model, load_normalisation
 
 pytestmark = pytest.mark.processes
 ROUNDS = 3
@@ -59,8 +59,8 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
 
     An aggregator waits in round 4 until `awaited` has announced itself again.
     """
-    from mpc_fl.launcher import run_party, set_up_log
-    from mpc_fl.transport import Links
+    from mpc_fl.apps.runs.launcher import run_party, set_up_log
+    from mpc_fl.links.links import Links
 
     enter_phase = Links.set_phase
 
@@ -106,7 +106,7 @@ def die_once_round_1_is_signed() -> None:
 
 
 def boost_round_2() -> None:
-    from mpc_fl import federation
+    from mpc_fl.federation import hospital_round as federation
 
     train_locally = federation.train_locally
 
@@ -123,7 +123,7 @@ class Site:
     """All parties of one run on this machine."""
 
     def __init__(self, directory: Path, **changes: dict[str, Any]) -> None:
-        from mpc_fl.launcher import place_parties
+        from mpc_fl.apps.runs.launcher import place_parties
 
         values = {name: {**SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*SETTINGS, *changes}}
         self.config: Config = parse_config(values, "test")
@@ -374,7 +374,17 @@ def _command(out: Path, *more: str) -> list[str]:
         "training.learning_rate=0.01",
     ]  # fmt: skip
     values = [text for setting in settings for text in ("--set", setting)]
-    return [sys.executable, "-m", "mpc_fl.cli", "train", "configs/demo.yaml", "--out", str(out), *values, *more]
+    return [
+        sys.executable,
+        "-m",
+        "mpc_fl",
+        "train",
+        "configs/demo.yaml",
+        "--out",
+        str(out),
+        *values,
+        *more,
+    ]
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ import torch
 from dealing import FRAMES, additive, deal_all, note_frame, run_of
 from harness import run_parties
 
-from mpc_fl.correlated_randomness import Request
 from mpc_fl.errors import ProtocolError, SecrecyError
+from mpc_fl.sharing.correlated_randomness import Request
 
 
 def test_the_provider_serves_all_that_crypten_asks_for() -> None:
-    from mpc_fl.crypten_runtime import Provider, crypten
+    from mpc_fl.sharing.crypten_runtime import Provider, crypten
 
     TupleProvider = crypten.mpc.provider.provider.TupleProvider  # noqa: N806 - CrypTen's name
     for name in TupleProvider.TRACEABLE_FUNCTIONS:
@@ -30,7 +30,7 @@ def test_the_provider_serves_all_that_crypten_asks_for() -> None:
 
 @pytest.mark.parametrize("device", [None, "cpu", "meta"])
 def test_the_provider_puts_tuples_where_crypten_computes(device: str | None) -> None:
-    from mpc_fl.crypten_runtime import Provider
+    from mpc_fl.sharing.crypten_runtime import Provider
 
     class Local:
         def shares(self, request: Request) -> list[torch.Tensor]:
@@ -64,10 +64,10 @@ def declared_inference(links: Any, directory: str, parties: int) -> Any:
     """Networks with every kind of layer: declared from shapes, then run once; the largest error against plaintext."""
     import test_inference_graph
 
-    from mpc_fl import inference
-    from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
-    from mpc_fl.diagnosis import requests_of
-    from mpc_fl.opening import OpeningRecord, SecretDomain
+    from mpc_fl.inference.diagnosis import requests_of
+    from mpc_fl.inference.reference import network as inference
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     world = [f"party-{rank}" for rank in range(parties)]
     if links.name == "dealer":
@@ -109,8 +109,8 @@ def test_a_dry_run_declares_exactly_what_the_network_asks_for(parties: int, tmp_
 
 
 def test_a_dry_run_draws_nothing_and_opens_nothing() -> None:
-    from mpc_fl import dry_run
-    from mpc_fl.crypten_runtime import crypten
+    from mpc_fl.sharing import dry_run
+    from mpc_fl.sharing.crypten_runtime import crypten
 
     def multiply_and(then: Any) -> Any:
         product = dry_run.shape_share((2, 3), 16) * dry_run.shape_share((3,), 16)
@@ -129,15 +129,15 @@ def test_a_dry_run_draws_nothing_and_opens_nothing() -> None:
 
 def diagnosing(links: Any, directory: str) -> Any:
     """Three images in batches of two; the hospital finds fault with the first logits of every batch."""
-    from mpc_fl import diagnosis
-    from mpc_fl.config import parse_config
-    from mpc_fl.crypten_runtime import CrypTenRuntime
-    from mpc_fl.data import Dataset
-    from mpc_fl.models import build_model
-    from mpc_fl.opening import OpeningRecord, SecretDomain
+    from mpc_fl.config.config import parse_config
+    from mpc_fl.inference import diagnosis
+    from mpc_fl.learning.data.loading import Dataset
+    from mpc_fl.learning.models.architectures import build_model
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     if links.name == "dealer":
-        from mpc_fl.dealer import Dealer
+        from mpc_fl.sharing.dealer import Dealer
 
         Dealer(links, [diagnosis.HOSPITAL, diagnosis.MODEL_OWNER]).serve()
         control = [payload for peer, _, tag, payload in FRAMES if (peer, tag) == ("hospital-0", "dealer control")]

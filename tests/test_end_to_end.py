@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def mpc_fl(*arguments: object) -> dict[str, Any]:
     """Run a command with --json; return what it prints, or fail with what it said."""
-    command = [sys.executable, "-m", "mpc_fl.cli", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "mpc_fl", *map(str, arguments), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

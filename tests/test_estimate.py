@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mpc_fl import cli, estimate
-from mpc_fl.config import Config, parse_config
-from mpc_fl.estimate import estimate_inference, estimate_training
-from mpc_fl.run import infer, train
+from mpc_fl.apps.cli import main as cli
+from mpc_fl.apps.runs import estimate
+from mpc_fl.apps.runs.estimate import estimate_inference, estimate_training
+from mpc_fl.apps.runs.local_runs import infer, train
+from mpc_fl.config.config import Config, parse_config
 
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 SMALL = {

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
-from mpc_fl.fast.calibration import Calibration, Range, calibrate, self_check, stress_records
-from mpc_fl.fast.emulation import Emulator, encode, truncate
-from mpc_fl.fast.linear import truncate as truncate_share
-from mpc_fl.fast.network import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
-from mpc_fl.fast.scales import Precision
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
+from mpc_fl.inference.fast.network import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.quantization.calibration import Calibration, Range, calibrate, self_check, stress_records
+from mpc_fl.inference.fast.quantization.emulation import Emulator, encode, truncate
+from mpc_fl.inference.fast.quantization.scales import Precision
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
 
 torch.set_num_threads(1)
 

@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.fast import gate_correlation
-from mpc_fl.fast.bit_planes import bits_of, pack, packed_bytes, planes_of, unpack
-from mpc_fl.fast.comparison import Exchange, compare
-from mpc_fl.fast.correlations import OneTime
-from mpc_fl.fast.gate_correlation import Gate, GateMaterial, Result
-from mpc_fl.fast.network import AveragePool, MaxPool
-from mpc_fl.fast.pooling import max_pool, max_pool_counts, maximum, sum_pool
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.inference.fast.kernels.bit_planes import bits_of, pack, packed_bytes, planes_of, unpack
+from mpc_fl.inference.fast.kernels.pooling import max_pool, max_pool_counts, maximum, sum_pool
+from mpc_fl.inference.fast.network import AveragePool, MaxPool
+from mpc_fl.inference.fast.online.comparison import Exchange, compare
+from mpc_fl.inference.fast.preprocessing import gate_correlation
+from mpc_fl.inference.fast.preprocessing.correlations import OneTime
+from mpc_fl.inference.fast.preprocessing.gate_correlation import Gate, GateMaterial, Result
 
 FALSE_ALARM = 1e-9
 

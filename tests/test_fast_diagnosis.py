@@ -10,14 +10,14 @@ import pytest
 import torch
 from harness import run_parties
 
-from mpc_fl import diagnosis
-from mpc_fl.config import DEALER, Config
-from mpc_fl.data import Dataset
+from mpc_fl.config.config import DEALER, Config
 from mpc_fl.errors import ConfigError, UnsupportedLayerError
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.opening import OpeningRecord
-from mpc_fl.phantoms import public_phantoms
-from mpc_fl.transport import Links
+from mpc_fl.inference import diagnosis
+from mpc_fl.learning.data.loading import Dataset
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.links.links import Links
+from mpc_fl.sharing.opening import OpeningRecord
 
 NAMES = [diagnosis.HOSPITAL, diagnosis.MODEL_OWNER, DEALER]
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mpc_fl.fast import integer_linear, limbs
-from mpc_fl.fast.integer_linear import Method, PreparedConvolution, PreparedLinear, convolve, linear
+from mpc_fl.inference.fast.kernels import integer_linear, limbs
+from mpc_fl.inference.fast.kernels.integer_linear import Method, PreparedConvolution, PreparedLinear, convolve, linear
 
 torch.set_num_threads(1)
 

@@ -24,21 +24,21 @@ from test_fast_diagnosis import NAMES, configuration, model_of
 from test_fast_engine import small_network
 from typer.testing import CliRunner
 
-from mpc_fl import diagnosis
-from mpc_fl.authority import make_local_identities
-from mpc_fl.cli import app
-from mpc_fl.config import DEALER, Config
-from mpc_fl.data import Dataset
+from mpc_fl.apps.cli.main import app
+from mpc_fl.config.config import DEALER, Config
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, PoolError, SecrecyError
-from mpc_fl.fast import party_pools, pool
-from mpc_fl.fast.dealing import READY
-from mpc_fl.fast.network import Network
-from mpc_fl.fast.pool import Pool, Terms, create_pool, open_pool
-from mpc_fl.opening import OpeningRecord
-from mpc_fl.phantoms import public_phantoms
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.transport import Links
-from mpc_fl.weights import save_model
+from mpc_fl.inference import diagnosis
+from mpc_fl.inference.fast.network import Network
+from mpc_fl.inference.fast.preprocessing import party_pools, pool
+from mpc_fl.inference.fast.preprocessing.dealer import READY
+from mpc_fl.inference.fast.preprocessing.pool import Pool, Terms, create_pool, open_pool
+from mpc_fl.learning.data.loading import Dataset
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.links.links import Links
+from mpc_fl.sharing.opening import OpeningRecord
 
 TERMS = Terms("name", "hospital-0", "model-owner", "digest", 1, "logits")
 SIZE = 1000
@@ -482,7 +482,7 @@ def test_the_command_line_fills_and_infers(tmp_path: Path) -> None:
     save_model(model, model_of(configuration(engine="fast")), configuration(engine="fast"))
 
     def command(*arguments: object) -> dict[str, Any]:
-        words = [sys.executable, "-c", "from mpc_fl.cli import main; main()", *map(str, arguments), "--json"]
+        words = [sys.executable, "-c", "from mpc_fl.apps.cli.main import main; main()", *map(str, arguments), "--json"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

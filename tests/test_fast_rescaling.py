@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from mpc_fl.config import Config
-from mpc_fl.encrypted_graph import Trace
-from mpc_fl.fast import calibration as calibration_module
-from mpc_fl.fast.calibration import calibrate, self_check
-from mpc_fl.fast.emulation import Emulator, encode
-from mpc_fl.fast.float_graph import evaluate, prepare
-from mpc_fl.fast.rescaling import Rescaled, rescaled
-from mpc_fl.fast.scales import WEIGHTED, Plan, Precision, Seen
-from mpc_fl.fast.weight_rounding import Inputs, InputsSum
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.inference.fast.quantization import calibration as calibration_module
+from mpc_fl.inference.fast.quantization.calibration import calibrate, self_check
+from mpc_fl.inference.fast.quantization.emulation import Emulator, encode
+from mpc_fl.inference.fast.quantization.float_graph import evaluate, prepare
+from mpc_fl.inference.fast.quantization.rescaling import Rescaled, rescaled
+from mpc_fl.inference.fast.quantization.scales import WEIGHTED, Plan, Precision, Seen
+from mpc_fl.inference.fast.quantization.weight_rounding import Inputs, InputsSum
+from mpc_fl.inference.graph.tracing import Trace
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
 
 
 def images(count: int, size: int, seed: int = 0) -> torch.Tensor:

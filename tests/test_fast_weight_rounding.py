@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from mpc_fl.fast.float_graph import prepare
-from mpc_fl.fast.weight_rounding import Inputs, InputsSum, rounded
+from mpc_fl.inference.fast.quantization.float_graph import prepare
+from mpc_fl.inference.fast.quantization.weight_rounding import Inputs, InputsSum, rounded
 
 GEOMETRIES: list[dict[str, Any]] = [
     {"kernel_size": 3, "stride": 2, "padding": 1},

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from harness import SPAWN
 
-from mpc_fl.config import Config, parse_config, party_names
+from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.errors import MpcFlError
 
 pytestmark = pytest.mark.processes
@@ -43,8 +43,8 @@ IN_EVERY_TEST_RUN = {("train", "hospital-1", "round 1 aggregation"), ("infer", "
 
 def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, results: Any) -> None:
     """One party as its site runs it; the victim dies by SIGKILL on entering `phase`."""
-    from mpc_fl.launcher import run_party, set_up_log
-    from mpc_fl.transport import Links
+    from mpc_fl.apps.runs.launcher import run_party, set_up_log
+    from mpc_fl.links.links import Links
 
     config = parse_config(values, name)
     if name == victim and phase == "connect":
@@ -71,8 +71,8 @@ def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, resul
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mpc_fl.participants import initial_model
-    from mpc_fl.weights import save_model
+    from mpc_fl.federation.planning import initial_model
+    from mpc_fl.learning.models.model_file import save_model
 
     path = tmp_path_factory.mktemp("model") / "model.safetensors"
     config = parse_config(SETTINGS, "test")
@@ -85,7 +85,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [pytest.param(*case, marks=() if case in IN_EVERY_TEST_RUN else pytest.mark.slow) for case in MATRIX],
 )
 def test_kill_9_ends_the_others_in_time(task: str, victim: str, phase: str, model: Path, tmp_path: Path) -> None:
-    from mpc_fl.launcher import place_parties
+    from mpc_fl.apps.runs.launcher import place_parties
 
     config: Config = parse_config(
         {**SETTINGS, "task": task, "site": {"model": str(model)} if task == "infer" else {}}, "test"

@@ -11,9 +11,9 @@ import torch
 from harness import run_parties
 from scipy import stats
 
-from mpc_fl.config import Config, parse_config
+from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
-from mpc_fl.federated_sgd import mechanism_of
+from mpc_fl.federation.federated_sgd import mechanism_of
 
 pytestmark = pytest.mark.processes
 HOSPITALS = ["hospital-0", "hospital-1", "hospital-2"]
@@ -40,14 +40,14 @@ class KeepFrames:
 
 
 def steps(links: Any, directory: str) -> dict[str, Any]:
-    import mpc_fl.federated_sgd as federated_sgd
-    from mpc_fl.crypten_runtime import CrypTenRuntime
-    from mpc_fl.data import load_hospital
-    from mpc_fl.models import flatten_parameters
-    from mpc_fl.opening import OpeningRecord, SecretDomain
-    from mpc_fl.participants import initial_model, sum_rules
-    from mpc_fl.strategies import server_optimizer
-    from mpc_fl.stream_cipher import Seed
+    import mpc_fl.federation.federated_sgd as federated_sgd
+    from mpc_fl.crypto.stream_cipher import Seed
+    from mpc_fl.federation.planning import initial_model, sum_rules
+    from mpc_fl.learning.data.loading import load_hospital
+    from mpc_fl.learning.models.architectures import flatten_parameters
+    from mpc_fl.learning.training.server_optimizers import server_optimizer
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     config = _config()
     model = initial_model(config)
@@ -129,8 +129,8 @@ def test_the_opened_sum_is_exact_noised_and_costs_four_bytes_per_parameter(tmp_p
 
 
 def test_the_mechanism_is_public_and_calibrated_for_the_smallest_hospital() -> None:
-    from mpc_fl.participants import plan_release
-    from mpc_fl.privacy import epsilon_of
+    from mpc_fl.federation.planning import plan_release
+    from mpc_fl.learning.privacy.accounting import epsilon_of
 
     config = _config(noise_multiplier=None, smallest_hospital=30, epsilon=8.0)
     released = plan_release(config, 30, [], "hospital-0")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.errors import ProtocolError
-from mpc_fl.frames import CHUNK_BYTES, FrameReader, Kind, encode_frame
+from mpc_fl.links.frames import CHUNK_BYTES, FrameReader, Kind, encode_frame
 
 DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64]
 

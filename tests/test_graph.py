@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.graph import fold_batchnorm, without_in_place
-from mpc_fl.models import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.rewriting import fold_batchnorm, without_in_place
 
 torch.set_num_threads(1)
 

@@ -14,9 +14,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from mpc_fl.authority import Authority, make_local_identities
-from mpc_fl.errors import IdentityError
-from mpc_fl.identity import (
+from mpc_fl.crypto.authority import Authority, make_local_identities
+from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     Identity,
     host_name,
@@ -26,6 +25,7 @@ from mpc_fl.identity import (
     verify_signature,
     write_identity,
 )
+from mpc_fl.errors import IdentityError
 
 NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)

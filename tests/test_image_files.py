@@ -28,7 +28,7 @@ from pydicom.uid import (
 )
 
 from mpc_fl.errors import DataError
-from mpc_fl.image_files import UnreadableImageError, WrongSizeError, is_image_file, read_image
+from mpc_fl.learning.data.image_files import UnreadableImageError, WrongSizeError, is_image_file, read_image
 
 SIZE = 8
 SECRETS = ("Mustermann", "GEHEIM-4711", "19610412", "Klinik am See")

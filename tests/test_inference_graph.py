@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mpc_fl import encrypted_layers, inference
-from mpc_fl.crypten_runtime import crypten
-from mpc_fl.encrypted_graph import simplify, trace
 from mpc_fl.errors import HeadroomError, ModelError, ProtocolError, UnsupportedLayerError
-from mpc_fl.models import FrozenBatchNorm2d, small_cnn
+from mpc_fl.inference.graph.tracing import simplify, trace
+from mpc_fl.inference.reference import layers as encrypted_layers
+from mpc_fl.inference.reference import network as inference
+from mpc_fl.learning.models.architectures import FrozenBatchNorm2d, small_cnn
+from mpc_fl.sharing.crypten_runtime import crypten
 
-import torchvision.models  # isort: skip  (after mpc_fl.models has prepared it)
+import torchvision.models  # isort: skip  (after mpc_fl.learning.models.architectures has prepared it)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -388,8 +389,8 @@ def test_cost_of_resnet18_at_224() -> None:
 TWO_PARTIES = """
 import json, torch
 torch.set_num_threads(1)
-from mpc_fl import inference
-from mpc_fl.crypten_runtime import crypten
+from mpc_fl.inference.reference import network as inference
+from mpc_fl.sharing.crypten_runtime import crypten
 import crypten.mpc.context
 from crypten.config import cfg
 from tests.test_inference_graph import gelu_norms

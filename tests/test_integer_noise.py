@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mpc_fl import integer_noise
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.integer_noise import SMOOTHING, TOTAL_VARIATION, DiscreteGaussian, smoothing_distance
-from mpc_fl.stream_cipher import Seed
+from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
+from mpc_fl.learning.privacy.discrete_gaussian import SMOOTHING, TOTAL_VARIATION, DiscreteGaussian, smoothing_distance
 
 FALSE_ALARM = 1e-7
 STANDARD_ERRORS = 5.5  # a normal variable beyond: 4e-8

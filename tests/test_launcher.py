@@ -23,11 +23,11 @@ import pytest
 import yaml
 from harness import interruptible
 
-from mpc_fl.cli import _bars
-from mpc_fl.config import parse_config
+from mpc_fl.apps.cli.main import _bars
+from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.apps.runs.local_runs import run_directory, train
+from mpc_fl.config.config import parse_config
 from mpc_fl.errors import LinkError, RunFailedError
-from mpc_fl.launcher import local_addresses
-from mpc_fl.run import run_directory, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TO_START = 150.0  # until a run on a busy machine is under way
@@ -156,7 +156,7 @@ class Command:
         self.out = directory / "run"
         config = directory / "config.yaml"
         config.write_text(yaml.safe_dump(ENDLESS))
-        command = [sys.executable, "-m", "mpc_fl.cli", "train", str(config), "--out", str(self.out)]
+        command = [sys.executable, "-m", "mpc_fl", "train", str(config), "--out", str(self.out)]
         self._said = directory / "said"
         with interruptible(), self._said.open("w") as said:
             self.launcher = psutil.Popen(

@@ -30,10 +30,10 @@ from harness import free_ports, local_links
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mpc_fl.authority import Authority
-from mpc_fl.frames import Kind, encode_frame
-from mpc_fl.handshake import Agreement, make_greeting
-from mpc_fl.identity import Identity, host_name, write_identity
+from mpc_fl.crypto.authority import Authority
+from mpc_fl.crypto.certificates import Identity, host_name, write_identity
+from mpc_fl.links.frames import Kind, encode_frame
+from mpc_fl.links.handshake import Agreement, make_greeting
 
 pytestmark = pytest.mark.processes
 NAMES = ["hospital-0", "hospital-1", "aggregator"]
@@ -210,7 +210,17 @@ def test_a_party_logs_why_tls_was_refused(tmp_path: Path) -> None:
         },
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "mpc_fl.cli", "party", "hospital", "--rank", "0", "--config", "config.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "mpc_fl",
+        "party",
+        "hospital",
+        "--rank",
+        "0",
+        "--config",
+        "config.yaml",
+    ]
     command += ["--identity", "identity", "--out", "out", "--set", f"site.log={tmp_path / 'log'}"]
     environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")])

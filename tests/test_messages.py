@@ -15,8 +15,8 @@ import torch
 from harness import SPAWN
 from scipy import stats
 
-from mpc_fl.config import Config, parse_config, party_names
-from mpc_fl.evaluation import evaluation_length
+from mpc_fl.config.config import Config, parse_config, party_names
+from mpc_fl.learning.models.evaluation import evaluation_length
 
 pytestmark = pytest.mark.processes
 FALSE_ALARM = 1e-7
@@ -33,8 +33,8 @@ TRAINING = {
 
 def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
     """Run the real program of one party; keep every frame it receives and, at hospitals, its own plaintext update."""
-    import mpc_fl.federation as federation
-    from mpc_fl.launcher import run_party
+    import mpc_fl.federation.hospital_round as federation
+    from mpc_fl.apps.runs.launcher import run_party
 
     frames: list[tuple[str, str, str, Any]] = []
     train_locally = federation.train_locally
@@ -59,7 +59,7 @@ def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
 
 
 def _run(config: Config, directory: Path) -> dict[str, Any]:
-    from mpc_fl.launcher import place_parties
+    from mpc_fl.apps.runs.launcher import place_parties
 
     placed = place_parties(config, directory)
     processes = [

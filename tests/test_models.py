@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.models import (
+from mpc_fl.learning.models.architectures import (
     FrozenBatchNorm2d,
     build_model,
     calibrate_batchnorm,

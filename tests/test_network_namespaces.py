@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mpc_fl.authority import make_local_identities
+from mpc_fl.crypto.authority import make_local_identities
 
 pytestmark = pytest.mark.processes
 NAMES = ["hospital-0", "hospital-1", "hospital-2", "aggregator"]
@@ -97,7 +97,7 @@ def _start(
     parties = {}
     for name in NAMES:
         role, _, rank = name.partition("-")
-        command = ["ip", "netns", "exec", machines[name], sys.executable, "-m", "mpc_fl.cli", "party", role]
+        command = ["ip", "netns", "exec", machines[name], sys.executable, "-m", "mpc_fl", "party", role]
         command += [*(["--rank", rank] if rank else []), "--config", str(path), "--out", str(directory / name)]
         command += ["--identity", str(directory / name / "identity")]
         log = (directory / name / "log").open("w")

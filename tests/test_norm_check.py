@@ -66,12 +66,12 @@ def _told(name: str, truly: Any, test: Any, sketch: torch.Tensor) -> torch.Tenso
 
 
 def check_sums(links: Any, directory: str, ring_bits: int, count: int, prepared: bool) -> Any:
-    from mpc_fl.closed_sum import ClosedSum, SummandMasks, SumPlan
-    from mpc_fl.crypten_runtime import CrypTenRuntime
-    from mpc_fl.dealer import Dealer
-    from mpc_fl.norm_check import NormCheck, NormTest, prepare_norm_check
-    from mpc_fl.opening import OpeningRecord, SecretDomain
-    from mpc_fl.secrecy import Private
+    from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
+    from mpc_fl.crypto.secrecy import Private
+    from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.dealer import Dealer
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     hospitals = hospitals_of(count)
     world = [*hospitals, "aggregator"]
@@ -155,7 +155,7 @@ def test_long_updates_are_caught_and_one_bit_per_hospital_is_opened(
 def test_shares_of_another_form_and_parties_out_of_the_world_are_refused(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from mpc_fl.norm_check import NormCheck, NormTest, norm_check
+    from mpc_fl.aggregation.norm_check import NormCheck, NormTest, norm_check
 
     runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)
     domain: Any = SimpleNamespace(runtime=runtime, links=runtime.links)
@@ -180,8 +180,8 @@ def test_shares_of_another_form_and_parties_out_of_the_world_are_refused(tmp_pat
 def test_without_a_dealer_nothing_is_checked() -> None:
     from types import SimpleNamespace
 
+    from mpc_fl.aggregation.norm_check import NormTest, norm_check
     from mpc_fl.errors import SecrecyError
-    from mpc_fl.norm_check import NormTest, norm_check
 
     runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)
     domain: Any = SimpleNamespace(runtime=runtime)

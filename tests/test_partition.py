@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.partition import generator, partition_dirichlet, partition_equal, patient_of
+from mpc_fl.learning.data.partition import generator, partition_dirichlet, partition_equal, patient_of
 
 LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=60).map(lambda values: np.array(values, dtype=np.int64))
 HOSPITALS = st.integers(1, 9)

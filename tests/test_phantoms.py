@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpc_fl.config import Config
-from mpc_fl.data import load_hospital
+from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.phantoms import Split, make_phantoms, public_phantoms
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.data.phantoms import Split, make_phantoms, public_phantoms
 
 SPLITS: tuple[Split, ...] = ("train", "test", "public")
 

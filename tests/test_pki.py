@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mpc_fl import pki
-from mpc_fl.authority import open_key
-from mpc_fl.authority_directory import KEY_FILE
-from mpc_fl.errors import IdentityError
-from mpc_fl.identity import (
+from mpc_fl.apps.cli import pki
+from mpc_fl.crypto.authority import open_key
+from mpc_fl.crypto.authority_directory import KEY_FILE
+from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     load_identity,
     verify_certificate,
 )
+from mpc_fl.errors import IdentityError
 
 WORDS = "correct horse battery staple"
 

@@ -16,9 +16,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config import Config, load_config, parse_config, party_names
+from mpc_fl.apps.runs.placement import party_of, site_of
+from mpc_fl.config.config import Config, load_config, parse_config, party_names
 from mpc_fl.errors import ConfigError
-from mpc_fl.placement import party_of, site_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
 
-from mpc_fl import privacy
 from mpc_fl.errors import PrivacyBudgetError
-from mpc_fl.privacy import (
+from mpc_fl.learning.privacy import accounting as privacy
+from mpc_fl.learning.privacy.accounting import (
     RDP_ORDERS,
     PrivacyBudget,
     PrivacyLedger,

@@ -26,9 +26,9 @@ from harness import run_parties
 from no_torch_randomness import NoTorchRandomness
 from typer.testing import CliRunner
 
+from mpc_fl.apps.bench.stock_crypten import stock_crypten
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.stock_crypten import stock_crypten
-from mpc_fl.stream_cipher import Seed
 
 WORLD = ["party-0", "party-1"]
 KNOWN, HIDDEN = 312, 1000
@@ -85,7 +85,7 @@ def predict_ring_elements(observed: np.ndarray, count: int) -> np.ndarray:
 
 
 def test_stock_generator_is_predicted_and_ours_is_not() -> None:
-    from mpc_fl.crypten_runtime import crypten
+    from mpc_fl.sharing.crypten_runtime import crypten
 
     stock = crypten.common.rng.generate_random_ring_element(
         (KNOWN + HIDDEN,), generator=torch.Generator().manual_seed(SEED)
@@ -143,7 +143,7 @@ def square_both(crypten: Any) -> dict[str, np.ndarray]:
 
 def drawn_secrets(runtime: Any, crypten: Any) -> dict[str, np.ndarray]:
     """One of every kind of secret randomness this party draws."""
-    from mpc_fl.training import gaussian_noise
+    from mpc_fl.learning.training.dp_sgd import gaussian_noise
 
     shape = (HIDDEN,)
     shared = crypten.cryptensor(torch.ones(HIDDEN), src=0)
@@ -161,7 +161,7 @@ def drawn_secrets(runtime: Any, crypten: Any) -> dict[str, np.ndarray]:
 
 def record_keys() -> list[bytes]:
     """From here on, a digest of the key of every stream this process opens. A stream is its key: counters start at zero."""
-    from mpc_fl.stream_cipher import Stream
+    from mpc_fl.crypto.stream_cipher import Stream
 
     digests: list[bytes] = []
     original = Stream.__init__
@@ -176,9 +176,9 @@ def record_keys() -> list[bytes]:
 
 def scenes(links: Any, directory: str) -> dict[str, Any]:
     """One party of one start."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
-    from mpc_fl.dealer import Dealer
-    from mpc_fl.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.sharing.dealer import Dealer
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
 
     keys = record_keys()
     if links.name == "dealer":
@@ -378,7 +378,7 @@ def test_every_source_of_randomness_in_crypten_was_reviewed() -> None:
 
 
 def test_the_guard_sees_a_draw_from_torch() -> None:
-    from mpc_fl.crypten_runtime import crypten
+    from mpc_fl.sharing.crypten_runtime import crypten
 
     with NoTorchRandomness():
         torch.ones(3) + 1
@@ -393,7 +393,7 @@ def test_the_guard_sees_a_draw_from_torch() -> None:
 
 def what_is_refused(links: Any) -> list[str]:
     """Parts of CrypTen that draw secrets from torch's generator, called inside the runtime."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
 
     refused = []
     runtime = CrypTenRuntime(links, ["party-0", "party-1"], None, 16)
@@ -418,8 +418,8 @@ def test_what_crypten_draws_from_torch_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_prints_both_sources_and_their_ratio() -> None:
-    from mpc_fl.bench import app
-    from mpc_fl.bench_randomness import SIZES
+    from mpc_fl.apps.bench.randomness import SIZES
+    from mpc_fl.apps.cli.bench import app
 
     runner = CliRunner()
     result = runner.invoke(app, ["randomness", "--json", "--seconds", "0.01"])

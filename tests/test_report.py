@@ -14,11 +14,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mpc_fl import figures, report
-from mpc_fl.config import parse_config
+from mpc_fl.apps.report import figures
+from mpc_fl.apps.report import page as report
+from mpc_fl.apps.report.page import write_report
+from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
-from mpc_fl.report import write_report
-from mpc_fl.statistics import Evaluation, evaluate_locally
+from mpc_fl.federation.statistics import Evaluation, evaluate_locally
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"y $\\frac{ & _"
 BANNER = "SYNTHETIC DATA: phantoms, not patients"

@@ -20,13 +20,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from mpc_fl import ledger_commands, reveal_ledger
-from mpc_fl.authority import Authority, pem
-from mpc_fl.errors import MpcFlError, ProtocolError
-from mpc_fl.identity import Identity, load_identity
-from mpc_fl.ledger_audit import Copy, Finding, extend, read_ledger, verify_copies
-from mpc_fl.ledger_file import RevealLedger, tensor_digest
-from mpc_fl.reveal_ledger import (
+from mpc_fl.apps.cli import ledger as ledger_commands
+from mpc_fl.audit import reveal_ledger
+from mpc_fl.audit.ledger_audit import Copy, Finding, extend, read_ledger, verify_copies
+from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
+from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
     Block,
     Chain,
@@ -40,6 +38,9 @@ from mpc_fl.reveal_ledger import (
     sign_block,
     to_json,
 )
+from mpc_fl.crypto.authority import Authority, pem
+from mpc_fl.crypto.certificates import Identity, load_identity
+from mpc_fl.errors import MpcFlError, ProtocolError
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
 BEGAN = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
@@ -492,7 +493,7 @@ def test_the_digest_of_a_tensor_tells_values_shapes_and_types_apart() -> None:
 
 def _whole_story(links: Any, directory: str) -> bytes:
     """Two rounds, a restart in which hospital-1 lacks a block and all have unsigned openings, a lost hospital, the end."""
-    from mpc_fl.co_signing import begin, co_sign, settle
+    from mpc_fl.audit.co_signing import begin, co_sign, settle
 
     parties, leader, out = list(PARTIES), "aggregator", Path(directory) / links.name
     own = load_identity(out, links.name)
@@ -555,7 +556,7 @@ def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Pat
 
 
 def _one_differs(links: Any, directory: str) -> None:
-    from mpc_fl.co_signing import begin, co_sign
+    from mpc_fl.audit.co_signing import begin, co_sign
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
     begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64)
@@ -576,7 +577,7 @@ def test_a_party_whose_record_differs_is_named_at_once(tmp_path: Path) -> None:
 
 
 def _one_starts_anew(links: Any, directory: str) -> None:
-    from mpc_fl.co_signing import begin
+    from mpc_fl.audit.co_signing import begin
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
     begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64, resumed=links.name != "hospital-0")
@@ -588,7 +589,7 @@ def test_who_starts_anew_while_others_resume_is_named(tmp_path: Path) -> None:
 
 
 def test_who_differs_is_told_by_the_majority() -> None:
-    from mpc_fl.co_signing import _claim, disagreement
+    from mpc_fl.audit.co_signing import _claim, disagreement
 
     start = Block(0, "start", "", PARTIES, (), {}, members(), Chain().seal)
     chain, _ = extend(Chain(), signed(start), authority().certificate)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpc_fl.crypto.ring import FixedPoint, Headroom
 from mpc_fl.errors import HeadroomError
-from mpc_fl.ring import FixedPoint, Headroom
 
 FIXED = FixedPoint(24, 64.0)
 VALUES = st.lists(st.floats(-64, 64, width=32), min_size=1, max_size=30)

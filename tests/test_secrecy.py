@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.errors import SecrecyError
-from mpc_fl.secrecy import Private, Shared
 
 ATTEMPTS: list[Callable[[Any], object]] = [
     bool, repr, str, len, iter, float, int, pickle.dumps, copy.copy, copy.deepcopy, list, hash,

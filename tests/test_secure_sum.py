@@ -15,8 +15,8 @@ import torch
 from harness import run_parties
 from scipy import stats
 
-from mpc_fl.evaluation import evaluation_length
-from mpc_fl.ring import FixedPoint
+from mpc_fl.crypto.ring import FixedPoint
+from mpc_fl.learning.models.evaluation import evaluation_length
 
 pytestmark = pytest.mark.processes
 FALSE_ALARM = 1e-7
@@ -29,13 +29,13 @@ def _values(rank: int) -> torch.Tensor:
 
 def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
     """A weighted mean, an evaluation and an opening that fails for the others."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime
+    from mpc_fl.crypto.ring import Headroom
+    from mpc_fl.crypto.secrecy import Private
     from mpc_fl.errors import SecrecyError
-    from mpc_fl.opening import OpeningRecord, SecretDomain
-    from mpc_fl.ring import Headroom
-    from mpc_fl.secrecy import Private
-    from mpc_fl.secure_sum import encode_weighted, secure_sum, weighted_mean
-    from mpc_fl.statistics import evaluate_locally, secure_evaluation
+    from mpc_fl.federation.statistics import evaluate_locally, secure_evaluation
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.secure_sum import encode_weighted, secure_sum, weighted_mean
 
     rank, opener = world.index(links.name), world[-1]
     with CrypTenRuntime(links, world, None, fraction_bits=24) as runtime:
@@ -100,7 +100,7 @@ def test_sums_are_exact_and_shares_are_uniform(parties: int, tmp_path: Path) -> 
 
 def coalition(links: Any, world: list[str]) -> np.ndarray:
     """The share of zero that this party adds."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
     with CrypTenRuntime(links, world, None, fraction_bits=16) as runtime:
         return runtime.zero_share((SIZE,)).numpy()

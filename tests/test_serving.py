@@ -19,18 +19,13 @@ from harness import SPAWN, free_ports, interruptible
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.authority import make_local_identities
-from mpc_fl.config import Config, parse_config
-from mpc_fl.data import load_images
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.certificates import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, ProtocolError, RefusedError
-from mpc_fl.fast.party_pools import FIRST_NUMBER
-from mpc_fl.fast.pool import Pool, open_pool
-from mpc_fl.handshake import Agreement
-from mpc_fl.identity import load_identity
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.phantoms import public_phantoms
-from mpc_fl.routes import Route
-from mpc_fl.serving import (
+from mpc_fl.inference.fast.preprocessing.party_pools import FIRST_NUMBER
+from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
+from mpc_fl.inference.serving.gate import (
     USAGE_FILE,
     Charge,
     Gate,
@@ -43,8 +38,13 @@ from mpc_fl.serving import (
     free_again,
     service_digest,
 )
-from mpc_fl.transport import Links
-from mpc_fl.weights import load_model, save_model
+from mpc_fl.learning.data.loading import load_images
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.model_file import load_model, save_model
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Links
+from mpc_fl.links.routes import Route
 
 # ---- whose batch is next -----------------------------------------------------------------------------------------------
 
@@ -589,7 +589,7 @@ def test_the_command_line_keeps_a_pool_filled_and_asks(
     served = service(tmp_path)
     (tmp_path / "federation.yaml").write_text(configuration().to_yaml())
     addresses = served.config.federation.addresses
-    program = [sys.executable, "-c", "from mpc_fl.cli import main; main()"]
+    program = [sys.executable, "-c", "from mpc_fl.apps.cli.main import main; main()"]
     common = [tmp_path / "federation.yaml", "--identity", directory / "hospital-2", "--json"]
     common += ["--server", addresses["model-owner"], "--dealer", addresses["dealer"]]
     filling = ["dealer", "fill", *common, "--pool", tmp_path / "asking"]

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpc_fl.aggregation.norm_check import NormTest
+from mpc_fl.aggregation.sketch import BUCKETS, SignHash
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, HeadroomError, ProtocolError
-from mpc_fl.norm_check import NormTest
-from mpc_fl.sketch import BUCKETS, SignHash
-from mpc_fl.stream_cipher import Seed
 
 Q = 1 << 32
 BLOCK = BUCKETS // 2
@@ -258,8 +258,8 @@ def test_a_bucket_is_rounded_to_the_nearest(bound: float, dropped: int) -> None:
 
 def test_an_honest_update_stays_within_its_bound() -> None:
     """DP-SGD as `training` does it, on gradients that all point one way: 300 updates, bound exceeded with 1e-4 each."""
-    from mpc_fl.config import parse_config
-    from mpc_fl.norm_bound import update_norm_bound
+    from mpc_fl.aggregation.norm_bound import update_norm_bound
+    from mpc_fl.config.config import parse_config
 
     privacy = {"noise_multiplier": 1.1, "smallest_hospital": 40, "clipping_norm": 0.5}
     training = {"local_steps": 7, "batch_size": 20, "momentum": 0.8, "learning_rate": 0.2}
@@ -286,9 +286,9 @@ def test_an_honest_update_stays_within_its_bound() -> None:
 
 
 def test_noise_makes_the_bound_tight_for_large_models() -> None:
-    from mpc_fl.config import parse_config
-    from mpc_fl.distributed_mechanism import plan_mechanism
-    from mpc_fl.norm_bound import gradient_norm_bound, in_grid_units, step_weights, update_norm_bound
+    from mpc_fl.aggregation.norm_bound import gradient_norm_bound, in_grid_units, step_weights, update_norm_bound
+    from mpc_fl.config.config import parse_config
+    from mpc_fl.learning.privacy.distributed_gaussian import plan_mechanism
 
     privacy = {"noise_multiplier": 1.0, "smallest_hospital": 1000}
     config = parse_config({"privacy": privacy}, "test")
@@ -313,8 +313,8 @@ def test_noise_makes_the_bound_tight_for_large_models() -> None:
     ids=["no clipping", "calibrated noise", "any number of patients"],
 )
 def test_where_nothing_bounds_an_update_the_bound_is_configured(privacy: dict[str, object]) -> None:
-    from mpc_fl.config import parse_config
-    from mpc_fl.norm_bound import update_norm_bound
+    from mpc_fl.aggregation.norm_bound import update_norm_bound
+    from mpc_fl.config.config import parse_config
 
     with pytest.raises(ConfigError, match="set .*aggregation.norm_bound"):
         update_norm_bound(parse_config({"privacy": privacy}, "test"), 100)

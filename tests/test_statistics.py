@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
-from mpc_fl import figures, report
-from mpc_fl.config import Config, parse_config
-from mpc_fl.data import load_hospital, normalised
+from mpc_fl.apps.report import figures
+from mpc_fl.apps.report import page as report
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
     ConfigError,
     DataError,
@@ -33,7 +34,18 @@ from mpc_fl.errors import (
     ProtocolError,
     SecrecyError,
 )
-from mpc_fl.evaluation import (
+from mpc_fl.federation.feature_statistics import (
+    FeaturePlan,
+    Normalisation,
+    decode_features,
+    encode_features,
+    patient_vectors,
+    plan_features,
+    vector_norm,
+)
+from mpc_fl.learning.data.loading import load_hospital, normalised
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.evaluation import (
     CALIBRATION_RESOLUTION,
     RELIABILITY_BINS,
     Evaluation,
@@ -45,19 +57,8 @@ from mpc_fl.evaluation import (
     evaluation_length,
     require_evaluation_headroom,
 )
-from mpc_fl.feature_statistics import (
-    FeaturePlan,
-    Normalisation,
-    decode_features,
-    encode_features,
-    patient_vectors,
-    plan_features,
-    vector_norm,
-)
-from mpc_fl.models import build_model
-from mpc_fl.privacy import PrivacyLedger, epsilon_of
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.weights import load_model, load_normalisation, save_model
+from mpc_fl.learning.models.model_file import load_model, load_normalisation, save_model
+from mpc_fl.learning.privacy.accounting import PrivacyLedger, epsilon_of
 
 torch.set_num_threads(1)
 
@@ -470,7 +471,7 @@ def test_a_model_file_keeps_the_constants_of_its_inputs(tmp_path: Path) -> None:
 def test_constants_that_cannot_be_are_refused(constants: Any, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    from mpc_fl.weights import describe
+    from mpc_fl.learning.models.model_file import describe
 
     config = configured()
     state = build_model(config, config.data.input_shape, 1).state_dict()
@@ -492,11 +493,11 @@ WORLD = ["hospital-0", "hospital-1", "aggregator"]
 
 def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     """One evaluation and one feature sum, each opened once to the aggregator."""
-    from mpc_fl.crypten_runtime import CrypTenRuntime
-    from mpc_fl.opening import OpeningRecord, SecretDomain, open_to
-    from mpc_fl.secrecy import Private
-    from mpc_fl.secure_sum import secure_sum
-    from mpc_fl.statistics import secure_evaluation
+    from mpc_fl.crypto.secrecy import Private
+    from mpc_fl.federation.statistics import secure_evaluation
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain, open_to
+    from mpc_fl.sharing.secure_sum import secure_sum
 
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)
     with CrypTenRuntime(links, WORLD, None, fraction_bits=24) as runtime:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mpc_fl.config import Config, parse_config
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
-from mpc_fl.models import (
+from mpc_fl.learning.models.architectures import (
     build_model,
     flatten_parameters,
     load_flat_parameters,
@@ -24,10 +25,16 @@ from mpc_fl.models import (
     shared_coordinates,
     trainable_parameters,
 )
-from mpc_fl.strategies import ServerAdam, ServerOptimizer, ServerSGD, calibrate_own, join_parts, server_optimizer
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import train_locally
-from mpc_fl.training_group import training_group
+from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.process_group import training_group
+from mpc_fl.learning.training.server_optimizers import (
+    ServerAdam,
+    ServerOptimizer,
+    ServerSGD,
+    calibrate_own,
+    join_parts,
+    server_optimizer,
+)
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.stream_cipher import Seed
 
 FALSE_ALARM = 1e-7
 
@@ -127,7 +127,7 @@ def test_a_label_is_used_once() -> None:
     st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
 )
 def test_labels_are_encoded_injectively(one: list[str | int], other: list[str | int]) -> None:
-    from mpc_fl.stream_cipher import _encode_label
+    from mpc_fl.crypto.stream_cipher import _encode_label
 
     assert (_encode_label(one) == _encode_label(other)) == (one == other)
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, DataError
-from mpc_fl.tables import read_breast_cancer, read_csv, read_medmnist, scale_features
+from mpc_fl.learning.data.tables import read_breast_cancer, read_csv, read_medmnist, scale_features
 
 
 def _config(source: str, **data: Any) -> Config:

@@ -16,19 +16,24 @@ from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError, SecrecyError
-from mpc_fl.graph import without_in_place
-from mpc_fl.models import build_model, calibrate_batchnorm, flatten_parameters
-from mpc_fl.per_sample_gradients import Method, choose_per_sample_method, clipped_sum, sum_cross_entropy
-from mpc_fl.privacy import SubsampledGaussian
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import (
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm, flatten_parameters
+from mpc_fl.learning.models.rewriting import without_in_place
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.training.dp_sgd import (
     StreamNoiseOptimizer,
     gaussian_noise,
     sample_patients,
     sampling_rate,
     train_locally,
+)
+from mpc_fl.learning.training.per_sample_gradients import (
+    Method,
+    choose_per_sample_method,
+    clipped_sum,
+    sum_cross_entropy,
 )
 
 torch.set_num_threads(1)

@@ -22,13 +22,13 @@ import pytest
 import torch
 from torch import nn
 
-from mpc_fl.config import Config
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.models import build_model, calibrate_batchnorm
-from mpc_fl.per_sample_gradients import clipped_sum, sum_cross_entropy, working_copy
-from mpc_fl.stream_cipher import Seed
-from mpc_fl.training import LocalRound, train_locally
-from mpc_fl.training_group import TrainingGroup, TrainingProcessError, training_group
+from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.training.dp_sgd import LocalRound, train_locally
+from mpc_fl.learning.training.per_sample_gradients import clipped_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.process_group import TrainingGroup, TrainingProcessError, training_group
 
 pytestmark = pytest.mark.processes
 torch.set_num_threads(1)

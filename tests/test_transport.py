@@ -23,13 +23,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from harness import free_ports, local_links, run_parties
 from scipy import stats
 
-from mpc_fl.authority import Authority, make_local_identities
+from mpc_fl.crypto.authority import Authority, make_local_identities
+from mpc_fl.crypto.certificates import Identity, host_name, load_identity, sign, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
-from mpc_fl.frames import Kind, encode_frame
-from mpc_fl.handshake import Agreement, make_greeting
-from mpc_fl.identity import Identity, host_name, load_identity, sign, write_identity
-from mpc_fl.routes import routes
-from mpc_fl.sealing import Sealer, Unsealer
+from mpc_fl.links.frames import Kind, encode_frame
+from mpc_fl.links.handshake import Agreement, make_greeting
+from mpc_fl.links.routes import routes
+from mpc_fl.links.sealing import Sealer, Unsealer
 
 pytestmark = pytest.mark.processes
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from mpc_fl.config import Config, parse_config
+from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ModelError
-from mpc_fl.models import build_model
-from mpc_fl.weights import describe, flatten_buffers, load_flat_buffers, load_model, save_model
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.model_file import describe, flatten_buffers, load_flat_buffers, load_model, save_model
 
 CONFIG = parse_config({"data": {"image_size": 8}}, "test")
 

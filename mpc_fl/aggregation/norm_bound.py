@@ -1,0 +1,93 @@
+"""How long an honest update can be: the L2 norm that a hospital exceeds with probability below 1e-4, from public values.
+
+Local noise (`training`). With momentum and the proximal term of FedProx the update of a round is linear in its steps' gradients:
+update = -sum over t of a_t g_t, g_t = (sum of m_t gradients clipped to C, plus z C times a standard normal vector) / b, where
+the weights a_t are the response of the optimizer to one gradient (`step_weights`), and m_t is the number of patients in
+step t, a sum of independent indicators of expectation b.
+  signal: |.| <= (C / b) sum of |a_t| m_t, and by Bernstein's inequality this sum is at most
+          b sum |a_t| + sqrt(2 L b sum a_t^2) + L max |a_t| / 3 but for probability exp(-L)
+  noise:  normal with standard deviation (z C / b) sqrt(sum a_t^2) per coordinate; its norm is at most sqrt(P) + sqrt(2 L)
+          of these but for probability exp(-L) (Laurent and Massart, Annals of Statistics 2000, lemma 1)
+with L = log(20000) for each. Both grow with 1/b, so b is that of the smallest hospital. Whatever model and data are, the
+bound holds; the noise alone of a large model is usually most of it, and then it is tight.
+
+Distributed noise (`distributed_mechanism`), one step, in grid units: m patients of at most B each, m as above, plus noise of
+variance v per coordinate; a discrete Gaussian is sub-Gaussian and no longer than the normal one (Canonne, Kamath, Steinke 2020).
+"""
+
+from __future__ import annotations
+
+import math
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import ConfigError
+from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
+
+_LOG = math.log(2e4)  # of 1 / (half of 1e-4)
+_ROUNDING = 1.001  # float32 parameters, integer noise
+
+
+def step_weights(steps: int, learning_rate: float, momentum: float, proximal: float = 0.0) -> list[float]:
+    """a_1 .. a_steps: what a gradient in step t is multiplied by in the update, up to sign."""
+    moved, velocity, response = 0.0, 0.0, []
+    for step in range(steps):
+        velocity = momentum * velocity + (1.0 if step == 0 else 0.0) - proximal * moved
+        moved += learning_rate * velocity
+        response.append(moved)
+    return response[::-1]
+
+
+def _patients(expected: float, weights: list[float]) -> float:
+    """A bound on the sum of |a_t| m_t."""
+    squares = sum(weight * weight for weight in weights)
+    largest = max(abs(weight) for weight in weights)
+    return expected * sum(map(abs, weights)) + math.sqrt(2 * _LOG * expected * squares) + _LOG * largest / 3
+
+
+def _noise(deviation: float, parameters: int) -> float:
+    return deviation * (math.sqrt(parameters) + math.sqrt(2 * _LOG))
+
+
+def update_norm_bound(config: Config, parameters: int) -> float:
+    """The bound for the update of a round with mechanism `local` or `none`, in the units of parameters.
+
+    `aggregation.norm_bound` if it is set. Raises `ConfigError` where nothing public bounds an update: without noise and
+    clipping, with a noise multiplier that each hospital calibrates to what is left of its budget, or with no lower
+    bound on a hospital's patients.
+    """
+    settings, training = config.privacy, config.training
+    if config.aggregation.norm_bound is not None:
+        return config.aggregation.norm_bound
+    if settings.mechanism != "local":
+        raise ConfigError("nothing bounds an update without clipping", "set aggregation.norm_bound")
+    if settings.noise_multiplier is None:
+        raise ConfigError(
+            "a norm check needs a noise multiplier that all know",
+            "set privacy.noise_multiplier or aggregation.norm_bound",
+        )
+    if settings.smallest_hospital is None:
+        raise ConfigError(
+            "a norm check needs to know how few patients a hospital may have",
+            "set privacy.smallest_hospital or aggregation.norm_bound",
+        )
+    batch = float(min(training.batch_size, settings.smallest_hospital))
+    weights = step_weights(training.local_steps, training.learning_rate, training.momentum, training.proximal)
+    deviation = settings.noise_multiplier * math.sqrt(sum(weight * weight for weight in weights))
+    in_clipping_norms = (_patients(batch, weights) + _noise(deviation, parameters)) / batch
+    return _ROUNDING * settings.clipping_norm * in_clipping_norms
+
+
+def gradient_norm_bound(mechanism: DistributedGaussian, configured: float | None = None) -> float:
+    """The bound for one hospital's summand in a step with distributed noise, in grid units.
+
+    `configured` is `aggregation.norm_bound`, in units of gradients.
+    """
+    if configured is not None:
+        return configured * mechanism.scale
+    signal = _patients(float(mechanism.expected_patients), [1.0]) * mechanism.sensitivity
+    return _ROUNDING * (signal + _noise(math.sqrt(mechanism.noise_share.variance), mechanism.parameters))
+
+
+def in_grid_units(bound: float, fraction_bits: int, parameters: int, largest_weight: float = 1.0) -> float:
+    """The bound of an encoded summand round(weight * update * 2^f), for weights up to `largest_weight`."""
+    return bound * largest_weight * 2.0**fraction_bits + math.sqrt(parameters) / 2

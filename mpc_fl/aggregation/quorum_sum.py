@@ -1,0 +1,252 @@
+"""Closed sums over links: who contributes, who is left out, and when a sum is opened.
+
+One sum, hospitals U and the aggregator (`contribute` at a hospital, `collect` at the aggregator), after `closed_sum`:
+  1. hospitals say that they are ready; the aggregator takes their summands, two at a time so that it never holds more,
+     until the deadline of the sum
+  2. with a check: its words "check" start the check of the norms, on shares of what it holds (`norm_check`)
+  3. its word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`)
+  4. the hospitals of V give their keys, the aggregator opens the sum over V
+If a hospital is lost during the check, the word "again" names who is left, and all begin at 1 with fresh masks: nothing was
+opened. If keys are lost for ever in step 4, the sum is void (`SumLostError` at the aggregator): V was fixed and may not
+be fixed anew, so its summands are made anew.
+
+All words of the aggregator to one hospital come in one order under one tag (`say`, `next_word`), so that a hospital which
+was late finds in them what it has missed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.crypto.secrecy import Private, Shared
+from mpc_fl.crypto.stream_cipher import Label
+from mpc_fl.errors import PeerLostError, ProtocolError, QuorumError, SumLostError
+from mpc_fl.links.links import Links
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
+
+log = logging.getLogger(__name__)
+
+# Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
+Missed = Literal["left out", "void"]
+_WORD = "word"
+_AT_A_TIME = 2
+
+
+def say(links: Links, names: Sequence[str], word: str, **values: Any) -> None:
+    """Tell each hospital the aggregator's next word; one that is lost is told nothing."""
+    broadcast(names, lambda name: links.send_object(name, _WORD, {"word": word, **values}))
+
+
+def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
+    """Call `send` for each hospital; a loss is logged and found again where it matters."""
+    for name in names:
+        try:
+            send(name)
+        except PeerLostError as error:
+            log.warning("%s", error)
+
+
+def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[str, Any]:
+    """The aggregator's next word to this hospital. Raises `ProtocolError` when it is none of the expected ones."""
+    word = links.receive_object(aggregator, _WORD)
+    if word.get("word") not in expected:
+        raise ProtocolError(
+            f"{aggregator} said '{str(word.get('word'))[:40]}' instead of {' or '.join(sorted(expected))}",
+            "run the same version everywhere",
+        )
+    return word
+
+
+def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of names in a word. Raises `ProtocolError` when it is none."""
+    names = word.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProtocolError(f"the aggregator sent no list of {key}", "run the same version everywhere")
+    return tuple(names)
+
+
+class Check(Protocol):
+    """A check of hidden summands before anything is opened, on shares of them."""
+
+    def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
+        """Take part, after the aggregator's word "check"."""
+
+    def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
+        """Start it with `say_check`, return the hospitals that passed."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How all sums of a run are made: opener, smallest V, closing masks, seconds a summand may take, check if any."""
+
+    opener: str
+    smallest: int
+    closing: int
+    seconds: float
+    check: Check | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the records of an opening say of it, alike at all parties."""
+
+    what: str
+    why: str
+    privacy: Mapping[str, Scalar] | None = None
+
+
+def _plan(rules: Rules, hospitals: tuple[str, ...], label: tuple[Label, ...], attempt: int) -> SumPlan:
+    return SumPlan(hospitals, rules.opener, (*label, attempt), min(rules.closing, len(hospitals) - 1))
+
+
+def contribute(
+    domain: SecretDomain,
+    rules: Rules,
+    hospitals: tuple[str, ...],
+    label: tuple[Label, ...],
+    encoded: Private[torch.Tensor],
+    about: Description,
+    before_keys: Callable[[], None] | None = None,
+) -> tuple[str, ...]:
+    """At a hospital of U: add `encoded` (int32 or int64) to the sum `label`; returns V, perhaps without this hospital.
+
+    `before_keys` is called when nothing but the keys is left to send: from then on the summand counts as released.
+    Raises `PeerLostError` when the aggregator is lost or late, `ProtocolError` for a V that may not be opened.
+    """
+    links, me = domain.links, domain.links.name
+    shape = encoded.inside_protocol().shape
+    for attempt in range(len(hospitals)):
+        plan = _plan(rules, hospitals, label, attempt)
+        masks = SummandMasks(plan, me, shape, domain.sum_seed)
+        # Only a check can make the sum begin again, and need the summand without these masks.
+        summand = masks.masked(encoded, in_place=rules.check is None)
+        links.send_object(plan.opener, f"ready {plan.name}", {})
+        word = next_word(links, plan.opener, ("send", "check", "fixed", "again"))
+        if word["word"] == "send":
+            links.send_tensor(plan.opener, f"summand {plan.name}", summand)
+            del summand
+            word = next_word(links, plan.opener, ("check", "fixed", "again"))
+        while word["word"] == "check":
+            if rules.check is None:
+                raise ProtocolError(f"{plan.opener} began a check that was not agreed", "give all parties one file")
+            try:
+                rules.check.at_hospital(domain, masks, word)
+            except PeerLostError as error:
+                if error.peer == plan.opener:
+                    raise
+                log.warning("%s; waiting for the sum to begin again", error)
+            word = next_word(links, plan.opener, ("check", "fixed", "again"))
+        hospitals = names_in(word, "hospitals")
+        if word["word"] == "fixed":
+            break
+        if me not in hospitals:
+            return hospitals
+    else:
+        raise ProtocolError("a sum began again too often", "run the same version everywhere")
+    if me in hospitals:
+        if before_keys is not None:
+            before_keys()
+        fixed = FixedSum(masks, hospitals, rules.smallest, 0)
+        open_to(domain, Shared(about.what, fixed), [rules.opener], about.why, about.privacy)
+    else:
+        log.warning("this hospital was left out of '%s': it was late, or its update too large", about.why)
+    return hospitals
+
+
+def collect(
+    domain: SecretDomain,
+    rules: Rules,
+    hospitals: tuple[str, ...],
+    starts: Mapping[str, str],
+    label: tuple[Label, ...],
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    about: Description,
+) -> tuple[tuple[str, ...], torch.Tensor]:
+    """At the aggregator: V, and the opened sum over V as ring elements of `dtype` and `shape`.
+
+    `starts` says by key fingerprints which start of each hospital is meant: one that has started again since is left
+    out. Raises `QuorumError` when too few are left, `SumLostError` when the sum can no longer be opened.
+    """
+    links = domain.links
+    for attempt in range(len(hospitals)):
+        plan = _plan(rules, hospitals, label, attempt)
+        closed = ClosedSum(plan, dtype, tuple(shape), keep=rules.check is not None)
+        _take_summands(links, rules, closed, starts, about.why)
+        present = closed.present
+        require_quorum(rules, present, hospitals, about.why)
+        if rules.check is None:
+            break
+        try:
+            passed = rules.check.at_opener(domain, closed, functools.partial(say, links, present, "check"))
+            present = tuple(name for name in present if name in passed)
+            require_quorum(rules, present, hospitals, about.why)
+            break
+        except PeerLostError as error:
+            left = tuple(name for name in present if name != error.peer and links.alive(name))
+            log.warning("%s; the sum begins again without it", error)
+            require_quorum(rules, left, hospitals, about.why)
+            say(links, hospitals, "again", hospitals=list(left))
+            hospitals = left
+    else:
+        raise SumLostError(f"'{about.why}' lost a party in every attempt", "see the logs of the hospitals")
+    say(links, hospitals, "fixed", hospitals=list(present))
+    fixed = FixedSum(closed, present, rules.smallest, 0)
+    try:
+        total = open_to(domain, Shared(about.what, fixed), [rules.opener], about.why, about.privacy, decode=False)
+    except PeerLostError as error:
+        raise SumLostError(f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew") from None
+    assert total is not None
+    return present, total
+
+
+def _take_summands(links: Links, rules: Rules, closed: ClosedSum, starts: Mapping[str, str], why: str) -> None:
+    """Step 1 at the aggregator: those that are ready are told to send, at most two of them at a time."""
+    plan, deadline = closed.plan, time.monotonic() + rules.seconds
+    ready, summand = f"ready {plan.name}", f"summand {plan.name}"
+    awaited, queue = dict.fromkeys(plan.hospitals, ready), list[str]()
+    while awaited:
+        sending = [name for name, tag in awaited.items() if tag == summand]
+        while queue and len(sending) < _AT_A_TIME:
+            name = queue.pop(0)
+            awaited[name] = summand
+            sending.append(name)
+            say(links, [name], "send")
+        name_or_none = links.await_any({name: tag for name, tag in awaited.items() if name not in queue}, deadline)
+        name = name_or_none or next(iter(awaited))
+        try:
+            if links.key_fingerprint(name) != starts[name]:
+                raise PeerLostError(name, f"{name} has started again")
+            if awaited[name] == ready:
+                links.receive_object(name, ready, deadline)
+                queue.append(name)
+            else:
+                closed.take(name, links.receive_tensor(name, summand, closed.dtype, closed.shape, deadline))
+                del awaited[name]
+        except PeerLostError as error:
+            if rules.closing == 0:
+                raise
+            log.warning("%s is left out of '%s': %s", name, why, error)
+            del awaited[name]
+            if name in queue:
+                queue.remove(name)
+
+
+def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str], why: str) -> None:
+    """Raise `QuorumError` when fewer than the quorum are left."""
+    if len(present) < rules.smallest:
+        missing = [name for name in hospitals if name not in present]
+        raise QuorumError(
+            f"'{why}': {len(present)} hospitals are left and the quorum is {rules.smallest}"
+            + (f" ({', '.join(missing)} missing)" if missing else ""),
+            "nothing was opened; see the logs of the hospitals, then go on with --resume",
+        )

@@ -1,0 +1,217 @@
+"""`mpc-fl ledger verify | show`: what a run revealed, to whom, and whether anybody changed the record of it."""
+
+from __future__ import annotations
+
+import datetime
+import glob
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from cryptography import x509
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Opening, fingerprint, to_json
+from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
+from mpc_fl.errors import MpcFlError
+
+app = typer.Typer(
+    name="ledger",
+    no_args_is_help=True,
+    add_completion=False,
+    help="""Read and check the reveal ledger of a run.
+
+    Every opening of a secret-shared value is in it: what, to whom, why, who
+    took part. After each round all parties sign it with the keys of their
+    certificates, each keeps a copy, and nothing in it can be changed unseen.
+    """,
+)
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, or of one party of it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+_WIDTH = 132  # of tables that go to a file
+
+
+@app.command()
+def verify(
+    run_dir: RunDirectory,
+    authority: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"The federation's certificate. Default: {ROOT_FILE} in RUN_DIR."),
+    ] = None,
+    copies: Annotated[
+        list[Path] | None,
+        typer.Option("--copy", metavar="FILE", help="The copy of another party, to compare with; repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that nobody changed the reveal ledger: edits, removals, additions, exchanges, foreign signatures.
+
+    Needs the ledger and the authority's certificate, nothing else. Prints one
+    line per finding and ends with exit status 1 if there is one. Whoever could
+    exchange RUN_DIR could exchange its certificate too: give the one that you
+    hold yourself with --authority, or compare the fingerprint that is printed.
+    """
+    given = authority is not None
+    root = _authority(authority or run_dir / ROOT_FILE)
+    found = _find(run_dir) + [Copy(str(path), None, _read(path)) for path in copies or []]
+    if not found:
+        raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
+    verdict = verify_copies(found, root, datetime.datetime.now(datetime.timezone.utc))
+    findings = [*verdict.findings, *_changed_files(run_dir, verdict)]
+    blocks = [block for block in verdict.reference.blocks if block is not None]
+    openings = sum(len(block.openings) for block in blocks)
+    if as_json:
+        _say(
+            json.dumps(
+                {
+                    "ok": not findings,
+                    "findings": [{**asdict(finding), "line": finding.line} for finding in findings],
+                    "notes": list(verdict.notes),
+                    "blocks": len(blocks),
+                    "openings": openings,
+                    "copies": [copy.where for copy in found],
+                    "authority_sha256": fingerprint(root),
+                    "authority_given": given,
+                }
+            )
+        )
+    else:
+        for finding in findings:
+            _say(finding.line)
+        for note in verdict.notes:
+            _say(f"Note: {note}.")
+        _say(f"{len(found)} {_plural(len(found), 'copy', 'copies')}: {', '.join(copy.where for copy in found)}.")
+        _say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
+        if findings:
+            _say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
+        else:
+            signed = f"{openings} {_plural(openings, 'opening', 'openings')} in {len(blocks)} blocks"
+            _say(f"The reveal ledger verifies: {signed}, every block signed by all its parties, from start to end.")
+    if findings:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
+    """Show what was opened in each round: to whom, of what shape, why, who took part and who signed.
+
+    Reads the first copy in RUN_DIR as it is; mpc-fl ledger verify checks it.
+    """
+    copies = _find(run_dir)
+    if not copies:
+        raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
+    blocks = _blocks(copies[0])
+    if as_json:
+        _say(json.dumps({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]}))
+        return
+    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    for block in blocks:
+        _print_block(console, block)
+    ended = bool(blocks) and blocks[-1].kind == "end"
+    if not ended:
+        console.print(Text("The end of the run is not in this copy."))
+    console.print(Text(f"Not checked here. To check it: mpc-fl ledger verify {run_dir}"))
+
+
+def _print_block(console: Console, block: Block) -> None:
+    """One table per block, its parties and values below. Texts of the ledger are never taken for markup."""
+    times = [signature.time for signature in block.signatures]
+    signed = f", signed {datetime.datetime.fromisoformat(max(times)):%Y-%m-%d %H:%M:%S} UTC" if times else ""
+    console.print(Text(f"Block {block.number}, {block.kind}: {block.about}{signed}", style="bold"))
+    if block.members is not None:
+        console.print(Text(f"  Session {block.members.session}, configuration {block.members.configuration[:16]}..."))
+        console.print(Text(f"  Authority, SHA-256 {block.members.authority}"))
+    if block.kind == "abandoned":
+        console.print(Text("  Begun, and perhaps not completed, because a party was lost:"))
+    if block.openings:
+        table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 2))
+        for head in ("No.", "What was opened", "Shape", "To", "Why", "Took part", "Privacy spent"):
+            table.add_column(head, justify="right" if head == "No." else "left", overflow="fold")
+        for opening in block.openings:
+            table.add_row(*(Text(cell) for cell in _cells(opening, block)))
+        console.print(table)
+    for name, digest in block.values.items():
+        console.print(Text(f"  All hold the same {name}, SHA-256 {digest}"))
+    signers = [signature.party for signature in block.signatures]
+    unsigned = [party for party in block.parties if party not in signers]
+    console.print(
+        Text(f"  Signed by {', '.join(signers) or 'nobody'}" + (f"; NOT by {', '.join(unsigned)}" * bool(unsigned)))
+    )
+    console.print()
+
+
+def _cells(opening: Opening, block: Block) -> list[str]:
+    shape = " x ".join(map(str, opening.shape)) or "single"
+    lost = [party for party in opening.among if party not in block.parties]
+    among = "all" if set(opening.among) == set(block.parties) else ", ".join(opening.among)
+    if lost:
+        among += f" (lost: {', '.join(lost)})"
+    privacy = ", ".join(f"{name} {value}" for name, value in (opening.privacy or {}).items()) or "-"
+    return [str(opening.number), opening.what, shape, ", ".join(opening.to), opening.why, among, privacy]
+
+
+def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
+    """Files of the run that are not the ones whose SHA-256 all parties signed in the last block."""
+    last = verdict.reference.blocks[-1] if verdict.reference.blocks else None
+    if last is None:
+        return []
+    return [
+        Finding(f"{path.relative_to(run_dir)} is not the one that all parties signed", last.number)
+        for name, digest in last.values.items()
+        for path in [run_dir / name, *sorted(run_dir.glob(f"parties/*/{glob.escape(name)}"))]
+        if Path(name).name == name and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest
+    ]
+
+
+def _find(run_dir: Path) -> list[Copy]:
+    """The copies in a run's directory: its own, then those of its parties."""
+    copies = []
+    for path in [run_dir / LEDGER_FILE, *sorted(run_dir.glob(f"parties/*/{LEDGER_FILE}"))]:
+        if path.is_file():
+            owner = None if path.parent == run_dir else path.parent.name
+            copies.append(Copy(str(path.relative_to(run_dir)), owner, _read(path)))
+    return copies
+
+
+def _blocks(copy: Copy) -> list[Block]:
+    blocks = []
+    for number, line in enumerate(copy.content.splitlines(), 1):
+        try:
+            blocks.append(parse_line(line))
+        except ValueError:
+            raise MpcFlError(
+                f"line {number} of {copy.where} is damaged or was edited", "see what with: mpc-fl ledger verify RUN_DIR"
+            ) from None
+    return blocks
+
+
+def _authority(path: Path) -> x509.Certificate:
+    if not path.exists():
+        raise MpcFlError(f"there is no {path}", "give the federation's certificate with --authority")
+    try:
+        return x509.load_pem_x509_certificate(_read(path))
+    except UNSOUND:
+        raise MpcFlError(f"{path} is not a certificate in PEM", "give the federation's with --authority") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MpcFlError(f"cannot read {path}: {error.strerror}", "check the path") from None
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many
+
+
+def _say(text: Any) -> None:
+    sys.stdout.write(f"{text}\n")

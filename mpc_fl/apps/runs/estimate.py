@@ -1,0 +1,206 @@
+"""What a run will need, before it: headroom, privacy, bytes, messages, memory.
+
+Bytes are those of tensors; frames and control messages add about 100 bytes each, signatures of the reveal ledger and
+greetings about 1.5 KB. Memory is a model of what
+the programs hold, with constants fitted to measured peaks (`VmHWM` of parties, in their logs): right within a factor of
+two, for a decision between a laptop and a server.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from mpc_fl.sharing.closed_sum import KEY_BYTES
+from mpc_fl.config.config import Config
+from mpc_fl.inference.diagnosis import public_graph, requests_of
+from mpc_fl.errors import ModelError
+from mpc_fl.learning.models.evaluation import evaluation_length
+from mpc_fl.inference.fast.quantization.calibration import calibrate
+from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
+from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.hospital_round import EVALUATION_CHUNK
+from mpc_fl.inference.reference.network import cost
+from mpc_fl.learning.models.architectures import build_model, flatten_parameters, shared_coordinates
+from mpc_fl.federation.planning import distributed_mechanism_of, headroom_of, initial_model, plan_release, sum_rules
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.learning.models.model_file import flatten_buffers
+
+_WORD = 8
+_FLOAT = 4
+# Fitted: an idle party; words per element of the widest layer that a comparison on shares holds.
+_IDLE_BYTES = 460 << 20
+_COMPARISON_WORDS = 48
+_HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
+
+
+class _Activations(NamedTuple):
+    """Elements that one record makes in a network: of all layers together, and of the widest layer."""
+
+    all: int
+    widest: int
+
+
+def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations:
+    """By a pass on a shape without elements. Raises `ModelError` when the network does not take such a record."""
+    sizes: list[int] = []
+
+    def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        sizes.extend(value.numel() for value in outputs if isinstance(value, torch.Tensor))
+
+    shapes = copy.deepcopy(model).to("meta")
+    for module in shapes.modules():
+        if not list(module.children()):
+            module.register_forward_hook(count)
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(1, *input_shape, device="meta"))
+    except (RuntimeError, ValueError, AssertionError):
+        size = "x".join(map(str, input_shape))
+        raise ModelError(
+            f"the network does not take records of shape {size}", "set data.image_size to what it takes"
+        ) from None
+    return _Activations(sum(sizes), max(sizes))
+
+
+def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
+    """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i.
+
+    Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
+    """
+    model = build_model(config, config.data.input_shape, config.seed)
+    parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
+    classes, rounds = len(config.data.classes), config.training.rounds
+    shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
+    counts, hospitals, headroom = evaluation_length(classes), config.federation.hospitals, headroom_of(config)
+    # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
+    sums, ring_bits = 1, headroom.ring_bits
+    if config.privacy.mechanism == "distributed":
+        sums, ring_bits = config.training.local_steps, distributed_mechanism_of(config).ring_bits
+    before = [_WORD] if config.aggregation.weighted else []
+    if config.data.normalise == "secure":
+        before.append(_WORD * plan_features(config).length)
+    opened = len(before) + rounds * (sums + 1) + 1
+    keys = KEY_BYTES * 2 * min(sum_rules(config).closing, hospitals - 1)
+    up = sum(before) + rounds * (sums * ring_bits // 8 * shared + _WORD * counts) + _WORD * counts + opened * keys
+    down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
+    signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
+    return {
+        "parameters": parameters,
+        "rounds": rounds,
+        "bytes_sent_per_hospital": up,
+        "bytes_sent_by_aggregator": hospitals * down,
+        "messages_per_hospital": 1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
+        "headroom_bits_spare": round(headroom.bits_spare, 1),
+        "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
+        "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],
+    }
+
+
+def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:
+    """Peak bytes of the largest hospital, at one record per patient: while it evaluates, trains or aggregates."""
+    layers = _activations(model, config.data.input_shape)
+    records = 2 * patients * torch.Size(config.data.input_shape).numel()  # read one by one, then stacked
+    evaluating = 3 * EVALUATION_CHUNK * layers.widest
+    per_record = parameters + 5 * layers.all
+    method = config.training.per_sample_gradients
+    # Large networks are measured to be fastest in the loop, which holds one gradient.
+    one_by_one = method == "loop" or (method == "auto" and parameters > 1_000_000)
+    together = 1 if one_by_one else min(config.training.batch_size, patients)
+    if config.privacy.mechanism == "none":
+        together, per_record = min(config.training.batch_size, patients), 2 * layers.all
+    # Gradients of single records are held for a chunk of at most 1 GB (`per_sample_gradients`).
+    training = min(together * per_record, (1 << 30) // _FLOAT + 5 * layers.all * together)
+    weights = 5 * parameters  # global, working copy, gradient, momentum, update
+    shares = 4 * parameters * _WORD // _FLOAT  # encoded, mask, share, message
+    return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
+
+
+def _privacy(config: Config, rank: int, patients: int) -> dict[str, Any]:
+    name = f"hospital-{rank}"
+    planned = plan_release(config, patients, [], name)
+    if planned is None:
+        return {"hospital": name, "patients": patients, "epsilon": None, "noise_multiplier": None}
+    return {
+        "hospital": name,
+        "patients": patients,
+        "sampling_rate": planned.sample_rate,
+        "steps": planned.steps,
+        "noise_multiplier": planned.noise_multiplier,
+        "epsilon": epsilon_of([planned], config.privacy.delta, config.privacy.accountant),
+        "target_epsilon": config.privacy.epsilon,
+        "delta": config.privacy.delta,
+    }
+
+
+def available_memory() -> int | None:
+    """Bytes of memory this machine can still give, `None` where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def estimate_inference(config: Config) -> dict[str, Any]:
+    """Bytes, rounds, comparisons and memory of one batch of encrypted inference with the configured engine.
+
+    `bytes_per_party` goes each way between hospital and model owner (with `fast` it is the larger way),
+    `bytes_sent_by_dealer` to the model owner. Raises `UnsupportedLayerError` for what the engine does not run.
+    """
+    return _fast_inference(config) if config.inference.engine == "fast" else _reference_inference(config)
+
+
+def _fast_inference(config: Config) -> dict[str, Any]:
+    """With first random weights and ranges of phantoms: a trained model's widths differ by a few bits."""
+    size, reveal = config.inference.batch_size, config.inference.reveal
+    records = _public_records(config)
+    network = calibrate(initial_model(config), records).network
+    found = cost_of(network, size, reveal)
+    held = _HELD_OF_CORRECTIONS * config.inference.at_once * found.correction_bytes
+    return {
+        "batch": size,
+        "layers": len(network.layers),
+        "comparisons": found.gates,
+        "multiplications": size * multiply_adds(network),
+        "bytes_per_party": max(found.bytes_from_client, found.bytes_from_owner),
+        "bytes_from_hospital": found.bytes_from_client,
+        "bytes_from_model_owner": found.bytes_from_owner,
+        "masked_weight_bytes": found.masked_weight_bytes,
+        "rounds": found.sequential_messages,
+        "bytes_sent_by_dealer": found.correction_bytes,
+        "memory_bytes_per_party": _IDLE_BYTES + 2 * found.masked_weight_bytes + int(held),
+    }
+
+
+def _public_records(config: Config) -> torch.Tensor:
+    """Public records of the right shape, float32: what bytes depend on is a matter of shapes but for a few bits."""
+    if config.data.is_table:
+        columns = torch.linspace(-1.0, 1.0, config.data.input_shape[0])
+        return torch.stack([columns, -columns])
+    return public_phantoms(2, config)
+
+
+def _reference_inference(config: Config) -> dict[str, Any]:
+    shape = (config.inference.batch_size, *config.data.input_shape)
+    with torch.no_grad():
+        graph = public_graph(config)
+        model = build_model(config, config.data.input_shape, config.seed)
+    corrections = _WORD * sum(r.elements for r in requests_of(graph, shape, 2, config.inference.fraction_bits))
+    weights = len(flatten_parameters(model)) * (2 * _FLOAT + 2 * _WORD)
+    comparing = config.inference.batch_size * _activations(model, config.data.input_shape).widest * _COMPARISON_WORDS
+    ahead = min(corrections, config.runtime.dealer_ahead_bytes)
+    return {
+        "batch": config.inference.batch_size,
+        "layers": len(graph.layers),
+        **cost(graph, shape),
+        "bytes_sent_by_dealer": corrections,
+        "memory_bytes_per_party": _IDLE_BYTES + weights + _WORD * comparing + ahead,
+    }

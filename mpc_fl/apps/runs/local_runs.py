@@ -1,0 +1,310 @@
+"""A whole local run: a directory that appears complete or not at all, its summary and its report.
+
+While a run works its directory is `<out>.partial`. It is renamed to `<out>` when everything is written; after a failure
+`<out>.failed` keeps configuration and logs, what was revealed and spent, and where a round was completed what it takes to
+go on from there: checkpoints and the parties' keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.config.config import AGGREGATOR, Config, SiteSection, party_names
+from mpc_fl.learning.data.loading import Dataset, load_images, normalised
+from mpc_fl.inference.diagnosis import require_supported
+from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
+from mpc_fl.federation.hospital_round import predict
+from mpc_fl.files import read_json_lines, write_json, write_text
+from mpc_fl.crypto.certificates import ROOT_FILE
+from mpc_fl.apps.runs.launcher import Progress, launch, local_addresses, run_alone
+from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.apps.report.page import write_report
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE
+from mpc_fl.inference.serving.client import asking_hospital, require_servable
+from mpc_fl.learning.models.model_file import load_model, load_normalisation
+
+_SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
+_PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
+
+
+@contextlib.contextmanager
+def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
+    """Yield the working directory of a run that shall become `out`; with `resume` that of the run which failed or died.
+
+    Raises `ConfigError` when `out` exists: results are never overwritten; or when there is nothing to go on with.
+    """
+    try:
+        if out.exists() or out.is_symlink():
+            raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
+        partial, failed = (out.with_name(out.name + suffix) for suffix in (".partial", ".failed"))
+        if resume:
+            if not partial.exists() and _resumable(failed):
+                failed.rename(partial)
+            if not _resumable(partial):
+                raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
+        else:
+            partial.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"{partial} exists", "another run is using it; remove it if that one is dead") from None
+    except OSError as error:
+        raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        _keep_logs(partial, failed)
+        raise
+
+
+def _resumable(directory: Path) -> bool:
+    """Whether a round of this run was completed: its aggregator has a checkpoint."""
+    return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))
+
+
+def _keep_logs(partial: Path, failed: Path) -> None:
+    """Logs and configuration, and what was revealed until then: each party's reveal ledger, with the certificate."""
+    shutil.rmtree(failed, ignore_errors=True)
+    logs = partial / "logs"
+    if _resumable(partial):
+        partial.rename(failed)
+        return
+    if logs.is_dir() and any(logs.iterdir()):
+        failed.mkdir(parents=True)
+        logs.rename(failed / "logs")
+        if (partial / "config.yaml").is_file():
+            (partial / "config.yaml").rename(failed / "config.yaml")
+        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE) for path in partial.rglob(name)]:
+            kept = failed / path.relative_to(partial)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+        for path in [partial / ROOT_FILE, *partial.glob(f"parties/*/identity/{ROOT_FILE}")]:
+            if path.is_file():
+                path.replace(failed / ROOT_FILE)
+        # What a failed run released stays released: its privacy ledgers are kept.
+        for ledger in partial.glob("parties/*/*-privacy.json"):
+            ledger.rename(failed / ledger.name)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
+    """Train in local processes, or go on with a run that failed; return the summary.
+
+    Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
+    """
+    config = config.with_values(task="train", site={"resume": resume})
+    with run_directory(out, resume) as directory:
+        write_text(directory / "config.yaml", config.to_yaml())
+        began = time.monotonic()
+        lost = launch(config, directory, progress)
+        aggregator = directory / "parties" / "aggregator"
+        for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
+            (aggregator / name).rename(directory / name)
+        _forget_identities(config, directory)
+        for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
+            checkpoint.unlink()
+        global_metrics = read_json_lines(directory / "metrics.jsonl")
+        hospitals = [name for name in party_names(config) if name.startswith("hospital-")]
+        privacy, skipped = [], 0
+        for name in hospitals:
+            lines = read_json_lines(directory / "parties" / name / "metrics.jsonl")
+            if not lines:
+                continue
+            last = lines[-1]
+            skipped += last["skipped_files"]
+            privacy.append(
+                {
+                    "hospital": name,
+                    "epsilon": last["epsilon"],
+                    "delta": config.privacy.delta,
+                    "noise_multiplier": last["noise_multiplier"],
+                    "target_epsilon": config.privacy.epsilon,
+                    "mechanism": config.privacy.mechanism,
+                    "per_sample_gradients": last["method"],
+                }
+            )
+        summary = {
+            "kind": "train",
+            "name": config.name,
+            "synthetic": config.data.source == "phantoms",
+            "rounds": config.training.rounds,
+            "parameters": count_parameters(directory / "model.safetensors", config),
+            "hospitals": hospitals,
+            "skipped_files": skipped,
+            "seconds": round(time.monotonic() - began, 2),
+            "command": command,
+            "versions": versions(),
+            "final": [line["evaluation"] for line in global_metrics if line["evaluation"] is not None][-1],
+            "privacy": privacy,
+            "took_part": {str(line["round"]): line["hospitals"] for line in global_metrics},
+            "lost": lost,
+        }
+        write_json(directory / "summary.json", summary)
+        write_report(directory)
+    return summary
+
+
+def count_parameters(path: Path, config: Config) -> int:
+    """Number of trainable parameters of a model file."""
+    return sum(parameter.numel() for parameter in load_model(path, config).parameters() if parameter.requires_grad)
+
+
+def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+    """Encrypted diagnosis in local processes; return the summary. Raises `RunFailedError`, `ModelError`, `DataError`."""
+    config = config.with_values(task="infer")
+    if config.site.model is None:
+        raise ConfigError("no model was given", "pass --model FILE")
+    # What is wrong with model, network or images is told before processes start.
+    require_supported(config, load_model(config.site.model, config))
+    images = load_images(config.site.images, config, config.inference.limit)
+    with run_directory(out) as directory:
+        write_text(directory / "config.yaml", config.to_yaml())
+        began = time.monotonic()
+        launch(config, directory, progress)
+        _forget_identities(config, directory)
+        results = read_json_lines(directory / "parties" / "hospital-0" / "results.jsonl")
+        comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
+        summary = {
+            "kind": "infer",
+            "name": config.name,
+            "synthetic": config.data.source == "phantoms",
+            "images": len(results),
+            "skipped_files": images.skipped,
+            "classes": list(config.data.classes),
+            "seconds": round(time.monotonic() - began, 2),
+            "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
+            "command": command,
+            "versions": versions(),
+            "comparison": comparison,
+            "results": results,
+        }
+        write_json(directory / "summary.json", summary)
+        write_report(directory)
+    return summary
+
+
+def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[Path], None]) -> None:
+    """Keep a model owner and a dealer up in local processes until an interrupt; `directory` is kept from start to start.
+
+    Makes identities for them and all hospitals of the federation in `directory`/parties/NAME/identity, and tells `tell` the
+    path of the configuration that hospitals ask with. Raises `RunFailedError` when one of the two fails.
+    """
+    config = config.with_values(task="serve")
+    require_servable(config)
+    if config.site.model is None:
+        raise ConfigError("no model was given", "pass --model FILE")
+    require_supported(config, load_model(config.site.model, config))
+    servers = party_names(config)
+    names = [*servers, *(f"hospital-{rank}" for rank in range(config.federation.hospitals))]
+    directories = {name: directory / "parties" / name / "identity" for name in names}
+    if not all(path.is_dir() for path in directories.values()):
+        make_local_identities(names, directories, hours=_SERVICE_HOURS)
+    addresses = config.federation.addresses or local_addresses(servers, config.runtime.first_port)
+    config = config.with_values(federation={"addresses": addresses})
+    nowhere = {name: SiteSection().model_dump()[name] for name in config.site.model_dump()}
+    write_text(directory / "federation.yaml", config.with_values(site=nowhere).to_yaml())
+
+    def ready(party: str, phase: str, done: int, total: int) -> None:
+        progress(party, phase, done, total)
+        if phase == "serving":
+            serving.add(party)
+            if serving == set(servers):
+                tell(directory / "federation.yaml")
+
+    serving: set[str] = set()
+    launch(config, directory, ready)
+
+
+def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+    """A hospital's diagnosis by a model owner that stays up, in this process; return the summary.
+
+    `refused` in it says why not all images were answered. Raises `RefusedError` when none was.
+    """
+    config = config.with_values(task="serve")
+    name = asking_hospital(config)
+    with run_directory(out) as directory:
+        write_text(directory / "config.yaml", config.to_yaml())
+        own = directory / "parties" / name
+        config = config.with_values(site={"out": str(own)})
+        began, refused = time.monotonic(), None
+        try:
+            run_alone(name, config, lambda phase, done, total: progress(name, phase, done, total))
+        except RefusedError as error:
+            if not (own / "results.jsonl").is_file():
+                raise
+            refused = str(error)
+        results = read_json_lines(own / "results.jsonl")
+        summary = {
+            "kind": "ask",
+            "name": config.name,
+            "hospital": name,
+            "synthetic": config.data.source == "phantoms",
+            "images": len(results),
+            "classes": list(config.data.classes),
+            "seconds": round(time.monotonic() - began, 2),
+            "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
+            "command": command,
+            "versions": versions(),
+            "refused": refused,
+            "results": results,
+        }
+        write_json(directory / "summary.json", summary)
+        write_report(directory)
+    return summary
+
+
+def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+    """The plaintext reference, computed by the user who has both model and images: for checking a simulation only."""
+    assert config.site.model is not None
+    model = load_model(config.site.model, config)
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    logits = predict(model, normalised(images, load_normalisation(config.site.model, config)).inputs, chunk=1)
+    seconds = (time.monotonic() - began) / len(images.inputs)
+    write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
+    opened = config.inference.reveal == "logits"
+    encrypted = torch.tensor([line["logits"] for line in results]) if opened else None
+    predicted = torch.tensor([line["predicted"] for line in results])
+    return {
+        "largest_logit_difference": None if encrypted is None else float((encrypted - logits).abs().max()),
+        "classes_agree": bool((predicted == logits.argmax(1)).all()),
+        "plaintext_seconds_per_image": round(seconds, 4),
+    }
+
+
+def _forget_identities(config: Config, directory: Path) -> None:
+    """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
+    root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
+    write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
+    (directory / "session").unlink(missing_ok=True)
+    for name in party_names(config):
+        identity = directory / "parties" / name / "identity"
+        if identity.is_dir():
+            shutil.rmtree(identity)
+
+
+def report(run_dir: Path) -> Path:
+    """Write the report of a finished run again. Raises `MpcFlError` when `run_dir` is not one."""
+    if not (run_dir / "summary.json").is_file():
+        raise MpcFlError(
+            f"{run_dir} is not a finished run: it has no summary.json", "give the --out of a train or infer"
+        )
+    return write_report(run_dir)

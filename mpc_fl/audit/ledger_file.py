@@ -1,0 +1,180 @@
+"""A party's own copy of the reveal ledger, on its disk.
+
+Two files, both only grow. `openings.jsonl` gets an opening before a share of it leaves; `reveal_ledger.jsonl` gets a block
+when all its parties have signed it. Both are on the disk when the call returns. A party that is killed at any moment finds
+there what it has recorded and not yet signed. A last line that a crash cut off is removed when the ledger is opened again:
+such an opening was never followed by a share, and such a block is with the leader (`co_signing`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from cryptography import x509
+
+from mpc_fl.audit.ledger_audit import check_openings, extend, read_ledger
+from mpc_fl.audit.reveal_ledger import (
+    LEDGER_FILE,
+    Block,
+    Members,
+    Opening,
+    Scalar,
+    encode_block,
+    make_opening,
+    moment_of,
+    opening_from,
+    to_json,
+)
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
+from mpc_fl.errors import MpcFlError, ProtocolError
+
+log = logging.getLogger(__name__)
+
+OPENINGS_FILE = "openings.jsonl"
+
+
+class RevealLedger:
+    """One party's ledger: `blocks` signed by all, and `pending`, the openings recorded since the last of them."""
+
+    def __init__(self, directory: Path, identity: Identity) -> None:
+        """Open the ledger in a party's directory, or start one. Raises `MpcFlError` when the one there was changed."""
+        self.identity = identity
+        self.authority = x509.load_pem_x509_certificate(identity.authority)
+        self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
+        directory.mkdir(parents=True, exist_ok=True)
+        reading = read_ledger(_whole_lines(self.path), self.authority)
+        if reading.findings and reading.lines:
+            raise MpcFlError(
+                f"the reveal ledger {self.path} was changed: {reading.findings[0].line}", "restore it from a backup"
+            )
+        self.chain = reading.chain
+        self.blocks = [block for block in reading.blocks if block is not None]
+        self.pending: list[Opening] = []
+        for line in _whole_lines(self.openings_path).splitlines():
+            opening = self._recalled(line)
+            if self.continues([*self.pending, opening]):
+                self.pending.append(opening)
+
+    def _recalled(self, line: bytes) -> Opening:
+        try:
+            fields = json.loads(line)
+            return opening_from({name: fields[name] for name in Opening.__dataclass_fields__})
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise MpcFlError(
+                f"{self.openings_path} is damaged or of another version", "restore it, or choose another directory"
+            ) from None
+
+    def continues(self, openings: Sequence[Opening]) -> bool:
+        """Whether these openings, not signed yet, follow the signed ones."""
+        block = Block(self.chain.blocks, "abandoned", "", (), tuple(openings), {}, None, self.chain.seal)
+        return not check_openings(self.chain, block)[2]
+
+    def append(
+        self,
+        what: str,
+        why: str,
+        shape: Iterable[int],
+        to: Iterable[str],
+        among: Iterable[str],
+        privacy: Mapping[str, Scalar] | None = None,
+    ) -> Opening:
+        """Record an opening; it is on the disk when this returns, and only then may a share of it leave.
+
+        All parties of the opening call this with equal arguments; `privacy` is what all may know of the privacy it spends.
+        Raises `ProtocolError` before the ledger has begun (`co_signing.begin`) and for text that cannot be printed.
+        """
+        if not self.blocks:
+            raise ProtocolError("an opening came before the reveal ledger began", "this is a defect of the program")
+        try:
+            opening = make_opening(self.chain, self.pending, what, why, shape, to, among, privacy)
+        except ValueError:
+            raise ProtocolError("an opening cannot be described", "this is a defect of the program") from None
+        line = {"time": round(now().timestamp(), 3), "party": self.identity.name, **to_json(opening)}
+        _append(self.openings_path, json.dumps(line, allow_nan=False).encode() + b"\n")
+        self.pending.append(opening)
+        return opening
+
+    def draft(
+        self,
+        kind: str,
+        about: str,
+        parties: Sequence[str],
+        values: Mapping[str, str] | None = None,
+        members: Members | None = None,
+    ) -> Block:
+        """The next block without signatures, from what this party recorded itself. One with members holds no openings."""
+        openings = () if members else tuple(self.pending)
+        number, seal = self.chain.blocks, self.chain.seal
+        return Block(number, kind, about, tuple(parties), openings, dict(values or {}), members, seal)
+
+    def add(self, block: Block) -> None:
+        """Check a signed block and keep it.
+
+        Raises `ProtocolError` when it does not continue this ledger or is not signed by all its parties.
+        """
+        chain, findings = extend(self.chain, block, self.authority)
+        early = [item for item in block.signatures if moment_of(item) > now() + CLOCK_SKEW]
+        if findings or early:
+            what = findings[0].line if findings else f"the clock of {early[0].party} is ahead, {early[0].time}"
+            raise ProtocolError(f"a block of the reveal ledger was refused: {what}", "compare the reveal ledgers")
+        _append(self.path, encode_block(block))
+        self.chain = chain
+        self.blocks.append(block)
+        signed = {opening.digest for opening in block.openings}
+        self.pending = [opening for opening in self.pending if opening.digest not in signed]
+        if not self.continues(self.pending):
+            for opening in self.pending:
+                # Whoever opens records it too, and signs: so its shares cannot have been complete.
+                log.warning("opening %d (%s) was begun here and by no other party", opening.number, opening.why)
+            self.pending = []
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor that all parties have: its dtype, its shape, its bytes as they lie in memory."""
+    data = tensor.detach().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def now() -> datetime.datetime:
+    """The time in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def _whole_lines(path: Path) -> bytes:
+    """The content of a file; a last line that a crash cut off is removed from it, and the log says so."""
+    if not path.exists():
+        return b""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        log.warning("%s: the last line was cut off by a crash; it is removed", path)
+        os.truncate(path, whole)
+    return content[:whole]
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append one line, to the disk. Raises `MpcFlError` when it cannot be written."""
+    try:
+        new = not path.exists()
+        with path.open("ab", buffering=0) as file:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        if new:
+            directory = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except OSError as error:
+        raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None

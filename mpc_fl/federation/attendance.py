@@ -1,0 +1,131 @@
+"""Who takes part in a round: decided by the aggregator before it begins, told to all, and never changed within it.
+
+Before round k, at the aggregator:
+  1. hospitals of the round before stay, unless they were lost or have started again
+  2. those that have announced themselves since (`announce`) join, if they and all others hold keys of each other
+  3. fewer than the quorum end the run; else the word "plan" names the hospitals and, by the fingerprints of their keys,
+     which start of each is meant; newcomers get the global model and the blocks of the reveal ledger they lack
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mpc_fl.aggregation.quorum_sum import Rules, names_in, require_quorum, say
+from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
+
+_PRESENT = "present"
+_LOOK = 0.2
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Round `number`, attempt `attempt`: its hospitals, the fingerprints of their keys, and which of them are new.
+
+    `weight_total` is the public power of two that weights are divided by; `resumed` says that the reveal ledger goes on.
+    """
+
+    number: int
+    attempt: int
+    hospitals: tuple[str, ...]
+    starts: Mapping[str, str]
+    newcomers: tuple[str, ...]
+    weight_total: int
+    resumed: bool
+
+    @classmethod
+    def from_word(cls, word: Mapping[str, Any]) -> RoundPlan:
+        """From the aggregator's word. Raises `ProtocolError` for one that is no plan."""
+        hospitals, newcomers, starts = names_in(word, "hospitals"), names_in(word, "newcomers"), word.get("starts")
+        numbers = [word.get(key) for key in ("number", "attempt", "weight_total")]
+        if not isinstance(starts, dict) or set(starts) != set(hospitals) or any(type(n) is not int for n in numbers):
+            raise ProtocolError("the aggregator sent no plan of a round", "run the same version everywhere")
+        resumed = word.get("resumed") is True
+        return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], resumed)  # type: ignore[arg-type]
+
+
+def announce(links: Links, aggregator: str, hospitals: tuple[str, ...]) -> None:
+    """At a hospital: say that it is there and would join, and whose keys it holds."""
+    held = {name: links.key_fingerprint(name) for name in hospitals if name == links.name or links.alive(name)}
+    links.send_object(aggregator, _PRESENT, {"held": held})
+
+
+def await_keys(links: Links, plan: RoundPlan, seconds: float) -> None:
+    """At a hospital: wait until it holds the keys of the plan's starts of all others. Raises `PeerLostError`."""
+    deadline = time.monotonic() + seconds
+    for name in plan.hospitals:
+        while links.key_fingerprint(name) != plan.starts[name]:
+            if time.monotonic() > deadline:
+                raise PeerLostError(name, f"the link with {name} was not made again within {seconds:g} s")
+            links.await_change(_LOOK)
+
+
+class Attendance:
+    """The aggregator's list: `members` are the hospitals of the sums last opened, by the starts in `starts`."""
+
+    def __init__(self, links: Links, rules: Rules, hospitals: tuple[str, ...]) -> None:
+        self._links, self._rules, self._hospitals = links, rules, hospitals
+        self.members: tuple[str, ...] = ()
+        self.starts: dict[str, str] = {}
+        self._void = False
+
+    def await_announced(self, all_of_them: bool, seconds: float) -> None:
+        """Before the first plan: wait for the announcements of all hospitals, or of all that are connected."""
+        deadline = time.monotonic() + seconds
+        for name in self._hospitals:
+            while (all_of_them or self._links.alive(name)) and not self._links.waiting(name, _PRESENT):
+                if all_of_them and not self._links.alive(name):
+                    raise PeerLostError(name, f"lost {name} before the first round", f"see the log of {name}")
+                if time.monotonic() > deadline:
+                    raise PeerLostError(name, f"{name} did not announce itself", f"see the log of {name}")
+                self._links.await_change(_LOOK)
+
+    def plan(self, number: int, attempt: int, weight_total: int, resumed: bool) -> RoundPlan:
+        """Steps 1 to 3. Raises `QuorumError` when too few hospitals are there."""
+        links, hold = self._links, self._links.key_fingerprint
+        chosen = [name for name in self.members if links.alive(name) and hold(name) == self.starts[name]]
+        newcomers, self._void = list(chosen) if self._void else [], False
+        for name in self._hospitals:
+            if name in chosen or not links.alive(name) or not links.waiting(name, _PRESENT):
+                continue
+            held = links.receive_object(name, _PRESENT).get("held")
+            if isinstance(held, dict) and all(held.get(other) == hold(other) for other in [*chosen, name]):
+                chosen.append(name)
+                newcomers.append(name)
+            else:
+                log.info("%s is not connected with all others yet", name)
+                say(links, [name], "wait")
+        present = tuple(name for name in self._hospitals if name in chosen)
+        require_quorum(self._rules, present, self._hospitals, f"round {number}")
+        self.members, self.starts = present, {name: hold(name) for name in present}
+        if newcomers and number > 1:
+            log.info("round %d: %s joins", number, ", ".join(newcomers))
+        plan = RoundPlan(number, attempt, present, self.starts, tuple(newcomers), weight_total, resumed)
+        say(
+            links,
+            present,
+            "plan",
+            number=number,
+            attempt=attempt,
+            hospitals=list(present),
+            starts=dict(self.starts),
+            newcomers=newcomers,
+            weight_total=weight_total,
+            resumed=resumed,
+        )
+        return plan
+
+    def void(self) -> None:
+        """After a round without result: all that stay are told everything again."""
+        self._void = True
+
+    def keep(self, hospitals: tuple[str, ...]) -> None:
+        """After a sum: only those in it stay."""
+        self.members = hospitals

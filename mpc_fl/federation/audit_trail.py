@@ -1,0 +1,93 @@
+"""The reveal ledger of a training run: when the parties of a round sign, and which public values they vouch for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import torch
+from torch import nn
+
+from mpc_fl.aggregation.quorum_sum import Rules, names_in, next_word, require_quorum, say
+from mpc_fl.audit.co_signing import begin, co_sign
+from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
+from mpc_fl.config.config import AGGREGATOR, Config
+from mpc_fl.errors import PeerLostError
+from mpc_fl.federation.feature_statistics import Normalisation
+from mpc_fl.learning.models.model_file import model_file
+from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
+
+
+def begin_ledger(
+    ledger: RevealLedger, links: Links, config: Config, hospitals: tuple[str, ...], resumed: bool = False
+) -> None:
+    """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack."""
+    links.set_phase("reveal ledger")
+    begin(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR, config.federation.session, config.digest(), resumed)
+
+
+def lead_signatures(
+    ledger: RevealLedger, links: Links, rules: Rules, hospitals: tuple[str, ...], about: str, shared: torch.Tensor
+) -> tuple[str, ...]:
+    """Step 7 at the aggregator: all of `hospitals` that are left sign the openings since the block before.
+
+    `shared` are the global parameters that all of them have. Returns those who signed; raises `QuorumError`.
+    """
+    links.set_phase(f"{about} signatures")
+    for attempt in range(len(hospitals)):
+        say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt)
+        try:
+            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, shared, rules.closing > 0)
+            return hospitals
+        except PeerLostError as error:
+            if not rules.closing:
+                raise
+            log.warning("%s; the others sign without it", error)
+            hospitals = tuple(name for name in hospitals if name != error.peer and links.alive(name))
+            require_quorum(rules, hospitals, hospitals, about)
+    raise AssertionError("each attempt has one hospital less")
+
+
+def sign_round(ledger: RevealLedger, links: Links, about: str, shared: torch.Tensor) -> None:
+    """Step 7 at a hospital, as often as the aggregator asks for it."""
+    links.set_phase(f"{about} signatures")
+    while True:
+        word = next_word(links, AGGREGATOR, ("sign",))
+        attempt = word.get("attempt")
+        try:
+            _sign(
+                ledger, links, names_in(word, "hospitals"), f"{about} ({attempt})" if attempt else about, shared, True
+            )
+            return
+        except PeerLostError as error:
+            if error.peer == AGGREGATOR:
+                raise
+            log.warning("%s", error)
+
+
+def _sign(
+    ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, shared: torch.Tensor, tolerant: bool
+) -> None:
+    parties, same = [*hospitals, AGGREGATOR], {"global model": tensor_digest(shared)}
+    complete = all(set(opening.among) <= set(parties) for opening in ledger.pending)
+    kind = "openings" if complete else "abandoned"
+    co_sign(ledger, links, parties, AGGREGATOR, kind, about, same, tolerant=tolerant)
+
+
+def sign_end(
+    ledger: RevealLedger,
+    links: Links,
+    config: Config,
+    hospitals: tuple[str, ...],
+    model: nn.Module,
+    shared: torch.Tensor,
+    normalisation: Normalisation | None = None,
+) -> None:
+    """The last block: all sign that the run is complete, and which parameters, or which file, its model is."""
+    links.set_phase("reveal ledger")
+    same = {"global model": tensor_digest(shared)}
+    if not config.training.local_normalisation:
+        same["model.safetensors"] = hashlib.sha256(model_file(model, config, normalisation)).hexdigest()
+    co_sign(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR, "end", "the run is complete", same)

@@ -1,0 +1,228 @@
+"""Mean and standard deviation of the inputs over the training patients of all hospitals, from one hidden sum.
+
+Protocol, hospital i of n, once before the first round; d channels of images or features of tables, k classes:
+  1. each patient becomes one vector of k + 2d numbers (`patient_vectors`): half its class as a unit vector, then
+     for each feature c = mean over its pixels and records of u - 1/2, and 2 (mean of (u - 1/2)^2 - 1/8), where
+     u in [0, 1] is the input clipped to its public bounds
+  2. the vectors are rounded to a grid and added up exactly; with differential privacy integer noise is added
+     (`encode_features`, by `distributed_mechanism`), after the hospital has charged `FeaturePlan.event` to its ledger
+  3. secure sum in Z_2^64, opened to the aggregator alone
+  4. counts, means and standard deviations are read from the sum (`decode_features`) and sent to all hospitals, which
+     normalise their inputs (`Normalisation.apply`)
+
+Privacy. Unit: one patient, all its records together; a patient has one vector however many records it has. Its norm is at
+most S = sqrt(1/4 + d/4 + d/16), and clipping enforces it, so the whole vector is one release of the Gaussian
+mechanism without sampling, with sensitivity and rounding as `distributed_mechanism` proves them. The class counts and
+the number of patients are in it, under the same noise. The parts of any `quorum` - `colluders` hospitals add up to the
+noise that is charged: hospitals that may be missing are taken for colluders, whose noise is not there either. With
+mechanism `local` each hospital adds all of it. What is computed from the sum costs nothing more.
+
+The factors 1/2 and 2 share the noise out: an error of the count is multiplied by a mean of at most 1/2, and squares vary
+four times less than values. Centring at 1/2 and 1/8 halves the norm against that of (1, u, u^2).
+
+Headroom: n (m B + M) < 2^53 in the notation of `distributed_mechanism`, m the largest number of patients of a hospital:
+the sum wraps nowhere in Z_2^64 and is exact in float64, through which openings are decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.errors import DataError, HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.learning.data.patient_records import PatientRecords
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients, noised_share, plan_mechanism
+
+_COUNT_WEIGHT, _SQUARE_WEIGHT = 0.5, 2.0
+_VALUE_CENTRE, _SQUARE_CENTRE = 0.5, 0.125
+_FINEST_GRID_BITS = 24  # an error of a mean below 2^-24 of the range
+_LARGEST_EXACT = 1 << 53
+_LEAST_DEVIATION = 1 / 64  # of the range: less would only magnify noise
+_TABLE_BOUND = 2.0  # of features with reference ranges, see `tables.scale_features`
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Public constants of the inputs: each channel or feature x becomes (x - mean) / deviation, kept as float64 numbers."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = (*self.mean, *self.deviation)
+        if len(self.mean) != len(self.deviation) or not self.mean or not all(map(math.isfinite, values)):
+            raise DataError("a normalisation needs a finite mean and deviation of every channel or feature")
+        if min(self.deviation) <= 0:
+            raise DataError("a normalisation needs deviations above zero")
+
+    def apply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalised copies of float32 (N, C, H, W) or (N, F), C or F the number of constants. Raises `DataError`."""
+        if inputs.dim() < 2 or inputs.shape[1] != len(self.mean):
+            raise DataError(f"inputs have {tuple(inputs.shape[1:])}, the normalisation has {len(self.mean)} constants")
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        mean, deviation = torch.tensor([self.mean, self.deviation], dtype=torch.float32)
+        return (inputs - mean.reshape(shape)) / deviation.reshape(shape)
+
+    def tensor(self) -> torch.Tensor:
+        """Means and deviations as a message, float64 (2, d)."""
+        return torch.tensor([self.mean, self.deviation], dtype=torch.float64)
+
+    @classmethod
+    def of_tensor(cls, values: torch.Tensor) -> Normalisation:
+        """Inverse of `tensor`. Raises `DataError` for constants that cannot be."""
+        mean, deviation = values.tolist()
+        return cls(tuple(mean), tuple(deviation))
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """What all parties learn: patients of each class over all hospitals (noised, so not whole), and the normalisation.
+
+    `mean_error` is the standard deviation that the noise alone gives each mean, in units of the inputs; 0 without noise.
+    """
+
+    class_counts: tuple[float, ...]
+    normalisation: Normalisation
+    mean_error: float
+
+    @property
+    def patients(self) -> float:
+        """Number of patients of all hospitals, noised."""
+        return sum(self.class_counts)
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Public constants of one run's feature sums, equal at all parties. `low` and `high` bound every input."""
+
+    classes: int
+    features: int
+    low: float
+    high: float
+    private: bool
+    mechanism: DistributedGaussian
+
+    @property
+    def length(self) -> int:
+        """Elements of the sum."""
+        return self.classes + 2 * self.features
+
+    def event(self) -> SubsampledGaussian | None:
+        """What the opening costs every patient; `None` without differential privacy."""
+        return self.mechanism.event(1.0, 1) if self.private else None
+
+
+def vector_norm(features: int) -> float:
+    """Largest L2 norm of a patient's vector, S."""
+    return math.sqrt(_COUNT_WEIGHT**2 + features * _VALUE_CENTRE**2 + features * (_SQUARE_WEIGHT * _SQUARE_CENTRE) ** 2)
+
+
+def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
+    """The plan of a run, from public values alone, with its headroom proven.
+
+    `quorum`: how many hospitals must take part for the sum to be opened, all of them by default. A hospital has at most
+    `aggregation.count_bound` patients. Raises `HeadroomError` when no grid fits, `PrivacyBudgetError` for a quorum
+    that colluders alone could make up.
+    """
+    hospitals, kind = config.federation.hospitals, config.privacy.mechanism
+    quorum = hospitals if quorum is None else quorum
+    if not 1 <= quorum <= hospitals:
+        raise PrivacyBudgetError(f"a quorum of {quorum} among {hospitals} hospitals cannot be", "correct the quorum")
+    features = config.data.input_shape[0]
+    classes = len(config.data.classes)
+    # Whose noise may not be there: colluders and the missing. With `local` noise nobody relies on anybody else's.
+    absent = {"none": 0, "local": hospitals - 1, "distributed": config.privacy.colluders + hospitals - quorum}[kind]
+    coarse = plan_mechanism(
+        parameters=classes + 2 * features,
+        hospitals=hospitals,
+        colluders=absent,
+        expected_patients=config.aggregation.count_bound,
+        clipping_norm=vector_norm(features),
+        noise_multiplier=1.0 if kind == "none" else config.data.normalise_noise_multiplier,
+        ring_bits=64,
+    )
+    low, high = (-_TABLE_BOUND, _TABLE_BOUND) if config.data.is_table else (0.0, 1.0)
+    # A finer grid than gradients need costs nothing in a ring of 64 bits.
+    for bits in range(_FINEST_GRID_BITS, coarse.sensitivity.bit_length() - 2, -1):
+        mechanism = replace(coarse, sensitivity=1 << bits)
+        if mechanism.largest_sum < _LARGEST_EXACT:
+            return FeaturePlan(classes, features, low, high, kind != "none", mechanism)
+    raise HeadroomError(
+        f"feature sums of {hospitals} hospitals of {config.aggregation.count_bound} patients do not fit 53 bits",
+        "lower aggregation.count_bound or data.normalise_noise_multiplier",
+    )
+
+
+def patient_vectors(plan: FeaturePlan, data: PatientRecords) -> torch.Tensor:
+    """One row per patient, float32 (patients, k + 2d); inputs beyond the bounds are clipped to them, NaN to the lower one.
+
+    A patient's records count as one: their values, squares and classes are averaged.
+    """
+    vectors = torch.empty(len(data.records_of_patient), plan.length)
+    for row, records in enumerate(data.records_of_patient):
+        inputs = data.inputs[records].double().reshape(len(records), plan.features, -1)
+        inputs = torch.where(torch.isnan(inputs), plan.low, inputs).clamp(plan.low, plan.high)
+        values = (inputs - plan.low) / (plan.high - plan.low) - _VALUE_CENTRE
+        classes = torch.nn.functional.one_hot(data.labels[records], plan.classes).double().mean(dim=0)
+        squares = values.square().mean(dim=(0, 2)) - _SQUARE_CENTRE
+        parts = (_COUNT_WEIGHT * classes, values.mean(dim=(0, 2)), _SQUARE_WEIGHT * squares)
+        vectors[row] = torch.cat(parts).float()
+    return vectors
+
+
+def encode_features(plan: FeaturePlan, data: PatientRecords, seed: Seed, threads: int = 1) -> Private[torch.Tensor]:
+    """Steps 1 and 2: one hospital's summand with its part of the noise, int64 (k + 2d,).
+
+    `seed` must be fresh for every attempt, also where the plan has no noise. The caller has charged `plan.event` before.
+    Raises `HeadroomError` for more patients than the plan has room for.
+    """
+    total = torch.zeros(plan.length, dtype=torch.int64)
+    if len(data.records_of_patient) > plan.mechanism.patients_bound:
+        raise HeadroomError("a hospital has more patients than aggregation.count_bound", "raise that bound")
+    vectors = patient_vectors(plan, data)
+    add_patients(plan.mechanism, total, [vectors])
+    exact = Private("feature sums", total)
+    return noised_share(plan.mechanism, exact, seed, threads) if plan.private else exact
+
+
+def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics:
+    """Step 4, from the opened sum, int64 (k + 2d,).
+
+    Means lie within the bounds, deviations between 1/64 and 1/2 of the range, whatever the noise. Raises `ProtocolError`
+    for a sum that no run of the protocol can have, `PrivacyBudgetError` when noise exceeds the number of patients.
+    """
+    if total.dtype != torch.int64 or total.shape != (plan.length,):
+        raise ProtocolError("the opened feature sum has another shape", "run the same version everywhere")
+    if max(int(total.max()), -int(total.min())) > plan.mechanism.largest_sum:
+        raise ProtocolError("the opened feature sum exceeds its bound", "a hospital does not follow the protocol")
+    classes, values, squares = (total.double() / plan.mechanism.scale).split(
+        [plan.classes, plan.features, plan.features]
+    )
+    counts = classes / _COUNT_WEIGHT
+    patients, noise = float(counts.sum()), _noise_of_sums(plan)
+    if patients < 1 or patients < 4 * noise * math.sqrt(plan.classes) / _COUNT_WEIGHT:
+        raise PrivacyBudgetError(
+            "the noise of the feature sums exceeds the number of patients",
+            "lower data.normalise_noise_multiplier, or set data.normalise to none",
+        )
+    means = (values / patients).clamp(-_VALUE_CENTRE, _VALUE_CENTRE)
+    variances = squares / _SQUARE_WEIGHT / patients + _SQUARE_CENTRE - means.square()
+    deviations = variances.clamp(min=_LEAST_DEVIATION**2, max=_VALUE_CENTRE**2).sqrt()
+    width = plan.high - plan.low
+    mean = tuple((plan.low + width * (means + _VALUE_CENTRE)).tolist())
+    normalisation = Normalisation(mean, tuple((width * deviations).tolist()))
+    return FeatureStatistics(tuple(counts.tolist()), normalisation, width * noise / patients)
+
+
+def _noise_of_sums(plan: FeaturePlan) -> float:
+    """Standard deviation of the noise in each element of the opened sum when all hospitals take part, in vector units."""
+    if not plan.private:
+        return 0.0
+    share = float(plan.mechanism.noise_share.variance)
+    return math.sqrt(plan.mechanism.hospitals * share) / plan.mechanism.scale

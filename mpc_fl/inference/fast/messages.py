@@ -1,0 +1,84 @@
+"""The public integer network as a JSON object, for the message that tells it to hospital and dealer. No secrets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mpc_fl.errors import ModelError, ProtocolError
+from mpc_fl.inference.fast import network as layers
+from mpc_fl.inference.fast.network import Layer, Network, Value
+
+_KINDS: dict[str, type[Layer]] = {
+    kind.__name__: kind
+    for kind in (
+        layers.Convolution,
+        layers.Linear,
+        layers.ReLU,
+        layers.SignExtend,
+        layers.MaxPool,
+        layers.AveragePool,
+        layers.Add,
+        layers.Concatenate,
+        layers.Flatten,
+    )
+}
+_LARGEST = 1 << 28  # elements of a value or of a layer's weights
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """The network as JSON values."""
+    return {
+        "layers": [{"kind": type(layer).__name__, **dataclasses.asdict(layer)} for layer in network.layers],
+        "values": {name: dataclasses.asdict(value) for name, value in network.values.items()},
+        "input": network.input,
+        "output": network.output,
+    }
+
+
+def _integers(value: Any) -> Any:
+    """Lists of integers as tuples; all else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    if default is None:
+        return value is None or type(value) is int
+    return type(value) is type(default)
+
+
+def _layer(entry: dict[str, Any]) -> Layer:
+    kind = _KINDS[entry["kind"]]
+    options = {name: _integers(value) for name, value in entry.items() if name not in ("kind", "inputs")}
+    layer = kind(inputs=tuple(str(name) for name in entry["inputs"]), **options)
+    for field in dataclasses.fields(layer):
+        if field.name not in ("path", "inputs", "output") and not _fits(getattr(layer, field.name), field.default):
+            raise TypeError(field.name)
+    shape = getattr(layer, "weight_shape", ())
+    if min(shape, default=1) < 1 or math.prod(shape) > _LARGEST:
+        raise ValueError("weight_shape")
+    return layer
+
+
+def _value(entry: dict[str, Any]) -> Value:
+    shape, bits, scale = tuple(entry["shape"]), entry["bits"], float(entry["scale"])
+    whole = all(type(size) is int and size > 0 for size in shape) and type(bits) is int
+    if not whole or len(shape) not in (1, 3) or math.prod(shape) > _LARGEST or not 0 < scale < math.inf:
+        raise ValueError("value")
+    return Value(shape, bits, scale)
+
+
+def network_from(description: dict[str, Any]) -> Network:
+    """The network that another party described. Raises `ProtocolError` for anything that is not one."""
+    try:
+        return Network(
+            tuple(_layer(entry) for entry in description["layers"]),
+            {str(name): _value(entry) for name, entry in description["values"].items()},
+            str(description["input"]),
+            str(description["output"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ModelError):
+        raise ProtocolError("the description of the network is not valid", "run the same version everywhere") from None

@@ -1,0 +1,274 @@
+"""One evaluation of an integer network on shares, at the hospital (C) or the model owner (S).
+
+Both parties walk the same public list of layers; a value is two shares, numpy uint32, channels last (N, H, W, C). C begins with
+the encoded records, S with zeros.
+
+  Convolution, Linear   C sends E once per value that they read, S convolves (`linear`): 1 message
+  ReLU, SignExtend      one comparison gate on all elements (`comparison`): 3 openings
+  MaxPool               gates per level of a tournament (`pooling`): 3 openings each
+  all others            local
+  after each layer      truncation, local (`linear.truncate`)
+
+In an opening both parties send at the same time. `sequential_messages` is the longest chain of messages that wait for one
+another, C's E and its part of the next opening going out together: 4 per linear layer with ReLU, 3 per level of a maximum.
+
+Security: by composition. What crosses the links is uniform at its receiver, see `linear` and `comparison`; every mask is used
+once, see `correlations.OneTime`. Order, sizes and number of messages follow from the public network.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_owner, truncate
+from mpc_fl.inference.fast.kernels.pooling import max_pool, maximum, sum_pool
+from mpc_fl.inference.fast.network import (
+    RING_BITS,
+    Add,
+    AveragePool,
+    Concatenate,
+    Convolution,
+    Flatten,
+    Layer,
+    Linear,
+    MaxPool,
+    Network,
+    ReLU,
+    SignExtend,
+)
+from mpc_fl.inference.fast.online.comparison import compare
+from mpc_fl.inference.fast.preprocessing.correlations import (
+    ClientCorrelations,
+    OneTime,
+    OwnerCorrelations,
+    channels_last,
+    label_bits,
+    level_name,
+)
+from mpc_fl.inference.fast.preprocessing.cost import Chain
+from mpc_fl.inference.fast.preprocessing.gate_correlation import GateMaterial
+from mpc_fl.links.links import Links
+
+# Told C's and S's own share before each truncation, (N, C, H, W): for tests against the plaintext emulation.
+OnTruncation = Callable[[str, np.ndarray], None]
+
+
+def as_channels_last(values: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) to (N, H, W, C); (N, F) stays."""
+    return np.ascontiguousarray(values.transpose(0, 2, 3, 1)) if values.ndim == 4 else values
+
+
+def as_channels_first(values: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) to (N, C, H, W); (N, F) stays."""
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if values.ndim == 4 else values
+
+
+@dataclass(repr=False)
+class _Party(ABC):
+    """What both parties do alike."""
+
+    network: Network
+    links: Links
+    peer: str
+    number: int  # of this evaluation, in the tags of its messages
+    first: bool
+    gates: OneTime[GateMaterial]
+    on_truncation: OnTruncation | None = None
+    chain: Chain = field(default_factory=Chain)
+
+    @abstractmethod
+    def announce(self, name: str, share: np.ndarray) -> None:
+        """A value that linear layers read is known."""
+
+    @abstractmethod
+    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+        """This party's share of the layer's result before truncation."""
+
+    def evaluate(self, share: np.ndarray) -> np.ndarray:
+        """This party's share of the network's output, from its share of the input."""
+        network = self.network
+        waiting = Counter(name for layer in network.layers for name in layer.inputs) + Counter([network.output])
+        masked = {layer.inputs[0] for layer in network.linear_layers}
+        values = {network.input: share}
+        if network.input in masked:
+            self.announce(network.input, share)
+        for layer in network.layers:
+            inputs = [values[name] for name in layer.inputs]
+            width = network.values[layer.inputs[0]].bits
+            result = self._apply(layer, inputs, width)
+            if layer.shift:
+                if self.on_truncation is not None:
+                    self.on_truncation(layer.output, as_channels_first(result) & np.uint32((1 << width) - 1))
+                result = truncate(result, width, layer.shift, self.first)
+            values[layer.output] = result
+            if layer.output in masked:
+                self.announce(layer.output, result)
+            waiting.subtract(layer.inputs)
+            for name in set(layer.inputs):
+                if waiting[name] == 0:
+                    del values[name]
+        return values[network.output]
+
+    def _apply(self, layer: Layer, inputs: list[np.ndarray], bits: int) -> np.ndarray:
+        share = inputs[0]
+        mask = np.uint32((1 << bits) - 1)
+        match layer:
+            case Convolution() | Linear():
+                return self.linear(layer)
+            case ReLU():
+                return self._relu(layer, share, bits)
+            case SignExtend():
+                return self._gate(layer.output, share.reshape(-1)).reshape(share.shape)
+            case MaxPool():
+                return max_pool(layer, share, bits, self.first, self._tournament(layer.output))
+            case AveragePool():
+                return sum_pool(layer, share) & mask
+            case Add():
+                return self._sum(layer, inputs) & mask
+            case Concatenate():
+                return np.concatenate(inputs, axis=-1)
+            case Flatten():
+                shape = self.network.values[layer.output].shape
+                return as_channels_last(as_channels_first(share).reshape(len(share), *shape))
+        raise TypeError(f"layer '{layer.path}' of type {type(layer).__name__} has no protocol")
+
+    def _relu(self, layer: ReLU, share: np.ndarray, bits: int) -> np.ndarray:
+        flat = share.reshape(-1)
+        if layer.ceiling is None:
+            return self._gate(layer.output, flat).reshape(share.shape)
+        # min(relu(x), m) = relu(x) - relu(x - m), both in one gate
+        below = flat - np.uint32(layer.ceiling) if self.first else flat
+        both = np.concatenate([flat, below & np.uint32((1 << bits) - 1)])
+        above, excess = self._gate(layer.output, both).reshape(2, -1)
+        above -= excess
+        if not self.network.values[layer.output].wide:
+            above &= np.uint32((1 << bits) - 1)
+        return above.reshape(share.shape)
+
+    def _sum(self, layer: Add, inputs: list[np.ndarray]) -> np.ndarray:
+        total = np.zeros_like(inputs[0])
+        for multiplier, share in zip(layer.multipliers, inputs, strict=True):
+            total += share if multiplier == 1 else share * np.uint32(multiplier & 0xFFFFFFFF)
+        if self.first:
+            total += np.uint32(layer.constant & 0xFFFFFFFF)
+        return total
+
+    def _gate(self, name: str, share: np.ndarray) -> np.ndarray:
+        return compare(self.gates.take(name), share, self.first, self._exchange)
+
+    def _tournament(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
+        levels = iter(range(1 << 20))
+        return lambda share: self._gate(level_name(name, next(levels)), share)
+
+    def _exchange(self, message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+        """One opening: send this party's part, return the other's. Both are uniform bytes."""
+        tag = f"masked {self.number}"
+        self.links.send_tensor(self.peer, tag, torch.from_numpy(message))
+        if meanwhile is not None:
+            meanwhile()
+        self.chain.both()
+        return self.links.receive_tensor(self.peer, tag, torch.uint8, message.shape).numpy()
+
+    def label_share(self, logits: np.ndarray) -> np.ndarray:
+        """Shares modulo 2^m of the index of each record's largest logit (N,), m as in `label_bits`.
+
+        The index is written below the logit's lowest bit, so the maximum carries it along; of equal logits the last wins.
+        Both factors are public, so this is local but for the tournament over the classes.
+        """
+        bits, index_bits = label_bits(self.network)
+        width = bits + index_bits
+        packed = logits << np.uint32(index_bits)
+        if self.first:
+            packed += np.arange(packed.shape[1], dtype=np.uint32)
+        packed &= np.uint32((1 << width) - 1)
+        candidates = [np.ascontiguousarray(packed[:, place]) for place in range(packed.shape[1])]
+        winner = maximum(candidates, width, self._tournament("label"))
+        return winner & np.uint32((1 << index_bits) - 1)
+
+
+@dataclass(repr=False)
+class ClientEvaluation(_Party):
+    """C's side of one evaluation."""
+
+    masks: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
+    products: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
+
+    def announce(self, name: str, share: np.ndarray) -> None:
+        """Send E = y_C - A."""
+        masked = torch.from_numpy(share.view(np.int32)) - self.masks.take(name)
+        self.links.send_tensor(self.peer, f"E {self.number}", masked)
+        self.chain.from_client()
+
+    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+        """z_C, ready before the image."""
+        return self.products.take(layer.output).numpy().view(np.uint32)
+
+
+@dataclass(repr=False)
+class OwnerEvaluation(_Party):
+    """S's side of one evaluation."""
+
+    weights: Mapping[str, LinearMap] = field(default_factory=dict)
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    products: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
+    _masked: dict[str, torch.Tensor] = field(default_factory=dict)
+    _readers: Counter[str] = field(default_factory=Counter)
+
+    def announce(self, name: str, share: np.ndarray) -> None:
+        """Keep y_S until E arrives."""
+        self._masked[name] = torch.from_numpy(share.view(np.int32))
+        self.chain.from_client()
+
+    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+        """z_S = W * (E + y_S) + u_S + bias."""
+        name = layer.inputs[0]
+        if self._readers[name] == 0:
+            mine = self._masked[name]
+            masked = self.links.receive_tensor(self.peer, f"E {self.number}", torch.int32, mine.shape)
+            self._masked[name] = masked.add_(mine)
+        self._readers[name] += 1
+        correction, bias = self.products.take(layer.output), self.biases[layer.output]
+        share = product_share_of_owner(self.weights[layer.output], self._masked[name], correction, bias)
+        if self._readers[name] == sum(name == other.inputs[0] for other in self.network.linear_layers):
+            del self._masked[name]
+        return share.numpy().view(np.uint32)
+
+
+def client_evaluation(
+    network: Network, links: Links, owner: str, number: int, correlations: ClientCorrelations
+) -> ClientEvaluation:
+    """C's evaluation number `number`, which uses up `correlations`."""
+    c = correlations
+    return ClientEvaluation(network, links, owner, number, True, c.gates, masks=c.masks, products=c.products)
+
+
+def owner_evaluation(
+    network: Network,
+    links: Links,
+    hospital: str,
+    number: int,
+    correlations: OwnerCorrelations,
+    weights: Mapping[str, LinearMap],
+    biases: Mapping[str, torch.Tensor],
+) -> OwnerEvaluation:
+    """S's evaluation number `number`, which uses up `correlations`."""
+    gates, products = correlations.gates, correlations.products
+    return OwnerEvaluation(
+        network, links, hospital, number, False, gates, weights=weights, biases=biases, products=products
+    )
+
+
+def empty_share(network: Network, records: int) -> np.ndarray:
+    """S's share of the input: zeros, because C knows it all."""
+    return np.zeros(channels_last(network.values[network.input].shape, records), dtype=np.uint32)
+
+
+def aligned_elements(share: np.ndarray, bits: int) -> torch.Tensor:
+    """A share modulo 2^bits as int32 share modulo 2^32 of the same value times 2^(32 - bits): its sign is bit 31."""
+    return torch.from_numpy((share << np.uint32(RING_BITS - bits)).view(np.int32))

@@ -1,0 +1,239 @@
+"""What one evaluation of a network consumes, from shapes alone, and how each party holds its part: each piece once.
+
+A `Program` lists, for a batch of records, in order of use:
+  masks     for each value that enters linear layers, A, uniform in Z_2^32, drawn by C: what C masks its share with
+  products  for each linear layer shares of A * B, B the model owner's mask of the weights: C draws its share u_C, S is
+            sent u_S = A * B - u_C
+  gates     for each comparison what `gate_correlation` says
+C's part is one seed per batch; S's part is a seed per batch and `correction_bytes` from the dealer, who makes them from
+the two seeds and B. They may be made and stored long before: nothing of them depends on an image.
+
+`OneTime` hands out each piece once; a second request raises `SecrecyError`, because a mask used twice shows the
+difference of what it hid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.errors import ModelError, SecrecyError
+from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_client
+from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
+from mpc_fl.inference.fast.network import WIDEST_GATE, MaxPool, Network, ReLU, SignExtend
+from mpc_fl.inference.fast.preprocessing.gate_correlation import (
+    Gate,
+    GateMaterial,
+    Result,
+    correction_of,
+)
+
+Reveal = Literal["logits", "label"]
+T = TypeVar("T")
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer's product A * B: the value A masks, and the shape (N, ...) of the result, channels last."""
+
+    value: str
+    shape: tuple[int, ...]
+
+    @property
+    def correction_bytes(self) -> int:
+        """Bytes of S's correction."""
+        return 4 * int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Program:
+    """The pieces for `records` records at once, by name: `masks` give the shapes, `pieces` come in order of use."""
+
+    records: int
+    masks: Mapping[str, tuple[int, ...]]
+    pieces: Mapping[str, Gate | Product]
+
+    @property
+    def correction_bytes(self) -> int:
+        """Bytes that the dealer sends S."""
+        return sum(piece.correction_bytes for piece in self.pieces.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the corrections in one buffer, see `split_corrections`."""
+        return sum(_aligned(piece.correction_bytes) for piece in self.pieces.values())
+
+
+def channels_last(shape: tuple[int, ...], records: int) -> tuple[int, ...]:
+    """(C, H, W) to (N, H, W, C), (F,) to (N, F)."""
+    return (records, *shape[1:], shape[0]) if len(shape) == 3 else (records, *shape)
+
+
+def label_bits(network: Network) -> tuple[int, int]:
+    """Width of a logit and of a class index that are compared together, to open the label alone.
+
+    Raises `ModelError` when they do not fit a comparison gate.
+    """
+    value = network.values[network.output]
+    index = max(1, (value.elements - 1).bit_length())
+    if value.bits + index > WIDEST_GATE:
+        raise ModelError(
+            f"logits of {value.bits} bits and {value.elements} classes do not fit a comparison of {WIDEST_GATE} bits",
+            f"truncate the logits to {WIDEST_GATE - index} bits, or set inference.reveal to logits",
+        )
+    return value.bits, index
+
+
+def program_of(network: Network, records: int, reveal: Reveal) -> Program:
+    """All pieces of one evaluation, named by the output of their layer (and, for maxima, the level). Pure shapes."""
+    masks: dict[str, tuple[int, ...]] = {}
+    pieces: dict[str, Gate | Product] = {}
+    for layer in network.layers:
+        value, output = network.values[layer.inputs[0]], network.values[layer.output]
+        if layer in network.linear_layers:
+            masks.setdefault(layer.inputs[0], channels_last(value.shape, records))
+            pieces[layer.output] = Product(layer.inputs[0], channels_last(output.shape, records))
+        elif isinstance(layer, ReLU):
+            result = Result.WIDE if output.wide else Result.NARROW
+            halves = 1 if layer.ceiling is None else 2
+            pieces[layer.output] = Gate(value.bits, records * halves * value.elements, result)
+        elif isinstance(layer, SignExtend):
+            pieces[layer.output] = Gate(value.bits, records * value.elements, Result.EXTENDED)
+        elif isinstance(layer, MaxPool):
+            channels, rows, columns = value.shape
+            for level, count in enumerate(max_pool_counts(layer, (channels, rows, columns))):
+                pieces[level_name(layer.output, level)] = Gate(value.bits, records * count, Result.NARROW)
+    if reveal == "label":
+        bits = sum(label_bits(network))
+        for level, pairs in enumerate(levels_of(network.values[network.output].elements)):
+            pieces[level_name("label", level)] = Gate(bits, records * pairs, Result.NARROW)
+    return Program(records, masks, pieces)
+
+
+def level_name(name: str, level: int) -> str:
+    """The name of one level of a tournament."""
+    return f"{name} level {level}"
+
+
+class OneTime(Generic[T]):
+    """Pieces by name, each handed out once."""
+
+    def __init__(self, pieces: dict[str, T]) -> None:
+        self._pieces = pieces
+
+    def __repr__(self) -> str:
+        return f"OneTime({len(self._pieces)} pieces)"
+
+    def take(self, name: str) -> T:
+        """The piece; it is gone then. Raises `SecrecyError` when it was taken before or never existed."""
+        if name not in self._pieces:
+            raise SecrecyError(f"the correlated randomness '{name}' was used already or was never made")
+        return self._pieces.pop(name)
+
+    @property
+    def left(self) -> int:
+        """Pieces not taken."""
+        return len(self._pieces)
+
+
+@dataclass(frozen=True, repr=False)
+class ClientCorrelations:
+    """C's part: `masks` A (int32, channels last) by value, `products` its share of W * A, `gates`."""
+
+    masks: OneTime[torch.Tensor]
+    products: OneTime[torch.Tensor]
+    gates: OneTime[GateMaterial]
+
+
+@dataclass(frozen=True, repr=False)
+class OwnerCorrelations:
+    """S's part: `products` u_S = A * B - u_C (int32, channels last), `gates`."""
+
+    products: OneTime[torch.Tensor]
+    gates: OneTime[GateMaterial]
+
+
+def _mask(seed: Seed, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(seed.stream("mask", name).words(int(np.prod(shape)), np.int32).reshape(shape))
+
+
+def client_correlations(
+    program: Program,
+    seed: Seed,
+    masked_weights: Mapping[str, LinearMap],
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> ClientCorrelations:
+    """C's part of a batch from its seed and F = W - B of each layer: u_C + F * A is its share of W * A = F * A + B * A.
+
+    `stored` holds these products if they were made before, by layer; F is not read then.
+    """
+    masks = {name: _mask(seed, name, shape) for name, shape in program.masks.items()}
+    products: dict[str, torch.Tensor] = {}
+    gates: dict[str, GateMaterial] = {}
+    for name, piece in program.pieces.items():
+        stream = seed.stream("piece", name)
+        if isinstance(piece, Gate):
+            gates[name] = GateMaterial(piece, stream)
+        elif stored is not None:
+            products[name] = stored[name]
+        else:
+            products[name] = product_share_of_client(masked_weights[name], masks[piece.value], stream)
+    return ClientCorrelations(OneTime(masks), OneTime(products), OneTime(gates))
+
+
+def owner_correlations(program: Program, seed: Seed, corrections: Mapping[str, np.ndarray]) -> OwnerCorrelations:
+    """S's part of a batch from its seed and the dealer's corrections, uint8 by name of the piece.
+
+    Raises `ValueError` for a correction of another size.
+    """
+    products: dict[str, torch.Tensor] = {}
+    gates: dict[str, GateMaterial] = {}
+    for name, piece in program.pieces.items():
+        correction = corrections[name]
+        if isinstance(piece, Gate):
+            gates[name] = GateMaterial(piece, seed.stream("piece", name), correction)
+            _ = gates[name].drawn  # now: S has no time to spare while an image waits
+        else:
+            products[name] = torch.from_numpy(correction.view(np.int32).reshape(piece.shape))
+    return OwnerCorrelations(OneTime(products), OneTime(gates))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def split_corrections(program: Program, buffer: np.ndarray) -> dict[str, np.ndarray]:
+    """S's corrections as views into one uint8 buffer of `program.stored_bytes`: what a pool keeps of a batch.
+
+    Pieces lie in order of use, each at a multiple of 64 bytes. Writing to the views fills the buffer.
+    """
+    if buffer.dtype != np.uint8 or buffer.shape != (program.stored_bytes,):
+        raise ValueError("the buffer has another size than the corrections of this program")
+    views, start = {}, 0
+    for name, piece in program.pieces.items():
+        views[name] = buffer[start : start + piece.correction_bytes]
+        start += _aligned(piece.correction_bytes)
+    return views
+
+
+def corrections_of(
+    program: Program, client: Seed, owner: Seed, weight_masks: Mapping[str, LinearMap]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The dealer's work for a batch: S's corrections, uint8, by name, in order of use. `weight_masks` are B."""
+    masks = {name: _mask(client, name, shape) for name, shape in program.masks.items()}
+    last_use = {piece.value: name for name, piece in program.pieces.items() if isinstance(piece, Product)}
+    for name, piece in program.pieces.items():
+        if isinstance(piece, Gate):
+            yield name, correction_of(piece, client.stream("piece", name), owner.stream("piece", name))
+            continue
+        share = weight_masks[name](masks[piece.value])
+        client.stream("piece", name).subtract_from(share)
+        if last_use[piece.value] == name:
+            del masks[piece.value]
+        yield name, share.numpy().view(np.uint8).reshape(-1)

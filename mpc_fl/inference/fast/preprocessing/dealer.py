@@ -1,0 +1,71 @@
+"""The dealer of the engine `fast`: makes S's corrections from two seeds and the shapes. It sees no share of anything.
+
+It learns the public network, the number of records of each batch and when batches are asked for. It holds B, the masks of the
+weights, and knows all masks: it must not collude with either party, and must not see their link.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.errors import ProtocolError
+from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
+from mpc_fl.inference.fast.messages import network_from
+from mpc_fl.inference.fast.preprocessing.correlations import Reveal, corrections_of, program_of
+from mpc_fl.links.links import Links
+
+SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
+NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
+WEIGHTS = "masked weights"
+_LARGEST_BATCH = 1024
+
+
+def correction_tag(number: int) -> str:
+    """Tag of the corrections of batch `number`, which come in order of use."""
+    return f"correction {number}"
+
+
+def batch_from(message: dict[str, Any], expected: int) -> tuple[int, Reveal]:
+    """Records of an announced batch (0: the hospital is done) and what will be revealed. Raises `ProtocolError`."""
+    number, records, reveal = message.get("number"), message.get("records"), message.get("reveal")
+    if number != expected or type(records) is not int or not 0 <= records <= _LARGEST_BATCH:
+        raise ProtocolError("a batch was announced that does not follow the last", "run the same version everywhere")
+    if reveal == "logits":
+        return records, "logits"
+    if reveal == "label":
+        return records, "label"
+    raise ProtocolError("a batch was announced without what to reveal", "run the same version everywhere")
+
+
+def deal(links: Links, hospital: str, owner: str) -> int:
+    """Serve batches until the hospital is done; returns their number.
+
+    Both must announce the same batches in the same order. Raises `ProtocolError` if they do not.
+    """
+    links.set_phase("offline")
+    description = links.receive_object(owner, NETWORK)
+    network = network_from(description)
+    client_root, owner_root = links.pairwise_seed(hospital, SEED), links.pairwise_seed(owner, SEED)
+    if MASK_SEED in description:  # B is that of a pool
+        mask_seed = Seed(links.receive_tensor(owner, MASK_SEED, torch.uint8, (32,)).numpy().tobytes())
+    else:
+        mask_seed = owner_root.derive("model")
+    masks = linear_maps(network, weight_masks(network, mask_seed))
+    number = 0
+    while True:
+        announced = [batch_from(links.receive_object(name, BATCH), number) for name in (hospital, owner)]
+        if announced[0] != announced[1]:
+            raise ProtocolError(
+                "hospital and model owner announced different batches", "run the same version everywhere"
+            )
+        records, reveal = announced[0]
+        if records == 0:
+            return number
+        program = program_of(network, records, reveal)
+        client, model_owner = client_root.derive("batch", number), owner_root.derive("batch", number)
+        for _, correction in corrections_of(program, client, model_owner, masks):
+            links.send_tensor(owner, correction_tag(number), torch.from_numpy(correction))
+        number += 1

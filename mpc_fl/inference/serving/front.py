@@ -1,0 +1,143 @@
+"""One address for many sessions: a party that stays up admits a hospital's session, with links and a thread of its own.
+
+A session's name begins with its hospital's: 'hospital-2/<32 hex digits>', or 'hospital-2/fill-<32 hex digits>' where it fills
+the hospital's pool (`serving.Visit`); the digits are fresh. Whoever dials greets with it;
+the greeting is checked (certificate, signature, name, version, what is agreed on) before anything is set up, then passed to the
+session's links. So one port serves all, a session's keys are its own (fresh X25519 keys, bound to its name), and a session
+that fails ends alone: its links have its hospital as peer and no other.
+
+Threads, not processes: a process per session would load torch (2 s) and hold the network once more (ResNet18: 0.3 GB); the
+arithmetic leaves Python's lock. What is lost is containment: a crash of the interpreter ends all sessions.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
+from mpc_fl.inference.serving.gate import SessionRate, Visit
+from mpc_fl.links.frames import FrameReader
+from mpc_fl.links.grpc_streams import Conversation, StreamServer
+from mpc_fl.links.handshake import Agreement, check_greeting
+from mpc_fl.links.links import Links, first_greeting
+
+log = logging.getLogger(__name__)
+
+TASK = "serve"
+_LONGEST_GREETING = 30.0
+_STREAMS_PER_SESSION, _SPARE_STREAMS = 4, 16
+_PURPOSES = 2
+
+# The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`.
+MakeLinks = Callable[[Visit, Agreement], Links]
+# What a session does, on its thread: with its links, for its hospital.
+Serve = Callable[[Links, Visit], object]
+
+
+@dataclass
+class _Session:
+    visit: Visit
+    links: Links
+    thread: threading.Thread
+    ended: bool = False
+
+
+class ServiceFront:
+    """Serves `listen` while the block lasts; at its end sessions that go on are told, and ended.
+
+    `partners` are the parties beside hospitals that may greet in a hospital's session. At most `sessions` at once for
+    diagnoses and as many to fill pools, one of each hospital, as often as `rate` allows. Raises `LinkError` when the address
+    cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        listen: str,
+        digest: str,
+        partners: set[str],
+        sessions: int,
+        rate: SessionRate,
+        make_links: MakeLinks,
+        serve: Serve,
+    ) -> None:
+        self._identity, self._listen, self._digest, self._partners = identity, listen, digest, partners
+        self._most, self._rate, self._make_links, self._serve = sessions, rate, make_links, serve
+        self._sessions: dict[str, _Session] = {}
+        self._guard, self._closing = threading.Lock(), False
+
+    def __enter__(self) -> ServiceFront:
+        streams = _STREAMS_PER_SESSION * _PURPOSES * self._most + _SPARE_STREAMS
+        self._server = StreamServer(self._identity, self._listen, self._admit, streams, _LONGEST_GREETING)
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self.close(2.5)
+
+    def close(self, seconds: float) -> None:
+        """End all sessions within about `seconds`, their peers knowing why, and free the address."""
+        with self._guard:
+            self._closing = True
+            sessions = list(self._sessions.values())
+        for session in sessions:
+            session.links.interrupt(MpcFlError(f"{self._identity.name} is being shut down"))
+        deadline = time.monotonic() + seconds
+        for session in sessions:
+            session.thread.join(max(0.0, deadline - time.monotonic()))
+        self._server.stop()
+
+    def _admit(self, names: set[str], chunk: bytes) -> Conversation:
+        greeting = first_greeting(FrameReader(), names, chunk)
+        name, visit = greeting["name"], Visit.of_session(str(greeting.get("session")))
+        if visit is None:
+            raise HandshakeError(f"{self._identity.name} serves: it takes no part in other runs")
+        if name != visit.hospital and name not in self._partners:
+            raise HandshakeError(f"{name} takes no part in a session of {visit.hospital}")
+        agreement = Agreement(greeting["session"], self._digest, TASK)
+        check_greeting(greeting, name, self._identity, agreement)
+        with self._guard:
+            session = self._sessions.get(agreement.session) or self._begin(visit, agreement)
+            if session.ended:
+                raise HandshakeError("this session has ended")
+        return session.links.admit(names, chunk)
+
+    def _begin(self, visit: Visit, agreement: Agreement) -> _Session:
+        if self._closing:
+            raise RefusedError(f"{self._identity.name} is being shut down", "come back later")
+        going_on = [session.visit for session in self._sessions.values() if not session.ended]
+        alike = [other for other in going_on if other.purpose == visit.purpose]
+        if visit in alike:
+            raise RefusedError(f"a session of {visit} goes on already", "come back when it has ended")
+        if len(alike) >= self._most:
+            raise RefusedError(f"{len(alike)} hospitals are being served", "come back in a minute")
+        links = self._make_links(visit, agreement)
+        self._rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
+        thread = threading.Thread(target=self._run, args=(agreement.session,), name=agreement.session, daemon=True)
+        self._sessions[agreement.session] = session = _Session(visit, links, thread)
+        thread.start()
+        return session
+
+    def _run(self, name: str) -> None:
+        with self._guard:  # whoever began it has then put it on the list
+            session = self._sessions[name]
+        log.info("a session of %s begins (%s)", session.visit, name)
+        try:
+            with session.links:
+                try:
+                    self._serve(session.links, session.visit)
+                finally:
+                    session.ended = True  # before taking leave: the hospital may come back as soon as it knows
+            log.info("the session of %s has ended (%s)", session.visit, name)
+        except MpcFlError as error:
+            log.warning("the session of %s ended (%s): %s", session.visit, name, error)
+        except Exception as error:  # noqa: BLE001 - a defect in one session must not end others; its message could be secret
+            log.error("the session of %s ended (%s): unexpected %s", session.visit, name, type(error).__name__)
+        finally:
+            with self._guard:
+                session.ended = True
+                del self._sessions[name]

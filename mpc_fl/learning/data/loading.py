@@ -1,0 +1,316 @@
+"""What one hospital owns: find records, divide patients over hospitals, read only this hospital's own files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError
+from mpc_fl.federation.feature_statistics import Normalisation
+from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
+from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
+from mpc_fl.learning.data.phantoms import make_phantoms
+from mpc_fl.learning.data.tables import Records, read_breast_cancer, read_csv, read_medmnist
+
+log = logging.getLogger(__name__)
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
+    record int64 (N,) from 0, names of the records, and how many files were unreadable and left out."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    patients: torch.Tensor
+    names: tuple[str, ...]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def records_of_patient(self) -> tuple[torch.Tensor, ...]:
+        """Row numbers of each patient's records."""
+        rows: list[list[int]] = [[] for _ in range(self.patient_count)]
+        for row, patient in enumerate(self.patients.tolist()):
+            rows[patient].append(row)
+        return tuple(torch.tensor(item, dtype=torch.int64) for item in rows)
+
+    @cached_property
+    def patient_count(self) -> int:
+        """Number of patients."""
+        return int(self.patients.max()) + 1 if len(self.patients) else 0
+
+
+def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset:
+    """The same records with normalised inputs; unchanged without a normalisation. Raises `DataError` if it does not fit."""
+    if normalisation is None:
+        return dataset
+    return replace(dataset, inputs=normalisation.apply(dataset.inputs))
+
+
+@dataclass(frozen=True)
+class _Index:
+    """All records of a split before pixels are read: label, patient key and name of each, and where to read it."""
+
+    labels: np.ndarray
+    patients: list[str]
+    names: list[str]
+    files: list[Path] = field(default_factory=list)
+    arrays: np.ndarray | None = None
+
+
+def _data_path(config: Config) -> Path:
+    if config.site.data is None:
+        raise DataError(f"data.source '{config.data.source}' needs a path", "pass --data")
+    return config.site.data
+
+
+def _class_folders(root: Path, config: Config) -> list[tuple[int, Path]]:
+    try:
+        exists = root.is_dir()
+    except OSError as error:
+        raise DataError(f"cannot look into {root.parent}: {error.strerror}", "check its permissions") from None
+    if not exists:
+        raise DataError(f"data folder {root} does not exist", "give DIR/{train,test}/<class>/ with --data DIR")
+    # Hidden folders are left by notebooks and file servers; they are no classes.
+    found = [entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")]
+    unknown = [name for name in found if name not in config.data.classes]
+    if unknown:
+        raise DataError(
+            f"wrong number of classes: {root} has a folder '{unknown[0]}', {len(config.data.classes)} classes are configured",
+            "set data.classes to all folder names",
+        )
+    folders = []
+    for label, name in enumerate(config.data.classes):
+        if name not in found:
+            raise DataError(f"class folder {root / name} does not exist", "create it or correct data.classes")
+        folders.append((label, root / name))
+    return folders
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror or 'no access'}", "check its permissions") from None
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return [path for path in _entries(folder) if is_image_file(path)]
+
+
+def _index(config: Config, split: Split) -> _Index:
+    source = config.data.source
+    if source == "phantoms":
+        sizes = config.data.phantoms
+        count = sizes.train_patients if split == "train" else sizes.test_patients
+        phantoms = make_phantoms(count, len(config.data.classes), config.data.image_size, config.seed, split)
+        names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
+        inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
+        return _Index(phantoms.labels, [str(patient) for patient in phantoms.patients], names, arrays=inputs)
+    if source == "images":
+        labels, files = [], []
+        for label, folder in _class_folders(_data_path(config) / split, config):
+            inside = _image_files(folder)
+            if not inside:
+                raise DataError(
+                    f"class folder {folder} has no images", "add PNG, JPEG or DICOM files or drop the class"
+                )
+            labels += [label] * len(inside)
+            files += inside
+        names = [path.name for path in files]
+        return _Index(np.array(labels, dtype=np.int64), [patient_of(name) for name in names], names, files)
+    return _from_records(_read_records(config, split), config)
+
+
+def _read_records(config: Config, split: Split) -> Records:
+    if config.data.source == "breast_cancer":
+        return read_breast_cancer(config, split)
+    if config.data.source == "csv":
+        return read_csv(_data_path(config), config, split)
+    return read_medmnist(_data_path(config), config, split)
+
+
+def _from_records(records: Records, config: Config) -> _Index:
+    missing = sorted(set(range(len(config.data.classes))) - set(records.labels.tolist()))
+    if missing:
+        raise DataError(f"class '{config.data.classes[missing[0]]}' has no records", "correct data.classes or the data")
+    return _Index(records.labels, records.patients, records.names, arrays=records.inputs)
+
+
+def _patients_of_hospitals(index: _Index, config: Config) -> list[list[str]]:
+    """Patient keys of every hospital, after partition and subset. Raises `DataError` for a hospital without patients."""
+    first_label: dict[str, int] = {}
+    for patient, label in zip(index.patients, index.labels.tolist(), strict=True):
+        first_label.setdefault(patient, label)
+    keys = list(first_label)
+    labels = np.array([first_label[key] for key in keys])
+    hospitals, method = config.federation.hospitals, config.data.partition.method
+    if method == "none":
+        (whole,) = partition_equal(labels, 1, config.seed)
+        parts = [whole] * hospitals
+    elif method == "equal":
+        parts = partition_equal(labels, hospitals, config.seed)
+    else:
+        parts = partition_dirichlet(labels, hospitals, config.data.partition.alpha, config.seed)
+    return [[keys[i] for i in part] for part in parts]
+
+
+def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> list[str]:
+    subset = config.data.subset
+    limit = subset.train_patients if split == "train" else subset.test_patients
+    patients = _patients_of_hospitals(index, config)[rank][:limit]
+    if not patients:
+        raise DataError(
+            f"hospital-{rank} has no {split} patients",
+            "use fewer hospitals, more data, or a larger data.partition.alpha",
+        )
+    return patients
+
+
+def load_hospital(config: Config, rank: int, split: Split) -> Dataset:
+    """The patients of hospital `rank` in one split; only its own image files are read.
+
+    (Of files without a suffix the first bytes are looked at, to tell whether they are DICOM.)
+    An unreadable file is skipped and counted. Raises `DataError` for missing folders, an empty class, a hospital without
+    patients, images of a wrong size, labels beyond the classes, or when every file is unreadable.
+    """
+    index = _index(config, split)
+    position = {key: number for number, key in enumerate(_own_patients(index, config, rank, split))}
+    rows = [row for row, patient in enumerate(index.patients) if patient in position]
+    if index.arrays is not None:
+        inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
+        kept, skipped = rows, 0
+    else:
+        inputs, kept_positions, skipped = _read_files([index.files[row] for row in rows], config)
+        kept = [rows[position] for position in kept_positions]
+    owners = _renumbered([position[index.patients[row]] for row in kept])
+    labels = torch.from_numpy(index.labels[kept])
+    return Dataset(inputs, labels, owners, tuple(index.names[row] for row in kept), skipped)
+
+
+def _renumbered(owners: list[int]) -> torch.Tensor:
+    """Number patients from 0 without gaps, in order of appearance."""
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(owner, len(numbers)) for owner in owners], dtype=torch.int64)
+
+
+def _read_files(files: Sequence[Path], config: Config) -> tuple[torch.Tensor, list[int], int]:
+    """Images of the readable files, their positions, and how many were skipped."""
+    images, kept = [], []
+    first: UnreadableImageError | None = None
+    for position, path in enumerate(files):
+        try:
+            images.append(read_image(path, config.data.channels, config.data.image_size, config.data.wrong_size))
+            kept.append(position)
+        except UnreadableImageError as error:
+            first = first or error
+            log.warning("skipped: %s", error.what)
+    if not images:
+        reason = first.what if first is not None else "there are no files"
+        raise DataError(f"no image can be read; the first: {reason}", "check the data folder")
+    return torch.stack(images), kept, len(files) - len(kept)
+
+
+def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset:
+    """Images to diagnose: a file, a folder of files, or a folder with one folder per class; labels -1 where unknown.
+
+    With `limit` the images are taken evenly over the classes in sorted order. Phantoms and the embedded table need no
+    path and give test records, one unless `limit` says more. Raises `DataError` like `load_hospital`; records of some
+    classes only are no error here.
+    """
+    source = config.data.source
+    if path is None:
+        if source not in ("phantoms", "breast_cancer"):
+            raise DataError("no images were given", "pass --images FILE_OR_DIR")
+        return _dataset_of(_index(config, "test"), limit or 1)
+    if source in ("csv", "npz"):
+        records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
+        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+    if source == "breast_cancer":
+        raise DataError("breast_cancer takes no images", "leave out --images")
+    labels, files = _find_images(path, config)
+    chosen = _evenly(labels, limit)
+    images, kept, skipped = _read_files([files[row] for row in chosen], config)
+    rows = [chosen[position] for position in kept]
+    own_patient = torch.arange(len(rows))
+    return Dataset(
+        images, torch.tensor([labels[r] for r in rows]), own_patient, tuple(files[r].name for r in rows), skipped
+    )
+
+
+def _dataset_of(index: _Index, limit: int | None) -> Dataset:
+    assert index.arrays is not None
+    rows = _evenly(index.labels.tolist(), limit)
+    inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
+    labels = torch.from_numpy(index.labels[rows])
+    return Dataset(inputs, labels, torch.arange(len(rows)), tuple(index.names[row] for row in rows))
+
+
+def _find_images(path: Path, config: Config) -> tuple[list[int], list[Path]]:
+    if path.is_file():
+        return [-1], [path]
+    if not path.is_dir():
+        raise DataError(f"image path {path} does not exist", "give a file or a folder with --images")
+    direct = _image_files(path)
+    if direct:
+        return [-1] * len(direct), direct
+    labels, files = [], []
+    for label, name in enumerate(config.data.classes):
+        inside = _image_files(path / name) if (path / name).is_dir() else []
+        labels += [label] * len(inside)
+        files += inside
+    if not files:
+        raise DataError(f"{path} holds no PNG, JPEG or DICOM file", "give a file or a folder with --images")
+    return labels, files
+
+
+def _evenly(labels: Sequence[int], limit: int | None) -> list[int]:
+    """Row numbers: all, or `limit` of them taken from each label in turn."""
+    if limit is None or limit >= len(labels):
+        return list(range(len(labels)))
+    queues = [[row for row, value in enumerate(labels) if value == label] for label in sorted(set(labels))]
+    turn = [row for rank in range(max(map(len, queues))) for queue in queues for row in queue[rank : rank + 1]]
+    return sorted(turn[:limit])
+
+
+def patients_per_hospital(config: Config) -> list[int]:
+    """Training patients of every hospital, after checking both splits and that one file per class can be read.
+
+    Raises what `load_hospital` would raise for the same reasons, before any process starts.
+    """
+    counts: list[int] = []
+    splits: tuple[Split, ...] = ("train", "test")
+    for split in splits:
+        index = _index(config, split)
+        for rank in range(config.federation.hospitals):
+            own = _own_patients(index, config, rank, split)
+            if split == "train":
+                counts.append(len(own))
+        if index.files:
+            for label in range(len(config.data.classes)):
+                _read_first(index, label, config)
+    return counts
+
+
+def _read_first(index: _Index, label: int, config: Config) -> None:
+    first: UnreadableImageError | None = None
+    for row in np.flatnonzero(index.labels == label):
+        try:
+            read_image(index.files[row], config.data.channels, config.data.image_size, config.data.wrong_size)
+            return
+        except UnreadableImageError as error:
+            first = first or error
+    assert first is not None
+    raise DataError(f"no image of class '{config.data.classes[label]}' can be read; the first: {first.what}", first.fix)

@@ -1,0 +1,161 @@
+"""Model files: safetensors with a description of the architecture. Nothing is unpickled.
+
+A model that was trained on normalised inputs (`data.normalise: secure`) says so in its description, with the public
+constants: whoever has an image applies them before the network or before sharing the image. The network itself stays
+as it was, so encryption costs nothing more, and zero padding stays exact, which it would not if they were folded in.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError, ModelError
+from mpc_fl.federation.feature_statistics import Normalisation
+from mpc_fl.files import written_whole
+from mpc_fl.learning.models.architectures import build_model
+
+_FORMAT = "mpc-fl model 1"
+_RETRAIN = "give a model.safetensors written by mpc-fl train"
+_KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and equal models shall be equal files
+
+
+def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, Any]:
+    """What a model file says about its network and, if it has them, the constants of its inputs."""
+    constants = {} if normalisation is None else {"normalisation_of_inputs": asdict(normalisation)}
+    return {
+        **constants,
+        "format": _FORMAT,
+        "architecture": config.model.architecture,
+        "normalisation": config.model.normalisation,
+        "classes": list(config.data.classes),
+        "input_shape": list(config.data.input_shape),
+    }
+
+
+def model_file(model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> bytes:
+    """The content of a model file: all parameters and buffers with the description of the architecture.
+
+    `normalisation` is that of the inputs it was trained on, needed with `data.normalise: secure` and only then.
+    """
+    if (normalisation is not None) != (config.data.normalise == "secure"):
+        raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation))})
+
+
+def save_model(path: Path, model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> None:
+    """Write a model file whole or not at all; see `model_file`."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(model_file(model, config, normalisation))
+
+
+def load_model(path: Path, config: Config) -> nn.Module:
+    """Read a model file into the configured architecture, in evaluation mode.
+
+    Raises `ModelError` when the file is missing, cannot be read, is corrupt, of another architecture, input shape or
+    number of classes or normalisation of inputs, or holds tensors of another type, NaN or infinite weights. Its inputs
+    are to be normalised as `load_normalisation` says.
+    """
+    description, tensors = _read_described(path)
+    retrain, expected = _RETRAIN, describe(config)
+    for key in ("classes", "architecture", "normalisation", "input_shape"):
+        if description.get(key) != expected[key]:
+            found, wanted = _shown(key, description.get(key)), _shown(key, expected[key])
+            raise ModelError(
+                f"model file {path} has {found}, the configuration {wanted}",
+                "use the configuration the model was trained with",
+            )
+    _normalisation_of(description, path, config)
+    model = build_model(config, config.data.input_shape, config.seed)
+    forms = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
+    if forms != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}:
+        raise ModelError(f"the tensors in model file {path} do not fit the architecture", retrain)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"model file {path} holds NaN or infinite weights in '{name}'", retrain)
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def load_normalisation(path: Path, config: Config) -> Normalisation | None:
+    """What the inputs of this model file are normalised with; `None` for nothing, as configured.
+
+    Raises `ModelError` when the file cannot be read, has constants that cannot be, or none where `data.normalise` wants
+    them, or the other way round.
+    """
+    return _normalisation_of(_read_described(path)[0], path, config)
+
+
+def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -> Normalisation | None:
+    constants = description.get("normalisation_of_inputs")
+    if (constants is not None) != (config.data.normalise == "secure"):
+        found = "no" if constants is None else "a"
+        raise ModelError(
+            f"model file {path} has {found} normalisation of inputs, data.normalise is '{config.data.normalise}'",
+            "use the configuration the model was trained with",
+        )
+    if constants is None:
+        return None
+    try:
+        mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
+        normalisation = Normalisation(tuple(mean), tuple(deviation))
+    except (TypeError, ValueError, LookupError, OverflowError, DataError):
+        raise ModelError(f"model file {path} has a normalisation of inputs that cannot be", _RETRAIN) from None
+    if len(normalisation.mean) != config.data.input_shape[0]:
+        raise ModelError(f"model file {path} normalises inputs of another shape", _RETRAIN)
+    return normalisation
+
+
+def _read_described(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    description, tensors = _read(path, _RETRAIN)
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise ModelError(f"model file {path} does not describe an mpc-fl model", _RETRAIN)
+    return description, tensors
+
+
+def _read(path: Path, fix: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Description and tensors of a model file."""
+    try:
+        path.open("rb").close()  # safetensors does not say why it cannot open a file
+        with safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
+    except FileNotFoundError:
+        raise ModelError(f"model file {path} does not exist", fix) from None
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise ModelError(f"cannot read model file {path}: {error.strerror}", fix) from None
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        raise ModelError(f"model file {path} is corrupt or no safetensors file", fix) from None
+
+
+def _shown(key: str, value: Any) -> str:
+    """An entry of a description for an error, on one line and short: a file may hold anything."""
+    text = json.dumps(value)
+    text = text if len(text) <= 80 else f"{text[:80]}..."
+    if key == "classes" and isinstance(value, list):
+        return f"{len(value)} classes {text}"
+    return f"{key.replace('_', ' ')} {text}"
+
+
+def flatten_buffers(model: nn.Module) -> torch.Tensor:
+    """All floating-point buffers (frozen normalisation statistics) in one float32 vector."""
+    pieces = [buffer.reshape(-1).float() for buffer in model.buffers() if buffer.is_floating_point()]
+    return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def load_flat_buffers(model: nn.Module, flat: torch.Tensor) -> None:
+    """Inverse of `flatten_buffers`; the caller has checked the length."""
+    start = 0
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(flat[start : start + buffer.numel()].reshape(buffer.shape))
+            start += buffer.numel()

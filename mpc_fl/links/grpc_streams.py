@@ -1,0 +1,209 @@
+"""gRPC streams with mutual TLS: chunks of bytes to and from one peer, and why a stream ended. The one import of gRPC.
+
+One bidirectional call per pair of parties that can reach each other, whoever dials. A `Conversation` is this party's end
+of it: chunks go out through a bounded queue and come in through a callback. What the chunks mean is `transport`'s matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would write to the user's terminal
+
+import grpc  # noqa: E402
+
+from mpc_fl.crypto.certificates import Identity, host_name  # noqa: E402
+from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, ProtocolError, RefusedError  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+_METHOD = "/mpc_fl.Link/Send"
+_OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
+_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.http2.max_frame_size", 4 << 20),  # a chunk in one frame: a seventh faster than in 16 KB
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),  # a party that computes for minutes still pings; that is no attack
+]
+
+
+class Conversation:
+    """One end of a stream. `take(chunk)` is called for each chunk that arrives, `ended(failure)` once at the end.
+
+    `take` returns False after the last chunk that matters; what it raises ends the stream. `ended` gets None when the stream
+    simply stopped: whether that was to be expected is the caller's matter.
+    """
+
+    def __init__(self, take: Callable[[bytes], bool], ended: Callable[[MpcFlError | None], None]) -> None:
+        self._take = take
+        self._ended = ended
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue(_OUTGOING_CHUNKS)
+        self._over = threading.Event()
+        self.refusal: MpcFlError | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing can come in any more."""
+        return self._over.is_set()
+
+    def put(self, chunk: bytes, seconds: float) -> bool:
+        """Queue a chunk; False when the queue stayed full for `seconds`."""
+        try:
+            self._outgoing.put(chunk, timeout=seconds)
+        except queue.Full:
+            return False
+        return True
+
+    def finish(self) -> None:
+        """Say that no chunk follows; those queued still leave."""
+        with contextlib.suppress(queue.Full):
+            self._outgoing.put(None, timeout=0.5)
+
+    def chunks_to_send(self) -> Iterator[bytes]:
+        """What gRPC sends: until `finish`, or until the stream is over."""
+        while True:
+            try:
+                chunk = self._outgoing.get(timeout=0.5)
+            except queue.Empty:
+                if self._over.is_set():
+                    return
+                continue
+            if chunk is None:
+                return
+            yield chunk
+
+    def receive(self, chunks: Iterator[bytes]) -> None:
+        """Read to the end of the stream, on a thread of its own."""
+        failure: MpcFlError | None = None
+        try:
+            wanted = True
+            for chunk in chunks:  # read on after the last one: the call ends when both sides have finished
+                wanted = wanted and self._take(chunk)
+        except MpcFlError as error:
+            failure = self.refusal = error
+        except grpc.RpcError as error:
+            failure = _explain(error)
+        self._over.set()
+        self._ended(failure)
+
+    def cut(self) -> None:
+        """Take nothing more, whatever the peer still sends."""
+        self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing can come in any more; False when it took longer than `seconds`."""
+        return self._over.wait(seconds)
+
+
+def _explain(error: grpc.RpcError) -> MpcFlError | None:
+    """What the peer said when it refused us; None for every way in which a connection just breaks."""
+    code = error.code() if isinstance(error, grpc.Call) else None
+    details = str(error.details() or "")[:300] if isinstance(error, grpc.Call) else ""
+    if code == grpc.StatusCode.PERMISSION_DENIED:
+        return HandshakeError(details)
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return ProtocolError(details)
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return RefusedError(details)
+    return None
+
+
+# `admit(names in the client's certificate, first chunk)` returns this party's end, or raises to refuse the stream.
+Admit = Callable[[set[str], bytes], Conversation]
+
+
+class StreamServer:
+    """Serves one address. Raises `LinkError` when the port is in use or not allowed."""
+
+    def __init__(self, identity: Identity, listen: str, admit: Admit, streams: int, greeting_timeout: float) -> None:
+        self._admit = admit
+        self._greeting_timeout = greeting_timeout
+        self._stopping = threading.Event()
+        credentials = grpc.ssl_server_credentials(
+            [(identity.key, identity.certificate)], root_certificates=identity.authority, require_client_auth=True
+        )
+        pool = futures.ThreadPoolExecutor(max_workers=streams, thread_name_prefix="link")
+        self._server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=streams)
+        service, method = _METHOD.strip("/").split("/")
+        handler = grpc.stream_stream_rpc_method_handler(self._serve)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+        try:
+            port = self._server.add_secure_port(listen, credentials)
+        except (RuntimeError, ValueError):
+            port = 0
+        if port == 0:
+            raise LinkError(
+                f"{identity.name} cannot listen on {listen}: the port is in use or not allowed",
+                "choose another address in federation.addresses, or free the port",
+            )
+        self._server.start()
+        log.info("%s listens on %s", identity.name, listen)
+
+    def _serve(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """One incoming stream: admit or refuse it, then read on one thread and write on this one."""
+        names = {value.decode() for value in context.auth_context().get("x509_common_name", [])}
+        timer = threading.Timer(self._greeting_timeout, context.cancel)  # who says nothing holds no thread
+        timer.daemon = True
+        timer.start()
+        try:
+            conversation = self._admit(names, next(chunks, b""))
+        except RefusedError as error:
+            log.info("%s was not served: %s", ", ".join(sorted(names)), error)
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except (LinkError, ProtocolError) as error:
+            log.warning("refused a link from %s (%s): %s", context.peer(), ", ".join(sorted(names)), error)
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, error.what)
+        except grpc.RpcError:
+            log.warning("a link from %s (%s) sent no greeting", context.peer(), ", ".join(sorted(names)))
+            return
+        finally:
+            timer.cancel()
+        threading.Thread(target=conversation.receive, args=(chunks,), daemon=True, name="link-in").start()
+        yield from conversation.chunks_to_send()
+        # Ending the call now would drop what the peer still sends.
+        while not conversation.wait(0.5) and not self._stopping.is_set():
+            pass
+        if conversation.refusal is not None:
+            log.warning("refused a frame from %s: %s", ", ".join(sorted(names)), conversation.refusal)
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, conversation.refusal.what)
+
+    def stop(self) -> None:
+        """Cut all streams and free the port."""
+        self._stopping.set()
+        self._server.stop(grace=0.2).wait(2.0)
+
+
+def dial(identity: Identity, peer: str, address: str, conversation: Conversation) -> grpc.Channel:
+    """Open a stream to `peer` and read it on a thread; it keeps trying until the channel is closed.
+
+    TLS verifies that the certificate at `address` names the peer and is of this federation.
+    """
+    credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+    options: list[tuple[str, Any]] = [*_OPTIONS, ("grpc.ssl_target_name_override", host_name(peer))]
+    options += [("grpc.enable_http_proxy", 0)]
+    options += [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)]
+    channel = grpc.secure_channel(address, credentials, options=options)
+    call = channel.stream_stream(_METHOD)(conversation.chunks_to_send(), wait_for_ready=True)
+    threading.Thread(target=conversation.receive, args=(call,), name=f"from-{peer}", daemon=True).start()
+    return channel
+
+
+def wait_for_all(conversations: list[Conversation], seconds: float) -> None:
+    """Let queued chunks leave and peers end their side, for at most `seconds` in all."""
+    deadline = time.monotonic() + seconds
+    for conversation in conversations:
+        conversation.wait(max(0.0, deadline - time.monotonic()))

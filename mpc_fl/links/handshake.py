@@ -1,0 +1,120 @@
+"""The hand-shake: who a peer is, that it runs the same thing, and the secret two parties share from then on.
+
+Each side of a pair sends one signed greeting. It names sender and receiver, what the sender runs (version, session,
+configuration digest, task) and an X25519 key made for this start, and carries the sender's certificate; the answer also
+holds the digest of the greeting it answers. Both directions are checked end to end, so they mean the same on a direct
+link and through a relay that the two do not trust (authenticated Diffie-Hellman, SIGMA without identity protection:
+Krawczyk, CRYPTO 2003). This module is pure: it neither sends nor waits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from mpc_fl import __version__
+from mpc_fl.crypto.certificates import Identity, sign, verify_certificate, verify_signature
+from mpc_fl.errors import DisagreementError, HandshakeError, IdentityError
+
+_PURPOSE = "mpc-fl greeting"
+_FIELDS = {"name", "to", "version", "session", "digest", "task", "public_key", "answers", "certificate", "signature"}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all parties of a run must agree on before anything else is sent."""
+
+    session: str
+    digest: str
+    task: str
+
+
+def _canonical(greeting: dict[str, Any]) -> bytes:
+    signed = {name: value for name, value in greeting.items() if name != "signature"}
+    return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+
+
+def greeting_digest(greeting: dict[str, Any]) -> str:
+    """SHA-256 of a greeting, as hex: what an answer refers to."""
+    return hashlib.sha256(_canonical(greeting)).hexdigest()
+
+
+def make_greeting(
+    identity: Identity, agreement: Agreement, receiver: str, public_key: bytes, answers: str = ""
+) -> dict[str, Any]:
+    """A signed greeting for `receiver`; `answers` is the digest of the greeting it answers, empty in a first one."""
+    greeting: dict[str, Any] = {
+        "name": identity.name,
+        "to": receiver,
+        "version": __version__,
+        "session": agreement.session,
+        "digest": agreement.digest,
+        "task": agreement.task,
+        "public_key": public_key.hex(),
+        "answers": answers,
+        "certificate": identity.certificate.decode("ascii"),
+    }
+    return {**greeting, "signature": sign(identity, _PURPOSE, _canonical(greeting)).hex()}
+
+
+def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agreement, answers: str = "") -> bytes:
+    """Check a greeting of `sender` to the party of `trusted`; return the sender's X25519 public key (32 bytes).
+
+    Raises `HandshakeError` when it is malformed, was made for somebody else, or certificate or signature do not prove
+    that it is the sender's; `DisagreementError` when it is genuine but the sender runs something else.
+    """
+    if not isinstance(greeting, dict) or set(greeting) != _FIELDS:
+        raise HandshakeError("the first frame is not a greeting")
+    if not all(isinstance(value, str) for value in greeting.values()):
+        raise HandshakeError("the first frame is not a greeting")
+    if greeting["name"] != sender or greeting["to"] != trusted.name:
+        raise HandshakeError("the greeting was made for another link")
+    try:
+        certificate = verify_certificate(greeting["certificate"].encode(), sender, trusted)
+        verify_signature(certificate, _PURPOSE, _canonical(greeting), bytes.fromhex(greeting["signature"]))
+    except IdentityError as error:
+        raise HandshakeError(error.what, error.fix) from None
+    except ValueError:
+        raise HandshakeError("the greeting is not signed by its sender") from None
+    mine = {"version": __version__, "session": agreement.session, "digest": agreement.digest, "task": agreement.task}
+    for key, value in mine.items():
+        if greeting[key] != value:
+            words = {"digest": "configuration"}.get(key, key)
+            raise DisagreementError(
+                f"{sender} and {trusted.name} do not have the same {words}",
+                "give all parties the same file and version",
+            )
+    if greeting["answers"] != answers:
+        raise HandshakeError("the greeting answers another one")
+    try:
+        public_key = bytes.fromhex(greeting["public_key"])
+        X25519PublicKey.from_public_bytes(public_key)
+    except ValueError:
+        raise HandshakeError("the greeting holds no valid public key") from None
+    return public_key
+
+
+def pairwise_key(
+    own: X25519PrivateKey, public_key: bytes, names: tuple[str, str], agreement: Agreement, purpose: str
+) -> bytes:
+    """32 secret bytes that only the two parties `names` know, the same at both; another purpose gives others.
+
+    X25519, then HKDF-SHA256 (RFC 5869) with both public keys as salt and names, session, configuration and purpose as
+    context. The X25519 keys are fresh per start, so nothing repeats after a retry or a restart. Raises
+    `HandshakeError` for a public key of small order.
+    """
+    try:
+        secret = own.exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:
+        raise HandshakeError("the greeting holds no valid public key") from None
+    mine = own.public_key().public_bytes_raw()
+    context = [*sorted(names), agreement.session, agreement.digest, purpose]
+    info = b"".join(len(part.encode()).to_bytes(2, "little") + part.encode() for part in context)
+    transcript = hashlib.sha256(b"".join(sorted([mine, public_key]))).digest()
+    return HKDF(SHA256(), 32, salt=transcript, info=b"mpc-fl pairwise seed" + info).derive(secret)

@@ -1,0 +1,90 @@
+"""A party's place in a run: its name, its links to the others, and what it leaves behind at its site."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.config.config import AGGREGATOR, DEALER, Config, may_lose_hospitals, party_names
+from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.errors import ConfigError, MpcFlError
+from mpc_fl.files import write_json
+from mpc_fl.links.links import Agreement, Links, Observer
+from mpc_fl.links.routes import routes
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+
+
+def site_directory(config: Config) -> Path:
+    """Where this party writes. Raises `ConfigError` when `site.out` is not set."""
+    if config.site.out is None:
+        raise ConfigError("site.out is not set", "say with --out where this party may write")
+    return config.site.out
+
+
+def connect(config: Config, name: str, observer: Observer | None = None) -> Links:
+    """Links of the party `name` to all other parties of the task; enter them to connect.
+
+    `observer` sees every frame received, for tests of what each party learns. Raises `ConfigError` for a missing
+    address or identity directory, `IdentityError` for an unusable identity.
+    """
+    names = party_names(config)
+    if name not in names:
+        raise ConfigError(f"there is no party '{name}' in this task", f"the parties are {', '.join(names)}")
+    federation = config.federation
+    addresses = {party: address for party, address in federation.addresses.items() if party in names}
+    missing = [party for party in names if party not in addresses and party not in federation.dial_out_only]
+    if missing:
+        raise ConfigError(
+            f"federation.addresses has no entry for {missing[0]}",
+            "give host:port for every party that is not in federation.dial_out_only",
+        )
+    if config.site.identity is None:
+        raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
+    if not federation.session:
+        raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
+    relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
+    return Links(
+        load_identity(config.site.identity, name),
+        (config.site.listen or addresses[name]) if name in addresses else None,
+        routes(name, names, addresses, relay),
+        Agreement(federation.session, config.digest(), config.task),
+        config.runtime.connect_timeout,
+        config.runtime.receive_timeout,
+        observer,
+        relay,
+        tolerated=[name for name in names if name.startswith("hospital-")] if may_lose_hospitals(config) else (),
+        resuming=config.site.resume,
+    )
+
+
+def open_ledger(config: Config, name: str) -> RevealLedger:
+    """This party's reveal ledger in its directory.
+
+    Raises `MpcFlError` when the one there was changed, or is that of an earlier run and this one shall not go on with it.
+    """
+    assert config.site.identity is not None  # `connect` came first
+    ledger = RevealLedger(site_directory(config), load_identity(config.site.identity, name))
+    if ledger.blocks and not config.site.resume:
+        raise MpcFlError(
+            f"{ledger.path} is the ledger of an earlier run", "choose another directory, or go on with --resume"
+        )
+    return ledger
+
+
+def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
+    """CrypTen over all parties of a training run that are there at its start."""
+    world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
+    return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)
+
+
+def write_traffic(links: Links, directory: Path) -> None:
+    """Write seconds per phase and the traffic with each peer, once the links are closed."""
+    phases = {
+        phase: {
+            "seconds": round(seconds, 4),
+            "peers": {peer: asdict(count) for peer, count in links.traffic.get(phase, {}).items()},
+        }
+        for phase, seconds in links.phase_seconds.items()
+    }
+    write_json(directory / "traffic.json", {"phases": phases})

@@ -1,0 +1,223 @@
+"""Closed sums: masked summands whose sum stays closed until those who made them have seen who is in it.
+
+Protocol. U hospitals, an opener that adds nothing, P(i) the `closing` hospitals after i in U, everything modulo 2^k:
+  1. hospital i sends y_i = x_i + sum over j in U of z_ij + sum over j in P(i) of c_ij to the opener. The masks
+     z_ij = -z_ji and c_ij are key streams that i and j both expand from a seed of this sum
+  2. the opener fixes V, the hospitals whose summand has come in time (and passed the check of its norm), and tells all
+  3. each i in V sees that V is large enough, records the opening, and sends keys: of z_ij for j in U but not in V, of
+     c_ij for j in P(i), of c_ji for j in V with i in P(j). A seed gives its keys once, for one V (`keys_for`)
+  4. the opener adds the y_i of V and takes away what the keys expand to (`unmask`). What is left is the sum over V
+
+Why two kinds of masks. The z_ij cancel in the sum over U, so whoever holds all y_i could open it without asking. A sum over
+U and another over V would show what was left out. The c_ij do not cancel: no sum opens before step 3, and step 3 opens one.
+
+Security. Semi-honest parties. A summand of V stays masked by z_ij for every other j in V: the opener and n-2 hospitals
+together learn the sum of the other two and nothing else (Bonawitz et al., CCS 2017, section 4; Bell et al., CCS 2020). A
+summand that is left out, also one that comes late, stays masked by the c_ij, whose keys nobody sends, against the opener
+and `closing` - 1 hospitals. With `closing` = 0 there are no c_ij, and V must be U: for a run that ends when anybody is lost.
+
+What a lost party costs. Nothing before step 3: V just does not hold it. In step 3 the key of c_ij comes from j, or if j is
+lost from i; only if both are lost the sum stays closed for ever (`ProtocolError`), and what was in it must be made anew.
+
+Rounds and bytes. Two: y_i (k / 8 bytes per element), then V and at most (2 `closing` + n) keys of 32 bytes. The opener
+expands `closing` key streams for each hospital, so its work grows linearly with their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
+from mpc_fl.errors import ProtocolError, SecrecyError
+
+KEY_BYTES = 32
+Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with whom it is shared
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """What is public of one sum: its hospitals U in order, its opener, a label used once, and `closing`, |P(i)|."""
+
+    hospitals: tuple[str, ...]
+    opener: str
+    label: tuple[Label, ...]
+    closing: int
+
+    def __post_init__(self) -> None:
+        if len(set(self.hospitals)) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
+            raise ProtocolError("a sum over these hospitals cannot be", "check federation.quorum")
+
+    @property
+    def name(self) -> str:
+        """The label as text, for tags of messages."""
+        return " ".join(str(part) for part in self.label)
+
+    def partners(self, hospital: str) -> tuple[str, ...]:
+        """P(i): who shares a closing mask of this hospital's summand."""
+        at, count = self.hospitals.index(hospital), len(self.hospitals)
+        return tuple(self.hospitals[(at + step) % count] for step in range(1, self.closing + 1))
+
+    def adds(self, hospital: str, other: str) -> bool:
+        """Whether the hospital adds z_ij (the other one then takes it away)."""
+        return self.hospitals.index(hospital) < self.hospitals.index(other)
+
+    def keys_of(self, hospital: str, admitted: Sequence[str]) -> list[Key]:
+        """The keys that this hospital of V sends in step 3, in this order."""
+        zero = [("zero", hospital, other) for other in self.hospitals if other not in admitted]
+        own = [("closing", hospital, partner) for partner in self.partners(hospital)]
+        others = [("closing", other, hospital) for other in admitted if hospital in self.partners(other)]
+        return [*zero, *own, *others]
+
+
+class SummandMasks:
+    """A hospital's masks of one sum. `seed_with` gives the seeds that it shares with each other hospital for sums."""
+
+    def __init__(self, plan: SumPlan, me: str, shape: Sequence[int], seed_with: Callable[[str], Seed]) -> None:
+        self.plan, self.me, self.shape = plan, me, tuple(shape)
+        self._seeds: dict[Key, Seed] = {}
+        for other in plan.hospitals:
+            if other == me:
+                continue
+            pair = seed_with(other).derive("closed sum", *plan.label)
+            self._seeds["zero", me, other] = pair.derive("zero")
+            for owner, partner in ((me, other), (other, me)):
+                if partner in plan.partners(owner):
+                    self._seeds["closing", owner, partner] = pair.derive("closing", owner)
+        self._given = False
+
+    def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
+        """Step 1: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else. Once per sum.
+
+        `in_place` masks x_i itself, to save its memory.
+        """
+        summand = encoded.inside_protocol()
+        summand = summand if in_place and summand.is_contiguous() else summand.clone().contiguous()
+        for (kind, owner, partner), seed in self._seeds.items():
+            if owner == self.me:
+                _combine(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
+        return summand
+
+    def shared_masks(self, hospital: str) -> Iterator[tuple[Stream, bool]]:
+        """The masks of another hospital's summand that this one knows, expanded again, and whether each was added.
+
+        For this party's share of a linear function of that summand, in the check before step 2.
+        """
+        zero = self._seeds["zero", self.me, hospital]
+        yield zero.again().stream("mask"), self.plan.adds(hospital, self.me)
+        closing = self._seeds.get(("closing", hospital, self.me))
+        if closing is not None:
+            yield closing.again().stream("mask"), True
+
+    def keys_for(self, admitted: Sequence[str], smallest: int) -> torch.Tensor:
+        """Step 3: the keys for V, uint8 (count, 32), in the order of `SumPlan.keys_of`.
+
+        Raises `ProtocolError` for a V that is too small, foreign to U or without this hospital, `SecrecyError` when keys
+        were given before: the sum could be opened over two sets.
+        """
+        require_admissible(self.plan, admitted, smallest)
+        if self.me not in admitted:
+            raise ProtocolError(f"{self.me} is not in the sum that it should open", "run the same version everywhere")
+        if self._given:
+            raise SecrecyError(f"the keys of the sum '{self.plan.name}' were asked for twice")
+        self._given = True
+        keys = [self._seeds[key].reveal_for_transport() for key in self.plan.keys_of(self.me, admitted)]
+        return (
+            torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES) if keys else _NO_KEYS
+        )
+
+
+_NO_KEYS = torch.zeros(0, KEY_BYTES, dtype=torch.uint8)
+
+
+def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
+    """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
+    if tuple(name for name in plan.hospitals if name in admitted) != tuple(admitted):
+        raise ProtocolError(
+            "a sum was fixed over hospitals that do not belong to it", "run the same version everywhere"
+        )
+    if len(admitted) < max(2, smallest):
+        raise ProtocolError(f"a sum over {len(admitted)} hospitals is too small to be opened", "see federation.quorum")
+    if plan.closing == 0 and len(admitted) < len(plan.hospitals):
+        raise ProtocolError("a sum without closing masks cannot leave anybody out", "set federation.quorum lower")
+
+
+@dataclass(repr=False)
+class ClosedSum:
+    """The opener's side: the summands that have come, added up at once, or each kept when a check may leave some out."""
+
+    plan: SumPlan
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    keep: bool = False
+    summands: dict[str, torch.Tensor] = field(default_factory=dict)
+    _came: list[str] = field(default_factory=list)
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The hospitals whose summands have come, in the order of U."""
+        return tuple(name for name in self.plan.hospitals if name in self._came)
+
+    def take(self, hospital: str, summand: torch.Tensor) -> None:
+        """Keep y_i, which must have the dtype and shape of the sum and is changed."""
+        self._came.append(hospital)
+        if self.keep or not self.summands:
+            self.summands[hospital] = summand
+        else:
+            next(iter(self.summands.values())).add_(summand)
+
+    def _total(self, admitted: Sequence[str]) -> torch.Tensor:
+        """The y_i of V, added up; used up by it. Without `keep` V must be all who came."""
+        if not self.keep:
+            if tuple(admitted) != self.present:
+                raise ProtocolError("a sum that was added up already cannot leave anybody out", "keep its summands")
+            return self.summands.popitem()[1]
+        total = self.summands.pop(admitted[0])
+        for name in admitted[1:]:
+            total += self.summands.pop(name)
+        return total
+
+    def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
+        """Whether the sum over V cannot be opened with the keys of those who answered."""
+        given = {key for name in answered for key in self.plan.keys_of(name, admitted)}
+        return any(key not in given for key in _needed(self.plan, admitted))
+
+    def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Step 4: the sum over V, of dtype and shape of a summand. `keys` are the answers of step 3 by hospital.
+
+        The summands are used up. Raises `ProtocolError` when keys are missing or malformed.
+        """
+        known: dict[Key, bytes] = {}
+        for name, answer in keys.items():
+            names = self.plan.keys_of(name, admitted)
+            if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
+                raise ProtocolError(f"{name} sent something else than its keys", "run the same version everywhere")
+            for key, row in zip(names, answer, strict=True):
+                # A closing key counts as its partner gives it: the owner of a summand could still change it by another.
+                if key not in known or key[2] == name:
+                    known[key] = row.numpy().tobytes()
+        total = self._total(admitted)
+        for key in _needed(self.plan, admitted):
+            if key not in known:
+                raise ProtocolError(
+                    "the keys of a sum were lost with the parties that held them", "make its summands anew"
+                )
+            kind, owner, partner = key
+            added = kind == "closing" or self.plan.adds(owner, partner)
+            _combine(Seed(known[key]).stream("mask"), total, not added)
+        return total
+
+
+def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:
+    closing = [("closing", name, partner) for name in admitted for partner in plan.partners(name)]
+    return [
+        *closing,
+        *(("zero", name, other) for name in admitted for other in plan.hospitals if other not in admitted),
+    ]
+
+
+def _combine(stream: Stream, total: torch.Tensor, add: bool) -> None:
+    (stream.add_to if add else stream.subtract_from)(total)
