@@ -35,20 +35,22 @@ from typing import Any
 
 import torch
 
-from mpc_fl.apps.runs.local_runs import versions
-from mpc_fl.config.config import Config, load_config
+from mpc_fl.apps.runs.run_directory import versions
+from mpc_fl.config.config import Config
+from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.federation.hospital_round import predict
 from mpc_fl.federation.planning import initial_model
 from mpc_fl.files import write_json, write_text
-from mpc_fl.learning.data.loading import Dataset, load_hospital, patients_per_hospital
+from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital
 from mpc_fl.learning.data.partition import partition_equal, patient_of
-from mpc_fl.learning.models.architectures import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.models.evaluation import evaluate_locally
+from mpc_fl.learning.models.evaluation import evaluate_locally, predict
 from mpc_fl.learning.models.model_file import load_model
+from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
-from mpc_fl.learning.training.dp_sgd import sampling_rate, train_locally
+from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.sampling import sampling_rate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KEPT_ASIDE = 5  # one patient in this many decides on a learning rate

@@ -22,14 +22,17 @@ from typing import Any
 
 import torch
 
-from mpc_fl.apps.runs.launcher import place_parties
+from mpc_fl.apps.runs.local_parties import place_parties
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.crypto.secrecy import Shared
-from mpc_fl.inference.diagnosis import HOSPITAL, MODEL_OWNER, public_graph, requests_of
+from mpc_fl.inference.reference.diagnosis import public_graph, requests_of
 from mpc_fl.links.party_links import connect
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+from mpc_fl.roles import HOSPITAL, MODEL_OWNER
+from mpc_fl.sharing.crypten_parts import crypten
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain, open_to
+from mpc_fl.sharing.opening import SecretDomain, open_to
 
 WAYS = ("on demand", "ahead")
 PROGRAM = "image"

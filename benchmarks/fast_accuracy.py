@@ -33,9 +33,11 @@ from mpc_fl.errors import HeadroomError
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check
 from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.inference.fast.quantization.scales import Precision
-from mpc_fl.learning.data.loading import Dataset, load_hospital
+from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.model_file import load_model, save_model
 
 compatibility.prepare()

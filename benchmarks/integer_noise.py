@@ -22,7 +22,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.learning.privacy.discrete_gaussian import DiscreteGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import add_patients, noised_share, plan_mechanism
-from mpc_fl.learning.training.dp_sgd import gaussian_noise
+from mpc_fl.learning.training.noised_optimizer import gaussian_noise
 
 VARIANCE_BITS = (0, 10, 20, 30, 40, 50)
 

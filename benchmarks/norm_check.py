@@ -30,9 +30,10 @@ import torch
 from mpc_fl.aggregation.norm_bound import in_grid_units
 from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
 from mpc_fl.aggregation.sketch import SignHash
-from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.apps.runs.local_parties import local_addresses
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.links.links import Agreement, Links
@@ -40,7 +41,7 @@ from mpc_fl.links.routes import routes
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer
-from mpc_fl.sharing.opening import FixedSum, OpeningRecord, SecretDomain, open_to
+from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 
 AGGREGATOR, DEALER = "aggregator", "dealer"
 DEVIATION = 0.01  # of the updates' coordinates: noise of a usual run

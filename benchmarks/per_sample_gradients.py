@@ -19,9 +19,11 @@ import torch
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm, flatten_parameters
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
-from mpc_fl.learning.training.dp_sgd import gaussian_noise
+from mpc_fl.learning.training.noised_optimizer import gaussian_noise
 from mpc_fl.learning.training.per_sample_gradients import Method, clipped_sum, sum_cross_entropy
 
 CASES = (

@@ -24,19 +24,18 @@ import torch
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.learning.data.loading import Dataset, load_hospital
+from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import (
-    build_model,
-    calibrate_batchnorm,
-    flatten_parameters,
-    load_flat_parameters,
-    shared_coordinates,
-)
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.evaluation import Evaluation, decode_evaluation, encode_evaluation, evaluate_locally
+from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import calibrate_noise_multiplier
-from mpc_fl.learning.training.dp_sgd import sampling_rate, train_locally
-from mpc_fl.learning.training.server_optimizers import calibrate_own, join_parts, server_optimizer
+from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.sampling import sampling_rate
+from mpc_fl.learning.training.server_optimizers import server_optimizer
 
 LOCAL_STEPS = 10
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, Headroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.sharing.opening import SecretDomain
 from mpc_fl.sharing.secure_sum import encode_weighted, weighted_mean
 
 NAMES = ["north", "south", "west"]

@@ -6,26 +6,24 @@ import itertools
 import time
 
 from mpc_fl.aggregation.norm_check_session import end_checks
-from mpc_fl.aggregation.quorum_sum import Rules
+from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.config.config import AGGREGATOR, Config, party_names
+from mpc_fl.config.config import Config, party_names
 from mpc_fl.errors import SumLostError
-from mpc_fl.federation.attendance import Attendance, RoundPlan
-from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, sign_end
-from mpc_fl.federation.hospital_round import (
-    Notify,
-    aggregator_evaluation,
-    aggregator_preparation,
-    aggregator_round,
-    announce_end,
-    send_model,
-)
-from mpc_fl.federation.planning import Aggregator, prepare_aggregator, sum_rules
+from mpc_fl.federation.aggregator_round import aggregator_round
+from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
+from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
+from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end
+from mpc_fl.federation.planning import sum_rules, training_runtime
+from mpc_fl.federation.preparation import aggregator_preparation, send_model
+from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.links import Observer
-from mpc_fl.links.party_links import connect, open_ledger, site_directory, training_runtime, write_traffic
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.progress import Notify
+from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mpc_fl.aggregation.norm_check_session import serve_checks
-from mpc_fl.config.config import DEALER, Config
-from mpc_fl.federation.hospital_round import Notify
+from mpc_fl.config.config import Config
 from mpc_fl.inference.diagnosis import deal_tuples
-from mpc_fl.inference.serving.client import serve_correlations
+from mpc_fl.inference.serving.server import serve_correlations
 from mpc_fl.inference.serving.stopping import until_told_to_stop
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.progress import Notify
+from mpc_fl.roles import DEALER
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:

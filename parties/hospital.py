@@ -4,33 +4,34 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpc_fl.aggregation.quorum_sum import Missed, Rules, next_word
+from mpc_fl.aggregation.rules import Missed, Rules
+from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.config.config import AGGREGATOR, Config, party_names
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.config.config import Config, party_names
 from mpc_fl.errors import RefusedError
-from mpc_fl.federation.attendance import RoundPlan, announce, await_keys
-from mpc_fl.federation.audit_trail import begin_ledger, sign_end, sign_round
-from mpc_fl.federation.hospital_round import (
-    Notify,
-    await_end,
-    hospital_evaluation,
-    hospital_preparation,
-    hospital_round,
-    receive_model,
-)
-from mpc_fl.federation.planning import Hospital, join, sum_rules
+from mpc_fl.federation.attendance import RoundPlan, announce, await_end, await_keys
+from mpc_fl.federation.audit_trail import begin_ledger, open_ledger, sign_end, sign_round
+from mpc_fl.federation.hospital_round import hospital_round
+from mpc_fl.federation.hospital_state import Hospital, join
+from mpc_fl.federation.planning import calibrate_own, sum_rules, training_runtime
+from mpc_fl.federation.preparation import hospital_preparation, receive_model
+from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
-from mpc_fl.inference.diagnosis import fill_pool, request_diagnoses, require_supported, write_results
+from mpc_fl.inference.diagnosis import request_diagnoses, require_supported
+from mpc_fl.inference.fast.diagnosis import fill_pool
+from mpc_fl.inference.results import write_results
 from mpc_fl.inference.serving.client import ask_service, fill_from_service, links_to_service
-from mpc_fl.inference.serving.gate import Visit
+from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.loading import load_hospital, load_images
 from mpc_fl.learning.models.model_file import save_model
-from mpc_fl.learning.privacy.accounting import PrivacyLedger
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.process_group import training_group
-from mpc_fl.learning.training.server_optimizers import calibrate_own
 from mpc_fl.links.links import Observer
-from mpc_fl.links.party_links import connect, open_ledger, site_directory, training_runtime, write_traffic
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.progress import Notify
+from mpc_fl.roles import AGGREGATOR
+from mpc_fl.sharing.opening import SecretDomain
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:

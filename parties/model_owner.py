@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError
-from mpc_fl.federation.hospital_round import Notify
 from mpc_fl.inference.diagnosis import answer_requests, require_supported
-from mpc_fl.inference.serving.client import serve_model
+from mpc_fl.inference.serving.server import serve_model
 from mpc_fl.inference.serving.stopping import until_told_to_stop
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
-from mpc_fl.sharing.opening import OpeningRecord
+from mpc_fl.progress import Notify
 
 NAME = "model-owner"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
 

@@ -23,15 +23,8 @@ from cryptography.x509.oid import NameOID
 from mpc_fl.crypto.authority import open_key
 from mpc_fl.crypto.authority_directory import KEY_FILE, RECORD_FILE, AuthorityDirectory, describe
 from mpc_fl.crypto.certificate_record import Issued
-from mpc_fl.crypto.certificates import (
-    REVOCATION_FILE,
-    ROOT_FILE,
-    Identity,
-    load_identity,
-    make_request,
-    verify_certificate,
-    verify_request,
-)
+from mpc_fl.crypto.certificates import REVOCATION_FILE, ROOT_FILE, Identity, verify_certificate, verify_request
+from mpc_fl.crypto.identity_files import load_identity, make_request
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, MpcFlError
 

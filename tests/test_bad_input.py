@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mpc_fl.apps.cli import main as cli
-from mpc_fl.config.config import Config, load_config
+from mpc_fl.config.config import Config
+from mpc_fl.config.loading import load_config
 from mpc_fl.errors import (
     ConfigError,
     DataError,
@@ -40,7 +41,8 @@ from mpc_fl.errors import (
 )
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import describe, save_model
-from mpc_fl.learning.privacy.accounting import PrivacyLedger, SubsampledGaussian
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 CLASSES = ("normal", "bacterial", "viral")
 SETTINGS: dict[str, Any] = {

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config.config import apply_overrides, load_config, parse_config
+from mpc_fl.config.config import parse_config
+from mpc_fl.config.loading import apply_overrides, load_config
 from mpc_fl.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -204,9 +204,11 @@ def run_programs(crypten: Any, world_size: int, models: dict[str, Any]) -> Tenso
 
 def on_both_runtimes(own: Any, directory: str, ports: dict[int, dict[str, int]]) -> dict[int, Any]:
     """One party: all programs in every world it belongs to, first on stock CrypTen, then on ours."""
-    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.audit.opening_record import OpeningRecord
+    from mpc_fl.sharing.crypten_parts import crypten
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
 
     results: dict[int, Any] = {}
     for world_size in ports:

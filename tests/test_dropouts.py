@@ -32,8 +32,9 @@ from mpc_fl.errors import MpcFlError
 from mpc_fl.federation.checkpoint import load_checkpoint
 from mpc_fl.files import read_json_lines
 from mpc_fl.learning.data.loading import load_hospital
-from mpc_fl.learning.models.architectures import build_model, shared_coordinates
+from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.learning.models.parameters import shared_coordinates
 
 pytestmark = pytest.mark.processes
 ROUNDS = 3
@@ -59,7 +60,7 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
 
     An aggregator waits in round 4 until `awaited` has announced itself again.
     """
-    from mpc_fl.apps.runs.launcher import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import run_party, set_up_log
     from mpc_fl.links.links import Links
 
     enter_phase = Links.set_phase
@@ -123,7 +124,7 @@ class Site:
     """All parties of one run on this machine."""
 
     def __init__(self, directory: Path, **changes: dict[str, Any]) -> None:
-        from mpc_fl.apps.runs.launcher import place_parties
+        from mpc_fl.apps.runs.local_parties import place_parties
 
         values = {name: {**SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*SETTINGS, *changes}}
         self.config: Config = parse_config(values, "test")

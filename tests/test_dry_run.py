@@ -10,12 +10,13 @@ import torch
 from dealing import FRAMES, additive, deal_all, note_frame, run_of
 from harness import run_parties
 
+from mpc_fl import roles
 from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.sharing.correlated_randomness import Request
 
 
 def test_the_provider_serves_all_that_crypten_asks_for() -> None:
-    from mpc_fl.sharing.crypten_runtime import Provider, crypten
+    from mpc_fl.sharing.crypten_parts import Provider, crypten
 
     TupleProvider = crypten.mpc.provider.provider.TupleProvider  # noqa: N806 - CrypTen's name
     for name in TupleProvider.TRACEABLE_FUNCTIONS:
@@ -30,7 +31,7 @@ def test_the_provider_serves_all_that_crypten_asks_for() -> None:
 
 @pytest.mark.parametrize("device", [None, "cpu", "meta"])
 def test_the_provider_puts_tuples_where_crypten_computes(device: str | None) -> None:
-    from mpc_fl.sharing.crypten_runtime import Provider
+    from mpc_fl.sharing.crypten_parts import Provider
 
     class Local:
         def shares(self, request: Request) -> list[torch.Tensor]:
@@ -64,10 +65,12 @@ def declared_inference(links: Any, directory: str, parties: int) -> Any:
     """Networks with every kind of layer: declared from shapes, then run once; the largest error against plaintext."""
     import test_inference_graph
 
-    from mpc_fl.inference.diagnosis import requests_of
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.inference.reference import network as inference
-    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.inference.reference.diagnosis import requests_of
+    from mpc_fl.sharing.crypten_parts import crypten
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from mpc_fl.sharing.opening import SecretDomain
 
     world = [f"party-{rank}" for rank in range(parties)]
     if links.name == "dealer":
@@ -110,7 +113,7 @@ def test_a_dry_run_declares_exactly_what_the_network_asks_for(parties: int, tmp_
 
 def test_a_dry_run_draws_nothing_and_opens_nothing() -> None:
     from mpc_fl.sharing import dry_run
-    from mpc_fl.sharing.crypten_runtime import crypten
+    from mpc_fl.sharing.crypten_parts import crypten
 
     def multiply_and(then: Any) -> Any:
         product = dry_run.shape_share((2, 3), 16) * dry_run.shape_share((3,), 16)
@@ -129,27 +132,28 @@ def test_a_dry_run_draws_nothing_and_opens_nothing() -> None:
 
 def diagnosing(links: Any, directory: str) -> Any:
     """Three images in batches of two; the hospital finds fault with the first logits of every batch."""
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.config.config import parse_config
     from mpc_fl.inference import diagnosis
-    from mpc_fl.learning.data.loading import Dataset
+    from mpc_fl.learning.data.dataset import Dataset
     from mpc_fl.learning.models.architectures import build_model
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
 
     if links.name == "dealer":
         from mpc_fl.sharing.dealer import Dealer
 
-        Dealer(links, [diagnosis.HOSPITAL, diagnosis.MODEL_OWNER]).serve()
+        Dealer(links, [roles.HOSPITAL, roles.MODEL_OWNER]).serve()
         control = [payload for peer, _, tag, payload in FRAMES if (peer, tag) == ("hospital-0", "dealer control")]
         return [(payload["kind"], payload.get("program"), payload.get("following")) for payload in control]
     values = {"task": "infer", "data": {"source": "images", "image_size": 16, "channels": 1},
               "model": {"architecture": "small_cnn"}, "inference": {"batch_size": 2}}  # fmt: skip
     config = parse_config(values, "test")
     model = build_model(config, config.data.input_shape, config.seed)
-    world = [diagnosis.HOSPITAL, diagnosis.MODEL_OWNER]
+    world = [roles.HOSPITAL, roles.MODEL_OWNER]
     with CrypTenRuntime(links, world, "dealer", 16) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
-        if links.name == diagnosis.MODEL_OWNER:
+        if links.name == roles.MODEL_OWNER:
             return diagnosis.answer(config, diagnosis.private_graph(config, model), domain)
         attempts: list[int] = []
 

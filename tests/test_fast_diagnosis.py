@@ -10,16 +10,19 @@ import pytest
 import torch
 from harness import run_parties
 
-from mpc_fl.config.config import DEALER, Config
+from mpc_fl import roles
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, UnsupportedLayerError
-from mpc_fl.inference import diagnosis
-from mpc_fl.learning.data.loading import Dataset
+from mpc_fl.inference import diagnosis, results
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.opening import OpeningRecord
+from mpc_fl.roles import DEALER
 
-NAMES = [diagnosis.HOSPITAL, diagnosis.MODEL_OWNER, DEALER]
+NAMES = [roles.HOSPITAL, roles.MODEL_OWNER, DEALER]
 
 
 def configuration(**inference: Any) -> Config:
@@ -46,20 +49,20 @@ def one_party(links: Links, inference: dict[str, Any], directory: str) -> Any:
     if links.name == DEALER:
         return diagnosis.deal_tuples(config, links)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
-    if links.name == diagnosis.MODEL_OWNER:
+    if links.name == roles.MODEL_OWNER:
         return diagnosis.answer_requests(config, model_of(config), links, record)
     progress: list[tuple[int, int]] = []
     found = diagnosis.request_diagnoses(
         config, records(), links, record, lambda _phase, done, total: progress.append((done, total))
     )
-    diagnosis.write_results(config, records(), found, Path(directory))
+    results.write_results(config, records(), found, Path(directory))
     return progress[-1]
 
 
 def run(directory: Path, **inference: Any) -> list[dict[str, Any]]:
     got = run_parties(one_party, NAMES, directory, inference, str(directory))
-    assert got[diagnosis.MODEL_OWNER] == 3  # batches
-    assert got[diagnosis.HOSPITAL][0] == got[diagnosis.HOSPITAL][1]
+    assert got[roles.MODEL_OWNER] == 3  # batches
+    assert got[roles.HOSPITAL][0] == got[roles.HOSPITAL][1]
     return [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
 
 
@@ -81,7 +84,7 @@ def test_the_hospital_can_learn_the_label_alone(tmp_path: Path) -> None:
         plain = model_of(configuration())(records().inputs)
     assert [line["predicted"] for line in lines] == plain.argmax(1).tolist()
     assert all(line["logits"] is None and line["probabilities"] is None for line in lines)
-    openings = [json.loads(line) for line in (tmp_path / f"{diagnosis.HOSPITAL}.jsonl").read_text().splitlines()]
+    openings = [json.loads(line) for line in (tmp_path / f"{roles.HOSPITAL}.jsonl").read_text().splitlines()]
     assert {opening["what"] for opening in openings} == {"label"}
 
 

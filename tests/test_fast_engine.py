@@ -20,42 +20,43 @@ from scipy import stats
 from torch import nn
 from torch.nn import functional
 
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import linear_maps
-from mpc_fl.inference.fast.messages import describe, network_from
+from mpc_fl.inference.fast.messages import batch_from, describe, network_from
 from mpc_fl.inference.fast.network import (
     Add,
     AveragePool,
     Concatenate,
     Convolution,
     Flatten,
+    IntegerWeights,
     Linear,
     MaxPool,
     Network,
     ReLU,
     SignExtend,
     Value,
+    label_bits,
 )
 from mpc_fl.inference.fast.online.hospital_session import Hospital
 from mpc_fl.inference.fast.online.owner_session import Owner
 from mpc_fl.inference.fast.preprocessing.correlations import (
     client_correlations,
     corrections_of,
-    label_bits,
     owner_correlations,
     program_of,
     split_corrections,
 )
 from mpc_fl.inference.fast.preprocessing.cost import cost_of
-from mpc_fl.inference.fast.preprocessing.dealer import batch_from, deal
+from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.fast.quantization.emulation import Emulator
-from mpc_fl.inference.fast.quantization.lowering import IntegerWeights
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.sharing.opening import SecretDomain
 
 HOSPITAL, OWNER = "hospital-0", "model-owner"
 NAMES = [HOSPITAL, OWNER, "dealer"]

@@ -24,21 +24,24 @@ from test_fast_diagnosis import NAMES, configuration, model_of
 from test_fast_engine import small_network
 from typer.testing import CliRunner
 
+from mpc_fl import roles
 from mpc_fl.apps.cli.main import app
-from mpc_fl.config.config import DEALER, Config
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, PoolError, SecrecyError
 from mpc_fl.inference import diagnosis
+from mpc_fl.inference.fast import diagnosis as fast_diagnosis
+from mpc_fl.inference.fast.messages import READY
 from mpc_fl.inference.fast.network import Network
-from mpc_fl.inference.fast.preprocessing import party_pools, pool
-from mpc_fl.inference.fast.preprocessing.dealer import READY
+from mpc_fl.inference.fast.preprocessing import batch_place, party_pools, pool, sealed_file
 from mpc_fl.inference.fast.preprocessing.pool import Pool, Terms, create_pool, open_pool
-from mpc_fl.learning.data.loading import Dataset
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.opening import OpeningRecord
+from mpc_fl.roles import DEALER
 
 TERMS = Terms("name", "hospital-0", "model-owner", "digest", 1, "logits")
 SIZE = 1000
@@ -49,7 +52,7 @@ def content(number: int, size: int = SIZE) -> np.ndarray:
 
 
 def tag(number: int) -> bytes:
-    return bytes([number]) * pool.TAG_BYTES
+    return bytes([number]) * sealed_file.TAG_BYTES
 
 
 def filled(directory: Path, count: int, terms: Terms = TERMS) -> Path:
@@ -96,7 +99,7 @@ def test_a_record_comes_back_once(tmp_path: Path) -> None:
         take(directory, 1)
 
 
-@pytest.mark.parametrize("size", [0, 1, pool._SEGMENT - 1, pool._SEGMENT, 2 * pool._SEGMENT + 5])
+@pytest.mark.parametrize("size", [0, 1, sealed_file._SEGMENT - 1, sealed_file._SEGMENT, 2 * sealed_file._SEGMENT + 5])
 def test_contents_of_any_size(size: int, tmp_path: Path) -> None:
     with create_pool(tmp_path, TERMS, Seed.from_system(), content(1)) as made:
         made.put(0, tag(0), content(0, size))
@@ -120,7 +123,7 @@ def cut(path: Path, _: Path) -> None:
 
 
 def cut_to_a_segment(path: Path, _: Path) -> None:
-    path.write_bytes(path.read_bytes()[: 46 + pool._SEGMENT + 16])
+    path.write_bytes(path.read_bytes()[: 46 + sealed_file._SEGMENT + 16])
 
 
 def empty(path: Path, _: Path) -> None:
@@ -144,7 +147,7 @@ def rename(path: Path, _: Path) -> None:
 
 
 def exchange_segments(path: Path, _: Path) -> None:
-    held, size = path.read_bytes(), pool._SEGMENT + 16
+    held, size = path.read_bytes(), sealed_file._SEGMENT + 16
     path.write_bytes(held[:46] + held[46 + size : 46 + 2 * size] + held[46 : 46 + size] + held[46 + 2 * size :])
 
 
@@ -158,7 +161,7 @@ def of_another(path: Path, other: Path) -> None:
 def test_changed_files_are_refused_by_name(damage: Callable[[Path, Path], None], tmp_path: Path) -> None:
     for name in ("pool", "other"):
         with create_pool(tmp_path / name, TERMS, Seed.from_system(), content(99)) as made:
-            made.put(0, tag(0), content(0, 2 * pool._SEGMENT + 5))
+            made.put(0, tag(0), content(0, 2 * sealed_file._SEGMENT + 5))
             made.put(1, tag(1), content(1))
     damage(tmp_path / "pool" / "00000000.record", tmp_path / "other")
     with open_pool(tmp_path / "pool", "use") as opened:
@@ -325,7 +328,7 @@ def one_party(links: Links, inference: dict[str, Any], directory: str, count: in
     if links.name == DEALER:
         return diagnosis.deal_tuples(config, links)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
-    if links.name == diagnosis.MODEL_OWNER:
+    if links.name == roles.MODEL_OWNER:
         model = model_of(config)
         if kill_at == "other model":
             with torch.no_grad():
@@ -333,7 +336,7 @@ def one_party(links: Links, inference: dict[str, Any], directory: str, count: in
         return diagnosis.answer_requests(config, model, links, record)
     note(links, directory, kill_at)
     if config.inference.fill:
-        return diagnosis.fill_pool(config, links, record, lambda *_: None)
+        return fast_diagnosis.fill_pool(config, links, record, lambda *_: None)
     found = diagnosis.request_diagnoses(config, images(count), links, record, lambda *_: None)
     return [result.logits.tolist() for result in found]
 
@@ -352,7 +355,7 @@ class Site:
 
     def run(self, count: int, names: list[str] = NAMES, kill_at: str = "", **inference: Any) -> Any:
         got = run_parties(one_party, names, self._session(), inference, str(self.directory), count, kill_at)
-        return got[diagnosis.HOSPITAL]
+        return got[roles.HOSPITAL]
 
     def crash(self, count: int, kill_at: str) -> None:
         """A session whose hospital is killed at a point."""
@@ -379,7 +382,7 @@ class Site:
         return path.read_text().splitlines() if path.exists() else []
 
     def half(self, party: str) -> Pool:
-        other = diagnosis.MODEL_OWNER if party == diagnosis.HOSPITAL else diagnosis.HOSPITAL
+        other = roles.MODEL_OWNER if party == roles.HOSPITAL else roles.HOSPITAL
         return open_pool(self.directory / "pool" / party / other, None)
 
 
@@ -392,7 +395,7 @@ def test_diagnoses_from_a_pool(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.run(0, fill=3)
     layers = len(site.lines("layers"))
-    assert layers > 0 and site.half(diagnosis.HOSPITAL).numbers == site.half(diagnosis.MODEL_OWNER).numbers == [0, 1, 2]
+    assert layers > 0 and site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [0, 1, 2]
     assert not (tmp_path / "pool" / DEALER).exists()
     assert_close(site.run(3), 3)  # batches of 2 and 1: the second is filled up
     assert site.lines("places") == ["0", "1"]
@@ -415,23 +418,23 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     site = Site(tmp_path)
     site.run(0, fill=4)
     backup = tmp_path / "backup"
-    half = site.half(diagnosis.HOSPITAL).directory
+    half = site.half(roles.HOSPITAL).directory
     shutil.copytree(half, backup)
     site.crash(1, "before asking")  # nothing was used
-    assert (site.half(diagnosis.HOSPITAL).next, site.half(diagnosis.MODEL_OWNER).next) == (0, 0)
+    assert (site.half(roles.HOSPITAL).next, site.half(roles.MODEL_OWNER).next) == (0, 0)
     site.crash(1, "before taking")  # S has marked batch 0, C has not
-    assert (site.half(diagnosis.HOSPITAL).next, site.half(diagnosis.MODEL_OWNER).next) == (0, 1)
+    assert (site.half(roles.HOSPITAL).next, site.half(roles.MODEL_OWNER).next) == (0, 1)
     site.crash(1, "after evaluate")  # batch 1: messages under its masks are on their way
-    assert site.half(diagnosis.HOSPITAL).next == site.half(diagnosis.MODEL_OWNER).next == 2
+    assert site.half(roles.HOSPITAL).next == site.half(roles.MODEL_OWNER).next == 2
     # C's whole half is put back from a backup: it cannot know, but S does.
     shutil.rmtree(half)
     shutil.copytree(backup, half)
-    assert site.half(diagnosis.HOSPITAL).numbers == [0, 1, 2, 3]
+    assert site.half(roles.HOSPITAL).numbers == [0, 1, 2, 3]
     assert site.run(0) == []
-    assert site.half(diagnosis.HOSPITAL).next == 2  # told by S, and on the disk before anything is asked
+    assert site.half(roles.HOSPITAL).next == 2  # told by S, and on the disk before anything is asked
     assert_close(site.run(1), 1)
     assert site.lines("places") == ["0", "0", "1", "2"]
-    assert site.half(diagnosis.HOSPITAL).numbers == site.half(diagnosis.MODEL_OWNER).numbers == [3]
+    assert site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [3]
 
 
 @pytest.mark.processes
@@ -440,9 +443,9 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
     site, other = Site(tmp_path / "one"), Site(tmp_path / "two")
     for each in (site, other):
         each.run(0, fill=1)
-    half = site.half(diagnosis.HOSPITAL).directory
+    half = site.half(roles.HOSPITAL).directory
     shutil.rmtree(half)
-    shutil.copytree(other.half(diagnosis.HOSPITAL).directory, half)
+    shutil.copytree(other.half(roles.HOSPITAL).directory, half)
     with pytest.raises(AssertionError, match="does not hold the other half"):
         site.run(1)
     shutil.rmtree(half)
@@ -450,13 +453,13 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
         site.run(0, fill=1)
     assert_close(site.run(1), 1)  # from the dealer
     # The same name is not enough: the key that both made is.
-    shutil.copytree(other.half(diagnosis.HOSPITAL).directory, half)
+    shutil.copytree(other.half(roles.HOSPITAL).directory, half)
     keys = json.loads((half / pool.KEYS).read_text())
-    keys["terms"]["pool"] = site.half(diagnosis.MODEL_OWNER).terms.pool
+    keys["terms"]["pool"] = site.half(roles.MODEL_OWNER).terms.pool
     (half / pool.KEYS).write_text(json.dumps(keys))
     with pytest.raises(AssertionError, match="does not hold the other half of this pool"):
         site.run(1)
-    assert site.half(diagnosis.MODEL_OWNER).numbers == [0]
+    assert site.half(roles.MODEL_OWNER).numbers == [0]
 
 
 @pytest.mark.processes
@@ -521,11 +524,11 @@ def test_a_pool_for_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_place_is_a_number_and_a_tag() -> None:
-    good = party_pools.Place(3, "ab" * 16)
-    assert party_pools.Place.from_message(good.message()) == good
+    good = batch_place.Place(3, "ab" * 16)
+    assert batch_place.Place.from_message(good.message()) == good
     for bad in ({}, {"place": -1}, {"place": True}, {"place": 1 << 40}, {"tag": "xy" * 16}, {"tag": "ab"}, {"tag": 5}):
         with pytest.raises(party_pools.ProtocolError):
-            party_pools.Place.from_message({**good.message(), **bad} if bad else {})
+            batch_place.Place.from_message({**good.message(), **bad} if bad else {})
 
 
 def test_what_cannot_be_is_said_before_anything_starts() -> None:

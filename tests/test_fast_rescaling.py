@@ -13,15 +13,18 @@ from torch.nn import functional
 
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.inference.fast.network import encode
 from mpc_fl.inference.fast.quantization import calibration as calibration_module
 from mpc_fl.inference.fast.quantization.calibration import calibrate, self_check
-from mpc_fl.inference.fast.quantization.emulation import Emulator, encode
+from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.inference.fast.quantization.float_graph import evaluate, prepare
 from mpc_fl.inference.fast.quantization.rescaling import Rescaled, rescaled
-from mpc_fl.inference.fast.quantization.scales import WEIGHTED, Plan, Precision, Seen
+from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scales import WEIGHTED, Precision, Seen
 from mpc_fl.inference.fast.quantization.weight_rounding import Inputs, InputsSum
 from mpc_fl.inference.graph.tracing import Trace
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 
 
 def images(count: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -43,7 +43,7 @@ IN_EVERY_TEST_RUN = {("train", "hospital-1", "round 1 aggregation"), ("infer", "
 
 def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, results: Any) -> None:
     """One party as its site runs it; the victim dies by SIGKILL on entering `phase`."""
-    from mpc_fl.apps.runs.launcher import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import run_party, set_up_log
     from mpc_fl.links.links import Links
 
     config = parse_config(values, name)
@@ -85,7 +85,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [pytest.param(*case, marks=() if case in IN_EVERY_TEST_RUN else pytest.mark.slow) for case in MATRIX],
 )
 def test_kill_9_ends_the_others_in_time(task: str, victim: str, phase: str, model: Path, tmp_path: Path) -> None:
-    from mpc_fl.apps.runs.launcher import place_parties
+    from mpc_fl.apps.runs.local_parties import place_parties
 
     config: Config = parse_config(
         {**SETTINGS, "task": task, "site": {"model": str(model)} if task == "infer" else {}}, "test"

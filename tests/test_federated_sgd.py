@@ -13,7 +13,7 @@ from scipy import stats
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
-from mpc_fl.federation.federated_sgd import mechanism_of
+from mpc_fl.federation.planning import mechanism_of
 
 pytestmark = pytest.mark.processes
 HOSPITALS = ["hospital-0", "hospital-1", "hospital-2"]
@@ -41,13 +41,14 @@ class KeepFrames:
 
 def steps(links: Any, directory: str) -> dict[str, Any]:
     import mpc_fl.federation.federated_sgd as federated_sgd
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.stream_cipher import Seed
     from mpc_fl.federation.planning import initial_model, sum_rules
     from mpc_fl.learning.data.loading import load_hospital
-    from mpc_fl.learning.models.architectures import flatten_parameters
+    from mpc_fl.learning.models.parameters import flatten_parameters
     from mpc_fl.learning.training.server_optimizers import server_optimizer
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
 
     config = _config()
     model = initial_model(config)

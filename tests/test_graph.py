@@ -8,7 +8,8 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.rewriting import fold_batchnorm, without_in_place
 
 torch.set_num_threads(1)

@@ -15,16 +15,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from mpc_fl.crypto.authority import Authority, make_local_identities
-from mpc_fl.crypto.certificates import (
-    REVOCATION_FILE,
-    Identity,
-    host_name,
-    load_identity,
-    sign,
-    verify_certificate,
-    verify_signature,
-    write_identity,
-)
+from mpc_fl.crypto.certificates import REVOCATION_FILE, Identity, host_name, sign, verify_certificate, verify_signature
+from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import IdentityError
 
 NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)

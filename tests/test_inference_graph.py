@@ -17,12 +17,13 @@ from torch import nn
 
 from mpc_fl.errors import HeadroomError, ModelError, ProtocolError, UnsupportedLayerError
 from mpc_fl.inference.graph.tracing import simplify, trace
-from mpc_fl.inference.reference import layers as encrypted_layers
 from mpc_fl.inference.reference import network as inference
-from mpc_fl.learning.models.architectures import FrozenBatchNorm2d, small_cnn
-from mpc_fl.sharing.crypten_runtime import crypten
+from mpc_fl.learning.models.architectures import small_cnn
+from mpc_fl.learning.models.batch_norm import FrozenBatchNorm2d
+from mpc_fl.sharing.crypten_parts import crypten
 
 import torchvision.models  # isort: skip  (after mpc_fl.learning.models.architectures has prepared it)
+from mpc_fl.inference.reference import approximations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -321,10 +322,10 @@ def test_layer_equals_torch(layer: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("function", "expected", "bound"),
     [
-        (encrypted_layers.gelu, F.gelu, 0.002),
-        (encrypted_layers.silu, F.silu, 0.004),
-        (encrypted_layers.sigmoid, torch.sigmoid, 0.002),
-        (encrypted_layers.hardswish, F.hardswish, 2e-4),
+        (approximations.gelu, F.gelu, 0.002),
+        (approximations.silu, F.silu, 0.004),
+        (approximations.sigmoid, torch.sigmoid, 0.002),
+        (approximations.hardswish, F.hardswish, 2e-4),
     ],
 )
 def test_activation_keeps_its_stated_error(function: Any, expected: Any, bound: float) -> None:
@@ -335,8 +336,8 @@ def test_activation_keeps_its_stated_error(function: Any, expected: Any, bound: 
 def test_inverse_square_root_keeps_its_stated_error() -> None:
     for low, high, bound in ((2**-10, 2**16, 0.01), (2**-7, 2**11, 0.0015), (0.5, 2.0, 1e-4)):
         x = torch.logspace(0, 1, 500, base=high / low) * low
-        assert float((applied(encrypted_layers.inverse_square_root, x) * x.sqrt() - 1).abs().max()) < bound
-    assert bool(torch.isfinite(applied(encrypted_layers.inverse_square_root, torch.zeros(3))).all())
+        assert float((applied(approximations.inverse_square_root, x) * x.sqrt() - 1).abs().max()) < bound
+    assert bool(torch.isfinite(applied(approximations.inverse_square_root, torch.zeros(3))).all())
 
 
 @pytest.mark.parametrize(("spread", "bound"), [(0.03, 0.02), (0.05, 0.005), (1.0, 0.001), (16.0, 0.005), (60.0, 0.02)])
@@ -390,7 +391,7 @@ TWO_PARTIES = """
 import json, torch
 torch.set_num_threads(1)
 from mpc_fl.inference.reference import network as inference
-from mpc_fl.sharing.crypten_runtime import crypten
+from mpc_fl.sharing.crypten_parts import crypten
 import crypten.mpc.context
 from crypten.config import cfg
 from tests.test_inference_graph import gelu_norms

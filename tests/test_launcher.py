@@ -23,9 +23,10 @@ import pytest
 import yaml
 from harness import interruptible
 
-from mpc_fl.apps.cli.main import _bars
-from mpc_fl.apps.runs.launcher import local_addresses
-from mpc_fl.apps.runs.local_runs import run_directory, train
+from mpc_fl.apps.cli.options import progress_bars
+from mpc_fl.apps.runs.local_parties import local_addresses
+from mpc_fl.apps.runs.local_runs import train
+from mpc_fl.apps.runs.run_directory import run_directory
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import LinkError, RunFailedError
 
@@ -243,7 +244,7 @@ def test_parties_end_themselves_when_the_launcher_is_killed(command: Command, re
 
 
 def test_one_bar_per_phase_in_which_parties_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    with _bars() as progress:
+    with progress_bars() as progress:
         for party in ("hospital-0", "hospital-1"):
             progress(party, "connect", 1, 1)
             progress(party, "training", 3, 20)
@@ -254,7 +255,7 @@ def test_one_bar_per_phase_in_which_parties_add_up(capsys: pytest.CaptureFixture
 
 def test_no_bar_without_progress(capsys: pytest.CaptureFixture[str]) -> None:
     """An error before the first step is one line, with nothing around it."""
-    with pytest.raises(LinkError), _bars():
+    with pytest.raises(LinkError), progress_bars():
         raise LinkError("no")
     assert capsys.readouterr() == ("", "")
 

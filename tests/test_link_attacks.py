@@ -31,7 +31,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpc_fl.crypto.authority import Authority
-from mpc_fl.crypto.certificates import Identity, host_name, write_identity
+from mpc_fl.crypto.certificates import Identity, host_name
+from mpc_fl.crypto.identity_files import write_identity
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
 

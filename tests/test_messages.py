@@ -34,7 +34,7 @@ TRAINING = {
 def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
     """Run the real program of one party; keep every frame it receives and, at hospitals, its own plaintext update."""
     import mpc_fl.federation.hospital_round as federation
-    from mpc_fl.apps.runs.launcher import run_party
+    from mpc_fl.apps.runs.party_process import run_party
 
     frames: list[tuple[str, str, str, Any]] = []
     train_locally = federation.train_locally
@@ -59,7 +59,7 @@ def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
 
 
 def _run(config: Config, directory: Path) -> dict[str, Any]:
-    from mpc_fl.apps.runs.launcher import place_parties
+    from mpc_fl.apps.runs.local_parties import place_parties
 
     placed = place_parties(config, directory)
     processes = [

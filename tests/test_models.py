@@ -10,15 +10,9 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import (
-    FrozenBatchNorm2d,
-    build_model,
-    calibrate_batchnorm,
-    flatten_parameters,
-    freeze_normalisation,
-    load_flat_parameters,
-    trainable_parameters,
-)
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import FrozenBatchNorm2d, calibrate_batchnorm, freeze_normalisation
+from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 
 torch.set_num_threads(1)
 

@@ -67,11 +67,12 @@ def _told(name: str, truly: Any, test: Any, sketch: torch.Tensor) -> torch.Tenso
 
 def check_sums(links: Any, directory: str, ring_bits: int, count: int, prepared: bool) -> Any:
     from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.secrecy import Private
     from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
 
     hospitals = hospitals_of(count)
     world = [*hospitals, "aggregator"]

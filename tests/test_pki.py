@@ -13,11 +13,8 @@ from typer.testing import CliRunner
 from mpc_fl.apps.cli import pki
 from mpc_fl.crypto.authority import open_key
 from mpc_fl.crypto.authority_directory import KEY_FILE
-from mpc_fl.crypto.certificates import (
-    REVOCATION_FILE,
-    load_identity,
-    verify_certificate,
-)
+from mpc_fl.crypto.certificates import REVOCATION_FILE, verify_certificate
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import IdentityError
 
 WORDS = "correct horse battery staple"

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.apps.runs.placement import party_of, site_of
-from mpc_fl.config.config import Config, load_config, parse_config, party_names
+from mpc_fl.config.config import Config, parse_config, party_names
+from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -20,12 +20,12 @@ from mpc_fl.learning.privacy import accounting as privacy
 from mpc_fl.learning.privacy.accounting import (
     RDP_ORDERS,
     PrivacyBudget,
-    PrivacyLedger,
     SubsampledGaussian,
     calibrate_noise_multiplier,
     check_delta,
     epsilon_of,
 )
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 DELTA = 1e-4
 EVENTS = [SubsampledGaussian(1.0, 0.16, 25), SubsampledGaussian(2.0, 0.1, 10)]

@@ -85,7 +85,7 @@ def predict_ring_elements(observed: np.ndarray, count: int) -> np.ndarray:
 
 
 def test_stock_generator_is_predicted_and_ours_is_not() -> None:
-    from mpc_fl.sharing.crypten_runtime import crypten
+    from mpc_fl.sharing.crypten_parts import crypten
 
     stock = crypten.common.rng.generate_random_ring_element(
         (KNOWN + HIDDEN,), generator=torch.Generator().manual_seed(SEED)
@@ -143,7 +143,7 @@ def square_both(crypten: Any) -> dict[str, np.ndarray]:
 
 def drawn_secrets(runtime: Any, crypten: Any) -> dict[str, np.ndarray]:
     """One of every kind of secret randomness this party draws."""
-    from mpc_fl.learning.training.dp_sgd import gaussian_noise
+    from mpc_fl.learning.training.noised_optimizer import gaussian_noise
 
     shape = (HIDDEN,)
     shared = crypten.cryptensor(torch.ones(HIDDEN), src=0)
@@ -176,9 +176,11 @@ def record_keys() -> list[bytes]:
 
 def scenes(links: Any, directory: str) -> dict[str, Any]:
     """One party of one start."""
-    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.audit.opening_record import OpeningRecord
+    from mpc_fl.sharing.crypten_parts import crypten
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
 
     keys = record_keys()
     if links.name == "dealer":
@@ -378,7 +380,7 @@ def test_every_source_of_randomness_in_crypten_was_reviewed() -> None:
 
 
 def test_the_guard_sees_a_draw_from_torch() -> None:
-    from mpc_fl.sharing.crypten_runtime import crypten
+    from mpc_fl.sharing.crypten_parts import crypten
 
     with NoTorchRandomness():
         torch.ones(3) + 1
@@ -393,7 +395,8 @@ def test_the_guard_sees_a_draw_from_torch() -> None:
 
 def what_is_refused(links: Any) -> list[str]:
     """Parts of CrypTen that draw secrets from torch's generator, called inside the runtime."""
-    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime, crypten
+    from mpc_fl.sharing.crypten_parts import crypten
+    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
     refused = []
     runtime = CrypTenRuntime(links, ["party-0", "party-1"], None, 16)

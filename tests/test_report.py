@@ -14,8 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mpc_fl.apps.report import figures
-from mpc_fl.apps.report import page as report
+from mpc_fl.apps.report import common_sections, figures, formats
 from mpc_fl.apps.report.page import write_report
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
@@ -383,10 +382,16 @@ def test_area_agrees_with_all_pairs_within_its_stated_bound() -> None:
 
 def test_phases_of_rounds_and_images_are_summed() -> None:
     names = ["round 12 training", "image 3", "images 1 to 4", "batch 2", "sharing weights"]
-    assert [report._phase(name) for name in names] == ["training", "images", "images", "images", "sharing weights"]
+    assert [common_sections._phase(name) for name in names] == [
+        "training",
+        "images",
+        "images",
+        "images",
+        "sharing weights",
+    ]
 
 
 def test_formats() -> None:
-    assert [figures.duration(x) for x in (0.0123, 61, 180, 9000, None)] == ["0.0123 s", "61 s", "3 min", "2.5 h", "n/a"]
-    assert [figures.size(x) for x in (0, 12, 2500, 3.1e6, 4e9)] == ["0 bytes", "12 bytes", "2.5 kB", "3.1 MB", "4 GB"]
-    assert figures.percent(0.1234) == "12.3 %" and figures.plain(None) == "n/a"
+    assert [formats.duration(x) for x in (0.0123, 61, 180, 9000, None)] == ["0.0123 s", "61 s", "3 min", "2.5 h", "n/a"]
+    assert [formats.size(x) for x in (0, 12, 2500, 3.1e6, 4e9)] == ["0 bytes", "12 bytes", "2.5 kB", "3.1 MB", "4 GB"]
+    assert formats.percent(0.1234) == "12.3 %" and formats.plain(None) == "n/a"

@@ -39,7 +39,8 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto.authority import Authority, pem
-from mpc_fl.crypto.certificates import Identity, load_identity
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import MpcFlError, ProtocolError
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")

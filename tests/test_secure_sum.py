@@ -29,12 +29,14 @@ def _values(rank: int) -> torch.Tensor:
 
 def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
     """A weighted mean, an evaluation and an opening that fails for the others."""
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.ring import Headroom
     from mpc_fl.crypto.secrecy import Private
     from mpc_fl.errors import SecrecyError
-    from mpc_fl.federation.statistics import evaluate_locally, secure_evaluation
+    from mpc_fl.federation.secure_evaluation import secure_evaluation
+    from mpc_fl.federation.statistics import evaluate_locally
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+    from mpc_fl.sharing.opening import SecretDomain
     from mpc_fl.sharing.secure_sum import encode_weighted, secure_sum, weighted_mean
 
     rank, opener = world.index(links.name), world[-1]

@@ -21,26 +21,18 @@ from hypothesis import strategies as st
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, ProtocolError, RefusedError
-from mpc_fl.inference.fast.preprocessing.party_pools import FIRST_NUMBER
+from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER
 from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
-from mpc_fl.inference.serving.gate import (
-    USAGE_FILE,
-    Charge,
-    Gate,
-    Limit,
-    Rota,
-    SessionRate,
-    Turns,
-    UsageLedger,
-    Visit,
-    free_again,
-    service_digest,
-)
+from mpc_fl.inference.serving.gate import Gate
+from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Limit, SessionRate, UsageLedger, free_again
+from mpc_fl.inference.serving.turns import Rota, Turns
+from mpc_fl.inference.serving.visits import Visit, service_digest
 from mpc_fl.learning.data.loading import load_images
 from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.model_file import load_model, save_model
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links

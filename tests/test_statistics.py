@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
-from mpc_fl.apps.report import figures
-from mpc_fl.apps.report import page as report
+from mpc_fl.apps.report import figures, formats, run_files, training_sections
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
@@ -36,14 +35,15 @@ from mpc_fl.errors import (
 )
 from mpc_fl.federation.feature_statistics import (
     FeaturePlan,
-    Normalisation,
     decode_features,
     encode_features,
     patient_vectors,
     plan_features,
     vector_norm,
 )
-from mpc_fl.learning.data.loading import load_hospital, normalised
+from mpc_fl.learning.data.dataset import normalised
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import (
     CALIBRATION_RESOLUTION,
@@ -58,7 +58,8 @@ from mpc_fl.learning.models.evaluation import (
     require_evaluation_headroom,
 )
 from mpc_fl.learning.models.model_file import load_model, load_normalisation, save_model
-from mpc_fl.learning.privacy.accounting import PrivacyLedger, epsilon_of
+from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 torch.set_num_threads(1)
 
@@ -194,14 +195,14 @@ def test_evaluation_headroom_is_exactly_what_float64_holds(hospitals: int, bound
 
 def test_the_report_shows_calibration_and_skipped_files(tmp_path: Path) -> None:
     final = evaluate_locally(*predictions(200, 3, 5)).to_json()
-    run = report.Run(tmp_path, {"kind": "train", "final": final}, {})
-    text = report._calibration(run)
-    assert figures.percent(final["calibration_error"]) in text and "<img" in text and "Calibration." in text
+    run = run_files.Run(tmp_path, {"kind": "train", "final": final}, {})
+    text = training_sections._calibration(run)
+    assert formats.percent(final["calibration_error"]) in text and "<img" in text and "Calibration." in text
     assert f"{final['auc_macro']:.3f}" in text
     old = {name: value for name, value in final.items() if name not in ("reliability", "brier")}
-    assert "Not shown" in report._calibration(report.Run(tmp_path, {"kind": "train", "final": old}, {}))
-    assert report._skipped({"skipped_files": 3})[0][:2] == ("Skipped files", 3)
-    assert report._skipped({"skipped_files": 0}) == report._skipped({}) == []
+    assert "Not shown" in training_sections._calibration(run_files.Run(tmp_path, {"kind": "train", "final": old}, {}))
+    assert run_files._skipped({"skipped_files": 3})[0][:2] == ("Skipped files", 3)
+    assert run_files._skipped({"skipped_files": 0}) == run_files._skipped({}) == []
     empty = figures.reliability_diagram([(0, None, None)] * RELIABILITY_BINS)
     assert figures.svg_uri(empty).startswith("data:image/svg+xml")
 
@@ -493,10 +494,11 @@ WORLD = ["hospital-0", "hospital-1", "aggregator"]
 
 def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     """One evaluation and one feature sum, each opened once to the aggregator."""
+    from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.secrecy import Private
-    from mpc_fl.federation.statistics import secure_evaluation
+    from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import OpeningRecord, SecretDomain, open_to
+    from mpc_fl.sharing.opening import SecretDomain, open_to
     from mpc_fl.sharing.secure_sum import secure_sum
 
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)

@@ -16,25 +16,19 @@ from torch import nn
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
-from mpc_fl.learning.models.architectures import (
-    build_model,
+from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
+from mpc_fl.learning.models.parameters import (
     flatten_parameters,
+    join_parts,
     load_flat_parameters,
-    load_normalisation_state,
-    normalisation_state,
     shared_coordinates,
     trainable_parameters,
 )
 from mpc_fl.learning.training.dp_sgd import train_locally
 from mpc_fl.learning.training.process_group import training_group
-from mpc_fl.learning.training.server_optimizers import (
-    ServerAdam,
-    ServerOptimizer,
-    ServerSGD,
-    calibrate_own,
-    join_parts,
-    server_optimizer,
-)
+from mpc_fl.learning.training.server_optimizers import ServerAdam, ServerOptimizer, ServerSGD, server_optimizer
 
 torch.set_num_threads(1)
 

@@ -19,22 +19,20 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError, SecrecyError
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm, flatten_parameters
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
-from mpc_fl.learning.training.dp_sgd import (
-    StreamNoiseOptimizer,
-    gaussian_noise,
-    sample_patients,
-    sampling_rate,
-    train_locally,
-)
+from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer, gaussian_noise
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
     choose_per_sample_method,
     clipped_sum,
     sum_cross_entropy,
 )
+from mpc_fl.learning.training.sampling import sample_patients, sampling_rate
 
 torch.set_num_threads(1)
 

@@ -25,7 +25,8 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.training.dp_sgd import LocalRound, train_locally
 from mpc_fl.learning.training.per_sample_gradients import clipped_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.process_group import TrainingGroup, TrainingProcessError, training_group

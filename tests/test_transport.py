@@ -24,7 +24,8 @@ from harness import free_ports, local_links, run_parties
 from scipy import stats
 
 from mpc_fl.crypto.authority import Authority, make_local_identities
-from mpc_fl.crypto.certificates import Identity, host_name, load_identity, sign, write_identity
+from mpc_fl.crypto.certificates import Identity, host_name, sign
+from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting

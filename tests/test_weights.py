@@ -20,7 +20,8 @@ from torch import nn
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models.architectures import build_model
-from mpc_fl.learning.models.model_file import describe, flatten_buffers, load_flat_buffers, load_model, save_model
+from mpc_fl.learning.models.model_file import describe, load_model, save_model
+from mpc_fl.learning.models.parameters import flatten_buffers, load_flat_buffers
 
 CONFIG = parse_config({"data": {"image_size": 8}}, "test")
 

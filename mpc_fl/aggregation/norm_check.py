@@ -56,7 +56,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, ProtocolError, SecrecyError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.correlated_randomness import Request
-from mpc_fl.sharing.crypten_runtime import crypten, mpc_tensor_from_share
+from mpc_fl.sharing.crypten_parts import crypten, mpc_tensor_from_share
 from mpc_fl.sharing.dry_run import record_requests, shape_share
 from mpc_fl.sharing.opening import SecretDomain, open_to
 

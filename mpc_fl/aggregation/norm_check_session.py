@@ -15,11 +15,12 @@ from typing import Any
 
 from mpc_fl.aggregation.norm_bound import gradient_norm_bound, in_grid_units, update_norm_bound
 from mpc_fl.aggregation.norm_check import NormCheck, NormTest
-from mpc_fl.config.config import AGGREGATOR, DEALER, Config
+from mpc_fl.config.config import Config
 from mpc_fl.crypto.ring import MeanHeadroom
 from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.links.links import Links
+from mpc_fl.roles import AGGREGATOR, DEALER
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer

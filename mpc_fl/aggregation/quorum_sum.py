@@ -19,89 +19,22 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.aggregation.rules import Description, Rules, require_quorum
+from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Label
-from mpc_fl.errors import PeerLostError, ProtocolError, QuorumError, SumLostError
+from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 
 log = logging.getLogger(__name__)
 
-# Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
-Missed = Literal["left out", "void"]
-_WORD = "word"
 _AT_A_TIME = 2
-
-
-def say(links: Links, names: Sequence[str], word: str, **values: Any) -> None:
-    """Tell each hospital the aggregator's next word; one that is lost is told nothing."""
-    broadcast(names, lambda name: links.send_object(name, _WORD, {"word": word, **values}))
-
-
-def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
-    """Call `send` for each hospital; a loss is logged and found again where it matters."""
-    for name in names:
-        try:
-            send(name)
-        except PeerLostError as error:
-            log.warning("%s", error)
-
-
-def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[str, Any]:
-    """The aggregator's next word to this hospital. Raises `ProtocolError` when it is none of the expected ones."""
-    word = links.receive_object(aggregator, _WORD)
-    if word.get("word") not in expected:
-        raise ProtocolError(
-            f"{aggregator} said '{str(word.get('word'))[:40]}' instead of {' or '.join(sorted(expected))}",
-            "run the same version everywhere",
-        )
-    return word
-
-
-def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """A list of names in a word. Raises `ProtocolError` when it is none."""
-    names = word.get(key)
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ProtocolError(f"the aggregator sent no list of {key}", "run the same version everywhere")
-    return tuple(names)
-
-
-class Check(Protocol):
-    """A check of hidden summands before anything is opened, on shares of them."""
-
-    def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
-        """Take part, after the aggregator's word "check"."""
-
-    def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
-        """Start it with `say_check`, return the hospitals that passed."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How all sums of a run are made: opener, smallest V, closing masks, seconds a summand may take, check if any."""
-
-    opener: str
-    smallest: int
-    closing: int
-    seconds: float
-    check: Check | None = None
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the records of an opening say of it, alike at all parties."""
-
-    what: str
-    why: str
-    privacy: Mapping[str, Scalar] | None = None
 
 
 def _plan(rules: Rules, hospitals: tuple[str, ...], label: tuple[Label, ...], attempt: int) -> SumPlan:
@@ -239,14 +172,3 @@ def _take_summands(links: Links, rules: Rules, closed: ClosedSum, starts: Mappin
             del awaited[name]
             if name in queue:
                 queue.remove(name)
-
-
-def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str], why: str) -> None:
-    """Raise `QuorumError` when fewer than the quorum are left."""
-    if len(present) < rules.smallest:
-        missing = [name for name in hospitals if name not in present]
-        raise QuorumError(
-            f"'{why}': {len(present)} hospitals are left and the quorum is {rules.smallest}"
-            + (f" ({', '.join(missing)} missing)" if missing else ""),
-            "nothing was opened; see the logs of the hospitals, then go on with --resume",
-        )

@@ -26,7 +26,8 @@ from mpc_fl.audit.reveal_ledger import (
     is_genuine,
     moment_of,
 )
-from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, host_name, role_of
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, host_name
+from mpc_fl.roles import role_of
 
 
 @dataclass(frozen=True)

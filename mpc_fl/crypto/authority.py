@@ -21,18 +21,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mpc_fl.crypto.certificates import (
-    CLOCK_SKEW,
-    UNSOUND,
-    Identity,
-    host_name,
-    party_subject,
-    private_pem,
-    role_of,
-    write_identity,
-)
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, party_subject
+from mpc_fl.crypto.identity_files import private_pem, write_identity
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError
+from mpc_fl.roles import role_of
 
 SHORTEST_PASSPHRASE = 12
 _SEALED = re.compile(rb"-----BEGIN MPC-FL SEALED KEY-----\n(.+)\n-----END MPC-FL SEALED KEY-----\n", re.DOTALL)

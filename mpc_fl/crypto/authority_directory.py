@@ -33,18 +33,14 @@ from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     ROOT_FILE,
     UNSOUND,
-    check_party_name,
-    make_directory,
-    make_key,
     private_key,
-    read_private,
     verify_request,
     verify_revocation_list,
-    write_certificates,
-    write_file,
 )
+from mpc_fl.crypto.identity_files import make_directory, make_key, read_private, write_certificates, write_file
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, MpcFlError
+from mpc_fl.roles import check_party_name
 
 KEY_FILE = "authority.key"
 RECORD_FILE = "issued.jsonl"

@@ -15,8 +15,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from mpc_fl.crypto.certificates import UNSOUND, role_of
+from mpc_fl.crypto.certificates import UNSOUND
 from mpc_fl.errors import IdentityError
+from mpc_fl.roles import role_of
 
 
 @dataclass(frozen=True)

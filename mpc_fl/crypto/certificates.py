@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -21,13 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mpc_fl.errors import IdentityError
-from mpc_fl.files import written_whole
+from mpc_fl.roles import role_of
 
 DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 ROOT_FILE = "federation.crt"
 REVOCATION_FILE = "federation.crl"
-PARTY_NAME = re.compile(r"aggregator|dealer|model-owner|hospital-(?:0|[1-9][0-9]{0,2})")
 _ASK = "ask the federation's administrator for a certificate of this party"
 # What parsing and checking X.509 raises on bytes that are no sound certificate, request or revocation list.
 UNSOUND = (
@@ -42,23 +38,9 @@ UNSOUND = (
 )
 
 
-def role_of(name: str) -> str:
-    """The role a party name implies: 'hospital-2' -> 'hospital'."""
-    return name.rsplit("-", 1)[0] if name.startswith("hospital-") else name
-
-
 def host_name(name: str) -> str:
     """The DNS name in a party's certificate; peers verify it in the TLS hand-shake."""
     return f"{name}.{DOMAIN}"
-
-
-def check_party_name(name: str) -> str:
-    """The same name. Raises `IdentityError` when no party of a federation can have it."""
-    if not PARTY_NAME.fullmatch(name):
-        raise IdentityError(
-            f"'{name[:40]}' is no party name", "the parties are hospital-<n>, aggregator, dealer and model-owner"
-        )
-    return name
 
 
 def party_subject(name: str, role: str, federation: str | None = None) -> x509.Name:
@@ -225,38 +207,10 @@ def verify_signature(certificate: x509.Certificate, purpose: str, message: bytes
 # ---- asking for a certificate ------------------------------------------------------------------------------------------
 
 
-def make_key(directory: Path, name: str) -> ec.EllipticCurvePrivateKey:
-    """Make a party's key and write it (mode 0600) to its directory; a new directory gets mode 0700.
-
-    Raises `IdentityError` when the directory already holds a key of this party: a key in use is never overwritten.
-    """
-    path = directory / f"{name}.key"
-    make_directory(directory)
-    if os.path.lexists(path):
-        raise IdentityError(f"{path} exists already", "choose another directory, or renew the certificate of this key")
-    key = ec.generate_private_key(ec.SECP256R1())
-    write_file(path, private_pem(key), 0o600)
-    return key
-
-
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     """SHA-256 of a public key (DER, SubjectPublicKeyInfo) in groups of four digits, for two people to compare."""
     encoded = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return " ".join(hashlib.sha256(encoded).hexdigest()[start : start + 4] for start in range(0, 64, 4))
-
-
-def make_request(directory: Path, name: str) -> Path:
-    """Make a party's key and a request (PKCS 10) for its certificate in its own directory; return the request's path.
-
-    The key never leaves the directory: the request holds the public key, signed with the private one. Raises
-    `IdentityError` for a name no party has, or when there is a key already.
-    """
-    key = make_key(directory, check_party_name(name))
-    request = x509.CertificateSigningRequestBuilder().subject_name(party_subject(name, role_of(name)))
-    path = directory / f"{name}.csr"
-    signed = request.sign(key, hashes.SHA256())
-    write_file(path, signed.public_bytes(serialization.Encoding.PEM))
-    return path
 
 
 def verify_request(request_pem: bytes, name: str) -> ec.EllipticCurvePublicKey:
@@ -282,50 +236,6 @@ def verify_request(request_pem: bytes, name: str) -> ec.EllipticCurvePublicKey:
 # ---- the directory of a party ------------------------------------------------------------------------------------------
 
 
-def make_directory(directory: Path) -> None:
-    """Create a directory that only its owner can enter, unless it exists. Raises `IdentityError` when that fails."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise IdentityError(f"cannot create {directory}: {error.strerror}", "choose another directory") from None
-
-
-def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a file whole or not at all, and to the disk. Raises `MpcFlError` when it cannot be written."""
-    try:
-        with written_whole(path, mode) as temporary, temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
-    except OSError as error:
-        raise IdentityError(f"cannot write {path}: {error.strerror}", "check that you may write there") from None
-
-
-def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A private key in PEM (PKCS 8), not encrypted: for files of mode 0600 only."""
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-
-
-def write_identity(identity: Identity, directory: Path) -> None:
-    """Write key (mode 0600) and certificates of one party; a new directory gets mode 0700."""
-    make_directory(directory)
-    write_file(directory / f"{identity.name}.key", identity.key, 0o600)
-    write_certificates(directory, identity.name, identity.certificate, identity.authority, None)
-
-
-def write_certificates(
-    directory: Path, name: str, certificate: bytes, authority: bytes, revocations: bytes | None
-) -> None:
-    """Write the public part of an identity, all in PEM: what a site receives when it made its key itself."""
-    make_directory(directory)
-    if revocations is not None:
-        write_file(directory / REVOCATION_FILE, revocations)
-    write_file(directory / ROOT_FILE, authority)
-    write_file(directory / f"{name}.crt", certificate)
-
-
 def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
     """The key of a party from its PEM. Raises `IdentityError` when it is none."""
     try:
@@ -335,41 +245,3 @@ def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IdentityError(f"the key of {name} is not a P-256 key", _ASK)
     return key
-
-
-def read_private(path: Path) -> bytes:
-    """The content of a file that only its owner may read.
-
-    Raises `IdentityError` when it is readable by others, and `OSError` when it cannot be read.
-    """
-    if path.stat().st_mode & 0o077:
-        raise IdentityError(f"the file {path} can be read by other users", f"run: chmod 600 {path}")
-    return path.read_bytes()
-
-
-def load_identity(directory: Path, name: str) -> Identity:
-    """Read and check a party's identity.
-
-    Raises `IdentityError` when a file is missing, the key is readable by others, the key does not belong to the
-    certificate, the revocation list is out of date or not of this authority, and for whatever `verify_certificate`
-    refuses.
-    """
-    try:
-        key_pem = read_private(directory / f"{name}.key")
-        certificate_pem = (directory / f"{name}.crt").read_bytes()
-        authority_pem = (directory / ROOT_FILE).read_bytes()
-        revocations = directory / REVOCATION_FILE
-        # A dangling link exists in this sense: it must fail, not count as "nothing revoked".
-        list_pem = revocations.read_bytes() if os.path.lexists(revocations) else None
-    except OSError as error:
-        raise IdentityError(f"cannot read the identity of {name} in {directory}: {error.strerror}", _ASK) from None
-    try:
-        authority = x509.load_pem_x509_certificate(authority_pem)
-    except UNSOUND:
-        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", _ASK) from None
-    revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
-    identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
-    certificate = verify_certificate(certificate_pem, name, identity)
-    if private_key(key_pem, name).public_key() != certificate.public_key():
-        raise IdentityError(f"the key of {name} does not belong to its certificate", _ASK)
-    return identity

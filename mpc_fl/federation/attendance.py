@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.aggregation.quorum_sum import Rules, names_in, require_quorum, say
+from mpc_fl.aggregation.rules import Rules, require_quorum
+from mpc_fl.aggregation.words import names_in, say
 from mpc_fl.errors import PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
+from mpc_fl.roles import AGGREGATOR
 
 log = logging.getLogger(__name__)
 
@@ -129,3 +131,17 @@ class Attendance:
     def keep(self, hospitals: tuple[str, ...]) -> None:
         """After a sum: only those in it stay."""
         self.members = hospitals
+
+
+def announce_end(links: Links, hospitals: tuple[str, ...], rounds: int) -> None:
+    """At the aggregator, when its results are written: tell all hospitals that the run is complete."""
+    links.set_phase("conclusion")
+    for name in hospitals:
+        links.send_object(name, "complete", {"rounds": rounds})
+
+
+def await_end(links: Links, rounds: int) -> None:
+    """At a hospital: nothing counts as a success before the aggregator says so. Raises `PeerLostError` otherwise."""
+    links.set_phase("conclusion")
+    if links.receive_object(AGGREGATOR, "complete").get("rounds") != rounds:
+        raise ProtocolError("the aggregator ended after another number of rounds", "run the same version everywhere")

@@ -8,14 +8,18 @@ import logging
 import torch
 from torch import nn
 
-from mpc_fl.aggregation.quorum_sum import Rules, names_in, next_word, require_quorum, say
+from mpc_fl.aggregation.rules import Rules, require_quorum
+from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.audit.co_signing import begin, co_sign
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
-from mpc_fl.config.config import AGGREGATOR, Config
-from mpc_fl.errors import PeerLostError
-from mpc_fl.federation.feature_statistics import Normalisation
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.errors import MpcFlError, PeerLostError
+from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import model_file
 from mpc_fl.links.links import Links
+from mpc_fl.links.party_links import site_directory
+from mpc_fl.roles import AGGREGATOR
 
 log = logging.getLogger(__name__)
 
@@ -91,3 +95,17 @@ def sign_end(
     if not config.training.local_normalisation:
         same["model.safetensors"] = hashlib.sha256(model_file(model, config, normalisation)).hexdigest()
     co_sign(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR, "end", "the run is complete", same)
+
+
+def open_ledger(config: Config, name: str) -> RevealLedger:
+    """This party's reveal ledger in its directory.
+
+    Raises `MpcFlError` when the one there was changed, or is that of an earlier run and this one shall not go on with it.
+    """
+    assert config.site.identity is not None  # `connect` came first
+    ledger = RevealLedger(site_directory(config), load_identity(config.site.identity, name))
+    if ledger.blocks and not config.site.resume:
+        raise MpcFlError(
+            f"{ledger.path} is the ledger of an earlier run", "choose another directory, or go on with --resume"
+        )
+    return ledger

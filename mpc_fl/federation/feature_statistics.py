@@ -34,8 +34,9 @@ import torch
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import DataError, HeadroomError, PrivacyBudgetError, ProtocolError
-from mpc_fl.learning.data.patient_records import PatientRecords
+from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.learning.data.dataset import PatientRecords
+from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients, noised_share, plan_mechanism
 
@@ -45,39 +46,6 @@ _FINEST_GRID_BITS = 24  # an error of a mean below 2^-24 of the range
 _LARGEST_EXACT = 1 << 53
 _LEAST_DEVIATION = 1 / 64  # of the range: less would only magnify noise
 _TABLE_BOUND = 2.0  # of features with reference ranges, see `tables.scale_features`
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Public constants of the inputs: each channel or feature x becomes (x - mean) / deviation, kept as float64 numbers."""
-
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        values = (*self.mean, *self.deviation)
-        if len(self.mean) != len(self.deviation) or not self.mean or not all(map(math.isfinite, values)):
-            raise DataError("a normalisation needs a finite mean and deviation of every channel or feature")
-        if min(self.deviation) <= 0:
-            raise DataError("a normalisation needs deviations above zero")
-
-    def apply(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Normalised copies of float32 (N, C, H, W) or (N, F), C or F the number of constants. Raises `DataError`."""
-        if inputs.dim() < 2 or inputs.shape[1] != len(self.mean):
-            raise DataError(f"inputs have {tuple(inputs.shape[1:])}, the normalisation has {len(self.mean)} constants")
-        shape = (1, -1, *[1] * (inputs.dim() - 2))
-        mean, deviation = torch.tensor([self.mean, self.deviation], dtype=torch.float32)
-        return (inputs - mean.reshape(shape)) / deviation.reshape(shape)
-
-    def tensor(self) -> torch.Tensor:
-        """Means and deviations as a message, float64 (2, d)."""
-        return torch.tensor([self.mean, self.deviation], dtype=torch.float64)
-
-    @classmethod
-    def of_tensor(cls, values: torch.Tensor) -> Normalisation:
-        """Inverse of `tensor`. Raises `DataError` for constants that cannot be."""
-        mean, deviation = values.tolist()
-        return cls(tuple(mean), tuple(deviation))
 
 
 @dataclass(frozen=True)

@@ -22,82 +22,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mpc_fl.aggregation.quorum_sum import Description, Missed, Rules, broadcast, collect, contribute, next_word, say
-from mpc_fl.audit.reveal_ledger import Scalar
-from mpc_fl.config.config import AGGREGATOR, Config
+from mpc_fl.aggregation.quorum_sum import collect, contribute
+from mpc_fl.aggregation.rules import Description, Missed, Rules
+from mpc_fl.aggregation.words import broadcast, next_word, say
+from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import HeadroomError
-from mpc_fl.federation.feature_statistics import plan_features
-from mpc_fl.learning.data.patient_records import PatientRecords
-from mpc_fl.learning.models.architectures import flatten_parameters, load_flat_parameters, trainable_parameters
-from mpc_fl.learning.privacy.accounting import calibrate_noise_multiplier
+from mpc_fl.federation.planning import privacy_of_steps
+from mpc_fl.learning.data.dataset import PatientRecords
+from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
     mean_gradient,
     noised_share,
-    plan_mechanism,
     require_patients,
-    step_total_variation,
 )
-from mpc_fl.learning.training.dp_sgd import sample_patients, sampling_seed_of
 from mpc_fl.learning.training.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer
 from mpc_fl.links.links import Links
+from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
-
-
-def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
-    """The mechanism of a run, from public values alone and so the same at all parties.
-
-    A noise multiplier that is not configured is calibrated for the sampling rate of the smallest hospital there may be.
-    The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
-    """
-    settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
-    # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
-    absent = settings.colluders + hospitals - config.federation.quorum_size
-    noise = settings.noise_multiplier
-    if noise is None:
-        assert settings.smallest_hospital is not None  # the configuration demands it
-        rate = min(1.0, training.batch_size / settings.smallest_hospital)
-        distance = step_total_variation(parameters, hospitals, absent)
-        steps = training.rounds * training.local_steps
-        features = plan_features(config).event() if config.data.normalise == "secure" else None
-        before = [] if features is None else [features]
-        noise = calibrate_noise_multiplier(
-            settings.epsilon, settings.delta, rate, steps, before, settings.accountant, "the federation", distance
-        )
-
-    def planned(ring_bits: int) -> DistributedGaussian:
-        return plan_mechanism(
-            parameters=parameters,
-            hospitals=hospitals,
-            colluders=absent,
-            expected_patients=training.batch_size,
-            clipping_norm=settings.clipping_norm,
-            noise_multiplier=noise,
-            ring_bits=32 if ring_bits == 32 else 64,
-        )
-
-    try:
-        return planned(32)
-    except HeadroomError:
-        return planned(64)
-
-
-def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
-    """What all parties may know of the privacy that `steps` steps spend: what was agreed, no hospital's own figure."""
-    settings = config.privacy
-    if settings.mechanism == "none":
-        return {"mechanism": "none"}
-    return {
-        "mechanism": settings.mechanism,
-        "unit": "patient",
-        "steps": steps,
-        "clipping norm": settings.clipping_norm,
-        "delta": settings.delta,
-        "epsilon of all rounds at most": settings.epsilon,
-    }
 
 
 @dataclass(frozen=True)

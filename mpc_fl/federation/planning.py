@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from mpc_fl.aggregation.norm_check_session import check_of
-from mpc_fl.aggregation.quorum_sum import Rules
-from mpc_fl.config.config import AGGREGATOR, Config
+from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
-from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.feature_statistics import Normalisation, plan_features
-from mpc_fl.federation.federated_sgd import mechanism_of
-from mpc_fl.learning.data.loading import Dataset
-from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import (
-    build_model,
-    calibrate_batchnorm,
-    flatten_parameters,
-    load_flat_parameters,
-    load_normalisation_state,
-    normalisation_state,
-    shared_coordinates,
+from mpc_fl.errors import (
+    HeadroomError,
+    PrivacyBudgetError,
 )
-from mpc_fl.learning.models.evaluation import require_evaluation_headroom
-from mpc_fl.learning.models.model_file import flatten_buffers
+from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.models.parameters import (
+    flatten_parameters,
+)
 from mpc_fl.learning.privacy.accounting import (
-    PrivacyBudget,
-    PrivacyLedger,
     SubsampledGaussian,
     calibrate_noise_multiplier,
     check_delta,
     epsilon_of,
 )
-from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
-from mpc_fl.learning.training.dp_sgd import sampling_rate
-from mpc_fl.learning.training.per_sample_gradients import choose_per_sample_method
-from mpc_fl.learning.training.process_group import TrainingGroup
-from mpc_fl.learning.training.server_optimizers import ServerOptimizer, calibrate_own, join_parts, server_optimizer
+from mpc_fl.learning.privacy.distributed_gaussian import (
+    DistributedGaussian,
+    plan_mechanism,
+    step_total_variation,
+)
+from mpc_fl.learning.training.sampling import sampling_rate
+from mpc_fl.links.links import Links
+from mpc_fl.roles import AGGREGATOR, DEALER
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
 CALIBRATION_IMAGES = 64
 
@@ -132,119 +128,6 @@ def calibrate_on_public_images(model: nn.Module, config: Config, normalisation: 
 # ---- a hospital --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Hospital:
-    """One hospital's state over the rounds. Everything here stays at this site."""
-
-    config: Config
-    name: str
-    rank: int
-    model: nn.Module
-    train: Dataset
-    test: Dataset
-    ledger: PrivacyLedger
-    budget: PrivacyBudget
-    noise_multiplier: float | None
-    sample_rate: float
-    coordinates: torch.Tensor
-    method: Any = None
-    group: TrainingGroup | None = None
-    mechanism: DistributedGaussian | None = None
-    normalisation: Normalisation | None = None
-    noise_seed: Seed = field(default_factory=Seed.from_system)
-
-    @property
-    def sampling_seed(self) -> int | None:
-        """Secret and fresh by default; a number in simulations, different at each hospital."""
-        seed = self.config.training.sampling_seed
-        return None if seed is None else seed * 1000 + self.rank
-
-    @property
-    def shared_parameters(self) -> torch.Tensor:
-        """What all hospitals have in common, float32 (S,)."""
-        return flatten_parameters(self.model)[self.coordinates]
-
-    def take_global(self, shared: torch.Tensor) -> None:
-        """Put what the aggregator sent beside this hospital's own parameters, float32 (S,)."""
-        load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
-        calibrate_own(self.model, self.train.inputs, self.config)
-
-    def normalise(self, normalisation: Normalisation) -> None:
-        """Bring this hospital's inputs to the common mean and deviation, once."""
-        if self.normalisation is None:
-            self.train = replace(self.train, inputs=normalisation.apply(self.train.inputs))
-            self.test = replace(self.test, inputs=normalisation.apply(self.test.inputs))
-            self.normalisation = normalisation
-
-    def epsilon(self) -> float | None:
-        """Epsilon spent on these patients so far, all runs in the ledger together."""
-        if self.config.privacy.mechanism == "none":
-            return None
-        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
-
-    def checkpoint(self, directory: Path, number: int) -> None:
-        """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
-        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.state()
-        save_checkpoint(
-            directory,
-            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": spent}),
-            self.config.run_digest(),
-        )
-
-    def resume(self, directory: Path, number: int) -> None:
-        """Go back to this hospital's own layers after round `number`, if it has kept them.
-
-        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
-        """
-        saved = load_checkpoint(directory, self.config.run_digest(), number)
-        if saved is None:
-            return
-        if self.config.privacy.mechanism != "none":
-            self.ledger.require(saved.facts["privacy accountant"])
-        if self.config.training.local_normalisation:
-            load_normalisation_state(self.model, saved.tensors)
-
-
-def join(
-    config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger, directory: Path | None = None
-) -> Hospital:
-    """Prepare a hospital for a run, or for the rest of it after the last checkpoint in `directory`.
-
-    Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
-    """
-    headroom_of(config).require()
-    require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
-    name = f"hospital-{rank}"
-    last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
-    spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
-    spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)
-    planned = plan_release(config, train.patient_count, spent, name, 0 if last is None else last.round)
-    noise = None if planned is None else planned.noise_multiplier
-    rate = sampling_rate(config, train.patient_count)
-    model = initial_model(config)
-    coordinates = shared_coordinates(model, config.training.local_normalisation)
-    hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate, coordinates)
-    if config.privacy.mechanism == "distributed":
-        if config.site.training_processes > 1:
-            raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
-        hospital.mechanism = distributed_mechanism_of(config)
-    if config.privacy.mechanism != "none":
-        wanted = config.training.per_sample_gradients
-        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
-    return hospital
-
-
-def _features_to_come(config: Config, ledger: PrivacyLedger) -> list[SubsampledGaussian]:
-    """What the normalisation of the inputs will spend, unless it has already."""
-    if config.data.normalise != "secure":
-        return []
-    if any(record.get("run") == features_run_name(config) for record in ledger.records()):
-        return []
-    event = plan_features(config).event()
-    return [] if event is None else [event]
-
-
 def features_run_name(config: Config) -> str:
     """How a privacy ledger names what the normalisation of the inputs spends."""
     return f"{run_name(config)} features"
@@ -258,80 +141,86 @@ def run_name(config: Config) -> str:
 # ---- the aggregator ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Aggregator:
-    """The aggregator's state over the rounds, all of it public or opened.
+def _all(config: Config, rules: Rules) -> Rules:
+    """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
+    return replace(rules, smallest=config.federation.hospitals, check=None)
 
-    `patients` is the opened total number of training patients, `weight_total` the public power of two above it.
+
+def _mean_update(config: Config, number: int) -> Description:
+    privacy = privacy_of_steps(config, config.training.local_steps)
+    return Description("sum of weighted updates", f"round {number}: mean update", privacy)
+
+
+_CALIBRATION_RECORDS = 256
+
+
+def calibrate_own(model: nn.Module, inputs: torch.Tensor, config: Config) -> None:
+    """Measure frozen BatchNorm statistics on a hospital's own training inputs, float32 (N, ...), where FedBN does.
+
+    That is with `training.local_normalisation` and without differential privacy; else nothing happens. To be called
+    whenever the shared parameters have changed, before evaluation and training: the statistics belong to the weights.
+    256 inputs are used, evenly from all of them, which may be ordered by class.
     """
-
-    config: Config
-    model: nn.Module
-    mechanism: DistributedGaussian | None
-    optimizer: ServerOptimizer
-    coordinates: torch.Tensor
-    round: int = -1
-    patients: int = 0
-    weight_total: int = 1
-    normalisation: Normalisation | None = None
-
-    @property
-    def shared_parameters(self) -> torch.Tensor:
-        """What all hospitals have in common, float32 (S,)."""
-        return flatten_parameters(self.model)[self.coordinates]
-
-    def step(self, pseudo_gradient: torch.Tensor) -> torch.Tensor:
-        """Step the shared parameters along a pseudo-gradient, float64 (S,); returns the new ones, float32 (S,)."""
-        shared = self.optimizer.step(self.shared_parameters, pseudo_gradient)
-        load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
-        return shared
-
-    def mean_factor(self, hospitals: int) -> float:
-        """What turns the opened sum over so many hospitals into their mean.
-
-        Weights are counts over `weight_total`. The total of all is known; how many patients those present have is not, or
-        the difference would show an absent hospital's number: they count as their share of the hospitals.
-        """
-        return self.weight_total / self.patients * self.config.federation.hospitals / hospitals
-
-    def checkpoint(self, directory: Path, number: int) -> None:
-        """Keep the state after round `number`."""
-        self.round = number
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
-        if self.normalisation is not None:
-            tensors["normalisation"] = self.normalisation.tensor()
-        facts = {"patients": self.patients, "weight total": self.weight_total}
-        save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config.run_digest())
-
-    def resume(self, directory: Path) -> bool:
-        """Go back to the last checkpoint; False when there is none."""
-        saved = load_checkpoint(directory, self.config.run_digest())
-        if saved is None:
-            return False
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-        for name, value in saved.tensors.items():
-            if name == "normalisation":
-                self.normalisation = Normalisation.of_tensor(value)
-            else:
-                part, _, rest = name.partition(".")
-                parts[part][rest] = value
-        self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state(parts["optimizer"])
-        self.round, self.patients = saved.round, int(saved.facts["patients"])
-        self.weight_total = int(saved.facts["weight total"])
-        return True
+    if not config.training.local_normalisation or config.privacy.mechanism != "none":
+        return
+    if config.model.normalisation == "frozen" and len(inputs) >= 2:
+        calibrate_batchnorm(model, inputs[:: math.ceil(len(inputs) / _CALIBRATION_RECORDS)])
 
 
-def prepare_aggregator(config: Config) -> Aggregator:
-    """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
-    headroom_of(config).require()
-    mechanism = distributed_mechanism_of(config) if config.privacy.mechanism == "distributed" else None
-    model = initial_model(config)
-    coordinates = shared_coordinates(model, config.training.local_normalisation)
-    return Aggregator(config, model, mechanism, server_optimizer(config), coordinates)
+def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
+    """The mechanism of a run, from public values alone and so the same at all parties.
+
+    A noise multiplier that is not configured is calibrated for the sampling rate of the smallest hospital there may be.
+    The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
+    """
+    settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
+    # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
+    absent = settings.colluders + hospitals - config.federation.quorum_size
+    noise = settings.noise_multiplier
+    if noise is None:
+        assert settings.smallest_hospital is not None  # the configuration demands it
+        rate = min(1.0, training.batch_size / settings.smallest_hospital)
+        distance = step_total_variation(parameters, hospitals, absent)
+        steps = training.rounds * training.local_steps
+        features = plan_features(config).event() if config.data.normalise == "secure" else None
+        before = [] if features is None else [features]
+        noise = calibrate_noise_multiplier(
+            settings.epsilon, settings.delta, rate, steps, before, settings.accountant, "the federation", distance
+        )
+
+    def planned(ring_bits: int) -> DistributedGaussian:
+        return plan_mechanism(
+            parameters=parameters,
+            hospitals=hospitals,
+            colluders=absent,
+            expected_patients=training.batch_size,
+            clipping_norm=settings.clipping_norm,
+            noise_multiplier=noise,
+            ring_bits=32 if ring_bits == 32 else 64,
+        )
+
+    try:
+        return planned(32)
+    except HeadroomError:
+        return planned(64)
 
 
-def initial_state(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """All parameters and frozen statistics of a model, float32 vectors, as a newcomer gets them."""
-    return flatten_parameters(model), flatten_buffers(model)
+def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
+    """What all parties may know of the privacy that `steps` steps spend: what was agreed, no hospital's own figure."""
+    settings = config.privacy
+    if settings.mechanism == "none":
+        return {"mechanism": "none"}
+    return {
+        "mechanism": settings.mechanism,
+        "unit": "patient",
+        "steps": steps,
+        "clipping norm": settings.clipping_norm,
+        "delta": settings.delta,
+        "epsilon of all rounds at most": settings.epsilon,
+    }
+
+
+def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
+    """CrypTen over all parties of a training run that are there at its start."""
+    world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
+    return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.config.config import AGGREGATOR, DEALER, Config, may_lose_hospitals, party_names
-from mpc_fl.crypto.certificates import load_identity
-from mpc_fl.errors import ConfigError, MpcFlError
+from mpc_fl.config.config import Config, may_lose_hospitals, party_names
+from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
 from mpc_fl.links.links import Agreement, Links, Observer
 from mpc_fl.links.routes import routes
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.roles import AGGREGATOR
 
 
 def site_directory(config: Config) -> Path:
@@ -56,26 +55,6 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         tolerated=[name for name in names if name.startswith("hospital-")] if may_lose_hospitals(config) else (),
         resuming=config.site.resume,
     )
-
-
-def open_ledger(config: Config, name: str) -> RevealLedger:
-    """This party's reveal ledger in its directory.
-
-    Raises `MpcFlError` when the one there was changed, or is that of an earlier run and this one shall not go on with it.
-    """
-    assert config.site.identity is not None  # `connect` came first
-    ledger = RevealLedger(site_directory(config), load_identity(config.site.identity, name))
-    if ledger.blocks and not config.site.resume:
-        raise MpcFlError(
-            f"{ledger.path} is the ledger of an earlier run", "choose another directory, or go on with --resume"
-        )
-    return ledger
-
-
-def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
-    """CrypTen over all parties of a training run that are there at its start."""
-    world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
-    return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)
 
 
 def write_traffic(links: Links, directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from mpc_fl.errors import SecrecyError
 from mpc_fl.sharing.correlated_randomness import Request
 from mpc_fl.sharing.crypten_communicator import ShapeCollectives
-from mpc_fl.sharing.crypten_runtime import Provider, crypten_with, mpc_tensor_from_share
+from mpc_fl.sharing.crypten_parts import Provider, crypten_with, mpc_tensor_from_share
 
 
 def _without_elements(shape: Sequence[int]) -> torch.Tensor:

@@ -24,7 +24,7 @@ import torch
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.crypto.ring import FixedPoint, Headroom, RingShare
 from mpc_fl.crypto.secrecy import Private, Shared
-from mpc_fl.sharing.crypten_runtime import mpc_tensor_from_share
+from mpc_fl.sharing.crypten_parts import mpc_tensor_from_share
 from mpc_fl.sharing.opening import SecretDomain, open_to
 
 

@@ -24,21 +24,23 @@ from typing import Any
 
 import torch
 
-from mpc_fl.aggregation.quorum_sum import Description, Rules, collect, contribute
+from mpc_fl.aggregation.quorum_sum import collect, contribute
+from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
-from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.memory import peak_memory, use_large_pages
-from mpc_fl.config.config import AGGREGATOR
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError, RunFailedError
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
+from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.sharing.opening import SecretDomain
 
 _WAIT = 300.0
 _FLOAT = 4

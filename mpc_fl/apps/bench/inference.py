@@ -28,21 +28,23 @@ from torch import nn
 
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_inference import stock_crypten_logits
-from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.memory import peak_memory
+from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.inference.fast.online.hospital_session import Hospital
 from mpc_fl.inference.fast.online.owner_session import Owner
 from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.learning.data.phantoms import make_phantoms, public_phantoms
-from mpc_fl.learning.models.architectures import build_model, calibrate_batchnorm
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import OpeningRecord, SecretDomain
+from mpc_fl.sharing.opening import SecretDomain
 
 HOSPITAL, OWNER, DEALER = "hospital-0", "model-owner", "dealer"
 PARTIES = (HOSPITAL, OWNER, DEALER)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from mpc_fl.apps.bench.processes import run_processes
-from mpc_fl.apps.runs.launcher import local_addresses
+from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import load_identity
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 import torch.distributed
 
-from mpc_fl.sharing.crypten_runtime import crypten  # unmodified while no CrypTenRuntime is active
+from mpc_fl.sharing.crypten_parts import crypten
 
 _DEADLINE = datetime.timedelta(seconds=600)
 

@@ -17,7 +17,7 @@ from torch import nn
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
 from mpc_fl.errors import UnsupportedLayerError
 from mpc_fl.inference.graph.tracing import Operation, fold_affine, remove_identities, remove_unused, trace
-from mpc_fl.sharing.crypten_runtime import crypten
+from mpc_fl.sharing.crypten_parts import crypten
 
 _HOSPITAL, _MODEL_OWNER = 0, 1
 

@@ -17,7 +17,7 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of a table.")]
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
 
 
@@ -35,7 +35,7 @@ def randomness(
 
     results = measure_randomness(seconds=seconds)
     if as_json:
-        _print_json({"bench": "randomness", "results": results})
+        print_json({"bench": "randomness", "results": results})
         return
     table = Table(title="int64 ring elements on one core: median latency, best throughput")
     ways = {"draw": "stream cipher", "add": "added in place", "randint": "torch.randint", "random_": "random_ in place"}
@@ -61,7 +61,7 @@ def links(
 
     results = measure_links(megabytes, echoes, repeats)
     if as_json:
-        _print_json({"bench": "links", **results})
+        print_json({"bench": "links", **results})
         return
     table = Table(title=f"two processes: echo of one element (median), one-way stream of {megabytes} MB (best)")
     for heading in ("way", "encrypted, authenticated", "echo", "throughput"):
@@ -92,7 +92,7 @@ def aggregation(
         raise typer.BadParameter("crypten or none", param_hint="--against")
     results = measure_aggregation(parties, parameters, repeats, against, leave_out)
     if as_json:
-        _print_json({"bench": "aggregation", **results})
+        print_json({"bench": "aggregation", **results})
         return
     table = Table(title=f"one round, {parties} hospitals, {parameters:,} parameters, one thread per party")
     for heading in ("figure", "value"):
@@ -119,7 +119,7 @@ def inference(
     baseline: Literal["crypten", "none"] = "crypten" if against == "crypten" else "none"
     results = measure_inference(model, size, batch, repeats, baseline)
     if as_json:
-        _print_json({"bench": "inference", **results})
+        print_json({"bench": "inference", **results})
         return
     table = Table(title=f"{model}, {size} x {size}, {batch} image(s) per batch, one thread per party")
     for heading in ("figure", "value"):

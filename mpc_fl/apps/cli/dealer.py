@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mpc_fl.config.config import Config, load_config
+from mpc_fl.config.config import Config
+from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError, PeerLostError, RefusedError
 
 app = typer.Typer(
@@ -112,11 +113,11 @@ def _look(
     if as_json:
         filled = 0 if seconds is None else count
         told = {"filled": filled, "seconds_per_batch": seconds, "left": left, "pools": _halves(pool)}
-        _say(json.dumps({**told, "why": why} if why else told))
+        say(json.dumps({**told, "why": why} if why else told))
         return
     done = f"Not all added ({why})" if why else "Nothing added"
     done = done if seconds is None else f"Added {count}, {seconds:.2f} s each"
-    _say(f"{done}. {left} batches are left{'' if party else ' in both pools'}.")
+    say(f"{done}. {left} batches are left{'' if party else ' in both pools'}.")
 
 
 @app.command()
@@ -124,22 +125,23 @@ def status(pool: PoolPath, as_json: AsJson = False) -> None:
     """Say what the pools in a directory hold: batches left and used, for whom, bytes on the disk."""
     halves = _halves(pool)
     if as_json:
-        _say(json.dumps({"pools": halves, "left": _left(pool)}))
+        say(json.dumps({"pools": halves, "left": _left(pool)}))
         return
     for half in halves:
-        _say(
+        say(
             f"{half['party']} with {half['counterpart']}: {half['left']} batches of {half['records']} left, {half['used']} "
             f"used; {half['reveal']}; {half['bytes'] / 1e6:,.1f} MB"
         )
     if not halves:
-        _say(f"There is no pool in {pool}.")
+        say(f"There is no pool in {pool}.")
 
 
 def _fill(config: Config) -> float:
     """Seconds per batch, from the dealer's work to both disks."""
     from mpc_fl.apps.runs.launcher import launch
-    from mpc_fl.inference.diagnosis import HOSPITAL, require_supported
+    from mpc_fl.inference.diagnosis import require_supported
     from mpc_fl.learning.models.model_file import load_model
+    from mpc_fl.roles import HOSPITAL
 
     assert config.site.model is not None
     require_supported(config, load_model(config.site.model, config))
@@ -151,7 +153,7 @@ def _fill(config: Config) -> float:
 
 def _fill_from_server(config: Config) -> float:
     """The same with a model owner that stays up, in this process."""
-    from mpc_fl.apps.runs.launcher import run_alone
+    from mpc_fl.apps.runs.party_process import run_alone
     from mpc_fl.inference.serving.client import asking_hospital
 
     with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
@@ -201,6 +203,6 @@ def _left(directory: Path, party: str | None = None) -> int:
     return len(set.intersection(*numbers)) if numbers else 0
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()  # one that stays is read as it goes

@@ -69,7 +69,7 @@ def verify(
     blocks = [block for block in verdict.reference.blocks if block is not None]
     openings = sum(len(block.openings) for block in blocks)
     if as_json:
-        _say(
+        say(
             json.dumps(
                 {
                     "ok": not findings,
@@ -85,16 +85,16 @@ def verify(
         )
     else:
         for finding in findings:
-            _say(finding.line)
+            say(finding.line)
         for note in verdict.notes:
-            _say(f"Note: {note}.")
-        _say(f"{len(found)} {_plural(len(found), 'copy', 'copies')}: {', '.join(copy.where for copy in found)}.")
-        _say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
+            say(f"Note: {note}.")
+        say(f"{len(found)} {_plural(len(found), 'copy', 'copies')}: {', '.join(copy.where for copy in found)}.")
+        say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
         if findings:
-            _say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
+            say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
         else:
             signed = f"{openings} {_plural(openings, 'opening', 'openings')} in {len(blocks)} blocks"
-            _say(f"The reveal ledger verifies: {signed}, every block signed by all its parties, from start to end.")
+            say(f"The reveal ledger verifies: {signed}, every block signed by all its parties, from start to end.")
     if findings:
         raise typer.Exit(1)
 
@@ -110,7 +110,7 @@ def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
     blocks = _blocks(copies[0])
     if as_json:
-        _say(json.dumps({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]}))
+        say(json.dumps({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]}))
         return
     console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     for block in blocks:
@@ -213,5 +213,5 @@ def _plural(count: int, one: str, many: str) -> str:
     return one if count == 1 else many
 
 
-def _say(text: Any) -> None:
+def say(text: Any) -> None:
     sys.stdout.write(f"{text}\n")

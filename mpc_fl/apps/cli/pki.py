@@ -14,6 +14,7 @@ import typer
 
 from mpc_fl.crypto import authority_directory as directories
 from mpc_fl.crypto import certificates as identity
+from mpc_fl.crypto import identity_files
 from mpc_fl.crypto.authority_directory import AuthorityDirectory
 from mpc_fl.crypto.certificate_record import Issued
 from mpc_fl.crypto.secrecy import Private
@@ -85,9 +86,9 @@ def init(
         raise IdentityError("--no-passphrase and --passphrase-file exclude each other", "give one of them")
     passphrase = None if no_passphrase else _passphrase(passphrase_file, twice=True)
     made = AuthorityDirectory.create(directory, federation, days, passphrase)
-    _say(f"The authority of '{federation}' is in {made.directory}. Back it up, and let nobody else read it.")
-    _say("Next, at each site:  mpc-fl pki request NAME --out SITE_DIR")
-    _say(f"then here:           mpc-fl pki issue {directory} NAME --request FILE")
+    say(f"The authority of '{federation}' is in {made.directory}. Back it up, and let nobody else read it.")
+    say("Next, at each site:  mpc-fl pki request NAME --out SITE_DIR")
+    say(f"then here:           mpc-fl pki issue {directory} NAME --request FILE")
 
 
 @app.command()
@@ -101,14 +102,12 @@ def request(
     the fingerprint out to them, by telephone for example: it shows that nobody
     exchanged the request on its way.
     """
-    path = identity.make_request(out, name)
+    path = identity_files.make_request(out, name)
     key = identity.verify_request(path.read_bytes(), name)
-    _say(
+    say(
         f"Send this file to the federation's administrator: {path}\nFingerprint of the key: {identity.key_fingerprint(key)}"
     )
-    _say(
-        f"Put the three files that come back into {out}: {name}.crt, {identity.ROOT_FILE}, {identity.REVOCATION_FILE}."
-    )
+    say(f"Put the three files that come back into {out}: {name}.crt, {identity.ROOT_FILE}, {identity.REVOCATION_FILE}.")
 
 
 @app.command()
@@ -130,7 +129,7 @@ def issue(
     site = out or directory / "sites" / name
     _told(authority.issue(name, site, days, request_pem), name, site, request_pem)
     if request_pem is None:
-        _say(f"{name}.key is the party's secret: carry {site} to the site by a safe way and delete it here.")
+        say(f"{name}.key is the party's secret: carry {site} to the site by a safe way and delete it here.")
 
 
 @app.command()
@@ -172,11 +171,11 @@ def revoke(
     authority, _ = _open(directory, None, passphrase_file)
     revoked = authority.revoke(name_or_serial)
     for item in revoked:
-        _say(f"Revoked the certificate of {item.name}, serial {item.serial}.")
+        say(f"Revoked the certificate of {item.name}, serial {item.serial}.")
     if not revoked:
-        _say(f"All certificates of {name_or_serial} had been revoked; the list was written again.")
+        say(f"All certificates of {name_or_serial} had been revoked; the list was written again.")
     path = authority.directory / identity.REVOCATION_FILE
-    _say(f"Give {path} to every site now: it goes into each party's identity directory and counts from the next start.")
+    say(f"Give {path} to every site now: it goes into each party's identity directory and counts from the next start.")
 
 
 @app.command()
@@ -189,23 +188,23 @@ def show(
     """Show the authority and every certificate it issued. Needs no passphrase."""
     found = directories.describe(directory)
     if as_json:
-        _say(json.dumps(found))
+        say(json.dumps(found))
         return
     sealed = "sealed under a passphrase" if found["key_sealed"] else "NOT sealed"
-    _say(f"Federation '{found['federation']}', authority valid until {_date(found['not_after'])}, its key {sealed}.")
-    _say(f"SHA-256 of {identity.ROOT_FILE}: {found['sha256']}")
+    say(f"Federation '{found['federation']}', authority valid until {_date(found['not_after'])}, its key {sealed}.")
+    say(f"SHA-256 of {identity.ROOT_FILE}: {found['sha256']}")
     revocations = found["revocation_list"]
     if revocations["complete"] and revocations["not_after"]:
-        _say(f"{identity.REVOCATION_FILE} is current until {_date(revocations['not_after'])}.")
+        say(f"{identity.REVOCATION_FILE} is current until {_date(revocations['not_after'])}.")
     else:
-        _say(f"{identity.REVOCATION_FILE} is NOT complete: run mpc-fl pki revoke again for a revoked party.")
+        say(f"{identity.REVOCATION_FILE} is NOT complete: run mpc-fl pki revoke again for a revoked party.")
     row = "{name:<14} {state:<8} {end:<21} {serial}"
-    _say("\n" + row.format(name="PARTY", state="STATE", end="VALID UNTIL", serial="SERIAL"))
+    say("\n" + row.format(name="PARTY", state="STATE", end="VALID UNTIL", serial="SERIAL"))
     for item in found["certificates"]:
-        _say(row.format(**item, end=_date(item["not_after"])))
+        say(row.format(**item, end=_date(item["not_after"])))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
@@ -216,13 +215,13 @@ def _date(iso: str) -> str:
 def _told(issued: Issued, name: str, site: Path, request_pem: bytes | None) -> None:
     """Say what was issued and what to do with it."""
     end = issued.certificate.not_valid_after_utc.isoformat()
-    _say(f"Certificate of {name}, serial {issued.serial}, valid until {_date(end)}.")
+    say(f"Certificate of {name}, serial {issued.serial}, valid until {_date(end)}.")
     if request_pem is not None:
         fingerprint = identity.key_fingerprint(identity.verify_request(request_pem, name))
-        _say(
+        say(
             f"Fingerprint of its key: {fingerprint}\nCompare it with what the site reads out before you send the files."
         )
-    _say(f"For the site, in {site}: {name}.crt, {identity.ROOT_FILE}, {identity.REVOCATION_FILE}")
+    say(f"For the site, in {site}: {name}.crt, {identity.ROOT_FILE}, {identity.REVOCATION_FILE}")
 
 
 def _open(
@@ -245,7 +244,7 @@ def _passphrase(file: Path | None, twice: bool = False) -> Private[bytes]:
     """The authority's passphrase, from a file or the terminal; never from the command line, which others can see."""
     if file is not None:
         try:
-            words = identity.read_private(file)
+            words = identity_files.read_private(file)
         except OSError as error:
             raise IdentityError(f"cannot read {file}: {error.strerror}", "check the path") from None
         return Private("passphrase", words.removesuffix(b"\n"))

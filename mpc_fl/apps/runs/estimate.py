@@ -16,21 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mpc_fl.sharing.closed_sum import KEY_BYTES
 from mpc_fl.config.config import Config
-from mpc_fl.inference.diagnosis import public_graph, requests_of
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.evaluation import evaluation_length
-from mpc_fl.inference.fast.quantization.calibration import calibrate
-from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
 from mpc_fl.federation.feature_statistics import plan_features
-from mpc_fl.federation.hospital_round import EVALUATION_CHUNK
-from mpc_fl.inference.reference.network import cost
-from mpc_fl.learning.models.architectures import build_model, flatten_parameters, shared_coordinates
 from mpc_fl.federation.planning import distributed_mechanism_of, headroom_of, initial_model, plan_release, sum_rules
+from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
+from mpc_fl.inference.fast.quantization.calibration import calibrate
+from mpc_fl.inference.reference.diagnosis import public_graph, requests_of
+from mpc_fl.inference.reference.network import cost
 from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
+from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import epsilon_of
-from mpc_fl.learning.models.model_file import flatten_buffers
+from mpc_fl.sharing.closed_sum import KEY_BYTES
 
 _WORD = 8
 _FLOAT = 4

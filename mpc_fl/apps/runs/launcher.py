@@ -8,203 +8,33 @@ itself, so that no orphan outlives a killed launcher.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import logging
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
-import os
-import secrets
 import signal
-import socket
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.config.config import Config, may_lose_hospitals, parse_config, party_names
-from mpc_fl.errors import ConfigError, LinkError, MpcFlError, PeerLostError, RunFailedError
-from mpc_fl.files import write_text
-from mpc_fl.apps.runs.memory import peak_memory, use_large_pages
-from mpc_fl.links.tls_log import log_refused_handshakes
+from mpc_fl.apps.runs.local_parties import place_parties
+from mpc_fl.apps.runs.memory import use_large_pages
+from mpc_fl.apps.runs.party_process import _party_process
+from mpc_fl.config.config import Config, may_lose_hospitals
+from mpc_fl.errors import RunFailedError
+from mpc_fl.progress import Progress
 
-ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
-         "model-owner": "parties.model_owner"}  # fmt: skip
 # All processes have ended within 10 s of a failure: a party takes leave of its peers first (`transport`), and tells then.
 CAUSE_GRACE = 3.0
 TERMINATE_GRACE = 3.0
 LATECOMER_GRACE = 10.0
-ORPHANED = 3  # exit status of a party whose launcher is gone
-
-Progress = Callable[[str, str, int, int], None]
-
-
-def split_name(name: str) -> tuple[str, int]:
-    """('hospital-2') -> ('hospital', 2); other roles have rank 0."""
-    if name.startswith("hospital-"):
-        return "hospital", int(name.rsplit("-", 1)[1])
-    return name, 0
-
-
-def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
-    """Loopback addresses: consecutive ports from `first_port`, or ports the system has free.
-
-    Raises `LinkError` naming the port when a configured one is in use.
-    """
-    addresses: dict[str, str] = {}
-    held: list[socket.socket] = []
-    try:
-        for index, name in enumerate(names):
-            port = 0 if first_port is None else first_port + index
-            listener = socket.socket()
-            held.append(listener)
-            if first_port is not None:  # connections of the run before, closed but remembered, are no obstacle
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind(("127.0.0.1", port))
-            except OSError:
-                raise LinkError(
-                    f"port {port} for {name} is in use", "set runtime.first_port to another number, or to null"
-                ) from None
-            addresses[name] = f"127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        for listener in held:
-            listener.close()
-    return addresses
-
-
-def _session(run_dir: Path) -> str:
-    """A fresh name for a run, or the one that it has when it goes on."""
-    path = run_dir / "session"
-    if not path.exists():
-        write_text(path, secrets.token_hex(16))
-    return path.read_text(encoding="ascii")
-
-
-def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
-    """One configuration per party of a local run: fresh session, addresses, identities, a directory of its own."""
-    names = party_names(config)
-    reachable = [name for name in names if name not in config.federation.dial_out_only]
-    federation = {
-        "session": _session(run_dir),
-        "addresses": config.federation.addresses or local_addresses(reachable, config.runtime.first_port),
-    }
-    missing = set(reachable) - set(federation["addresses"])
-    if missing:
-        raise ConfigError(f"federation.addresses lacks {sorted(missing)[0]}", "name all parties or none")
-    directories = {name: run_dir / "parties" / name for name in names}
-    if not all((directories[name] / "identity").is_dir() for name in names):
-        make_local_identities(names, {name: directories[name] / "identity" for name in names})
-    placed = {}
-    for name in names:
-        site: dict[str, Any] = {
-            "out": str(directories[name]),
-            "identity": str(directories[name] / "identity"),
-            "log": str(run_dir / "logs" / f"{name}.log"),
-        }
-        role, _ = split_name(name)
-        # A party is told only of the files of its own role.
-        for key, owner in (("data", "hospital"), ("images", "hospital"), ("model", "model-owner"),
-                           ("privacy_ledger", "hospital")):  # fmt: skip
-            if role != owner:
-                site[key] = None
-        placed[name] = config.with_values(federation=federation, site=site)
-        directories[name].mkdir(parents=True, exist_ok=True)
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    return placed
 
 
 # ---- in the party's process --------------------------------------------------------------------------------------------
-
-
-def _end_with_launcher(pipe: Connection) -> None:
-    """The launcher never writes: the pipe becomes readable only when it is gone."""
-    while not pipe.poll(None):
-        pass
-    os._exit(ORPHANED)
-
-
-def set_up_log(path: Path | None) -> None:
-    """Send this process's log to a file, or to standard error."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    logging.basicConfig(
-        level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
-
-
-def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
-    """Run one party's program in this process until it ends. Raises what the program raises."""
-    log_refused_handshakes()
-    import torch
-
-    torch.set_num_threads(config.runtime.threads)
-    role, rank = split_name(name)
-    if role not in ROLES:
-        raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
-    log = logging.getLogger("mpc_fl")
-    log.info("%s starts (%s), process %d", name, config.task, os.getpid())
-    importlib.import_module(ROLES[role]).run(config, rank, notify, observer)
-    log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)
-
-
-def unforeseen(error: BaseException) -> MpcFlError:
-    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost."""
-    log = logging.getLogger("mpc_fl")
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in frames:
-        log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
-    log.error("unexpected %s", type(error).__name__)
-    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
-    return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
-
-
-def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
-    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
-    try:
-        run_party(name, config, notify)
-    except MpcFlError:
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        raise unforeseen(error) from None
-
-
-def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoReturn:
-    lock = threading.Lock()
-    threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
-
-    def tell(**event: Any) -> None:
-        try:
-            with lock:
-                pipe.send_bytes(json.dumps(event).encode())
-        except OSError:
-            os._exit(ORPHANED)
-
-    log = logging.getLogger("mpc_fl")
-    code = 0
-    try:
-        config = parse_config(values, f"configuration of {name}")
-        set_up_log(config.site.log)
-        run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
-        tell(finished=True)
-    except MpcFlError as error:
-        log.error("%s", error)
-        tell(error=str(error), peer=error.peer if isinstance(error, PeerLostError) else None, time=time.time())
-        code = error.exit_code
-    except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
-        tell(error=str(unforeseen(error)), peer=None, time=time.time())
-        code = MpcFlError.exit_code
-    logging.shutdown()
-    os._exit(code)  # threads of a lost link must not keep the process
 
 
 # ---- in the launcher ---------------------------------------------------------------------------------------------------

@@ -7,102 +7,35 @@ go on from there: checkpoints and the parties' keys.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.config.config import AGGREGATOR, Config, SiteSection, party_names
-from mpc_fl.learning.data.loading import Dataset, load_images, normalised
-from mpc_fl.inference.diagnosis import require_supported
-from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
-from mpc_fl.federation.hospital_round import predict
-from mpc_fl.files import read_json_lines, write_json, write_text
-from mpc_fl.crypto.certificates import ROOT_FILE
-from mpc_fl.apps.runs.launcher import Progress, launch, local_addresses, run_alone
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
 from mpc_fl.apps.report.page import write_report
+from mpc_fl.apps.runs.launcher import launch
+from mpc_fl.apps.runs.local_parties import local_addresses
+from mpc_fl.apps.runs.party_process import run_alone
+from mpc_fl.apps.runs.run_directory import _forget_identities, count_parameters, run_directory, versions
+from mpc_fl.audit.ledger_file import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
-from mpc_fl.inference.serving.client import asking_hospital, require_servable
+from mpc_fl.config.config import Config, party_names
+from mpc_fl.config.deployment import SiteSection
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
+from mpc_fl.files import read_json_lines, write_json, write_text
+from mpc_fl.inference.diagnosis import require_supported
+from mpc_fl.inference.serving.client import asking_hospital
+from mpc_fl.inference.serving.service_links import require_servable
+from mpc_fl.learning.data.dataset import Dataset, normalised
+from mpc_fl.learning.data.loading import load_images
+from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.progress import Progress
 
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
-_PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
-
-
-@contextlib.contextmanager
-def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
-    """Yield the working directory of a run that shall become `out`; with `resume` that of the run which failed or died.
-
-    Raises `ConfigError` when `out` exists: results are never overwritten; or when there is nothing to go on with.
-    """
-    try:
-        if out.exists() or out.is_symlink():
-            raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
-        partial, failed = (out.with_name(out.name + suffix) for suffix in (".partial", ".failed"))
-        if resume:
-            if not partial.exists() and _resumable(failed):
-                failed.rename(partial)
-            if not _resumable(partial):
-                raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
-        else:
-            partial.mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigError(f"{partial} exists", "another run is using it; remove it if that one is dead") from None
-    except OSError as error:
-        raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        _keep_logs(partial, failed)
-        raise
-
-
-def _resumable(directory: Path) -> bool:
-    """Whether a round of this run was completed: its aggregator has a checkpoint."""
-    return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))
-
-
-def _keep_logs(partial: Path, failed: Path) -> None:
-    """Logs and configuration, and what was revealed until then: each party's reveal ledger, with the certificate."""
-    shutil.rmtree(failed, ignore_errors=True)
-    logs = partial / "logs"
-    if _resumable(partial):
-        partial.rename(failed)
-        return
-    if logs.is_dir() and any(logs.iterdir()):
-        failed.mkdir(parents=True)
-        logs.rename(failed / "logs")
-        if (partial / "config.yaml").is_file():
-            (partial / "config.yaml").rename(failed / "config.yaml")
-        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE) for path in partial.rglob(name)]:
-            kept = failed / path.relative_to(partial)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(kept)
-        for path in [partial / ROOT_FILE, *partial.glob(f"parties/*/identity/{ROOT_FILE}")]:
-            if path.is_file():
-                path.replace(failed / ROOT_FILE)
-        # What a failed run released stays released: its privacy ledgers are kept.
-        for ledger in partial.glob("parties/*/*-privacy.json"):
-            ledger.rename(failed / ledger.name)
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
@@ -160,11 +93,6 @@ def train(config: Config, out: Path, command: str, progress: Progress, resume: b
         write_json(directory / "summary.json", summary)
         write_report(directory)
     return summary
-
-
-def count_parameters(path: Path, config: Config) -> int:
-    """Number of trainable parameters of a model file."""
-    return sum(parameter.numel() for parameter in load_model(path, config).parameters() if parameter.requires_grad)
 
 
 def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
@@ -288,17 +216,6 @@ def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], dir
         "classes_agree": bool((predicted == logits.argmax(1)).all()),
         "plaintext_seconds_per_image": round(seconds, 4),
     }
-
-
-def _forget_identities(config: Config, directory: Path) -> None:
-    """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
-    root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
-    write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
-    (directory / "session").unlink(missing_ok=True)
-    for name in party_names(config):
-        identity = directory / "parties" / name / "identity"
-        if identity.is_dir():
-            shutil.rmtree(identity)
 
 
 def report(run_dir: Path) -> Path:

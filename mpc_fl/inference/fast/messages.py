@@ -8,7 +8,7 @@ from typing import Any
 
 from mpc_fl.errors import ModelError, ProtocolError
 from mpc_fl.inference.fast import network as layers
-from mpc_fl.inference.fast.network import Layer, Network, Value
+from mpc_fl.inference.fast.network import Layer, Network, Reveal, Value
 
 _KINDS: dict[str, type[Layer]] = {
     kind.__name__: kind
@@ -82,3 +82,32 @@ def network_from(description: dict[str, Any]) -> Network:
         )
     except (KeyError, TypeError, ValueError, AttributeError, ModelError):
         raise ProtocolError("the description of the network is not valid", "run the same version everywhere") from None
+
+
+SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
+
+
+NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
+
+
+WEIGHTS = "masked weights"
+
+
+_LARGEST_BATCH = 1024
+
+
+def correction_tag(number: int) -> str:
+    """Tag of the corrections of batch `number`, which come in order of use."""
+    return f"correction {number}"
+
+
+def batch_from(message: dict[str, Any], expected: int) -> tuple[int, Reveal]:
+    """Records of an announced batch (0: the hospital is done) and what will be revealed. Raises `ProtocolError`."""
+    number, records, reveal = message.get("number"), message.get("records"), message.get("reveal")
+    if number != expected or type(records) is not int or not 0 <= records <= _LARGEST_BATCH:
+        raise ProtocolError("a batch was announced that does not follow the last", "run the same version everywhere")
+    if reveal == "logits":
+        return records, "logits"
+    if reveal == "label":
+        return records, "label"
+    raise ProtocolError("a batch was announced without what to reveal", "run the same version everywhere")

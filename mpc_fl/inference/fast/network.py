@@ -33,8 +33,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from mpc_fl.errors import ModelError
+import torch
+
+from mpc_fl.errors import HeadroomError, ModelError
 
 RING_BITS = 32
 NARROWEST, WIDEST_GATE = 8, 24  # widths of a comparison
@@ -251,3 +254,45 @@ def _windows(
             return None
         lengths.append((length + pads - window) // step + 1)
     return tuple(lengths)
+
+
+@dataclass(frozen=True, repr=False)
+class IntegerWeights:
+    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret."""
+
+    weights: Mapping[str, torch.Tensor]
+    biases: Mapping[str, torch.Tensor]
+
+
+def encode(network: Network, records: torch.Tensor) -> torch.Tensor:
+    """Float records (N, ...) as elements of the network's input, int32. Raises `HeadroomError` for NaN and infinity."""
+    value = network.values[network.input]
+    if tuple(records.shape[1:]) != value.shape:
+        raise HeadroomError(f"records have shape {tuple(records.shape[1:])}, not {value.shape}", "resize them")
+    scaled = torch.round(records.double() / value.scale)
+    if not bool((scaled.abs() < 1 << (RING_BITS - 1)).all()):  # false for NaN
+        raise HeadroomError("a record has values that are not finite or do not fit the ring", "check the image")
+    return scaled.to(torch.int32)
+
+
+Reveal = Literal["logits", "label"]
+
+
+def channels_last(shape: tuple[int, ...], records: int) -> tuple[int, ...]:
+    """(C, H, W) to (N, H, W, C), (F,) to (N, F)."""
+    return (records, *shape[1:], shape[0]) if len(shape) == 3 else (records, *shape)
+
+
+def label_bits(network: Network) -> tuple[int, int]:
+    """Width of a logit and of a class index that are compared together, to open the label alone.
+
+    Raises `ModelError` when they do not fit a comparison gate.
+    """
+    value = network.values[network.output]
+    index = max(1, (value.elements - 1).bit_length())
+    if value.bits + index > WIDEST_GATE:
+        raise ModelError(
+            f"logits of {value.bits} bits and {value.elements} classes do not fit a comparison of {WIDEST_GATE} bits",
+            f"truncate the logits to {WIDEST_GATE - index} bits, or set inference.reveal to logits",
+        )
+    return value.bits, index

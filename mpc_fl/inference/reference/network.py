@@ -35,8 +35,9 @@ from torch import nn
 from mpc_fl.errors import HeadroomError, ModelError, ProtocolError
 from mpc_fl.inference.graph.tracing import simplify, trace
 from mpc_fl.inference.reference import cost as inference_cost
-from mpc_fl.inference.reference.layers import Secret, encrypted_layer
-from mpc_fl.sharing.crypten_runtime import crypten
+from mpc_fl.inference.reference.approximations import Secret
+from mpc_fl.inference.reference.layers import encrypted_layer
+from mpc_fl.sharing.crypten_parts import crypten
 
 # Called before each layer runs: index from 1, number of layers, name.
 OnLayer = Callable[[int, int, str], None]

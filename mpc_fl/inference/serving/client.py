@@ -16,210 +16,42 @@ the hospital diagnoses; then only batches that were there when the diagnosis beg
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from mpc_fl.audit.reveal_ledger import Scalar
-from mpc_fl.config.config import DEALER, Config
-from mpc_fl.crypto.certificates import Identity, load_identity
-from mpc_fl.crypto.secrecy import Private
-from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, PoolError, RefusedError
-from mpc_fl.federation.feature_statistics import Normalisation
-from mpc_fl.federation.hospital_round import Notify
-from mpc_fl.inference.diagnosis import (
-    MODEL_OWNER,
-    Diagnosis,
-    answering_session,
-    as_the_model_takes_them,
+from mpc_fl.audit.opening_record import Record
+from mpc_fl.config.config import Config
+from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, RefusedError
+from mpc_fl.inference.fast.diagnosis import (
     asking_session,
-    calibrated,
     diagnose_batches,
     fill_with,
     pool_of,
-    require_supported,
 )
-from mpc_fl.inference.fast.network import Network
-from mpc_fl.inference.fast.preprocessing.dealer import deal
-from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
-from mpc_fl.inference.fast.quantization.lowering import IntegerWeights
-from mpc_fl.inference.serving.front import TASK, ServiceFront
-from mpc_fl.inference.serving.gate import Gate, SessionRate, Turns, UsageLedger, Visit, limits_of, service_digest
-from mpc_fl.learning.data.loading import Dataset
-from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
+from mpc_fl.inference.inputs import as_the_model_takes_them
+from mpc_fl.inference.results import Diagnosis
+from mpc_fl.inference.serving.front import TASK
+from mpc_fl.inference.serving.service_links import _REFUSED, _identity, require_servable, session_links
+from mpc_fl.inference.serving.visits import Visit, service_digest
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
-from mpc_fl.links.party_links import site_directory
-from mpc_fl.links.routes import routes
-from mpc_fl.sharing.opening import OpeningRecord, Record
+from mpc_fl.progress import Notify
+from mpc_fl.roles import DEALER, MODEL_OWNER
 
 log = logging.getLogger(__name__)
 
-_REFUSED = "refused"
 _LAST_WORD = 2.0  # seconds in which the reason of a refusal may arrive after the session has ended otherwise
 
 
 # ---- all -----------------------------------------------------------------------------------------------------------
 
 
-def require_servable(config: Config) -> None:
-    """Raise `ConfigError` unless the configuration can be served: the engine `fast`, on images."""
-    if config.inference.engine != "fast":
-        raise ConfigError("only the engine fast can be served", "set inference.engine=fast")
-
-
-def session_links(
-    identity: Identity,
-    config: Config,
-    hospital: str,
-    agreement: Agreement,
-    deadline: float,
-    observer: Observer | None = None,
-) -> Links:
-    """This party's links in a session of `hospital`: the hospital dials both others, the model owner the dealer.
-
-    Nothing is listened on: at model owner and dealer `ServiceFront` hands in who dials. Raises `ConfigError`.
-    """
-    addresses = {name: config.federation.addresses.get(name, "") for name in (DEALER, MODEL_OWNER)}
-    for name, address in addresses.items():
-        if not address and identity.name != name:
-            raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
-    peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
-    return Links(identity, None, peers, agreement, config.runtime.connect_timeout, deadline, observer)
-
-
-def _identity(config: Config, name: str) -> Identity:
-    if config.site.identity is None:
-        raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
-    return load_identity(config.site.identity, name)
-
-
-def _listen(config: Config, name: str) -> str:
-    listen = config.site.listen or config.federation.addresses.get(name)
-    if listen is None:
-        raise ConfigError(f"federation.addresses has no entry for {name}", "give host:port for every party that serves")
-    return listen
-
-
 # ---- model owner ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False)
-class ServedModel:
-    """What is alike in all sessions: the integer network, its weights, what inputs are normalised with."""
-
-    network: Network
-    weights: Private[IntegerWeights]
-    normalisation: Normalisation | None
-
-
-def served_model(config: Config) -> ServedModel:
-    """The model of `site.model` as integers. Raises `ConfigError`, `ModelError` or `HeadroomError`."""
-    if config.site.model is None:
-        raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")
-    require_servable(config)
-    model = load_model(config.site.model, config)
-    require_supported(config, model)
-    normalisation = load_normalisation(config.site.model, config)
-    calibration = calibrated(config, model, normalisation)
-    return ServedModel(calibration.network, calibration.weights, normalisation)
-
-
-class _OneByOne:
-    """An opening record that several sessions share."""
-
-    def __init__(self, record: Record) -> None:
-        self._record, self._guard = record, threading.Lock()
-
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Sequence[int],
-        to: Sequence[str],
-        among: Sequence[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> object:
-        with self._guard:
-            return self._record.append(what, why, shape, to, among, privacy)
-
-
-def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
-    """One session: as many batches as the hospital asks for and its limits allow, answered or stored in its pool."""
-    hospital, filling = visit.hospital, visit.purpose == "fill"
-    try:
-        if model.normalisation is not None and not filling:
-            links.send_tensor(hospital, "normalisation", model.normalisation.tensor())
-        with gate.session(), pool_of(config, OwnerPool, MODEL_OWNER, hospital, filling) as pool:
-            if pool is not None and not filling and not _fits(pool, model):
-                pool = None
-            answering_session(config, model, links, hospital, record, pool, gate).serve()
-    except RefusedError as error:
-        links.send_object(hospital, _REFUSED, {"why": str(error)})
-        raise
-
-
-def _fits(pool: OwnerPool, model: ServedModel) -> bool:
-    """Whether a hospital's pool was filled for this model. If not, it is served by the dealer, and the log says why."""
-    try:
-        pool.offer(model.network, model.weights.inside_protocol())
-    except PoolError as error:
-        log.warning("the dealer is asked: %s", error)
-        return False
-    return True
-
-
-def serve_model(config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None) -> None:
-    """The model owner: serve hospitals until `until` returns or raises. Raises `MpcFlError` for what prevents a start."""
-    identity, out, listen = _identity(config, MODEL_OWNER), site_directory(config), _listen(config, MODEL_OWNER)
-    model, serving = served_model(config), config.serving
-    notify("load model", 1, 1)
-    usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
-    record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
-
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
-        if visit.purpose == "diagnose":
-            usage.require(visit.hospital)
-        elif config.site.pool is None:
-            raise RefusedError("this model owner keeps no pools", "ask it to set site.pool")
-        return session_links(identity, config, visit.hospital, agreement, serving.deadline, observer)
-
-    def serve(links: Links, visit: Visit) -> None:
-        gate = Gate(visit, turns, usage, serving.pool_batches, links.require_all)
-        answer_hospital(config, model, links, visit, gate, record)
-
-    digest, rate = service_digest(config), SessionRate(serving.sessions_per_minute)
-    try:
-        with ServiceFront(identity, listen, digest, set(), serving.sessions, rate, make_links, serve):
-            notify("serving", 1, 1)
-            until()
-    finally:
-        usage.close()
-
-
 # ---- dealer --------------------------------------------------------------------------------------------------------
-
-
-def serve_correlations(
-    config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None
-) -> None:
-    """The dealer: deal in every session of a hospital with the model owner until `until` returns or raises."""
-    require_servable(config)
-    identity, listen = _identity(config, DEALER), _listen(config, DEALER)
-
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
-        return session_links(identity, config, visit.hospital, agreement, config.runtime.receive_timeout, observer)
-
-    def serve(links: Links, visit: Visit) -> None:
-        deal(links, visit.hospital, MODEL_OWNER)
-
-    digest, sessions = service_digest(config), config.serving.sessions
-    rate = SessionRate(config.serving.sessions_per_minute)
-    with ServiceFront(identity, listen, digest, {MODEL_OWNER}, sessions, rate, make_links, serve):
-        notify("serving", 1, 1)
-        until()
 
 
 # ---- hospital ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
-from mpc_fl.inference.serving.gate import SessionRate, Visit
+from mpc_fl.inference.serving.quota import SessionRate
+from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.links.frames import FrameReader
 from mpc_fl.links.grpc_streams import Conversation, StreamServer
 from mpc_fl.links.handshake import Agreement, check_greeting

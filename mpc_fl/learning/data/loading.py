@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.federation.feature_statistics import Normalisation
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.learning.data.phantoms import make_phantoms
@@ -22,41 +21,6 @@ from mpc_fl.learning.data.tables import Records, read_breast_cancer, read_csv, r
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
-    record int64 (N,) from 0, names of the records, and how many files were unreadable and left out."""
-
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    patients: torch.Tensor
-    names: tuple[str, ...]
-    skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @cached_property
-    def records_of_patient(self) -> tuple[torch.Tensor, ...]:
-        """Row numbers of each patient's records."""
-        rows: list[list[int]] = [[] for _ in range(self.patient_count)]
-        for row, patient in enumerate(self.patients.tolist()):
-            rows[patient].append(row)
-        return tuple(torch.tensor(item, dtype=torch.int64) for item in rows)
-
-    @cached_property
-    def patient_count(self) -> int:
-        """Number of patients."""
-        return int(self.patients.max()) + 1 if len(self.patients) else 0
-
-
-def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset:
-    """The same records with normalised inputs; unchanged without a normalisation. Raises `DataError` if it does not fit."""
-    if normalisation is None:
-        return dataset
-    return replace(dataset, inputs=normalisation.apply(dataset.inputs))
 
 
 @dataclass(frozen=True)

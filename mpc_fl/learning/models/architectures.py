@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from mpc_fl import compatibility
@@ -32,9 +30,9 @@ from mpc_fl.errors import ModelError
 compatibility.prepare()
 import torchvision.models  # noqa: E402  (after the operators it needs are defined)
 
+from mpc_fl.learning.models.batch_norm import freeze_normalisation, with_group_norm  # noqa: E402
+
 OWN_ARCHITECTURES = ("small_cnn", "mlp")
-_CALIBRATION_CHUNK = 64
-_NORMALISATION = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _RANDOM_FILLS = frozenset(
     {
         "uniform_",
@@ -63,22 +61,6 @@ class _DrawFrom(TorchFunctionMode):
         if getattr(function, "__name__", "") in _RANDOM_FILLS and values.get("generator") is None:
             values["generator"] = self._generator
         return function(*args, **values)
-
-
-class FrozenBatchNorm1d(nn.BatchNorm1d):
-    """BatchNorm whose statistics never change: `.train()` leaves it in evaluation mode. Weight and bias are trained."""
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm1d:
-        super().train(False)
-        return self
-
-
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics never change: `.train()` leaves it in evaluation mode. Weight and bias are trained."""
-
-    def train(self, mode: bool = True) -> FrozenBatchNorm2d:
-        super().train(False)
-        return self
 
 
 def small_cnn(input_shape: tuple[int, ...], classes: int) -> nn.Sequential:
@@ -168,152 +150,3 @@ def build_model(config: Config, input_shape: tuple[int, ...], seed: int) -> nn.M
     if config.model.normalisation == "group":
         return with_group_norm(model).eval()
     return freeze_normalisation(model).eval()
-
-
-def _replace_batchnorm(model: nn.Module, replacement: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
-    if isinstance(model, _BatchNorm):
-        return replacement(model)
-    for name, child in list(model.named_children()):
-        setattr(model, name, _replace_batchnorm(child, replacement))
-    return model
-
-
-def _frozen(layer: _BatchNorm) -> nn.Module:
-    if isinstance(layer, (FrozenBatchNorm1d, FrozenBatchNorm2d)):
-        return layer
-    if isinstance(layer, nn.BatchNorm2d):
-        kind: type[_BatchNorm] = FrozenBatchNorm2d
-    elif isinstance(layer, nn.BatchNorm1d):
-        kind = FrozenBatchNorm1d
-    else:
-        raise ModelError(f"{type(layer).__name__} cannot be frozen", "set model.normalisation=group")
-    if not layer.track_running_stats:
-        raise ModelError("a BatchNorm layer keeps no statistics that could be frozen", "set model.normalisation=group")
-    frozen = kind(layer.num_features, eps=layer.eps, momentum=layer.momentum, affine=layer.affine)
-    frozen.load_state_dict(layer.state_dict())
-    return frozen.eval()
-
-
-def _grouped(layer: _BatchNorm) -> nn.Module:
-    channels = layer.num_features
-    # At most 32 groups of at least 4 channels: one channel per group would be instance normalisation.
-    groups = max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0)
-    grouped = nn.GroupNorm(groups, channels, eps=layer.eps, affine=layer.affine)
-    if layer.affine:
-        grouped.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    return grouped
-
-
-def freeze_normalisation(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm by its frozen counterpart, in place, and return the network.
-
-    Weights, biases and statistics are kept, names and order of parameters too. `.train()` does not unfreeze it.
-    Raises `ModelError` for layers without running statistics.
-    """
-    return _replace_batchnorm(model, _frozen)
-
-
-def with_group_norm(model: nn.Module) -> nn.Module:
-    """Replace every BatchNorm by GroupNorm with the same weight and bias, in place, and return the network."""
-    return _replace_batchnorm(model, _grouped)
-
-
-def calibrate_batchnorm(model: nn.Module, inputs: torch.Tensor) -> None:
-    """Measure the statistics of every BatchNorm on public `inputs`, float32 (N, ...) with N >= 2, and keep them.
-
-    The statistics are plain averages over chunks of 64 inputs. They are buffers, not parameters: no update carries
-    them, so all parties must calibrate on the same public inputs. Never call this with patients' data: nothing is
-    clipped and no noise is added (`strategies.calibrate_own` says when a hospital may after all). Raises
-    `ModelError` for fewer than two inputs.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    if not layers:
-        return
-    if len(inputs) < 2:
-        raise ModelError("BatchNorm cannot be calibrated on fewer than two inputs", "pass more public images")
-    modes = {module: module.training for module in model.modules()}
-    momenta = [layer.momentum for layer in layers]
-    model.eval()  # no dropout while measuring
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-        layer.training = True
-    with torch.no_grad():
-        # Equal chunks, none of a single input.
-        for chunk in inputs.chunk(max(1, len(inputs) // _CALIBRATION_CHUNK)):
-            model(chunk)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    for module, mode in modes.items():
-        module.training = mode
-
-
-def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that training changes, in the order of the flat vector."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def flatten_parameters(model: nn.Module) -> torch.Tensor:
-    """A copy of all P trainable parameters, float32 (P,)."""
-    pieces = [parameter.detach().reshape(-1).to(torch.float32) for _, parameter in trainable_parameters(model)]
-    return torch.cat(pieces) if pieces else torch.empty(0)
-
-
-def load_flat_parameters(model: nn.Module, flat: torch.Tensor) -> None:
-    """Overwrite all P trainable parameters with float32 (P,). Raises `ModelError` if the sizes differ."""
-    parameters = trainable_parameters(model)
-    count = sum(parameter.numel() for _, parameter in parameters)
-    if flat.dim() != 1 or flat.numel() != count:
-        raise ModelError(
-            f"the parameters have shape {tuple(flat.shape)}, the model needs ({count},)",
-            "use a model file of the same architecture and classes",
-        )
-    start = 0
-    with torch.no_grad():
-        for _, parameter in parameters:
-            piece = flat[start : start + parameter.numel()]
-            parameter.copy_(piece.reshape(parameter.shape))
-            start += parameter.numel()
-
-
-def _normalisation_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, _NORMALISATION)]
-
-
-def shared_coordinates(model: nn.Module, local_normalisation: bool) -> torch.Tensor:
-    """Which of the P coordinates of `flatten_parameters` all hospitals share, bool (P,).
-
-    All of them, or with `local_normalisation` all but scale and shift of normalisation layers (BatchNorm, frozen or not,
-    GroupNorm, LayerNorm). Raises `ModelError` when a network without trainable normalisation shall keep it local.
-    """
-    own: set[int] = set()
-    if local_normalisation:
-        own = {id(value) for _, layer in _normalisation_layers(model) for value in layer.parameters(recurse=False)}
-    parameters = [parameter for _, parameter in trainable_parameters(model)]
-    if local_normalisation and not any(id(parameter) in own for parameter in parameters):
-        raise ModelError("the network has no normalisation layer to train", "set training.local_normalisation to false")
-    pieces = [torch.full((parameter.numel(),), id(parameter) not in own) for parameter in parameters]
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.bool)
-
-
-def normalisation_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all parameters and statistics of normalisation layers, by their names in the `state_dict`."""
-    return {
-        f"{path}.{name}" if path else name: value.detach().clone()
-        for path, layer in _normalisation_layers(model)
-        for name, value in layer.state_dict().items()
-    }
-
-
-def load_normalisation_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Inverse of `normalisation_state`, into a network of the same structure. Raises `ModelError` for another one."""
-    names = normalisation_state(model).keys()
-    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in names}
-    forms = {name: (value.dtype, value.shape) for name, value in own.items()}
-    if forms != {name: (value.dtype, value.shape) for name, value in state.items()}:
-        raise ModelError(
-            "the normalisation layers do not fit the network", "use a file of the same architecture and normalisation"
-        )
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(state[name])

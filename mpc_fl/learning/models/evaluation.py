@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpc_fl.errors import HeadroomError, ProtocolError
 
@@ -257,3 +258,14 @@ def decode_evaluation(total: torch.Tensor, classes: int) -> Evaluation:
     if int(total.min()) < 0 or not same or not right_too:
         raise ProtocolError("the opened evaluation contradicts itself", "a hospital does not follow the protocol")
     return evaluation
+
+
+EVALUATION_CHUNK = 64
+
+
+@torch.no_grad()
+def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = EVALUATION_CHUNK) -> torch.Tensor:
+    """Logits of a model in evaluation mode, float32 (records, classes)."""
+    model.eval()
+    pieces = [model(inputs[start : start + chunk]) for start in range(0, len(inputs), chunk)]
+    return torch.cat(pieces) if pieces else torch.zeros(0, 1)

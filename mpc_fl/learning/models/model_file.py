@@ -19,8 +19,8 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError, ModelError
-from mpc_fl.federation.feature_statistics import Normalisation
 from mpc_fl.files import written_whole
+from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.architectures import build_model
 
 _FORMAT = "mpc-fl model 1"
@@ -144,18 +144,3 @@ def _shown(key: str, value: Any) -> str:
     if key == "classes" and isinstance(value, list):
         return f"{len(value)} classes {text}"
     return f"{key.replace('_', ' ')} {text}"
-
-
-def flatten_buffers(model: nn.Module) -> torch.Tensor:
-    """All floating-point buffers (frozen normalisation statistics) in one float32 vector."""
-    pieces = [buffer.reshape(-1).float() for buffer in model.buffers() if buffer.is_floating_point()]
-    return torch.cat(pieces) if pieces else torch.zeros(0)
-
-
-def load_flat_buffers(model: nn.Module, flat: torch.Tensor) -> None:
-    """Inverse of `flatten_buffers`; the caller has checked the length."""
-    start = 0
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(flat[start : start + buffer.numel()].reshape(buffer.shape))
-            start += buffer.numel()

@@ -18,21 +18,20 @@ Sampling, noise and the step itself stay in the hospital's own process.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from mpc_fl.config.config import Config
-from mpc_fl.crypto.stream_cipher import Seed, Stream
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
-from mpc_fl.learning.data.patient_records import PatientRecords
-from mpc_fl.learning.models.architectures import flatten_parameters, trainable_parameters
+from mpc_fl.learning.data.dataset import PatientRecords
+from mpc_fl.learning.models.parameters import flatten_parameters, trainable_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer, add_proximal_term
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
     choose_per_sample_method,
@@ -41,8 +40,7 @@ from mpc_fl.learning.training.per_sample_gradients import (
     working_copy,
 )
 from mpc_fl.learning.training.process_group import TrainingGroup
-
-_GAUSSIANS_PER_VALUE = 4
+from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
 
 
 @dataclass(frozen=True)
@@ -59,112 +57,6 @@ class LocalRound:
     clipped_fraction: float
     method: str
     seconds: float
-
-
-def gaussian_noise(stream: Stream, shape: Sequence[int]) -> torch.Tensor:
-    """Standard normal float64 noise of this shape.
-
-    Each value is the sum of four independent draws, halved: the gaps between the floating-point values one Box-Muller
-    draw can take would betray the sum underneath (Mironov, CCS 2012), inverting four takes 2^159 trials (Holohan and
-    Braghin, ESORICS 2021, section 5.1, as in Opacus's secure mode). About 0.1 s per million values.
-    """
-    total = stream.gaussian(shape)
-    for _ in range(_GAUSSIANS_PER_VALUE - 1):
-        total += stream.gaussian(shape)
-    return total / _GAUSSIANS_PER_VALUE**0.5
-
-
-class StreamNoiseOptimizer(DPOptimizer):
-    """Opacus's DP-SGD optimizer with the project's noise, for gradients that are already clipped and summed.
-
-    `accumulate` hands over a clipped sum; `step` adds noise of standard deviation `noise_multiplier * clipping_norm`
-    (float64, one stream per parameter), divides by `expected_batch_size`, and steps. `noise_stream(index)` must
-    give a fresh stream for every step and parameter. A sum is used once.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        noise_multiplier: float,
-        clipping_norm: float,
-        expected_batch_size: float,
-        noise_stream: Callable[[int], Stream],
-    ) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=clipping_norm,
-            expected_batch_size=expected_batch_size,
-        )
-        self._noise_stream = noise_stream
-
-    def accumulate(self, sums: Sequence[torch.Tensor]) -> None:
-        """Take the clipped sum of this step, one tensor per parameter."""
-        for parameter, total in zip(self.params, sums, strict=True):
-            parameter.summed_grad = total
-
-    @property
-    def grad_samples(self) -> list[torch.Tensor]:
-        """Opacus asks whether there is anything to do; the per-sample gradients themselves are gone by now."""
-        return [parameter.summed_grad for parameter in self.params]
-
-    @property
-    def accumulated_iterations(self) -> int:
-        """One clipped sum per step."""
-        return 1
-
-    def clip_and_accumulate(self) -> None:
-        """Done by `clipped_sum`."""
-
-    def add_noise(self) -> None:
-        """p.grad = clipped sum + noise, added in float64 before the one rounding to float32."""
-        scale = self.noise_multiplier * self.max_grad_norm
-        for index, parameter in enumerate(self.params):
-            if parameter.summed_grad is None:
-                raise PrivacyBudgetError("a step without a clipped sum", "call accumulate before every step")
-            noise = gaussian_noise(self._noise_stream(index), parameter.shape)
-            parameter.grad = (parameter.summed_grad.double() + scale * noise).to(parameter.dtype)
-            parameter.summed_grad = None
-
-
-def add_proximal_term(optimizer: torch.optim.Optimizer, coefficient: float) -> None:
-    """Let every step of `optimizer` from now on add coefficient * (w - w_0), w_0 the parameters as they are now.
-
-    The term joins `.grad` immediately before the step, after whatever made that gradient. A parameter without gradient
-    is not stepped and gets none.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    start = [parameter.detach().clone() for parameter in parameters]
-
-    def pull_back(*_: object) -> None:
-        with torch.no_grad():
-            for parameter, origin in zip(parameters, start, strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter - origin, alpha=coefficient)
-
-    optimizer.register_step_pre_hook(pull_back)
-
-
-def sampling_seed_of(seed: Seed | int | None) -> Seed:
-    """A `Seed` as it is, a fresh one for None; from a number one for simulation, the same for the same number."""
-    if isinstance(seed, Seed):
-        return seed
-    if seed is None:
-        return Seed.from_system()
-    return Seed(hashlib.sha256(b"mpc-fl simulated sampling order" + str(seed).encode()).digest())
-
-
-def sample_patients(records_of_patient: Sequence[torch.Tensor], sample_rate: float, stream: Stream) -> torch.Tensor:
-    """Poisson sampling: each patient independently with `sample_rate`, one record of each at random. int64 (batch,)."""
-    patients = len(records_of_patient)
-    chosen = stream.uniform(patients) <= sample_rate
-    position = stream.uniform(patients)
-    rows = []
-    for patient in chosen.nonzero()[0]:
-        records = records_of_patient[int(patient)]
-        rows.append(int(records[min(len(records) - 1, int(position[patient] * len(records)))]))
-    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _check(data: PatientRecords, sample_rate: float) -> None:
@@ -184,11 +76,6 @@ def _mean_gradient(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor)
     value = sum_cross_entropy(model(inputs), labels)
     (value / len(inputs)).backward()
     return float(value.detach())
-
-
-def sampling_rate(config: Config, patients: int) -> float:
-    """Probability with which a step takes a patient: `training.batch_size` / patients, at most 1."""
-    return min(1.0, config.training.batch_size / patients)
 
 
 def train_locally(

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpc_fl.errors import MpcFlError
-from mpc_fl.learning.models.architectures import flatten_parameters, load_flat_parameters
+from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.training.per_sample_gradients import Method, clipped_sum, sum_cross_entropy, working_copy
 
 _LOOPBACK = "127.0.0.1"

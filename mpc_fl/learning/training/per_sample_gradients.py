@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import trainable_parameters
+from mpc_fl.learning.models.parameters import trainable_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients
 

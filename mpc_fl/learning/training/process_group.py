@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import MpcFlError
-from mpc_fl.learning.models.architectures import flatten_parameters
+from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.training.group_process import averaging, join_group, obey_commands, shared_gradient, tell
 from mpc_fl.learning.training.per_sample_gradients import ClippedSum, Method, clipped_sum, sum_cross_entropy
 

@@ -21,22 +21,18 @@ no noise: `calibrate_own` does that without differential privacy only, else they
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.architectures import calibrate_batchnorm
 
 _ADAPTIVE_LEARNING_RATE = 0.03
 _MOMENTUM = 0.9
 _SECOND_MOMENT_DECAY = 0.99  # Reddi et al., section 5.1
 _ADAPTIVITY = 1e-3
-_CALIBRATION_RECORDS = 256
 
 
 class ServerOptimizer(Protocol):
@@ -168,30 +164,3 @@ def _check_state(state: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> N
             "the state of the server optimizer is not that of this strategy",
             "resume with the training.strategy, server_momentum and architecture of the checkpoint",
         )
-
-
-def join_parts(shared: torch.Tensor, own: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-    """All P parameters of a hospital, float32 (P,): the global ones where `coordinates` (bool (P,)) says so, its own
-    elsewhere.
-
-    `shared` is what the aggregator sent, float32 (S,) with S coordinates set; `own` is float32 (P,), the hospital's
-    parameters after training, of which only the other P - S count. Raises `ValueError` for other sizes.
-    """
-    if own.shape != coordinates.shape or shared.shape != (int(coordinates.sum()),):
-        raise ValueError("shared and own parameters do not make up the network")
-    joined = own.clone()
-    joined[coordinates] = shared
-    return joined
-
-
-def calibrate_own(model: nn.Module, inputs: torch.Tensor, config: Config) -> None:
-    """Measure frozen BatchNorm statistics on a hospital's own training inputs, float32 (N, ...), where FedBN does.
-
-    That is with `training.local_normalisation` and without differential privacy; else nothing happens. To be called
-    whenever the shared parameters have changed, before evaluation and training: the statistics belong to the weights.
-    256 inputs are used, evenly from all of them, which may be ordered by class.
-    """
-    if not config.training.local_normalisation or config.privacy.mechanism != "none":
-        return
-    if config.model.normalisation == "frozen" and len(inputs) >= 2:
-        calibrate_batchnorm(model, inputs[:: math.ceil(len(inputs) / _CALIBRATION_RECORDS)])

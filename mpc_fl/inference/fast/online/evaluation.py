@@ -41,16 +41,11 @@ from mpc_fl.inference.fast.network import (
     Network,
     ReLU,
     SignExtend,
-)
-from mpc_fl.inference.fast.online.comparison import compare
-from mpc_fl.inference.fast.preprocessing.correlations import (
-    ClientCorrelations,
-    OneTime,
-    OwnerCorrelations,
     channels_last,
     label_bits,
-    level_name,
 )
+from mpc_fl.inference.fast.online.comparison import compare
+from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, OneTime, OwnerCorrelations, level_name
 from mpc_fl.inference.fast.preprocessing.cost import Chain
 from mpc_fl.inference.fast.preprocessing.gate_correlation import GateMaterial
 from mpc_fl.links.links import Links

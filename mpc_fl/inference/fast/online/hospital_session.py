@@ -31,7 +31,8 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import LinearMap, linear_maps
-from mpc_fl.inference.fast.messages import network_from
+from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS, network_from
+from mpc_fl.inference.fast.network import Reveal, encode, label_bits
 from mpc_fl.inference.fast.online.evaluation import (
     ClientEvaluation,
     OnTruncation,
@@ -39,16 +40,9 @@ from mpc_fl.inference.fast.online.evaluation import (
     client_evaluation,
 )
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
-from mpc_fl.inference.fast.preprocessing.correlations import (
-    ClientCorrelations,
-    Reveal,
-    client_correlations,
-    label_bits,
-    program_of,
-)
-from mpc_fl.inference.fast.preprocessing.dealer import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS
-from mpc_fl.inference.fast.preprocessing.party_pools import FIRST_NUMBER, POOL, HospitalPool, Place
-from mpc_fl.inference.fast.quantization.emulation import encode
+from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
+from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, client_correlations, program_of
+from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.sharing.opening import SecretDomain
 
 

@@ -13,23 +13,7 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
-from mpc_fl.inference.fast.messages import describe
-from mpc_fl.inference.fast.network import Network
-from mpc_fl.inference.fast.online.evaluation import (
-    OnTruncation,
-    empty_share,
-    owner_evaluation,
-)
-from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
-from mpc_fl.inference.fast.preprocessing.correlations import (
-    OwnerCorrelations,
-    Product,
-    Program,
-    Reveal,
-    owner_correlations,
-    program_of,
-)
-from mpc_fl.inference.fast.preprocessing.dealer import (
+from mpc_fl.inference.fast.messages import (
     BATCH,
     MASK_SEED,
     NETWORK,
@@ -39,9 +23,24 @@ from mpc_fl.inference.fast.preprocessing.dealer import (
     WEIGHTS,
     batch_from,
     correction_tag,
+    describe,
 )
-from mpc_fl.inference.fast.preprocessing.party_pools import FIRST_NUMBER, OwnerPool, Place
-from mpc_fl.inference.fast.quantization.lowering import IntegerWeights
+from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
+from mpc_fl.inference.fast.online.evaluation import (
+    OnTruncation,
+    empty_share,
+    owner_evaluation,
+)
+from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
+from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, Place
+from mpc_fl.inference.fast.preprocessing.correlations import (
+    OwnerCorrelations,
+    Product,
+    Program,
+    owner_correlations,
+    program_of,
+)
+from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool
 from mpc_fl.sharing.opening import SecretDomain
 
 

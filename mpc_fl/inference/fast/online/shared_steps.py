@@ -11,9 +11,8 @@ import torch
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.errors import MpcFlError
-from mpc_fl.inference.fast.network import RING_BITS, Network
+from mpc_fl.inference.fast.network import RING_BITS, Network, Reveal, label_bits
 from mpc_fl.inference.fast.online.evaluation import aligned_elements
-from mpc_fl.inference.fast.preprocessing.correlations import Reveal, label_bits
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain, open_to
 

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ModelError, SecrecyError
+from mpc_fl.errors import SecrecyError
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_client
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
-from mpc_fl.inference.fast.network import WIDEST_GATE, MaxPool, Network, ReLU, SignExtend
+from mpc_fl.inference.fast.network import MaxPool, Network, ReLU, Reveal, SignExtend, channels_last, label_bits
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     Gate,
     GateMaterial,
@@ -33,7 +33,6 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     correction_of,
 )
 
-Reveal = Literal["logits", "label"]
 T = TypeVar("T")
 _ALIGNMENT = 64
 
@@ -68,26 +67,6 @@ class Program:
     def stored_bytes(self) -> int:
         """Bytes of the corrections in one buffer, see `split_corrections`."""
         return sum(_aligned(piece.correction_bytes) for piece in self.pieces.values())
-
-
-def channels_last(shape: tuple[int, ...], records: int) -> tuple[int, ...]:
-    """(C, H, W) to (N, H, W, C), (F,) to (N, F)."""
-    return (records, *shape[1:], shape[0]) if len(shape) == 3 else (records, *shape)
-
-
-def label_bits(network: Network) -> tuple[int, int]:
-    """Width of a logit and of a class index that are compared together, to open the label alone.
-
-    Raises `ModelError` when they do not fit a comparison gate.
-    """
-    value = network.values[network.output]
-    index = max(1, (value.elements - 1).bit_length())
-    if value.bits + index > WIDEST_GATE:
-        raise ModelError(
-            f"logits of {value.bits} bits and {value.elements} classes do not fit a comparison of {WIDEST_GATE} bits",
-            f"truncate the logits to {WIDEST_GATE - index} bits, or set inference.reveal to logits",
-        )
-    return value.bits, index
 
 
 def program_of(network: Network, records: int, reveal: Reveal) -> Program:

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from mpc_fl.inference.fast.kernels.bit_planes import packed_bytes
-from mpc_fl.inference.fast.network import Network
-from mpc_fl.inference.fast.preprocessing.correlations import Program, Reveal, level_name, program_of
+from mpc_fl.inference.fast.network import Network, Reveal
+from mpc_fl.inference.fast.preprocessing.correlations import Program, level_name, program_of
 from mpc_fl.inference.fast.preprocessing.gate_correlation import Gate
 
 _OPENINGS = 3  # of a gate

@@ -6,38 +6,14 @@ weights, and knows all masks: it must not collude with either party, and must no
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
-from mpc_fl.inference.fast.messages import network_from
-from mpc_fl.inference.fast.preprocessing.correlations import Reveal, corrections_of, program_of
+from mpc_fl.inference.fast.messages import BATCH, MASK_SEED, NETWORK, SEED, batch_from, correction_tag, network_from
+from mpc_fl.inference.fast.preprocessing.correlations import corrections_of, program_of
 from mpc_fl.links.links import Links
-
-SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
-NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
-WEIGHTS = "masked weights"
-_LARGEST_BATCH = 1024
-
-
-def correction_tag(number: int) -> str:
-    """Tag of the corrections of batch `number`, which come in order of use."""
-    return f"correction {number}"
-
-
-def batch_from(message: dict[str, Any], expected: int) -> tuple[int, Reveal]:
-    """Records of an announced batch (0: the hospital is done) and what will be revealed. Raises `ProtocolError`."""
-    number, records, reveal = message.get("number"), message.get("records"), message.get("reveal")
-    if number != expected or type(records) is not int or not 0 <= records <= _LARGEST_BATCH:
-        raise ProtocolError("a batch was announced that does not follow the last", "run the same version everywhere")
-    if reveal == "logits":
-        return records, "logits"
-    if reveal == "label":
-        return records, "label"
-    raise ProtocolError("a batch was announced without what to reveal", "run the same version everywhere")
 
 
 def deal(links: Links, hospital: str, owner: str) -> int:

@@ -31,7 +31,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,52 +40,26 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, ProtocolError
 from mpc_fl.inference.fast.messages import describe
-from mpc_fl.inference.fast.network import Network
+from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
+from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
     ClientCorrelations,
     OwnerCorrelations,
     Product,
     Program,
-    Reveal,
     client_correlations,
     owner_correlations,
     program_of,
     split_corrections,
 )
-from mpc_fl.inference.fast.preprocessing.pool import TAG_BYTES, Pool, Purpose, Terms, create_pool, is_pool, open_pool
-from mpc_fl.inference.fast.quantization.lowering import IntegerWeights
+from mpc_fl.inference.fast.preprocessing.pool import Pool, Purpose, Terms, create_pool, is_pool, open_pool
+from mpc_fl.inference.fast.preprocessing.sealed_file import TAG_BYTES
 from mpc_fl.links.links import Links
 
-POOL = "pool"
-# Batches of a pool are numbered from here in messages, those of the dealer from 0.
-FIRST_NUMBER = 1 << 32
-_MOST = 1 << 20  # batches that a pool ever holds
 _HEAD = 64  # bytes before the words of a record: its seed, and zeros
 
 P = TypeVar("P", bound="_PartyPool")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A batch in both pools: its number, and the tag that both halves have in common."""
-
-    number: int
-    tag: str
-
-    def message(self) -> dict[str, Any]:
-        """As part of a message."""
-        return {"place": self.number, "tag": self.tag}
-
-    @classmethod
-    def from_message(cls, message: Mapping[str, Any]) -> Place:
-        """Raises `ProtocolError` for anything else."""
-        number, tag = message.get("place"), message.get("tag")
-        if type(number) is not int or not 0 <= number <= _MOST or not isinstance(tag, str):
-            raise ProtocolError("a batch of a pool was announced without its place", "run the same version everywhere")
-        if len(tag) != 2 * TAG_BYTES or not set(tag) <= set("0123456789abcdef"):
-            raise ProtocolError("a batch of a pool was announced without its tag", "run the same version everywhere")
-        return cls(number, tag)
 
 
 class _PartyPool:

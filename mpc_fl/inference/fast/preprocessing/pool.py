@@ -33,28 +33,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import MpcFlError, PoolError, SecrecyError
-from mpc_fl.files import written_whole
+from mpc_fl.errors import PoolError, SecrecyError
+from mpc_fl.files import _sync, _sync_directory, written_whole
+from mpc_fl.inference.fast.preprocessing.sealed_file import _MAGIC, _SALT_BYTES, TAG_BYTES, _readable, _seal, _unseal
 
 Purpose = Literal["use", "fill"]
 KEYS, MODEL, RECORD = "keys", "model", ".record"
-TAG_BYTES = 16
-_MAGIC = b"mpc-fl pool 1\n"
-_SALT_BYTES = 16
-_SEGMENT = 1 << 22
-_MAC_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -289,75 +281,6 @@ def _read_keys(directory: Path) -> tuple[Terms, _Keys]:
 # ---- sealed files ------------------------------------------------------------------------------------------------------
 
 
-def _segments(size: int) -> Iterator[tuple[slice, bytes]]:
-    """Where each segment of a content lies, and its nonce."""
-    count = max(1, -(-size // _SEGMENT))
-    for index in range(count):
-        last = index == count - 1
-        yield slice(index * _SEGMENT, min(size, (index + 1) * _SEGMENT)), index.to_bytes(11, "little") + bytes([last])
-
-
-def _file_key(key: Seed, salt: bytes) -> AESGCM:
-    return AESGCM(key.derive("file", salt.hex()).reveal_for_transport())
-
-
-def _seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray) -> None:
-    """Write a sealed file, to the disk, whole or not at all."""
-    salt = os.urandom(_SALT_BYTES)
-    header = _MAGIC + salt + tag
-    cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
-    with written_whole(path, 0o600) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for piece, nonce in _segments(len(buffer)):
-            file.write(cipher.encrypt(nonce, buffer[piece], header + context))
-        _sync(file)
-
-
-def _unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
-    """Tag and content of a sealed file."""
-    with _readable(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size - len(_MAGIC) - _SALT_BYTES - TAG_BYTES
-        segments = max(1, -(-size // (_SEGMENT + _MAC_BYTES)))
-        size -= segments * _MAC_BYTES
-        header = file.read(len(_MAGIC) + _SALT_BYTES + TAG_BYTES)
-        if size < 0 or not header.startswith(_MAGIC):
-            raise PoolError(f"{path} is no file of a pool, or was cut off", "remove it")
-        salt, tag = header[len(_MAGIC) : -TAG_BYTES], header[-TAG_BYTES:]
-        cipher, content = _file_key(key, salt), np.empty(size, dtype=np.uint8)
-        try:
-            for piece, nonce in _segments(size):
-                sealed = file.read(piece.stop - piece.start + _MAC_BYTES)
-                opened = cipher.decrypt(nonce, sealed, header + context)
-                content[piece] = np.frombuffer(opened, dtype=np.uint8)
-        except (InvalidTag, ValueError):
-            raise PoolError(f"{path} was changed, cut off, or belongs to another pool", "remove it") from None
-    return tag, content
-
-
 def _numbers(directory: Path) -> list[int]:
     names = [path.name.removesuffix(RECORD) for path in directory.glob(f"*{RECORD}")]
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PoolError(f"cannot read {path}: {error.strerror}", "check the pool's directory") from None
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """A rename is on the disk only when its directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise MpcFlError(f"cannot write {directory}: {error.strerror}", "check the disk") from None
-    finally:
-        os.close(descriptor)

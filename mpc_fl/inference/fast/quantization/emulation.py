@@ -13,34 +13,22 @@ import torch
 from torch.nn import functional
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import HeadroomError
 from mpc_fl.inference.fast.kernels.integer_linear import PreparedConvolution, PreparedLinear
 from mpc_fl.inference.fast.network import (
-    RING_BITS,
     Add,
     AveragePool,
     Concatenate,
     Convolution,
     Flatten,
+    IntegerWeights,
     Layer,
     Linear,
     MaxPool,
     Network,
     ReLU,
     SignExtend,
+    encode,
 )
-from mpc_fl.inference.fast.quantization.lowering import IntegerWeights
-
-
-def encode(network: Network, records: torch.Tensor) -> torch.Tensor:
-    """Float records (N, ...) as elements of the network's input, int32. Raises `HeadroomError` for NaN and infinity."""
-    value = network.values[network.input]
-    if tuple(records.shape[1:]) != value.shape:
-        raise HeadroomError(f"records have shape {tuple(records.shape[1:])}, not {value.shape}", "resize them")
-    scaled = torch.round(records.double() / value.scale)
-    if not bool((scaled.abs() < 1 << (RING_BITS - 1)).all()):  # false for NaN
-        raise HeadroomError("a record has values that are not finite or do not fit the ring", "check the image")
-    return scaled.to(torch.int32)
 
 
 def signed(elements: torch.Tensor, bits: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from mpc_fl.inference.fast.network import (
     Concatenate,
     Convolution,
     Flatten,
+    IntegerWeights,
     Layer,
     Linear,
     MaxPool,
@@ -32,12 +33,12 @@ from mpc_fl.inference.fast.network import (
     SignExtend,
     Value,
 )
+from mpc_fl.inference.fast.quantization.scale_plan import Plan
 from mpc_fl.inference.fast.quantization.scales import (
     AVERAGES,
     MAX_POOLS,
     TWO_BYTES,
     WEIGHTED,
-    Plan,
     Precision,
     Scale,
     Seen,
@@ -50,14 +51,6 @@ from mpc_fl.inference.graph.tracing import Operation, Trace
 _FRACTION = 12  # fractional bits that weights get even if they take a third byte
 _WIDTHS = ((16, TWO_BYTES), (24, (1 << 23) - 1), (RING_BITS, (1 << 31) - 1))
 _LEAST_WEIGHT = 32  # what the largest integer weight of a layer must reach
-
-
-@dataclass(frozen=True, repr=False)
-class IntegerWeights:
-    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret."""
-
-    weights: Mapping[str, torch.Tensor]
-    biases: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 
 from mpc_fl.inference.fast.quantization.float_graph import affine
-from mpc_fl.inference.fast.quantization.scales import SMALLEST, WEIGHTED, Group, Plan, Seen, connected
+from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scales import SMALLEST, WEIGHTED, Group, Seen, connected
 from mpc_fl.inference.fast.quantization.weight_rounding import Inputs
 from mpc_fl.inference.graph.tracing import Operation, Trace
 

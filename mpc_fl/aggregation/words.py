@@ -1,0 +1,47 @@
+"""words"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
+
+_WORD = "word"
+
+
+def say(links: Links, names: Sequence[str], word: str, **values: Any) -> None:
+    """Tell each hospital the aggregator's next word; one that is lost is told nothing."""
+    broadcast(names, lambda name: links.send_object(name, _WORD, {"word": word, **values}))
+
+
+def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
+    """Call `send` for each hospital; a loss is logged and found again where it matters."""
+    for name in names:
+        try:
+            send(name)
+        except PeerLostError as error:
+            log.warning("%s", error)
+
+
+def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[str, Any]:
+    """The aggregator's next word to this hospital. Raises `ProtocolError` when it is none of the expected ones."""
+    word = links.receive_object(aggregator, _WORD)
+    if word.get("word") not in expected:
+        raise ProtocolError(
+            f"{aggregator} said '{str(word.get('word'))[:40]}' instead of {' or '.join(sorted(expected))}",
+            "run the same version everywhere",
+        )
+    return word
+
+
+def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """A list of names in a word. Raises `ProtocolError` when it is none."""
+    names = word.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ProtocolError(f"the aggregator sent no list of {key}", "run the same version everywhere")
+    return tuple(names)

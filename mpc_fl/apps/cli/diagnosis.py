@@ -1,0 +1,138 @@
+"""diagnosis"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpc_fl.apps.cli.options import (
+    AsJson,
+    ConfigPath,
+    OutPath,
+    Overrides,
+    command_line,
+    configure,
+    print_json,
+    progress_bars,
+    say,
+    say_skipped,
+)
+from mpc_fl.config.config import Config
+from mpc_fl.errors import ConfigError, RefusedError
+
+
+def infer(
+    config: ConfigPath,
+    out: OutPath,
+    model: Annotated[
+        Path | None, typer.Option(help="model.safetensors of a training run; the model owner's secret.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Image file or directory; the hospital's secret. Phantoms need none.")
+    ] = None,
+    identity: Annotated[Path | None, typer.Option(help="This hospital's key and certificate, to ask a server.")] = None,
+    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Model owner to ask (mpc-fl serve).")] = None,
+    dealer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server's dealer.")] = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Diagnose images under encryption: the model owner never sees them, the hospital never sees the weights.
+
+    Three processes: hospital, model owner, dealer. Only the hospital learns the result. With
+    --set inference.plaintext_reference=true the same images are also run in the clear, to compare.
+
+    With --identity this process is a hospital alone and asks a model owner that stays up (mpc-fl serve); addresses that
+    --server and --dealer do not give are those in the configuration's federation.addresses. With --set site.pool=DIR
+    batches made ahead (mpc-fl dealer fill --server) are used first.
+    """
+    from mpc_fl.apps.runs import local_runs as run
+    from mpc_fl.inference.serving.client import asking
+
+    if identity is not None or server is not None or dealer is not None:
+        settings = configure(config, overrides, images=images, identity=identity)
+        _ask(asking(settings, server, dealer), out, model, as_json)
+        return
+    if model is None:
+        raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to ask a server")
+    settings = configure(config, overrides, model=model, images=images)
+    with progress_bars() as progress:
+        summary = run.infer(settings, out, command_line(), progress)
+    if as_json:
+        print_json({**summary, "report": str(out / "report.html")})
+        return
+    if summary["synthetic"]:
+        say("Data: SYNTHETIC phantoms, not patients.")
+    _say_diagnoses(summary)
+    if summary["comparison"] is not None:
+        difference = summary["comparison"]["largest_logit_difference"]
+        agree = "agree" if summary["comparison"]["classes_agree"] else "DIFFER"
+        logits = "logits not opened" if difference is None else f"largest logit difference {difference:.5f}"
+        say(f"Encrypted and plaintext classes {agree}; {logits}.")
+    say_skipped(summary)
+    say(f"Report: {out / 'report.html'}")
+
+
+def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None:
+    """A hospital that asks a server."""
+    from mpc_fl.apps.runs import local_runs as run
+
+    if model is not None:
+        raise ConfigError("the model is the server's", "leave --model out to ask a server")
+    with progress_bars() as progress:
+        summary = run.ask(settings, out, command_line(), progress)
+    if as_json:
+        print_json({**summary, "report": str(out / "report.html")})
+    else:
+        if summary["synthetic"]:
+            say("Data: SYNTHETIC phantoms, not patients.")
+        _say_diagnoses(summary)
+        say(f"Report: {out / 'report.html'}")
+    if summary["refused"]:
+        raise RefusedError(summary["refused"])
+
+
+def serve(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option(help="Directory of the service; kept from start to start, holds the quotas.")],
+    model: Annotated[Path | None, typer.Option(help="model.safetensors; the model owner's secret.")] = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(help="Key and certificate of the model owner; without, of a simulation on this machine."),
+    ] = None,
+    role: Annotated[str, typer.Option(help="With --identity: model-owner, or dealer for the dealer it works with.")] = (
+        "model-owner"
+    ),
+    overrides: Overrides = None,
+) -> None:
+    """Keep a model owner up that answers any hospital of the federation, until Ctrl-C.
+
+    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask. With
+    --set site.pool=DIR each hospital may keep batches made ahead here (mpc-fl dealer fill --server). Without
+    --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
+    """
+    from mpc_fl.apps.runs import local_runs as run
+    from mpc_fl.apps.runs.party_process import run_alone, set_up_log
+
+    settings = configure(config, overrides, model=model, identity=identity, out=out)
+
+    def tell(federation: Path) -> None:
+        say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / 'hospital-0' / 'identity'} --out DIR")
+        sys.stdout.flush()
+
+    if role not in ("model-owner", "dealer"):
+        raise ConfigError(f"'{role}' cannot serve", "give --role model-owner or --role dealer")
+    if identity is None:
+        run.serve(settings, out, lambda *_progress: None, tell)
+        return
+    set_up_log(settings.site.log)
+    run_alone(role, settings.with_values(task="serve"), lambda *_progress: None)
+
+
+def _say_diagnoses(summary: dict[str, Any]) -> None:
+    for line in summary["results"]:
+        name = summary["classes"][line["predicted"]]
+        chance = f" ({max(line['probabilities']):.1%})" if line["probabilities"] else ""  # the label alone was opened
+        say(f"{line['name']}: {name}{chance}, {line['seconds']:.1f} s")

@@ -1,0 +1,147 @@
+"""training"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpc_fl.apps.cli.options import (
+    AsJson,
+    ConfigPath,
+    DataPath,
+    OutPath,
+    Overrides,
+    command_line,
+    configure,
+    gigabytes,
+    print_json,
+    privacy_words,
+    progress_bars,
+    say,
+    say_skipped,
+)
+from mpc_fl.config.config import Config
+from mpc_fl.errors import MpcFlError
+
+
+def train(
+    config: ConfigPath,
+    out: OutPath,
+    data: DataPath = None,
+    overrides: Overrides = None,
+    ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this run.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one model with several hospitals on this machine, each a process of its own.
+
+    Every hospital adds differential-privacy noise, shares its update, and only the mean is opened. Writes
+    model.safetensors, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
+    """
+    from mpc_fl.apps.runs import local_runs as run
+
+    settings = configure(config, overrides, data=data, privacy_ledger=ledger)
+    _preflight(settings)
+    with progress_bars() as progress:
+        summary = run.train(settings, out, command_line(), progress, resume)
+    if as_json:
+        print_json({**summary, "report": str(out / "report.html")})
+        return
+    final, chance = summary["final"], 1 / len(settings.data.classes)
+    if summary["synthetic"]:
+        say("Data: SYNTHETIC phantoms, not patients.")
+    say(
+        f"Accuracy {final['accuracy']:.1%} (95 % interval {final['accuracy_low']:.1%} to {final['accuracy_high']:.1%}) "
+        f"on {final['records']} test records; chance {chance:.1%}."
+    )
+    for line in summary["privacy"]:
+        if line["epsilon"] is not None:
+            say(
+                f"{line['hospital']}: epsilon {line['epsilon']:.3f} at delta {line['delta']:g}, "
+                f"noise multiplier {line['noise_multiplier']:.3f}."
+            )
+        else:
+            say(f"{line['hospital']}: NO differential privacy (privacy.mechanism: none).")
+    for name in summary["hospitals"]:
+        missed = [number for number, hospitals in summary["took_part"].items() if name not in hospitals]
+        if missed:
+            say(f"{name} took no part in round {', '.join(missed)}.")
+    if ledger is None and settings.privacy.mechanism != "none" and not summary["synthetic"]:
+        say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
+    say_skipped(summary)
+    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+
+
+def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
+    try:
+        settings = configure(config, overrides, data=data)
+        found = _preflight(settings)
+        _require_memory(settings, found)
+    except MpcFlError as error:
+        if as_json:
+            print_json({"ok": False, "error": error.what, "fix": error.fix})
+        raise
+    if as_json:
+        print_json({"ok": True, **found})
+        return
+    for line in found["privacy"]:
+        say(f"{line['hospital']}: {line['patients']} training patients" + privacy_words(line))
+    say(f"Headroom: {found['headroom_bits_spare']} bits to spare.")
+    say(f"Memory: {gigabytes(found, 'hospital')} per hospital. The run can work.")
+
+
+def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what training and one encrypted diagnosis cost: bytes, messages, rounds, epsilon, memory."""
+    from mpc_fl.apps.runs.estimate import estimate_inference, estimate_training
+    from mpc_fl.learning.data.loading import patients_per_hospital
+
+    settings = configure(config, overrides, data=data)
+    training = estimate_training(settings, patients_per_hospital(settings))
+    inference = estimate_inference(settings)
+    if as_json:
+        print_json({"training": training, "inference": inference})
+        return
+    say(f"Training, {training['rounds']} rounds of {training['parameters']:,} parameters:")
+    sent, messages = training["bytes_sent_per_hospital"] / 1e6, training["messages_per_hospital"]
+    say(
+        f"  each hospital sends {sent:,.1f} MB in {messages} messages, needs {gigabytes(training, 'hospital')} of memory"
+    )
+    say(f"  the aggregator sends {training['bytes_sent_by_aggregator'] / 1e6:,.1f} MB")
+    for line in training["privacy"]:
+        say(f"  {line['hospital']}: {line['patients']} patients" + privacy_words(line))
+    say(f"Encrypted inference, a batch of {inference['batch']}:")
+    steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
+    say(f"  {inference['bytes_per_party'] / 1e6:,.1f} MB sent per party in {inference['rounds']} {steps}")
+    say(
+        f"  {inference['bytes_sent_by_dealer'] / 1e6:,.1f} MB sent by the dealer; {gigabytes(inference, 'party')} of memory"
+    )
+    say(f"  {inference['comparisons']:,} comparisons, {inference['multiplications']:,} secret multiplications")
+
+
+def _preflight(config: Config) -> dict[str, Any]:
+    """Everything that can be refused before a process starts. Raises the error the run would raise."""
+    from mpc_fl.apps.runs.estimate import estimate_training
+    from mpc_fl.federation.planning import headroom_of
+    from mpc_fl.learning.data.loading import patients_per_hospital
+
+    headroom_of(config).require()
+    return estimate_training(config, patients_per_hospital(config))
+
+
+def _require_memory(config: Config, found: dict[str, Any]) -> None:
+    """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
+    from mpc_fl.apps.runs.estimate import available_memory
+
+    parties = 1 if config.federation.addresses else config.federation.hospitals + 1
+    needed, available = parties * found["memory_bytes_per_hospital"], available_memory()
+    if available is not None and needed > available:
+        raise MpcFlError(
+            f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "
+            f"{available / 1e9:.1f} GB are available",
+            "use fewer hospitals, data.subset, a smaller training.batch_size, or training.per_sample_gradients=loop",
+        )

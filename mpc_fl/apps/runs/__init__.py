@@ -1,0 +1,1 @@
+"""mpc_fl/apps/runs"""

@@ -1,0 +1,111 @@
+"""party_process"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpc_fl.apps.runs.memory import peak_memory
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
+from mpc_fl.links.tls_log import log_refused_handshakes
+from mpc_fl.roles import split_name
+
+ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
+         "model-owner": "parties.model_owner"}  # fmt: skip
+
+
+ORPHANED = 3  # exit status of a party whose launcher is gone
+
+
+def _end_with_launcher(pipe: Connection) -> None:
+    """The launcher never writes: the pipe becomes readable only when it is gone."""
+    while not pipe.poll(None):
+        pass
+    os._exit(ORPHANED)
+
+
+def set_up_log(path: Path | None) -> None:
+    """Send this process's log to a file, or to standard error."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    logging.basicConfig(
+        level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
+    """Run one party's program in this process until it ends. Raises what the program raises."""
+    log_refused_handshakes()
+    import torch
+
+    torch.set_num_threads(config.runtime.threads)
+    role, rank = split_name(name)
+    if role not in ROLES:
+        raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
+    log = logging.getLogger("mpc_fl")
+    log.info("%s starts (%s), process %d", name, config.task, os.getpid())
+    importlib.import_module(ROLES[role]).run(config, rank, notify, observer)
+    log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)
+
+
+def unforeseen(error: BaseException) -> MpcFlError:
+    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost."""
+    log = logging.getLogger("mpc_fl")
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in frames:
+        log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
+    log.error("unexpected %s", type(error).__name__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
+    return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
+
+
+def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
+    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+    try:
+        run_party(name, config, notify)
+    except MpcFlError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is
+        raise unforeseen(error) from None
+
+
+def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoReturn:
+    lock = threading.Lock()
+    threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
+
+    def tell(**event: Any) -> None:
+        try:
+            with lock:
+                pipe.send_bytes(json.dumps(event).encode())
+        except OSError:
+            os._exit(ORPHANED)
+
+    log = logging.getLogger("mpc_fl")
+    code = 0
+    try:
+        config = parse_config(values, f"configuration of {name}")
+        set_up_log(config.site.log)
+        run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
+        tell(finished=True)
+    except MpcFlError as error:
+        log.error("%s", error)
+        tell(error=str(error), peer=error.peer if isinstance(error, PeerLostError) else None, time=time.time())
+        code = error.exit_code
+    except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
+        tell(error=str(unforeseen(error)), peer=None, time=time.time())
+        code = MpcFlError.exit_code
+    logging.shutdown()
+    os._exit(code)  # threads of a lost link must not keep the process

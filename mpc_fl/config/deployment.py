@@ -1,0 +1,91 @@
+"""deployment"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from mpc_fl.config.section import Count, Positive, Section
+from mpc_fl.roles import AGGREGATOR
+
+
+class RuntimeSection(Section):
+    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need."""
+
+    connect_timeout: Positive = 60.0
+    receive_timeout: Positive = 600.0
+    threads: Count = 1
+    first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
+    )
+    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+
+
+class FederationSection(Section):
+    """Who takes part. `addresses` maps party names to host:port; empty lets the launcher choose on this machine.
+
+    Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
+    aggregator unless named otherwise, which passes sealed chunks and can read none.
+    """
+
+    hospitals: Annotated[int, Field(ge=2, le=64)] = 3
+    quorum: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
+    )
+    round_timeout: Positive | None = Field(
+        default=None, description="seconds a hospital may take for its update; null: runtime.receive_timeout"
+    )
+    evaluate_incomplete: bool = Field(
+        default=False,
+        description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
+    )
+    session: str = ""
+    addresses: dict[str, str] = Field(default_factory=dict)
+    dial_out_only: tuple[str, ...] = ()
+    relay: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> FederationSection:
+        if self.quorum is not None and self.quorum > self.hospitals:
+            raise ValueError(f"a quorum of {self.quorum} cannot be reached by {self.hospitals} hospitals")
+        for name in self.dial_out_only:
+            if name in self.addresses:
+                raise ValueError(f"{name} is in dial_out_only and has an address; give it only one of them")
+            if name == (self.relay or AGGREGATOR):
+                raise ValueError(f"{name} is the relay, so others must be able to dial it")
+        for name, address in self.addresses.items():
+            host, separator, port = address.rpartition(":")
+            if not (host and separator and port.isdigit() and 0 < int(port) < 65536):
+                raise ValueError(f"the address of {name} must be host:port")
+        return self
+
+    @property
+    def quorum_size(self) -> int:
+        """Fewest hospitals a sum is opened over."""
+        return self.hospitals if self.quorum is None else self.quorum
+
+
+class SiteSection(Section):
+    """What only this machine knows. Not part of the digest, never sent.
+
+    `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
+
+    `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
+    `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
+    where correlations made ahead lie, a directory of its own for each party below.
+    """
+
+    listen: str | None = None
+    resume: bool = False
+    training_processes: Count = 1
+    data: Path | None = None
+    images: Path | None = None
+    model: Path | None = None
+    out: Path | None = None
+    log: Path | None = None
+    identity: Path | None = None
+    privacy_ledger: Path | None = None
+    pool: Path | None = None

@@ -1,0 +1,177 @@
+"""learning"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpc_fl.config.section import Count, Momentum, Positive, Section, Strategy
+
+
+class PartitionSection(Section):
+    """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
+
+    method: Literal["equal", "dirichlet", "none"] = "equal"
+    alpha: Positive = 0.5
+
+
+class PhantomSection(Section):
+    """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
+
+    train_patients: Count = 1200
+    test_patients: Count = 300
+
+
+class TableSection(Section):
+    """Columns of a CSV file. Without `patient_column` every row is one patient."""
+
+    label_column: str = "label"
+    patient_column: str | None = None
+    features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    reference_ranges: tuple[tuple[float, float], ...] | None = Field(
+        default=None, description="public (low, high) of each feature column, never taken from patients of this run"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TableSection:
+        for low, high in self.reference_ranges or ():
+            if not low < high:
+                raise ValueError("reference_ranges must be pairs of (low, high) with low < high")
+        return self
+
+
+class SubsetSection(Section):
+    """Upper limits on patients per hospital, for short runs; null takes all."""
+
+    train_patients: Count | None = None
+    test_patients: Count | None = None
+
+
+class DataSection(Section):
+    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+
+    `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
+    a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
+    `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
+    """
+
+    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
+    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 32
+    channels: Literal[1, 3] = 1
+    wrong_size: Literal["error", "resize"] = "error"
+    partition: PartitionSection = PartitionSection()
+    phantoms: PhantomSection = PhantomSection()
+    table: TableSection = TableSection()
+    subset: SubsetSection = SubsetSection()
+    normalise: Literal["none", "secure"] = "none"
+    normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.normalise == "secure" and self.is_table and self.table.reference_ranges is None:
+            raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must name at least two different classes")
+        if self.source == "csv" and self.table.features is None:
+            raise ValueError("table.features (the number of feature columns) must be set for csv")
+        return self
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one record: (channels, height, width) for images, (features,) for tables."""
+        if self.source == "csv":
+            return (self.table.features or 0,)
+        if self.source == "breast_cancer":
+            return (30,)
+        return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether records are rows of features."""
+        return self.source in ("csv", "breast_cancer")
+
+
+class ModelSection(Section):
+    """Architecture: `small_cnn`, `mlp`, `resnet18`, or any torchvision classifier by name.
+
+    `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (calibrated on public
+    synthetic images; free under encryption), `group` uses GroupNorm (costs inverse square roots under encryption).
+    """
+
+    architecture: str = "small_cnn"
+    normalisation: Literal["frozen", "group"] = "frozen"
+    hidden: tuple[Count, ...] = (32, 32)
+
+
+class TrainingSection(Section):
+    """Local training between two aggregations. `batch_size` is the expected number of patients per step (Poisson).
+
+    `strategy` says what becomes of the opened mean: `fedavg` adds the mean update, `fedavgm`, `fedadam` and `fedyogi` step
+    along it with momentum or adaptively, `fedsgd` opens every single gradient and steps with `learning_rate` and
+    `momentum`. `fedprox` is `fedavg` with a `proximal` term in the local steps, which other strategies may have as well.
+    `local_normalisation` (FedBN) leaves parameters and statistics of normalisation layers at each hospital.
+    """
+
+    strategy: Strategy | None = Field(
+        default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
+    )
+    rounds: Count = 5
+    local_steps: Count = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 0.1
+    momentum: Momentum = 0.9
+    server_learning_rate: Positive | None = Field(default=None, description="null: 1, or 0.03 for fedadam and fedyogi")
+    server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
+    server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    local_normalisation: bool = False
+    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
+    sampling_seed: int | None = Field(
+        default=None,
+        description="null draws the secret sampling order from the system; a number is for simulation only",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSection:
+        name = self.strategy or "fedavg"
+        if (name == "fedprox") and not self.proximal:
+            raise ValueError("fedprox needs a proximal coefficient above 0")
+        if self.proximal and self.strategy in (None, "fedavg"):
+            raise ValueError("fedavg with a proximal term is fedprox; set strategy: fedprox")
+        if self.proximal and self.local_steps == 1:
+            raise ValueError("the first local step has no proximal term; use more local_steps, or proximal: 0")
+        if self.proximal * self.learning_rate > 1:
+            raise ValueError("proximal * learning_rate must not exceed 1, or every step would overshoot")
+        if self.server_momentum is not None and name not in ("fedavgm", "fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_momentum; use fedavgm, fedadam or fedyogi")
+        if self.server_adaptivity is not None and name not in ("fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_adaptivity; use fedadam or fedyogi")
+        return self
+
+
+class PrivacySection(Section):
+    """Differential privacy of each hospital's patients.
+
+    `local`: each hospital adds the full noise itself, once per local step. `distributed`: every step is a secure sum, and
+    each hospital adds its part of the noise of that sum, so that it holds against `colluders` hospitals that take out
+    theirs. All then need one noise multiplier: set it, or `smallest_hospital`, a public lower bound on the training
+    patients of every hospital, to have it calibrated.
+    """
+
+    mechanism: Literal["local", "distributed", "none"] = "local"
+    colluders: Annotated[int, Field(ge=0)] = 1
+    smallest_hospital: Count | None = None
+    epsilon: Positive = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    clipping_norm: Positive = 1.0
+    noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
+    accountant: Literal["rdp", "prv"] = "rdp"
+
+    @model_validator(mode="after")
+    def _check(self) -> PrivacySection:
+        if self.mechanism == "distributed" and self.noise_multiplier is None and self.smallest_hospital is None:
+            raise ValueError("distributed noise needs noise_multiplier, or smallest_hospital to calibrate it")
+        return self

@@ -1,0 +1,54 @@
+"""loading"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.errors import ConfigError
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Apply `a.b=c` settings, values read as YAML. Raises `ConfigError` for a malformed setting."""
+    result = json.loads(json.dumps(values, default=str))
+    for setting in overrides:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {setting!r} is not of the form a.b=c", "for example --set training.rounds=3")
+        *parents, last = key.strip().split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"--set {setting!r}: '{parent}' is a value, not a section", "shorten the key")
+            node = child
+        try:
+            # A dot is needed before an exponent in YAML floats; 1e-5 would stay a string, which pydantic parses.
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting!r}: the value is not YAML", "quote it") from None
+    return result
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read, override and validate a YAML file. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read configuration {path}: {reason}", "give the path of a YAML file") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{path}{where}: not valid YAML", "check the indentation and quotes there") from None
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a mapping of sections", "start from one of the files in configs/")
+    return parse_config(apply_overrides(values or {}, overrides or []), str(path))

@@ -1,0 +1,76 @@
+"""protocols"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpc_fl.config.section import Count, Positive, Section
+
+
+class AggregationSection(Section):
+    """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
+
+    With `norm_check` the L2 norm of each hidden update is held against a bound before anything is opened, on shares and
+    with the dealer; what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise.
+    """
+
+    fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
+    update_bound: Positive = 64.0
+    count_bound: Count = 1 << 20
+    weighted: bool = True
+    norm_check: bool = False
+    norm_bound: Positive | None = Field(
+        default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"
+    )
+
+
+class InferenceSection(Section):
+    """Encrypted inference between one hospital and a model owner.
+
+    `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` label opens the
+    class alone to the hospital (engine fast). `fill` stores as many batches in the parties' pools (site.pool) instead of
+    diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are evaluated
+    at the same time (engine fast): more images a second, more memory.
+    """
+
+    engine: Literal["reference", "fast"] = "reference"
+    reveal: Literal["logits", "label"] = "logits"
+    fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
+    batch_size: Count = 1
+    at_once: Annotated[int, Field(ge=1, le=16)] = 1
+    limit: Count | None = None
+    plaintext_reference: bool = False
+    logit_bound: Positive = 4096.0
+    fill: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    dealer: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> InferenceSection:
+        if self.engine != "fast" and self.at_once > 1:
+            raise ValueError("inference.at_once needs inference.engine=fast")
+        if self.engine != "fast" and (self.fill or not self.dealer):
+            raise ValueError("inference.fill and inference.dealer=false need inference.engine=fast, which has pools")
+        if self.fill and not self.dealer:
+            raise ValueError("a pool is filled by the dealer; set inference.dealer to true")
+        return self
+
+
+class ServingSection(Section):
+    """What a model owner that stays up (`mpc-fl serve`) grants each hospital; no other party needs to know.
+
+    Its dealer has `sessions` and `sessions_per_minute` of its own. `pool_batches` are kept for each hospital (site.pool).
+
+    Batches take turns, round-robin over hospitals, `turns` at once. A turn longer than `patience` seconds keeps others
+    waiting no more, and a hospital from which nothing comes for `deadline` seconds has lost its session.
+    """
+
+    images_per_day: Count = Field(default=200, description="of one hospital within any 24 hours")
+    images_per_minute: Count = Field(default=20, description="of one hospital within any 60 seconds")
+    sessions: Count = Field(default=16, description="hospitals that may be connected at once; as many may fill pools")
+    sessions_per_minute: Count = Field(default=30, description="that one hospital may begin within any 60 seconds")
+    pool_batches: Count = Field(default=100, description="that one hospital may have stored at the model owner")
+    turns: Count = 2
+    patience: Positive = 15.0
+    deadline: Positive = 60.0

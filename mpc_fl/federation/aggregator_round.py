@@ -1,0 +1,77 @@
+"""aggregator_round"""
+
+from __future__ import annotations
+
+import logging
+
+from mpc_fl.aggregation.quorum_sum import collect
+from mpc_fl.aggregation.rules import Rules
+from mpc_fl.aggregation.words import say
+from mpc_fl.errors import SumLostError
+from mpc_fl.federation.aggregator_state import Aggregator
+from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.federated_sgd import aggregator_steps, send_global
+from mpc_fl.federation.planning import (
+    _mean_update,
+    checked,
+    headroom_of,
+)
+from mpc_fl.federation.secure_evaluation import aggregator_evaluation
+from mpc_fl.learning.models.evaluation import (
+    Evaluation,
+)
+from mpc_fl.progress import Notify
+from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
+
+
+def aggregator_round(
+    aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
+) -> tuple[tuple[str, ...], Evaluation | None]:
+    """Steps 4 to 6 at the aggregator: which hospitals made the round, and the evaluation where it may be opened.
+
+    Raises `QuorumError` when too few are left, `SumLostError` when the round has no result and is to be made anew.
+    """
+    config, links, number = aggregator.config, domain.links, plan.number
+    links.set_phase(f"round {number} aggregation")
+    size = len(aggregator.shared_parameters)
+    check = checked(rules, config, aggregator.mechanism, size, plan.weight_total)
+    try:
+        if aggregator.mechanism is not None:
+            round_of = (number, plan.attempt)
+            hospitals = aggregator_steps(
+                domain,
+                check,
+                aggregator.model,
+                config,
+                aggregator.mechanism,
+                aggregator.optimizer,
+                round_of,
+                plan.hospitals,
+                plan.starts,
+            )
+        else:
+            hospitals = _average(aggregator, domain, check, plan)
+    except SumLostError:
+        say(links, plan.hospitals, "void")
+        raise
+    notify("aggregation", number, config.training.rounds)
+
+    # 6. Sum of the hospitals' evaluation counts.
+    evaluation = aggregator_evaluation(config, domain, rules, hospitals, plan)
+    notify("evaluation", number, config.training.rounds)
+    if evaluation is not None:
+        log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
+    return hospitals, evaluation
+
+
+def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:
+    """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
+    config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
+    label, shape = ("update", plan.number, plan.attempt), aggregator.shared_parameters.shape
+    about = _mean_update(config, plan.number)
+    hospitals, total = collect(domain, rules, plan.hospitals, plan.starts, label, headroom.dtype, shape, about)
+    shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
+    send_global(links, hospitals, shared)
+    return hospitals

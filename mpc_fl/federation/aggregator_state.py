@@ -1,0 +1,102 @@
+"""aggregator_state"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mpc_fl.config.config import Config
+from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mpc_fl.federation.planning import distributed_mechanism_of, headroom_of, initial_model
+from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.models.parameters import (
+    flatten_buffers,
+    flatten_parameters,
+    join_parts,
+    load_flat_parameters,
+    shared_coordinates,
+)
+from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
+from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
+
+
+@dataclass
+class Aggregator:
+    """The aggregator's state over the rounds, all of it public or opened.
+
+    `patients` is the opened total number of training patients, `weight_total` the public power of two above it.
+    """
+
+    config: Config
+    model: nn.Module
+    mechanism: DistributedGaussian | None
+    optimizer: ServerOptimizer
+    coordinates: torch.Tensor
+    round: int = -1
+    patients: int = 0
+    weight_total: int = 1
+    normalisation: Normalisation | None = None
+
+    @property
+    def shared_parameters(self) -> torch.Tensor:
+        """What all hospitals have in common, float32 (S,)."""
+        return flatten_parameters(self.model)[self.coordinates]
+
+    def step(self, pseudo_gradient: torch.Tensor) -> torch.Tensor:
+        """Step the shared parameters along a pseudo-gradient, float64 (S,); returns the new ones, float32 (S,)."""
+        shared = self.optimizer.step(self.shared_parameters, pseudo_gradient)
+        load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
+        return shared
+
+    def mean_factor(self, hospitals: int) -> float:
+        """What turns the opened sum over so many hospitals into their mean.
+
+        Weights are counts over `weight_total`. The total of all is known; how many patients those present have is not, or
+        the difference would show an absent hospital's number: they count as their share of the hospitals.
+        """
+        return self.weight_total / self.patients * self.config.federation.hospitals / hospitals
+
+    def checkpoint(self, directory: Path, number: int) -> None:
+        """Keep the state after round `number`."""
+        self.round = number
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        if self.normalisation is not None:
+            tensors["normalisation"] = self.normalisation.tensor()
+        facts = {"patients": self.patients, "weight total": self.weight_total}
+        save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config.run_digest())
+
+    def resume(self, directory: Path) -> bool:
+        """Go back to the last checkpoint; False when there is none."""
+        saved = load_checkpoint(directory, self.config.run_digest())
+        if saved is None:
+            return False
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+        for name, value in saved.tensors.items():
+            if name == "normalisation":
+                self.normalisation = Normalisation.of_tensor(value)
+            else:
+                part, _, rest = name.partition(".")
+                parts[part][rest] = value
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state(parts["optimizer"])
+        self.round, self.patients = saved.round, int(saved.facts["patients"])
+        self.weight_total = int(saved.facts["weight total"])
+        return True
+
+
+def prepare_aggregator(config: Config) -> Aggregator:
+    """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
+    headroom_of(config).require()
+    mechanism = distributed_mechanism_of(config) if config.privacy.mechanism == "distributed" else None
+    model = initial_model(config)
+    coordinates = shared_coordinates(model, config.training.local_normalisation)
+    return Aggregator(config, model, mechanism, server_optimizer(config), coordinates)
+
+
+def initial_state(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """All parameters and frozen statistics of a model, float32 vectors, as a newcomer gets them."""
+    return flatten_parameters(model), flatten_buffers(model)

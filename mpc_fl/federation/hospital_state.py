@@ -1,0 +1,158 @@
+"""hospital_state"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.errors import ConfigError
+from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.planning import (
+    calibrate_own,
+    distributed_mechanism_of,
+    features_run_name,
+    headroom_of,
+    initial_model,
+    plan_release,
+    run_name,
+)
+from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
+from mpc_fl.learning.models.evaluation import require_evaluation_headroom
+from mpc_fl.learning.models.parameters import (
+    flatten_parameters,
+    join_parts,
+    load_flat_parameters,
+    shared_coordinates,
+)
+from mpc_fl.learning.privacy.accounting import (
+    PrivacyBudget,
+    SubsampledGaussian,
+    epsilon_of,
+)
+from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+from mpc_fl.learning.training.per_sample_gradients import choose_per_sample_method
+from mpc_fl.learning.training.process_group import TrainingGroup
+from mpc_fl.learning.training.sampling import sampling_rate
+
+
+@dataclass
+class Hospital:
+    """One hospital's state over the rounds. Everything here stays at this site."""
+
+    config: Config
+    name: str
+    rank: int
+    model: nn.Module
+    train: Dataset
+    test: Dataset
+    ledger: PrivacyLedger
+    budget: PrivacyBudget
+    noise_multiplier: float | None
+    sample_rate: float
+    coordinates: torch.Tensor
+    method: Any = None
+    group: TrainingGroup | None = None
+    mechanism: DistributedGaussian | None = None
+    normalisation: Normalisation | None = None
+    noise_seed: Seed = field(default_factory=Seed.from_system)
+
+    @property
+    def sampling_seed(self) -> int | None:
+        """Secret and fresh by default; a number in simulations, different at each hospital."""
+        seed = self.config.training.sampling_seed
+        return None if seed is None else seed * 1000 + self.rank
+
+    @property
+    def shared_parameters(self) -> torch.Tensor:
+        """What all hospitals have in common, float32 (S,)."""
+        return flatten_parameters(self.model)[self.coordinates]
+
+    def take_global(self, shared: torch.Tensor) -> None:
+        """Put what the aggregator sent beside this hospital's own parameters, float32 (S,)."""
+        load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
+        calibrate_own(self.model, self.train.inputs, self.config)
+
+    def normalise(self, normalisation: Normalisation) -> None:
+        """Bring this hospital's inputs to the common mean and deviation, once."""
+        if self.normalisation is None:
+            self.train = replace(self.train, inputs=normalisation.apply(self.train.inputs))
+            self.test = replace(self.test, inputs=normalisation.apply(self.test.inputs))
+            self.normalisation = normalisation
+
+    def epsilon(self) -> float | None:
+        """Epsilon spent on these patients so far, all runs in the ledger together."""
+        if self.config.privacy.mechanism == "none":
+            return None
+        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
+
+    def checkpoint(self, directory: Path, number: int) -> None:
+        """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
+        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.state()
+        save_checkpoint(
+            directory,
+            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": spent}),
+            self.config.run_digest(),
+        )
+
+    def resume(self, directory: Path, number: int) -> None:
+        """Go back to this hospital's own layers after round `number`, if it has kept them.
+
+        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
+        """
+        saved = load_checkpoint(directory, self.config.run_digest(), number)
+        if saved is None:
+            return
+        if self.config.privacy.mechanism != "none":
+            self.ledger.require(saved.facts["privacy accountant"])
+        if self.config.training.local_normalisation:
+            load_normalisation_state(self.model, saved.tensors)
+
+
+def join(
+    config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger, directory: Path | None = None
+) -> Hospital:
+    """Prepare a hospital for a run, or for the rest of it after the last checkpoint in `directory`.
+
+    Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
+    """
+    headroom_of(config).require()
+    require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
+    name = f"hospital-{rank}"
+    last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
+    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
+    spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
+    spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)
+    planned = plan_release(config, train.patient_count, spent, name, 0 if last is None else last.round)
+    noise = None if planned is None else planned.noise_multiplier
+    rate = sampling_rate(config, train.patient_count)
+    model = initial_model(config)
+    coordinates = shared_coordinates(model, config.training.local_normalisation)
+    hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate, coordinates)
+    if config.privacy.mechanism == "distributed":
+        if config.site.training_processes > 1:
+            raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
+        hospital.mechanism = distributed_mechanism_of(config)
+    if config.privacy.mechanism != "none":
+        wanted = config.training.per_sample_gradients
+        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
+    return hospital
+
+
+def _features_to_come(config: Config, ledger: PrivacyLedger) -> list[SubsampledGaussian]:
+    """What the normalisation of the inputs will spend, unless it has already."""
+    if config.data.normalise != "secure":
+        return []
+    if any(record.get("run") == features_run_name(config) for record in ledger.records()):
+        return []
+    event = plan_features(config).event()
+    return [] if event is None else [event]

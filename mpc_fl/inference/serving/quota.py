@@ -1,0 +1,170 @@
+"""quota"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import MpcFlError, RefusedError
+from mpc_fl.files import _to_disk, append_json_line, read_json_lines, written_whole
+
+USAGE_FILE = "usage.jsonl"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """At most `images` of one hospital within any `seconds`."""
+
+    images: int
+    seconds: float
+    period: str  # in words, for the hospital
+
+
+@dataclass(frozen=True)
+class Charge:
+    """Images that a hospital was charged with, at `time` in seconds since 1970."""
+
+    time: float
+    images: int
+
+
+def limits_of(config: Config) -> tuple[Limit, ...]:
+    """The model owner's limits for each hospital."""
+    serving = config.serving
+    return Limit(serving.images_per_day, 86400.0, "24 hours"), Limit(serving.images_per_minute, 60.0, "a minute")
+
+
+def free_again(limit: Limit, charges: Sequence[Charge], images: int, now: float) -> float | None:
+    """The time from which `images` more are within the limit; None when they are now.
+
+    Charges from the future count: a clock that was put back frees nothing. Raises `ValueError` for more than the limit.
+    """
+    if images > limit.images:
+        raise ValueError(f"{images} images are never within a limit of {limit.images}")
+    window = sorted((charge for charge in charges if charge.time + limit.seconds > now), key=lambda charge: charge.time)
+    used, again = sum(charge.images for charge in window), None
+    for charge in window:
+        if used + images <= limit.images:
+            break
+        used, again = used - charge.images, charge.time + limit.seconds
+    return again
+
+
+def _moment(seconds: float) -> str:
+    at = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc) + datetime.timedelta(seconds=1)
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+class UsageLedger:
+    """Charges of all hospitals: `usage.jsonl` in `directory`, one line per batch, in the order in which batches began.
+
+    Raises `MpcFlError` when the file is damaged (then nobody knows what was used) or another process has it. Threads may
+    share it.
+    """
+
+    def __init__(self, directory: Path, limits: Sequence[Limit], clock: Callable[[], float] = time.time) -> None:
+        self._path, self._limits, self._clock = directory / USAGE_FILE, tuple(limits), clock
+        self._guard, self._open = threading.Lock(), contextlib.ExitStack()
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = self._open.enter_context((directory / f"{USAGE_FILE}.lock").open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._open.close()
+            raise MpcFlError(
+                f"another process is serving in {directory}", "end it, or choose another directory"
+            ) from None
+        try:
+            self._charges = self._read()
+        except BaseException:
+            self._open.close()
+            raise
+
+    def close(self) -> None:
+        """Let another process serve in this directory."""
+        self._open.close()
+
+    def _read(self) -> dict[str, list[Charge]]:
+        """What counts still; the file is rewritten without the rest and without a line that a crash cut off."""
+        found: dict[str, list[Charge]] = {}
+        try:
+            for line in read_json_lines(self._path):
+                charge = Charge(float(line["time"]), int(line["images"]))
+                if charge.images < 1:
+                    raise ValueError
+                found.setdefault(str(line["hospital"]), []).append(charge)
+        except (ValueError, KeyError, TypeError):
+            raise MpcFlError(
+                f"{self._path} is damaged", "restore it; deleting it lets every hospital begin again"
+            ) from None
+        found = {hospital: self._counting(charges) for hospital, charges in found.items()}
+        lines = sorted(
+            ((charge.time, hospital, charge.images) for hospital, charges in found.items() for charge in charges)
+        )
+        keys = ("time", "hospital", "images")
+        with written_whole(self._path, 0o600) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        return found
+
+    def _counting(self, charges: Sequence[Charge]) -> list[Charge]:
+        longest = max(limit.seconds for limit in self._limits)
+        return [charge for charge in charges if charge.time + longest > self._clock()]
+
+    def require(self, hospital: str, images: int = 1) -> None:
+        """Raise `RefusedError`, which says when to come back, when `images` are not within the limits now."""
+        now, charges = self._clock(), self._charges.get(hospital, [])
+        waits = [(free_again(limit, charges, images, now), limit) for limit in self._limits]
+        late = [(again, limit) for again, limit in waits if again is not None]
+        if late:
+            again, limit = max(late, key=lambda item: item[0])
+            raise RefusedError(
+                f"{hospital} may ask about {limit.images} images in {limit.period}", f"come back at {_moment(again)}"
+            )
+
+    def charge(self, hospital: str, images: int) -> None:
+        """Charge `images`, on the disk when this returns. Raises `RefusedError` when they are not within the limits."""
+        with self._guard:
+            self.require(hospital, images)
+            now = self._clock()
+            try:
+                append_json_line(self._path, {"time": now, "hospital": hospital, "images": images})
+                _to_disk(self._path)
+            except OSError as error:
+                raise MpcFlError(f"cannot write {self._path}: {error.strerror}", "check the free space") from None
+            self._charges[hospital] = [*self._counting(self._charges.get(hospital, [])), Charge(now, images)]
+
+
+class SessionRate:
+    """At most `sessions` new sessions of each hospital within any 60 seconds, of both kinds together. Threads may share it.
+
+    Kept in memory: a session costs work, not knowledge, so nothing is lost with a restart.
+    """
+
+    def __init__(self, sessions: int, clock: Callable[[], float] = time.time) -> None:
+        self._limit, self._clock = Limit(sessions, 60.0, "a minute"), clock
+        self._begun: dict[str, list[Charge]] = {}
+        self._guard = threading.Lock()
+
+    def begin(self, hospital: str) -> None:
+        """A session of `hospital` begins. Raises `RefusedError`, which says when to come back; that costs nothing."""
+        with self._guard:
+            now = self._clock()
+            begun = [charge for charge in self._begun.get(hospital, []) if charge.time + self._limit.seconds > now]
+            again = free_again(self._limit, begun, 1, now)
+            if again is not None:
+                raise RefusedError(
+                    f"{hospital} may begin {self._limit.images} sessions in {self._limit.period}",
+                    f"come back at {_moment(again)}",
+                )
+            self._begun[hospital] = [*begun, Charge(now, 1)]

@@ -1,0 +1,46 @@
+"""visits"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from dataclasses import dataclass
+from typing import Literal
+
+from mpc_fl.config.config import Config
+
+_SESSION = re.compile(r"(hospital-(?:0|[1-9][0-9]{0,2}))/(fill-)?[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a session is for: a hospital asks about images, or fills its pool. At most one of each at a time."""
+
+    hospital: str
+    purpose: Literal["diagnose", "fill"] = "diagnose"
+
+    def new_session(self) -> str:
+        """A fresh name of a session: 'hospital-2/<32 hex digits>', or 'hospital-2/fill-<32 hex digits>'."""
+        return f"{self.hospital}/{'fill-' if self.purpose == 'fill' else ''}{secrets.token_hex(16)}"
+
+    @classmethod
+    def of_session(cls, session: str) -> Visit | None:
+        """What a session's name says; None when it is no session's name."""
+        found = _SESSION.fullmatch(session)
+        return cls(found.group(1), "fill" if found.group(2) else "diagnose") if found else None
+
+    def __str__(self) -> str:
+        return self.hospital if self.purpose == "diagnose" else f"{self.hospital}, filling its pool"
+
+
+def service_digest(config: Config) -> str:
+    """SHA-256, as hex, of what a hospital and a standing model owner must agree on. Their images are their own matter."""
+    inference, data = config.inference, config.data
+    shared = {
+        "inputs": [list(data.input_shape), list(data.classes), data.normalise],
+        "inference": [inference.engine, inference.reveal, inference.batch_size],
+        "model": config.model.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

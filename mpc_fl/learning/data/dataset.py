@@ -1,0 +1,60 @@
+"""dataset"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from mpc_fl.learning.data.normalisation import Normalisation
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
+    record int64 (N,) from 0, names of the records, and how many files were unreadable and left out."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    patients: torch.Tensor
+    names: tuple[str, ...]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def records_of_patient(self) -> tuple[torch.Tensor, ...]:
+        """Row numbers of each patient's records."""
+        rows: list[list[int]] = [[] for _ in range(self.patient_count)]
+        for row, patient in enumerate(self.patients.tolist()):
+            rows[patient].append(row)
+        return tuple(torch.tensor(item, dtype=torch.int64) for item in rows)
+
+    @cached_property
+    def patient_count(self) -> int:
+        """Number of patients."""
+        return int(self.patients.max()) + 1 if len(self.patients) else 0
+
+
+def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset:
+    """The same records with normalised inputs; unchanged without a normalisation. Raises `DataError` if it does not fit."""
+    if normalisation is None:
+        return dataset
+    return replace(dataset, inputs=normalisation.apply(dataset.inputs))
+
+
+class PatientRecords(Protocol):
+    """Training data in memory: `inputs` float32 (N, ...), `labels` int64 (N,), and the rows of each patient."""
+
+    @property
+    def inputs(self) -> torch.Tensor: ...
+
+    @property
+    def labels(self) -> torch.Tensor: ...
+
+    @property
+    def records_of_patient(self) -> Sequence[torch.Tensor]: ...

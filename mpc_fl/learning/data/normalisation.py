@@ -1,0 +1,43 @@
+"""normalisation"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mpc_fl.errors import DataError
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Public constants of the inputs: each channel or feature x becomes (x - mean) / deviation, kept as float64 numbers."""
+
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = (*self.mean, *self.deviation)
+        if len(self.mean) != len(self.deviation) or not self.mean or not all(map(math.isfinite, values)):
+            raise DataError("a normalisation needs a finite mean and deviation of every channel or feature")
+        if min(self.deviation) <= 0:
+            raise DataError("a normalisation needs deviations above zero")
+
+    def apply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Normalised copies of float32 (N, C, H, W) or (N, F), C or F the number of constants. Raises `DataError`."""
+        if inputs.dim() < 2 or inputs.shape[1] != len(self.mean):
+            raise DataError(f"inputs have {tuple(inputs.shape[1:])}, the normalisation has {len(self.mean)} constants")
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        mean, deviation = torch.tensor([self.mean, self.deviation], dtype=torch.float32)
+        return (inputs - mean.reshape(shape)) / deviation.reshape(shape)
+
+    def tensor(self) -> torch.Tensor:
+        """Means and deviations as a message, float64 (2, d)."""
+        return torch.tensor([self.mean, self.deviation], dtype=torch.float64)
+
+    @classmethod
+    def of_tensor(cls, values: torch.Tensor) -> Normalisation:
+        """Inverse of `tensor`. Raises `DataError` for constants that cannot be."""
+        mean, deviation = values.tolist()
+        return cls(tuple(mean), tuple(deviation))
