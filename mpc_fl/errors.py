@@ -7,6 +7,10 @@ images, updates or keys never enter an exception.
 
 from __future__ import annotations
 
+# What to do when a peer's message is not what this version expects.
+SAME_VERSION = "run the same version everywhere"
+SAME_VERSION_AND_CONFIGURATION = "run the same version and configuration at every party"
+
 
 class MpcFlError(Exception):
     """Base of all errors with a one-line message for the user.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("project")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 XRAYS = REPOSITORY.parent / "shared" / "data" / "chest_xray"
 
 

@@ -53,7 +53,7 @@ from mpc_fl.aggregation.sketch import BUCKETS, SEED_BYTES, SignHash
 from mpc_fl.crypto.ring import DTYPE_OF
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import HeadroomError, ProtocolError, SecrecyError
+from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, HeadroomError, ProtocolError, SecrecyError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.correlated_randomness import Request
 from mpc_fl.sharing.crypten_parts import crypten, mpc_tensor_from_share
@@ -64,7 +64,6 @@ PROJECTIONS = 40
 _DEVIATIONS = 6  # how many times the norm a projection may be
 _TAIL = 2400  # margin^2 M: an honest update is refused with probability 1 / (1 + _TAIL / 2)
 _WHAT = "whether each update is within its norm bound"
-_SAME_VERSION = "run the same version and configuration at every party"
 
 
 @dataclass(frozen=True)
@@ -235,9 +234,11 @@ def norm_check(
     runtime, links = domain.runtime, domain.runtime.links
     shape = (len(candidates), test.buckets)
     if folded.shape != shape or folded.dtype != test.dtype or not candidates:
-        raise ProtocolError("shares of sketches have another shape or ring than their check", _SAME_VERSION)
+        raise ProtocolError(
+            "shares of sketches have another shape or ring than their check", SAME_VERSION_AND_CONFIGURATION
+        )
     if not {*candidates, opener} <= set(runtime.world):
-        raise ProtocolError("a norm check names parties outside of its world", _SAME_VERSION)
+        raise ProtocolError("a norm check names parties outside of its world", SAME_VERSION_AND_CONFIGURATION)
     name = _program(domain, test, len(candidates))
     # 1. To each candidate its own sketch.
     for row, candidate in enumerate(candidates):
@@ -300,11 +301,15 @@ class NormCheck:
             or not isinstance(seed, str)
             or not set(candidates) <= {*masks.plan.hospitals}
         ):
-            raise ProtocolError(f"{masks.plan.opener} began a check without hospitals or seed", _SAME_VERSION)
+            raise ProtocolError(
+                f"{masks.plan.opener} began a check without hospitals or seed", SAME_VERSION_AND_CONFIGURATION
+            )
         try:
             sign_hash = SignHash(bytes.fromhex(seed), self.parameters, self.test.buckets)
         except ValueError:
-            raise ProtocolError(f"{masks.plan.opener} began a check without a seed", _SAME_VERSION) from None
+            raise ProtocolError(
+                f"{masks.plan.opener} began a check without a seed", SAME_VERSION_AND_CONFIGURATION
+            ) from None
         folded = torch.zeros(len(candidates), self.test.buckets, dtype=self.test.dtype)
         for row, name in enumerate(candidates):
             if name != masks.me:  # its own share is zero: it cannot show the check anything but what it sent

@@ -17,7 +17,7 @@ from mpc_fl.aggregation.norm_bound import gradient_norm_bound, in_grid_units, up
 from mpc_fl.aggregation.norm_check import NormCheck, NormTest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.ring import MeanHeadroom
-from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, ProtocolError
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR, DEALER
@@ -50,9 +50,7 @@ class RoundCheck:
         """See `NormCheck.at_hospital`."""
         hospitals = word.get("hospitals")
         if not isinstance(hospitals, list) or not set(hospitals) <= set(masks.plan.hospitals):
-            raise ProtocolError(
-                f"{masks.plan.opener} began a check without hospitals", "run the same version everywhere"
-            )
+            raise ProtocolError(f"{masks.plan.opener} began a check without hospitals", SAME_VERSION)
         if masks.me in hospitals:
             world = [*hospitals, masks.plan.opener]
             with self._domain(domain, world, f"check {masks.plan.name}") as inner:
@@ -98,7 +96,7 @@ def serve_checks(links: Links, ahead_bytes: int) -> None:
             return
         world, scope = word.get("world"), word.get("scope")
         if not isinstance(world, list) or not isinstance(scope, str) or not set(world) <= set(links.peers):
-            raise ProtocolError(f"{AGGREGATOR} asked for a check without parties", "run the same version everywhere")
+            raise ProtocolError(f"{AGGREGATOR} asked for a check without parties", SAME_VERSION)
         threading.Thread(target=_serve, args=(links.scoped(scope), world, ahead_bytes), daemon=True).start()
 
 

@@ -27,7 +27,7 @@ from mpc_fl.aggregation.rules import Description, Rules, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Label
-from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
@@ -84,7 +84,7 @@ def contribute(
         if me not in hospitals:
             return hospitals
     else:
-        raise ProtocolError("a sum began again too often", "run the same version everywhere")
+        raise ProtocolError("a sum began again too often", SAME_VERSION)
     if me in hospitals:
         if before_keys is not None:
             before_keys()

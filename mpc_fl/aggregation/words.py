@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[
     if word.get("word") not in expected:
         raise ProtocolError(
             f"{aggregator} said '{str(word.get('word'))[:40]}' instead of {' or '.join(sorted(expected))}",
-            "run the same version everywhere",
+            SAME_VERSION,
         )
     return word
 
@@ -43,5 +43,5 @@ def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:
     """A list of names in a word. Raises `ProtocolError` when it is none."""
     names = word.get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ProtocolError(f"the aggregator sent no list of {key}", "run the same version everywhere")
+        raise ProtocolError(f"the aggregator sent no list of {key}", SAME_VERSION)
     return tuple(names)

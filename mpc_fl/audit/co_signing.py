@@ -33,11 +33,11 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto.certificates import verify_certificate
-from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 
 T = TypeVar("T")
-_SAME = "run the same version everywhere"
+_SAME = SAME_VERSION
 _COMPARE = f"nothing more is opened; compare {OPENINGS_FILE} at the parties"
 
 

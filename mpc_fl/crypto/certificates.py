@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mpc_fl.errors import IdentityError
+from mpc_fl.errors import SAME_VERSION, IdentityError
 from mpc_fl.roles import role_of
 
 DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
@@ -201,7 +201,7 @@ def verify_signature(certificate: x509.Certificate, purpose: str, message: bytes
             raise TypeError
         key.verify(signature, _signed_bytes(purpose, message), ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, TypeError, ValueError):
-        raise IdentityError(f"a signature for '{purpose}' does not verify", "run the same version everywhere") from None
+        raise IdentityError(f"a signature for '{purpose}' does not verify", SAME_VERSION) from None
 
 
 # ---- asking for a certificate ------------------------------------------------------------------------------------------

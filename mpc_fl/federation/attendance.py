@@ -17,7 +17,7 @@ from typing import Any
 
 from mpc_fl.aggregation.rules import Rules, require_quorum
 from mpc_fl.aggregation.words import names_in, say
-from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR
 
@@ -48,7 +48,7 @@ class RoundPlan:
         hospitals, newcomers, starts = names_in(word, "hospitals"), names_in(word, "newcomers"), word.get("starts")
         numbers = [word.get(key) for key in ("number", "attempt", "weight_total")]
         if not isinstance(starts, dict) or set(starts) != set(hospitals) or any(type(n) is not int for n in numbers):
-            raise ProtocolError("the aggregator sent no plan of a round", "run the same version everywhere")
+            raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
         resumed = word.get("resumed") is True
         return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], resumed)  # type: ignore[arg-type]
 
@@ -144,4 +144,4 @@ def await_end(links: Links, rounds: int) -> None:
     """At a hospital: nothing counts as a success before the aggregator says so. Raises `PeerLostError` otherwise."""
     links.set_phase("conclusion")
     if links.receive_object(AGGREGATOR, "complete").get("rounds") != rounds:
-        raise ProtocolError("the aggregator ended after another number of rounds", "run the same version everywhere")
+        raise ProtocolError("the aggregator ended after another number of rounds", SAME_VERSION)

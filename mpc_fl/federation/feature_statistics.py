@@ -34,7 +34,7 @@ import torch
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, HeadroomError, PrivacyBudgetError, ProtocolError
 from mpc_fl.learning.data.dataset import PatientRecords
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
@@ -166,7 +166,7 @@ def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics
     for a sum that no run of the protocol can have, `PrivacyBudgetError` when noise exceeds the number of patients.
     """
     if total.dtype != torch.int64 or total.shape != (plan.length,):
-        raise ProtocolError("the opened feature sum has another shape", "run the same version everywhere")
+        raise ProtocolError("the opened feature sum has another shape", SAME_VERSION)
     if max(int(total.max()), -int(total.min())) > plan.mechanism.largest_sum:
         raise ProtocolError("the opened feature sum exceeds its bound", "a hospital does not follow the protocol")
     classes, values, squares = (total.double() / plan.mechanism.scale).split(

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
+    SAME_VERSION,
     DisagreementError,
     HandshakeError,
     LinkError,
@@ -421,7 +422,7 @@ class Links:
             self._observer(peer.name, frame)
         if not peer.connected:
             if frame.kind != Kind.WELCOME or peer.route.how != "dial":
-                raise ProtocolError("a link did not begin with a greeting", "run the same version everywhere")
+                raise ProtocolError("a link did not begin with a greeting", SAME_VERSION)
             self._connected(peer, self._check(peer, frame.payload, greeting_digest(peer.greeting or {})))
         elif frame.kind in (Kind.TENSOR, Kind.OBJECT):
             with self._changed:
@@ -535,7 +536,7 @@ class Links:
         frame = self._take(sender, tag, deadline)
         tensor = frame.payload
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
-            raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", "run the same version everywhere")
+            raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", SAME_VERSION)
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ProtocolError(
                 f"{sender} sent shape {tuple(tensor.shape)} for '{tag}' instead of {tuple(shape)}",
@@ -547,7 +548,7 @@ class Links:
         """The next JSON object of `tag` from `sender`. Waits and raises like `receive_tensor`."""
         payload = self._take(sender, tag, deadline).payload
         if not isinstance(payload, dict):
-            raise ProtocolError(f"{sender} sent a tensor for '{tag}'", "run the same version everywhere")
+            raise ProtocolError(f"{sender} sent a tensor for '{tag}'", SAME_VERSION)
         return payload
 
     def alive(self, peer: str) -> bool:

@@ -32,7 +32,7 @@ import torch
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
-from mpc_fl.errors import ProtocolError, SecrecyError
+from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
 
 KEY_BYTES = 32
 Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with whom it is shared
@@ -120,7 +120,7 @@ class SummandMasks:
         """
         require_admissible(self.plan, admitted, smallest)
         if self.me not in admitted:
-            raise ProtocolError(f"{self.me} is not in the sum that it should open", "run the same version everywhere")
+            raise ProtocolError(f"{self.me} is not in the sum that it should open", SAME_VERSION)
         if self._given:
             raise SecrecyError(f"the keys of the sum '{self.plan.name}' were asked for twice")
         self._given = True
@@ -136,9 +136,7 @@ _NO_KEYS = torch.zeros(0, KEY_BYTES, dtype=torch.uint8)
 def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
     """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
     if tuple(name for name in plan.hospitals if name in admitted) != tuple(admitted):
-        raise ProtocolError(
-            "a sum was fixed over hospitals that do not belong to it", "run the same version everywhere"
-        )
+        raise ProtocolError("a sum was fixed over hospitals that do not belong to it", SAME_VERSION)
     if len(admitted) < max(2, smallest):
         raise ProtocolError(f"a sum over {len(admitted)} hospitals is too small to be opened", "see federation.quorum")
     if plan.closing == 0 and len(admitted) < len(plan.hospitals):
@@ -194,7 +192,7 @@ class ClosedSum:
         for name, answer in keys.items():
             names = self.plan.keys_of(name, admitted)
             if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
-                raise ProtocolError(f"{name} sent something else than its keys", "run the same version everywhere")
+                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
             for key, row in zip(names, answer, strict=True):
                 # A closing key counts as its partner gives it: the owner of a summand could still change it by another.
                 if key not in known or key[2] == name:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError
 
 Shape = tuple[int, ...]
 Option = int | tuple[int, ...]
@@ -43,7 +43,7 @@ MAX_ELEMENTS = 1 << 28  # of one part: 2 GiB, half of what a frame may carry
 MAX_MULTIPLICATIONS = 1 << 40  # of one tuple: minutes of work
 MAX_REQUESTS = 1 << 16  # of one program
 _MAX_OPTION = 1 << 16
-_SAME_VERSION = "run the same version everywhere"
+_SAME_VERSION = SAME_VERSION
 
 # Spatial dimensions of each bilinear operation (0: no convolution), and its options with their least values.
 _DIMENSIONS = {"mul": 0, "matmul": 0, "conv1d": 1, "conv2d": 2, "conv_transpose1d": 1, "conv_transpose2d": 2}

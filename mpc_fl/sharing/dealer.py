@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.correlated_randomness import MAX_REQUESTS, Block, Program, Request, block_tag
 from mpc_fl.sharing.dealer_client import AHEAD_BYTES, CONSUMED, CONTROL, DROPPED, SEED_PURPOSE
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _LONGEST_NAME = 100
 _MOST_PROGRAMS = 256
-_SAME_VERSION = "run the same version and configuration at every party"
 
 
 @dataclass
@@ -140,7 +139,7 @@ class Dealer:
         if kind == CONSUMED:
             self._take_report(message)
         elif self._running is not None:
-            raise ProtocolError("a computing party left a program before its end", _SAME_VERSION)
+            raise ProtocolError("a computing party left a program before its end", SAME_VERSION_AND_CONFIGURATION)
         elif kind == "request":
             request = Request.from_message(message.get("request"))
             self._send_block(self._new_instance(Program.of("", [request]), message))
@@ -155,7 +154,7 @@ class Dealer:
             log.info("served %d tuples, %d of them ahead, %d elements", self.served, self.ahead, self.elements)
             return False
         else:
-            raise ProtocolError("an unknown message reached the dealer", _SAME_VERSION)
+            raise ProtocolError("an unknown message reached the dealer", SAME_VERSION_AND_CONFIGURATION)
         return True
 
     def _declare(self, message: dict[str, Any]) -> None:
@@ -163,9 +162,11 @@ class Dealer:
         if message.get("ahead_bytes") != self._ahead_bytes:
             raise ProtocolError("dealer and parties differ in runtime.dealer_ahead_bytes", "use one configuration")
         if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_NAME or not isinstance(requests, list):
-            raise ProtocolError("a program was declared without name or requests", _SAME_VERSION)
+            raise ProtocolError("a program was declared without name or requests", SAME_VERSION_AND_CONFIGURATION)
         if name in self._programs or len(self._programs) + len(self._declaring) > _MOST_PROGRAMS:
-            raise ProtocolError("a program was declared twice, or too many were declared", _SAME_VERSION)
+            raise ProtocolError(
+                "a program was declared twice, or too many were declared", SAME_VERSION_AND_CONFIGURATION
+            )
         known = self._declaring.setdefault(name, [])
         if len(known) + len(requests) > MAX_REQUESTS:
             raise ProtocolError(f"a program has more than {MAX_REQUESTS} requests", "use a smaller network")
@@ -175,14 +176,16 @@ class Dealer:
 
     def _declared(self, name: Any) -> Program:
         if not isinstance(name, str) or name not in self._programs:
-            raise ProtocolError("a program was started that was not declared", _SAME_VERSION)
+            raise ProtocolError("a program was started that was not declared", SAME_VERSION_AND_CONFIGURATION)
         return self._programs[name]
 
     def _start(self, message: dict[str, Any]) -> None:
         program, following = self._declared(message.get("program")), message.get("following")
         if self._prepared is not None and self._prepared.program is program:
             if message.get("instance") != self._prepared.number:
-                raise ProtocolError("the computing parties and the dealer count instances differently", _SAME_VERSION)
+                raise ProtocolError(
+                    "the computing parties and the dealer count instances differently", SAME_VERSION_AND_CONFIGURATION
+                )
             self._running, self._prepared = self._prepared, None
         else:
             self._drop_prepared()
@@ -194,7 +197,9 @@ class Dealer:
         """The next instance, with seeds of its own. The parties' message names its number, so that a slip is found."""
         self._instances += 1
         if message is not None and message.get("instance") != self._instances:
-            raise ProtocolError("the computing parties and the dealer count instances differently", _SAME_VERSION)
+            raise ProtocolError(
+                "the computing parties and the dealer count instances differently", SAME_VERSION_AND_CONFIGURATION
+            )
         return _Instance(self._instances, program, [seed.derive(self._instances) for seed in self._seeds])
 
     def _drop_prepared(self) -> None:
@@ -207,13 +212,17 @@ class Dealer:
     def _take_report(self, report: dict[str, Any]) -> None:
         instance, blocks = self._running, report.get("blocks")
         if instance is None or report.get("instance") != instance.number:
-            raise ProtocolError("a computing party consumed corrections of no running program", _SAME_VERSION)
+            raise ProtocolError(
+                "a computing party consumed corrections of no running program", SAME_VERSION_AND_CONFIGURATION
+            )
         if type(blocks) is not int or not instance.consumed <= blocks <= instance.sent:
-            raise ProtocolError("a computing party consumed corrections that were not sent", _SAME_VERSION)
+            raise ProtocolError(
+                "a computing party consumed corrections that were not sent", SAME_VERSION_AND_CONFIGURATION
+            )
         instance.consumed = blocks
         if report.get("complete") is not False:
             if blocks != len(instance.program.blocks):
-                raise ProtocolError("a computing party left a program before its end", _SAME_VERSION)
+                raise ProtocolError("a computing party left a program before its end", SAME_VERSION_AND_CONFIGURATION)
             self._running = None
 
     # -- corrections

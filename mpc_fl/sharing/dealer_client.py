@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.correlated_randomness import Block, Program, Request, block_tag
 
@@ -26,7 +26,6 @@ SEED_PURPOSE = "correlated randomness"
 CONTROL, CONSUMED, DROPPED = "dealer control", "dealer consumed", "dealer dropped"  # tags of messages
 _REQUESTS_PER_MESSAGE = 1000
 _LONGEST_UNREPORTED = 32 << 20  # bytes; the dealer takes a party for late that reports nothing for long
-_SAME_CONFIGURATION = "run the same version and configuration at every party"
 
 
 class _Run:
@@ -46,7 +45,7 @@ class _Run:
             named = str(requests[position]) if position < len(requests) else "nothing more"
             raise ProtocolError(
                 f"the computation asks for {request} where program '{self.program.name}' names {named}",
-                _SAME_CONFIGURATION,
+                SAME_VERSION_AND_CONFIGURATION,
             )
         shares = [request.drawn_share(part, self._seed, position) for part in range(len(request.shapes))]
         if self._client.takes_corrections:
@@ -83,7 +82,8 @@ class _Run:
         missing = len(self.program.requests) - self._position
         if missing:
             raise ProtocolError(
-                f"the computation ended {missing} tuples before program '{self.program.name}'", _SAME_CONFIGURATION
+                f"the computation ended {missing} tuples before program '{self.program.name}'",
+                SAME_VERSION_AND_CONFIGURATION,
             )
         self._report(True)
 
@@ -204,6 +204,6 @@ class DealerClient:
         message = self._links.receive_object(self._dealer, DROPPED)
         sent = message.get("blocks")
         if message.get("instance") != instance or type(sent) is not int or not 0 <= sent <= len(program.blocks):
-            raise ProtocolError("the dealer dropped corrections that were not prepared", _SAME_CONFIGURATION)
+            raise ProtocolError("the dealer dropped corrections that were not prepared", SAME_VERSION_AND_CONFIGURATION)
         for number in range(sent):
             self.receive_block(instance, number, program.blocks[number])

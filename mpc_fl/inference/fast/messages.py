@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from mpc_fl.errors import ModelError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError
 from mpc_fl.inference.fast import network as layers
 from mpc_fl.inference.fast.network import Layer, Network, Reveal, Value
 
@@ -81,7 +81,7 @@ def network_from(description: dict[str, Any]) -> Network:
             str(description["output"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError, ModelError):
-        raise ProtocolError("the description of the network is not valid", "run the same version everywhere") from None
+        raise ProtocolError("the description of the network is not valid", SAME_VERSION) from None
 
 
 SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
@@ -105,9 +105,9 @@ def batch_from(message: dict[str, Any], expected: int) -> tuple[int, Reveal]:
     """Records of an announced batch (0: the hospital is done) and what will be revealed. Raises `ProtocolError`."""
     number, records, reveal = message.get("number"), message.get("records"), message.get("reveal")
     if number != expected or type(records) is not int or not 0 <= records <= _LARGEST_BATCH:
-        raise ProtocolError("a batch was announced that does not follow the last", "run the same version everywhere")
+        raise ProtocolError("a batch was announced that does not follow the last", SAME_VERSION)
     if reveal == "logits":
         return records, "logits"
     if reveal == "label":
         return records, "label"
-    raise ProtocolError("a batch was announced without what to reveal", "run the same version everywhere")
+    raise ProtocolError("a batch was announced without what to reveal", SAME_VERSION)

@@ -5,7 +5,7 @@ NeurIPS 2021), so everything here spends few comparisons. What is public (kernel
 polynomial coefficients) is applied to shares locally. Every `forward` takes and returns MPCTensors; the shapes are
 those of the torch layer of the same name.
 
-Approximations and their largest errors at 16 fractional bits, tested in tests/test_inference_graph.py:
+Approximations and their largest errors at 16 fractional bits, tested in tests/inference/reference/test_network.py:
 
 - GELU: relu(x) minus a polynomial of degree 7 in |x| below 4, error 0.002
 - SiLU: relu(x) minus a polynomial of degree 6 in |x| below 8, error 0.004

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpc_fl.errors import HeadroomError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 
 SCORE_BINS = 50
 RELIABILITY_BINS = 10
@@ -243,7 +243,7 @@ def encode_evaluation(evaluation: Evaluation, count_bound: int) -> torch.Tensor:
 def decode_evaluation(total: torch.Tensor, classes: int) -> Evaluation:
     """The opened sum, int64 (`evaluation_length`,). Raises `ProtocolError` for one that no hospitals can have."""
     if total.dtype != torch.int64 or total.shape != (evaluation_length(classes),):
-        raise ProtocolError("the opened evaluation has another shape", "run the same version everywhere")
+        raise ProtocolError("the opened evaluation has another shape", SAME_VERSION)
     sizes = [classes * classes, 2 * classes * SCORE_BINS, 3 * RELIABILITY_BINS, classes]
     confusion, scores, reliability, squared_errors = total.split(sizes)
     evaluation = Evaluation(

@@ -44,7 +44,7 @@ import torch
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, HeadroomError, PrivacyBudgetError, ProtocolError
 from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
 from mpc_fl.learning.privacy.accounting import LARGEST_NOISE_MULTIPLIER, SubsampledGaussian
 from mpc_fl.learning.privacy.discrete_gaussian import SMOOTHING, DiscreteGaussian, smoothing_distance
@@ -253,7 +253,7 @@ def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch
     Raises `ProtocolError` for a sum that no run of the protocol can have.
     """
     if opened.shape != (mechanism.parameters,) or opened.dtype not in (torch.int32, torch.int64):
-        raise ProtocolError("the opened sum of gradients has another shape or type", "run the same version everywhere")
+        raise ProtocolError("the opened sum of gradients has another shape or type", SAME_VERSION)
     if max(int(opened.max()), -int(opened.min())) > mechanism.largest_sum:
         raise ProtocolError("the opened sum of gradients exceeds its bound", "a hospital does not follow the protocol")
     return opened.double() / (mechanism.scale * mechanism.hospitals * mechanism.expected_patients)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ModelError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
 from mpc_fl.inference.fast.messages import (
     BATCH,
@@ -147,7 +147,7 @@ class Owner:
                         links.send_object(self._dealer, BATCH, message)
                     return evaluated
                 case _:
-                    raise ProtocolError("the hospital asked for what was not agreed", "run the same version everywhere")
+                    raise ProtocolError("the hospital asked for what was not agreed", SAME_VERSION)
 
     def _agreed_size(self, message: dict[str, Any]) -> int:
         """Records of the batch that the hospital announces next."""
@@ -229,7 +229,7 @@ class Owner:
         """Steps 4 and 5 for the prepared batches of these numbers; returns how many."""
         batches = list(self._prepared)[: len(numbers) if isinstance(numbers, list) else 0]
         if not batches or [batch.number for batch in batches] != numbers:
-            raise ProtocolError("the hospital asked for a batch not prepared", "run the same version everywhere")
+            raise ProtocolError("the hospital asked for a batch not prepared", SAME_VERSION)
         for _ in batches:
             self._prepared.popleft()
         links = self._domain.runtime.links

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.inference.fast.preprocessing.sealed_file import TAG_BYTES
 
 POOL = "pool"
@@ -35,7 +35,7 @@ class Place:
         """Raises `ProtocolError` for anything else."""
         number, tag = message.get("place"), message.get("tag")
         if type(number) is not int or not 0 <= number <= _MOST or not isinstance(tag, str):
-            raise ProtocolError("a batch of a pool was announced without its place", "run the same version everywhere")
+            raise ProtocolError("a batch of a pool was announced without its place", SAME_VERSION)
         if len(tag) != 2 * TAG_BYTES or not set(tag) <= set("0123456789abcdef"):
-            raise ProtocolError("a batch of a pool was announced without its tag", "run the same version everywhere")
+            raise ProtocolError("a batch of a pool was announced without its tag", SAME_VERSION)
         return cls(number, tag)

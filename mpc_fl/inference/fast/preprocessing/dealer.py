@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
 from mpc_fl.inference.fast.messages import BATCH, MASK_SEED, NETWORK, SEED, batch_from, correction_tag, network_from
 from mpc_fl.inference.fast.preprocessing.correlations import corrections_of, program_of
@@ -34,9 +34,7 @@ def deal(links: Links, hospital: str, owner: str) -> int:
     while True:
         announced = [batch_from(links.receive_object(name, BATCH), number) for name in (hospital, owner)]
         if announced[0] != announced[1]:
-            raise ProtocolError(
-                "hospital and model owner announced different batches", "run the same version everywhere"
-            )
+            raise ProtocolError("hospital and model owner announced different batches", SAME_VERSION)
         records, reveal = announced[0]
         if records == 0:
             return number

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import PoolError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, PoolError, ProtocolError
 from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
 from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
@@ -170,9 +170,7 @@ class _PartyPool:
             or not isinstance(numbers, list)
             or any(type(number) is not int or not 0 <= number <= _MOST for number in (first, end, *numbers))
         ):
-            raise ProtocolError(
-                f"{self._counterpart} does not say what its pool holds", "run the same version everywhere"
-            )
+            raise ProtocolError(f"{self._counterpart} does not say what its pool holds", SAME_VERSION)
         counters = {"next": first, "end": end, "numbers": numbers}
         proof = self._proof(links, self._counterpart, self._party, counters)
         if not hmac.compare_digest(proof, str(theirs.get("proof"))):
@@ -304,9 +302,7 @@ class OwnerPool(_PartyPool):
     def put(self, place: Place, network: Network, seed: Seed, corrections: Mapping[str, np.ndarray]) -> None:
         """Store a batch: its seed and the dealer's corrections, uint8, by piece."""
         if place.number != self._place:
-            raise ProtocolError(
-                "the hospital named a place in the pool that is not next", "run the same version everywhere"
-            )
+            raise ProtocolError("the hospital named a place in the pool that is not next", SAME_VERSION)
         self._place += 1
         program = self._program(network)
         words = np.zeros(program.stored_bytes, dtype=np.uint8)

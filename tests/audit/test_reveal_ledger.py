@@ -1,0 +1,729 @@
+"""The reveal ledger: whatever is changed in it is found and named, and all parties agree on it or the run stops."""
+
+from __future__ import annotations
+
+import copy as copies_of
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from mpc_fl.apps.cli import ledger as ledger_commands
+from mpc_fl.audit import reveal_ledger
+from mpc_fl.audit.ledger_audit import Copy, Finding, extend, read_ledger, verify_copies
+from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
+from mpc_fl.audit.reveal_ledger import (
+    LEDGER_FILE,
+    Block,
+    Chain,
+    Members,
+    Opening,
+    Signature,
+    block_from,
+    encode_block,
+    fingerprint,
+    make_opening,
+    sign_block,
+    to_json,
+)
+from mpc_fl.crypto.authority import Authority, pem
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.errors import MpcFlError, ProtocolError
+from tests.support.harness import run_parties
+
+PARTIES = ("hospital-0", "hospital-1", "aggregator")
+BEGAN = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+DAY = datetime.timedelta(days=1)
+MODEL = "5" * 64
+
+
+@functools.cache
+def authority() -> Authority:
+    return Authority(30 * DAY)
+
+
+@functools.cache
+def identity(name: str) -> Identity:
+    return authority().issue(name, 10 * DAY)
+
+
+def members(**other: Identity) -> Members:
+    """Keyword names have underscores: `hospital_1=...` puts another certificate in the place of hospital-1's."""
+    certificates = {name: other.get(name.replace("-", "_"), identity(name)).certificate.decode() for name in PARTIES}
+    return Members("session", "c" * 64, fingerprint(authority().certificate), certificates)
+
+
+def signed(block: Block, moment: datetime.datetime = BEGAN, signers: Sequence[Identity] | None = None) -> Block:
+    own = [identity(name) for name in block.parties] if signers is None else signers
+    return dataclasses.replace(block, signatures=tuple(sign_block(block, one, moment) for one in own))
+
+
+def describe(chain: Chain, pending: Sequence[Opening], why: str) -> Opening:
+    privacy = {"mechanism": "local", "epsilon at most": 8.0}
+    return make_opening(chain, pending, "sum of updates", why, (5, 2), ["aggregator"], PARTIES, privacy)
+
+
+def make_ledger(rounds: int = 3, openings: int = 3, moment: datetime.datetime = BEGAN) -> list[Block]:
+    """A genuine ledger: the start, one block per round, the end."""
+    chain, blocks = Chain(), list[Block]()
+    for number in range(rounds + 2):
+        kind = {0: "start", rounds + 1: "end"}.get(number, "openings")
+        opened: list[Opening] = []
+        for index in range(openings if kind == "openings" else 0):
+            opened.append(describe(chain, opened, f"round {number}: part {index}"))
+        values = {"global model": MODEL} if kind == "openings" else {}
+        introduced = members() if kind == "start" else None
+        block = Block(number, kind, f"block {number}", PARTIES, tuple(opened), values, introduced, chain.seal)
+        blocks.append(signed(block, moment))
+        chain, findings = extend(chain, blocks[-1], authority().certificate)
+        assert not findings
+    return blocks
+
+
+def text(blocks: Sequence[Block]) -> bytes:
+    return b"".join(map(encode_block, blocks))
+
+
+@functools.cache
+def genuine() -> bytes:
+    return text(make_ledger())
+
+
+def lines() -> list[Any]:
+    return [json.loads(line) for line in genuine().splitlines()]
+
+
+def written(blocks: Sequence[Any]) -> bytes:
+    """Edited blocks in the ledger's own form, as somebody who knows it would write them."""
+    form = {"sort_keys": True, "separators": (",", ":")}
+    return b"".join(json.dumps(block, **form).encode() + b"\n" for block in blocks)
+
+
+def findings_of(content: bytes) -> list[Finding]:
+    return list(audit(content).findings)
+
+
+def audit(*contents: bytes, owners: Sequence[str | None] = (None, None, None), now: datetime.datetime = BEGAN) -> Any:
+    copies = [Copy(f"copy {index}", owners[index], content) for index, content in enumerate(contents)]
+    return verify_copies(copies, authority().certificate, now)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all leaves and empty containers in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [place for key, item in items for place in places(item, (*path, key))]
+    return found or [path]
+
+
+def at(value: Any, path: Sequence[Any]) -> Any:
+    return functools.reduce(lambda inner, key: inner[key], path, value)
+
+
+OTHER_VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8),
+    st.sampled_from(["0" * 64, "aggregator", "hospital-1", "hospital-2", "end", "abandoned"]),
+    st.lists(st.sampled_from(PARTIES), max_size=3), st.just({}),
+)  # fmt: skip
+
+
+# ---- a genuine ledger --------------------------------------------------------------------------------------------------
+
+
+def test_a_genuine_ledger_verifies_and_says_what_was_opened() -> None:
+    assert findings_of(genuine()) == []
+    reading = audit(genuine()).reference
+    assert [block.kind for block in reading.blocks] == ["start", "openings", "openings", "openings", "end"]
+    assert [opening.number for block in reading.blocks for opening in block.openings] == list(range(1, 10))
+
+
+def test_certificates_may_expire_after_the_run_and_not_before() -> None:
+    verdict = audit(genuine(), now=BEGAN + 11 * DAY)
+    assert verdict.findings == () and len(verdict.notes) == 3 and "hospital-0 expired" in verdict.notes[1]
+    late = make_ledger(1, 1)
+    late = late[:-1] + [signed(dataclasses.replace(late[-1], signatures=()), BEGAN + 11 * DAY)]
+    found = findings_of(text(late))
+    assert [finding.party for finding in found] == list(PARTIES)
+    assert all("was not valid when it signed" in finding.what and finding.block == 2 for finding in found)
+
+
+def test_nobody_can_sign_as_of_yesterday() -> None:
+    old = make_ledger(1, 1)
+    old[-1] = signed(dataclasses.replace(old[-1], signatures=()), BEGAN - DAY / 24)
+    assert {finding.what[:33] for finding in findings_of(text(old))} == {"its certificate was not valid whe"}
+    late = make_ledger(1, 1, BEGAN + DAY)
+    late[-1] = signed(dataclasses.replace(late[-1], signatures=()), BEGAN)
+    assert {finding.what[:36] for finding in findings_of(text(late))} == {"signed it before the block before it"}
+
+
+# ---- changes -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_edit_of_one_field_is_found_in_its_block(data: st.DataObject) -> None:
+    blocks = lines()
+    number = data.draw(st.integers(0, len(blocks) - 1))
+    path = data.draw(st.sampled_from(places(blocks[number])))
+    before, after = at(blocks[number], path), data.draw(OTHER_VALUES)
+    assume(json.dumps(before) != json.dumps(after))
+    at(blocks[number], path[:-1])[path[-1]] = after
+    found = findings_of(written(blocks))
+    assert found, path
+    assert number in {finding.block for finding in found} or path == ("number",)
+    readable = not any("it is no block" in finding.what for finding in found)
+    if readable and path[0] == "openings" and path[-1] != "number":
+        assert blocks[number]["openings"][path[1]]["number"] in {finding.opening for finding in found}
+    if path[0] == "signatures" and found[0].party is not None:
+        assert PARTIES[path[1]] in {finding.party for finding in found}
+
+
+@settings(max_examples=150)
+@given(st.integers(0, len(genuine()) - 1), st.integers(1, 255))
+def test_any_edit_of_one_byte_is_found(position: int, change: int) -> None:
+    content = bytearray(genuine())
+    content[position] ^= change
+    assert findings_of(bytes(content))
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_any_removal_repetition_or_exchange_is_found(data: st.DataObject) -> None:
+    """Of blocks, openings, signatures, parties, certificates, values: everything that the ledger holds several of."""
+    blocks = lines()
+    number = data.draw(st.integers(0, len(blocks) - 1))
+    where: list[list[Any]] = [
+        blocks,
+        blocks[number]["openings"],
+        blocks[number]["signatures"],
+        blocks[number]["parties"],
+    ]
+    where += [opening[key] for opening in blocks[number]["openings"] for key in ("to", "among", "shape")]
+    items = data.draw(st.sampled_from([entry for entry in where if entry]))
+    index = data.draw(st.integers(0, len(items) - 1))
+    how = data.draw(st.sampled_from(["remove", "repeat", "exchange", "insert"]))
+    if how == "remove":
+        del items[index]
+    elif how == "repeat":
+        items.insert(data.draw(st.integers(0, len(items))), copies_of.deepcopy(items[index]))
+    elif how == "exchange":
+        other = data.draw(st.integers(0, len(items) - 1))
+        assume(items[index] != items[other])
+        items[index], items[other] = items[other], items[index]
+    else:
+        source = data.draw(st.sampled_from([block for block in lines() if block["openings"]]))
+        items.insert(index, {"o": source["openings"][0], "s": source["signatures"][0], "b": source}.get(
+            {id(where[0]): "b", id(where[1]): "o", id(where[2]): "s"}.get(id(items), ""), "hospital-1"))  # fmt: skip
+    found = findings_of(written(blocks))
+    assert found
+    if items is not blocks:
+        assert number in {finding.block for finding in found}
+
+
+def test_each_change_is_named_where_it_was_made_and_nowhere_else() -> None:
+    def said(change: Callable[[list[Any]], Any]) -> list[str]:
+        blocks = lines()
+        change(blocks)
+        return [finding.line.removeprefix("copy 0, ") for finding in findings_of(written(blocks))]
+
+    unsigned = f"block 2: is not what its parties signed ({', '.join(PARTIES)})"
+    assert said(lambda b: b[2]["openings"][1].update(why="nothing")) == [
+        "block 2, opening 5: was edited: its digest does not fit", unsigned]  # fmt: skip
+    assert said(lambda b: b[2]["openings"].pop(1)) == [
+        "block 2, opening 6: opening 5 is missing before it", unsigned]  # fmt: skip
+    assert said(lambda b: b[2]["values"].update({"global model": "6" * 64})) == [unsigned]
+    assert said(lambda b: b.pop(2)) == [
+        "block 2: is missing", "block 3, opening 7: openings 4 to 6 are missing before it"]  # fmt: skip
+    assert said(lambda b: b.insert(3, b[2])) == ["block 2: comes again, or out of order"]
+    assert said(lambda b: b.pop()) == [
+        "copy 0: the end of the run is missing: blocks were cut off, or the run did not end"
+    ]
+    assert said(lambda b: b[3]["signatures"].pop(1)) == ["block 3, hospital-1: did not sign it"]
+    assert said(lambda b: b[2]["signatures"][1].update(signature=b[3]["signatures"][1]["signature"])) == [
+        "block 2, hospital-1: the signature is false: over something else, or somebody else's"]  # fmt: skip
+    assert said(lambda b: b.reverse())[0] == "block 0: is missing, and all up to block 3"
+
+
+def test_what_was_genuinely_signed_elsewhere_does_not_fit() -> None:
+    """Each of these is signed by all, so that only the chain, or the order of signatures, can tell."""
+    blocks = make_ledger()
+    again = signed(dataclasses.replace(blocks[2], signatures=()), BEGAN + datetime.timedelta(seconds=1))
+    found = findings_of(text([*blocks[:2], again, *blocks[3:]]))
+    assert [finding.line for finding in found] == [
+        "copy 0, block 3: does not follow block 2: one of the two was exchanged"]  # fmt: skip
+
+    state = read_ledger(text(blocks[:-1]), authority().certificate).chain
+    one, other = describe(state, [], "one"), describe(state, [], "other")
+    following = describe(state, [other], "two")
+    last = signed(Block(4, "end", "", PARTIES, (one, following), {}, None, state.seal))
+    found = findings_of(text([*blocks[:-1], last]))
+    assert [finding.line for finding in found] == [
+        "copy 0, block 4, opening 11: does not follow the opening before it: one of the two was exchanged"]  # fmt: skip
+
+    ended = read_ledger(text(blocks), authority().certificate).chain
+    late = signed(Block(5, "openings", "", PARTIES, (), {}, None, ended.seal))
+    assert [finding.line for finding in findings_of(text([*blocks, late]))] == [
+        "copy 0, block 5: comes after the end of the run"]  # fmt: skip
+
+    first, second, third = blocks[-1].signatures
+    exchanged = dataclasses.replace(blocks[-1], signatures=(second, first, third))
+    assert [finding.line for finding in findings_of(text([*blocks[:-1], exchanged]))] == [
+        "copy 0, block 4: the signatures are not in the order of its parties"]  # fmt: skip
+
+
+def test_who_recomputes_all_digests_is_found_by_the_signatures() -> None:
+    """The forger holds the aggregator's key only: every block from the change on lacks the hospitals' signatures."""
+    chain, forged = Chain(), list[Block]()
+    for block in make_ledger():
+        opened: list[Opening] = []
+        for opening in block.openings:
+            why = "nothing to see" if opening.number == 4 else opening.why
+            opened.append(describe(chain, opened, why))
+        again = dataclasses.replace(block, openings=tuple(opened), previous=chain.seal)
+        own = sign_block(again, identity("aggregator"), BEGAN)
+        forged.append(dataclasses.replace(again, signatures=(*block.signatures[:2], own)))
+        chain, _ = extend(chain, forged[-1], authority().certificate)
+    found = findings_of(text(forged))
+    # The forger's new signature changes even block 0, so that every later block is another one.
+    assert {(finding.block, finding.party) for finding in found} == {
+        (number, party) for number in range(1, 5) for party in PARTIES[:2]
+    }
+
+
+def test_signatures_of_others_are_found() -> None:
+    blocks = make_ledger(1, 1)
+    bare = dataclasses.replace(blocks[-1], signatures=())
+    outsider = Authority(30 * DAY).issue("hospital-1")
+    for stranger in (outsider, identity("aggregator")):
+        false = sign_block(bare, dataclasses.replace(stranger, name="hospital-1"), BEGAN)
+        own = signed(bare).signatures
+        found = findings_of(text([*blocks[:-1], dataclasses.replace(bare, signatures=(own[0], false, own[2]))]))
+        assert [(finding.block, finding.party) for finding in found] == [(2, "hospital-1")]
+    extra = dataclasses.replace(
+        bare, signatures=(*signed(bare).signatures, sign_block(bare, identity("hospital-2"), BEGAN))
+    )
+    found = findings_of(text([*blocks[:-1], extra]))
+    assert [(finding.party, finding.what) for finding in found] == [("hospital-2", "signed it and is no party of it")]
+
+
+@pytest.mark.parametrize(
+    ("instead", "what"),
+    [
+        (lambda: Authority(30 * DAY).issue("hospital-1"), "not one of this authority's"),
+        (lambda: identity("aggregator"), "another party's"),
+        (lambda: dataclasses.replace(identity("aggregator"), certificate=b"-----BEGIN"), "not one of this authority's"),
+    ],
+)
+def test_a_ledger_begun_with_a_foreign_certificate_is_found(instead: Callable[[], Identity], what: str) -> None:
+    stranger = dataclasses.replace(instead(), name="hospital-1")
+    start = Block(0, "start", "", PARTIES, (), {}, members(hospital_1=stranger), Chain().seal)
+    start = signed(start, signers=[identity("hospital-0"), stranger, identity("aggregator")])
+    found = read_ledger(text([start]), authority().certificate).findings
+    assert found and what in found[0].what and found[0].party == "hospital-1"
+
+
+def test_a_ledger_of_another_federation_is_found() -> None:
+    verdict = verify_copies([Copy("copy", None, genuine())], Authority(DAY).certificate, BEGAN)
+    assert "names another authority" in verdict.findings[0].what
+
+
+def test_the_other_form_of_a_signature_is_found_even_in_the_last_block() -> None:
+    """(r, -s) verifies wherever (r, s) does; no later block would tell."""
+    blocks = make_ledger(1, 1)
+    first, *rest = blocks[-1].signatures
+    r, s = decode_dss_signature(bytes.fromhex(first.signature))
+    twin = dataclasses.replace(first, signature=encode_dss_signature(r, reveal_ledger._ORDER - s).hex())
+    blocks[-1] = dataclasses.replace(blocks[-1], signatures=(twin, *rest))
+    assert [finding.party for finding in findings_of(text(blocks))] == ["hospital-0"]
+
+
+def test_copies_are_compared() -> None:
+    cut = b"".join(genuine().splitlines(keepends=True)[:3])
+    assert audit(genuine(), genuine()).findings == ()
+    (found,) = audit(cut, genuine()).findings
+    assert found.line == "copy 0, block 3: is missing, with all after it: there are 5 blocks in copy 1"
+    other = make_ledger()  # genuine too: the same parties signed twice
+    assert [item.block for item in audit(genuine(), text(other)).findings] == [0]
+    assert audit(genuine()[:-30], genuine()).findings[0].what == "the last line is cut off"
+    assert [item.block for item in audit(genuine(), genuine() + cut.splitlines(keepends=True)[1]).findings][0] == 1
+    assert audit(b"", b"").findings
+
+
+def test_a_lost_party_may_lack_what_it_did_not_sign() -> None:
+    blocks = make_ledger(1, 1)[:2]
+    chain = read_ledger(text(blocks), authority().certificate).chain
+    begun = describe(chain, [], "round 2, attempt 1")
+    rest = ("hospital-0", "aggregator")
+    for kind, opened in (("abandoned", (begun,)), ("end", ())):
+        blocks.append(signed(Block(chain.blocks, kind, kind, rest, opened, {}, None, chain.seal)))
+        chain, found = extend(chain, blocks[-1], authority().certificate)
+        assert not found
+    verdict = audit(text(blocks), text(blocks[:2]), owners=["aggregator", "hospital-1"])
+    assert verdict.findings == () and "hospital-1 took no part" in verdict.notes[0]
+    assert audit(text(blocks), text(blocks[:2]), owners=["aggregator", "hospital-0"]).findings
+    # The same without the word "abandoned" is an opening that one of its parties did not sign.
+    as_usual = dataclasses.replace(blocks[2], kind="openings", signatures=())
+    found = findings_of(text([*blocks[:2], signed(as_usual)]))
+    assert ("hospital-1", "took part in it and is no party of the block") in {(item.party, item.what) for item in found}
+
+
+@given(
+    st.recursive(OTHER_VALUES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner))
+)
+def test_anything_at_all_is_read_without_a_traceback(value: Any) -> None:
+    assert findings_of(json.dumps(value).encode() + b"\n")
+    with pytest.raises(ValueError):
+        block_from(value)
+
+
+def test_garbage_is_named_by_its_line() -> None:
+    good = genuine().splitlines(keepends=True)
+    for garbage in (
+        b"\xff\n",
+        b"[" * 100_000 + b"\n",
+        b"\n",
+        b"null\n",
+        good[2].replace(b'":', b'": '),
+        b'{"a":1e999}\n',
+    ):
+        found = findings_of(b"".join([*good[:2], garbage, *good[3:]]))
+        assert (found[0].block, found[0].what) == (2, "line 3 is damaged or was edited: it is no block")
+
+
+# ---- a party's copy ----------------------------------------------------------------------------------------------------
+
+
+def begun(directory: Path) -> RevealLedger:
+    ledger = RevealLedger(directory, identity("aggregator"))
+    ledger.add(signed(Block(0, "start", "", PARTIES, (), {}, members(), Chain().seal)))
+    return ledger
+
+
+def record(ledger: RevealLedger, why: str) -> Opening:
+    return ledger.append("sum", why, (3,), ["aggregator"], PARTIES)
+
+
+def test_the_copy_cut_off_at_any_byte_is_read_up_to_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A crash may come within any write: whole blocks stay as they are, the torn one goes, and the log says so."""
+    caplog.set_level(logging.WARNING)
+    path, content = tmp_path / LEDGER_FILE, genuine()
+    for size in range(0, len(content), 97):
+        path.write_bytes(content[:size])
+        caplog.clear()
+        ledger = RevealLedger(tmp_path, identity("aggregator"))
+        whole = content[:size].rfind(b"\n") + 1
+        assert path.read_bytes() == content[:whole] and len(ledger.blocks) == content[:size].count(b"\n")
+        assert ("cut off by a crash" in caplog.text) == (size != whole)
+
+
+def test_what_was_recorded_and_not_signed_survives_a_crash(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    first = record(ledger, "round 1")
+    block = signed(ledger.draft("openings", "round 1", PARTIES))
+    ledger.add(block)
+    second, third = record(ledger, "round 2"), record(ledger, "round 2")
+    before = (tmp_path / LEDGER_FILE).read_bytes()
+    with (tmp_path / "openings.jsonl").open("ab") as file:
+        file.write(b'{"among":["aggr')
+    again = RevealLedger(tmp_path, identity("aggregator"))
+    assert again.pending == [second, third] and again.blocks[1].openings == (first,)
+    assert (tmp_path / LEDGER_FILE).read_bytes() == before
+    assert [json.loads(line)["number"] for line in (tmp_path / "openings.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_what_nobody_else_began_is_dropped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = begun(tmp_path)
+    record(ledger, "lost attempt")
+    other = describe(ledger.chain, [], "another attempt")
+    with caplog.at_level(logging.WARNING):
+        ledger.add(signed(Block(1, "openings", "", PARTIES, (other,), {}, None, ledger.chain.seal)))
+    assert ledger.pending == [] and "by no other party" in caplog.text
+    assert record(ledger, "next").number == 2
+    assert [opening.why for opening in RevealLedger(tmp_path, identity("aggregator")).pending] == ["next"]
+
+
+def test_a_copy_that_was_changed_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / LEDGER_FILE).write_bytes(genuine().replace(b"round 2", b"round 9", 1))
+    with pytest.raises(MpcFlError, match=r"was changed: block 2, opening 4: was edited"):
+        RevealLedger(tmp_path, identity("aggregator"))
+
+
+def test_a_block_that_is_not_right_is_not_kept(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    record(ledger, "round 1")
+    content = (tmp_path / LEDGER_FILE).read_bytes()
+    draft = ledger.draft("openings", "round 1", PARTIES)
+    ahead = signed(draft, BEGAN + DAY)
+    unsigned = dataclasses.replace(signed(draft), signatures=signed(draft).signatures[:2])
+    for block, what in ((ahead, "clock of hospital-0 is ahead"), (unsigned, "aggregator: did not sign it")):
+        with pytest.raises(ProtocolError, match=what):
+            ledger.add(block)
+    assert (tmp_path / LEDGER_FILE).read_bytes() == content and len(ledger.pending) == 1
+    ledger.add(signed(draft))
+    assert ledger.pending == []
+
+
+def test_an_opening_is_refused_before_the_start_and_when_it_would_write_to_the_terminal(tmp_path: Path) -> None:
+    with pytest.raises(ProtocolError, match="before the reveal ledger began"):
+        record(RevealLedger(tmp_path / "new", identity("aggregator")), "too early")
+    with pytest.raises(ProtocolError, match="cannot be described"):
+        record(begun(tmp_path), "\x1b[2J")
+    assert not (tmp_path / "openings.jsonl").exists()
+
+
+def test_the_digest_of_a_tensor_tells_values_shapes_and_types_apart() -> None:
+    zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32), torch.ones(4), torch.zeros(0)]
+    assert len({tensor_digest(tensor) for tensor in zeros}) == 5
+    strided = torch.arange(6.0).reshape(2, 3).T
+    assert tensor_digest(strided) == tensor_digest(strided.clone(memory_format=torch.contiguous_format))
+
+
+# ---- the protocol ------------------------------------------------------------------------------------------------------
+
+
+def _whole_story(links: Any, directory: str) -> bytes:
+    """Two rounds, a restart in which hospital-1 lacks a block and all have unsigned openings, a lost hospital, the end."""
+    from mpc_fl.audit.co_signing import begin, co_sign, settle
+
+    parties, leader, out = list(PARTIES), "aggregator", Path(directory) / links.name
+    own = load_identity(out, links.name)
+    ledger = RevealLedger(out, own)
+
+    def opened(why: str) -> None:
+        ledger.append("sum of updates", why, (4, 3), [leader], parties, {"mechanism": "local"})
+
+    begin(ledger, links, parties, leader, "session", "c" * 64)
+    for number in (1, 2):
+        opened(f"round {number}")
+        opened(f"round {number} (divisor)")
+        co_sign(ledger, links, parties, leader, "openings", f"round {number}", {"global model": MODEL})
+
+    # All are killed: hospital-1 before it kept the last block, hospital-0 further in round 3 than the others.
+    opened("round 3")
+    if links.name == "hospital-0":
+        opened("round 3 (divisor)")
+    if links.name == "hospital-1":
+        content = ledger.path.read_bytes().splitlines(keepends=True)
+        ledger.path.write_bytes(b"".join(content[:-1]) + content[-1][:100])
+    ledger = RevealLedger(out, own)
+    begin(ledger, links, parties, leader, "another session", "c" * 64, resumed=True)
+    assert ledger.pending == [] and ledger.blocks[-1].kind == "abandoned"
+
+    # hospital-1 is lost in the repeated round, the others go on without it.
+    opened("round 3, attempt 2")
+    if links.name != "hospital-1":
+        rest = ["hospital-0", "aggregator"]
+        settle(ledger, links, rest, leader, "round 3, attempt 2")
+        assert settle(ledger, links, rest, leader, "nothing since") is None
+        parties = rest
+        opened("round 3, attempt 3")
+        last = co_sign(ledger, links, rest, leader, "end", "the run is complete")
+
+        # A restart when all is done adds nothing.
+        ledger = RevealLedger(out, own)
+        assert begin(ledger, links, rest, leader, "third session", "c" * 64, resumed=True) == last
+        with pytest.raises(MpcFlError, match="is the ledger of an earlier run"):
+            begin(ledger, links, rest, leader, "session", "c" * 64)
+    return ledger.path.read_bytes()
+
+
+def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Path) -> None:
+    results = run_parties(_whole_story, list(PARTIES), tmp_path, str(tmp_path))
+    assert results["hospital-0"] == results["aggregator"]
+    trusted = load_identity(tmp_path / "aggregator", "aggregator")
+    root = ledger_commands._authority(tmp_path / "aggregator" / "federation.crt")
+    copies = [Copy(name, name, results[name]) for name in PARTIES]
+    verdict = verify_copies(copies, root, BEGAN)
+    assert trusted.name == "aggregator" and verdict.findings == ()
+    assert verdict.notes == ("hospital-1 ends earlier: hospital-1 took no part in the blocks after it",)
+    kinds = [(block.kind, len(block.openings), len(block.parties)) for block in verdict.reference.blocks if block]
+    assert kinds == [
+        ("start", 0, 3), ("openings", 2, 3), ("openings", 2, 3), ("resume", 0, 3), ("abandoned", 2, 3),
+        ("abandoned", 1, 2), ("end", 1, 2),
+    ]  # fmt: skip
+    lost = verdict.reference.blocks[5]
+    assert lost is not None and lost.openings[0].among == PARTIES and lost.openings[0].why == "round 3, attempt 2"
+
+
+def _one_differs(links: Any, directory: str) -> None:
+    from mpc_fl.audit.co_signing import begin, co_sign
+
+    ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
+    begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64)
+    ledger.append("sum", "round 1", (3,), ["aggregator"], PARTIES)
+    ledger.append("sum", "round 1", (1,), [links.name] if links.name == "hospital-1" else ["aggregator"], PARTIES)
+    co_sign(
+        ledger, links, PARTIES, "aggregator", "openings", "round 1", {"global model": tensor_digest(torch.zeros(3))}
+    )
+
+
+def test_a_party_whose_record_differs_is_named_at_once(tmp_path: Path) -> None:
+    words = "ProtocolError: hospital-1 recorded opening 2 otherwise than hospital-0, aggregator"
+    with pytest.raises(AssertionError, match=words):
+        run_parties(_one_differs, list(PARTIES), tmp_path, str(tmp_path))
+    for name in PARTIES:
+        content = (tmp_path / name / LEDGER_FILE).read_bytes()
+        assert content.count(b"\n") == 1, "the block was not kept by anybody"
+
+
+def _one_starts_anew(links: Any, directory: str) -> None:
+    from mpc_fl.audit.co_signing import begin
+
+    ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
+    begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64, resumed=links.name != "hospital-0")
+
+
+def test_who_starts_anew_while_others_resume_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="ProtocolError: hospital-0 wants a new run and aggregator an earlier one"):
+        run_parties(_one_starts_anew, list(PARTIES), tmp_path, str(tmp_path))
+
+
+def test_who_differs_is_told_by_the_majority() -> None:
+    from mpc_fl.audit.co_signing import _claim, disagreement
+
+    start = Block(0, "start", "", PARTIES, (), {}, members(), Chain().seal)
+    chain, _ = extend(Chain(), signed(start), authority().certificate)
+    one, two = ([describe(chain, [], why)] for why in ("one", "two"))
+    claims = [
+        _claim(Block(1, "openings", "", PARTIES, tuple(opened), {}, None, chain.seal)) for opened in (one, two, [])
+    ]
+    assert disagreement({"hospital-0": claims[0], "aggregator": claims[0]}) is None
+    assert disagreement({"hospital-0": claims[0], "hospital-1": claims[0], "aggregator": claims[1]}) == (
+        "aggregator recorded opening 1 otherwise than hospital-0, hospital-1"
+    )
+    assert disagreement({"hospital-0": claims[0], "hospital-1": claims[2], "aggregator": claims[0]}) == (
+        "hospital-1 recorded opening 1 otherwise than hospital-0, aggregator"
+    )
+    assert disagreement({"hospital-0": claims[0], "aggregator": claims[1]}) == (
+        "hospital-0, aggregator do not agree on opening 1"
+    )
+    held = Block(1, "openings", "", PARTIES, (), {"model": MODEL}, None, chain.seal)
+    other = _claim(dataclasses.replace(held, values={"model": "6" * 64}))
+    assert disagreement({"hospital-0": _claim(held), "hospital-1": other, "aggregator": _claim(held)}) == (
+        "hospital-1 recorded the value of model otherwise than hospital-0, aggregator"
+    )
+    assert disagreement({"hospital-0": "nonsense", "aggregator": claims[1]}) == (
+        "hospital-0 sent no claim about the reveal ledger"
+    )
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    for directory in (run, run / "parties" / "hospital-0", run / "parties" / "hospital-1"):
+        directory.mkdir(parents=True)
+        (directory / LEDGER_FILE).write_bytes(genuine())
+    (run / "federation.crt").write_bytes(pem(authority().certificate))
+    return run
+
+
+def command(*arguments: Any) -> Result:
+    return CliRunner().invoke(ledger_commands.app, [str(argument) for argument in arguments])
+
+
+def test_verify_says_that_all_is_well(run_dir: Path) -> None:
+    result = command("verify", run_dir)
+    assert result.exit_code == 0, result.output
+    assert "The reveal ledger verifies: 9 openings in 5 blocks" in result.output and "3 copies" in result.output
+    assert fingerprint(authority().certificate) in result.output and "from RUN_DIR" in result.output
+    found = json.loads(command("verify", run_dir, "--json", "--authority", run_dir / "federation.crt").output)
+    assert (
+        found["ok"] is True and found["findings"] == [] and found["authority_given"] is True and found["openings"] == 9
+    )
+
+
+def test_verify_prints_one_line_per_finding_and_fails(run_dir: Path) -> None:
+    edited = run_dir / "parties" / "hospital-1" / LEDGER_FILE
+    edited.write_bytes(genuine().replace(b"round 3: part 1", b"round 3: part 7"))
+    result = command("verify", run_dir)
+    assert result.exit_code == 1
+    output = result.output.splitlines()
+    where = f"parties/hospital-1/{LEDGER_FILE}, block 3"
+    assert output[0] == f"{where}, opening 8: was edited: its digest does not fit"
+    assert output[1].startswith(f"{where}: is not what its parties signed")
+    assert output[2] == f"{where}, opening 8: is not the same as in {LEDGER_FILE}"
+    assert output[-1] == "The reveal ledger does NOT verify: 3 findings."
+    result = command("verify", run_dir, "--json")
+    found = json.loads(result.output)
+    assert result.exit_code == 1 and found["ok"] is False and len(found["findings"]) == 3
+    assert found["findings"][0]["opening"] == 8 and found["findings"][0]["block"] == 3
+    edited.write_bytes(genuine())
+    other = run_dir / "other.jsonl"
+    other.write_bytes(genuine().replace(b"round", b"ROUND"))
+    assert command("verify", run_dir).exit_code == 0 and command("verify", run_dir, "--copy", other).exit_code == 1
+
+
+def test_verify_compares_the_files_whose_digests_were_signed(run_dir: Path) -> None:
+    import hashlib
+
+    blocks = make_ledger(1, 1)
+    values = {"model.safetensors": hashlib.sha256(b"weights").hexdigest(), "../secret": "0" * 64}
+    blocks[-1] = signed(dataclasses.replace(blocks[-1], values=values, signatures=()))
+    for path in run_dir.rglob(LEDGER_FILE):
+        path.write_bytes(text(blocks))
+    (run_dir / "model.safetensors").write_bytes(b"weights")
+    (run_dir.parent / "secret").write_bytes(b"")
+    assert command("verify", run_dir).exit_code == 0
+    (run_dir / "parties" / "hospital-0" / "model.safetensors").write_bytes(b"other weights")
+    result = command("verify", run_dir)
+    assert result.exit_code == 1 and "parties/hospital-0/model.safetensors is not the one" in result.output
+
+
+def test_what_is_missing_is_said_in_one_line(run_dir: Path) -> None:
+    for arguments, words in (
+        (("verify", run_dir / "nowhere", "--authority", run_dir / "federation.crt"), "holds no reveal_ledger.jsonl"),
+        (("verify", run_dir / "parties" / "hospital-0"), "with --authority"),
+        (("verify", run_dir, "--authority", run_dir / LEDGER_FILE), "not a certificate in PEM"),
+        (("verify", run_dir, "--copy", run_dir), "cannot read"),
+        (("show", run_dir / "parties"), "holds no reveal_ledger.jsonl"),
+    ):
+        error = command(*arguments).exception
+        assert isinstance(error, MpcFlError) and words in str(error) and "\n" not in str(error)
+
+
+def test_show_reads_well(run_dir: Path) -> None:
+    result = command("show", run_dir)
+    assert result.exit_code == 0, result.output
+    for words in ("Block 2, openings: block 2, signed", "round 2: part 1", "5 x 2", "epsilon at most 8.0, mechanism local",
+                  "Signed by hospital-0, hospital-1, aggregator", "All hold the same global model",
+                  "mpc-fl ledger verify"):  # fmt: skip
+        assert words in result.output.replace("\n", " "), words
+    assert max(map(len, result.output.splitlines())) <= 132
+    found = json.loads(command("show", run_dir, "--json").output)
+    assert [block["kind"] for block in found["blocks"]] == ["start", "openings", "openings", "openings", "end"]
+
+
+def test_show_takes_no_text_for_markup_and_names_a_damaged_line(run_dir: Path) -> None:
+    chain = read_ledger(b"".join(genuine().splitlines(keepends=True)[:-1]), authority().certificate).chain
+    opened = make_opening(chain, [], "[bold]sum[/bold]", "[link=x]why[/link]", (), ["aggregator"], PARTIES[:2], None)
+    block = Block(4, "openings", "[red]", PARTIES, (opened,), {}, None, chain.seal, (Signature(PARTIES[0], "2", ""),))
+    block = dataclasses.replace(block, signatures=signed(block).signatures[:2])
+    path = run_dir / LEDGER_FILE
+    path.write_bytes(b"".join(genuine().splitlines(keepends=True)[:-1]) + encode_block(block))
+    output = command("show", run_dir).output
+    for words in (
+        "[bold]sum[/bold]",
+        "[link=x]why[/link]",
+        "openings: [red]",
+        "single",
+        "NOT by aggregator",
+        "not in this copy",
+    ):
+        assert words in output, words
+    path.write_bytes(genuine() + json.dumps(to_json(block)).encode() + b"\n")
+    error = command("show", run_dir).exception
+    assert isinstance(error, MpcFlError) and "line 6 of reveal_ledger.jsonl is damaged" in str(error)

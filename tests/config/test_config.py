@@ -1,0 +1,79 @@
+"""Configuration: complete, refused with the nearest name, overridable, saved and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpc_fl.config.config import parse_config
+from mpc_fl.config.loading import apply_overrides, load_config
+from mpc_fl.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configurations_are_valid_and_survive_saving(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "saved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trainin": {}}, "unknown key 'trainin': the nearest known name is 'training'"),
+        ({"training": {"round": 3}}, "unknown key 'training.round': the nearest known name is 'training.rounds'"),
+        ({"data": {"partition": {"methd": 1}}}, "nearest known name is 'data.partition.method'"),
+        ({"privacy": {"epsilon": -1}}, "'privacy.epsilon' is not valid"),
+        ({"privacy": {"epsilon": float("nan")}}, "'privacy.epsilon' is not valid"),
+        ({"data": {"classes": ["a"]}}, "at least two different classes"),
+        ({"data": {"source": "csv"}}, "table.features"),
+        ([1], "not a mapping"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(values, "f.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {rounds: 2}\n")
+    config = load_config(path, ["training.rounds=7", "privacy.delta=1e-6", "data.classes=[a, b]"])
+    assert (config.training.rounds, config.privacy.delta, config.data.classes) == (7, 1e-6, ("a", "b"))
+    for bad in ("training.rounds", "=3", "name.x=1"):
+        with pytest.raises(ConfigError):
+            load_config(path, ["name=x", bad])
+    with pytest.raises(ConfigError, match="nearest known name is 'training.rounds'"):
+        load_config(path, ["training.rouds=3"])
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.integers())
+def test_overrides_reach_any_depth(keys: list[str], value: int) -> None:
+    node = apply_overrides({}, [f"{'.'.join(keys)}={value}"])
+    for key in keys:
+        node = node[key]
+    assert node == value
+
+
+def test_digest_covers_what_parties_share_and_nothing_local() -> None:
+    config = parse_config({}, "x")
+    assert config.with_values(site={"out": "/somewhere"}).digest() == config.digest()
+    assert config.with_values(training={"rounds": 99}).digest() != config.digest()
+    assert config.with_values(federation={"session": "other"}).digest() != config.digest()
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"\xff\xfe\x00", b"- 1\n- 2\n"])
+def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "missing.yaml")

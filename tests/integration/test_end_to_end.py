@@ -1,0 +1,141 @@
+"""The user's two commands, with real processes: train, then diagnose under encryption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors import safe_open
+
+pytestmark = pytest.mark.processes
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def mpc_fl(*arguments: object) -> dict[str, Any]:
+    """Run a command with --json; return what it prints, or fail with what it said."""
+    command = [sys.executable, "-m", "mpc_fl", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The embedded default, exactly as `make demo` trains it."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    return out, mpc_fl("train", REPOSITORY / "configs" / "demo.yaml", "--out", out)
+
+
+def test_the_default_learns_far_above_chance_at_epsilon_8(demo: tuple[Path, dict[str, Any]]) -> None:
+    """Ten separate runs reached 80 to 93 %; a lower bound of 60 % against a chance of 33 % leaves room for unlucky noise."""
+    _, summary = demo
+    final = summary["final"]
+    assert final["accuracy_low"] > 0.6
+    assert final["accuracy_low"] < final["accuracy"] < final["accuracy_high"] < final["accuracy_low"] + 0.12
+    assert final["records"] == sum(map(sum, final["confusion"])) > 600
+    for line in summary["privacy"]:
+        assert 7.9 < line["epsilon"] <= 8.0 and line["mechanism"] == "local"
+    assert summary["synthetic"] is True
+
+
+def test_a_run_leaves_everything_the_readme_promises(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = demo
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["training"]["rounds"] == summary["rounds"] == 8
+    with safe_open(out / "model.safetensors", framework="pt") as model:
+        assert json.loads(model.metadata()["mpc-fl"])["classes"] == ["normal", "bacterial", "viral"]
+    rounds = [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rounds == list(range(9))
+    report = (out / "report.html").read_text()
+    assert "SYNTHETIC" in report and "http://" not in report.replace("http://www.w3.org", "")
+    names = ["aggregator", "hospital-0", "hospital-1", "hospital-2"]
+    assert sorted(path.stem for path in (out / "logs").iterdir()) == names
+    assert not list(out.rglob("*.key")) and not list(out.rglob("*.partial"))
+
+
+def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = demo
+
+    def record(path: Path) -> list[tuple[Any, ...]]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [(line["number"], line["why"], tuple(line["shape"]), tuple(line["to"])) for line in lines]
+
+    central = record(out / "openings.jsonl")
+    assert all(record(out / "parties" / f"hospital-{rank}" / "openings.jsonl") == central for rank in range(3))
+    assert len(central) == 2 + 2 * summary["rounds"]  # total weight, evaluation before round 1, and two a round
+    assert {to for *_, to in central} == {("aggregator",)}
+    assert (summary["parameters"],) in {shape for _, _, shape, _ in central}
+
+
+def test_all_parties_hold_the_same_model_in_the_end(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = demo
+    model = (out / "model.safetensors").read_bytes()
+    for rank in range(3):
+        assert (out / "parties" / f"hospital-{rank}" / "model.safetensors").read_bytes() == model
+
+
+def test_diagnosis_under_encryption_agrees_with_plaintext(demo: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, _ = demo
+    summary = mpc_fl(
+        "infer", REPOSITORY / "configs" / "demo.yaml", "--model", out / "model.safetensors", "--out", tmp_path / "diagnosis",
+        "--set", "inference.limit=3", "--set", "inference.batch_size=2", "--set", "inference.plaintext_reference=true",
+    )  # fmt: skip
+    assert summary["comparison"]["classes_agree"] is True
+    assert 0 < summary["comparison"]["largest_logit_difference"] < 0.01
+    assert summary["images"] == 3
+    for line in summary["results"]:
+        assert abs(sum(line["probabilities"]) - 1) < 1e-4
+        assert line["predicted"] == max(range(3), key=line["logits"].__getitem__)
+    report = (tmp_path / "diagnosis" / "report.html").read_text()
+    assert report.count("data:image") >= 3 and "SYNTHETIC" in report
+    images = tmp_path / "diagnosis" / "parties" / "hospital-0" / "images.safetensors"
+    assert images.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_tables_of_real_patients(tmp_path: Path) -> None:
+    """scikit-learn's breast-cancer set: train, then diagnose rows under encryption."""
+    config = REPOSITORY / "configs" / "breast_cancer.yaml"
+    summary = mpc_fl("train", config, "--out", tmp_path / "run", "--set", "training.rounds=3")
+    assert summary["final"]["accuracy_low"] > 0.7 and summary["synthetic"] is False
+    diagnosis = mpc_fl(
+        "infer", config, "--model", tmp_path / "run" / "model.safetensors", "--out", tmp_path / "diagnosis",
+        "--set", "inference.limit=4", "--set", "inference.batch_size=4", "--set", "inference.plaintext_reference=true",
+    )  # fmt: skip
+    assert diagnosis["comparison"]["largest_logit_difference"] < 0.01
+
+
+@pytest.mark.slow
+def test_hospitals_of_unequal_size_and_plain_training(tmp_path: Path) -> None:
+    """Dirichlet partition and no noise: the weighted mean and the whole path without differential privacy."""
+    summary = mpc_fl(
+        "train", REPOSITORY / "configs" / "demo.yaml", "--out", tmp_path / "run",
+        "--set", "data.partition.method=dirichlet", "--set", "privacy.mechanism=none", "--set", "training.rounds=2",
+        "--set", "data.phantoms.train_patients=300", "--set", "data.phantoms.test_patients=120",
+        "--set", "training.learning_rate=0.02", "--set", "training.batch_size=32", "--set", "data.image_size=16",
+    )  # fmt: skip
+    assert all(line["epsilon"] is None for line in summary["privacy"])
+
+
+@pytest.mark.slow
+def test_resnet18_on_real_xrays(xrays: Path, tmp_path: Path) -> None:
+    """The paper's network at 224 x 224: one private round, one encrypted diagnosis (the README's command, shortened)."""
+    config = REPOSITORY / "configs" / "chest_xray.yaml"
+    summary = mpc_fl(
+        "train", config, "--data", xrays, "--out", tmp_path / "run", "--set", "privacy.delta=1e-3",
+        "--set", "training.rounds=1", "--set", "training.local_steps=1", "--set", "training.batch_size=3",
+        "--set", "data.subset.train_patients=12", "--set", "data.subset.test_patients=3",
+        "--set", "training.per_sample_gradients=loop",
+    )  # fmt: skip
+    assert summary["parameters"] == 11_178_051
+    diagnosis = mpc_fl(
+        "infer", config, "--model", tmp_path / "run" / "model.safetensors", "--images", xrays / "test",
+        "--out", tmp_path / "diagnosis", "--set", "inference.limit=1", "--set", "inference.plaintext_reference=true",
+    )  # fmt: skip
+    assert diagnosis["comparison"]["classes_agree"] is True
+    assert diagnosis["comparison"]["largest_logit_difference"] < 0.05

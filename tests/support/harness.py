@@ -1,0 +1,126 @@
+"""Real party processes for tests: spawn, link over mutual TLS, run a function, collect its result."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.routes import routes
+
+# Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
+# and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
+SPAWN = multiprocessing.get_context("forkserver")
+SPAWN.set_forkserver_preload(["tests.support.harness_imports"])
+# The fork server finds modules only through the environment.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
+
+
+def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> Links:
+    addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
+    settings: dict[str, Any] = {
+        "agreement": Agreement("test", "digest", "train"),
+        "connect_timeout": 60.0,
+        "receive_timeout": 60.0,
+    }
+    settings.update(options)
+    peers = routes(name, names, addresses, settings.get("relay"))
+    return Links(load_identity(directory / name, name), addresses.get(name), peers, **settings)
+
+
+def _party(
+    function: Callable[..., Any],
+    name: str,
+    names: list[str],
+    ports: dict[str, int],
+    directory: Path,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    results: Any,
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        with local_links(name, names, ports, directory, **options) as links:
+            results.put((name, "result", function(links, *arguments)))
+    except Exception as error:
+        results.put((name, "error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+        raise SystemExit(1) from None
+
+
+def run_parties(
+    function: Callable[..., Any],
+    names: list[str],
+    directory: Path,
+    *arguments: Any,
+    timeout: float = 120.0,
+    dial_out_only: Sequence[str] = (),
+    **options: Any,
+) -> dict[str, Any]:
+    """Run `function(links, *arguments)` in one process per name; return the results, or fail with the first error."""
+    make_local_identities(names, {name: directory / name for name in names})
+    reachable = [name for name in names if name not in dial_out_only]
+    ports = dict(zip(reachable, free_ports(len(reachable)), strict=True))
+    results = SPAWN.Queue()
+    processes = [
+        SPAWN.Process(
+            target=_party, args=(function, name, names, ports, directory, arguments, options, results), name=name
+        )
+        for name in names
+    ]
+    for process in processes:
+        process.start()
+    collected: dict[str, Any] = {}
+    errors: list[str] = []
+    try:
+        for _ in names:
+            try:
+                name, kind, value = results.get(timeout=timeout)
+            except queue.Empty:
+                raise AssertionError(f"no result within {timeout} s, got {sorted(collected)}") from None
+            if kind == "error":
+                errors.append(f"{name} failed: {value}")
+            collected[name] = value
+        errors.sort(key=lambda text: "PeerLostError" in text)  # the cause before its consequences
+        assert not errors, errors[0]
+        for process in processes:
+            process.join(timeout=30)
+            assert process.exitcode == 0, f"{process.name} exited with {process.exitcode}"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return collected
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A test run started in the background ignores SIGINT, and what it starts would inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
