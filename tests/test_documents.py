@@ -102,6 +102,7 @@ def test_settings_exist(document: Path) -> None:
 @by_document
 def test_pictures_are_of_a_known_kind_and_all_participants_are_declared(document: Path) -> None:
     for picture in MERMAID.findall(document.read_text()):
+        assert ";" not in picture, "a semicolon ends a statement there"
         kind, *lines = [line.strip() for line in picture.strip().splitlines()]
         assert kind in ("sequenceDiagram", "flowchart TD"), kind
         if kind == "sequenceDiagram":
