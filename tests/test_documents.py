@@ -90,11 +90,11 @@ def test_commands_exist(document: Path) -> None:
 def test_settings_exist(document: Path) -> None:
     if not document.is_file():
         return
-    found = {first or second for first, second in SETTING.findall(document.read_text())}
-    for setting in found:
+    for override, mentioned in SETTING.findall(document.read_text()):
         section: type[BaseModel] = Config
+        setting = override or mentioned
         *sections, last = setting.split(".")
-        if setting.endswith(FILES) or sections[0] not in Config.model_fields:
+        if mentioned and (setting.endswith(FILES) or sections[0] not in Config.model_fields):
             continue  # a file, or an attribute of something else
         for name in sections:
             annotation = section.model_fields[name].annotation
