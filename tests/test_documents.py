@@ -78,12 +78,10 @@ def test_commands_exist(document: Path) -> None:
         for words in COMMAND.findall(code):
             command, context = root, None
             for word in words.split():
-                if not hasattr(command, "get_command"):
+                if not hasattr(command, "resolve_command"):
                     break  # what follows a command are its arguments
                 context = typer.Context(command, parent=context)
-                found = command.get_command(context, word)
-                assert found is not None, f"mpc-fl {words}"
-                command = found
+                _, command, _ = command.resolve_command(context, [word])  # an error of usage when there is none
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *EXAMPLES], ids=lambda path: str(path.relative_to(REPOSITORY)))
