@@ -10,13 +10,16 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Observer
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance
 
 # Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
 # and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
@@ -36,16 +39,35 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> Links:
+@dataclass(frozen=True)
+class Options:
+    """What a test may say about its parties' links; the same for links over the network and in memory."""
+
+    agreement: Agreement = Agreement("test", "digest", "train")
+    connect_timeout: float = 60.0
+    receive_timeout: float = 60.0
+    linger_after_error: float = 2.0
+    observer: Observer | None = None
+    relay: str | None = None
+    tolerated: Sequence[str] = ()
+    resuming: bool = False
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return Timeouts(self.connect_timeout, self.receive_timeout, linger_after_error=self.linger_after_error)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(frozenset(self.tolerated), self.resuming)
+
+
+def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> NetworkLinks:
+    """Links of one party on this machine, over the network; `options` are fields of `Options`."""
+    said = Options(**options)
     addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
-    settings: dict[str, Any] = {
-        "agreement": Agreement("test", "digest", "train"),
-        "connect_timeout": 60.0,
-        "receive_timeout": 60.0,
-    }
-    settings.update(options)
-    peers = routes(name, names, addresses, settings.get("relay"))
-    return Links(load_identity(directory / name, name), addresses.get(name), peers, **settings)
+    reach = Reach.of(name, names, addresses, said.relay)
+    identity = load_identity(directory / name, name)
+    return NetworkLinks(identity, said.agreement, reach, said.timeouts, said.tolerance, said.observer)
 
 
 def _party(
