@@ -47,6 +47,11 @@ def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
     return Kind.ABORT, {"reason": reason, "cause": error.peer if isinstance(error, PeerLostError) else None}
 
 
+def not_relayable(sender: str) -> ProtocolError:
+    """What refuses a frame to be relayed, at a party that is no relay or for parties it does not relay to."""
+    return ProtocolError(f"{sender} asked to relay what may not be relayed", "give all parties one file")
+
+
 class Mailboxes:
     """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly."""
 
@@ -93,6 +98,8 @@ class Mailboxes:
                 self._boxes[sender].closed = True
                 self._changed.notify_all()
             return False
+        if frame.kind in (Kind.RELAY, Kind.RELAY_GREETING):
+            raise not_relayable(sender)
         raise ProtocolError("a greeting came twice", "check that both parties run the same version")
 
     def lose(self, peer: str, failure: MpcFlError) -> None:

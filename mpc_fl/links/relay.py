@@ -16,7 +16,7 @@ from mpc_fl.errors import LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
-from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.mailboxes import Mailboxes, not_relayable
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
 from mpc_fl.links.sealing import Sealer, Unsealer
@@ -156,5 +156,5 @@ class Relay:
     def _require_relayable(self, origin: Peer, sender: Any, receiver: str) -> Peer:
         target = self._peers.get(receiver)
         if self._relay != self._name or sender != origin.name or target is None or target is origin:
-            raise ProtocolError(f"{origin.name} asked to relay what may not be relayed", "give all parties one file")
+            raise not_relayable(origin.name)
         return target

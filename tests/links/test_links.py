@@ -26,10 +26,13 @@ from mpc_fl.crypto.authority import Authority, make_local_identities
 from mpc_fl.crypto.certificates import Identity, host_name, sign
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
+from mpc_fl.links import connections
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.sealing import Sealer, Unsealer
+from mpc_fl.links.settings import Reach, Timeouts
 from tests.support.harness import free_ports, local_links, run_parties
 
 pytestmark = pytest.mark.processes
@@ -371,6 +374,20 @@ def test_an_aborting_party_tells_its_reason(tmp_path: Path) -> None:
             links.receive_object("b", "never")
     thread.join()
     assert caught.value.peer == "b"
+
+
+@pytest.mark.parametrize("error", [None, ProtocolError("the update is too large")])
+def test_how_long_an_ending_party_stays_is_a_setting(
+    error: ProtocolError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_local_identities(["a"], {"a": tmp_path / "a"})
+    stayed: list[float] = []
+    monkeypatch.setattr(connections, "wait_for_all", lambda conversations, seconds: stayed.append(seconds))
+    identity, agreement = load_identity(tmp_path / "a", "a"), Agreement("test", "digest", "train")
+    for timeouts in (Timeouts(1.0, 1.0), Timeouts(1.0, 1.0, linger=0.25, linger_after_error=0.125)):
+        links = NetworkLinks(identity, agreement, Reach(None, {}), timeouts)
+        links.__enter__().__exit__(type(error), error, None)
+    assert stayed == ([10.0, 0.25] if error is None else [2.0, 0.125])
 
 
 def test_an_unforeseen_error_does_not_cross_the_link(tmp_path: Path) -> None:

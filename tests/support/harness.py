@@ -1,4 +1,8 @@
-"""Real party processes for tests: spawn, link over mutual TLS, run a function, collect its result."""
+"""Parties for tests: run a function at each, over its links, and collect the results.
+
+`run_parties` gives every party a process of its own and links over mutual TLS; `run_parties_in_memory` a thread and links
+in memory, which is enough for most protocols (not within CrypTen: its runtime replaces globals of CrypTen's modules).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import os
 import queue
 import signal
 import socket
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +22,9 @@ from typing import Any
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.errors import PeerLostError
 from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.links import Observer
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance
@@ -134,6 +142,54 @@ def run_parties(
             if process.is_alive():
                 process.kill()
             process.join()
+    return collected
+
+
+def run_parties_in_memory(
+    function: Callable[..., Any],
+    names: list[str],
+    *arguments: Any,
+    timeout: float = 120.0,
+    prepare: Callable[[InMemoryNetwork], None] = lambda network: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run `function(links, *arguments)` in one thread per name; return the results, or fail with the first error.
+
+    `options` are fields of `Options`. `prepare(network)` comes before the parties: there a test watches frames, and keeps
+    the network to drop parties, which then have no result. Arguments are the same objects at all parties.
+    """
+    said = Options(**options)
+    assert said.relay is None, "there is no relay in memory"
+    network = InMemoryNetwork(names, said.agreement, said.timeouts)
+    prepare(network)
+    collected: dict[str, Any] = {}
+    errors: list[tuple[str, BaseException]] = []
+
+    def party(name: str) -> None:
+        try:
+            with network.links(name, said.tolerance, said.observer) as links:
+                result = function(links, *arguments)
+            collected[name] = result
+        except DroppedError:
+            pass
+        except BaseException as error:
+            errors.append((name, error))
+
+    threads = [threading.Thread(target=party, args=(name,), name=name, daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = [thread for thread in threads if thread.is_alive()]
+    failed = sorted(errors, key=lambda item: isinstance(item[1], PeerLostError))  # the cause before its consequences
+    for thread in late:
+        network.drop(thread.name)
+    for thread in late:
+        thread.join(timeout=30)
+    for name, error in failed:
+        raise AssertionError(f"{name} failed: {type(error).__name__}: {error}") from error
+    assert not late, f"no result within {timeout} s, got {sorted(collected)}"
     return collected
 
 
