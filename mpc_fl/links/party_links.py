@@ -14,7 +14,7 @@ from mpc_fl.links.links import Links, Observer
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, is_hospital
 
 
 def site_directory(config: Config) -> Path:
@@ -47,7 +47,7 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = (config.site.listen or addresses[name]) if name in addresses else None
-    tolerated = [name for name in names if name.startswith("hospital-")] if may_lose_hospitals(config) else []
+    tolerated = [name for name in names if is_hospital(name)] if may_lose_hospitals(config) else []
     return NetworkLinks(
         load_identity(config.site.identity, name),
         Agreement(federation.session, config.digest(), config.task),
