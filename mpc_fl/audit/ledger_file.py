@@ -34,6 +34,7 @@ from mpc_fl.audit.reveal_ledger import (
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.files import to_disk
 
 log = logging.getLogger(__name__)
 
@@ -161,12 +162,8 @@ def _append(path: Path, line: bytes) -> None:
             rest = memoryview(line)
             while rest:
                 rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
+            to_disk(file)
         if new:
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            to_disk(path.parent)
     except OSError as error:
         raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None

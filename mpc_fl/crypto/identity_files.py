@@ -64,10 +64,8 @@ def make_directory(directory: Path) -> None:
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all, and to the disk. Raises `MpcFlError` when it cannot be written."""
     try:
-        with written_whole(path, mode) as temporary, temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
+        with written_whole(path, mode, durable=True) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise IdentityError(f"cannot write {path}: {error.strerror}", "check that you may write there") from None
 
