@@ -12,7 +12,7 @@ what, why, shape, to whom, among whom, and the privacy spent as far as all may k
 of its own privacy ledger). `values` of a block holds digests of values that every party of the round has itself, such as
 the new global model: a signature then also says that the party holds the same one.
 
-Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`identity`).
+Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`certificates`).
 What signatures cannot show: an opening that all parties of a block left out together, or a time that a party's clock had
 wrong. This module makes blocks, `ledger_audit` checks them (both are pure), `ledger_file` keeps a party's copy,
 `co_signing` has a block signed by all.
