@@ -92,7 +92,7 @@ def secure_evaluation(
     One opening of `evaluation_length(classes)` counts. Raises `HeadroomError` when a count exceeds `count_bound` or sums
     could be inexact, before anything is sent.
     """
-    require_evaluation_headroom(len(domain.runtime.world), count_bound)
+    require_evaluation_headroom(len(domain.world), count_bound)
     if own is None:
         counts = torch.zeros(evaluation_length(classes), dtype=torch.int64)
     else:

@@ -41,7 +41,6 @@ from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.dealer import Dealer
-from mpc_fl.sharing.opening import SecretDomain
 
 # ---- either engine -------------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ def request_diagnoses(config: Config, images: Dataset, links: Links, record: Rec
             return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
     graph = public_graph(config)
     with _runtime(config, links) as runtime:
-        return ask(config, graph, images, SecretDomain(runtime, record), notify)
+        return ask(config, graph, images, runtime.domain(record), notify)
 
 
 def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:
@@ -92,7 +91,7 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
             return answering_session(config, calibration, links, HOSPITAL, record, pool).serve()
     graph = private_graph(config, model)
     with _runtime(config, links) as runtime:
-        return answer(config, graph, SecretDomain(runtime, record))
+        return answer(config, graph, runtime.domain(record))
 
 
 def deal_tuples(config: Config, links: Links) -> None:

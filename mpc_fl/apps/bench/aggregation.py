@@ -40,7 +40,6 @@ from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
 from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import SecretDomain
 
 _WAIT = 300.0
 _FLOAT = 4
@@ -168,7 +167,7 @@ def _closed_sum(
     starts = {name: links.key_fingerprint(name) for name in members}
     weight = 1 / len(members)
     with CrypTenRuntime(links, [*hospitals, AGGREGATOR], None, 24) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
 
         def once(repeat: int) -> tuple[torch.Tensor, float]:
             if links.name != AGGREGATOR:

@@ -43,7 +43,6 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
 HOSPITAL, OWNER, DEALER = "hospital-0", "model-owner", "dealer"
@@ -169,7 +168,7 @@ def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, sess
             deal(links, HOSPITAL, OWNER)
         else:
             record = OpeningRecord(Path(folder) / name / "openings.jsonl", name)
-            domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 0), record)
+            domain = SecretDomain(links, [HOSPITAL, OWNER], record)
             figures = _diagnoses(domain, job) if name == HOSPITAL else _answers(domain, job)
             figures["bytes_sent"] = sum(peer.bytes_sent for peer in links.traffic["online"].values())
     figures["peak_memory_bytes"] = peak_memory()
