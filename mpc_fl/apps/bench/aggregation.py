@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
 from mpc_fl.apps.runs.local_parties import local_addresses
@@ -170,13 +170,13 @@ def _closed_sum(
         domain = runtime.domain(OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
 
         def once(repeat: int) -> tuple[torch.Tensor, float]:
+            agreed = AgreedSum(members, ("round", repeat), _ABOUT)
             if links.name != AGGREGATOR:
                 encoded = Private("update", headroom.encode(update, weight, "update"))
-                contribute(domain, rules, members, ("round", repeat), encoded, _ABOUT)
+                contribute(domain, rules, agreed, encoded)
                 del encoded
                 return links.receive_tensor(AGGREGATOR, "mean", torch.float32, (parameters,)), 0.0
-            label = ("round", repeat)
-            _, total = collect(domain, rules, members, starts, label, headroom.dtype, (parameters,), _ABOUT)
+            _, total = collect(domain, rules, agreed, starts, headroom.dtype, (parameters,))
             mean = headroom.decode(total, 1.0, torch.float32)
             moment = time.perf_counter()
             for name in members:
