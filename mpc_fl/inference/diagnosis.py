@@ -32,7 +32,7 @@ from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.quantization.float_graph import prepare
 from mpc_fl.inference.inputs import as_the_model_takes_them
-from mpc_fl.inference.reference.diagnosis import _runtime, answer, ask, private_graph, public_graph
+from mpc_fl.inference.reference.diagnosis import answer, ask, private_graph, public_graph, runtime_of
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.models.architectures import build_model
@@ -68,7 +68,7 @@ def request_diagnoses(config: Config, images: Dataset, links: Links, record: Rec
         with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=False) as pool:
             return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
     graph = public_graph(config)
-    with _runtime(config, links) as runtime:
+    with runtime_of(config, links) as runtime:
         return ask(config, graph, images, runtime.domain(record), notify)
 
 
@@ -90,7 +90,7 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
         with pool_of(config, OwnerPool, MODEL_OWNER, HOSPITAL, filling) as pool:
             return answering_session(config, calibration, links, HOSPITAL, record, pool).serve()
     graph = private_graph(config, model)
-    with _runtime(config, links) as runtime:
+    with runtime_of(config, links) as runtime:
         return answer(config, graph, runtime.domain(record))
 
 

@@ -36,7 +36,7 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.correlated_randomness import MAX_REQUESTS, CorrectionBlock, TupleProgram, Request, block_tag
+from mpc_fl.sharing.correlated_randomness import MAX_REQUESTS, CorrectionBlock, Request, TupleProgram, block_tag
 from mpc_fl.sharing.dealer_client import AHEAD_BYTES, CONSUMED, CONTROL, DROPPED, SEED_PURPOSE
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.correlated_randomness import CorrectionBlock, TupleProgram, Request, block_tag
+from mpc_fl.sharing.correlated_randomness import CorrectionBlock, Request, TupleProgram, block_tag
 
 AHEAD_BYTES = 256 << 20
 SEED_PURPOSE = "correlated randomness"

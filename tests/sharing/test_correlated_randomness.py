@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
 from mpc_fl.sharing import correlated_randomness
-from mpc_fl.sharing.correlated_randomness import BLOCK_BYTES, TupleProgram, Request
+from mpc_fl.sharing.correlated_randomness import BLOCK_BYTES, Request, TupleProgram
 from tests.support.dealing import additive, check_tuple, wrapped
 
 

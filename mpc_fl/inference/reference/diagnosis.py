@@ -1,4 +1,25 @@
-"""diagnosis"""
+"""A diagnosis with the engine `reference`: hospital (rank 0) and model owner (rank 1) compute on shares, a dealer helps.
+
+Protocol, once:
+  1. the hospital announces the batch sizes (public)
+  2. both record by a dry run what correlated randomness a batch of each size takes, and declare it to the dealer, which
+     begins with the first batch's while
+  3. the model owner shares its weights
+Per batch of images:
+  4. the hospital announces this batch's size and the next one's, and shares the images
+  5. both evaluate the network on shares (`network`), with the dealer's corrections made ahead of need (`sharing.dealer`)
+  6. the logits are opened to the hospital alone
+
+Who learns what. The hospital learns its logits, architecture and shapes; the model owner shapes, the number and sizes of
+batches and timing, also when a batch is repeated, which looks like any other; the dealer shapes and timing.
+
+Security. Shares of image and weights are masked by the pairwise seed of the two parties, every opened intermediate is
+masked by a triple (Beaver, CRYPTO 1991), the logits reach only the hospital, refreshed by a zero-share. Semi-honest, and
+the dealer colludes with neither.
+
+Rounds and bytes. Those of the layers, which `network.cost` counts from shapes before a run; sharing weights and images sends
+nothing, the logits are 8 bytes each and one round. The dealer's bytes are stated in `sharing.dealer`.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +50,11 @@ from mpc_fl.sharing.dry_run import record_requests, shape_share
 from mpc_fl.sharing.opening import open_to
 
 _MODEL_OWNER_RANK = 1
+_ATTEMPTS = 2  # of one batch
 
 
-_ATTEMPTS = 2
-
-
-def _runtime(config: Config, links: Links) -> CrypTenRuntime:
+def runtime_of(config: Config, links: Links) -> CrypTenRuntime:
+    """CrypTen for one session, at either party, to be entered by `with`; its `domain` goes to `ask` or `answer`."""
     bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
     return CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], DEALER, bits, ahead)
 
