@@ -11,6 +11,9 @@ So what is checked is what the sum is made of (`closed_sum`). T is the bound in 
   6. every comparison that failed lets a random shared word through; their exclusive or is opened to the opener alone. It is
      zero if none failed, and otherwise uniform (zero with probability 2^-64), whichever failed: one bit
 
+Who learns what. The opener learns for each hospital whether its update is within the bound; hospital i learns its own V_i,
+which it could compute; the dealer learns shapes; nobody learns anything else.
+
 Why i says what V_i is. Squares need a larger ring than the shares have. CrypTen's division by 2^s is wrong with probability
 |V| / 2^32 per bucket for shares lifted from Z_2^32 by multiplying by 2^32: among thousands of buckets one would often fail an
 honest update. Conversion to bits and back is exact and costs many times the bytes. So i supplies u_i, and steps 4 and 5 check
