@@ -15,7 +15,7 @@ from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.errors import SecrecyError
 from mpc_fl.sharing.opening import SecretDomain, open_to
-from tests.support.harness import run_parties
+from tests.support.harness import run_parties, run_parties_in_memory
 
 WORLD = ["party-0", "party-1", "party-2"]
 WITHOUT_CRYPTEN = (
@@ -124,6 +124,5 @@ def expanded_twice(links: Any) -> Any:
     return torch.equal(share, stated)
 
 
-@pytest.mark.processes
-def test_zero_shares_are_made_of_the_stated_purpose_and_labels(tmp_path: Path) -> None:
-    assert run_parties(expanded_twice, WORLD, tmp_path) == dict.fromkeys(WORLD, True)
+def test_zero_shares_are_made_of_the_stated_purpose_and_labels() -> None:
+    assert run_parties_in_memory(expanded_twice, WORLD) == dict.fromkeys(WORLD, True)
