@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import QuorumError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpc_fl.audit.opening_record import Record
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Opening, Record, Scalar
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
@@ -107,14 +106,14 @@ def _open_fixed_sum(
     links, part, plan = domain.links, fixed.part, fixed.part.plan
     if who != [plan.opener]:
         raise SecrecyError(f"the sum '{plan.name}' can be opened to {plan.opener} alone")
-    among, tag = [*fixed.admitted, plan.opener], f"keys {plan.name}"
+    among, tag = (*fixed.admitted, plan.opener), f"keys {plan.name}"
     if isinstance(part, SummandMasks):
         keys = part.keys_for(fixed.admitted, fixed.smallest)
-        domain.record.append(what, why, list(part.shape), list(who), among, privacy)
+        domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
         links.send_tensor(plan.opener, tag, keys)
         return None
     require_admissible(plan, fixed.admitted, fixed.smallest)
-    domain.record.append(what, why, list(part.shape), list(who), among, privacy)
+    domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
     answers: dict[str, torch.Tensor] = {}
     for name in fixed.admitted:
         try:
@@ -130,7 +129,7 @@ def _open_share(
 ) -> torch.Tensor | None:
     """Steps 1 to 3 of shares. The share of the caller stays as it is."""
     links, elements = domain.links, share.elements
-    domain.record.append(what, why, list(elements.shape), list(who), list(domain.world), privacy)
+    domain.record.append(Opening(what, why, tuple(elements.shape), tuple(who), tuple(domain.world), privacy))
     refreshed = elements.clone()
     domain.zero_shares.add_zero_share(refreshed, exclusive_or=share.exclusive_or)
     for name in who:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.ring import FixedPoint, Headroom, RingShare
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.sharing.opening import SecretDomain, open_to
