@@ -1,9 +1,14 @@
-"""The aggregator: leads the rounds, holds a share, learns the opened mean update and nothing about one hospital."""
+"""The aggregator in training: it leads all rounds, holds a share, and learns the opened mean update alone.
+
+`run` goes through a whole run. Where to read on: a round is `aggregator_round`; who takes part in it is `attendance`; what
+all sign after it is `audit_trail`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import dataclass
 
 from mpc_fl.aggregation.norm_check_session import end_checks
 from mpc_fl.aggregation.rules import Rules
@@ -27,8 +32,62 @@ from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 
-def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
-    """Take part in a training run until its last round; write model, metrics and opening record to `site.out`."""
+@dataclass(frozen=True)
+class _Run:
+    """What the aggregator leads one run with."""
+
+    aggregator: Aggregator
+    domain: SecretDomain
+    ledger: RevealLedger
+    rules: Rules
+    attendance: Attendance
+    notify: Notify
+
+    def begin(self) -> None:
+        """All hospitals, before the first round: the same model, the sums over all of them, a first evaluation."""
+        aggregator, domain, rules, attendance = self.aggregator, self.domain, self.rules, self.attendance
+        plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
+        self.welcome(plan)
+        aggregator_preparation(aggregator, domain, rules, attendance)
+        evaluation = aggregator_evaluation(aggregator.config, domain, rules, plan.hospitals, plan)
+        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.shared_parameters)
+        self._conclude(0, plan.hospitals, evaluation, 0.0)
+
+    def welcome(self, plan: RoundPlan) -> None:
+        """Newcomers get the global model; all sign who they are."""
+        links = self.domain.links
+        if plan.newcomers:
+            links.set_phase("distribution")
+            send_model(self.aggregator, links, plan.newcomers)
+            begin_ledger(self.ledger, links, self.aggregator.config, plan.hospitals, plan.resumed)
+
+    def round(self, number: int) -> None:
+        """A round, as often as it takes until it has a result."""
+        aggregator, domain, attendance = self.aggregator, self.domain, self.attendance
+        began = time.monotonic()
+        for attempt in itertools.count():
+            plan = attendance.plan(number, attempt, aggregator.weight_total, True)
+            self.welcome(plan)
+            try:
+                hospitals, evaluation = aggregator_round(aggregator, domain, self.rules, plan, self.notify)
+                break
+            except SumLostError:
+                attendance.void()
+        about, shared = f"round {number}", aggregator.shared_parameters
+        signed = lead_signatures(self.ledger, domain.links, self.rules, hospitals, about, shared)
+        attendance.keep(signed)
+        self._conclude(number, hospitals, evaluation, time.monotonic() - began)
+
+    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float) -> None:
+        out = site_directory(self.aggregator.config)
+        counts = None if evaluation is None else evaluation.to_json()
+        line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
+        append_json_line(out / "metrics.jsonl", line)
+        self.aggregator.checkpoint(out, number)
+
+
+def run(config: Config, notify: Notify, observer: Observer | None = None) -> None:
+    """Lead a training run until its last round; write model, metrics and opening record to `site.out`."""
     out, rules = site_directory(config), sum_rules(config)
     hospitals = tuple(name for name in party_names(config) if name.startswith("hospital-"))
     aggregator = prepare_aggregator(config)
@@ -37,75 +96,21 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     with links, training_runtime(links, config) as runtime:
         ledger = open_ledger(config, AGGREGATOR)
         domain, attendance = SecretDomain(runtime, ledger), Attendance(links, rules, hospitals)
+        led = _Run(aggregator, domain, ledger, rules, attendance, notify)
         notify("connect", 1, 1)
         attendance.await_announced(not resumed, config.runtime.connect_timeout)
         if resumed:
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
         else:
-            _begin(aggregator, domain, ledger, rules, attendance)
+            led.begin()
         for number in range(aggregator.round + 1, config.training.rounds + 1):
-            _round(aggregator, domain, ledger, rules, attendance, number, notify)
+            led.round(number)
         # Whoever has come back since takes the last model and signs the end.
         plan = attendance.plan(config.training.rounds + 1, 0, aggregator.weight_total, True)
-        _welcome(aggregator, domain, ledger, plan)
+        led.welcome(plan)
         sign_end(ledger, links, config, plan.hospitals, aggregator.model, aggregator.shared_parameters,
                  aggregator.normalisation)  # fmt: skip
         save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
         announce_end(links, plan.hospitals, config.training.rounds)
         end_checks(links, config)
     write_traffic(links, out)
-
-
-def _begin(
-    aggregator: Aggregator, domain: SecretDomain, ledger: RevealLedger, rules: Rules, attendance: Attendance
-) -> None:
-    """All hospitals, before the first round: the same model, the sums over all of them, a first evaluation."""
-    config, links = aggregator.config, domain.links
-    plan = attendance.plan(0, 0, 1, bool(ledger.blocks))
-    _welcome(aggregator, domain, ledger, plan)
-    aggregator_preparation(aggregator, domain, rules, attendance)
-    evaluation = aggregator_evaluation(config, domain, rules, plan.hospitals, plan)
-    lead_signatures(ledger, links, rules, plan.hospitals, "round 0", aggregator.shared_parameters)
-    _conclude(aggregator, 0, plan.hospitals, evaluation, 0.0)
-
-
-def _welcome(aggregator: Aggregator, domain: SecretDomain, ledger: RevealLedger, plan: RoundPlan) -> None:
-    """Newcomers get the global model; all sign who they are."""
-    if plan.newcomers:
-        domain.links.set_phase("distribution")
-        send_model(aggregator, domain.links, plan.newcomers)
-        begin_ledger(ledger, domain.links, aggregator.config, plan.hospitals, plan.resumed)
-
-
-def _round(
-    aggregator: Aggregator,
-    domain: SecretDomain,
-    ledger: RevealLedger,
-    rules: Rules,
-    attendance: Attendance,
-    number: int,
-    notify: Notify,
-) -> None:
-    """A round, as often as it takes until it has a result."""
-    began = time.monotonic()
-    for attempt in itertools.count():
-        plan = attendance.plan(number, attempt, aggregator.weight_total, True)
-        _welcome(aggregator, domain, ledger, plan)
-        try:
-            hospitals, evaluation = aggregator_round(aggregator, domain, rules, plan, notify)
-            break
-        except SumLostError:
-            attendance.void()
-    signed = lead_signatures(ledger, domain.links, rules, hospitals, f"round {number}", aggregator.shared_parameters)
-    attendance.keep(signed)
-    _conclude(aggregator, number, hospitals, evaluation, time.monotonic() - began)
-
-
-def _conclude(
-    aggregator: Aggregator, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float
-) -> None:
-    out = site_directory(aggregator.config)
-    counts = None if evaluation is None else evaluation.to_json()
-    line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
-    append_json_line(out / "metrics.jsonl", line)
-    aggregator.checkpoint(out, number)

@@ -94,7 +94,7 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
 
 
 def die_once_round_1_is_signed() -> None:
-    from parties import hospital
+    from mpc_fl.federation import hospital_program as hospital
 
     sign_round = hospital.sign_round
 

@@ -3,5 +3,5 @@
 import opacus  # noqa: F401
 
 import mpc_fl.apps.runs.launcher  # noqa: F401
-import mpc_fl.federation.hospital_round  # noqa: F401
-import parties.aggregator  # noqa: F401
+import mpc_fl.federation.aggregator_program  # noqa: F401
+import mpc_fl.federation.hospital_program  # noqa: F401

@@ -240,7 +240,7 @@ def _served_party(name: str, values: dict[str, Any], told: Any) -> None:
 
 
 def _asking_party(name: str, values: dict[str, Any], told: Any, barrier: Any, trigger: Trigger, before: Any) -> None:
-    from parties import hospital
+    from mpc_fl.inference import hospital_program as hospital
 
     torch.set_num_threads(1)
 

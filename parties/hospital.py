@@ -1,0 +1,34 @@
+"""A hospital: trains on its own patients and shares masked updates, or asks for an encrypted diagnosis of its images.
+
+Training is `mpc_fl.federation.hospital_program`, diagnosis `mpc_fl.inference.hospital_program`. Each is imported only when
+it is needed: it takes seconds, and brings in what the other has no use for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mpc_fl.config.config import Config
+    from mpc_fl.links.links import Observer
+    from mpc_fl.progress import Notify
+
+
+def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
+    """Take part in the configured task as hospital `rank`."""
+    if config.task == "train":
+        from mpc_fl.federation import hospital_program as training
+
+        training.run(config, rank, notify, observer)
+        return
+
+    from mpc_fl.inference import hospital_program as diagnosis
+
+    if config.task == "serve" and config.inference.fill:
+        diagnosis.fill_from_server(config, f"hospital-{rank}", notify, observer)
+    elif config.task == "serve":
+        diagnosis.ask(config, f"hospital-{rank}", notify, observer)
+    elif config.inference.fill:
+        diagnosis.fill(config, notify, observer)
+    else:
+        diagnosis.diagnose(config, notify, observer)
