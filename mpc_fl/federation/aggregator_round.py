@@ -39,18 +39,7 @@ def aggregator_round(
     check = checked(rules, config, aggregator.mechanism, size, plan.weight_total)
     try:
         if aggregator.mechanism is not None:
-            round_of = (number, plan.attempt)
-            hospitals = aggregator_steps(
-                domain,
-                check,
-                aggregator.model,
-                config,
-                aggregator.mechanism,
-                aggregator.optimizer,
-                round_of,
-                plan.hospitals,
-                plan.starts,
-            )
+            hospitals = aggregator_steps(aggregator, domain, check, plan)
         else:
             hospitals = _average(aggregator, domain, check, plan)
     except SumLostError:
@@ -69,7 +58,7 @@ def aggregator_round(
 def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:
     """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
     config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
-    label, shape = ("update", plan.number, plan.attempt), aggregator.shared_parameters.shape
+    label, shape = ("update", *plan.round_of), aggregator.shared_parameters.shape
     about = _mean_update(config, plan.number)
     hospitals, total = collect(domain, rules, plan.hospitals, plan.starts, label, headroom.dtype, shape, about)
     shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))

@@ -42,6 +42,11 @@ class RoundPlan:
     weight_total: int
     resumed: bool
 
+    @property
+    def round_of(self) -> tuple[int, int]:
+        """What labels everything of this attempt at this round."""
+        return self.number, self.attempt
+
     @classmethod
     def from_word(cls, word: Mapping[str, Any]) -> RoundPlan:
         """From the aggregator's word. Raises `ProtocolError` for one that is no plan."""

@@ -61,9 +61,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
                 break
             if _round(hospital, domain, ledger, rules, plan, notify) == "left out":
                 announce(links, AGGREGATOR, hospitals)
-        sign_end(
-            ledger, links, config, plan.hospitals, hospital.model, hospital.shared_parameters, hospital.normalisation
-        )
+        sign_end(ledger, links, plan.hospitals, hospital)
         await_end(links, config.training.rounds)
         save_model(out / "model.safetensors", hospital.model, config, hospital.normalisation)
     write_traffic(links, out)

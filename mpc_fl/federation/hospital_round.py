@@ -51,12 +51,6 @@ from mpc_fl.sharing.opening import SecretDomain
 log = logging.getLogger(__name__)
 
 
-# ---- before the first round --------------------------------------------------------------------------------------------
-
-
-# ---- a round at a hospital ---------------------------------------------------------------------------------------------
-
-
 def hospital_round(
     hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
 ) -> dict[str, Any] | Missed:
@@ -115,28 +109,24 @@ def _local_steps(
     local = train_locally(
         hospital.model,
         hospital.train,
-        config,
-        hospital.noise_multiplier,
-        hospital.sample_rate,
-        hospital.noise_seed.derive("round", number, plan.attempt),
-        hospital.sampling_seed,
-        number,
-        _progress(config, number, notify),
-        hospital.method,
-        hospital.group,
+        hospital.local_training,
+        round_number=number,
+        noise_seed=hospital.noise_seed.derive("round", *plan.round_of),
+        progress=_progress(config, number, notify),
     )
     trained = time.monotonic() - began
 
-    # 3. Encode; the weight is as secret as the update.
+    # 3. Encode in the ring; the weight is as secret as the update.
     links.set_phase(f"round {number} aggregation")
     count = hospital.train.patient_count if config.aggregation.weighted else 1
     label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
-    # 4. and 5. Closed sum, opened to the aggregator, which sends the new global model.
+    # 4. and 5. `contribute` masks the update for its closed sum, which is opened to the aggregator alone; the aggregator
+    # sends the new global model.
     about = _mean_update(config, number)
     release = hospital.ledger.release if hospital.noise_multiplier is not None else None
-    admitted = contribute(domain, rules, plan.hospitals, ("update", number, plan.attempt), encoded, about, release)
+    admitted = contribute(domain, rules, plan.hospitals, ("update", *plan.round_of), encoded, about, release)
     del encoded
     if hospital.name not in admitted:
         return "left out"
@@ -153,25 +143,9 @@ def _gradient_steps(
     hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
 ) -> Taken | Missed:
     """Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`."""
-    assert hospital.mechanism is not None
     links, phase = domain.links, f"round {plan.number} training"
     before = links.seconds_of(phase)
-    taken = hospital_steps(
-        domain,
-        rules,
-        hospital.model,
-        hospital.train,
-        hospital.config,
-        hospital.mechanism,
-        hospital.sample_rate,
-        hospital.noise_seed.derive("round", plan.number, plan.attempt),
-        hospital.sampling_seed,
-        (plan.number, plan.attempt),
-        plan.hospitals,
-        hospital.method,
-        _progress(hospital.config, plan.number, notify),
-        hospital.ledger.release,
-    )
+    taken = hospital_steps(hospital, domain, rules, plan, _progress(hospital.config, plan.number, notify))
     return taken if isinstance(taken, str) else (*taken, links.seconds_of(phase) - before)
 
 
@@ -192,9 +166,3 @@ def charge_round(hospital: Hospital, number: int) -> None:
         event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, steps)
     run = run_name(hospital.config)
     hospital.ledger.charge(event, run=run, round_number=number, budget=hospital.budget, reserve=True)
-
-
-# ---- a round at the aggregator -----------------------------------------------------------------------------------------
-
-
-# ---- the end -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from mpc_fl.learning.models.parameters import (
     flatten_parameters,
 )
 from mpc_fl.learning.privacy.accounting import (
+    PrivacyBudget,
     SubsampledGaussian,
     calibrate_noise_multiplier,
     check_delta,
@@ -34,6 +35,7 @@ from mpc_fl.learning.privacy.accounting import (
 )
 from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
+    MechanismTerms,
     plan_mechanism,
     step_total_variation,
 )
@@ -67,6 +69,11 @@ def checked(
     return replace(rules, check=check_of(config, headroom_of(config), mechanism, parameters, weight_total))
 
 
+def budget_of(config: Config) -> PrivacyBudget:
+    """What a hospital's patients are promised over all it releases from their data."""
+    return PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
+
+
 def plan_release(
     config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str, rounds_done: int = 0
 ) -> SubsampledGaussian | None:
@@ -92,9 +99,7 @@ def plan_release(
         noise = planned.noise_multiplier
     else:
         if noise is None:
-            noise = calibrate_noise_multiplier(
-                settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
-            )
+            noise = calibrate_noise_multiplier(budget_of(config), rate, steps, past, who)
         planned = SubsampledGaussian(noise, rate, steps)
     total = epsilon_of([*past, planned], settings.delta, settings.accountant)
     if total > settings.epsilon:
@@ -108,12 +113,12 @@ def plan_release(
 
 def distributed_mechanism_of(config: Config) -> DistributedGaussian:
     """The public mechanism of a run with distributed noise."""
-    return mechanism_of(config, len(flatten_parameters(build_model(config, config.data.input_shape, config.seed))))
+    return mechanism_of(config, len(flatten_parameters(build_model(config))))
 
 
 def initial_model(config: Config) -> nn.Module:
     """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     calibrate_on_public_images(model, config, None)
     return model
 
@@ -184,25 +189,12 @@ def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
         steps = training.rounds * training.local_steps
         features = plan_features(config).event() if config.data.normalise == "secure" else None
         before = [] if features is None else [features]
-        noise = calibrate_noise_multiplier(
-            settings.epsilon, settings.delta, rate, steps, before, settings.accountant, "the federation", distance
-        )
-
-    def planned(ring_bits: int) -> DistributedGaussian:
-        return plan_mechanism(
-            parameters=parameters,
-            hospitals=hospitals,
-            colluders=absent,
-            expected_patients=training.batch_size,
-            clipping_norm=settings.clipping_norm,
-            noise_multiplier=noise,
-            ring_bits=32 if ring_bits == 32 else 64,
-        )
-
+        noise = calibrate_noise_multiplier(budget_of(config), rate, steps, before, "the federation", distance)
+    terms = MechanismTerms(parameters, hospitals, absent, training.batch_size, settings.clipping_norm, noise)
     try:
-        return planned(32)
+        return plan_mechanism(terms, ring_bits=32)
     except HeadroomError:
-        return planned(64)
+        return plan_mechanism(terms, ring_bits=64)
 
 
 def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:

@@ -444,7 +444,7 @@ def test_tables_are_normalised_within_their_reference_ranges() -> None:
 
 def test_a_model_file_keeps_the_constants_of_its_inputs(tmp_path: Path) -> None:
     config = configured()
-    model = build_model(config, config.data.input_shape, 1)
+    model = build_model(config, seed=1)
     constants = Normalisation((0.1, 1 / 3, 0.7), (0.2, 1e-3, 0.5))
     assert Normalisation.of_tensor(constants.tensor()) == constants
     save_model(tmp_path / "model", model, config, constants)
@@ -475,7 +475,7 @@ def test_constants_that_cannot_be_are_refused(constants: Any, tmp_path: Path) ->
     from mpc_fl.learning.models.model_file import describe
 
     config = configured()
-    state = build_model(config, config.data.input_shape, 1).state_dict()
+    state = build_model(config, seed=1).state_dict()
     description = json.dumps({**describe(config), "normalisation_of_inputs": constants})
     save_file(state, tmp_path / "model", metadata={"mpc-fl": description})
     with pytest.raises(ModelError) as caught:

@@ -74,7 +74,7 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
 
     Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
     """
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
     shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
@@ -191,7 +191,7 @@ def _reference_inference(config: Config) -> dict[str, Any]:
     shape = (config.inference.batch_size, *config.data.input_shape)
     with torch.no_grad():
         graph = public_graph(config)
-        model = build_model(config, config.data.input_shape, config.seed)
+        model = build_model(config)
     corrections = _WORD * sum(r.elements for r in requests_of(graph, shape, 2, config.inference.fraction_bits))
     weights = len(flatten_parameters(model)) * (2 * _FLOAT + 2 * _WORD)
     comparing = config.inference.batch_size * _activations(model, config.data.input_shape).widest * _COMPARISON_WORDS

@@ -86,7 +86,7 @@ def calibrate_batchnorm(model: nn.Module, inputs: torch.Tensor) -> None:
 
     The statistics are plain averages over chunks of 64 inputs. They are buffers, not parameters: no update carries
     them, so all parties must calibrate on the same public inputs. Never call this with patients' data: nothing is
-    clipped and no noise is added (`strategies.calibrate_own` says when a hospital may after all). Raises
+    clipped and no noise is added (the federation's `calibrate_own` says when a hospital may after all). Raises
     `ModelError` for fewer than two inputs.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]

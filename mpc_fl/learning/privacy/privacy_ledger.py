@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpc_fl.errors import PrivacyBudgetError
-from mpc_fl.learning.privacy.accounting import _ROUNDING, PrivacyBudget, SubsampledGaussian, epsilon_of
+from mpc_fl.learning.privacy.accounting import ROUNDING, PrivacyBudget, SubsampledGaussian, epsilon_of
 
 _LEDGER_FORMAT = "mpc-fl privacy ledger 1"
 
@@ -102,7 +102,7 @@ class PrivacyLedger:
             if budget is not None:
                 events = [self._event(record) for record in records]
                 after = epsilon_of([*events, event], budget.delta, budget.accountant)
-                if after > budget.epsilon + _ROUNDING:
+                if after > budget.epsilon + ROUNDING:
                     raise PrivacyBudgetError(
                         f"{self.who}: round {round_number} would raise epsilon to {after:.3f}, "
                         f"beyond {budget.epsilon:g} at delta {budget.delta:g}",

@@ -382,7 +382,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [*HOSPITALS, "model-owner", "dealer", "aggregator"]
     make_local_identities(names, {name: path / name for name in names})
     config = configuration()
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     calibrate_batchnorm(model, public_phantoms(32, config))
     save_model(path / "model.safetensors", model.eval(), config, None)
     return path
