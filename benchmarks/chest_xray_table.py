@@ -40,7 +40,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.federation.planning import initial_model
+from mpc_fl.federation.global_model import initial_model
 from mpc_fl.files import write_json, write_text
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital

@@ -1,7 +1,7 @@
 """A hospital: trains on its own patients and shares masked updates, or asks for an encrypted diagnosis of its images.
 
-Training is `mpc_fl.federation.hospital_program`, diagnosis `mpc_fl.inference.hospital_program`. Each is imported only when
-it is needed: it takes seconds, and brings in what the other has no use for.
+Training is `mpc_fl.federation.hospital_program`, diagnosis `mpc_fl.inference.hospital_program`: each says where an update, or
+an image, is masked. Each is imported only when it is needed: it takes seconds, and brings in what the other has no use for.
 """
 
 from __future__ import annotations

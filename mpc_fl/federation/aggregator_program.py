@@ -19,8 +19,9 @@ from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
 from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end
+from mpc_fl.federation.distribution import send_model
 from mpc_fl.federation.planning import sum_rules, training_runtime
-from mpc_fl.federation.preparation import aggregator_preparation, send_model
+from mpc_fl.federation.preparation import aggregator_preparation
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.evaluation import Evaluation

@@ -24,11 +24,11 @@ from torch import nn
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import Description, Missed, Rules
-from mpc_fl.aggregation.words import broadcast, next_word, say
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.planning import privacy_of_steps
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
@@ -39,8 +39,6 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 )
 from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
-from mpc_fl.links.links import Links
-from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 
@@ -93,20 +91,14 @@ def hospital_steps(
         hospitals = contribute(domain, rules, hospitals, label, share, about, hospital.ledger.release)
         if links.name not in hospitals:
             return "left out"
-        if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
+        stepped = receive_global(links, mechanism.parameters)
+        if stepped is None:
             return "void"
-        shape = (mechanism.parameters,)
-        load_flat_parameters(working, links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
+        load_flat_parameters(working, stepped)
         step_done(step + 1, steps)
     _copy_parameters(working, hospital.model)
     kept = Steps(losses / used if used else float("nan"), clipped / used if used else 0.0, steps, method)
     return hospitals, kept
-
-
-def send_global(links: Links, hospitals: tuple[str, ...], shared: torch.Tensor) -> None:
-    """At the aggregator: the new global parameters, float32, for the hospitals of the sum they were made of."""
-    say(links, hospitals, "model")
-    broadcast(hospitals, lambda name: links.send_tensor(name, "global model", shared))
 
 
 def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """A hospital in training: from its patients to the final global model, round by round.
 
-`run` goes through a whole run. Where to read on: a round is `hospital_round`, there an update is masked and enters its sum
-(`_local_steps`, `contribute`); who takes part in it is `attendance`; what all sign after it is `audit_trail`.
+`run` goes through a whole run. The way of an update: `run` -> `_round` -> `hospital_round` -> `_local_steps` trains, encodes
+the update and hands it to `aggregation.quorum_sum.contribute`, which masks it. Who takes part in a round is
+`attendance`, what all sign after it `audit_trail`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.federation.attendance import RoundPlan, announce, await_end, await_keys
 from mpc_fl.federation.audit_trail import begin_ledger, open_ledger, sign_end, sign_round
+from mpc_fl.federation.distribution import receive_model
+from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Hospital, join
-from mpc_fl.federation.planning import calibrate_own, sum_rules, training_runtime
-from mpc_fl.federation.preparation import hospital_preparation, receive_model
+from mpc_fl.federation.planning import sum_rules, training_runtime
+from mpc_fl.federation.preparation import hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.data.loading import load_hospital

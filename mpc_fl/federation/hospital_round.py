@@ -4,7 +4,7 @@ Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one
   1. the aggregator says who takes part; all of them start from the same global model (`attendance`)
   2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
   3. each hospital encodes its weighted update in the ring; refused if it does not fit
-  4. closed sum: who is late is left out, the quorum is checked, the sum is opened to the aggregator alone (`quorum_sum`)
+  4. closed sum: who is late is left out, the quorum is with_norm_check, the sum is opened to the aggregator alone (`quorum_sum`)
   5. the aggregator steps along the mean and sends the new global model
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger
@@ -21,21 +21,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from mpc_fl.aggregation.quorum_sum import contribute
 from mpc_fl.aggregation.rules import Missed, Rules
-from mpc_fl.aggregation.words import next_word
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.distribution import receive_global
 from mpc_fl.federation.federated_sgd import Steps, hospital_steps
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.planning import (
-    _mean_update,
-    checked,
+    describe_mean_update,
     headroom_of,
     run_name,
+    with_norm_check,
 )
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.learning.models.parameters import (
@@ -45,7 +43,6 @@ from mpc_fl.learning.models.parameters import (
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.dp_sgd import train_locally
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
@@ -65,7 +62,7 @@ def hospital_round(
         charge_round(hospital, number)
     take_steps = _gradient_steps if hospital.mechanism is not None else _local_steps
     size = len(hospital.shared_parameters)
-    check = checked(rules, hospital.config, hospital.mechanism, size, plan.weight_total)
+    check = with_norm_check(rules, hospital.config, hospital.mechanism, size, plan.weight_total)
     taken = take_steps(hospital, domain, check, plan, notify)
     if isinstance(taken, str):
         return taken
@@ -124,18 +121,18 @@ def _local_steps(
 
     # 4. and 5. `contribute` masks the update for its closed sum, which is opened to the aggregator alone; the aggregator
     # sends the new global model.
-    about = _mean_update(config, number)
+    about = describe_mean_update(config, number)
     release = hospital.ledger.release if hospital.noise_multiplier is not None else None
     admitted = contribute(domain, rules, plan.hospitals, ("update", *plan.round_of), encoded, about, release)
     del encoded
     if hospital.name not in admitted:
         return "left out"
-    if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
+    shared = receive_global(links, len(hospital.shared_parameters))
+    if shared is None:
         return "void"
     trained_model = flatten_parameters(hospital.model) + local.update
     load_flat_parameters(hospital.model, trained_model)
-    shape = hospital.shared_parameters.shape
-    hospital.take_global(links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
+    hospital.take_global(shared)
     return admitted, Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained
 
 

@@ -1,4 +1,4 @@
-"""hospital_state"""
+"""What a hospital has over the rounds of a run: its patients, its model, what is spent of their privacy, its own seeds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.planning import (
     budget_of,
-    calibrate_own,
-    distributed_mechanism_of,
     features_run_name,
     headroom_of,
-    initial_model,
+    mechanism_of,
     plan_release,
     run_name,
 )
@@ -147,7 +146,7 @@ def join(
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
-        hospital.mechanism = distributed_mechanism_of(config)
+        hospital.mechanism = mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
         hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted

@@ -1,31 +1,23 @@
-"""The state of a hospital and of the aggregator over the rounds of a run, and what has to be clear before the first."""
+"""What is clear before the first round, alike at all parties: headroom, who may be left out of a sum, and privacy.
+
+Everything here follows from the configuration and other public values. Privacy is planned as a whole: what the rest of a
+run may release of a hospital's patients (`plan_release`), with noise of its own or of all hospitals (`mechanism_of`).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
-
-import torch
-from torch import nn
 
 from mpc_fl.aggregation.norm_check_session import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.errors import (
-    HeadroomError,
-    PrivacyBudgetError,
-)
+from mpc_fl.errors import HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
-from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
-from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.parameters import (
-    flatten_parameters,
-)
+from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.privacy.accounting import (
     PrivacyBudget,
     SubsampledGaussian,
@@ -44,8 +36,6 @@ from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR, DEALER
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
-CALIBRATION_IMAGES = 64
-
 
 def headroom_of(config: Config) -> MeanHeadroom:
     """The headroom of the weighted mean over all hospitals; `require` it before a run."""
@@ -62,7 +52,7 @@ def sum_rules(config: Config) -> Rules:
     return Rules(AGGREGATOR, federation.quorum_size, closing, seconds)
 
 
-def checked(
+def with_norm_check(
     rules: Rules, config: Config, mechanism: DistributedGaussian | None, parameters: int, weight_total: int
 ) -> Rules:
     """The rules of the sums that may have a check of norms: of updates or gradients."""
@@ -95,7 +85,7 @@ def plan_release(
     if patients < (settings.smallest_hospital or 0):
         raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
     if settings.mechanism == "distributed":
-        planned = distributed_mechanism_of(config).event(rate, steps)
+        planned = mechanism_of(config).event(rate, steps)
         noise = planned.noise_multiplier
     else:
         if noise is None:
@@ -111,28 +101,6 @@ def plan_release(
     return planned
 
 
-def distributed_mechanism_of(config: Config) -> DistributedGaussian:
-    """The public mechanism of a run with distributed noise."""
-    return mechanism_of(config, len(flatten_parameters(build_model(config))))
-
-
-def initial_model(config: Config) -> nn.Module:
-    """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
-    model = build_model(config)
-    calibrate_on_public_images(model, config, None)
-    return model
-
-
-def calibrate_on_public_images(model: nn.Module, config: Config, normalisation: Normalisation | None) -> None:
-    """Frozen BatchNorm statistics from public synthetic images, brought to the inputs' normalisation if there is one."""
-    if config.model.normalisation == "frozen" and not config.data.is_table:
-        images = public_phantoms(CALIBRATION_IMAGES, config)
-        calibrate_batchnorm(model, images if normalisation is None else normalisation.apply(images))
-
-
-# ---- a hospital --------------------------------------------------------------------------------------------------------
-
-
 def features_run_name(config: Config) -> str:
     """How a privacy ledger names what the normalisation of the inputs spends."""
     return f"{run_name(config)} features"
@@ -143,42 +111,27 @@ def run_name(config: Config) -> str:
     return f"{config.name} {config.federation.session}".strip()
 
 
-# ---- the aggregator ----------------------------------------------------------------------------------------------------
-
-
-def _all(config: Config, rules: Rules) -> Rules:
+def over_all_hospitals(config: Config, rules: Rules) -> Rules:
     """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
     return replace(rules, smallest=config.federation.hospitals, check=None)
 
 
-def _mean_update(config: Config, number: int) -> Description:
+def describe_mean_update(config: Config, number: int) -> Description:
+    """What the records of openings say of a round's mean update, alike at all parties."""
     privacy = privacy_of_steps(config, config.training.local_steps)
     return Description("sum of weighted updates", f"round {number}: mean update", privacy)
 
 
-_CALIBRATION_RECORDS = 256
+def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGaussian:
+    """The mechanism of a run with distributed noise, from public values alone and so the same at all parties.
 
-
-def calibrate_own(model: nn.Module, inputs: torch.Tensor, config: Config) -> None:
-    """Measure frozen BatchNorm statistics on a hospital's own training inputs, float32 (N, ...), where FedBN does.
-
-    That is with `training.local_normalisation` and without differential privacy; else nothing happens. To be called
-    whenever the shared parameters have changed, before evaluation and training: the statistics belong to the weights.
-    256 inputs are used, evenly from all of them, which may be ordered by class.
-    """
-    if not config.training.local_normalisation or config.privacy.mechanism != "none":
-        return
-    if config.model.normalisation == "frozen" and len(inputs) >= 2:
-        calibrate_batchnorm(model, inputs[:: math.ceil(len(inputs) / _CALIBRATION_RECORDS)])
-
-
-def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
-    """The mechanism of a run, from public values alone and so the same at all parties.
-
+    It is for P `parameters`, by default those of the configured network.
     A noise multiplier that is not configured is calibrated for the sampling rate of the smallest hospital there may be.
     The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
     """
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
+    if parameters is None:
+        parameters = len(flatten_parameters(build_model(config)))
     # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
     absent = settings.colluders + hospitals - config.federation.quorum_size
     noise = settings.noise_multiplier

@@ -496,7 +496,6 @@ def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     """One evaluation and one feature sum, each opened once to the aggregator."""
     from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.secrecy import Private
-    from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.opening import SecretDomain, open_to
     from mpc_fl.sharing.secure_sum import secure_sum
@@ -504,8 +503,12 @@ def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)
     with CrypTenRuntime(links, WORLD, None, fraction_bits=24) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
-        own = None if rank == 2 else Private("own", evaluate_locally(*predictions(40, 3, rank)))
-        evaluation = secure_evaluation(domain, own, 3, 100, "aggregator", "evaluation counts")
+        counts = torch.zeros(evaluation_length(3), dtype=torch.int64)
+        if rank < 2:
+            counts = encode_evaluation(evaluate_locally(*predictions(40, 3, rank)), 100)
+        shared = secure_sum(domain, Private("evaluation counts", counts), 0, "sum of evaluation counts")
+        counted = open_to(domain, shared, ["aggregator"], "evaluation counts")
+        evaluation = None if counted is None else decode_evaluation(counted.long(), 3)
         summand = Private("aggregator's zero", torch.zeros(plan.length, dtype=torch.int64))
         if rank < 2:
             summand = encode_features(plan, some_records(20, rank), Seed.from_system())

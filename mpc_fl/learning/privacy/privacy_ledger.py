@@ -1,4 +1,8 @@
-"""privacy_ledger"""
+"""A hospital's ledger of all noisy releases from its patients, over all runs, in a JSON file on its own disk.
+
+A release is reserved before anything that depends on patients is computed, and marked when nothing but the keys of its sum
+is left to send. `accounting` says what the records add up to.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ Sampling, noise and the step itself stay in the hospital's own process.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,12 +80,10 @@ class LocalRound:
     update: torch.Tensor
     event: SubsampledGaussian | None
     steps: int
-    patients: int
     records_used: int
     mean_loss: float
     clipped_fraction: float
     method: str
-    seconds: float
 
 
 def _check(data: PatientRecords, sample_rate: float) -> None:
@@ -200,20 +197,18 @@ def train_locally(
     noise_seed: Seed,
     progress: Callable[[int, int], None] | None = None,
 ) -> LocalRound:
-    """Train `training.local_steps` steps from the weights in `model`, which itself stays as it is.
+    """Train the configured number of steps from the weights in `model`, which itself stays as it is.
 
     A step that draws nobody adds noise all the same. The noise comes from streams of `noise_seed` labelled by round, step
     and parameter, so the same round cannot be drawn twice from one seed. `progress(step, steps)` follows each step. With
-    mechanism `none`: plain SGD on the same kind of batches, no clipping, no noise, no event. `training.proximal` of the
-    configuration adds the proximal term of FedProx to every step.
+    mechanism `none`: plain SGD on the same kind of batches, no clipping, no noise, no event.
 
     Raises `DataError` for malformed data, `ModelError` if the method cannot handle the model or training diverges,
     `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds,
     `TrainingProcessError` if a process of the group dies or is late.
     """
-    start = time.perf_counter()
     _check(data, training.sample_rate)
-    event, settings, patients = training.event, training.config.training, len(data.records_of_patient)
+    event, settings = training.event, training.config.training
 
     # 1. A copy in which every gradient depends on one patient only.
     working = working_copy(model)
@@ -226,11 +221,9 @@ def train_locally(
         take_step = _plain_steps(working, sgd, training)
     else:
         method = _method_of(training, working, tuple(data.inputs.shape[1:]))
-        expected = training.sample_rate * patients
-        take_step = _private_steps(
-            working, sgd, training, method, expected,
-            lambda index: noise_seed.stream("dp noise", round_number, step, index),
-        )  # fmt: skip
+        expected = training.sample_rate * len(data.records_of_patient)
+        take_step = _private_steps(working, sgd, training, method, expected,
+                                   lambda index: noise_seed.stream("dp noise", round_number, step, index))  # fmt: skip
     if training.group is not None:
         training.group.begin_round(working, event is not None)
 
@@ -250,10 +243,8 @@ def train_locally(
         update=_update(model, working, round_number),
         event=event,
         steps=settings.local_steps,
-        patients=patients,
         records_used=measured.records,
         mean_loss=measured.mean_loss(),
         clipped_fraction=measured.clipped_fraction(),
         method=method or "plain",
-        seconds=time.perf_counter() - start,
     )

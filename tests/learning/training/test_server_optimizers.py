@@ -16,7 +16,7 @@ from torch import nn
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
-from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.parameters import (
