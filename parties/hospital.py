@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mpc_fl.roles import hospital_name
+
 if TYPE_CHECKING:
     from mpc_fl.config.config import Config
     from mpc_fl.links.links import Observer
@@ -25,9 +27,9 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     from mpc_fl.inference import hospital_program as diagnosis
 
     if config.task == "serve" and config.inference.fill:
-        diagnosis.fill_from_server(config, f"hospital-{rank}", notify, observer)
+        diagnosis.fill_from_server(config, hospital_name(rank), notify, observer)
     elif config.task == "serve":
-        diagnosis.ask(config, f"hospital-{rank}", notify, observer)
+        diagnosis.ask(config, hospital_name(rank), notify, observer)
     elif config.inference.fill:
         diagnosis.fill(config, notify, observer)
     else:

@@ -28,13 +28,13 @@ from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, hospital_name
 from mpc_fl.sharing.opening import SecretDomain
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Train until the last round; write this site's own metrics, opening record and the final global model."""
-    out, name, rules = site_directory(config), f"hospital-{rank}", sum_rules(config)
+    out, name, rules = site_directory(config), hospital_name(rank), sum_rules(config)
     hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
     patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
     notify("load data", 1, 1)

@@ -43,6 +43,7 @@ from mpc_fl.learning.training.dp_sgd import LocalTraining
 from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.learning.training.sampling import sampling_rate
+from mpc_fl.roles import hospital_name
 
 
 @dataclass
@@ -133,7 +134,7 @@ def join(
     """
     headroom_of(config).require()
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
-    name = f"hospital-{rank}"
+    name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
     spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
     spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)

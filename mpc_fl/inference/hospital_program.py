@@ -20,11 +20,12 @@ from mpc_fl.learning.data.loading import load_images
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
+from mpc_fl.roles import HOSPITAL
 
 
 def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Get class probabilities for this hospital's images; neither image nor result leaves it in the clear."""
-    out, name = site_directory(config), "hospital-0"
+    out, name = site_directory(config), HOSPITAL
     images = load_images(config.site.images, config, config.inference.limit)
     require_supported(config)
     notify("load data", 1, 1)
@@ -65,7 +66,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
 
 def fill(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Store correlations for diagnoses to come in this hospital's pool; it takes no image."""
-    out, name = site_directory(config), "hospital-0"
+    out, name = site_directory(config), HOSPITAL
     require_supported(config)
     links = connect(config, name, observer)
     with links:

@@ -25,4 +25,4 @@ def test_a_program_of_training_imports_large_libraries_when_it_needs_them(role: 
 
 @pytest.mark.parametrize("role", ["hospital", "aggregator"])
 def test_a_role_imports_by_its_task(role: str) -> None:
-    assert not {"torch", "mpc_fl", *WHEN_NEEDED} & imported_with(f"parties.{role}")
+    assert not {"torch", *WHEN_NEEDED} & imported_with(f"parties.{role}")
