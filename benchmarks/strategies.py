@@ -24,7 +24,7 @@ import torch
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.phantoms import public_phantoms

@@ -1,10 +1,11 @@
-"""One federated round, as every role runs it: the main path of training.
+"""One federated round: the main path of training. Here is a hospital's side, `aggregator_round` is the aggregator's.
 
 Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one world:
   1. the aggregator says who takes part; all of them start from the same global model (`attendance`)
   2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
   3. each hospital encodes its weighted update in the ring; refused if it does not fit
-  4. closed sum: who is late is left out, the quorum is with_norm_check, the sum is opened to the aggregator alone (`quorum_sum`)
+  4. closed sum: the update is masked and sent, who is late is left out, the quorum is checked, the sum is opened to the
+     aggregator alone (`quorum_sum`)
   5. the aggregator steps along the mean and sends the new global model
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger

@@ -499,16 +499,13 @@ def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.opening import SecretDomain, open_to
     from mpc_fl.sharing.secure_sum import secure_sum
+    from tests.support.summed_evaluation import summed_evaluation
 
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)
     with CrypTenRuntime(links, WORLD, None, fraction_bits=24) as runtime:
         domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
-        counts = torch.zeros(evaluation_length(3), dtype=torch.int64)
-        if rank < 2:
-            counts = encode_evaluation(evaluate_locally(*predictions(40, 3, rank)), 100)
-        shared = secure_sum(domain, Private("evaluation counts", counts), 0, "sum of evaluation counts")
-        counted = open_to(domain, shared, ["aggregator"], "evaluation counts")
-        evaluation = None if counted is None else decode_evaluation(counted.long(), 3)
+        own = None if rank == 2 else evaluate_locally(*predictions(40, 3, rank))
+        evaluation = summed_evaluation(domain, own, 3, "aggregator", "evaluation counts")
         summand = Private("aggregator's zero", torch.zeros(plan.length, dtype=torch.int64))
         if rank < 2:
             summand = encode_features(plan, some_records(20, rank), Seed.from_system())
