@@ -30,17 +30,16 @@ def randomness(
 
     results = measure_randomness(seconds=seconds)
     if as_json:
-        print_json({"bench": "randomness", "results": results})
+        print_json({"bench": "randomness", "results": [figures.to_json() for figures in results]})
         return
     table = Table(title="int64 ring elements on one core: median latency, best throughput")
-    ways = {"draw": "stream cipher", "add": "added in place", "randint": "torch.randint", "random_": "random_ in place"}
-    for heading in ("elements", *ways.values(), "cipher / randint"):
+    ways = ("stream cipher", "added in place", "torch.randint", "random_ in place")
+    for heading in ("elements", *ways, "cipher / randint"):
         table.add_column(heading, justify="right")
-    for entry in results:
-        cells = [
-            f"{entry[way]['microseconds']:,.0f} µs  {entry[way]['gigabytes_per_second']:5.2f} GB/s" for way in ways
-        ]
-        table.add_row(f"{entry['elements']:,}", *cells, f"{entry['ratio']:.2f}")
+    for figures in results:
+        speeds = (figures.draw, figures.add, figures.randint, figures.random_)
+        cells = [f"{speed.microseconds:,.0f} µs  {speed.gigabytes_per_second:5.2f} GB/s" for speed in speeds]
+        table.add_row(f"{figures.elements:,}", *cells, f"{figures.ratio:.2f}")
     print_table(table)
 
 
@@ -56,16 +55,14 @@ def links(
 
     results = measure_links(megabytes, echoes, repeats)
     if as_json:
-        print_json({"bench": "links", **results})
+        print_json({"bench": "links", **results.to_json()})
         return
     table = Table(title=f"two processes: echo of one element (median), one-way stream of {megabytes} MB (best)")
     for heading in ("way", "encrypted, authenticated", "echo", "throughput"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
-    for way, figures in results["ways"].items():
+    for way, figures in results.ways.items():
         protected = "no" if way == "gloo" else "yes"
-        table.add_row(
-            way, protected, f"{figures['echo_milliseconds']:.2f} ms", f"{figures['gigabytes_per_second']:.2f} GB/s"
-        )
+        table.add_row(way, protected, f"{figures.echo_milliseconds:.2f} ms", f"{figures.gigabytes_per_second:.2f} GB/s")
     print_table(table)
 
 
@@ -87,12 +84,12 @@ def aggregation(
         raise typer.BadParameter("crypten or none", param_hint="--against")
     results = measure_aggregation(parties, parameters, repeats, against, leave_out)
     if as_json:
-        print_json({"bench": "aggregation", **results})
+        print_json({"bench": "aggregation", **results.to_json()})
         return
     table = Table(title=f"one round, {parties} hospitals, {parameters:,} parameters, one thread per party")
     for heading in ("figure", "value"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in results.items():
+    for name, value in results.to_json().items():
         table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
     print_table(table)
 
@@ -114,12 +111,12 @@ def inference(
     baseline: Literal["crypten", "none"] = "crypten" if against == "crypten" else "none"
     results = measure_inference(model, size, batch, repeats, baseline)
     if as_json:
-        print_json({"bench": "inference", **results})
+        print_json({"bench": "inference", **results.to_json()})
         return
     table = Table(title=f"{model}, {size} x {size}, {batch} image(s) per batch, one thread per party")
     for heading in ("figure", "value"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in results.items():
+    for name, value in results.to_json().items():
         if isinstance(value, (int, float, str)):
             shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
