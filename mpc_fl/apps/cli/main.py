@@ -54,7 +54,7 @@ def _run() -> int:
     from mpc_fl.apps.cli.commands import app
 
     try:
-        return int(app(standalone_mode=False) or 0)
+        return int(app(prog_name="mpc-fl", standalone_mode=False) or 0)
     except typer.TyperException as error:
         if error.format_message():
             _end(_wrong_usage(error), error.exit_code)
