@@ -38,7 +38,8 @@ from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError, RunFailedError
 from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
@@ -186,9 +187,8 @@ def _party(name: str, task: _Task, results: Connection) -> None:
             results.send(_crypten(names.index(name), task, update))
             return
         identity = load_identity(task.folder / name, name)
-        peers = routes(name, names, task.addresses, None)
-        agreement = Agreement(task.session, "bench", "bench")
-        with Links(identity, task.addresses[name], peers, agreement, _WAIT, _WAIT) as links:
+        reach, agreement = Reach.of(name, names, task.addresses), Agreement(task.session, "bench", "bench")
+        with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
             results.send((_closed_sum if task.way == "closed sum" else _all_reduce)(links, task, update))
     except MpcFlError as error:
         results.send(_Failure(str(error)))

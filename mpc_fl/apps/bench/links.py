@@ -23,7 +23,8 @@ from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 
 _WAIT = 120.0
 WAYS = ("direct link", "relayed link", "gloo")
@@ -107,10 +108,10 @@ def _party(name: str, task: _Task, results: Connection) -> None:
         results.send(_gloo(task.names.index(name), task))
         return
     relay = "relay" if "relay" in task.names else None
-    peers = routes(name, task.names, task.addresses, relay)
     identity = load_identity(task.folder / name, name)
     agreement = Agreement(task.session, "bench links", "bench")
-    with Links(identity, task.addresses.get(name), peers, agreement, _WAIT, _WAIT, relay=relay) as links:
+    reach = Reach.of(name, task.names, task.addresses, relay)
+    with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
         result = _over_links(links, task.amount) if name != "relay" else None
     results.send(result)
 
