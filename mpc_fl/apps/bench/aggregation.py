@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
 from mpc_fl.apps.runs.local_parties import local_addresses
@@ -237,15 +237,14 @@ class _ClosedSum:
 
     def once(self, repeat: int) -> tuple[torch.Tensor, float]:
         """A round: the sum and the moment that it was opened, at the aggregator; the mean and 0 at a hospital."""
-        links, label, headroom = self.domain.links, ("round", repeat), self.headroom
+        links, headroom = self.domain.links, self.headroom
+        agreed = AgreedSum(self.members, ("round", repeat), _ABOUT)
         if links.name != AGGREGATOR:
             encoded = Private("update", headroom.encode(self.update, self.weight, "update"))
-            contribute(self.domain, self.rules, self.members, label, encoded, _ABOUT)
+            contribute(self.domain, self.rules, agreed, encoded)
             del encoded
             return links.receive_tensor(AGGREGATOR, "mean", torch.float32, self.shape), 0.0
-        _, total = collect(
-            self.domain, self.rules, self.members, self.starts, label, headroom.dtype, self.shape, _ABOUT
-        )
+        _, total = collect(self.domain, self.rules, agreed, self.starts, headroom.dtype, self.shape)
         mean = headroom.decode(total, 1.0, torch.float32)
         moment = time.perf_counter()
         for name in self.members:
@@ -262,7 +261,7 @@ class _ClosedSum:
 def _closed_sum(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
     with CrypTenRuntime(links, [*task.hospitals, AGGREGATOR], None, 24) as runtime:
         record = OpeningRecord(task.folder / f"{links.name}.jsonl", links.name)
-        part = _ClosedSum(SecretDomain(runtime, record), task, update)
+        part = _ClosedSum(runtime.domain(record), task, update)
         part.once(-1)  # the first round makes the seeds
         links.set_phase("measured")
         held = _reset_peak()
