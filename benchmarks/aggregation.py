@@ -29,17 +29,17 @@ def main() -> None:
         for count, parameters in runs
     ]
     if arguments.json:
-        print(json.dumps(results))
+        print(json.dumps([result.to_json() for result in results]))
         return
     print(
         "hospitals  parameters  closing masks  seconds  ms per hospital and million  of all-reduce  memory in updates"
     )
     for index, result in enumerate(results):
         masks = "yes" if index >= len(runs) else "no"
-        each = 1e9 * result["seconds"] / result["parties"] / result["parameters"]
+        each = 1e9 * result.seconds / result.parties / result.parameters
         print(
-            f"{result['parties']:9d}  {result['parameters']:10,d}  {masks:>13s}  {result['seconds']:7.3f}  {each:27.1f}  "
-            f"{result['ratio_vs_plain_allreduce']:13.2f}  {result['peak_memory_in_updates']:17.2f}"
+            f"{result.parties:9d}  {result.parameters:10,d}  {masks:>13s}  {result.seconds:7.3f}  {each:27.1f}  "
+            f"{result.ratio_vs_plain_allreduce:13.2f}  {result.peak_memory_in_updates:17.2f}"
         )
 
 

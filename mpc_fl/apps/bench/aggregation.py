@@ -18,9 +18,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,92 +42,156 @@ from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.opening import SecretDomain
 
 _WAIT = 300.0
 _FLOAT = 4
 _ABOUT = Description("sum of updates", "benchmark")
 
 
-def measure_aggregation(parties: int, parameters: int, repeats: int, against: str, left_out: bool) -> dict[str, Any]:
-    """Median seconds of each way, their ratios, bytes sent per hospital and round, and the peak of memory.
+@dataclass(frozen=True)
+class AggregationFigures:
+    """Figures of one round; times are medians in seconds, bytes are those of a hospital, memory is a peak.
 
-    `left_out`: closed so that a hospital may be left out of the sum, as below a full quorum. `against` is "crypten" or
-    "none". Raises `RunFailedError` when a process fails or is late.
+    `seconds` end when the aggregator has the mean, `seconds_with_reply` when every hospital has it too. `exact` says that
+    the sum is that of the updates. What CrypTen takes is None where it was not measured.
     """
-    ours = _run("closed sum", parties, parameters, repeats, left_out)
-    plain = _run("all-reduce", parties, parameters, repeats, False)
-    result: dict[str, Any] = {
-        "parties": parties,
-        "parameters": parameters,
-        "seconds": ours["opened"],
-        "seconds_with_reply": ours["seconds"],
-        "seconds_plain_allreduce": plain["seconds"],
-        "ratio_vs_plain_allreduce": ours["seconds"] / plain["seconds"],
-        "bytes_sent_per_hospital": ours["bytes"],
-        "bytes_sent_per_parameter": ours["bytes"] / parameters,
-        "peak_memory_bytes": ours["memory"],
-        "peak_memory_in_updates": ours["memory"] / (_FLOAT * parameters),
-        "exact": ours["exact"],
-    }
+
+    parties: int
+    parameters: int
+    seconds: float
+    seconds_with_reply: float
+    seconds_plain_allreduce: float
+    ratio_vs_plain_allreduce: float
+    bytes_sent_per_hospital: int
+    bytes_sent_per_parameter: float
+    peak_memory_bytes: int
+    peak_memory_in_updates: float
+    exact: bool
+    seconds_crypten: float | None = None
+    speedup_vs_crypten: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def measure_aggregation(
+    parties: int, parameters: int, repeats: int, against: str, left_out: bool
+) -> AggregationFigures:
+    """Each way in turn: the closed sum, the plain all-reduce, and stock CrypTen when `against` is "crypten" and not "none".
+
+    `left_out`: closed so that a hospital may be left out of the sum, as below a full quorum. Raises `RunFailedError` when a
+    process fails or is late.
+    """
+    size = _Size(parties, parameters, repeats)
+    ours, plain = _run("closed sum", size, left_out), _run("all-reduce", size)
+    figures = AggregationFigures(
+        parties=parties,
+        parameters=parameters,
+        seconds=ours.opened,
+        seconds_with_reply=ours.seconds,
+        seconds_plain_allreduce=plain.seconds,
+        ratio_vs_plain_allreduce=ours.seconds / plain.seconds,
+        bytes_sent_per_hospital=ours.bytes,
+        bytes_sent_per_parameter=ours.bytes / parameters,
+        peak_memory_bytes=ours.memory,
+        peak_memory_in_updates=ours.memory / (_FLOAT * parameters),
+        exact=ours.exact,
+    )
     if against == "crypten":
-        stock = _run("crypten", parties, parameters, max(1, repeats // 3), False)
-        result["seconds_crypten"] = stock["seconds"]
-        result["speedup_vs_crypten"] = stock["seconds"] / ours["opened"]
-    return result
+        stock = _run("crypten", replace(size, repeats=max(1, repeats // 3)))
+        figures = replace(figures, seconds_crypten=stock.seconds, speedup_vs_crypten=stock.seconds / ours.opened)
+    return figures
 
 
-def _run(way: str, parties: int, parameters: int, repeats: int, left_out: bool) -> dict[str, Any]:
-    hospitals = hospital_names(parties)
-    names = hospitals if way == "crypten" else [*hospitals, AGGREGATOR]
+@dataclass(frozen=True)
+class _Size:
+    """How many hospitals, parameters and rounds."""
+
+    parties: int
+    parameters: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What all processes of one way are told. Stock CrypTen has no aggregator, and no addresses."""
+
+    way: Literal["closed sum", "all-reduce", "crypten"]
+    size: _Size
+    left_out: bool
+    folder: Path
+    session: str
+    addresses: dict[str, str]
+
+    @property
+    def hospitals(self) -> list[str]:
+        return hospital_names(self.size.parties)
+
+    @property
+    def names(self) -> list[str]:
+        return self.hospitals if self.way == "crypten" else [*self.hospitals, AGGREGATOR]
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What one process measured; `opened` at the aggregator alone, `bytes` at hospitals."""
+
+    seconds: float
+    memory: int
+    opened: float = 0.0
+    bytes: int = 0
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a process measured nothing."""
+
+    why: str
+
+
+def _run(way: Literal["closed sum", "all-reduce", "crypten"], size: _Size, left_out: bool = False) -> _Outcome:
+    """The largest figures of all processes."""
     if way == "crypten":
         os.environ.pop("GLIBC_TUNABLES", None)  # as its users run it
     else:
         use_large_pages()  # as the launcher does
     with tempfile.TemporaryDirectory() as folder:
-        directory, addresses = Path(folder), {}
+        task = _Task(way, size, left_out, Path(folder), secrets.token_hex(8), {})
         if way != "crypten":
-            make_local_identities(names, {name: directory / name for name in names})
-            addresses = local_addresses(names, None)
-        session = secrets.token_hex(8)
-        task = {name: (name, way, names, addresses, folder, session, parameters, repeats, left_out) for name in names}
-        results = list(run_processes(_party, task, _WAIT, f"the benchmark of the {way}").values())
-    failed = [result["error"] for result in results if "error" in result]
-    if failed:
-        raise RunFailedError(f"the benchmark of the {way} failed: {failed[0]}")
-    return {
-        "seconds": max(result["seconds"] for result in results),
-        "opened": max(result.get("opened", 0.0) for result in results),
-        "bytes": max(result.get("bytes", 0) for result in results),
-        "memory": max(result["memory"] for result in results),
-        "exact": all(result.get("exact", True) for result in results),
-    }
+            make_local_identities(task.names, {name: task.folder / name for name in task.names})
+            task = replace(task, addresses=local_addresses(task.names, None))
+        what = f"the benchmark of the {way}"
+        results = list(run_processes(_party, {name: (name, task) for name in task.names}, _WAIT, what).values())
+    for result in results:
+        if isinstance(result, _Failure):
+            raise RunFailedError(f"{what} failed: {result.why}")
+    return _Outcome(
+        seconds=max(result.seconds for result in results),
+        opened=max(result.opened for result in results),
+        bytes=max(result.bytes for result in results),
+        memory=max(result.memory for result in results),
+        exact=all(result.exact for result in results),
+    )
 
 
-def _party(
-    name: str,
-    way: str,
-    names: list[str],
-    addresses: dict[str, str],
-    folder: str,
-    session: str,
-    parameters: int,
-    repeats: int,
-    left_out: bool,
-    results: Connection,
-) -> None:
+def _party(name: str, task: _Task, results: Connection) -> None:
+    """One party in a process of its own: sends an `_Outcome` or a `_Failure`."""
     torch.set_num_threads(1)
-    update = _update(names.index(name), parameters) if name != AGGREGATOR else torch.empty(0)
+    names = task.names
+    update = _update(names.index(name), task.size.parameters) if name != AGGREGATOR else torch.empty(0)
     try:
-        if way == "crypten":
-            results.send(_crypten(names.index(name), names, folder, update, repeats))
+        if task.way == "crypten":
+            results.send(_crypten(names.index(name), task, update))
             return
-        identity = load_identity(Path(folder) / name, name)
-        reach, agreement = Reach.of(name, names, addresses), Agreement(session, "bench", "bench")
+        identity = load_identity(task.folder / name, name)
+        reach, agreement = Reach.of(name, names, task.addresses), Agreement(task.session, "bench", "bench")
         with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
-            run = _closed_sum if way == "closed sum" else _all_reduce
-            results.send(run(links, names[:-1], folder, update, parameters, repeats, left_out))
+            results.send((_closed_sum if task.way == "closed sum" else _all_reduce)(links, task, update))
     except MpcFlError as error:
-        results.send({"error": str(error)})
+        results.send(_Failure(str(error)))
 
 
 def _update(rank: int, parameters: int) -> torch.Tensor:
@@ -134,13 +199,11 @@ def _update(rank: int, parameters: int) -> torch.Tensor:
     return torch.sin(torch.arange(parameters, dtype=torch.float32) * (0.001 * (rank + 1))) * 0.1
 
 
-def _timed(
-    links: Links, hospitals: list[str], repeats: int, once: Callable[[int], tuple[Any, float]]
-) -> tuple[float, float, Any]:
+def _timed(links: Links, task: _Task, once: Callable[[int], tuple[Any, float]]) -> tuple[float, float, Any]:
     """Median seconds, at the aggregator, from its word until all hospitals have acknowledged, and until the moment that
     `once` says; and the last outcome."""
     seconds, opened, outcome = [], [], None
-    for repeat in range(repeats):
+    for repeat in range(task.size.repeats):
         outcome = None
         if links.name != AGGREGATOR:
             links.receive_object(AGGREGATOR, "go")
@@ -148,10 +211,10 @@ def _timed(
             links.send_object(AGGREGATOR, "done", {})
             continue
         began = time.perf_counter()
-        for name in hospitals:
+        for name in task.hospitals:
             links.send_object(name, "go", {})
         outcome, moment = once(repeat)
-        for name in hospitals:
+        for name in task.hospitals:
             links.receive_object(name, "done")
         seconds.append(time.perf_counter() - began)
         opened.append(moment - began)
@@ -160,59 +223,67 @@ def _timed(
     return statistics.median(seconds), statistics.median(opened), outcome
 
 
-def _closed_sum(
-    links: Links, hospitals: list[str], folder: str, update: torch.Tensor, parameters: int, repeats: int, left_out: bool
-) -> dict[str, Any]:
-    headroom, members = MeanHeadroom(FixedPoint(24, 64.0), len(hospitals)), tuple(hospitals)
-    rules = Rules(AGGREGATOR, 2 if left_out else len(members), 2 if left_out else 0, _WAIT)
-    starts = {name: links.key_fingerprint(name) for name in members}
-    weight = 1 / len(members)
-    with CrypTenRuntime(links, [*hospitals, AGGREGATOR], None, 24) as runtime:
-        domain = runtime.domain(OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
+class _ClosedSum:
+    """One party's part in rounds of the closed sum."""
 
-        def once(repeat: int) -> tuple[torch.Tensor, float]:
-            agreed = AgreedSum(members, ("round", repeat), _ABOUT)
-            if links.name != AGGREGATOR:
-                encoded = Private("update", headroom.encode(update, weight, "update"))
-                contribute(domain, rules, agreed, encoded)
-                del encoded
-                return links.receive_tensor(AGGREGATOR, "mean", torch.float32, (parameters,)), 0.0
-            _, total = collect(domain, rules, agreed, starts, headroom.dtype, (parameters,))
-            mean = headroom.decode(total, 1.0, torch.float32)
-            moment = time.perf_counter()
-            for name in members:
-                links.send_tensor(name, "mean", mean)
-            return total, moment
+    def __init__(self, domain: SecretDomain, task: _Task, update: torch.Tensor) -> None:
+        links, self.members = domain.links, tuple(task.hospitals)
+        self.domain, self.update = domain, update
+        self.shape = (task.size.parameters,)
+        self.headroom, self.weight = MeanHeadroom(FixedPoint(24, 64.0), len(self.members)), 1 / len(self.members)
+        quorum, closing = (2, 2) if task.left_out else (len(self.members), 0)
+        self.rules = Rules(AGGREGATOR, quorum, closing, _WAIT)
+        self.starts = {name: links.key_fingerprint(name) for name in self.members}
 
-        once(-1)  # the first round makes the seeds
+    def once(self, repeat: int) -> tuple[torch.Tensor, float]:
+        """A round: the sum and the moment that it was opened, at the aggregator; the mean and 0 at a hospital."""
+        links, headroom = self.domain.links, self.headroom
+        agreed = AgreedSum(self.members, ("round", repeat), _ABOUT)
+        if links.name != AGGREGATOR:
+            encoded = Private("update", headroom.encode(self.update, self.weight, "update"))
+            contribute(self.domain, self.rules, agreed, encoded)
+            del encoded
+            return links.receive_tensor(AGGREGATOR, "mean", torch.float32, self.shape), 0.0
+        _, total = collect(self.domain, self.rules, agreed, self.starts, headroom.dtype, self.shape)
+        mean = headroom.decode(total, 1.0, torch.float32)
+        moment = time.perf_counter()
+        for name in self.members:
+            links.send_tensor(name, "mean", mean)
+        return total, moment
+
+    def is_exact(self, total: torch.Tensor) -> bool:
+        """Whether `total` is the sum of the updates that all know."""
+        updates = (_update(rank, self.shape[0]) for rank in range(len(self.members)))
+        plain = sum(self.headroom.encode(update, self.weight, "update").long() for update in updates)
+        return bool((total.long() == plain).all())
+
+
+def _closed_sum(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
+    with CrypTenRuntime(links, [*task.hospitals, AGGREGATOR], None, 24) as runtime:
+        record = OpeningRecord(task.folder / f"{links.name}.jsonl", links.name)
+        part = _ClosedSum(runtime.domain(record), task, update)
+        part.once(-1)  # the first round makes the seeds
         links.set_phase("measured")
         held = _reset_peak()
-        seconds, opened, outcome = _timed(links, hospitals, repeats, once)
+        seconds, opened, total = _timed(links, task, part.once)
         memory = peak_memory() - held + update.numel() * _FLOAT
         links.set_phase("closed")
-    traffic = links.traffic["measured"]
-    result = {
-        "seconds": seconds,
-        "opened": opened,
-        "memory": memory,
-        "bytes": sum(t.bytes_sent for t in traffic.values()) // repeats,
-    }
     if links.name == AGGREGATOR:
-        plain = sum(headroom.encode(_update(rank, parameters), weight, "update").long() for rank in range(len(members)))
-        result |= {"exact": bool((outcome.long() == plain).all()), "bytes": 0}
-    return result
+        return _Outcome(seconds, memory, opened, exact=part.is_exact(total))
+    sent = sum(peer.bytes_sent for peer in links.traffic["measured"].values())
+    return _Outcome(seconds, memory, opened, bytes=sent // task.size.repeats)
 
 
-def _all_reduce(
-    links: Links, hospitals: list[str], folder: str, update: torch.Tensor, parameters: int, repeats: int, left_out: bool
-) -> dict[str, Any]:
+def _all_reduce(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
+    hospitals, shape = task.hospitals, (task.size.parameters,)
+
     def once(repeat: int) -> tuple[torch.Tensor, float]:
         if links.name != AGGREGATOR:
             links.send_tensor(AGGREGATOR, "update", update)
-            return links.receive_tensor(AGGREGATOR, "mean", torch.float32, (parameters,)), 0.0
-        total = links.receive_tensor(hospitals[0], "update", torch.float32, (parameters,))
+            return links.receive_tensor(AGGREGATOR, "mean", torch.float32, shape), 0.0
+        total = links.receive_tensor(hospitals[0], "update", torch.float32, shape)
         for name in hospitals[1:]:
-            total += links.receive_tensor(name, "update", torch.float32, (parameters,))
+            total += links.receive_tensor(name, "update", torch.float32, shape)
         total /= len(hospitals)
         for name in hospitals:
             links.send_tensor(name, "mean", total)
@@ -220,23 +291,23 @@ def _all_reduce(
 
     once(-1)
     held = _reset_peak()
-    seconds, _, _ = _timed(links, hospitals, repeats, once)
-    return {"seconds": seconds, "memory": peak_memory() - held}
+    seconds, _, _ = _timed(links, task, once)
+    return _Outcome(seconds, peak_memory() - held)
 
 
-def _crypten(rank: int, names: list[str], folder: str, update: torch.Tensor, repeats: int) -> dict[str, Any]:
+def _crypten(rank: int, task: _Task, update: torch.Tensor) -> _Outcome:
     import torch.distributed as distributed
 
-    seconds = []
-    with stock_crypten(rank, len(names), Path(folder) / "store") as crypten:
-        for _ in range(repeats + 1):  # the first one warms up
+    seconds, parties = [], task.size.parties
+    with stock_crypten(rank, parties, task.folder / "store") as crypten:
+        for _ in range(task.size.repeats + 1):  # the first one warms up
             distributed.barrier()
             began = time.perf_counter()
-            total = sum(crypten.cryptensor(update, src=source) for source in range(len(names)))
+            total = sum(crypten.cryptensor(update, src=source) for source in range(parties))
             total.get_plain_text(dst=0)
             distributed.barrier()
             seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds[1:]), "memory": 0}
+    return _Outcome(statistics.median(seconds[1:]), memory=0)
 
 
 def _reset_peak() -> int:

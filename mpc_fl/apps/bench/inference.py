@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -90,8 +90,43 @@ class Job:
         return torch.from_numpy(found)[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def measure_inference(model: str, size: int, batch: int, repeats: int, against: Against) -> dict[str, Any]:
-    """Figures of one run, ready for JSON; times in seconds per batch.
+@dataclass(frozen=True)
+class InferenceFigures:
+    """Figures of one run; times are medians in seconds per batch, bytes are those of an image, memory is a peak.
+
+    What stock CrypTen takes is None where it was not measured.
+    """
+
+    model: str
+    size: int
+    batch: int
+    repeats: int
+    plaintext_seconds: float
+    online_seconds: float
+    offline_seconds: float
+    online_seconds_of_each: list[float]
+    offline_seconds_of_each: list[float]
+    ratio_vs_plaintext: float
+    ratio_offline_to_online: float
+    bytes_sent_per_party: int
+    bytes_sent: dict[str, int]
+    sequential_messages: int
+    max_logit_error: float
+    same_class: bool
+    peak_memory_bytes: int
+    peak_memory_bytes_of_each: dict[str, int]
+    crypten_seconds: float | None = None
+    crypten_max_logit_error: float | None = None
+    crypten_peak_memory_bytes: int | None = None
+    speedup_vs_crypten: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What was measured, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def measure_inference(model: str, size: int, batch: int, repeats: int, against: Against) -> InferenceFigures:
+    """Measure the plaintext network, the engine `fast`, and stock CrypTen where `against` says so.
 
     Raises `RunFailedError` when a process fails, `UnsupportedLayerError` or `HeadroomError` for a network that does not fit.
     """
@@ -105,34 +140,44 @@ def measure_inference(model: str, size: int, batch: int, repeats: int, against: 
     sent = {name: result["bytes_sent"] // (batch * (repeats + 1)) for name, result in fast.items() if name != DEALER}
     logits = torch.tensor(hospital["logits"], dtype=torch.float64)
     online, offline = (statistics.median(hospital[phase][1:]) for phase in ("online", "offline"))
-    figures: dict[str, Any] = {
-        "model": model,
-        "size": size,
-        "batch": batch,
-        "repeats": repeats,
-        "plaintext_seconds": plaintext,
-        "online_seconds": online,
-        "offline_seconds": offline,
-        "online_seconds_of_each": hospital["online"],
-        "offline_seconds_of_each": hospital["offline"],
-        "ratio_vs_plaintext": online / plaintext,
-        "ratio_offline_to_online": offline / online,
-        "bytes_sent_per_party": max(sent.values()),
-        "bytes_sent": sent,
-        "sequential_messages": hospital["sequential_messages"],
-        "max_logit_error": float((logits - expected.double()).abs().max()),
-        "same_class": bool((logits.argmax(1) == expected.argmax(1)).all()),
-        "peak_memory_bytes": max(result["peak_memory_bytes"] for result in fast.values()),
-        "peak_memory_bytes_of_each": {name: result["peak_memory_bytes"] for name, result in fast.items()},
-    }
-    if against == "crypten":
-        stock = run_parties(_stock_party, PARTIES[:2], job)
-        found = torch.tensor(stock[HOSPITAL]["logits"], dtype=torch.float64)
-        figures["crypten_seconds"] = stock[HOSPITAL]["seconds"]
-        figures["crypten_max_logit_error"] = float((found - expected.double()).abs().max())
-        figures["crypten_peak_memory_bytes"] = max(stock[name]["peak_memory_bytes"] for name in PARTIES[:2])
-        figures["speedup_vs_crypten"] = figures["crypten_seconds"] / online
-    return figures
+    figures = InferenceFigures(
+        model=model,
+        size=size,
+        batch=batch,
+        repeats=repeats,
+        plaintext_seconds=plaintext,
+        online_seconds=online,
+        offline_seconds=offline,
+        online_seconds_of_each=hospital["online"],
+        offline_seconds_of_each=hospital["offline"],
+        ratio_vs_plaintext=online / plaintext,
+        ratio_offline_to_online=offline / online,
+        bytes_sent_per_party=max(sent.values()),
+        bytes_sent=sent,
+        sequential_messages=hospital["sequential_messages"],
+        max_logit_error=_largest_error(logits, expected),
+        same_class=bool((logits.argmax(1) == expected.argmax(1)).all()),
+        peak_memory_bytes=max(result["peak_memory_bytes"] for result in fast.values()),
+        peak_memory_bytes_of_each={name: result["peak_memory_bytes"] for name, result in fast.items()},
+    )
+    return _beside_crypten(figures, job, expected) if against == "crypten" else figures
+
+
+def _beside_crypten(figures: InferenceFigures, job: Job, expected: torch.Tensor) -> InferenceFigures:
+    """The same figures with those of stock CrypTen; `expected` are the logits (N, K) of the plaintext network."""
+    stock = run_parties(_stock_party, PARTIES[:2], job)
+    seconds = stock[HOSPITAL]["seconds"]
+    return replace(
+        figures,
+        crypten_seconds=seconds,
+        crypten_max_logit_error=_largest_error(torch.tensor(stock[HOSPITAL]["logits"], dtype=torch.float64), expected),
+        crypten_peak_memory_bytes=max(stock[name]["peak_memory_bytes"] for name in PARTIES[:2]),
+        speedup_vs_crypten=seconds / figures.online_seconds,
+    )
+
+
+def _largest_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((logits - expected.double()).abs().max())
 
 
 def _plaintext(network: nn.Module, images: torch.Tensor, repeats: int) -> tuple[float, torch.Tensor]:

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,7 +31,36 @@ def _times(actions: Mapping[str, Callable[[], object]], seconds: float) -> dict[
     return times
 
 
-def _measure_size(size: int, seconds: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Speed:
+    """Of one way to draw: the median latency, and the throughput of the best run."""
+
+    microseconds: float
+    gigabytes_per_second: float
+
+
+@dataclass(frozen=True)
+class RandomnessFigures:
+    """Of one number of int64 ring elements on one core.
+
+    `draw`: a new label and its elements in a new tensor. `add`: a new label, added to a tensor that is there.
+    `randint`: as stock CrypTen draws, in a new tensor. `random_`: torch's fastest, 63 bits into a tensor that is there.
+    `ratio` is draw / randint in GB/s.
+    """
+
+    elements: int
+    draw: Speed
+    add: Speed
+    randint: Speed
+    random_: Speed
+    ratio: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return asdict(self)
+
+
+def _measure_size(size: int, seconds: float) -> RandomnessFigures:
     seed, label = Seed.from_system(), itertools.count()
     generator, total = torch.Generator(), torch.zeros(size, dtype=torch.int64)
     generator.seed()
@@ -40,23 +70,16 @@ def _measure_size(size: int, seconds: float) -> dict[str, Any]:
         "randint": lambda: torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator),
         "random_": lambda: total.random_(generator=generator),
     }
-    entry: dict[str, Any] = {"elements": size}
-    for name, times in _times(actions, seconds).items():
-        entry[name] = {
-            "microseconds": 1e6 * statistics.median(times),
-            "gigabytes_per_second": _BYTES * size / min(times) / 1e9,
-        }
-    entry["ratio"] = entry["draw"]["gigabytes_per_second"] / entry["randint"]["gigabytes_per_second"]
-    return entry
+    speeds = {
+        name: Speed(1e6 * statistics.median(times), _BYTES * size / min(times) / 1e9)
+        for name, times in _times(actions, seconds).items()
+    }
+    ratio = speeds["draw"].gigabytes_per_second / speeds["randint"].gigabytes_per_second
+    return RandomnessFigures(elements=size, **speeds, ratio=ratio)
 
 
-def measure_randomness(sizes: tuple[int, ...] = SIZES, seconds: float = 1.0) -> list[dict[str, Any]]:
-    """Latency and throughput of `size` int64 ring elements on one core, one entry per size.
-
-    `draw`: a new label and its elements in a new tensor. `add`: a new label, added to a tensor that is there.
-    `randint`: as stock CrypTen draws, in a new tensor. `random_`: torch's fastest, 63 bits into a tensor that is there.
-    Each has `microseconds` (median) and `gigabytes_per_second` (best run). `ratio` is draw / randint in GB/s.
-    """
+def measure_randomness(sizes: tuple[int, ...] = SIZES, seconds: float = 1.0) -> list[RandomnessFigures]:
+    """Latency and throughput of each way to draw, for each number of elements in turn; `seconds` are those of one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

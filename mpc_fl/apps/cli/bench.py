@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mpc_fl.apps.cli.options import Command, Group, print_json, print_table
+
 app = typer.Typer(
-    no_args_is_help=True, help="Measure parts of the runtime on this machine, beside what they replace, in one run."
+    cls=Group,
+    name="bench",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measure parts of the runtime on this machine, beside what they replace, in one run.",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of a table.")]
 
 
-def print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-
-
-def _print_table(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 132).print(table)
-
-
-@app.command()
+@app.command(cls=Command)
 def randomness(
     seconds: Annotated[float, typer.Option(min=0.01, max=60.0, help="Time to measure each size.")] = 1.0,
     as_json: AsJson = False,
@@ -35,21 +30,20 @@ def randomness(
 
     results = measure_randomness(seconds=seconds)
     if as_json:
-        print_json({"bench": "randomness", "results": results})
+        print_json({"bench": "randomness", "results": [figures.to_json() for figures in results]})
         return
     table = Table(title="int64 ring elements on one core: median latency, best throughput")
-    ways = {"draw": "stream cipher", "add": "added in place", "randint": "torch.randint", "random_": "random_ in place"}
-    for heading in ("elements", *ways.values(), "cipher / randint"):
+    ways = ("stream cipher", "added in place", "torch.randint", "random_ in place")
+    for heading in ("elements", *ways, "cipher / randint"):
         table.add_column(heading, justify="right")
-    for entry in results:
-        cells = [
-            f"{entry[way]['microseconds']:,.0f} µs  {entry[way]['gigabytes_per_second']:5.2f} GB/s" for way in ways
-        ]
-        table.add_row(f"{entry['elements']:,}", *cells, f"{entry['ratio']:.2f}")
-    _print_table(table)
+    for figures in results:
+        speeds = (figures.draw, figures.add, figures.randint, figures.random_)
+        cells = [f"{speed.microseconds:,.0f} µs  {speed.gigabytes_per_second:5.2f} GB/s" for speed in speeds]
+        table.add_row(f"{figures.elements:,}", *cells, f"{figures.ratio:.2f}")
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def links(
     megabytes: Annotated[int, typer.Option(min=1, max=4096, help="Size of the tensor that is streamed.")] = 64,
     echoes: Annotated[int, typer.Option(min=1, max=100_000, help="Echoes of one element.")] = 300,
@@ -61,20 +55,18 @@ def links(
 
     results = measure_links(megabytes, echoes, repeats)
     if as_json:
-        print_json({"bench": "links", **results})
+        print_json({"bench": "links", **results.to_json()})
         return
     table = Table(title=f"two processes: echo of one element (median), one-way stream of {megabytes} MB (best)")
     for heading in ("way", "encrypted, authenticated", "echo", "throughput"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
-    for way, figures in results["ways"].items():
+    for way, figures in results.ways.items():
         protected = "no" if way == "gloo" else "yes"
-        table.add_row(
-            way, protected, f"{figures['echo_milliseconds']:.2f} ms", f"{figures['gigabytes_per_second']:.2f} GB/s"
-        )
-    _print_table(table)
+        table.add_row(way, protected, f"{figures.echo_milliseconds:.2f} ms", f"{figures.gigabytes_per_second:.2f} GB/s")
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def aggregation(
     parties: Annotated[int, typer.Option(min=2, max=64, help="Number of hospitals.")] = 3,
     parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_178_051,
@@ -92,17 +84,17 @@ def aggregation(
         raise typer.BadParameter("crypten or none", param_hint="--against")
     results = measure_aggregation(parties, parameters, repeats, against, leave_out)
     if as_json:
-        print_json({"bench": "aggregation", **results})
+        print_json({"bench": "aggregation", **results.to_json()})
         return
     table = Table(title=f"one round, {parties} hospitals, {parameters:,} parameters, one thread per party")
     for heading in ("figure", "value"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in results.items():
+    for name, value in results.to_json().items():
         table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
-    _print_table(table)
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def inference(
     model: Annotated[str, typer.Option(help="A torchvision classifier by name.")] = "resnet18",
     size: Annotated[int, typer.Option(min=32, max=1024, help="Image height and width.")] = 224,
@@ -119,13 +111,13 @@ def inference(
     baseline: Literal["crypten", "none"] = "crypten" if against == "crypten" else "none"
     results = measure_inference(model, size, batch, repeats, baseline)
     if as_json:
-        print_json({"bench": "inference", **results})
+        print_json({"bench": "inference", **results.to_json()})
         return
     table = Table(title=f"{model}, {size} x {size}, {batch} image(s) per batch, one thread per party")
     for heading in ("figure", "value"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
-    for name, value in results.items():
+    for name, value in results.to_json().items():
         if isinstance(value, (int, float, str)):
             shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
-    _print_table(table)
+    print_table(table)

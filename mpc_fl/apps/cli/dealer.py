@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mpc_fl.apps.cli.options import AsJson, Command, Group, Overrides, print_json, say
+from mpc_fl.apps.rows import PartyTraffic, read_object
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError, PeerLostError, RefusedError
 
 app = typer.Typer(
+    cls=Group,
     name="dealer",
     no_args_is_help=True,
     add_completion=False,
@@ -28,10 +30,9 @@ app = typer.Typer(
 )
 
 PoolPath = Annotated[Path, typer.Option("--pool", metavar="DIR", help="Directory of the pools, one in it per party.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def fill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration of the diagnoses to come.")],
     count: Annotated[int, typer.Option(min=1, help="Batches to add, of inference.batch_size images each.")],
@@ -50,9 +51,7 @@ def fill(
     every: Annotated[
         float | None, typer.Option(min=1.0, metavar="SECONDS", help="Stay, and look again after so many seconds.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Fill the pools of a hospital and a model owner on this machine, with a dealer: three processes.
@@ -83,54 +82,72 @@ def fill(
         raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to fill with a server")
     else:
         settings, add = settings.with_values(task="infer", site={"model": str(model.absolute())}), _fill
+    filling = _Filling(settings, add, pool, party, below, stays=every is not None)
     while True:
-        _look(settings, add, below, pool, party, as_json, every is not None)
+        _say_filled(filling, filling.once(), as_json)
         if every is None:
             return
         time.sleep(every)
 
 
-def _look(
-    settings: Config,
-    add: Callable[[Config], float],
-    below: int | None,
-    pool: Path,
-    party: str | None,
-    as_json: bool,
-    stays: bool,
-) -> None:
-    """Add batches unless enough are left, and say so. One that stays puts up with a server that has no time or is away."""
-    seconds: float | None = None
-    why, before = "", _left(pool, party)
-    if below is None or before < below:
+@dataclass(frozen=True)
+class _Filled:
+    """Seconds of each batch that was added, None where none was; and why not, where batches were wanted."""
+
+    seconds_per_batch: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Filling:
+    """How the pools of `party`, or of both parties on this machine, are filled. `add` adds batches: seconds of each.
+
+    Batches are added while fewer than `below` are left, always where that is None. One that `stays` puts up with a server
+    that has no time or is away.
+    """
+
+    settings: Config
+    add: Callable[[Config], float]
+    pool: Path
+    party: str | None
+    below: int | None
+    stays: bool
+
+    def once(self) -> _Filled:
+        """Add batches unless enough are left."""
+        if self.below is not None and _left(self.pool, self.party) >= self.below:
+            return _Filled(None)
         try:
-            seconds = add(settings)  # of each batch
+            return _Filled(self.add(self.settings))
         except (RefusedError, PeerLostError) as error:
-            if not stays:
+            if not self.stays:
                 raise
-            why = str(error)
-    left, count = _left(pool, party), settings.inference.fill
+            return _Filled(None, str(error))
+
+
+def _say_filled(filling: _Filling, filled: _Filled, as_json: bool) -> None:
+    left, count, seconds = _left(filling.pool, filling.party), filling.settings.inference.fill, filled.seconds_per_batch
     if as_json:
-        filled = 0 if seconds is None else count
-        told = {"filled": filled, "seconds_per_batch": seconds, "left": left, "pools": _halves(pool)}
-        say(json.dumps({**told, "why": why} if why else told))
+        halves = [asdict(half) for half in _halves(filling.pool)]
+        told = {"filled": 0 if seconds is None else count, "seconds_per_batch": seconds, "left": left, "pools": halves}
+        print_json({**told, "why": filled.why} if filled.why else told)
         return
-    done = f"Not all added ({why})" if why else "Nothing added"
+    done = f"Not all added ({filled.why})" if filled.why else "Nothing added"
     done = done if seconds is None else f"Added {count}, {seconds:.2f} s each"
-    say(f"{done}. {left} batches are left{'' if party else ' in both pools'}.")
+    say(f"{done}. {left} batches are left{'' if filling.party else ' in both pools'}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def status(pool: PoolPath, as_json: AsJson = False) -> None:
     """Say what the pools in a directory hold: batches left and used, for whom, bytes on the disk."""
     halves = _halves(pool)
     if as_json:
-        say(json.dumps({"pools": halves, "left": _left(pool)}))
+        print_json({"pools": [asdict(half) for half in halves], "left": _left(pool)})
         return
     for half in halves:
         say(
-            f"{half['party']} with {half['counterpart']}: {half['left']} batches of {half['records']} left, {half['used']} "
-            f"used; {half['reveal']}; {half['bytes'] / 1e6:,.1f} MB"
+            f"{half.party} with {half.counterpart}: {half.left} batches of {half.records} left, {half.used} "
+            f"used; {half.reveal}; {half.bytes / 1e6:,.1f} MB"
         )
     if not halves:
         say(f"There is no pool in {pool}.")
@@ -147,8 +164,7 @@ def _fill(config: Config) -> float:
     require_supported(config, load_model(config.site.model, config))
     with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
         launch(config, Path(directory), lambda *_: None)
-        traffic = json.loads((Path(directory) / "parties" / HOSPITAL / "traffic.json").read_text())
-    return _seconds_per_batch(traffic, config)
+        return _seconds_per_batch(Path(directory) / "parties" / HOSPITAL, config)
 
 
 def _fill_from_server(config: Config) -> float:
@@ -158,14 +174,31 @@ def _fill_from_server(config: Config) -> float:
 
     with tempfile.TemporaryDirectory(prefix="mpc-fl-fill-") as directory:
         run_alone(asking_hospital(config), config.with_values(site={"out": directory}), lambda *_: None)
-        return _seconds_per_batch(json.loads((Path(directory) / "traffic.json").read_text()), config)
+        return _seconds_per_batch(Path(directory), config)
 
 
-def _seconds_per_batch(traffic: dict[str, Any], config: Config) -> float:
-    return round(traffic["phases"]["offline"]["seconds"] / config.inference.fill, 3)
+def _seconds_per_batch(hospital: Path, config: Config) -> float:
+    """From the traffic that a hospital left in its directory."""
+    offline = read_object(PartyTraffic, hospital, "traffic.json").phases["offline"]
+    return round(offline.seconds / config.inference.fill, 3)
 
 
-def _halves(directory: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Half:
+    """The pool of one party with its counterpart: batches of `records` images, `numbers` those that are left."""
+
+    party: str
+    counterpart: str
+    pool: str
+    records: int
+    reveal: str
+    left: int
+    used: int
+    numbers: list[int]
+    bytes: int
+
+
+def _halves(directory: Path) -> list[_Half]:
     """Each pool below a directory: of this party, or of all in a run on one machine."""
     from mpc_fl.inference.fast.preprocessing.pool import KEYS, open_pool
 
@@ -173,17 +206,17 @@ def _halves(directory: Path) -> list[dict[str, Any]]:
     for path in sorted(directory.glob(f"*/*/{KEYS}")):
         found = open_pool(path.parent, None)
         halves.append(
-            {
-                "party": found.terms.party,
-                "counterpart": found.terms.counterpart,
-                "pool": found.terms.pool,
-                "records": found.terms.records,
-                "reveal": found.terms.reveal,
-                "left": len(found.numbers),
-                "used": found.next,
-                "numbers": found.numbers,
-                "bytes": sum(_size(file) for file in path.parent.iterdir()),
-            }
+            _Half(
+                party=found.terms.party,
+                counterpart=found.terms.counterpart,
+                pool=found.terms.pool,
+                records=found.terms.records,
+                reveal=found.terms.reveal,
+                left=len(found.numbers),
+                used=found.next,
+                numbers=found.numbers,
+                bytes=sum(_size(file) for file in path.parent.iterdir()),
+            )
         )
     return halves
 
@@ -199,10 +232,5 @@ def _size(file: Path) -> int:
 def _left(directory: Path, party: str | None = None) -> int:
     """Batches that every half has, or that of one party."""
     halves = _halves(directory)
-    numbers = [set(half["numbers"]) for half in halves if party in (None, half["party"])]
+    numbers = [set(half.numbers) for half in halves if party in (None, half.party)]
     return len(set.intersection(*numbers)) if numbers else 0
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # one that stays is read as it goes

@@ -19,11 +19,11 @@ def test_the_benchmark_compares_three_ways_on_one_network() -> None:
         "offline_seconds",
         "peak_memory_bytes",
     ):
-        assert figures[name] > 0
-    assert figures["sequential_messages"] == 82
-    assert figures["same_class"] and figures["max_logit_error"] < 0.02
-    assert figures["crypten_max_logit_error"] < 0.1  # the baseline computes the same network
-    assert len(figures["online_seconds_of_each"]) == 2
+        assert getattr(figures, name) > 0
+    assert figures.sequential_messages == 82
+    assert figures.same_class and figures.max_logit_error < 0.02
+    assert figures.crypten_max_logit_error < 0.1  # the baseline computes the same network
+    assert len(figures.online_seconds_of_each) == 2
 
 
 def test_a_network_that_does_not_fit_is_refused_before_processes_start() -> None:

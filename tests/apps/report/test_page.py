@@ -382,7 +382,7 @@ def test_area_agrees_with_all_pairs_within_its_stated_bound() -> None:
 
 def test_phases_of_rounds_and_images_are_summed() -> None:
     names = ["round 12 training", "image 3", "images 1 to 4", "batch 2", "sharing weights"]
-    assert [common_sections._phase(name) for name in names] == [
+    assert [common_sections.phase_of_all(name) for name in names] == [
         "training",
         "images",
         "images",
@@ -395,3 +395,14 @@ def test_formats() -> None:
     assert [formats.duration(x) for x in (0.0123, 61, 180, 9000, None)] == ["0.0123 s", "61 s", "3 min", "2.5 h", "n/a"]
     assert [formats.size(x) for x in (0, 12, 2500, 3.1e6, 4e9)] == ["0 bytes", "12 bytes", "2.5 kB", "3.1 MB", "4 GB"]
     assert formats.percent(0.1234) == "12.3 %" and formats.plain(None) == "n/a"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_damaged_summary_costs_the_sections_that_need_it_and_says_what_is_wrong(tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run", rounds=1, hospitals=2)
+    summary = json.loads((run / "summary.json").read_text())
+    write(run / "summary.json", {**summary, "rounds": "one"})
+    text = page(run)
+    assert headings(text) == TRAINING + BOTH
+    assert "Not shown: summary.json: &#x27;rounds&#x27; is not a whole number" in text
+    assert "All 4 openings" in text
