@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
@@ -42,20 +42,20 @@ READY = b"ready"  # what the server says once it has imported everything; anythi
 END_GRACE = 3.0
 KEPT_FROM_THE_SERVER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _FOR_PARTIES = (signal.SIGTERM, signal.SIGHUP)
-_PARTY_MODULE = "mpc_fl.apps.runs.party_process"
 
 
 def main() -> NoReturn:
-    """The server's process. `sys.argv` names the descriptor of its socket, then the modules, separated by commas."""
+    """The server's process. `sys.argv` names the descriptor of its socket, the module whose `party_process` a party runs,
+    and the modules to share, separated by commas."""
     gc.disable()  # a collection would move through, and so copy, what parties share with the server
-    launcher = socket.socket(fileno=int(sys.argv[1]))
+    launcher, program, shared = socket.socket(fileno=int(sys.argv[1])), sys.argv[2], sys.argv[3].split(",")
     code = 1
     try:
-        _import_all([*sys.argv[2].split(","), _PARTY_MODULE], launcher)
+        _import_all([*shared, program], launcher)
         require_one_thread()
         gc.freeze()
         launcher.sendall(READY)
-        code = _serve(launcher)
+        code = _serve(launcher, sys.modules[program].party_process)
     except (ImportError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             launcher.sendall(f"{type(error).__name__}: {error}".encode())
@@ -90,7 +90,7 @@ def require_one_thread() -> None:
 # ---- serving -----------------------------------------------------------------------------------------------------------
 
 
-def _serve(launcher: socket.socket) -> int:
+def _serve(launcher: socket.socket, party_process: Callable[[Connection], NoReturn]) -> int:
     """Fork a party for each pair of descriptors, tell of each end, until the launcher is gone; the exit status."""
     woken, wake = os.pipe()
     for end in (woken, wake):
@@ -113,22 +113,26 @@ def _serve(launcher: socket.socket) -> int:
             require_one_thread()
             process = os.fork()
             if process == 0:
-                _become_party(pipe, [*private, ends.fileno(), *(other.fileno() for other in parties.values())])
+                _leave_server([*private, ends.fileno(), *(other.fileno() for other in parties.values())])
+                _run(party_process, pipe)
             pipe.close()
             parties[process] = ends
             _tell(ends, started=process)
 
 
-def _become_party(pipe: Connection, private: Sequence[int]) -> NoReturn:
-    """In the fork: leave everything of the server behind, then be the party. Never returns."""
+def _leave_server(private: Sequence[int]) -> None:
+    """In the fork: leave everything of the server behind."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for descriptor in private:
+        os.close(descriptor)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_PARTIES)
+    gc.enable()
+
+
+def _run(party_process: Callable[[Connection], NoReturn], pipe: Connection) -> NoReturn:
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for descriptor in private:
-            os.close(descriptor)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_PARTIES)
-        gc.enable()
-        importlib.import_module(_PARTY_MODULE).party_process(pipe)
+        party_process(pipe)
     except BaseException:  # noqa: BLE001 - a fork must never run on as a second server
         traceback.print_exc()
     finally:

@@ -24,7 +24,7 @@ from mpc_fl.apps.runs.memory import use_large_pages
 from mpc_fl.config.config import Config
 from mpc_fl.errors import RunFailedError
 
-_PROGRAM = "import sys; sys.path[:] = sys.argv[3:]; from mpc_fl.apps.runs.fork_server import main; main()"
+_PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from mpc_fl.apps.runs.fork_server import main; main()"
 _EVERY_ROLE = ("torch", "mpc_fl.links.party_links")
 _OF_TASK = {
     "train": ("parties.hospital", "parties.aggregator"),
@@ -55,36 +55,45 @@ class StartedParty:
     def __init__(self, name: str, pipe: Connection, events: Connection) -> None:
         """`pipe` leads to the party, `events` tell of its start and its end."""
         self.name, self.pipe, self.sentinel = name, pipe, events
-        self.pid: int | None = None
         self.lost = False
+        self._pid: int | None = None
         self._exitcode: int | None = None
 
     @property
+    def pid(self) -> int | None:
+        """Number of the process, None while it is still to start."""
+        self._hear()
+        return self._pid
+
+    @property
     def exitcode(self) -> int | None:
-        """Exit status, or None while the process runs or is still to start."""
+        """Exit status, None while the process runs or is still to start."""
+        self._hear()
+        return self._exitcode
+
+    def _hear(self) -> None:
         try:
             while self._exitcode is None and self.sentinel.poll():
                 event = json.loads(self.sentinel.recv_bytes())
-                self.pid = event.get("started", self.pid)
+                self._pid = event.get("started", self._pid)
                 self._exitcode = event.get("ended")
         except (EOFError, OSError):
             self.lost, self._exitcode = True, self.UNKNOWN
-        return self._exitcode
 
     def signal(self, number: int) -> None:
         """Send a signal if the process runs."""
-        if self.exitcode is None and self.pid is not None:
+        if self.exitcode is None and self._pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self._pid, number)
 
     def end_if_lost(self) -> None:
         """End a party that outlived the fork server. It holds the other end of the pipe exactly as long as it runs."""
-        if not self.lost or self.pid is None:
+        if not self.lost or self._pid is None:
             return
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
                 self.pipe.recv_bytes()
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self._pid, signal.SIGKILL)
             while self.pipe.poll(END_GRACE):
                 self.pipe.recv_bytes()
 
@@ -98,12 +107,15 @@ class StartedParty:
 class PartyStarter:
     """A running fork server. Use it in a `with`, which ends it with every party that is left."""
 
-    def __init__(self, modules: Sequence[str]) -> None:
-        """Start the server, which goes on to import `modules`; this does not wait for it."""
+    def __init__(self, modules: Sequence[str], program: str = "mpc_fl.apps.runs.party_process") -> None:
+        """Start the server, which goes on to import `modules`; this does not wait for it.
+
+        `program` is the module whose `party_process` each party runs.
+        """
         use_large_pages()  # glibc reads that when a process starts
         ours, theirs = socket.socketpair()
         self._socket, self._said, self._ended = ours, b"", False
-        command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), ",".join(modules), *sys.path]
+        command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), program, ",".join(modules), *sys.path]
         with theirs, _signals_held_back():
             self._server = subprocess.Popen(
                 command,
