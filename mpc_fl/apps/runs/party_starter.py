@@ -25,23 +25,36 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import RunFailedError
 
 _PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from mpc_fl.apps.runs.fork_server import main; main()"
-_EVERY_ROLE = ("torch", "mpc_fl.links.party_links")
-_OF_TASK = {
-    "train": ("parties.hospital", "parties.aggregator"),
-    "infer": ("parties.hospital", "parties.model_owner", "parties.dealer"),
-    "serve": ("parties.model_owner", "parties.dealer"),
-}
+# What most parties of a task import: an import that one party alone needs would delay all others.
+_EVERY_ROLE = ("torch", "mpc_fl.links.party_links", "mpc_fl.learning.models.model_file", "mpc_fl.audit.opening_record")
+_TRAINING = (
+    "parties.hospital",
+    "parties.aggregator",
+    "mpc_fl.federation.hospital_round",
+    "mpc_fl.federation.aggregator_round",
+    "mpc_fl.federation.audit_trail",
+    "mpc_fl.federation.preparation",
+    "mpc_fl.federation.secure_evaluation",
+)
+_DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.diagnosis")
+_SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
+_FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")
+# A dry run on shapes (`sharing.dry_run`) has torch import its compiler, which takes a second.
+_REFERENCE = ("mpc_fl.inference.reference.diagnosis", "mpc_fl.sharing.dealer", "torch._dynamo")
 
 
 def modules_to_share(config: Config) -> tuple[str, ...]:
-    """What all or most parties of this task import: no more, since each import delays all parties.
+    """What all or most parties of this task and engine import, and nothing more.
 
     Nothing on systems other than Linux, where libraries of the system itself do not survive a fork: there each party imports
     for itself.
     """
     if sys.platform != "linux":
         return ()
-    return (*_EVERY_ROLE, *_OF_TASK[config.task])
+    if config.task == "train":
+        return (*_EVERY_ROLE, *_TRAINING)
+    programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
+    return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 
 
 class StartedParty:
