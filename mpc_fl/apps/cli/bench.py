@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from mpc_fl.apps.cli.options import Command, Group, print_json, print_table
+
 app = typer.Typer(
-    no_args_is_help=True, help="Measure parts of the runtime on this machine, beside what they replace, in one run."
+    cls=Group,
+    name="bench",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Measure parts of the runtime on this machine, beside what they replace, in one run.",
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of a table.")]
 
 
-def print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-
-
-def _print_table(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 132).print(table)
-
-
-@app.command()
+@app.command(cls=Command)
 def randomness(
     seconds: Annotated[float, typer.Option(min=0.01, max=60.0, help="Time to measure each size.")] = 1.0,
     as_json: AsJson = False,
@@ -46,10 +41,10 @@ def randomness(
             f"{entry[way]['microseconds']:,.0f} µs  {entry[way]['gigabytes_per_second']:5.2f} GB/s" for way in ways
         ]
         table.add_row(f"{entry['elements']:,}", *cells, f"{entry['ratio']:.2f}")
-    _print_table(table)
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def links(
     megabytes: Annotated[int, typer.Option(min=1, max=4096, help="Size of the tensor that is streamed.")] = 64,
     echoes: Annotated[int, typer.Option(min=1, max=100_000, help="Echoes of one element.")] = 300,
@@ -71,10 +66,10 @@ def links(
         table.add_row(
             way, protected, f"{figures['echo_milliseconds']:.2f} ms", f"{figures['gigabytes_per_second']:.2f} GB/s"
         )
-    _print_table(table)
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def aggregation(
     parties: Annotated[int, typer.Option(min=2, max=64, help="Number of hospitals.")] = 3,
     parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_178_051,
@@ -99,10 +94,10 @@ def aggregation(
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for name, value in results.items():
         table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
-    _print_table(table)
+    print_table(table)
 
 
-@app.command()
+@app.command(cls=Command)
 def inference(
     model: Annotated[str, typer.Option(help="A torchvision classifier by name.")] = "resnet18",
     size: Annotated[int, typer.Option(min=32, max=1024, help="Image height and width.")] = 224,
@@ -128,4 +123,4 @@ def inference(
         if isinstance(value, (int, float, str)):
             shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
             table.add_row(name, shown)
-    _print_table(table)
+    print_table(table)

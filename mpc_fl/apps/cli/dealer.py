@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from mpc_fl.apps.cli.options import AsJson, Command, Group, Overrides, print_json, say
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError, PeerLostError, RefusedError
 
 app = typer.Typer(
+    cls=Group,
     name="dealer",
     no_args_is_help=True,
     add_completion=False,
@@ -28,10 +29,9 @@ app = typer.Typer(
 )
 
 PoolPath = Annotated[Path, typer.Option("--pool", metavar="DIR", help="Directory of the pools, one in it per party.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def fill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration of the diagnoses to come.")],
     count: Annotated[int, typer.Option(min=1, help="Batches to add, of inference.batch_size images each.")],
@@ -50,9 +50,7 @@ def fill(
     every: Annotated[
         float | None, typer.Option(min=1.0, metavar="SECONDS", help="Stay, and look again after so many seconds.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Fill the pools of a hospital and a model owner on this machine, with a dealer: three processes.
@@ -113,19 +111,19 @@ def _look(
     if as_json:
         filled = 0 if seconds is None else count
         told = {"filled": filled, "seconds_per_batch": seconds, "left": left, "pools": _halves(pool)}
-        say(json.dumps({**told, "why": why} if why else told))
+        print_json({**told, "why": why} if why else told)
         return
     done = f"Not all added ({why})" if why else "Nothing added"
     done = done if seconds is None else f"Added {count}, {seconds:.2f} s each"
     say(f"{done}. {left} batches are left{'' if party else ' in both pools'}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def status(pool: PoolPath, as_json: AsJson = False) -> None:
     """Say what the pools in a directory hold: batches left and used, for whom, bytes on the disk."""
     halves = _halves(pool)
     if as_json:
-        say(json.dumps({"pools": halves, "left": _left(pool)}))
+        print_json({"pools": halves, "left": _left(pool)})
         return
     for half in halves:
         say(
@@ -201,8 +199,3 @@ def _left(directory: Path, party: str | None = None) -> int:
     halves = _halves(directory)
     numbers = [set(half["numbers"]) for half in halves if party in (None, half["party"])]
     return len(set.intersection(*numbers)) if numbers else 0
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()  # one that stays is read as it goes

@@ -1,10 +1,9 @@
-"""diagnosis"""
+"""`mpc-fl infer | serve`: encrypted diagnoses on this machine, at a hospital that asks a server, and the server."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,9 +19,12 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, RefusedError
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
+
+if TYPE_CHECKING:
+    from mpc_fl.apps.summaries import AnyDiagnosisSummary
+    from mpc_fl.config.config import Config
 
 
 def infer(
@@ -62,17 +64,17 @@ def infer(
     with progress_bars() as progress:
         summary = run.infer(settings, out, command_line(), progress)
     if as_json:
-        print_json({**summary, "report": str(out / "report.html")})
+        print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
-    if summary["synthetic"]:
+    if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     _say_diagnoses(summary)
-    if summary["comparison"] is not None:
-        difference = summary["comparison"]["largest_logit_difference"]
-        agree = "agree" if summary["comparison"]["classes_agree"] else "DIFFER"
+    if summary.comparison is not None:
+        difference = summary.comparison.largest_logit_difference
+        agree = "agree" if summary.comparison.classes_agree else "DIFFER"
         logits = "logits not opened" if difference is None else f"largest logit difference {difference:.5f}"
         say(f"Encrypted and plaintext classes {agree}; {logits}.")
-    say_skipped(summary)
+    say_skipped(summary.skipped_files)
     say(f"Report: {out / 'report.html'}")
 
 
@@ -85,14 +87,14 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
     with progress_bars() as progress:
         summary = run.ask(settings, out, command_line(), progress)
     if as_json:
-        print_json({**summary, "report": str(out / "report.html")})
+        print_json({**summary.to_json(), "report": str(out / "report.html")})
     else:
-        if summary["synthetic"]:
+        if summary.synthetic:
             say("Data: SYNTHETIC phantoms, not patients.")
         _say_diagnoses(summary)
         say(f"Report: {out / 'report.html'}")
-    if summary["refused"]:
-        raise RefusedError(summary["refused"])
+    if summary.refused:
+        raise RefusedError(summary.refused)
 
 
 def serve(
@@ -121,7 +123,6 @@ def serve(
 
     def tell(federation: Path) -> None:
         say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / HOSPITAL / 'identity'} --out DIR")
-        sys.stdout.flush()
 
     if role not in (MODEL_OWNER, DEALER):
         raise ConfigError(f"'{role}' cannot serve", "give --role model-owner or --role dealer")
@@ -132,8 +133,8 @@ def serve(
     run_alone(role, settings.with_values(task="serve"), lambda *_progress: None)
 
 
-def _say_diagnoses(summary: dict[str, Any]) -> None:
-    for line in summary["results"]:
-        name = summary["classes"][line["predicted"]]
-        chance = f" ({max(line['probabilities']):.1%})" if line["probabilities"] else ""  # the label alone was opened
-        say(f"{line['name']}: {name}{chance}, {line['seconds']:.1f} s")
+def _say_diagnoses(summary: AnyDiagnosisSummary) -> None:
+    for result in summary.results or []:
+        name = summary.classes[result.predicted]
+        chance = f" ({max(result.probabilities):.1%})" if result.probabilities else ""  # the label alone was opened
+        say(f"{result.name}: {name}{chance}, {result.seconds:.1f} s")

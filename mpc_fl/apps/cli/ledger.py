@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime
 import glob
 import hashlib
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from cryptography import x509
@@ -17,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpc_fl.apps.cli.options import AsJson, Command, Group, output_console, print_json, say
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Opening, fingerprint, to_json
 from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
 from mpc_fl.errors import MpcFlError
 
 app = typer.Typer(
+    cls=Group,
     name="ledger",
     no_args_is_help=True,
     add_completion=False,
@@ -35,11 +35,9 @@ app = typer.Typer(
 )
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, or of one party of it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
-_WIDTH = 132  # of tables that go to a file
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     run_dir: RunDirectory,
     authority: Annotated[
@@ -68,27 +66,24 @@ def verify(
     findings = [*verdict.findings, *_changed_files(run_dir, verdict)]
     blocks = [block for block in verdict.reference.blocks if block is not None]
     openings = sum(len(block.openings) for block in blocks)
+    where = [copy.where for copy in found]
     if as_json:
-        say(
-            json.dumps(
-                {
-                    "ok": not findings,
-                    "findings": [{**asdict(finding), "line": finding.line} for finding in findings],
-                    "notes": list(verdict.notes),
-                    "blocks": len(blocks),
-                    "openings": openings,
-                    "copies": [copy.where for copy in found],
-                    "authority_sha256": fingerprint(root),
-                    "authority_given": given,
-                }
-            )
+        print_json(
+            {
+                "ok": not findings,
+                "findings": [{**asdict(finding), "line": finding.line} for finding in findings],
+                "notes": list(verdict.notes),
+                "blocks": len(blocks),
+                "openings": openings,
+                "copies": where,
+                "authority_sha256": fingerprint(root),
+                "authority_given": given,
+            }
         )
     else:
-        for finding in findings:
-            say(finding.line)
-        for note in verdict.notes:
-            say(f"Note: {note}.")
-        say(f"{len(found)} {_plural(len(found), 'copy', 'copies')}: {', '.join(copy.where for copy in found)}.")
+        for text in [*(finding.line for finding in findings), *(f"Note: {note}." for note in verdict.notes)]:
+            say(text)
+        say(f"{len(where)} {_plural(len(where), 'copy', 'copies')}: {', '.join(where)}.")
         say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
         if findings:
             say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
@@ -99,7 +94,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Command)
 def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
     """Show what was opened in each round: to whom, of what shape, why, who took part and who signed.
 
@@ -110,9 +105,9 @@ def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
     blocks = _blocks(copies[0])
     if as_json:
-        say(json.dumps({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]}))
+        print_json({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]})
         return
-    console = Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    console = output_console()
     for block in blocks:
         _print_block(console, block)
     ended = bool(blocks) and blocks[-1].kind == "end"
@@ -211,7 +206,3 @@ def _read(path: Path) -> bytes:
 
 def _plural(count: int, one: str, many: str) -> str:
     return one if count == 1 else many
-
-
-def say(text: Any) -> None:
-    sys.stdout.write(f"{text}\n")

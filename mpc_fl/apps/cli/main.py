@@ -1,28 +1,19 @@
-"""The command line: `mpc-fl train | infer | serve | report | party | check | estimate | pki | bench`."""
+"""The entry point `mpc-fl`: runs one command and turns what goes wrong into one line and an exit code.
+
+Importing this module costs next to nothing, because every process that is started from here imports it again: the commands
+are imported when the command line is used, what a command needs when it runs.
+"""
 
 from __future__ import annotations
 
 import signal
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
-
-from mpc_fl.apps.cli import bench, dealer, diagnosis, ledger, pki, sites, training
-from mpc_fl.apps.cli.options import errors
 from mpc_fl.errors import MpcFlError
 
-app = typer.Typer(
-    name="mpc-fl",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Hospitals learn together and diagnose together on secret-shared tensors. Start with: make demo",
-)
-for command in (training.train, diagnosis.infer, diagnosis.serve, sites.report, sites.party, training.check,
-                training.estimate):  # fmt: skip
-    app.command()(command)
-for name, group in (("pki", pki.app), ("bench", bench.app), ("ledger", ledger.app), ("dealer", dealer.app)):
-    app.add_typer(group, name=name)
+if TYPE_CHECKING:
+    import typer
+
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -37,13 +28,13 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: one line per error and its exit code, never a traceback for what a user can mend."""
+    """Run the command in `sys.argv`: one line per error and its exit code, never a traceback for what a user can mend."""
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
     for number in (number for number in _INTERRUPTS if before[number] != signal.SIG_IGN):
         signal.signal(number, _interrupted)
     try:
-        app()
+        raise SystemExit(_run())
     except MpcFlError as error:
         _end(str(error), error.exit_code)
     except OSError as error:
@@ -56,8 +47,33 @@ def main() -> None:
             signal.signal(number, handler)
 
 
+def _run() -> int:
+    """The exit code of the command; a usage that is wrong is told in one line."""
+    import typer
+
+    from mpc_fl.apps.cli.commands import app
+
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        if error.format_message():
+            _end(_wrong_usage(error), error.exit_code)
+        return error.exit_code  # a group without a command: its help was printed
+    except typer.Abort:
+        _end("aborted", 1)
+
+
+def _wrong_usage(error: typer.TyperException) -> str:
+    what = " ".join(error.format_message().split()).removesuffix(".")
+    context = getattr(error, "ctx", None)
+    see = "" if context is None else f": see {context.command_path} --help"
+    return what[:1].lower() + what[1:] + see
+
+
 def _end(message: str, code: int) -> NoReturn:
-    errors.print(f"mpc-fl: {message}", style="red", markup=False, soft_wrap=True)
+    from mpc_fl.apps.cli.options import error_console
+
+    error_console().print(f"mpc-fl: {message}", style="red", markup=False, soft_wrap=True)
     raise SystemExit(code) from None
 
 

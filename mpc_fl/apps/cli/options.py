@@ -1,4 +1,8 @@
-"""options"""
+"""What the commands share: options, how flags are shown, how a configuration is read, and how results are said.
+
+Texts go to standard output, one JSON object instead with `--json`; progress and errors go to standard error. Libraries are
+imported where they are used, so that `mpc-fl --help` waits for none of them.
+"""
 
 from __future__ import annotations
 
@@ -8,60 +12,109 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from mpc_fl.config.config import Config
-from mpc_fl.config.loading import load_config
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+    from rich.table import Table
 
-errors = Console(stderr=True, highlight=False)
+    from mpc_fl.config.config import Config
 
+WIDTH = 132  # of tables that go to a file
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML configuration, for example configs/demo.yaml")]
-
-
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value; repeatable.")]
-
-
 DataPath = Annotated[
     Path | None, typer.Option("--data", help="Data: DIR/{train,test}/<class>/, .npz or .csv. Not needed for phantoms.")
 ]
-
-
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
-
-
 OutPath = Annotated[Path, typer.Option("--out", help="New directory for the results; must not exist.")]
 
 
+def _show_flags_as_flags(parameters: list[Any]) -> list[Any]:
+    """The same parameters of a command: help then shows `--json`, not `--json <bool>`."""
+    for parameter in parameters:
+        if isinstance(parameter, TyperOption) and parameter.is_flag:
+            parameter.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    """A command whose help shows flags as flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its options and arguments, `--help` included."""
+        return _show_flags_as_flags(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """A group of commands whose help shows flags as flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its own options, `--help` included."""
+        return _show_flags_as_flags(super().get_params(ctx))
+
+
 def configure(path: Path, overrides: list[str] | None, **site: Path | None) -> Config:
+    """The configuration in a file with values of the command line over it, `site` those of the section of that name.
+
+    Raises `ConfigError`.
+    """
+    from mpc_fl.config.loading import load_config
+
     config = load_config(path, overrides)
     given = {name: str(value.absolute()) for name, value in site.items() if value is not None}
     return config.with_values(site=given) if given else config
 
 
 def command_line() -> str:
+    """The command that this process was called with, for a shell."""
     return shlex.join(["mpc-fl", *sys.argv[1:]])
 
 
 def print_json(value: Any) -> None:
+    """One JSON object on one line, NaN as null."""
     from mpc_fl.files import finite
 
-    sys.stdout.write(json.dumps(finite(value), allow_nan=False) + "\n")
+    say(json.dumps(finite(value), allow_nan=False))
 
 
 def say(text: str) -> None:
+    """One text to standard output, at once: a command that stays is read as it goes."""
     sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def error_console() -> Console:
+    """Standard error, in colour where it is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """A table, as wide as the terminal or, in a file, `WIDTH`."""
+    output_console().print(table)
+
+
+def output_console() -> Console:
+    """Standard output, as wide as the terminal or, in a file, `WIDTH`."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
     """One progress bar per phase; each party's part of it adds up. Nothing is drawn before the first step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars = Progress(*columns, console=errors, transient=False)
+    bars = Progress(*columns, console=error_console(), transient=False)
     tasks: dict[str, TaskID] = {}
     states: dict[str, dict[str, tuple[int, int]]] = {}
 
@@ -80,16 +133,19 @@ def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
             bars.stop()
 
 
-def gigabytes(estimate: dict[str, Any], who: str) -> str:
-    return f"about {estimate[f'memory_bytes_per_{who}'] / 1e9:.1f} GB"
+def gigabytes(count: int) -> str:
+    """A number of bytes that was estimated, as text."""
+    return f"about {count / 1e9:.1f} GB"
 
 
-def say_skipped(summary: dict[str, Any]) -> None:
-    if summary["skipped_files"]:
-        say(f"Unreadable files left out: {summary['skipped_files']}; the logs of the hospitals name them.")
+def say_skipped(files: int | None) -> None:
+    """How many files could not be read; nothing where all could."""
+    if files:
+        say(f"Unreadable files left out: {files}; the logs of the hospitals name them.")
 
 
-def privacy_words(line: dict[str, Any]) -> str:
-    if line["epsilon"] is None:
+def privacy_words(epsilon: float | None, noise_multiplier: float | None) -> str:
+    """The privacy of a hospital's patients, to follow another text."""
+    if epsilon is None:
         return ", no differential privacy"
-    return f", epsilon {line['epsilon']:.2f} with noise multiplier {line['noise_multiplier']:.3f}"
+    return f", epsilon {epsilon:.2f} with noise multiplier {noise_multiplier:.3f}"

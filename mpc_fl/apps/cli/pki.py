@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
-import sys
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mpc_fl.apps.cli.options import AsJson, Command, Group, print_json, say
 from mpc_fl.crypto import authority_directory as directories
 from mpc_fl.crypto import certificates as identity
 from mpc_fl.crypto import identity_files
@@ -21,6 +20,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError
 
 app = typer.Typer(
+    cls=Group,
     name="pki",
     no_args_is_help=True,
     add_completion=False,
@@ -63,7 +63,7 @@ PassphraseFile = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=Command)
 def init(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="New directory for the authority.")],
     federation: Annotated[
@@ -91,7 +91,7 @@ def init(
     say(f"then here:           mpc-fl pki issue {directory} NAME --request FILE")
 
 
-@app.command()
+@app.command(cls=Command)
 def request(
     name: Name,
     out: Annotated[Path, typer.Option("--out", metavar="SITE_DIR", help="The party's directory; gets its key.")],
@@ -110,7 +110,7 @@ def request(
     say(f"Put the three files that come back into {out}: {name}.crt, {identity.ROOT_FILE}, {identity.REVOCATION_FILE}.")
 
 
-@app.command()
+@app.command(cls=Command)
 def issue(
     directory: Directory,
     name: Name,
@@ -132,7 +132,7 @@ def issue(
         say(f"{name}.key is the party's secret: carry {site} to the site by a safe way and delete it here.")
 
 
-@app.command()
+@app.command(cls=Command)
 def renew(
     directory: Directory,
     name: Name,
@@ -153,7 +153,7 @@ def renew(
     _told(authority.renew(name, site, days, request_pem), name, site, request_pem)
 
 
-@app.command()
+@app.command(cls=Command)
 def revoke(
     directory: Directory,
     name_or_serial: Annotated[
@@ -178,17 +178,15 @@ def revoke(
     say(f"Give {path} to every site now: it goes into each party's identity directory and counts from the next start.")
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     directory: Directory,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show the authority and every certificate it issued. Needs no passphrase."""
     found = directories.describe(directory)
     if as_json:
-        say(json.dumps(found))
+        print_json(found)
         return
     sealed = "sealed under a passphrase" if found["key_sealed"] else "NOT sealed"
     say(f"Federation '{found['federation']}', authority valid until {_date(found['not_after'])}, its key {sealed}.")
@@ -202,10 +200,6 @@ def show(
     say("\n" + row.format(name="PARTY", state="STATE", end="VALID UNTIL", serial="SERIAL"))
     for item in found["certificates"]:
         say(row.format(**item, end=_date(item["not_after"])))
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 def _date(iso: str) -> str:

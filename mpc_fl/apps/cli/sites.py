@@ -1,4 +1,4 @@
-"""sites"""
+"""What a site runs: `mpc-fl party`, one party alone, and `mpc-fl report`, the report of a run that is finished."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""training"""
+"""`mpc-fl train | check | estimate`: hospitals that train together on this machine, and what that takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,12 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.config.config import Config
 from mpc_fl.errors import MpcFlError
+
+if TYPE_CHECKING:
+    from mpc_fl.apps.estimates import TrainingEstimate
+    from mpc_fl.apps.summaries import TrainingSummary
+    from mpc_fl.config.config import Config
 
 
 def train(
@@ -49,31 +53,37 @@ def train(
     with progress_bars() as progress:
         summary = run.train(settings, out, command_line(), progress, resume)
     if as_json:
-        print_json({**summary, "report": str(out / "report.html")})
+        print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
-    final, chance = summary["final"], 1 / len(settings.data.classes)
-    if summary["synthetic"]:
+    _say_training(summary, 1 / len(settings.data.classes))
+    if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
+        say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
+    say_skipped(summary.skipped_files)
+    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+
+
+def _say_training(summary: TrainingSummary, chance: float) -> None:
+    """What the model can do, what the patients have spent, and who was absent; `chance` is the accuracy of guessing."""
+    final, rounds_missed = summary.final, summary.absences()
+    if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
-    say(
-        f"Accuracy {final['accuracy']:.1%} (95 % interval {final['accuracy_low']:.1%} to {final['accuracy_high']:.1%}) "
-        f"on {final['records']} test records; chance {chance:.1%}."
-    )
-    for line in summary["privacy"]:
-        if line["epsilon"] is not None:
+    if final is not None:
+        say(
+            f"Accuracy {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
+            f"on {final.records} test records; chance {chance:.1%}."
+        )
+    for spent in summary.privacy:
+        if spent.epsilon is not None:
             say(
-                f"{line['hospital']}: epsilon {line['epsilon']:.3f} at delta {line['delta']:g}, "
-                f"noise multiplier {line['noise_multiplier']:.3f}."
+                f"{spent.hospital}: epsilon {spent.epsilon:.3f} at delta {spent.delta:g}, "
+                f"noise multiplier {spent.noise_multiplier:.3f}."
             )
         else:
-            say(f"{line['hospital']}: NO differential privacy (privacy.mechanism: none).")
-    for name in summary["hospitals"]:
-        missed = [number for number, hospitals in summary["took_part"].items() if name not in hospitals]
+            say(f"{spent.hospital}: NO differential privacy (privacy.mechanism: none).")
+    for name in summary.hospitals:
+        missed = [number for number, absent in rounds_missed.items() if name in absent]
         if missed:
             say(f"{name} took no part in round {', '.join(missed)}.")
-    if ledger is None and settings.privacy.mechanism != "none" and not summary["synthetic"]:
-        say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
-    say_skipped(summary)
-    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
 
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -87,12 +97,13 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found})
+        print_json({"ok": True, **found.to_json()})
         return
-    for line in found["privacy"]:
-        say(f"{line['hospital']}: {line['patients']} training patients" + privacy_words(line))
-    say(f"Headroom: {found['headroom_bits_spare']} bits to spare.")
-    say(f"Memory: {gigabytes(found, 'hospital')} per hospital. The run can work.")
+    for line in found.privacy:
+        words = privacy_words(line.epsilon, line.noise_multiplier)
+        say(f"{line.hospital}: {line.patients} training patients{words}")
+    say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
+    say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -104,26 +115,23 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     training = estimate_training(settings, patients_per_hospital(settings))
     inference = estimate_inference(settings)
     if as_json:
-        print_json({"training": training, "inference": inference})
+        print_json({"training": training.to_json(), "inference": inference.to_json()})
         return
-    say(f"Training, {training['rounds']} rounds of {training['parameters']:,} parameters:")
-    sent, messages = training["bytes_sent_per_hospital"] / 1e6, training["messages_per_hospital"]
-    say(
-        f"  each hospital sends {sent:,.1f} MB in {messages} messages, needs {gigabytes(training, 'hospital')} of memory"
-    )
-    say(f"  the aggregator sends {training['bytes_sent_by_aggregator'] / 1e6:,.1f} MB")
-    for line in training["privacy"]:
-        say(f"  {line['hospital']}: {line['patients']} patients" + privacy_words(line))
-    say(f"Encrypted inference, a batch of {inference['batch']}:")
+    say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
+    sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
+    say(f"  each hospital sends {sent:,.1f} MB in {training.messages_per_hospital} messages, needs {memory} of memory")
+    say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
+    for line in training.privacy:
+        say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
+    say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
-    say(f"  {inference['bytes_per_party'] / 1e6:,.1f} MB sent per party in {inference['rounds']} {steps}")
-    say(
-        f"  {inference['bytes_sent_by_dealer'] / 1e6:,.1f} MB sent by the dealer; {gigabytes(inference, 'party')} of memory"
-    )
-    say(f"  {inference['comparisons']:,} comparisons, {inference['multiplications']:,} secret multiplications")
+    say(f"  {inference.bytes_per_party / 1e6:,.1f} MB sent per party in {inference.rounds} {steps}")
+    dealt, memory = inference.bytes_sent_by_dealer / 1e6, gigabytes(inference.memory_bytes_per_party)
+    say(f"  {dealt:,.1f} MB sent by the dealer; {memory} of memory")
+    say(f"  {inference.comparisons:,} comparisons, {inference.multiplications:,} secret multiplications")
 
 
-def _preflight(config: Config) -> dict[str, Any]:
+def _preflight(config: Config) -> TrainingEstimate:
     """Everything that can be refused before a process starts. Raises the error the run would raise."""
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
@@ -133,12 +141,12 @@ def _preflight(config: Config) -> dict[str, Any]:
     return estimate_training(config, patients_per_hospital(config))
 
 
-def _require_memory(config: Config, found: dict[str, Any]) -> None:
+def _require_memory(config: Config, found: TrainingEstimate) -> None:
     """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
     from mpc_fl.apps.runs.estimate import available_memory
 
     parties = 1 if config.federation.addresses else config.federation.hospitals + 1
-    needed, available = parties * found["memory_bytes_per_hospital"], available_memory()
+    needed, available = parties * found.memory_bytes_per_hospital, available_memory()
     if available is not None and needed > available:
         raise MpcFlError(
             f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "

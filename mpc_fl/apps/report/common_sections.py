@@ -1,16 +1,16 @@
-"""common_sections"""
+"""Sections that reports of all kinds have: what was opened, time and bytes of each party, the configuration."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from typing import Any
+from dataclasses import dataclass
 
 from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.formats import duration, size
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table
-from mpc_fl.apps.report.run_files import Run, _each, _guarded, _json_lines, _missing, _read
+from mpc_fl.apps.report.run_files import Run, each, guarded, missing
+from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text
 
 _TRAINING_STATEMENT = """These sums are the only values that left the secret domain. Everything else that was computed
 from patients and sent to another party was a share, which alone is uniformly random. The global model, which the
@@ -21,32 +21,57 @@ _INFERENCE_STATEMENT = """The logits (or the class alone), opened to the hospita
 Images and weights were sent as shares; what is revealed between layers is masked by random values used once."""
 
 
-def _phase(name: str) -> str:
+def phase_of_all(name: str) -> str:
     """Phases of all rounds, and of all images, under one name."""
     name = re.sub(r"^round \d+ ", "", name)
     return "images" if re.match(r"(images?|batch) \d", name) else name
 
 
-def _costs(run: Run) -> Markup:
-    def phases(party: str) -> dict[str, Any]:
-        return dict(json.loads(_read(run.directory, f"parties/{party}/traffic.json"))["phases"])
+@dataclass
+class _Cost:
+    """What a party spent in a phase, all rounds or images together; bytes and messages with all peers."""
 
-    traffic, notes = _each(phases, run.parties())
+    seconds: float = 0.0
+    sent: int = 0
+    received: int = 0
+    messages: int = 0
+    waits: int = 0
+    waited: float = 0.0
+
+    def add(self, phase: PhaseTraffic) -> None:
+        self.seconds += phase.seconds
+        for peer in phase.peers.values():
+            self.sent += peer.bytes_sent
+            self.received += peer.bytes_received
+            self.messages += peer.messages_sent
+            self.waits += peer.waits
+            self.waited += peer.seconds_waited
+
+
+def _costs(traffic: PartyTraffic) -> dict[str, _Cost]:
+    """By phase, in the order of work."""
+    found: dict[str, _Cost] = {}
+    for name, phase in traffic.phases.items():
+        found.setdefault(phase_of_all(name), _Cost()).add(phase)
+    return found
+
+
+def costs(run: Run) -> Markup:
+    """Seconds, bytes and messages of each party, by phase."""
+    traffic, notes = each(
+        lambda party: read_object(PartyTraffic, run.directory, f"parties/{party}/traffic.json"), run.parties()
+    )
     if not traffic:
-        return Markup(notes or _missing("no party left a traffic.json"))
-    keys = ("bytes_sent", "bytes_received", "messages_sent", "waits", "seconds_waited")
-    costs: dict[str, dict[str, list[float]]] = {party: {} for party in traffic}
-    for party, phase, entry in ((party, phase, entry) for party, of in traffic.items() for phase, entry in of.items()):
-        mine = [entry["seconds"], *(sum(peer[key] for peer in entry["peers"].values()) for key in keys)]
-        before = costs[party].get(_phase(phase), [0] * len(mine))
-        costs[party][_phase(phase)] = [a + b for a, b in zip(before, mine, strict=True)]
-    seconds, sent = ({a: {b: c[i] for b, c in of.items()} for a, of in costs.items()} for i in (0, 1))
+        return Markup(notes or missing("no party left a traffic.json"))
+    spent = {party: _costs(of) for party, of in traffic.items()}
+    seconds = {party: {phase: cost.seconds for phase, cost in of.items()} for party, of in spent.items()}
+    sent = {party: {phase: float(cost.sent) for phase, cost in of.items()} for party, of in spent.items()}
     rows = [
-        (party, phase, f"{c[0]:.2f}", f"{c[5]:.2f}", size(c[1]), size(c[2]), f"{c[3]:.0f}", f"{c[4]:.0f}")
-        for party, of in costs.items()
+        (party, phase, f"{c.seconds:.2f}", f"{c.waited:.2f}", size(c.sent), size(c.received), c.messages, c.waits)
+        for party, of in spent.items()
         for phase, c in of.items()
     ]
-    totals = "; ".join(f"{a}: {duration(sum(seconds[a].values()))}, {size(sum(sent[a].values()))} sent" for a in costs)
+    totals = "; ".join(f"{a}: {duration(sum(seconds[a].values()))}, {size(sum(sent[a].values()))} sent" for a in spent)
     caption = """Wall-clock time and bytes sent by each party, by phase, all rounds or images together. Parties wait for
     each other: the times of different parties overlap and do not add up."""
     head = ("Party", "Phase", "Seconds", "Waited", "Sent", "Received", "Messages", "Waits")
@@ -55,27 +80,29 @@ def _costs(run: Run) -> Markup:
     return Markup(chart + notes + table(text, head, rows, 6))
 
 
-def _openings(run: Run) -> Markup:
-    training = run.summary["kind"] == "train"
+def openings(run: Run) -> Markup:
+    """Every value that left the secret domain, equal ones together."""
+    training = run.is_training
     name = "openings.jsonl" if training else f"parties/{run.hospital}/openings.jsonl"
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for line in _json_lines(run, name):
-        why, shape = re.sub(r"^round \d+: ", "each round: ", line["why"]), " x ".join(map(str, line["shape"]))
-        key = (line["what"], why, ", ".join(line["to"]), ", ".join(line["among"]), shape or "single")
+    groups: dict[tuple[str, ...], list[OpenedValue]] = {}
+    for line in read_rows(OpenedValue, run.directory, name):
+        why, shape = re.sub(r"^round \d+: ", "each round: ", line.why), " x ".join(map(str, line.shape))
+        key = (line.what, why, ", ".join(line.to), ", ".join(line.among), shape or "single")
         groups.setdefault(key, []).append(line)
-    rows = [(*key, len(of), f"{sum(math.prod(line['shape']) for line in of):,}") for key, of in groups.items()]
+    rows = [(*key, len(of), f"{sum(math.prod(line.shape) for line in of):,}") for key, of in groups.items()]
     head = ("What", "Why", "Opened to", "Shared among", "Shape", "Times", "Values")
     text = f"All {sum(map(len, groups.values()))} openings, equal ones together, from {name}."
     statement = _TRAINING_STATEMENT if training else _INFERENCE_STATEMENT
     return Markup(paragraph(statement, "key") + table(text, head, rows, 3))
 
 
-def _configuration(run: Run) -> Markup:
-    versions = [f"{name} {version}" for name, version in run.summary.get("versions", {}).items()]
+def configuration(run: Run) -> Markup:
+    """The command, versions and configuration that make the run again, and the logs that it left."""
+    versions = [f"{name} {version}" for name, version in (run.header.versions or {}).items()]
     logs = sorted(path.name for path in run.directory.glob("logs/*.log"))
-    text = _guarded(lambda run: Markup(f"<pre>{escape(_read(run.directory, 'config.yaml'))}</pre>"), run)
+    text = guarded(lambda run: Markup(f"<pre>{escape(read_text(run.directory, 'config.yaml'))}</pre>"), run)
     return Markup(
-        f"<p>Command:</p><pre>{escape(run.summary.get('command', 'not recorded'))}</pre>"
+        f"<p>Command:</p><pre>{escape(run.header.command)}</pre>"
         + paragraph(f"Versions: {', '.join(versions) or 'not recorded'}. Logs: {', '.join(logs) or 'none'}.")
         + f"<details><summary>Resolved configuration (config.yaml)</summary>{text}</details>"
     )

@@ -1,4 +1,4 @@
-"""Figures, tables, number formats and style sheet of a run's report: plain numbers in, no files and no global state.
+"""Figures of a run's report as images in the page: numbers in, no files and no global state.
 
 Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers; lines also differ in dash and
 marker. Text never goes through matplotlib's formula parser, because names of classes and hospitals are not trusted.
@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from mpc_fl.apps.report.formats import _UNITS
+from mpc_fl.apps.report.formats import UNITS
+from mpc_fl.apps.summaries import Scores
 from mpc_fl.learning.models.evaluation import area_under_curve, roc_points
 
 _MOST_LINES, _MOST_CLASSES, _MOST_CELLS, _MOST_BARS, _THUMBNAIL = 8, 8, 20, 8, 320
@@ -124,10 +125,10 @@ def _legend_below(figure: Figure, axes: Any, columns: int) -> None:
 
 
 @_styled
-def global_curve(rounds: Sequence[int], scores: Sequence[Mapping[str, float]], largest_share: float) -> Figure:
+def global_curve(rounds: Sequence[int], scores: Sequence[Scores], largest_share: float) -> Figure:
     """Accuracy of the global model after each round with its interval, balanced accuracy, and the largest class."""
-    keys = ("accuracy_low", "accuracy_high", "accuracy", "balanced_accuracy")
-    low, high, accuracy, balanced = ([score[key] for score in scores] for key in keys)
+    low, high = [score.accuracy_low for score in scores], [score.accuracy_high for score in scores]
+    accuracy, balanced = [score.accuracy for score in scores], [score.balanced_accuracy for score in scores]
     figure, (axes,) = _new(7.2, 3.3)
     axes.fill_between(rounds, low, high, color=PALETTE[0], alpha=0.18, linewidth=0, label="95 % interval")
     axes.plot(rounds, accuracy, color=PALETTE[0], marker="o", markersize=4, linewidth=2.2, label="accuracy")
@@ -250,7 +251,7 @@ def phase_bars(seconds: Mapping[str, Mapping[str, float]], sent: Mapping[str, Ma
     longest = sorted(seconds.values(), key=len, reverse=True)  # their order is the order of work
     phases = list(dict.fromkeys(phase for values in longest for phase in values))
     largest = max((sum(values.values()) for values in sent.values()), default=0.0)
-    factor, unit = next(((f, u) for f, u in _UNITS if largest >= f), (1.0, "bytes"))
+    factor, unit = next(((f, u) for f, u in UNITS if largest >= f), (1.0, "bytes"))
     figure, (left, right) = _new(7.2, 1.5 + 0.34 * len(parties), 2)
     for axes, values, scale in ((left, seconds, 1.0), (right, sent, factor)):
         reached = [0.0] * len(parties)

@@ -1,10 +1,10 @@
-"""formats"""
+"""Numbers as text for reports. What is no number, as files of other versions may hold, becomes "n/a"."""
 
 from __future__ import annotations
 
 import math
 
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def number(value: object) -> float:
@@ -31,5 +31,5 @@ def duration(value: object) -> str:
 
 def size(count: float) -> str:
     """A number of bytes as text."""
-    factor, unit = next(((f, u) for f, u in _UNITS if count >= f), (1.0, "bytes"))
+    factor, unit = next(((f, u) for f, u in UNITS if count >= f), (1.0, "bytes"))
     return plain(count, ".3g", 1 / factor, f" {unit}")

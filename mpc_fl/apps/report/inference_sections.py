@@ -1,10 +1,9 @@
-"""inference_sections"""
+"""Sections of the report of an encrypted diagnosis: what came out, each image with its probabilities, all images."""
 
 from __future__ import annotations
 
-import json
 import math
-from typing import Any
+from dataclasses import dataclass
 
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -12,83 +11,118 @@ from safetensors.numpy import load_file
 from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.formats import duration, percent, plain
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
-from mpc_fl.apps.report.run_files import Run, _each, _json_lines, _missing, _read, _skipped
+from mpc_fl.apps.report.run_files import Run, each, missing, skipped
+from mpc_fl.apps.rows import PlaintextReference, read_object, read_rows
+from mpc_fl.apps.summaries import ImageResult
 
 _MOST_IMAGES = 24
 
 
-def _results(run: Run) -> tuple[list[dict[str, Any]], Markup]:
-    """Lines of results.jsonl with names for numbers and the plaintext reference, and a note when that is missing."""
-    results = _json_lines(run, f"parties/{run.hospital}/results.jsonl")
-    wanted = ["plaintext_reference.json"] if run.summary.get("comparison") else []
-    found, note = _each(lambda name: json.loads(_read(run.directory, name))["logits"], wanted)
-    reference = found[wanted[0]] if found else [None] * len(results)
-    for line, logits in zip(results, reference, strict=True):
-        names = run.classes(len(line["probabilities"] or run.summary["classes"]))
-        line.update(classes=names, chosen=names[line["predicted"]], plaintext=None, difference=None)
-        line["truth"] = names[line["label"]] if line["label"] >= 0 else "unknown"
-        if logits is not None:
-            powers = [math.exp(logit - max(logits)) for logit in logits]
-            line["plaintext"] = [power / sum(powers) for power in powers]
-            if line["logits"] is not None:
-                line["difference"] = max(abs(a - b) for a, b in zip(line["logits"], logits, strict=True))
-    return results, note
+@dataclass(frozen=True)
+class _Image:
+    """The diagnosis of an image with names for numbers, and beside it that of the network in the clear, if there is one.
+
+    `plaintext` are class probabilities, `difference` is the largest of a logit.
+    """
+
+    result: ImageResult
+    classes: list[str]
+    plaintext: list[float] | None
+    difference: float | None
+
+    @property
+    def chosen(self) -> str:
+        return self.classes[self.result.predicted]
+
+    @property
+    def truth(self) -> str:
+        return self.classes[self.result.label] if self.result.label >= 0 else "unknown"
 
 
-def _diagnosis(run: Run) -> Markup:
-    summary, comparison = run.summary, run.summary.get("comparison")
-    facts = [
-        ("Images", summary["images"], "diagnosed without showing them to the model owner"),
-        ("Time per image", duration(summary["seconds_per_image"]), f"whole run {duration(summary['seconds'])}"),
+def _image(run: Run, result: ImageResult, reference: list[float] | None) -> _Image:
+    """`reference` are the logits of the network in the clear."""
+    classes = run.classes(len(result.probabilities or run.diagnosis.classes))
+    if reference is None:
+        return _Image(result, classes, None, None)
+    powers = [math.exp(logit - max(reference)) for logit in reference]
+    difference = None
+    if result.logits is not None:
+        difference = max(abs(a - b) for a, b in zip(result.logits, reference, strict=True))
+    return _Image(result, classes, [power / sum(powers) for power in powers], difference)
+
+
+def _all(run: Run) -> tuple[list[_Image], Markup]:
+    """All images, and a note when the plaintext reference is missing."""
+    results = read_rows(ImageResult, run.directory, f"parties/{run.hospital}/results.jsonl")
+    wanted = ["plaintext_reference.json"] if run.diagnosis.comparison else []
+    found, note = each(lambda name: read_object(PlaintextReference, run.directory, name).logits, wanted)
+    reference: list[list[float]] | list[None] = found[wanted[0]] if found else [None] * len(results)
+    return [_image(run, result, logits) for result, logits in zip(results, reference, strict=True)], note
+
+
+def diagnosis(run: Run) -> Markup:
+    """Headline numbers."""
+    summary, comparison = run.diagnosis, run.diagnosis.comparison
+    facts: list[tuple[str, object, str]] = [
+        ("Images", summary.images, "diagnosed without showing them to the model owner"),
+        ("Time per image", duration(summary.seconds_per_image), f"whole run {duration(summary.seconds)}"),
     ]
     if comparison:
-        remark = f"plaintext takes {duration(comparison['plaintext_seconds_per_image'])} per image"
-        facts.append(("Same classes as plaintext", "yes" if comparison["classes_agree"] else "no", remark))
-        if comparison["largest_logit_difference"] is not None:
-            facts.append(("Largest logit difference", plain(comparison["largest_logit_difference"]), "to plaintext"))
-    facts += _skipped(summary)
-    known = [line for line in summary.get("results") or _results(run)[0] if line["label"] >= 0]
+        remark = f"plaintext takes {duration(comparison.plaintext_seconds_per_image)} per image"
+        facts.append(("Same classes as plaintext", "yes" if comparison.classes_agree else "no", remark))
+        if comparison.largest_logit_difference is not None:
+            facts.append(("Largest logit difference", plain(comparison.largest_logit_difference), "to plaintext"))
+    facts += skipped(summary)
+    results = summary.results or [image.result for image in _all(run)[0]]
+    known = [result for result in results if result.label >= 0]
     if known:
-        right = sum(line["label"] == line["predicted"] for line in known)
+        right = sum(result.label == result.predicted for result in known)
         facts.append(("Right", f"{right} of {len(known)}", "images whose true class is known"))
-    refused = summary.get("refused")
+    refused = summary.refused
     return Markup(tiles(facts) + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else ""))
 
 
-def _images(run: Run) -> Markup:
-    lines, note = _results(run)
-    addresses = [""] * len(lines := lines[:_MOST_IMAGES])
+def images(run: Run) -> Markup:
+    """The first images, each with its probabilities."""
+    found, note = _all(run)
+    shown = found[:_MOST_IMAGES]
+    addresses = [""] * len(shown)
     try:
         pixels = load_file(run.directory / f"parties/{run.hospital}/images.safetensors")["images"]
-        addresses = [figures.png_uri(picture) for picture in pixels[: len(lines)]]
+        addresses = [figures.png_uri(picture) for picture in pixels[: len(shown)]]
     except (OSError, SafetensorError, LookupError, TypeError, ValueError):
-        note = Markup(note + _missing("images.safetensors is missing or cannot be read (tables have none)"))
-    cards = ""
-    for line, address in zip(lines, addresses, strict=True):
-        alt = text = f"{line['name']}: predicted {line['chosen']}, true class {line['truth']}"
-        for kind, values in (("encrypted", line["probabilities"] or []), ("plaintext", line["plaintext"] or [])):
-            listed = (f"{a} {percent(b)}" for a, b in zip(line["classes"], values, strict=False))
-            alt += f"; {kind}: {', '.join(listed) or 'not computed'}"
-        if line["difference"] is not None:
-            text += f"; largest logit difference to plaintext {plain(line['difference'])}"
-        scan = f'<img class="scan" src="{address}" alt="The image {escape(line["name"])}">' if address else ""
-        chart = ""
-        if line["probabilities"] is not None:
-            bars = figures.probability_bars(line["classes"], line["probabilities"], line["plaintext"])
-            chart = f'<img class="plot" src="{figures.svg_uri(bars)}" alt="{escape(alt)}">'
-        cards += f'<figure class="card">{scan}{chart}<figcaption>{escape(text)}</figcaption></figure>'
-    text = f"{len(lines)} of {run.summary['images']} images. Probabilities are the softmax of the opened logits."
-    if lines and lines[0]["probabilities"] is None:
-        text = f"{len(lines)} of {run.summary['images']} images. Only the class was opened."
+        note = Markup(note + missing("images.safetensors is missing or cannot be read (tables have none)"))
+    cards = "".join(_card(image, address) for image, address in zip(shown, addresses, strict=True))
+    text = f"{len(shown)} of {run.diagnosis.images} images. Probabilities are the softmax of the opened logits."
+    if shown and shown[0].result.probabilities is None:
+        text = f"{len(shown)} of {run.diagnosis.images} images. Only the class was opened."
     return Markup(paragraph(text, "soft") + note + cards)
 
 
-def _all_images(run: Run) -> Markup:
+def _card(image: _Image, address: str) -> str:
+    """An image, at the `data:` address of its pixels if there is one, and a chart of its probabilities."""
+    result = image.result
+    alt = text = f"{result.name}: predicted {image.chosen}, true class {image.truth}"
+    for kind, values in (("encrypted", result.probabilities or []), ("plaintext", image.plaintext or [])):
+        listed = (f"{a} {percent(b)}" for a, b in zip(image.classes, values, strict=False))
+        alt += f"; {kind}: {', '.join(listed) or 'not computed'}"
+    if image.difference is not None:
+        text += f"; largest logit difference to plaintext {plain(image.difference)}"
+    scan = f'<img class="scan" src="{address}" alt="The image {escape(result.name)}">' if address else ""
+    chart = ""
+    if result.probabilities is not None:
+        bars = figures.probability_bars(image.classes, result.probabilities, image.plaintext)
+        chart = f'<img class="plot" src="{figures.svg_uri(bars)}" alt="{escape(alt)}">'
+    return f'<figure class="card">{scan}{chart}<figcaption>{escape(text)}</figcaption></figure>'
+
+
+def all_images(run: Run) -> Markup:
+    """A table with a row for each image."""
     rows = []
-    for line in _results(run)[0]:
-        opened, seconds = line["probabilities"], plain(line["seconds"])
-        chance = "not opened" if opened is None else percent(opened[line["predicted"]])
-        names = (line["index"], line["name"], line["truth"], line["chosen"])
-        rows.append((*names, chance, seconds, plain(line["difference"])))
+    for image in _all(run)[0]:
+        opened, seconds = image.result.probabilities, plain(image.result.seconds)
+        chance = "not opened" if opened is None else percent(opened[image.result.predicted])
+        names = (image.result.index, image.result.name, image.truth, image.chosen)
+        rows.append((*names, chance, seconds, plain(image.difference)))
     head = ("Index", "Name", "True class", "Predicted", "Probability", "Seconds", "Logit difference")
     return table("All images. Logit difference: the largest to the plaintext reference.", head, rows, 3)

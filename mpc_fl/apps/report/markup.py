@@ -1,4 +1,4 @@
-"""markup"""
+"""HTML of reports: the parts that sections are made of, and the style sheet. What is not `Markup` is escaped."""
 
 from __future__ import annotations
 

@@ -6,88 +6,68 @@ page forbids itself any outside source. A file that is missing or unreadable cos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
-from mpc_fl.apps.report import markup
-from mpc_fl.apps.report.common_sections import _configuration, _costs, _openings
-from mpc_fl.apps.report.inference_sections import _all_images, _diagnosis, _images
-from mpc_fl.apps.report.markup import Markup, escape, paragraph
-from mpc_fl.apps.report.run_files import Run, _guarded, _read
-from mpc_fl.apps.report.training_sections import (
-    _absences,
-    _by_class,
-    _calibration,
-    _global_curve,
-    _hospital_curves,
-    _privacy,
-    _result,
-)
+from mpc_fl.apps.report import common_sections, inference_sections, training_sections
+from mpc_fl.apps.report.markup import STYLE_SHEET, Markup, escape, paragraph
+from mpc_fl.apps.report.run_files import Run, guarded
+from mpc_fl.apps.rows import read_text
+from mpc_fl.apps.summaries import SUMMARY_FILE, parse_summary
 from mpc_fl.errors import DataError
 from mpc_fl.files import write_text
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-# ---- a training run --------------------------------------------------------------------------------------------------
-
-
-# ---- an inference run ------------------------------------------------------------------------------------------------
-
-
-# ---- both kinds of run -----------------------------------------------------------------------------------------------
-
-
-# ---- the page --------------------------------------------------------------------------------------------------------
-
-_SECTIONS: dict[str, dict[str, tuple[Callable[[Run], Markup], ...]]] = {
-    "train": {
-        "Result": (_result,),
-        "Training curves": (_global_curve, _absences, _hospital_curves),
-        "Results by class": (_by_class, _calibration),
-        "Privacy": (_privacy,),
-    },
-    "infer": {"Result": (_diagnosis,), "Each image": (_images,), "All images": (_all_images,)},
+_Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
+_TRAINING: _Sections = {
+    "Result": (training_sections.result,),
+    "Training curves": (
+        training_sections.global_curve,
+        training_sections.absences,
+        training_sections.hospital_curves,
+    ),
+    "Results by class": (training_sections.by_class, training_sections.calibration),
+    "Privacy": (training_sections.privacy,),
 }
-_SECTIONS["ask"] = _SECTIONS["infer"]  # of a model owner that stays up: only the hospital's files are here
-_BOTH = {"What was opened": (_openings,), "Time and bytes": (_costs,), "Configuration": (_configuration,)}
+_DIAGNOSIS: _Sections = {
+    "Result": (inference_sections.diagnosis,),
+    "Each image": (inference_sections.images,),
+    "All images": (inference_sections.all_images,),
+}
+_BOTH: _Sections = {
+    "What was opened": (common_sections.openings,),
+    "Time and bytes": (common_sections.costs,),
+    "Configuration": (common_sections.configuration,),
+}
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def _load(run_dir: Path) -> Run:
-    fix = "give the --out of a finished train or infer"
     try:
-        summary = json.loads(_read(run_dir, "summary.json"))
-        if summary["kind"] not in _SECTIONS:
-            raise DataError("summary.json is of an unknown kind")
+        header, content = parse_summary(read_text(run_dir, SUMMARY_FILE))
     except DataError as error:
-        raise DataError(f"{run_dir} is not a finished run: {error}", fix) from None
-    except (LookupError, TypeError, ValueError):
-        raise DataError(f"{run_dir} is not a finished run: summary.json cannot be read", fix) from None
+        raise DataError(
+            f"{run_dir} is not a finished run: {error}", "give the --out of a finished train or infer"
+        ) from None
     try:
-        config = yaml.safe_load(_read(run_dir, "config.yaml"))
+        config = yaml.safe_load(read_text(run_dir, "config.yaml"))
     except (DataError, yaml.YAMLError):
         config = None
-    return Run(run_dir, summary, config if isinstance(config, dict) else {})
+    return Run(run_dir, header, content, config if isinstance(config, dict) else {})
 
 
 def _page(run: Run) -> str:
-    kind = run.summary["kind"]
-    title = escape(
-        f"{'Federated training' if kind == 'train' else 'Encrypted diagnosis'}: {run.summary.get('name', '')}"
-    )
-    banner = paragraph("SYNTHETIC DATA: phantoms, not patients", "banner") if run.summary.get("synthetic") else ""
+    title = escape(f"{'Federated training' if run.is_training else 'Encrypted diagnosis'}: {run.header.name}")
+    banner = paragraph("SYNTHETIC DATA: phantoms, not patients", "banner") if run.header.synthetic else ""
     contents = main = ""
-    for index, (name, builders) in enumerate({**_SECTIONS[kind], **_BOTH}.items()):
+    for index, (name, builders) in enumerate({**(_TRAINING if run.is_training else _DIAGNOSIS), **_BOTH}.items()):
         contents += f'<li><a href="#s{index}">{name}</a></li>'
-        main += f'<section id="s{index}"><h2>{name}</h2>{"".join(_guarded(b, run) for b in builders)}</section>'
+        main += f'<section id="s{index}"><h2>{name}</h2>{"".join(guarded(b, run) for b in builders)}</section>'
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{title}</title>
-<style>{markup.STYLE_SHEET}</style></head><body>{banner}<h1>{title}</h1>
+<style>{STYLE_SHEET}</style></head><body>{banner}<h1>{title}</h1>
 <p class="soft">Not a medical device; for research.</p><nav aria-label="Contents"><ol>{contents}</ol></nav>
 <main>{main}</main><footer>Written by mpc-fl from the files of this run.</footer></body></html>
 """
@@ -101,5 +81,5 @@ def write_report(run_dir: Path) -> Path:
     """
     run = _load(run_dir)
     path = run_dir / "report.html"
-    write_text(path, _page(run), 0o644 if run.summary["kind"] == "train" else 0o600)
+    write_text(path, _page(run), 0o644 if run.is_training else 0o600)
     return path

@@ -1,25 +1,56 @@
-"""run_files"""
+"""What the sections of a report read: a run's directory with its summary, read when a section needs it, and notes on gaps.
+
+A file that is missing, damaged or of another version costs the section that needs it (`guarded`), not the report.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mpc_fl.apps.report.markup import Markup, paragraph
+from mpc_fl.apps.rows import HospitalRound, read_rows
+from mpc_fl.apps.summaries import (
+    AnyDiagnosisSummary,
+    DiagnosisSummary,
+    Header,
+    ServedDiagnosisSummary,
+    Summary,
+    TrainingSummary,
+)
 from mpc_fl.errors import DataError
 from mpc_fl.roles import HOSPITAL, is_hospital, split_name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory with the two files that all sections need. `config` is empty when config.yaml is unreadable."""
+    """A run directory; `content` is that of its summary.json. `config` is empty when config.yaml is unreadable."""
 
     directory: Path
-    summary: dict[str, Any]
+    header: Header
+    content: dict[str, Any]
     config: dict[str, Any]
+
+    @cached_property
+    def training(self) -> TrainingSummary:
+        """The summary of a training run. Raises `DataError` when it is damaged."""
+        return TrainingSummary.from_json(self.content)
+
+    @cached_property
+    def diagnosis(self) -> AnyDiagnosisSummary:
+        """The summary of an inference. Raises `DataError` when it is damaged."""
+        served = self.header.kind == ServedDiagnosisSummary.KIND
+        return (ServedDiagnosisSummary if served else DiagnosisSummary).from_json(self.content)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether hospitals trained in this run, and did not diagnose."""
+        return self.header.kind == TrainingSummary.KIND
 
     def parties(self) -> list[str]:
         """Names of the parties that left files, hospital-2 before hospital-10."""
@@ -28,61 +59,48 @@ class Run:
     @property
     def hospital(self) -> str:
         """The hospital that asked, of an inference; untrusted like all else, so a name of another form counts as none."""
-        name = str(self.summary.get("hospital", HOSPITAL))
-        return name if is_hospital(name) else HOSPITAL
+        return self.header.hospital if is_hospital(self.header.hospital) else HOSPITAL
 
     def classes(self, count: int) -> list[str]:
         """Names of the classes, or their numbers when the names on file do not fit `count` classes."""
-        names = self.summary.get("classes") or (self.config.get("data") or {}).get("classes") or []
+        names = self.header.classes or (self.config.get("data") or {}).get("classes") or []
         return [str(name) for name in names] if len(names) == count else [f"class {index}" for index in range(count)]
 
 
-def _read(run_dir: Path, name: str) -> str:
-    try:
-        return (run_dir / name).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise DataError(f"{name} is missing") from None
-    except (OSError, UnicodeDecodeError):
-        raise DataError(f"{name} cannot be read") from None
-
-
-def _json_lines(run: Run, name: str) -> list[dict[str, Any]]:
-    try:
-        return [dict(json.loads(line)) for line in _read(run.directory, name).splitlines() if line.strip()]
-    except (TypeError, ValueError):
-        raise DataError(f"{name} cannot be read") from None
-
-
-def _each(read: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, Any], Markup]:
+def each(read: Callable[[str], T], names: Iterable[str]) -> tuple[dict[str, T], Markup]:
     """What could be read for each name, and a note on what could not."""
-    found, notes = {}, ""
+    found: dict[str, T] = {}
+    notes = ""
     for name in names:
         try:
             found[name] = read(name)
         except DataError as error:
-            notes += _missing(str(error))
+            notes += missing(str(error))
     return found, Markup(notes)
 
 
-def _hospital_metrics(run: Run) -> tuple[dict[str, list[dict[str, Any]]], Markup]:
-    return _each(lambda name: _json_lines(run, f"parties/{name}/metrics.jsonl"), filter(is_hospital, run.parties()))
+def hospital_rounds(run: Run) -> tuple[dict[str, list[HospitalRound]], Markup]:
+    """The rounds of each hospital that left its metrics, and a note on what could not be read."""
+    names = filter(is_hospital, run.parties())
+    return each(lambda name: read_rows(HospitalRound, run.directory, f"parties/{name}/metrics.jsonl"), names)
 
 
-def _missing(what: str) -> Markup:
+def missing(what: str) -> Markup:
+    """A line that stands for what cannot be shown."""
     return paragraph(f"Not shown: {what}.", "missing")
 
 
-def _guarded(build: Callable[[Run], Markup], run: Run) -> Markup:
+def guarded(build: Callable[[Run], Markup], run: Run) -> Markup:
     """What `build` makes, or one line that says why it cannot: files may be missing or of another version."""
     try:
         return build(run)
     except DataError as error:
-        return _missing(str(error))
+        return missing(str(error))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
-        return _missing("the files of this part are not of the form that this version reads")
+        return missing("the files of this part are not of the form that this version reads")
 
 
-def _skipped(summary: dict[str, Any]) -> list[tuple[str, object, str]]:
+def skipped(summary: Summary) -> list[tuple[str, object, str]]:
     """A headline number where files were left out; a run that says nothing about it is of an older version."""
-    count = summary.get("skipped_files")
+    count = summary.skipped_files
     return [("Skipped files", count, "could not be read and were left out")] if count else []

@@ -1,58 +1,70 @@
-"""training_sections"""
+"""Sections of the report of a training run: the result, curves, results by class, calibration, privacy."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.formats import duration, number, percent, plain
 from mpc_fl.apps.report.markup import Markup, paragraph, plot, table, tiles
-from mpc_fl.apps.report.run_files import Run, _hospital_metrics, _json_lines, _missing, _skipped
+from mpc_fl.apps.report.run_files import Run, hospital_rounds, missing, skipped
+from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
+from mpc_fl.apps.summaries import Scores
+from mpc_fl.errors import DataError
 
 
-def _final(run: Run) -> dict[str, Any]:
-    return dict(run.summary.get("final") or _json_lines(run, "metrics.jsonl")[-1]["evaluation"])
+def _evaluated(run: Run) -> list[tuple[int, Scores]]:
+    """The rounds after which the global model was evaluated. Raises `DataError` when there is none."""
+    rows = read_rows(GlobalRound, run.directory, "metrics.jsonl")
+    found = [(row.round, row.evaluation) for row in rows if row.evaluation is not None]
+    if not found:
+        raise DataError("metrics.jsonl holds no evaluation")
+    return found
 
 
-def _result(run: Run) -> Markup:
-    final, summary = _final(run), run.summary
-    largest, guess = max(map(sum, final["confusion"])) / max(1, final["records"]), 1 / len(final["confusion"])
-    spent = [entry for entry in summary["privacy"] if entry["epsilon"] is not None]
-    worst = max(spent, key=lambda entry: entry["epsilon"], default={"epsilon": "none", "delta": None})
-    remark = f"per patient, at delta = {worst['delta']:g}" if spent else "no differential privacy"
-    interval = f"95 % interval {percent(final['accuracy_low'])} to {percent(final['accuracy_high'])}"
-    facts = [
-        ("Accuracy", percent(final["accuracy"]), f"{interval}; {final['records']} test records"),
-        ("Balanced accuracy", percent(final["balanced_accuracy"]), "mean over classes of the share found"),
+def _final(run: Run) -> Scores:
+    """Of the model after the last round; the first version wrote it to metrics.jsonl alone."""
+    return run.training.final or _evaluated(run)[-1][1]
+
+
+def result(run: Run) -> Markup:
+    """Headline numbers, and whether the model is better than chance."""
+    final, summary = _final(run), run.training
+    largest, guess = final.largest_share, 1 / len(final.confusion)
+    spent = [(entry.epsilon, entry.delta) for entry in summary.privacy if entry.epsilon is not None]
+    worst, delta = max(spent, key=lambda pair: pair[0], default=(None, None))
+    remark = f"per patient, at delta = {delta:g}" if spent else "no differential privacy"
+    interval = f"95 % interval {percent(final.accuracy_low)} to {percent(final.accuracy_high)}"
+    facts: list[tuple[str, object, str]] = [
+        ("Accuracy", percent(final.accuracy), f"{interval}; {final.records} test records"),
+        ("Balanced accuracy", percent(final.balanced_accuracy), "mean over classes of the share found"),
         ("Chance level", percent(max(largest, guess)), f"largest class {percent(largest)}; 1/classes {percent(guess)}"),
-        ("Epsilon, largest of all hospitals", plain(worst["epsilon"]) if spent else "none", remark),
-        ("Rounds", summary["rounds"], f"{len(summary['hospitals'])} hospitals"),
-        ("Time", duration(summary["seconds"]), f"{summary['parameters']:,} trained parameters"),
-        *_skipped(summary),
+        ("Epsilon, largest of all hospitals", plain(worst) if spent else "none", remark),
+        ("Rounds", summary.rounds, f"{len(summary.hospitals)} hospitals"),
+        ("Time", duration(summary.seconds), f"{summary.parameters:,} trained parameters"),
+        *skipped(summary),
     ]
-    better = final["accuracy_low"] > max(largest, guess)
+    better = final.accuracy_low > max(largest, guess)
     text = f"""The {"whole interval lies" if better else "interval does not lie"} above the chance level: the model is
     {"better" if better else "not shown to be better"} than naming the largest class. The interval is Wilson's; it takes
     test records as independent and is too narrow where patients have several records."""
     return Markup(tiles(facts) + paragraph(text))
 
 
-def _global_curve(run: Run) -> Markup:
-    lines = [line for line in _json_lines(run, "metrics.jsonl") if line["evaluation"] is not None]
-    rounds, scores = [line["round"] for line in lines], [line["evaluation"] for line in lines]
-    largest = max(map(sum, scores[-1]["confusion"])) / max(1, scores[-1]["records"])
-    values = "; ".join(f"round {a}: {percent(b['accuracy'])}" for a, b in zip(rounds, scores, strict=True))
+def global_curve(run: Run) -> Markup:
+    """Accuracy of the global model by round."""
+    evaluated = _evaluated(run)
+    rounds, scores = [number for number, _ in evaluated], [found for _, found in evaluated]
+    values = "; ".join(f"round {number}: {percent(found.accuracy)}" for number, found in evaluated)
     caption = """Accuracy and balanced accuracy of the global model on the test records of all hospitals together, with
     the 95 % Wilson interval of the accuracy. Round 0 is the initial model. Only the sums over hospitals were opened."""
-    return plot(figures.global_curve(rounds, scores, largest), f"Accuracy by round. {values}.", caption)
+    figure = figures.global_curve(rounds, scores, scores[-1].largest_share)
+    return plot(figure, f"Accuracy by round. {values}.", caption)
 
 
-def _absences(run: Run) -> Markup:
+def absences(run: Run) -> Markup:
     """Who took no part in a round, if anybody."""
-    took_part, everybody = run.summary.get("took_part") or {}, run.summary["hospitals"]
-    missing = {number: [name for name in everybody if name not in here] for number, here in took_part.items()}
-    rows = [(number, ", ".join(names)) for number, names in missing.items() if names]
+    rows = [(number, ", ".join(names)) for number, names in run.training.absences().items()]
     if not rows:
         return Markup("")
     text = """In these rounds hospitals were absent: lost, late, or left out by the check of norms. Their updates are in
@@ -60,33 +72,30 @@ def _absences(run: Run) -> Markup:
     return Markup(paragraph(text) + table("Absent hospitals by round", ("Round", "Absent"), rows, 0))
 
 
-def _hospital_curves(run: Run) -> Markup:
-    lines, notes = _hospital_metrics(run)
+def hospital_curves(run: Run) -> Markup:
+    """Loss and accuracy of each hospital by round."""
+    lines, notes = hospital_rounds(run)
     if not lines:
-        return Markup(notes or _missing("the hospitals' metrics.jsonl are missing"))
-    rounds = {name: [line["round"] for line in of] for name, of in lines.items()}
-    loss, accuracy = (
-        {name: [number(line[key]) for line in of] for name, of in lines.items()} for key in ("loss", "own_accuracy")
-    )
+        return Markup(notes or missing("the hospitals' metrics.jsonl are missing"))
+    rounds = {name: [line.round for line in of] for name, of in lines.items()}
+    loss = {name: [number(line.loss) for line in of] for name, of in lines.items()}
+    accuracy = {name: [number(line.own_accuracy) for line in of] for name, of in lines.items()}
     last = "; ".join(f"{name}: loss {plain(loss[name][-1])}, accuracy {percent(accuracy[name][-1])}" for name in lines)
     caption = """Loss of local training, and accuracy of the global model after each round on the hospital's own test
     records. This run had all parties on one machine: at a real site each hospital sees only its own line."""
     return Markup(plot(figures.hospital_curves(rounds, loss, accuracy), f"Last round. {last}.", caption) + notes)
 
 
-def _by_class(run: Run) -> Markup:
+def by_class(run: Run) -> Markup:
+    """Confusion matrix, ROC curves and a table of the classes."""
     final = _final(run)
-    confusion, scores = final["confusion"], final["scores"]
-    names, total = run.classes(len(confusion)), sum(map(sum, confusion))
+    confusion, scores = final.confusion, final.scores
+    names = run.classes(len(confusion))
     areas = [plain(figures.area_under_curve(*pair), ".3f") for pair in scores]
-    rows = []
-    for index, name in enumerate(names):
-        hits, own, named = confusion[index][index], sum(confusion[index]), sum(row[index] for row in confusion)
-        ratios = ((hits, own), (total - own - named + hits, total - own), (hits, named))
-        rows.append((name, own, *(f"{a}/{b} = {percent(a / b)}" if b else "n/a" for a, b in ratios), areas[index]))
+    rows = _class_rows(names, confusion, areas)
     matrix = figures.confusion_matrix(names, confusion)
     found = "; ".join(f"{row[0]}: {row[2]}" for row in rows)
-    counts = _missing("the confusion matrix has too many classes to be read")
+    counts = missing("the confusion matrix has too many classes to be read")
     if matrix is not None:
         caption = "Confusion matrix of the final model: counts, and percent of the true class (row)."
         counts = plot(matrix, f"Confusion matrix. Found of each class: {found}.", caption)
@@ -99,24 +108,32 @@ def _by_class(run: Run) -> Markup:
     return Markup(counts + roc + table("Each class versus the rest, final model, all hospitals.", head, rows, 5))
 
 
-def _calibration(run: Run) -> Markup:
+def _class_rows(names: list[str], confusion: list[list[int]], areas: list[str]) -> list[tuple[object, ...]]:
+    """For each class: name, records, sensitivity, specificity, precision as counts and shares, area under the curve."""
+    total, rows = sum(map(sum, confusion)), []
+    for index, name in enumerate(names):
+        hits, own, named = confusion[index][index], sum(confusion[index]), sum(row[index] for row in confusion)
+        ratios = ((hits, own), (total - own - named + hits, total - own), (hits, named))
+        shares = (f"{a}/{b} = {percent(a / b)}" if b else "n/a" for a, b in ratios)
+        rows.append((name, own, *shares, areas[index]))
+    return rows
+
+
+def calibration(run: Run) -> Markup:
+    """Whether the model is as sure as it is right."""
     final = _final(run)
-    if "reliability" not in final:
-        return _missing("calibration was not recorded by the version that made this run")
-    bins = [(int(count), mean, right) for count, mean, right in final["reliability"]]
+    if final.reliability is None:
+        return missing("calibration was not recorded by the version that made this run")
     facts = [
-        (
-            "Expected calibration error",
-            percent(final["calibration_error"]),
-            "mean distance of confidence and share right",
-        ),
-        ("Brier score", plain(final["brier"]), "all classes; 0 is perfect, 2 the worst"),
+        ("Expected calibration error", percent(final.calibration_error), "mean distance of confidence and share right"),
+        ("Brier score", plain(final.brier), "all classes; 0 is perfect, 2 the worst"),
         (
             "AUC, mean of classes",
-            plain(final["auc_macro"], ".3f"),
-            f"at most {plain(final['auc_resolution'], '.1g')} off by bins",
+            plain(final.auc_macro, ".3f"),
+            f"at most {plain(final.auc_resolution, '.1g')} off by bins",
         ),
     ]
+    bins = final.reliability
     described = (f"{percent(a)} confidence: {percent(b)} of {count} right" for count, a, b in bins if count)
     caption = """Of the records whose predicted class got a probability in each tenth, the share that is right. Below the
     line the model is too sure of itself. Counts and sums of rounded probabilities over all hospitals were opened, in one
@@ -126,28 +143,35 @@ def _calibration(run: Run) -> Markup:
     )
 
 
-def _privacy(run: Run) -> Markup:
-    entries, (lines, notes) = run.summary["privacy"], _hospital_metrics(run)
-    spent = {name: [number(line["epsilon"]) for line in of] for name, of in lines.items()}
-    spent = {name: values for name, values in spent.items() if not all(map(math.isnan, values))}
+def privacy(run: Run) -> Markup:
+    """What the patients of each hospital have spent."""
+    entries, (lines, notes) = run.training.privacy, hospital_rounds(run)
     parts = ""
-    if all(entry["mechanism"] == "none" for entry in entries):
+    if all(entry.mechanism == "none" for entry in entries):
         parts += paragraph("No differential privacy: updates carry no noise, and no epsilon holds.", "warning")
     elif (run.config.get("training") or {}).get("sampling_seed") is not None:
         text = "The sampling order came from a fixed seed: epsilon does not hold against anyone who knows that seed."
         parts += paragraph(text, "warning")
-    if spent:
-        rounds = {name: [line["round"] for line in lines[name]] for name in spent}
-        targets = [entry["target_epsilon"] for entry in entries]
-        alt = "Epsilon after the last round. " + "; ".join(f"{name}: {plain(of[-1])}" for name, of in spent.items())
-        caption = """Epsilon spent on each hospital's patients after each round, by its privacy ledger (earlier runs
-        included), and the target that training must not pass. Smaller is more private."""
-        parts += plot(figures.epsilon_curves(rounds, spent, targets), alt, caption)
+    parts += _epsilon_by_round(lines, [entry.target_epsilon for entry in entries])
     rows = []
     for entry in entries:
-        numbers = (plain(entry[key], ".4g") for key in ("epsilon", "target_epsilon", "delta", "noise_multiplier"))
-        last = (lines.get(entry["hospital"]) or [{}])[-1]
-        rows.append((entry["hospital"], entry["mechanism"], *numbers, percent(last.get("clipped_fraction"))))
+        numbers = (entry.epsilon, entry.target_epsilon, entry.delta, entry.noise_multiplier)
+        of = lines.get(entry.hospital)
+        clipped = percent(of[-1].clipped_fraction if of else None)
+        rows.append((entry.hospital, entry.mechanism, *(plain(value, ".4g") for value in numbers), clipped))
     head = ("Hospital", "Mechanism", "Epsilon", "Target", "Delta", "Noise multiplier", "Clipped")
     text = "Privacy of each hospital. Clipped: share of the per-patient gradients clipped in the last round."
     return Markup(parts + notes + table(text, head, rows, 5))
+
+
+def _epsilon_by_round(lines: dict[str, list[HospitalRound]], targets: list[float]) -> str:
+    """A curve for each hospital that adds noise; nothing when none does."""
+    spent = {name: [number(line.epsilon) for line in of] for name, of in lines.items()}
+    spent = {name: values for name, values in spent.items() if not all(map(math.isnan, values))}
+    if not spent:
+        return ""
+    rounds = {name: [line.round for line in lines[name]] for name in spent}
+    alt = "Epsilon after the last round. " + "; ".join(f"{name}: {plain(of[-1])}" for name, of in spent.items())
+    caption = """Epsilon spent on each hospital's patients after each round, by its privacy ledger (earlier runs
+        included), and the target that training must not pass. Smaller is more private."""
+    return plot(figures.epsilon_curves(rounds, spent, targets), alt, caption)

@@ -16,6 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mpc_fl.apps.estimates import (
+    FastInferenceEstimate,
+    InferenceEstimate,
+    NoPrivacy,
+    PlannedPrivacy,
+    ReferenceInferenceEstimate,
+    TrainingEstimate,
+)
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
@@ -70,7 +78,7 @@ def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations
     return _Activations(sum(sizes), max(sizes))
 
 
-def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
+def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i.
 
     Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
@@ -92,16 +100,16 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
     up = sum(before) + rounds * (sums * ring_bits // 8 * shared + _WORD * counts) + _WORD * counts + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
     signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
-    return {
-        "parameters": parameters,
-        "rounds": rounds,
-        "bytes_sent_per_hospital": up,
-        "bytes_sent_by_aggregator": hospitals * down,
-        "messages_per_hospital": 1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
-        "headroom_bits_spare": round(headroom.bits_spare, 1),
-        "memory_bytes_per_hospital": _training_memory(config, model, parameters, max(patients)),
-        "privacy": [_privacy(config, rank, count) for rank, count in enumerate(patients)],
-    }
+    return TrainingEstimate(
+        parameters=parameters,
+        rounds=rounds,
+        bytes_sent_per_hospital=up,
+        bytes_sent_by_aggregator=hospitals * down,
+        messages_per_hospital=1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
+        headroom_bits_spare=round(headroom.bits_spare, 1),
+        memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
+        privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
+    )
 
 
 def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:
@@ -123,21 +131,21 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
     return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
 
 
-def _privacy(config: Config, rank: int, patients: int) -> dict[str, Any]:
+def _privacy(config: Config, rank: int, patients: int) -> NoPrivacy | PlannedPrivacy:
     name = hospital_name(rank)
     planned = plan_release(config, patients, [], name)
     if planned is None:
-        return {"hospital": name, "patients": patients, "epsilon": None, "noise_multiplier": None}
-    return {
-        "hospital": name,
-        "patients": patients,
-        "sampling_rate": planned.sample_rate,
-        "steps": planned.steps,
-        "noise_multiplier": planned.noise_multiplier,
-        "epsilon": epsilon_of([planned], config.privacy.delta, config.privacy.accountant),
-        "target_epsilon": config.privacy.epsilon,
-        "delta": config.privacy.delta,
-    }
+        return NoPrivacy(name, patients)
+    return PlannedPrivacy(
+        hospital=name,
+        patients=patients,
+        sampling_rate=planned.sample_rate,
+        steps=planned.steps,
+        noise_multiplier=planned.noise_multiplier,
+        epsilon=epsilon_of([planned], config.privacy.delta, config.privacy.accountant),
+        target_epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+    )
 
 
 def available_memory() -> int | None:
@@ -149,35 +157,34 @@ def available_memory() -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def estimate_inference(config: Config) -> dict[str, Any]:
+def estimate_inference(config: Config) -> InferenceEstimate:
     """Bytes, rounds, comparisons and memory of one batch of encrypted inference with the configured engine.
 
-    `bytes_per_party` goes each way between hospital and model owner (with `fast` it is the larger way),
-    `bytes_sent_by_dealer` to the model owner. Raises `UnsupportedLayerError` for what the engine does not run.
+    Raises `UnsupportedLayerError` for what the engine does not run.
     """
     return _fast_inference(config) if config.inference.engine == "fast" else _reference_inference(config)
 
 
-def _fast_inference(config: Config) -> dict[str, Any]:
+def _fast_inference(config: Config) -> FastInferenceEstimate:
     """With first random weights and ranges of phantoms: a trained model's widths differ by a few bits."""
     size, reveal = config.inference.batch_size, config.inference.reveal
     records = _public_records(config)
     network = calibrate(initial_model(config), records).network
     found = cost_of(network, size, reveal)
     held = _HELD_OF_CORRECTIONS * config.inference.at_once * found.correction_bytes
-    return {
-        "batch": size,
-        "layers": len(network.layers),
-        "comparisons": found.gates,
-        "multiplications": size * multiply_adds(network),
-        "bytes_per_party": max(found.bytes_from_client, found.bytes_from_owner),
-        "bytes_from_hospital": found.bytes_from_client,
-        "bytes_from_model_owner": found.bytes_from_owner,
-        "masked_weight_bytes": found.masked_weight_bytes,
-        "rounds": found.sequential_messages,
-        "bytes_sent_by_dealer": found.correction_bytes,
-        "memory_bytes_per_party": _IDLE_BYTES + 2 * found.masked_weight_bytes + int(held),
-    }
+    return FastInferenceEstimate(
+        batch=size,
+        layers=len(network.layers),
+        comparisons=found.gates,
+        multiplications=size * multiply_adds(network),
+        bytes_per_party=max(found.bytes_from_client, found.bytes_from_owner),
+        bytes_from_hospital=found.bytes_from_client,
+        bytes_from_model_owner=found.bytes_from_owner,
+        masked_weight_bytes=found.masked_weight_bytes,
+        rounds=found.sequential_messages,
+        bytes_sent_by_dealer=found.correction_bytes,
+        memory_bytes_per_party=_IDLE_BYTES + 2 * found.masked_weight_bytes + int(held),
+    )
 
 
 def _public_records(config: Config) -> torch.Tensor:
@@ -188,7 +195,7 @@ def _public_records(config: Config) -> torch.Tensor:
     return public_phantoms(2, config)
 
 
-def _reference_inference(config: Config) -> dict[str, Any]:
+def _reference_inference(config: Config) -> ReferenceInferenceEstimate:
     shape = (config.inference.batch_size, *config.data.input_shape)
     with torch.no_grad():
         graph = public_graph(config)
@@ -197,10 +204,10 @@ def _reference_inference(config: Config) -> dict[str, Any]:
     weights = len(flatten_parameters(model)) * (2 * _FLOAT + 2 * _WORD)
     comparing = config.inference.batch_size * _activations(model, config.data.input_shape).widest * _COMPARISON_WORDS
     ahead = min(corrections, config.runtime.dealer_ahead_bytes)
-    return {
-        "batch": config.inference.batch_size,
-        "layers": len(graph.layers),
+    return ReferenceInferenceEstimate(
+        batch=config.inference.batch_size,
+        layers=len(graph.layers),
         **cost(graph, shape),
-        "bytes_sent_by_dealer": corrections,
-        "memory_bytes_per_party": _IDLE_BYTES + weights + _WORD * comparing + ahead,
-    }
+        bytes_sent_by_dealer=corrections,
+        memory_bytes_per_party=_IDLE_BYTES + weights + _WORD * comparing + ahead,
+    )

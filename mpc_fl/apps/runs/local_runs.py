@@ -10,15 +10,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from mpc_fl.apps.report.page import write_report
+from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.party_process import run_alone
-from mpc_fl.apps.runs.run_directory import _forget_identities, count_parameters, run_directory, versions
+from mpc_fl.apps.runs.run_directory import count_parameters, forget_identities, run_directory, versions
+from mpc_fl.apps.summaries import (
+    SUMMARY_FILE,
+    Comparison,
+    DiagnosisSummary,
+    ImageResult,
+    PrivacySpent,
+    ServedDiagnosisSummary,
+    Summary,
+    TrainingSummary,
+)
+from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.ledger_file import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
@@ -39,7 +49,7 @@ from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
 
-def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> dict[str, Any]:
+def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> TrainingSummary:
     """Train in local processes, or go on with a run that failed; return the summary.
 
     Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
@@ -52,51 +62,59 @@ def train(config: Config, out: Path, command: str, progress: Progress, resume: b
         aggregator = directory / "parties" / AGGREGATOR
         for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
             (aggregator / name).rename(directory / name)
-        _forget_identities(config, directory)
+        forget_identities(config, directory)
         for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
             checkpoint.unlink()
-        global_metrics = read_json_lines(directory / "metrics.jsonl")
+        rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
         hospitals = [name for name in party_names(config) if is_hospital(name)]
-        privacy, skipped = [], 0
-        for name in hospitals:
-            lines = read_json_lines(directory / "parties" / name / "metrics.jsonl")
-            if not lines:
-                continue
-            last = lines[-1]
-            skipped += last["skipped_files"]
-            privacy.append(
-                {
-                    "hospital": name,
-                    "epsilon": last["epsilon"],
-                    "delta": config.privacy.delta,
-                    "noise_multiplier": last["noise_multiplier"],
-                    "target_epsilon": config.privacy.epsilon,
-                    "mechanism": config.privacy.mechanism,
-                    "per_sample_gradients": last["method"],
-                }
-            )
-        summary = {
-            "kind": "train",
-            "name": config.name,
-            "synthetic": config.data.source == "phantoms",
-            "rounds": config.training.rounds,
-            "parameters": count_parameters(directory / "model.safetensors", config),
-            "hospitals": hospitals,
-            "skipped_files": skipped,
-            "seconds": round(time.monotonic() - began, 2),
-            "command": command,
-            "versions": versions(),
-            "final": [line["evaluation"] for line in global_metrics if line["evaluation"] is not None][-1],
-            "privacy": privacy,
-            "took_part": {str(line["round"]): line["hospitals"] for line in global_metrics},
-            "lost": lost,
-        }
-        write_json(directory / "summary.json", summary)
-        write_report(directory)
+        last = _last_rounds(directory, hospitals)
+        summary = TrainingSummary(
+            name=config.name,
+            synthetic=config.data.source == "phantoms",
+            rounds=config.training.rounds,
+            parameters=count_parameters(directory / "model.safetensors", config),
+            hospitals=hospitals,
+            skipped_files=sum(line.skipped_files for line in last.values()),
+            seconds=round(time.monotonic() - began, 2),
+            command=command,
+            versions=versions(),
+            final=[line.evaluation for line in rounds if line.evaluation is not None][-1],
+            privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
+            took_part={str(line.round): line.hospitals for line in rounds},
+            lost=lost,
+        )
+        _conclude(directory, summary)
     return summary
 
 
-def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+def _last_rounds(directory: Path, hospitals: list[str]) -> dict[str, HospitalRound]:
+    """The last round of each hospital that took part in one."""
+    lines = {name: read_json_lines(directory / "parties" / name / "metrics.jsonl") for name in hospitals}
+    return {name: typed(HospitalRound, of[-1], f"metrics.jsonl of {name}") for name, of in lines.items() if of}
+
+
+def _privacy_spent(config: Config, name: str, last: HospitalRound) -> PrivacySpent:
+    """Of a hospital's patients, after its last round."""
+    return PrivacySpent(
+        hospital=name,
+        epsilon=last.epsilon,
+        delta=config.privacy.delta,
+        noise_multiplier=last.noise_multiplier,
+        target_epsilon=config.privacy.epsilon,
+        mechanism=config.privacy.mechanism,
+        per_sample_gradients=last.method,
+    )
+
+
+def _conclude(directory: Path, summary: Summary) -> None:
+    """Write the summary of a run that is over, and its report."""
+    from mpc_fl.apps.report.page import write_report  # draws: matplotlib and Pillow come with it
+
+    write_json(directory / SUMMARY_FILE, summary.to_json())
+    write_report(directory)
+
+
+def infer(config: Config, out: Path, command: str, progress: Progress) -> DiagnosisSummary:
     """Encrypted diagnosis in local processes; return the summary. Raises `RunFailedError`, `ModelError`, `DataError`."""
     config = config.with_values(task="infer")
     if config.site.model is None:
@@ -108,26 +126,33 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
         launch(config, directory, progress)
-        _forget_identities(config, directory)
-        results = read_json_lines(directory / "parties" / HOSPITAL / "results.jsonl")
+        forget_identities(config, directory)
+        results = _results(directory / "parties" / HOSPITAL)
         comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
-        summary = {
-            "kind": "infer",
-            "name": config.name,
-            "synthetic": config.data.source == "phantoms",
-            "images": len(results),
-            "skipped_files": images.skipped,
-            "classes": list(config.data.classes),
-            "seconds": round(time.monotonic() - began, 2),
-            "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
-            "command": command,
-            "versions": versions(),
-            "comparison": comparison,
-            "results": results,
-        }
-        write_json(directory / "summary.json", summary)
-        write_report(directory)
+        summary = DiagnosisSummary(
+            name=config.name,
+            synthetic=config.data.source == "phantoms",
+            images=len(results),
+            skipped_files=images.skipped,
+            classes=list(config.data.classes),
+            seconds=round(time.monotonic() - began, 2),
+            seconds_per_image=_seconds_per_image(results),
+            command=command,
+            versions=versions(),
+            comparison=comparison,
+            results=results,
+        )
+        _conclude(directory, summary)
     return summary
+
+
+def _results(hospital: Path) -> list[ImageResult]:
+    """What a hospital's diagnosis left in its directory."""
+    return [typed(ImageResult, line, "results.jsonl") for line in read_json_lines(hospital / "results.jsonl")]
+
+
+def _seconds_per_image(results: list[ImageResult]) -> float:
+    return round(sum(result.seconds for result in results) / len(results), 3)
 
 
 def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[Path], None]) -> None:
@@ -162,7 +187,7 @@ def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[P
     launch(config, directory, ready)
 
 
-def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDiagnosisSummary:
     """A hospital's diagnosis by a model owner that stays up, in this process; return the summary.
 
     `refused` in it says why not all images were answered. Raises `RefusedError` when none was.
@@ -180,27 +205,25 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> dict[str
             if not (own / "results.jsonl").is_file():
                 raise
             refused = str(error)
-        results = read_json_lines(own / "results.jsonl")
-        summary = {
-            "kind": "ask",
-            "name": config.name,
-            "hospital": name,
-            "synthetic": config.data.source == "phantoms",
-            "images": len(results),
-            "classes": list(config.data.classes),
-            "seconds": round(time.monotonic() - began, 2),
-            "seconds_per_image": round(sum(line["seconds"] for line in results) / len(results), 3),
-            "command": command,
-            "versions": versions(),
-            "refused": refused,
-            "results": results,
-        }
-        write_json(directory / "summary.json", summary)
-        write_report(directory)
+        results = _results(own)
+        summary = ServedDiagnosisSummary(
+            name=config.name,
+            hospital=name,
+            synthetic=config.data.source == "phantoms",
+            images=len(results),
+            classes=list(config.data.classes),
+            seconds=round(time.monotonic() - began, 2),
+            seconds_per_image=_seconds_per_image(results),
+            command=command,
+            versions=versions(),
+            refused=refused,
+            results=results,
+        )
+        _conclude(directory, summary)
     return summary
 
 
-def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], directory: Path) -> dict[str, Any]:
+def _compare(config: Config, images: Dataset, results: list[ImageResult], directory: Path) -> Comparison:
     """The plaintext reference, computed by the user who has both model and images: for checking a simulation only."""
     assert config.site.model is not None
     model = load_model(config.site.model, config)
@@ -210,19 +233,21 @@ def _compare(config: Config, images: Dataset, results: list[dict[str, Any]], dir
     seconds = (time.monotonic() - began) / len(images.inputs)
     write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
     opened = config.inference.reveal == "logits"
-    encrypted = torch.tensor([line["logits"] for line in results]) if opened else None
-    predicted = torch.tensor([line["predicted"] for line in results])
-    return {
-        "largest_logit_difference": None if encrypted is None else float((encrypted - logits).abs().max()),
-        "classes_agree": bool((predicted == logits.argmax(1)).all()),
-        "plaintext_seconds_per_image": round(seconds, 4),
-    }
+    encrypted = torch.tensor([result.logits for result in results]) if opened else None
+    predicted = torch.tensor([result.predicted for result in results])
+    return Comparison(
+        largest_logit_difference=None if encrypted is None else float((encrypted - logits).abs().max()),
+        classes_agree=bool((predicted == logits.argmax(1)).all()),
+        plaintext_seconds_per_image=round(seconds, 4),
+    )
 
 
 def report(run_dir: Path) -> Path:
     """Write the report of a finished run again. Raises `MpcFlError` when `run_dir` is not one."""
-    if not (run_dir / "summary.json").is_file():
+    from mpc_fl.apps.report.page import write_report
+
+    if not (run_dir / SUMMARY_FILE).is_file():
         raise MpcFlError(
-            f"{run_dir} is not a finished run: it has no summary.json", "give the --out of a train or infer"
+            f"{run_dir} is not a finished run: it has no {SUMMARY_FILE}", "give the --out of a train or infer"
         )
     return write_report(run_dir)

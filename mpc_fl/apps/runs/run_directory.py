@@ -1,4 +1,4 @@
-"""run_directory"""
+"""The directory of a run: it appears under its name complete or not at all, and keeps what a failed run must not lose."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def count_parameters(path: Path, config: Config) -> int:
     return sum(parameter.numel() for parameter in load_model(path, config).parameters() if parameter.requires_grad)
 
 
-def _forget_identities(config: Config, directory: Path) -> None:
+def forget_identities(config: Config, directory: Path) -> None:
     """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
     root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
     write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))

@@ -382,7 +382,7 @@ def test_area_agrees_with_all_pairs_within_its_stated_bound() -> None:
 
 def test_phases_of_rounds_and_images_are_summed() -> None:
     names = ["round 12 training", "image 3", "images 1 to 4", "batch 2", "sharing weights"]
-    assert [common_sections._phase(name) for name in names] == [
+    assert [common_sections.phase_of_all(name) for name in names] == [
         "training",
         "images",
         "images",

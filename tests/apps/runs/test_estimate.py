@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mpc_fl.apps.cli import main as cli
+from mpc_fl.apps.estimates import InferenceEstimate, TrainingEstimate
 from mpc_fl.apps.runs import estimate
 from mpc_fl.apps.runs.estimate import estimate_inference, estimate_training
 from mpc_fl.apps.runs.local_runs import infer, train
@@ -97,7 +98,7 @@ def test_a_network_that_does_not_take_the_images(
 
 
 def test_more_of_anything_costs_more() -> None:
-    def both(**changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def both(**changes: dict[str, Any]) -> tuple[TrainingEstimate, InferenceEstimate]:
         values = {name: {**SMALL.get(name, {}), **changes.get(name, {})} for name in {*SMALL, *changes}}
         config = parse_config(values, "test")
         return estimate_training(config, [12] * config.federation.hospitals), estimate_inference(config)
@@ -107,13 +108,13 @@ def test_more_of_anything_costs_more() -> None:
     hospitals, _ = both(federation={"hospitals": 4})
     _, images = both(inference={"batch_size": 4})
     large, large_inference = both(data={"image_size": 64})
-    assert rounds["bytes_sent_per_hospital"] > 1.8 * small["bytes_sent_per_hospital"]
-    assert rounds["privacy"][0]["noise_multiplier"] > small["privacy"][0]["noise_multiplier"]
-    assert hospitals["bytes_sent_per_hospital"] == small["bytes_sent_per_hospital"]
-    assert hospitals["bytes_sent_by_aggregator"] == 2 * small["bytes_sent_by_aggregator"]
-    assert images["bytes_sent_by_dealer"] == 2 * inference["bytes_sent_by_dealer"]
-    assert large["memory_bytes_per_hospital"] > small["memory_bytes_per_hospital"]
-    assert large_inference["memory_bytes_per_party"] > inference["memory_bytes_per_party"]
+    assert rounds.bytes_sent_per_hospital > 1.8 * small.bytes_sent_per_hospital
+    assert rounds.privacy[0].noise_multiplier > small.privacy[0].noise_multiplier
+    assert hospitals.bytes_sent_per_hospital == small.bytes_sent_per_hospital
+    assert hospitals.bytes_sent_by_aggregator == 2 * small.bytes_sent_by_aggregator
+    assert images.bytes_sent_by_dealer == 2 * inference.bytes_sent_by_dealer
+    assert large.memory_bytes_per_hospital > small.memory_bytes_per_hospital
+    assert large_inference.memory_bytes_per_party > inference.memory_bytes_per_party
 
 
 # ---- against real runs -------------------------------------------------------------------------------------------------
@@ -211,16 +212,16 @@ def test_training_costs_what_was_estimated(runs: Runs) -> None:
     config, run = runs.config, runs.train
     expected = estimate_training(config, [12, 12])
     for name in ("hospital-0", "hospital-1"):
-        assert_sent(run, name, expected["bytes_sent_per_hospital"])
+        assert_sent(run, name, expected.bytes_sent_per_hospital)
         # Besides, a greeting to both peers, and a farewell unless the peer was faster.
-        assert 2 <= sent(run, name, "messages_sent") - expected["messages_per_hospital"] <= 4
-        assert 0.5 < peak_memory(run, name) / expected["memory_bytes_per_hospital"] < 2
-    assert_sent(run, "aggregator", expected["bytes_sent_by_aggregator"])
+        assert 2 <= sent(run, name, "messages_sent") - expected.messages_per_hospital <= 4
+        assert 0.5 < peak_memory(run, name) / expected.memory_bytes_per_hospital < 2
+    assert_sent(run, "aggregator", expected.bytes_sent_by_aggregator)
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["parameters"] == expected["parameters"]
-    for told, done in zip(expected["privacy"], summary["privacy"], strict=True):
-        assert told["epsilon"] == pytest.approx(done["epsilon"], rel=1e-9)
-        assert told["noise_multiplier"] == pytest.approx(done["noise_multiplier"], rel=1e-9)
+    assert summary["parameters"] == expected.parameters
+    for told, done in zip(expected.privacy, summary["privacy"], strict=True):
+        assert told.epsilon == pytest.approx(done["epsilon"], rel=1e-9)
+        assert told.noise_multiplier == pytest.approx(done["noise_multiplier"], rel=1e-9)
 
 
 @pytest.mark.processes
@@ -228,7 +229,7 @@ def test_inference_with_the_engine_fast_costs_what_was_estimated(runs: Runs, tmp
     """Bytes follow from the network but for the widths of its values, which the trained model's ranges decide."""
     config = runs.config.with_values(inference={"engine": "fast"})
     expected = estimate_inference(config)
-    assert expected["comparisons"] > 0 and expected["multiplications"] > 0
+    assert expected.comparisons > 0 and expected.multiplications > 0
     site = {"model": str(runs.train / "model.safetensors"), "images": str(runs.train.parent / "images" / "ward")}
     run = tmp_path / "fast"
     infer(config.with_values(site=site), run, "test", lambda *_: None)
@@ -238,10 +239,10 @@ def test_inference_with_the_engine_fast_costs_what_was_estimated(runs: Runs, tmp
         ]
         for name, other in (("hospital-0", "model-owner"), ("model-owner", "hospital-0"))
     }
-    assert online["hospital-0"] == pytest.approx(expected["bytes_from_hospital"], rel=0.2, abs=60 * HEADER)
-    assert online["model-owner"] == pytest.approx(expected["bytes_from_model_owner"], rel=0.2, abs=60 * HEADER)
+    assert online["hospital-0"] == pytest.approx(expected.bytes_from_hospital, rel=0.2, abs=60 * HEADER)
+    assert online["model-owner"] == pytest.approx(expected.bytes_from_model_owner, rel=0.2, abs=60 * HEADER)
     for name in ("hospital-0", "model-owner", "dealer"):
-        assert 0.5 < peak_memory(run, name) / expected["memory_bytes_per_party"] < 2
+        assert 0.5 < peak_memory(run, name) / expected.memory_bytes_per_party < 2
 
 
 @pytest.mark.processes
@@ -249,8 +250,8 @@ def test_inference_costs_what_was_estimated(runs: Runs) -> None:
     config, run = runs.config, runs.infer
     expected = estimate_inference(config)
     logits = 8 * config.inference.batch_size * len(config.data.classes)  # the model owner's shares of the result
-    assert_sent(run, "hospital-0", expected["bytes_per_party"])
-    assert_sent(run, "model-owner", expected["bytes_per_party"] + logits)
-    assert_sent(run, "dealer", expected["bytes_sent_by_dealer"])
+    assert_sent(run, "hospital-0", expected.bytes_per_party)
+    assert_sent(run, "model-owner", expected.bytes_per_party + logits)
+    assert_sent(run, "dealer", expected.bytes_sent_by_dealer)
     for name in ("hospital-0", "model-owner", "dealer"):
-        assert 0.5 < peak_memory(run, name) / expected["memory_bytes_per_party"] < 2
+        assert 0.5 < peak_memory(run, name) / expected.memory_bytes_per_party < 2

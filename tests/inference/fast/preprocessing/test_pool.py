@@ -21,7 +21,7 @@ import torch
 from typer.testing import CliRunner
 
 from mpc_fl import roles
-from mpc_fl.apps.cli.main import app
+from mpc_fl.apps.cli.commands import app
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities

@@ -1,0 +1,95 @@
+"""What a run will cost, as it is said before the run: results of `apps.runs.estimate`, read by `mpc-fl check | estimate`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NoPrivacy:
+    """Of the patients of a hospital that adds no noise."""
+
+    hospital: str
+    patients: int
+    epsilon: None = None
+    noise_multiplier: None = None
+
+
+@dataclass(frozen=True)
+class PlannedPrivacy:
+    """What the patients of a hospital will have spent when all rounds are done, `epsilon` of `target_epsilon`."""
+
+    hospital: str
+    patients: int
+    sampling_rate: float
+    steps: int
+    noise_multiplier: float
+    epsilon: float
+    target_epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class TrainingEstimate:
+    """Of a training run. Bytes and messages are those of the whole run, memory is the peak of the largest hospital."""
+
+    parameters: int
+    rounds: int
+    bytes_sent_per_hospital: int
+    bytes_sent_by_aggregator: int
+    messages_per_hospital: int
+    headroom_bits_spare: float
+    memory_bytes_per_hospital: int
+    privacy: list[NoPrivacy | PlannedPrivacy]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FastInferenceEstimate:
+    """Of one batch of encrypted diagnosis with the engine `fast`; `rounds` are messages that wait for each other.
+
+    `bytes_per_party` is the larger way between hospital and model owner; the dealer sends to the model owner.
+    """
+
+    batch: int
+    layers: int
+    comparisons: int
+    multiplications: int
+    bytes_per_party: int
+    bytes_from_hospital: int
+    bytes_from_model_owner: int
+    masked_weight_bytes: int
+    rounds: int
+    bytes_sent_by_dealer: int
+    memory_bytes_per_party: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ReferenceInferenceEstimate:
+    """Of one batch of encrypted diagnosis with the engine `reference`; `bytes_per_party` go each way."""
+
+    batch: int
+    layers: int
+    comparisons: int
+    multiplications: int
+    bytes_per_party: int
+    rounds: int
+    truncations: int
+    opened_weights: int
+    bytes_sent_by_dealer: int
+    memory_bytes_per_party: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return asdict(self)
+
+
+InferenceEstimate = FastInferenceEstimate | ReferenceInferenceEstimate

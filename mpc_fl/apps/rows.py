@@ -1,0 +1,116 @@
+"""Lines of the files that parties leave in a run's directory, as far as reports and commands read them.
+
+Who writes them: `metrics.jsonl` of the aggregator and of each hospital the training round, `results.jsonl` the hospital that
+asks (`summaries.ImageResult`), `openings.jsonl` the record of openings, `traffic.json` the links of each party.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.typed_json import typed
+from mpc_fl.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class GlobalRound:
+    """A line of the aggregator's metrics.jsonl; round 0 is the model before training."""
+
+    round: int
+    evaluation: Scores | None
+    hospitals: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HospitalRound:
+    """A line of a hospital's metrics.jsonl; None stands for what is not a number, or does not exist without noise.
+
+    What has a default is not recorded by all versions.
+    """
+
+    round: int
+    loss: float | None
+    epsilon: float | None
+    noise_multiplier: float | None = None
+    clipped_fraction: float | None = None
+    method: str | None = None
+    own_accuracy: float | None
+    skipped_files: int = 0
+
+
+@dataclass(frozen=True)
+class OpenedValue:
+    """A line of openings.jsonl: what was opened, why, of what shape, to whom, and who held the shares."""
+
+    what: str
+    why: str
+    shape: list[int]
+    to: list[str]
+    among: list[str]
+
+
+@dataclass(frozen=True)
+class PeerTraffic:
+    """Bytes and messages between a party and one peer in one phase."""
+
+    bytes_sent: int
+    bytes_received: int
+    messages_sent: int
+    waits: int
+    seconds_waited: float
+
+
+@dataclass(frozen=True)
+class PhaseTraffic:
+    """One phase of a party's work."""
+
+    seconds: float
+    peers: dict[str, PeerTraffic]
+
+
+@dataclass(frozen=True)
+class PartyTraffic:
+    """A party's traffic.json: its phases in the order of work."""
+
+    phases: dict[str, PhaseTraffic]
+
+
+@dataclass(frozen=True)
+class PlaintextReference:
+    """plaintext_reference.json: the logits (images, classes) of the same network in the clear."""
+
+    logits: list[list[float]]
+
+
+def read_text(directory: Path, name: str) -> str:
+    """A file of a run. Raises `DataError` when it is missing or unreadable."""
+    try:
+        return (directory / name).read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{name} is missing") from None
+    except (OSError, UnicodeDecodeError):
+        raise DataError(f"{name} cannot be read") from None
+
+
+def read_object(kind: type[T], directory: Path, name: str) -> T:
+    """The JSON object in a file. Raises `DataError` when the file is missing, unreadable or damaged."""
+    return _parsed(kind, read_text(directory, name), name)
+
+
+def read_rows(kind: type[T], directory: Path, name: str) -> list[T]:
+    """The JSON object on each line of a file. Raises `DataError` when the file is missing, unreadable or damaged."""
+    return [_parsed(kind, line, name) for line in read_text(directory, name).splitlines() if line.strip()]
+
+
+def _parsed(kind: type[T], text: str, name: str) -> T:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        raise DataError(f"{name} cannot be read") from None
+    return typed(kind, content, name)

@@ -1,0 +1,219 @@
+"""What a run says about itself when it is over, one dataclass per kind of run: the content of summary.json.
+
+`to_json` writes the keys in the order of the fields, `from_json` reads what any version wrote: a field with a default is one
+that an earlier version did not record. `Header` is what every kind has, and all that a report cannot do without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from mpc_fl.apps.typed_json import typed
+from mpc_fl.errors import DataError
+from mpc_fl.roles import HOSPITAL
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What summaries of all kinds say; `hospital` is the one that asked, of a diagnosis."""
+
+    kind: str
+    name: str = ""
+    hospital: str = HOSPITAL
+    synthetic: bool = False
+    classes: list[str] | None = None
+    command: str = "not recorded"
+    versions: dict[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """An evaluation of a classifier on the test records of all hospitals, as `Evaluation.to_json` writes it.
+
+    `confusion` (classes, classes) counts, rows are true classes. `scores` (classes, 2, bins): histograms of each class's
+    predicted probability among other records and its own. `reliability`: records, mean confidence, share right by bin.
+    """
+
+    records: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    balanced_accuracy: float
+    class_counts: list[int] | None = None
+    confusion: list[list[int]]
+    scores: list[list[list[int]]]
+    auc: list[float | None] | None = None
+    auc_macro: float | None = None
+    auc_resolution: float | None = None
+    brier: float | None = None
+    brier_by_class: list[float] | None = None
+    calibration_error: float | None = None
+    reliability: list[tuple[int, float | None, float | None]] | None = None
+
+    @property
+    def largest_share(self) -> float:
+        """Share of the records that the largest class has: the accuracy of always naming it."""
+        return max(map(sum, self.confusion)) / max(1, self.records)
+
+
+@dataclass(frozen=True)
+class PrivacySpent:
+    """What the patients of a hospital have spent; `epsilon` and `noise_multiplier` are None without noise."""
+
+    hospital: str
+    epsilon: float | None
+    delta: float
+    noise_multiplier: float | None
+    target_epsilon: float
+    mechanism: str
+    per_sample_gradients: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSummary:
+    """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went."""
+
+    KIND: ClassVar[str] = "train"
+
+    name: str
+    synthetic: bool
+    rounds: int
+    parameters: int
+    hospitals: list[str]
+    skipped_files: int | None = None
+    seconds: float
+    command: str
+    versions: dict[str, str]
+    final: Scores | None = None
+    privacy: list[PrivacySpent]
+    took_part: dict[str, list[str]] | None = None
+    lost: list[str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {"kind": self.KIND, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = SUMMARY_FILE) -> TrainingSummary:
+        """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
+        return typed(cls, value, where)
+
+    def absences(self) -> dict[str, list[str]]:
+        """Hospitals that took no part, by the number of the round; rounds that all took part in are left out."""
+        missing = {
+            number: [name for name in self.hospitals if name not in here]
+            for number, here in (self.took_part or {}).items()
+        }
+        return {number: names for number, names in missing.items() if names}
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """The diagnosis of one image, as in results.jsonl; the probabilities are None where the class alone was opened.
+
+    `label` is the index of the true class, -1 where it is unknown, `predicted` that of the class diagnosed.
+    """
+
+    index: int
+    name: str
+    label: int
+    predicted: int
+    probabilities: list[float] | None
+    logits: list[float] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The encrypted diagnoses beside those of the same network in the clear."""
+
+    largest_logit_difference: float | None
+    classes_agree: bool
+    plaintext_seconds_per_image: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisSummary:
+    """Of `mpc-fl infer` with all parties on this machine."""
+
+    KIND: ClassVar[str] = "infer"
+    hospital: ClassVar[str] = HOSPITAL
+    refused: ClassVar[None] = None
+
+    name: str
+    synthetic: bool
+    images: int
+    skipped_files: int | None = None
+    classes: list[str]
+    seconds: float
+    seconds_per_image: float
+    command: str
+    versions: dict[str, str]
+    comparison: Comparison | None = None
+    results: list[ImageResult] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {"kind": self.KIND, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = SUMMARY_FILE) -> DiagnosisSummary:
+        """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
+        return typed(cls, value, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedDiagnosisSummary:
+    """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered."""
+
+    KIND: ClassVar[str] = "ask"
+    skipped_files: ClassVar[None] = None
+    comparison: ClassVar[None] = None
+
+    name: str
+    hospital: str
+    synthetic: bool
+    images: int
+    classes: list[str]
+    seconds: float
+    seconds_per_image: float
+    command: str
+    versions: dict[str, str]
+    refused: str | None = None
+    results: list[ImageResult] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {"kind": self.KIND, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = SUMMARY_FILE) -> ServedDiagnosisSummary:
+        """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
+        return typed(cls, value, where)
+
+
+AnyDiagnosisSummary = DiagnosisSummary | ServedDiagnosisSummary
+Summary = TrainingSummary | DiagnosisSummary | ServedDiagnosisSummary
+KINDS: Mapping[str, type[Summary]] = {
+    kind.KIND: kind for kind in (TrainingSummary, DiagnosisSummary, ServedDiagnosisSummary)
+}
+
+
+def parse_summary(text: str) -> tuple[Header, dict[str, Any]]:
+    """Header and whole content of a summary.json, which its kind's `from_json` reads.
+
+    Raises `DataError` when the text is no JSON object, its kind is unknown, or what all kinds have is damaged.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        raise DataError(f"{SUMMARY_FILE} cannot be read") from None
+    header = typed(Header, content, SUMMARY_FILE)
+    if header.kind not in KINDS:
+        raise DataError(f"{SUMMARY_FILE} is of an unknown kind")
+    return header, content
