@@ -112,9 +112,9 @@ class _Watch:
         return party.process.exitcode is not None and not party.open and not party.finished
 
 
-def start_early(config: Config) -> PartyStarter:
+def start_early(config: Config, task: str) -> PartyStarter:
     """A starter for `launch`, begun before this process reads anything secret: both import at the same time."""
-    return PartyStarter(modules_to_share(config))
+    return PartyStarter(modules_to_share(config.with_values(task=task)))
 
 
 def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStarter | None = None) -> list[str]:
@@ -127,7 +127,7 @@ def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStar
     `CAUSE_GRACE` + `TERMINATE_GRACE` seconds, then by force). `KeyboardInterrupt` ends them too and is raised again.
     """
     if starter is None:
-        with start_early(config) as own:
+        with start_early(config, config.task) as own:
             return launch(config, run_dir, progress, own)
     placed = place_parties(config, run_dir)
 

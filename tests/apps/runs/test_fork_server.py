@@ -194,6 +194,6 @@ def test_a_party_that_outlives_the_server_is_ended() -> None:
 def test_the_launcher_shares_by_task() -> None:
     assert "parties.dealer" in modules_to_share(parse_config({"task": "infer"}, "test"))
     assert "parties.aggregator" in modules_to_share(parse_config({"task": "train"}, "test"))
-    with start_early(parse_config({"task": "infer"}, "test")) as starter:
+    with start_early(parse_config({}, "test"), "infer") as starter:
         assert not gone(starter.pid)
     assert gone(starter.pid)
