@@ -132,6 +132,8 @@ def infer(
     # What is wrong with model, network or images is told before processes start.
     require_supported(config, load_model(config.site.model, config))
     images = load_images(config.site.images, config, config.inference.limit)
+    import mpc_fl.apps.report.page  # noqa: F401 - while the parties' process still imports, not when all wait for the report
+
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()

@@ -121,6 +121,21 @@ def test_a_killed_party_is_named(tmp_path: Path, number: signal.Signals, record_
 
 
 @pytest.mark.processes
+def test_a_killed_fork_server_is_named_and_its_parties_end(tmp_path: Path, record_property: Record) -> None:
+    """Nobody tells of the ends of its parties any more; one of them hangs."""
+
+    def strike(party: str, phase: str, done: int) -> bool:
+        ready = (party, phase) == ("hospital-1", "training") and done >= 3
+        if ready:
+            running_parties()["hospital-0"].suspend()
+            running_parties()["hospital-1"].parent().kill()
+        return ready
+
+    message = failing_run(tmp_path / "run", ENDLESS, strike, record_property)
+    assert message == "the process that parties are forked from was killed by signal 9: all parties were stopped"
+
+
+@pytest.mark.processes
 def test_a_party_that_raises_is_named_though_another_hangs(tmp_path: Path, record_property: Record) -> None:
     """hospital-1 finds its privacy ledger damaged. hospital-0 is stopped: it neither answers its peers nor SIGTERM."""
     values = {**ENDLESS, "privacy": {"delta": 0.01, "epsilon": 1e9, "noise_multiplier": 5.0}}
