@@ -74,7 +74,9 @@ def test_no_process_of_a_diagnosis_imports_more(
     engine: str, needed: set[str], absent: set[str], training: tuple[set[str], Path], tmp_path: Path
 ) -> None:
     config, (_, model) = tmp_path / "config.yaml", training
-    config.write_text(yaml.safe_dump({**TINY, "inference": {"engine": engine, "limit": 1, "plaintext_reference": True}}))
+    config.write_text(
+        yaml.safe_dump({**TINY, "inference": {"engine": engine, "limit": 1, "plaintext_reference": True}})
+    )
     found = imported("-m", "mpc_fl", "infer", str(config), "--model", str(model), "--out", str(tmp_path / "run"))
     assert not absent & found
     assert needed <= found  # else this test looks for the wrong names
@@ -84,14 +86,16 @@ def test_no_process_of_a_diagnosis_imports_more(
 def test_no_process_of_a_training_run_imports_more(training: tuple[set[str], Path]) -> None:
     found, _ = training
     assert not (NEVER_HERE | FOR_FILES | FOR_LARGE_NETWORKS) & found
-    assert FOR_REPORTS <= found
+    assert found >= FOR_REPORTS
 
 
 # ---- one process -------------------------------------------------------------------------------------------------------
 
 
 def test_help_imports_no_library_of_numbers() -> None:
-    assert not (EVERYTHING | {"torch", "numpy", "cryptography", "grpc", "pydantic"}) & imported("-m", "mpc_fl", "--help")
+    assert not (EVERYTHING | {"torch", "numpy", "cryptography", "grpc", "pydantic"}) & imported(
+        "-m", "mpc_fl", "--help"
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,11 +100,11 @@ def _serve(launcher: socket.socket, party_process: Callable[[Connection], NoRetu
     parties: dict[int, Connection] = {}  # where to tell of the end of each
     private = [launcher.fileno(), woken, wake]
     while True:
-        readable, _, _ = select.select([launcher, woken], [], [])
+        readable, _, _ = select.select([launcher.fileno(), woken], [], [])
         if woken in readable:
             os.read(woken, 4096)
             _tell_of_ends(parties)
-        if launcher in readable:
+        if launcher.fileno() in readable:
             message, descriptors, _, _ = socket.recv_fds(launcher, 1, 2)
             if not message:
                 _end_all(parties)

@@ -201,6 +201,7 @@ def _explain(failures: list[_Party]) -> RunFailedError:
     if first.error is not None:
         return RunFailedError(f"{first.name} failed: {first.error}")
     code, stopped = first.process.exitcode, "all other parties were stopped"
+    assert code is not None, "only a process that has ended fails without a word"
     if code == -signal.SIGKILL:
         return RunFailedError(
             f"{first.name} was killed by signal 9", f"{stopped}; the system does that too when memory runs out"
