@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpc_fl.audit.opening_record import OpeningRecord, Record
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Opening, OpeningRecord, Record
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ConfigError, PoolError, RefusedError
@@ -31,6 +30,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER
@@ -63,17 +63,9 @@ class _OneByOne:
     def __init__(self, record: Record) -> None:
         self._record, self._guard = record, threading.Lock()
 
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Sequence[int],
-        to: Sequence[str],
-        among: Sequence[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> object:
+    def append(self, opening: Opening) -> object:
         with self._guard:
-            return self._record.append(what, why, shape, to, among, privacy)
+            return self._record.append(opening)
 
 
 def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
@@ -109,7 +101,7 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
     record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
 
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
+    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
         if visit.purpose == "diagnose":
             usage.require(visit.hospital)
         elif config.site.pool is None:
@@ -136,7 +128,7 @@ def serve_correlations(
     require_servable(config)
     identity, listen = _identity(config, DEALER), _listen(config, DEALER)
 
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
+    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
         return session_links(identity, config, visit.hospital, agreement, config.runtime.receive_timeout, observer)
 
     def serve(links: Links, visit: Visit) -> None:
