@@ -32,7 +32,7 @@ from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.quantization.float_graph import prepare
 from mpc_fl.inference.inputs import as_the_model_takes_them
-from mpc_fl.inference.reference.diagnosis import _runtime, answer, ask, private_graph, public_graph
+from mpc_fl.inference.reference.diagnosis import answer, ask, private_graph, public_graph, runtime_of
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.models.architectures import build_model
@@ -41,7 +41,6 @@ from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.dealer import Dealer
-from mpc_fl.sharing.opening import SecretDomain
 
 # ---- either engine -------------------------------------------------------------------------------------------------
 
@@ -69,8 +68,8 @@ def request_diagnoses(config: Config, images: Dataset, links: Links, record: Rec
         with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=False) as pool:
             return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
     graph = public_graph(config)
-    with _runtime(config, links) as runtime:
-        return ask(config, graph, images, SecretDomain(runtime, record), notify)
+    with runtime_of(config, links) as runtime:
+        return ask(config, graph, images, runtime.domain(record), notify)
 
 
 def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:
@@ -91,8 +90,8 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
         with pool_of(config, OwnerPool, MODEL_OWNER, HOSPITAL, filling) as pool:
             return answering_session(config, calibration, links, HOSPITAL, record, pool).serve()
     graph = private_graph(config, model)
-    with _runtime(config, links) as runtime:
-        return answer(config, graph, SecretDomain(runtime, record))
+    with runtime_of(config, links) as runtime:
+        return answer(config, graph, runtime.domain(record))
 
 
 def deal_tuples(config: Config, links: Links) -> None:

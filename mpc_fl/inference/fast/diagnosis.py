@@ -27,7 +27,6 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
 
@@ -49,11 +48,6 @@ def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | 
     return calibrate(model, images if normalisation is None else normalisation.apply(images))
 
 
-def _domain_without_crypten(links: Links, hospital: str, record: Record) -> SecretDomain:
-    """`open_to` needs the zero-shares of a runtime; CrypTen itself stays as it is."""
-    return SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
-
-
 P = TypeVar("P", HospitalPool, OwnerPool)
 
 
@@ -72,7 +66,7 @@ def pool_of(
 
 def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
     """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
-    domain = _domain_without_crypten(links, links.name, record)
+    domain = SecretDomain(links, [links.name, MODEL_OWNER], record)
     return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
 
 
@@ -86,7 +80,7 @@ def answering_session(
     gate: BatchGate | None = None,
 ) -> Owner:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
-    domain, inference = _domain_without_crypten(links, hospital, record), config.inference
+    domain, inference = SecretDomain(links, [hospital, MODEL_OWNER], record), config.inference
     agreed = inference.reveal, inference.batch_size
     network, weights = model.network, model.weights.inside_protocol()
     return Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate)

@@ -72,7 +72,7 @@ class Hospital:
         pool: HospitalPool | None = None,
     ) -> None:
         self._domain, self._owner, self._dealer, self._reveal = domain, owner, dealer, reveal
-        links = domain.runtime.links
+        links = domain.links
         links.set_phase("model")
         description = links.receive_object(owner, NETWORK)
         self.network = network_from(description)
@@ -89,14 +89,14 @@ class Hospital:
         self.on_truncation: OnTruncation | None = None
 
     def _receive_masked_weights(self) -> None:
-        masked, links = {}, self._domain.runtime.links
+        masked, links = {}, self._domain.links
         for layer in self.network.linear_layers:
             tag = f"{WEIGHTS} {layer.output}"
             masked[layer.output] = links.receive_tensor(self._owner, tag, torch.int32, layer.weight_shape)
         self._masked_weights = linear_maps(self.network, masked)
 
     def _announce(self, step: str, records: int, place: Place | None = None) -> int:
-        number, links = self._announced, self._domain.runtime.links
+        number, links = self._announced, self._domain.links
         batch = {"number": number, "records": records, "reveal": self._reveal}
         if self._dealer in links.peers:
             links.send_object(self._dealer, BATCH, batch)
@@ -110,7 +110,7 @@ class Hospital:
 
         Raises `PoolError` when nothing is left in the pool and no dealer takes part.
         """
-        links = self._domain.runtime.links
+        links = self._domain.links
         links.set_phase("offline")
         pool = self._pool
         if pool is not None and pool.left and records <= pool.records:
@@ -142,7 +142,7 @@ class Hospital:
 
     def fill(self, batches: int, records: int, stored: Callable[[int], None] = lambda done: None) -> None:
         """Store `batches` batches of `records` records in the pool instead of using them. Tells `stored` how many are."""
-        links, pool = self._domain.runtime.links, self._pool
+        links, pool = self._domain.links, self._pool
         assert pool is not None
         links.set_phase("offline")
         if not pool.agreed:
@@ -165,7 +165,7 @@ class Hospital:
 
     def diagnose_together(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same for several batches, prepared in this order, that are evaluated at once."""
-        links, prepared = self._domain.runtime.links, list(self._prepared)[: len(batches)]
+        links, prepared = self._domain.links, list(self._prepared)[: len(batches)]
         for place, records in enumerate(batches):
             if place >= len(prepared) or prepared[place].records != len(records):
                 raise SecrecyError(f"no correlated randomness is prepared for a batch of {len(records)} records")
@@ -200,7 +200,7 @@ class Hospital:
 
     def _open(self, result: np.ndarray) -> torch.Tensor:
         """Step 5."""
-        opened = open_result(self._domain, self.network, self._reveal, result, self._domain.runtime.links.name)
+        opened = open_result(self._domain, self.network, self._reveal, result, self._domain.links.name)
         assert opened is not None
         if self._reveal == "label":
             return opened.to(torch.int64) % (1 << label_bits(self.network)[1])

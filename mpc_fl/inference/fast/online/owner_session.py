@@ -91,7 +91,7 @@ class Owner:
         for layer in network.linear_layers:
             if tuple(integers.biases[layer.output].shape) != (layer.weight_shape[0],):
                 raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
-        links = domain.runtime.links
+        links = domain.links
         links.set_phase("model")
         self._pool = pool
         offered = {} if pool is None else pool.offer(network, integers)
@@ -115,7 +115,7 @@ class Owner:
 
     def _tell_dealer(self, mask_seed: Seed | None) -> Seed:
         """Give it the network, and B's seed unless B is this session's; the seed in common."""
-        links = self._domain.runtime.links
+        links = self._domain.links
         given = {} if mask_seed is None else {MASK_SEED: True}
         links.send_object(self._dealer, NETWORK, {**describe(self.network), **given})
         if mask_seed is not None:
@@ -128,7 +128,7 @@ class Owner:
 
         Raises `ProtocolError` when the hospital asks for what cannot be.
         """
-        links = self._domain.runtime.links
+        links = self._domain.links
         evaluated = 0
         while True:
             message = links.receive_object(self._hospital, STEP)
@@ -177,7 +177,7 @@ class Owner:
     def _take(self, pool: OwnerPool, place: Place) -> None:
         """The same from the pool."""
         self._begin(pool.records)
-        self._domain.runtime.links.set_phase("offline")
+        self._domain.links.set_phase("offline")
         correlations = pool.take(self.network, place)
         program = program_of(self.network, pool.records, self._reveal)
         self._keep_ready(FIRST_NUMBER + place.number, pool.records, program, correlations)
@@ -193,13 +193,13 @@ class Owner:
         pool.put(Place.from_message(message), self.network, seed, corrections)
         if self._gate is not None:
             self._gate.end()
-        self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
+        self._domain.links.send_object(self._hospital, READY, {"number": number})
 
     def _made_by_dealer(
         self, message: dict[str, Any], records: int
     ) -> tuple[int, Program, Seed, dict[str, np.ndarray]]:
         """Number, pieces, own seed and corrections of a batch of `records` that the hospital announced."""
-        links = self._domain.runtime.links
+        links = self._domain.links
         links.set_phase("offline")
         number = self._announced
         if self._root is None:
@@ -223,7 +223,7 @@ class Owner:
             for name, piece in program.pieces.items():
                 if isinstance(piece, Product):
                     self._weights[name](torch.zeros(program.masks[piece.value], dtype=torch.int32))
-        self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
+        self._domain.links.send_object(self._hospital, READY, {"number": number})
 
     def _evaluate(self, numbers: Any) -> int:
         """Steps 4 and 5 for the prepared batches of these numbers; returns how many."""
@@ -232,7 +232,7 @@ class Owner:
             raise ProtocolError("the hospital asked for a batch not prepared", SAME_VERSION)
         for _ in batches:
             self._prepared.popleft()
-        links = self._domain.runtime.links
+        links = self._domain.links
         links.set_phase("online")
 
         def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:

@@ -54,7 +54,6 @@ from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 from tests.support.harness import run_parties
 
@@ -203,7 +202,7 @@ def session(
         return seen
     note_order(links, seen.events)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
-    domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
+    domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == OWNER:
         network, integers = make()
         owner = Owner(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
@@ -440,7 +439,7 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     if links.name == "dealer":
         deal(links, HOSPITAL, OWNER)
     record = OpeningRecord(Path(os.devnull), links.name)
-    domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
+    domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == HOSPITAL:
         hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
         for count in counts:
