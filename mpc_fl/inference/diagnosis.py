@@ -52,7 +52,7 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
     alone shall be opened by an engine that opens logits.
     """
     if model is None:
-        model = build_model(config, config.data.input_shape, config.seed)
+        model = build_model(config)
     if config.inference.engine == "fast":
         prepare(model)
         return
