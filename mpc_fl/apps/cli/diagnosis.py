@@ -51,18 +51,22 @@ def infer(
     --server and --dealer do not give are those in the configuration's federation.addresses. With --set site.pool=DIR
     batches made ahead (mpc-fl dealer fill --server) are used first.
     """
-    from mpc_fl.apps.runs import local_runs as run
-    from mpc_fl.inference.serving.client import asking
+    from mpc_fl.apps.runs.launcher import start_early
 
     if identity is not None or server is not None or dealer is not None:
+        from mpc_fl.inference.serving.client import asking
+
         settings = configure(config, overrides, images=images, identity=identity)
         _ask(asking(settings, server, dealer), out, model, as_json)
         return
     if model is None:
         raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to ask a server")
     settings = configure(config, overrides, model=model, images=images)
-    with progress_bars() as progress:
-        summary = run.infer(settings, out, command_line(), progress)
+    with start_early(settings, "infer") as starter:  # it imports while this process does
+        from mpc_fl.apps.runs import local_runs as run
+
+        with progress_bars() as progress:
+            summary = run.infer(settings, out, command_line(), progress, starter)
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
@@ -116,7 +120,7 @@ def serve(
     --set site.pool=DIR each hospital may keep batches made ahead here (mpc-fl dealer fill --server). Without
     --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
     """
-    from mpc_fl.apps.runs import local_runs as run
+    from mpc_fl.apps.runs.launcher import start_early
     from mpc_fl.apps.runs.party_process import run_alone, set_up_log
 
     settings = configure(config, overrides, model=model, identity=identity, out=out)
@@ -127,7 +131,10 @@ def serve(
     if role not in (MODEL_OWNER, DEALER):
         raise ConfigError(f"'{role}' cannot serve", "give --role model-owner or --role dealer")
     if identity is None:
-        run.serve(settings, out, lambda *_progress: None, tell)
+        with start_early(settings, "serve") as starter:
+            from mpc_fl.apps.runs import local_runs as run
+
+            run.serve(settings, out, lambda *_progress: None, tell, starter)
         return
     set_up_log(settings.site.log)
     run_alone(role, settings.with_values(task="serve"), lambda *_progress: None)

@@ -46,12 +46,15 @@ def train(
     Every hospital adds differential-privacy noise, shares its update, and only the mean is opened. Writes
     model.safetensors, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
     """
-    from mpc_fl.apps.runs import local_runs as run
+    from mpc_fl.apps.runs.launcher import start_early
 
     settings = configure(config, overrides, data=data, privacy_ledger=ledger)
-    _preflight(settings)
-    with progress_bars() as progress:
-        summary = run.train(settings, out, command_line(), progress, resume)
+    with start_early(settings, "train") as starter:
+        from mpc_fl.apps.runs import local_runs as run
+
+        _preflight(settings)
+        with progress_bars() as progress:
+            summary = run.train(settings, out, command_line(), progress, resume, starter)
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return

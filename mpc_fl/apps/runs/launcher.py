@@ -1,50 +1,39 @@
 """Run all parties of a task as separate processes of this machine, watch them, end all of them when one fails.
 
-The launcher spawns exactly the programs that `mpc-fl party` runs at a site. It talks to them through one pipe each,
-in JSON: progress and the final word. It reads none of their data. A party whose pipe to the launcher breaks ends
-itself, so that no orphan outlives a killed launcher.
+The launcher runs exactly the programs that `mpc-fl party` runs at a site, each in a process forked from a server that
+holds nothing but imported modules (`fork_server`). It talks to them through one pipe each, in JSON, and reads none of their
+data. A party whose pipe to the launcher breaks ends itself, so that no orphan outlives a killed launcher.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from mpc_fl.apps.runs.local_parties import place_parties
-from mpc_fl.apps.runs.memory import use_large_pages
-from mpc_fl.apps.runs.party_process import _party_process
+from mpc_fl.apps.runs.party_starter import PartyStarter, StartedParty, modules_to_share
 from mpc_fl.config.config import Config, may_lose_hospitals
 from mpc_fl.errors import RunFailedError
 from mpc_fl.progress import Progress
 from mpc_fl.roles import is_hospital
 
-# All processes have ended within 10 s of a failure: a party takes leave of its peers first (`transport`), and tells then.
+# All processes have ended within 10 s of a failure: a party takes leave of its peers first, and tells then.
 CAUSE_GRACE = 3.0
 TERMINATE_GRACE = 3.0
 LATECOMER_GRACE = 10.0
 
 
-# ---- in the party's process --------------------------------------------------------------------------------------------
-
-
-# ---- in the launcher ---------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Party:
     name: str
-    process: Any
+    process: StartedParty
     pipe: Connection
     finished: bool = False
     error: str | None = None
@@ -115,7 +104,7 @@ class _Watch:
         self._finished_at = self._finished_at or time.monotonic()
         if time.monotonic() - self._finished_at > LATECOMER_GRACE:
             for party in late:
-                party.process.kill()
+                party.process.signal(signal.SIGKILL)
                 party.finished, party.error, party.open = True, None, False
 
     @staticmethod
@@ -123,35 +112,13 @@ class _Watch:
         return party.process.exitcode is not None and not party.open and not party.finished
 
 
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started within never see SIGINT: Ctrl-C reaches them too, but the launcher handles it for all.
-
-    One that arrives meanwhile is delivered to the launcher at the end. (Python's own handler would only be replaced
-    after the imports of a party, and print a traceback until then.) So are SIGTERM and SIGHUP, which the processes themselves
-    keep: a party that exists and was not yet told what to do would print a traceback, too.
-    """
-    multiprocessing.resource_tracker.ensure_running()  # its start would unblock the signal
-    late: list[int] = []
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # nobody else can be interrupted
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in handlers:
-        signal.signal(number, lambda arrived, _frame: late.append(arrived))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for arrived in late:
-            signal.raise_signal(arrived)
+def start_early(config: Config, task: str) -> PartyStarter:
+    """A starter for `launch`, begun before this process reads anything secret: both import at the same time."""
+    return PartyStarter(modules_to_share(config.with_values(task=task)))
 
 
-def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
-    """Run every party of the task to its end.
+def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStarter | None = None) -> list[str]:
+    """Run every party of the task to its end, started by `starter` or by one of its own.
 
     Hospitals that are lost are started again `runtime.restarts` times each; then the run goes on without them as long as
     the quorum holds. Returns the names of lost hospitals, as often as they were lost.
@@ -159,20 +126,16 @@ def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
     Raises `RunFailedError` naming the party that failed and why, after all processes have ended (within
     `CAUSE_GRACE` + `TERMINATE_GRACE` seconds, then by force). `KeyboardInterrupt` ends them too and is raised again.
     """
+    if starter is None:
+        with start_early(config, config.task) as own:
+            return launch(config, run_dir, progress, own)
     placed = place_parties(config, run_dir)
-    use_large_pages()
-    context = multiprocessing.get_context("spawn")
 
     def start(name: str, again: bool) -> _Party:
-        here, there = context.Pipe()
         values = placed[name].model_dump(mode="json")
         values["site"]["resume"] = values["site"]["resume"] or again
-        # A daemon ends with this process even if an interrupt comes before it is on the list.
-        process = context.Process(target=_party_process, args=(name, values, there), name=name, daemon=True)
-        with _without_interrupts():
-            process.start()
-        there.close()
-        return _Party(name, process, here)
+        process = starter.start(name, values)
+        return _Party(name, process, process.pipe)
 
     watch = _Watch(start)
     if may_lose_hospitals(config):
@@ -182,6 +145,8 @@ def launch(config: Config, run_dir: Path, progress: Progress) -> list[str]:
         for name in placed:
             watch.parties.append(start(name, False))
         failures = _watch(watch, progress)
+        if any(party.process.lost for party in failures):
+            raise starter.failure()
     finally:
         _end_all(watch.parties)
     if failures:
@@ -199,6 +164,8 @@ def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
             multiprocessing.connection.wait(waiting, timeout=0.5)
         for party in watch.parties:
             watch.read(party, progress)
+        if any(party.process.lost for party in watch.parties):
+            return [party for party in watch.parties if party.process.lost]
         watch.do_without(progress)
         watch.give_up_latecomers()
         failures = watch.failures()
@@ -215,13 +182,14 @@ def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
 def _end_all(parties: list[_Party]) -> None:
     deadline = time.monotonic() + TERMINATE_GRACE
     for party in parties:
-        if party.process.exitcode is None and not party.finished:
-            party.process.terminate()
+        if not party.finished:
+            party.process.signal(signal.SIGTERM)
     for party in parties:
-        party.process.join(max(0.1, deadline - time.monotonic()))
-        if party.process.exitcode is None:
-            party.process.kill()
-            party.process.join()
+        if party.process.pid is not None:  # else it was not even forked
+            party.process.join(max(0.1, deadline - time.monotonic()))
+            party.process.signal(signal.SIGKILL)
+            party.process.join(TERMINATE_GRACE)
+            party.process.end_if_lost()
         party.pipe.close()
 
 
@@ -233,6 +201,7 @@ def _explain(failures: list[_Party]) -> RunFailedError:
     if first.error is not None:
         return RunFailedError(f"{first.name} failed: {first.error}")
     code, stopped = first.process.exitcode, "all other parties were stopped"
+    assert code is not None, "only a process that has ended fails without a word"
     if code == -signal.SIGKILL:
         return RunFailedError(
             f"{first.name} was killed by signal 9", f"{stopped}; the system does that too when memory runs out"

@@ -1,4 +1,7 @@
-"""local_parties"""
+"""Where the parties of a run on one machine are: addresses, identities, a directory and a configuration for each.
+
+Each party gets what a site would have: its own key, and the files of its own role alone.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.party_process import run_alone
+from mpc_fl.apps.runs.party_starter import PartyStarter
 from mpc_fl.apps.runs.run_directory import count_parameters, forget_identities, run_directory, versions
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
@@ -49,7 +50,14 @@ from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
 
-def train(config: Config, out: Path, command: str, progress: Progress, resume: bool = False) -> TrainingSummary:
+def train(
+    config: Config,
+    out: Path,
+    command: str,
+    progress: Progress,
+    resume: bool = False,
+    starter: PartyStarter | None = None,
+) -> TrainingSummary:
     """Train in local processes, or go on with a run that failed; return the summary.
 
     Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
@@ -58,7 +66,7 @@ def train(config: Config, out: Path, command: str, progress: Progress, resume: b
     with run_directory(out, resume) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
-        lost = launch(config, directory, progress)
+        lost = launch(config, directory, progress, starter)
         aggregator = directory / "parties" / AGGREGATOR
         for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
             (aggregator / name).rename(directory / name)
@@ -114,7 +122,9 @@ def _conclude(directory: Path, summary: Summary) -> None:
     write_report(directory)
 
 
-def infer(config: Config, out: Path, command: str, progress: Progress) -> DiagnosisSummary:
+def infer(
+    config: Config, out: Path, command: str, progress: Progress, starter: PartyStarter | None = None
+) -> DiagnosisSummary:
     """Encrypted diagnosis in local processes; return the summary. Raises `RunFailedError`, `ModelError`, `DataError`."""
     config = config.with_values(task="infer")
     if config.site.model is None:
@@ -122,10 +132,12 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> Diagno
     # What is wrong with model, network or images is told before processes start.
     require_supported(config, load_model(config.site.model, config))
     images = load_images(config.site.images, config, config.inference.limit)
+    import mpc_fl.apps.report.page  # noqa: F401 - while the parties' process still imports, not when all wait for the report
+
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
-        launch(config, directory, progress)
+        launch(config, directory, progress, starter)
         forget_identities(config, directory)
         results = _results(directory / "parties" / HOSPITAL)
         comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
@@ -155,7 +167,13 @@ def _seconds_per_image(results: list[ImageResult]) -> float:
     return round(sum(result.seconds for result in results) / len(results), 3)
 
 
-def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[Path], None]) -> None:
+def serve(
+    config: Config,
+    directory: Path,
+    progress: Progress,
+    tell: Callable[[Path], None],
+    starter: PartyStarter | None = None,
+) -> None:
     """Keep a model owner and a dealer up in local processes until an interrupt; `directory` is kept from start to start.
 
     Makes identities for them and all hospitals of the federation in `directory`/parties/NAME/identity, and tells `tell` the
@@ -184,7 +202,7 @@ def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[P
                 tell(directory / "federation.yaml")
 
     serving: set[str] = set()
-    launch(config, directory, ready)
+    launch(config, directory, ready, starter)
 
 
 def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDiagnosisSummary:

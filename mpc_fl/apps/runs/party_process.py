@@ -1,7 +1,13 @@
-"""party_process"""
+"""A party's process: one role's program, its log, and how it ends.
+
+At a site the command line runs it (`run_alone`). On one machine the launcher has it forked (`party_process`), with one pipe
+between the two, in JSON: the launcher sends name and configuration, then nothing; the party sends progress and the final
+word. A party whose pipe breaks ends itself, so that no orphan outlives a killed launcher.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -29,7 +35,7 @@ ORPHANED = 3  # exit status of a party whose launcher is gone
 
 
 def _end_with_launcher(pipe: Connection) -> None:
-    """The launcher never writes: the pipe becomes readable only when it is gone."""
+    """The launcher has told everything: the pipe becomes readable only when it is gone."""
     while not pipe.poll(None):
         pass
     os._exit(ORPHANED)
@@ -82,7 +88,20 @@ def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]
         raise unforeseen(error) from None
 
 
-def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoReturn:
+def _show_name(name: str) -> None:
+    """Let `ps` and `top` tell the parties apart, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name, encoding="ascii")
+
+
+def party_process(pipe: Connection) -> NoReturn:
+    """Be the party that the launcher names over `pipe`, until its program ends or the launcher is gone."""
+    try:
+        told = json.loads(pipe.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(ORPHANED)
+    name: str = told["name"]
+    _show_name(name)
     lock = threading.Lock()
     threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
 
@@ -96,7 +115,7 @@ def _party_process(name: str, values: dict[str, Any], pipe: Connection) -> NoRet
     log = logging.getLogger("mpc_fl")
     code = 0
     try:
-        config = parse_config(values, f"configuration of {name}")
+        config = parse_config(told["values"], f"configuration of {name}")
         set_up_log(config.site.log)
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
         tell(finished=True)

@@ -60,6 +60,8 @@ def _keep_logs(partial: Path, failed: Path) -> None:
     shutil.rmtree(failed, ignore_errors=True)
     logs = partial / "logs"
     if _resumable(partial):
+        for half in partial.rglob(".*.partial"):  # a party was ended while it wrote a file (`files.written_whole`)
+            half.unlink()
         partial.rename(failed)
         return
     if logs.is_dir() and any(logs.iterdir()):

@@ -111,13 +111,13 @@ class ShapeTensor:
 
     @staticmethod
     def cat(tensors: Sequence[ShapeTensor], dim: int = 0) -> ShapeTensor:
-        return tensors[0]._like(torch.cat([tensor.meta for tensor in tensors], dim), tensors[0].bit)
+        joined = torch.cat([_zeros(tensor.meta.shape) for tensor in tensors], dim)
+        return tensors[0]._like(tensors[0].meta.new_empty(joined.shape), tensors[0].bit)
 
     # -- sums: local
     def add(self, other: Any) -> ShapeTensor:
         y = other.meta if isinstance(other, ShapeTensor) else other
-        shape = self.meta + (y.to("meta") if isinstance(y, torch.Tensor) else y)
-        return self._like(shape, self.bit and (not isinstance(other, ShapeTensor) or other.bit))
+        return self._like(_together(self.meta, y), self.bit and (not isinstance(other, ShapeTensor) or other.bit))
 
     def __neg__(self) -> ShapeTensor:
         return self._like(self.meta, self.bit)
@@ -127,10 +127,10 @@ class ShapeTensor:
     # -- products
     def mul(self, other: Any) -> ShapeTensor:
         if isinstance(other, ShapeTensor):
-            return self._product(other, self.meta * other.meta, 1)
+            return self._product(other, _together(self.meta, other.meta), 1)
         if isinstance(other, torch.Tensor):
             whole = self.bit or not other.is_floating_point()
-            result = self._like(self.meta * other.to("meta"), self.bit)
+            result = self._like(_together(self.meta, other), self.bit)
         else:
             whole = self.bit or isinstance(other, int)
             result = self._like(self.meta, self.bit)
@@ -155,11 +155,21 @@ class ShapeTensor:
         return self._like(self.meta)
 
     def matmul(self, other: ShapeTensor) -> ShapeTensor:
-        return self._product(other, self.meta.matmul(other.meta), self.meta.size(-1))
+        if other.meta.dim() != 2:
+            return self._product(other, self.meta.matmul(other.meta), self.meta.size(-1))
+        if self.meta.size(-1) != other.meta.size(0):
+            raise RuntimeError(f"{self.meta.size(-1)} columns cannot be multiplied with {other.meta.size(0)} rows")
+        shape = (*self.meta.shape[:-1], other.meta.size(1))
+        return self._product(other, self.meta.new_empty(shape), self.meta.size(-1))
 
     def conv2d(self, weight: ShapeTensor, **options: Any) -> ShapeTensor:
         terms = weight.meta[0].numel()
-        return self._product(weight, torch.conv2d(self.meta, weight.meta, **options), terms)
+        channels = weight.meta.size(1) * options.get("groups", 1)
+        if self.meta.size(1) != channels:
+            raise RuntimeError(f"expected {channels} channels, got {self.meta.size(1)}")
+        plane = torch.conv2d(_plane(self.meta), _plane(weight.meta), **{**options, "groups": 1})
+        shape = (self.meta.size(0), weight.meta.size(0), *plane.shape[2:])
+        return self._product(weight, self.meta.new_empty(shape), terms)
 
     # -- truncated division by a public integer
     def div(self, divisor: Any) -> ShapeTensor:
@@ -167,11 +177,11 @@ class ShapeTensor:
         return self._like(self.meta)
 
     def mean(self, dim: Any, keepdim: bool = False) -> ShapeTensor:
-        return self._like(self.meta.mean(dim, keepdim)).div(0)
+        return self._like(self.meta.new_empty(_zeros(self.meta.shape).sum(dim, keepdim).shape)).div(0)
 
     def avg_pool2d(self, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> ShapeTensor:
-        pooled = torch.nn.functional.avg_pool2d(self.meta, kernel_size, stride, padding, ceil_mode)
-        return self._like(pooled).div(0)
+        plane = torch.nn.functional.avg_pool2d(_plane(self.meta), kernel_size, stride, padding, ceil_mode)
+        return self._like(self.meta.new_empty((*self.meta.shape[:2], *plane.shape[2:]))).div(0)
 
     # -- comparisons
     def ge(self, bound: Any) -> ShapeTensor:
@@ -182,8 +192,28 @@ class ShapeTensor:
         return self * self.ge(0)
 
     def hardtanh(self, low: float, high: float) -> ShapeTensor:
-        both = self._like(torch.stack([self.meta, self.meta])).relu()
+        both = self._like(self.meta.new_empty((2, *self.meta.shape))).relu()
         return both[0]
+
+
+# Torch would work these shapes out on the meta device, too, but imports its compiler at the first such operation: a second
+# of the start of a run.
+
+
+def _zeros(shape: Sequence[int]) -> torch.Tensor:
+    return torch.zeros(()).expand(tuple(shape))
+
+
+def _plane(meta: torch.Tensor) -> torch.Tensor:
+    """One channel of one record of (N, C, H, W), of zeros: what becomes of its height and width holds for all."""
+    return torch.zeros(1, 1, *meta.shape[2:])
+
+
+def _together(meta: torch.Tensor, other: Any) -> torch.Tensor:
+    """The shape of a sum or product. Raises `RuntimeError` if the two do not fit."""
+    if not isinstance(other, torch.Tensor):
+        return meta
+    return meta.new_empty(torch.broadcast_tensors(_zeros(meta.shape), _zeros(other.shape))[0].shape)
 
 
 _LOCAL = frozenset({"flatten", "index_select", "permute", "reshape", "sum", "t", "unsqueeze"})

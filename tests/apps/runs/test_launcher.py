@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import re
 import signal
@@ -102,7 +101,8 @@ def failing_run(out: Path, values: dict[str, object], strike: Callable[[str, str
 
 
 def running_parties() -> dict[str, psutil.Process]:
-    return {child.name: psutil.Process(child.pid) for child in multiprocessing.active_children()}
+    processes = {process.name(): process for process in psutil.Process().children(recursive=True)}
+    return {name: process for name, process in processes.items() if name in PARTIES}
 
 
 @pytest.mark.processes
@@ -118,6 +118,21 @@ def test_a_killed_party_is_named(tmp_path: Path, number: signal.Signals, record_
 
     message = failing_run(tmp_path / "run", ENDLESS, strike, record_property)
     assert message.startswith(f"hospital-1 was killed by signal {int(number)}: all other parties were stopped")
+
+
+@pytest.mark.processes
+def test_a_killed_fork_server_is_named_and_its_parties_end(tmp_path: Path, record_property: Record) -> None:
+    """Nobody tells of the ends of its parties any more; one of them hangs."""
+
+    def strike(party: str, phase: str, done: int) -> bool:
+        ready = (party, phase) == ("hospital-1", "training") and done >= 3
+        if ready:
+            running_parties()["hospital-0"].suspend()
+            running_parties()["hospital-1"].parent().kill()
+        return ready
+
+    message = failing_run(tmp_path / "run", ENDLESS, strike, record_property)
+    assert message == "the process that parties are forked from was killed by signal 9: all parties were stopped"
 
 
 @pytest.mark.processes
@@ -169,10 +184,11 @@ class Command:
         return self._said.read_text()
 
     def wait_for_parties(self) -> list[psutil.Process]:
-        """Wait until all parties have been started; the launcher and they."""
-        helper = 1  # multiprocessing's resource tracker
-        eventually(lambda: len(self.launcher.children()) == helper + len(PARTIES), TO_START, "start of all parties")
-        return [self.launcher, *self.launcher.children()]
+        """Wait until all parties have been started; the launcher, they and the process they were forked from."""
+        helper = 1  # the fork server
+        found = lambda: self.launcher.children(recursive=True)  # noqa: E731
+        eventually(lambda: len(found()) == helper + len(PARTIES), TO_START, "start of all parties")
+        return [self.launcher, *found()]
 
     def wait_for(self, pattern: str) -> list[psutil.Process]:
         """Wait until a file of that name is there; all processes of the run, the launcher first."""
@@ -214,7 +230,7 @@ def test_ctrl_c_stops_every_party(command: Command, record_property: Record) -> 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_launcher_stopped_while_parties_start(command: Command, record_property: Record) -> None:
-    """The parties are still importing, long before they could be told anything."""
+    """The parties were just forked."""
     processes = command.wait_for_parties()
     began = time.monotonic()
     command.launcher.terminate()
