@@ -15,8 +15,8 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ConfigError, ProtocolError
 from mpc_fl.inference.fast.network import IntegerWeights, Network
-from mpc_fl.inference.fast.online.hospital_session import Hospital
-from mpc_fl.inference.fast.online.owner_session import BatchGate, Owner
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.owner_session import BatchGate, OwnerSession
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.preprocessing.pool import Purpose
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate
@@ -70,10 +70,10 @@ def pool_of(
     return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
 
 
-def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
+def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> HospitalSession:
     """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
     domain = _domain_without_crypten(links, links.name, record)
-    return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
+    return HospitalSession(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
 
 
 def answering_session(
@@ -84,12 +84,12 @@ def answering_session(
     record: Record,
     pool: OwnerPool | None,
     gate: BatchGate | None = None,
-) -> Owner:
+) -> OwnerSession:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
     domain, inference = _domain_without_crypten(links, hospital, record), config.inference
     agreed = inference.reveal, inference.batch_size
     network, weights = model.network, model.weights.inside_protocol()
-    return Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate)
+    return OwnerSession(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate)
 
 
 def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> None:
@@ -101,7 +101,7 @@ def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> N
         fill_with(config, asking_session(config, links, record, pool), notify)
 
 
-def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
+def fill_with(config: Config, hospital: HospitalSession, notify: Notify) -> None:
     """Store `inference.fill` batches in the pool of a hospital whose session has begun; the session ends with the last."""
     inference = config.inference
     _require_agreed(config, hospital.network)
@@ -109,7 +109,7 @@ def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
     hospital.finish()
 
 
-def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify: Notify) -> Iterator[Diagnosis]:
+def diagnose_batches(config: Config, images: Dataset, hospital: HospitalSession, notify: Notify) -> Iterator[Diagnosis]:
     """One `Diagnosis` per record of `images`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
     _require_agreed(config, hospital.network)
     count = len(images.inputs)

@@ -40,7 +40,7 @@ from mpc_fl.inference.serving.visits import Visit
 # ---- one session's gate ------------------------------------------------------------------------------------------------
 
 
-class Gate:
+class SessionGate:
     """What `fast.owner_session.Owner` asks before each batch of one session (`BatchGate`).
 
     `check` raises when there is nobody to wait for any more; the model owner keeps `pool_batches` for each hospital.
@@ -53,7 +53,7 @@ class Gate:
         self._pool_batches, self._has_turn = pool_batches, False
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Gate]:
+    def session(self) -> Iterator[SessionGate]:
         """However the session ends, its turn ends with it."""
         try:
             yield self

@@ -22,8 +22,8 @@ from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool
 from mpc_fl.inference.serving.client import log
 from mpc_fl.inference.serving.front import ServiceFront
-from mpc_fl.inference.serving.gate import Gate
-from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, limits_of
+from mpc_fl.inference.serving.gate import SessionGate
+from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, quotas_of
 from mpc_fl.inference.serving.service_links import _REFUSED, _identity, _listen, require_servable, session_links
 from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit, service_digest
@@ -76,7 +76,9 @@ class _OneByOne:
             return self._record.append(what, why, shape, to, among, privacy)
 
 
-def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
+def answer_hospital(
+    config: Config, model: ServedModel, links: Links, visit: Visit, gate: SessionGate, record: Record
+) -> None:
     """One session: as many batches as the hospital asks for and its limits allow, answered or stored in its pool."""
     hospital, filling = visit.hospital, visit.purpose == "fill"
     try:
@@ -106,7 +108,7 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     identity, out, listen = _identity(config, MODEL_OWNER), site_directory(config), _listen(config, MODEL_OWNER)
     model, serving = served_model(config), config.serving
     notify("load model", 1, 1)
-    usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
+    usage, turns = UsageLedger(out, quotas_of(config)), Turns(serving.turns, serving.patience)
     record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
 
     def make_links(visit: Visit, agreement: Agreement) -> Links:
@@ -117,7 +119,7 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
         return session_links(identity, config, visit.hospital, agreement, serving.deadline, observer)
 
     def serve(links: Links, visit: Visit) -> None:
-        gate = Gate(visit, turns, usage, serving.pool_batches, links.require_all)
+        gate = SessionGate(visit, turns, usage, serving.pool_batches, links.require_all)
         answer_hospital(config, model, links, visit, gate, record)
 
     digest, rate = service_digest(config), SessionRate(serving.sessions_per_minute)

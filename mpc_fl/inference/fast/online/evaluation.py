@@ -46,7 +46,7 @@ from mpc_fl.inference.fast.network import (
 )
 from mpc_fl.inference.fast.online.comparison import compare
 from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, OneTime, OwnerCorrelations, level_name
-from mpc_fl.inference.fast.preprocessing.cost import Chain
+from mpc_fl.inference.fast.preprocessing.cost import MessageChain
 from mpc_fl.inference.fast.preprocessing.gate_correlation import GateMaterial
 from mpc_fl.links.links import Links
 
@@ -65,7 +65,7 @@ def as_channels_first(values: np.ndarray) -> np.ndarray:
 
 
 @dataclass(repr=False)
-class _Party(ABC):
+class _PartyEvaluation(ABC):
     """What both parties do alike."""
 
     network: Network
@@ -75,7 +75,7 @@ class _Party(ABC):
     first: bool
     gates: OneTime[GateMaterial]
     on_truncation: OnTruncation | None = None
-    chain: Chain = field(default_factory=Chain)
+    chain: MessageChain = field(default_factory=MessageChain)
 
     @abstractmethod
     def announce(self, name: str, share: np.ndarray) -> None:
@@ -188,7 +188,7 @@ class _Party(ABC):
 
 
 @dataclass(repr=False)
-class ClientEvaluation(_Party):
+class ClientEvaluation(_PartyEvaluation):
     """C's side of one evaluation."""
 
     masks: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
@@ -206,7 +206,7 @@ class ClientEvaluation(_Party):
 
 
 @dataclass(repr=False)
-class OwnerEvaluation(_Party):
+class OwnerEvaluation(_PartyEvaluation):
     """S's side of one evaluation."""
 
     weights: Mapping[str, LinearMap] = field(default_factory=dict)

@@ -41,7 +41,7 @@ from mpc_fl.inference.fast.online.evaluation import (
 )
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
-from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, client_correlations, program_of
+from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, client_correlations, correlation_plan
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -56,7 +56,7 @@ class _ClientBatch:
     correlations: ClientCorrelations
 
 
-class Hospital:
+class HospitalSession:
     """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`.
 
     With a pool that S holds the other half of, batches come from it while there are some; then from the dealer, if one
@@ -137,8 +137,8 @@ class Hospital:
         if self._masked_weights is None:
             assert self._pool is not None
             self._masked_weights = linear_maps(self.network, self._pool.masked_weights(self.network))
-        program, seed = program_of(self.network, records, self._reveal), self._root.derive("batch", number)
-        return number, seed, client_correlations(program, seed.again(), self._masked_weights)
+        plan, seed = correlation_plan(self.network, records, self._reveal), self._root.derive("batch", number)
+        return number, seed, client_correlations(plan, seed.again(), self._masked_weights)
 
     def fill(self, batches: int, records: int, stored: Callable[[int], None] = lambda done: None) -> None:
         """Store `batches` batches of `records` records in the pool instead of using them. Tells `stored` how many are."""

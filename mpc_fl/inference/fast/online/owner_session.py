@@ -34,11 +34,11 @@ from mpc_fl.inference.fast.online.evaluation import (
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
+    CorrelationPlan,
+    LinearProduct,
     OwnerCorrelations,
-    Product,
-    Program,
+    correlation_plan,
     owner_correlations,
-    program_of,
 )
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool
 from mpc_fl.sharing.opening import SecretDomain
@@ -66,7 +66,7 @@ class BatchGate(Protocol):
         """Before one more batch is put into a pool that holds `stored`; `end` follows."""
 
 
-class Owner:
+class OwnerSession:
     """S's side of a session: the weights stay here.
 
     It agrees to nothing but `reveal`, batches of `largest_batch`, and `at_once` prepared ones; `gate` is asked before each.
@@ -171,16 +171,16 @@ class Owner:
         """Steps 2 and 3."""
         records = self._agreed_size(message)
         self._begin(records)
-        number, program, seed, corrections = self._made_by_dealer(message, records)
-        self._keep_ready(number, records, program, owner_correlations(program, seed, corrections))
+        number, plan, seed, corrections = self._made_by_dealer(message, records)
+        self._keep_ready(number, records, plan, owner_correlations(plan, seed, corrections))
 
     def _take(self, pool: OwnerPool, place: Place) -> None:
         """The same from the pool."""
         self._begin(pool.records)
         self._domain.runtime.links.set_phase("offline")
         correlations = pool.take(self.network, place)
-        program = program_of(self.network, pool.records, self._reveal)
-        self._keep_ready(FIRST_NUMBER + place.number, pool.records, program, correlations)
+        plan = correlation_plan(self.network, pool.records, self._reveal)
+        self._keep_ready(FIRST_NUMBER + place.number, pool.records, plan, correlations)
 
     def _fill(self, pool: OwnerPool, message: dict[str, Any]) -> None:
         """Store a batch in the pool."""
@@ -197,7 +197,7 @@ class Owner:
 
     def _made_by_dealer(
         self, message: dict[str, Any], records: int
-    ) -> tuple[int, Program, Seed, dict[str, np.ndarray]]:
+    ) -> tuple[int, CorrelationPlan, Seed, dict[str, np.ndarray]]:
         """Number, pieces, own seed and corrections of a batch of `records` that the hospital announced."""
         links = self._domain.runtime.links
         links.set_phase("offline")
@@ -206,23 +206,23 @@ class Owner:
             raise ProtocolError("the hospital asked for a batch of a dealer that takes no part", "fill the pool")
         links.send_object(self._dealer, BATCH, message)
         self._announced += 1
-        program = program_of(self.network, records, self._reveal)
+        plan = correlation_plan(self.network, records, self._reveal)
         corrections = {
             name: links.receive_tensor(
                 self._dealer, correction_tag(number), torch.uint8, (piece.correction_bytes,)
             ).numpy()
-            for name, piece in program.pieces.items()
+            for name, piece in plan.pieces.items()
         }
-        return number, program, self._root.derive("batch", number), corrections
+        return number, plan, self._root.derive("batch", number), corrections
 
-    def _keep_ready(self, number: int, records: int, program: Program, correlations: OwnerCorrelations) -> None:
+    def _keep_ready(self, number: int, records: int, plan: CorrelationPlan, correlations: OwnerCorrelations) -> None:
         """For the hospital to evaluate."""
         self._prepared.append(_OwnerBatch(number, records, correlations))
         if records not in self._warm:  # the fastest way of each convolution is measured now, not while an image waits
             self._warm.add(records)
-            for name, piece in program.pieces.items():
-                if isinstance(piece, Product):
-                    self._weights[name](torch.zeros(program.masks[piece.value], dtype=torch.int32))
+            for name, piece in plan.pieces.items():
+                if isinstance(piece, LinearProduct):
+                    self._weights[name](torch.zeros(plan.masks[piece.value], dtype=torch.int32))
         self._domain.runtime.links.send_object(self._hospital, READY, {"number": number})
 
     def _evaluate(self, numbers: Any) -> int:

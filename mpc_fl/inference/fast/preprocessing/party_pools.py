@@ -44,12 +44,12 @@ from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
 from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
     ClientCorrelations,
+    CorrelationPlan,
+    LinearProduct,
     OwnerCorrelations,
-    Product,
-    Program,
     client_correlations,
+    correlation_plan,
     owner_correlations,
-    program_of,
     split_corrections,
 )
 from mpc_fl.inference.fast.preprocessing.pool import Pool, Purpose, Terms, create_pool, is_pool, open_pool
@@ -194,9 +194,9 @@ class _PartyPool:
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _program(self, network: Network) -> Program:
+    def _plan(self, network: Network) -> CorrelationPlan:
         terms = self._agreed_pool().terms
-        return program_of(network, terms.records, self._reveal)
+        return correlation_plan(network, terms.records, self._reveal)
 
     def _put(self, place: Place, seed: Seed, words: np.ndarray) -> None:
         content = np.zeros(_HEAD + len(words), dtype=np.uint8)
@@ -249,7 +249,7 @@ class HospitalPool(_PartyPool):
 
     def put(self, place: Place, network: Network, seed: Seed, correlations: ClientCorrelations) -> None:
         """Store a batch: its seed, and the products that were computed from it."""
-        words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._program(network))]
+        words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._plan(network))]
         self._put(place, seed, torch.cat(words).numpy().view(np.uint8))
 
     def propose(self) -> Place:
@@ -258,14 +258,14 @@ class HospitalPool(_PartyPool):
 
     def take(self, network: Network, place: Place) -> ClientCorrelations:
         """The batch that was proposed, used up from now on."""
-        program = self._program(network)
-        shapes = _product_shapes(program)
+        plan = self._plan(network)
+        shapes = _product_shapes(plan)
         size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
         found, seed, words = self._take(self._common.popleft(), size)
         if found != place:
             raise ProtocolError("the next batch of the pool is not the one that was proposed", "restart the session")
         products = _split(torch.from_numpy(words.view(np.int32)), shapes)
-        return client_correlations(program, seed, {}, products)
+        return client_correlations(plan, seed, {}, products)
 
 
 class OwnerPool(_PartyPool):
@@ -304,9 +304,9 @@ class OwnerPool(_PartyPool):
         if place.number != self._place:
             raise ProtocolError("the hospital named a place in the pool that is not next", SAME_VERSION)
         self._place += 1
-        program = self._program(network)
-        words = np.zeros(program.stored_bytes, dtype=np.uint8)
-        for name, view in split_corrections(program, words).items():
+        plan = self._plan(network)
+        words = np.zeros(plan.stored_bytes, dtype=np.uint8)
+        for name, view in split_corrections(plan, words).items():
             view[:] = corrections[name]
         self._put(place, seed, words)
 
@@ -314,15 +314,15 @@ class OwnerPool(_PartyPool):
         """The batch that the hospital took. Raises `ProtocolError` for one that not both have left, or of another tag."""
         if not self._common or place.number != self._common[0]:
             raise ProtocolError("the hospital asked for a batch that is not next in the pool", "restart the session")
-        program = self._program(network)
-        found, seed, words = self._take(self._common.popleft(), program.stored_bytes)
+        plan = self._plan(network)
+        found, seed, words = self._take(self._common.popleft(), plan.stored_bytes)
         if found != place:
             raise ProtocolError("the two parties hold halves of different batches", "fill a new pool at both")
-        return owner_correlations(program, seed, split_corrections(program, words))
+        return owner_correlations(plan, seed, split_corrections(plan, words))
 
 
-def _product_shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: piece.shape for name, piece in program.pieces.items() if isinstance(piece, Product)}
+def _product_shapes(plan: CorrelationPlan) -> dict[str, tuple[int, ...]]:
+    return {name: piece.shape for name, piece in plan.pieces.items() if isinstance(piece, LinearProduct)}
 
 
 def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

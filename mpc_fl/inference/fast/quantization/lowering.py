@@ -33,7 +33,7 @@ from mpc_fl.inference.fast.network import (
     SignExtend,
     Value,
 )
-from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scale_plan import ScalePlan
 from mpc_fl.inference.fast.quantization.scales import (
     AVERAGES,
     MAX_POOLS,
@@ -54,7 +54,7 @@ _LEAST_WEIGHT = 32  # what the largest integer weight of a layer must reach
 
 
 @dataclass(frozen=True)
-class Limit:
+class RangeLimit:
     """The operation `operation` (`path` for the user) gives wrong results beyond magnitude `limit`."""
 
     operation: str
@@ -64,26 +64,26 @@ class Limit:
 
 def lower(
     graph: Trace, seen: Mapping[str, Seen], inputs: Mapping[str, Inputs], precision: Precision
-) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
+) -> tuple[Network, IntegerWeights, tuple[RangeLimit, ...]]:
     """The integer network, its weights, and the range of every truncated value.
 
     `seen` is keyed by operation and input, `inputs` by operation with weights. Raises `HeadroomError` naming a layer whose range
     leaves too few bits, `UnsupportedLayerError` for one that integers cannot express.
     """
-    return _Lowering(Plan(graph, seen, inputs, precision)).run()
+    return _Lowering(ScalePlan(graph, seen, inputs, precision)).run()
 
 
 class _Lowering:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ScalePlan) -> None:
         self.plan = plan
         self.layers: list[Layer] = []
         self.values: dict[str, Value] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.biases: dict[str, torch.Tensor] = {}
         self.forms: dict[tuple[str, str], tuple[str, Scale]] = {}
-        self.limits: list[Limit] = []
+        self.limits: list[RangeLimit] = []
 
-    def run(self) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
+    def run(self) -> tuple[Network, IntegerWeights, tuple[RangeLimit, ...]]:
         graph = self.plan.graph
         scale = self.plan.group[graph.input].scale
         self._value(graph.input, graph.input, RING_BITS, scale)
@@ -182,7 +182,7 @@ class _Lowering:
             return
         if demanded - {"sum"}:
             self._narrow(name, source, scale)
-            self.limits.append(Limit(name, operation.path, group.limit))
+            self.limits.append(RangeLimit(name, operation.path, group.limit))
         if "wide" in demanded:
             self._extend(name)
 

@@ -45,7 +45,7 @@ _SMALL_WEIGHT = 32  # what the largest integer weight of a layer should reach
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 
 
-class Plan:
+class ScalePlan:
     """Forms, groups and exponents of every value of a network, by operation and input.
 
     Raises `HeadroomError` naming a layer whose values do not fit a gate, `UnsupportedLayerError` for averages that have no

@@ -26,7 +26,7 @@ from mpc_fl.inference.fast.network import AveragePool, MaxPool
 from mpc_fl.inference.fast.online.comparison import Exchange, compare
 from mpc_fl.inference.fast.preprocessing import gate_correlation
 from mpc_fl.inference.fast.preprocessing.correlations import OneTime
-from mpc_fl.inference.fast.preprocessing.gate_correlation import Gate, GateMaterial, Result
+from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
 
 FALSE_ALARM = 1e-9
 
@@ -58,7 +58,7 @@ def run_pair(function: Callable[[bool, Exchange], Any]) -> tuple[tuple[Any, Any]
     return (results[0], results[1]), sent
 
 
-def materials(gate: Gate) -> tuple[GateMaterial, GateMaterial, np.ndarray]:
+def materials(gate: ComparisonGate) -> tuple[GateMaterial, GateMaterial, np.ndarray]:
     """C's and S's part, and S's correction."""
     keys = Seed.from_system().reveal_for_transport(), Seed.from_system().reveal_for_transport()
     client, owner = (Seed(key).stream("gate") for key in keys)
@@ -83,7 +83,7 @@ def split(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(values: np.ndarray, bits: int, result: Result) -> tuple[np.ndarray, tuple[Messages, Messages], Any]:
-    gate = Gate(bits, len(values), result)
+    gate = ComparisonGate(bits, len(values), result)
     shares, (client, owner, correction) = split(values, bits), materials(gate)
     before = [share.copy() for share in shares]
     outputs, sent = run_pair(
@@ -160,21 +160,21 @@ def test_packing(bits: int, numbers: list[int]) -> None:
 
 
 def test_a_gate_of_another_size_is_refused() -> None:
-    client, _, correction = materials(Gate(20, 10, Result.WIDE))
+    client, _, correction = materials(ComparisonGate(20, 10, Result.WIDE))
     with pytest.raises(ValueError, match="another size"):
-        GateMaterial(Gate(20, 11, Result.WIDE), Seed.from_system().stream("gate"), correction)
+        GateMaterial(ComparisonGate(20, 11, Result.WIDE), Seed.from_system().stream("gate"), correction)
     with pytest.raises(ValueError, match="does not fit"):
         compare(client, np.zeros(11, dtype=np.uint32), True, lambda message, meanwhile=None: message)
     for bits, count in ((7, 1), (25, 1), (20, 0)):
         with pytest.raises(ValueError, match="8 to 24 bits"):
-            Gate(bits, count, Result.WIDE)
+            ComparisonGate(bits, count, Result.WIDE)
 
 
 def test_bytes_per_gate() -> None:
     """What the docs state, at k = 20: 3.75 bytes per direction online; corrections of 27, 21 and 18 bytes."""
     count = 6400
     for result, correction in ((Result.WIDE, 27), (Result.NARROW, 21), (Result.EXTENDED, 18)):
-        gate = Gate(20, count, result)
+        gate = ComparisonGate(20, count, result)
         assert gate.correction_bytes == correction * count
         assert packed_bytes(20, count) + 8 * (gate.masks + 1) * gate.words == 3.75 * count
 
@@ -240,7 +240,7 @@ def test_each_piece_is_handed_out_once() -> None:
 
 
 def gates_for(counts: list[int], bits: int) -> tuple[list[GateMaterial], list[GateMaterial]]:
-    made = [materials(Gate(bits, count, Result.NARROW)) for count in counts]
+    made = [materials(ComparisonGate(bits, count, Result.NARROW)) for count in counts]
     return [client for client, _, _ in made], [owner for _, owner, _ in made]
 
 

@@ -39,13 +39,13 @@ from mpc_fl.inference.fast.network import (
     Value,
     label_bits,
 )
-from mpc_fl.inference.fast.online.hospital_session import Hospital
-from mpc_fl.inference.fast.online.owner_session import Owner
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.owner_session import OwnerSession
 from mpc_fl.inference.fast.preprocessing.correlations import (
     client_correlations,
     corrections_of,
+    correlation_plan,
     owner_correlations,
-    program_of,
     split_corrections,
 )
 from mpc_fl.inference.fast.preprocessing.cost import cost_of
@@ -206,11 +206,11 @@ def session(
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == OWNER:
         network, integers = make()
-        owner = Owner(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
+        owner = OwnerSession(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
         seen.evaluated = owner.serve()
         seen.bytes_sent = links.traffic["online"][HOSPITAL].bytes_sent
         return seen
-    hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+    hospital = HospitalSession(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
     sizes = [len(records) for records in batches]  # of batches together each has its own: so shares are told apart
 
     def note(name: str, share: np.ndarray) -> None:
@@ -402,37 +402,37 @@ def test_a_malformed_batch_is_refused(message: dict[str, Any]) -> None:
 
 def test_a_used_up_correlation_is_refused() -> None:
     network, integers = small()
-    program = program_of(network, 1, "logits")
+    plan = correlation_plan(network, 1, "logits")
     masked = linear_maps(network, integers.weights)
-    correlations = client_correlations(program, Seed.from_system(), masked)
+    correlations = client_correlations(plan, Seed.from_system(), masked)
     for pieces in (correlations.masks, correlations.products, correlations.gates):
         name = next(iter(pieces._pieces))
         pieces.take(name)
         with pytest.raises(SecrecyError, match="used already"):
             pieces.take(name)
     seed = Seed.from_system()
-    client_correlations(program, seed, masked)
+    client_correlations(plan, seed, masked)
     with pytest.raises(SecrecyError, match="used twice"):  # nor are they made twice
-        client_correlations(program, seed, masked)
+        client_correlations(plan, seed, masked)
 
 
 def test_corrections_in_one_buffer() -> None:
     """What a pool stores: the same bytes, in order of use."""
     network, integers = small()
-    program = program_of(network, 2, "label")
+    plan = correlation_plan(network, 2, "label")
     maps = linear_maps(network, integers.weights)
     keys = [Seed.from_system().reveal_for_transport() for _ in range(2)]
-    buffer = np.zeros(program.stored_bytes, dtype=np.uint8)
-    for name, correction in corrections_of(program, Seed(keys[0]), Seed(keys[1]), maps):
-        split_corrections(program, buffer)[name][:] = correction
-    views = split_corrections(program, buffer.copy())
-    assert list(views) == list(program.pieces) and sum(map(len, views.values())) == program.correction_bytes
-    for name, correction in corrections_of(program, Seed(keys[0]), Seed(keys[1]), maps):
+    buffer = np.zeros(plan.stored_bytes, dtype=np.uint8)
+    for name, correction in corrections_of(plan, Seed(keys[0]), Seed(keys[1]), maps):
+        split_corrections(plan, buffer)[name][:] = correction
+    views = split_corrections(plan, buffer.copy())
+    assert list(views) == list(plan.pieces) and sum(map(len, views.values())) == plan.correction_bytes
+    for name, correction in corrections_of(plan, Seed(keys[0]), Seed(keys[1]), maps):
         assert np.array_equal(views[name], correction)
     with pytest.raises(ValueError, match="another size"):
-        split_corrections(program, buffer[:-1])
-    owned = owner_correlations(program, Seed(keys[1]), views)
-    assert owned.gates.left + owned.products.left == len(program.pieces)
+        split_corrections(plan, buffer[:-1])
+    owned = owner_correlations(plan, Seed(keys[1]), views)
+    assert owned.gates.left + owned.products.left == len(plan.pieces)
 
 
 def refuse(links: Links, reveal: str, counts: list[int]) -> str:
@@ -442,10 +442,10 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     record = OpeningRecord(Path(os.devnull), links.name)
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == HOSPITAL:
-        hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+        hospital = HospitalSession(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
         for count in counts:
             hospital.prepare(count)
-    Owner(domain, HOSPITAL, "dealer", *small(), largest_batch=2, at_once=2).serve()
+    OwnerSession(domain, HOSPITAL, "dealer", *small(), largest_batch=2, at_once=2).serve()
     return "served"
 
 
@@ -462,7 +462,7 @@ def test_the_clients_product_share_is_masked() -> None:
     zeros = {name: torch.zeros_like(tensor) for name, tensor in integers.weights.items()}
     for weights in (zeros, integers.weights):
         maps, seed = linear_maps(network, weights), Seed.from_system()
-        correlations = client_correlations(program_of(network, 60, "logits"), seed, maps)
+        correlations = client_correlations(correlation_plan(network, 60, "logits"), seed, maps)
         masks = {name: correlations.masks.take(name) for name in list(correlations.masks._pieces)}
         for layer in network.linear_layers:
             share = correlations.products.take(layer.output) - maps[layer.output](masks[layer.inputs[0]])
@@ -478,4 +478,4 @@ def test_too_many_classes_for_a_label() -> None:
         (*network.layers[:-1], dataclasses.replace(network.layers[-1], shift=10)), values, "image", "logits"
     )
     with pytest.raises(ModelError, match="do not fit a comparison"):
-        program_of(wider, 1, "label")
+        correlation_plan(wider, 1, "label")
