@@ -27,7 +27,8 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.inference.fast.kernels.integer_linear import PreparedConvolution, PreparedLinear
-from mpc_fl.inference.fast.network import RING_BITS, Convolution, Linear, Network
+from mpc_fl.inference.fast.layers import Convolution, Linear
+from mpc_fl.inference.fast.network import RING_BITS, Network
 
 
 class LinearMap:

@@ -26,24 +26,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from mpc_fl.inference.fast import layers
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_owner, truncate
 from mpc_fl.inference.fast.kernels.pooling import max_pool, maximum, sum_pool
-from mpc_fl.inference.fast.network import (
-    RING_BITS,
-    Add,
-    AveragePool,
-    Concatenate,
-    Convolution,
-    Flatten,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    ReLU,
-    SignExtend,
-    channels_last,
-    label_bits,
-)
+from mpc_fl.inference.fast.network import RING_BITS, Network, channels_last, label_bits
 from mpc_fl.inference.fast.online.comparison import compare
 from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, OneTime, OwnerCorrelations, level_name
 from mpc_fl.inference.fast.preprocessing.cost import MessageChain
@@ -82,7 +68,7 @@ class _PartyEvaluation(ABC):
         """A value that linear layers read is known."""
 
     @abstractmethod
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """This party's share of the layer's result before truncation."""
 
     def evaluate(self, share: np.ndarray) -> np.ndarray:
@@ -110,30 +96,30 @@ class _PartyEvaluation(ABC):
                     del values[name]
         return values[network.output]
 
-    def _apply(self, layer: Layer, inputs: list[np.ndarray], bits: int) -> np.ndarray:
+    def _apply(self, layer: layers.Layer, inputs: list[np.ndarray], bits: int) -> np.ndarray:
         share = inputs[0]
         mask = np.uint32((1 << bits) - 1)
         match layer:
-            case Convolution() | Linear():
+            case layers.Convolution() | layers.Linear():
                 return self.linear(layer)
-            case ReLU():
+            case layers.ReLU():
                 return self._relu(layer, share, bits)
-            case SignExtend():
+            case layers.SignExtend():
                 return self._gate(layer.output, share.reshape(-1)).reshape(share.shape)
-            case MaxPool():
+            case layers.MaxPool():
                 return max_pool(layer, share, bits, self.first, self._tournament(layer.output))
-            case AveragePool():
+            case layers.AveragePool():
                 return sum_pool(layer, share) & mask
-            case Add():
+            case layers.Add():
                 return self._sum(layer, inputs) & mask
-            case Concatenate():
+            case layers.Concatenate():
                 return np.concatenate(inputs, axis=-1)
-            case Flatten():
+            case layers.Flatten():
                 shape = self.network.values[layer.output].shape
                 return as_channels_last(as_channels_first(share).reshape(len(share), *shape))
         raise TypeError(f"layer '{layer.path}' of type {type(layer).__name__} has no protocol")
 
-    def _relu(self, layer: ReLU, share: np.ndarray, bits: int) -> np.ndarray:
+    def _relu(self, layer: layers.ReLU, share: np.ndarray, bits: int) -> np.ndarray:
         flat = share.reshape(-1)
         if layer.ceiling is None:
             return self._gate(layer.output, flat).reshape(share.shape)
@@ -146,7 +132,7 @@ class _PartyEvaluation(ABC):
             above &= np.uint32((1 << bits) - 1)
         return above.reshape(share.shape)
 
-    def _sum(self, layer: Add, inputs: list[np.ndarray]) -> np.ndarray:
+    def _sum(self, layer: layers.Add, inputs: list[np.ndarray]) -> np.ndarray:
         total = np.zeros_like(inputs[0])
         for multiplier, share in zip(layer.multipliers, inputs, strict=True):
             total += share if multiplier == 1 else share * np.uint32(multiplier & 0xFFFFFFFF)
@@ -200,7 +186,7 @@ class ClientEvaluation(_PartyEvaluation):
         self.links.send_tensor(self.peer, f"E {self.number}", masked)
         self.chain.from_client()
 
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """z_C, ready before the image."""
         return self.products.take(layer.output).numpy().view(np.uint32)
 
@@ -220,7 +206,7 @@ class OwnerEvaluation(_PartyEvaluation):
         self._masked[name] = torch.from_numpy(share.view(np.int32))
         self.chain.from_client()
 
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """z_S = W * (E + y_S) + u_S + bias."""
         name = layer.inputs[0]
         if self._readers[name] == 0:

@@ -25,7 +25,8 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_client
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
-from mpc_fl.inference.fast.network import MaxPool, Network, ReLU, Reveal, SignExtend, channels_last, label_bits
+from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.network import Network, Reveal, channels_last, label_bits
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     ComparisonGate,
     GateMaterial,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import HeadroomError
-from mpc_fl.inference.fast.network import IntegerWeights, Network
+from mpc_fl.inference.fast.network import IntegerModel
 from mpc_fl.inference.fast.quantization.float_graph import evaluate, prepare
 from mpc_fl.inference.fast.quantization.lowering import RangeLimit, lower
 from mpc_fl.inference.fast.quantization.rescaling import rescaled
@@ -41,16 +41,14 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The public `network`, the owner's `weights` (and the float network `graph`, rescaled, with its `limits`), and `ranges`, of
-    the owner's data."""
+class Calibration(IntegerModel):
+    """An integer model with what it was made from: the float network `graph`, rescaled, its `limits`, and the `ranges` that the
+    owner's data have."""
 
-    network: Network
-    weights: Private[IntegerWeights]
     precision: Precision
-    ranges: tuple[Range, ...] = field(repr=False)
-    graph: Private[Trace] = field(repr=False)
-    limits: tuple[RangeLimit, ...] = field(repr=False)
+    ranges: tuple[Range, ...]
+    graph: Private[Trace]
+    limits: tuple[RangeLimit, ...]
 
     @property
     def risk(self) -> Risk:

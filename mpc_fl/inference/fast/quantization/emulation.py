@@ -13,22 +13,9 @@ import torch
 from torch.nn import functional
 
 from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.inference.fast import layers
 from mpc_fl.inference.fast.kernels.integer_linear import PreparedConvolution, PreparedLinear
-from mpc_fl.inference.fast.network import (
-    Add,
-    AveragePool,
-    Concatenate,
-    Convolution,
-    Flatten,
-    IntegerWeights,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    ReLU,
-    SignExtend,
-    encode,
-)
+from mpc_fl.inference.fast.network import IntegerWeights, Network, encode
 
 
 def signed(elements: torch.Tensor, bits: int) -> torch.Tensor:
@@ -52,7 +39,7 @@ class Emulator:
         self._maps: dict[str, PreparedConvolution | PreparedLinear] = {}
         for layer in network.linear_layers:
             tensor = weights.weights[layer.output]
-            if isinstance(layer, Convolution):
+            if isinstance(layer, layers.Convolution):
                 geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
                 self._maps[layer.output] = PreparedConvolution(tensor, *geometry)
             else:
@@ -98,25 +85,25 @@ class Emulator:
         result = self.run(encode(self.network, records), client_shares)[output]
         return result.double() * self.network.values[output].scale
 
-    def _result(self, layer: Layer, inputs: list[torch.Tensor], bits: int) -> torch.Tensor:
+    def _result(self, layer: layers.Layer, inputs: list[torch.Tensor], bits: int) -> torch.Tensor:
         """What a layer computes before truncation, int64, not yet reduced."""
         first = inputs[0]
-        if isinstance(layer, (Convolution, Linear)):
+        if isinstance(layer, (layers.Convolution, layers.Linear)):
             bias = self.biases[layer.output].to(torch.int64)
             result = self._maps[layer.output](first.to(torch.int32)).to(torch.int64)
-            return result + (bias[:, None, None] if isinstance(layer, Convolution) else bias)
-        if isinstance(layer, ReLU):
+            return result + (bias[:, None, None] if isinstance(layer, layers.Convolution) else bias)
+        if isinstance(layer, layers.ReLU):
             return first.clamp(0, layer.ceiling)
-        if isinstance(layer, (SignExtend, Flatten)):
+        if isinstance(layer, (layers.SignExtend, layers.Flatten)):
             return first
-        if isinstance(layer, Concatenate):
+        if isinstance(layer, layers.Concatenate):
             return torch.cat(inputs, dim=1)
-        if isinstance(layer, Add):
+        if isinstance(layer, layers.Add):
             return sum((m * x for m, x in zip(layer.multipliers, inputs, strict=True)), torch.tensor(layer.constant))
-        if isinstance(layer, MaxPool):
+        if isinstance(layer, layers.MaxPool):
             padded = _padded(first, layer.padding, -(1 << (bits - 2)))
             return functional.max_pool2d(padded, layer.kernel, layer.stride).to(torch.int64)
-        if isinstance(layer, AveragePool):
+        if isinstance(layer, layers.AveragePool):
             padded = _padded(first, layer.padding, 0)
             # Sums of 32-bit integers over fewer than 2^21 pixels are exact in float64.
             total = functional.avg_pool2d(padded, layer.kernel, layer.stride, divisor_override=1)

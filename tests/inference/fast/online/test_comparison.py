@@ -22,7 +22,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.inference.fast.kernels.bit_planes import bits_of, pack, packed_bytes, planes_of, unpack
 from mpc_fl.inference.fast.kernels.pooling import max_pool, max_pool_counts, maximum, sum_pool
-from mpc_fl.inference.fast.network import AveragePool, MaxPool
+from mpc_fl.inference.fast.layers import AveragePool, MaxPool
 from mpc_fl.inference.fast.online.comparison import Exchange, compare
 from mpc_fl.inference.fast.preprocessing import gate_correlation
 from mpc_fl.inference.fast.preprocessing.correlations import OneTime

@@ -23,22 +23,19 @@ from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import linear_maps
-from mpc_fl.inference.fast.messages import batch_from, describe, network_from
-from mpc_fl.inference.fast.network import (
+from mpc_fl.inference.fast.layers import (
     Add,
     AveragePool,
     Concatenate,
     Convolution,
     Flatten,
-    IntegerWeights,
     Linear,
     MaxPool,
-    Network,
     ReLU,
     SignExtend,
-    Value,
-    label_bits,
 )
+from mpc_fl.inference.fast.messages import batch_from, describe, network_from
+from mpc_fl.inference.fast.network import IntegerWeights, Network, Value, label_bits
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.online.owner_session import OwnerSession
 from mpc_fl.inference.fast.preprocessing.correlations import (

@@ -16,7 +16,8 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
 from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
-from mpc_fl.inference.fast.network import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend, encode
+from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.network import encode
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check, stress_records
 from mpc_fl.inference.fast.quantization.emulation import Emulator, truncate
 from mpc_fl.inference.fast.quantization.risk import Range
