@@ -34,7 +34,7 @@ _MODEL_OWNER_RANK = 1
 _ATTEMPTS = 2
 
 
-def _runtime(config: Config, links: Links) -> CrypTenRuntime:
+def runtime_of(config: Config, links: Links) -> CrypTenRuntime:
     bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
     return CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], DEALER, bits, ahead)
 

@@ -23,7 +23,7 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_client
+from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_hospital
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
 from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtend
 from mpc_fl.inference.fast.network import Network, Reveal, channels_last, label_bits
@@ -123,7 +123,7 @@ class OneTime(Generic[T]):
 
 
 @dataclass(frozen=True, repr=False)
-class ClientCorrelations:
+class HospitalCorrelations:
     """C's part: `masks` A (int32, channels last) by value, `products` its share of W * A, `gates`."""
 
     masks: OneTime[torch.Tensor]
@@ -143,12 +143,12 @@ def _mask(seed: Seed, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(seed.stream("mask", name).words(int(np.prod(shape)), np.int32).reshape(shape))
 
 
-def client_correlations(
+def hospital_correlations(
     plan: CorrelationPlan,
     seed: Seed,
     masked_weights: Mapping[str, LinearMap],
     stored: Mapping[str, torch.Tensor] | None = None,
-) -> ClientCorrelations:
+) -> HospitalCorrelations:
     """C's part of a batch from its seed and F = W - B of each layer: u_C + F * A is its share of W * A = F * A + B * A.
 
     `stored` holds these products if they were made before, by layer; F is not read then.
@@ -163,8 +163,8 @@ def client_correlations(
         elif stored is not None:
             products[name] = stored[name]
         else:
-            products[name] = product_share_of_client(masked_weights[name], masks[piece.value], stream)
-    return ClientCorrelations(OneTime(masks), OneTime(products), OneTime(gates))
+            products[name] = product_share_of_hospital(masked_weights[name], masks[piece.value], stream)
+    return HospitalCorrelations(OneTime(masks), OneTime(products), OneTime(gates))
 
 
 def owner_correlations(plan: CorrelationPlan, seed: Seed, corrections: Mapping[str, np.ndarray]) -> OwnerCorrelations:
@@ -203,17 +203,17 @@ def split_corrections(plan: CorrelationPlan, buffer: np.ndarray) -> dict[str, np
 
 
 def corrections_of(
-    plan: CorrelationPlan, client: Seed, owner: Seed, weight_masks: Mapping[str, LinearMap]
+    plan: CorrelationPlan, hospital: Seed, owner: Seed, weight_masks: Mapping[str, LinearMap]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The dealer's work for a batch: S's corrections, uint8, by name, in order of use. `weight_masks` are B."""
-    masks = {name: _mask(client, name, shape) for name, shape in plan.masks.items()}
+    masks = {name: _mask(hospital, name, shape) for name, shape in plan.masks.items()}
     last_use = {piece.value: name for name, piece in plan.pieces.items() if isinstance(piece, LinearProduct)}
     for name, piece in plan.pieces.items():
         if isinstance(piece, ComparisonGate):
-            yield name, correction_of(piece, client.stream("piece", name), owner.stream("piece", name))
+            yield name, correction_of(piece, hospital.stream("piece", name), owner.stream("piece", name))
             continue
         share = weight_masks[name](masks[piece.value])
-        client.stream("piece", name).subtract_from(share)
+        hospital.stream("piece", name).subtract_from(share)
         if last_use[piece.value] == name:
             del masks[piece.value]
         yield name, share.numpy().view(np.uint8).reshape(-1)

@@ -17,21 +17,21 @@ _OPENINGS = 3  # of a gate
 class MessageChain:
     """The longest chain of sequential messages that reached C and S so far."""
 
-    client: int = 0
+    hospital: int = 0
     owner: int = 0
 
-    def from_client(self) -> None:
+    def from_hospital(self) -> None:
         """C sent, S waits for it."""
-        self.owner = max(self.owner, self.client + 1)
+        self.owner = max(self.owner, self.hospital + 1)
 
     def both(self) -> None:
         """Both sent at the same time, both wait."""
-        self.client, self.owner = max(self.client, self.owner + 1), max(self.owner, self.client + 1)
+        self.hospital, self.owner = max(self.hospital, self.owner + 1), max(self.owner, self.hospital + 1)
 
     @property
     def length(self) -> int:
         """Messages in sequence until now."""
-        return max(self.client, self.owner)
+        return max(self.hospital, self.owner)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
     """For one batch. Bytes are payload; frames add about 60 each. `sequential_messages` includes the result's."""
 
     gates: int
-    bytes_from_client: int
+    bytes_from_hospital: int
     bytes_from_owner: int
     correction_bytes: int
     sequential_messages: int
@@ -55,7 +55,7 @@ def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     results = records * (4 if reveal == "label" else 4 * network.values[network.output].elements)
     return Cost(
         gates=sum(gate.count for gate in gates),
-        bytes_from_client=masked + openings,
+        bytes_from_hospital=masked + openings,
         bytes_from_owner=openings + results,
         correction_bytes=plan.correction_bytes,
         sequential_messages=_chain(network, plan).length + 1,
@@ -81,10 +81,10 @@ def _chain(network: Network, plan: CorrelationPlan) -> MessageChain:
                     chain.both()
 
     if network.input in plan.masks:
-        chain.from_client()
+        chain.from_hospital()
     for layer in network.layers:
         compare(layer.output)
         if layer.output in plan.masks:
-            chain.from_client()
+            chain.from_hospital()
     compare("label")
     return chain

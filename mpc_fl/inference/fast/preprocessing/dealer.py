@@ -24,7 +24,7 @@ def deal(links: Links, hospital: str, owner: str) -> int:
     links.set_phase("offline")
     description = links.receive_object(owner, NETWORK)
     network = network_from(description)
-    client_root, owner_root = links.pairwise_seed(hospital, SEED), links.pairwise_seed(owner, SEED)
+    hospital_root, owner_root = links.pairwise_seed(hospital, SEED), links.pairwise_seed(owner, SEED)
     if MASK_SEED in description:  # B is that of a pool
         mask_seed = Seed(links.receive_tensor(owner, MASK_SEED, torch.uint8, (32,)).numpy().tobytes())
     else:
@@ -39,7 +39,7 @@ def deal(links: Links, hospital: str, owner: str) -> int:
         if records == 0:
             return number
         plan = correlation_plan(network, records, reveal)
-        client, model_owner = client_root.derive("batch", number), owner_root.derive("batch", number)
-        for _, correction in corrections_of(plan, client, model_owner, masks):
+        hospital_seed, owner_seed = hospital_root.derive("batch", number), owner_root.derive("batch", number)
+        for _, correction in corrections_of(plan, hospital_seed, owner_seed, masks):
             links.send_tensor(owner, correction_tag(number), torch.from_numpy(correction))
         number += 1

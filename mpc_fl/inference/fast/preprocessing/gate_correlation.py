@@ -173,13 +173,13 @@ def corrected_from(gate: ComparisonGate, buffer: np.ndarray) -> Corrected:
     return Corrected(bits[: gate.table_planes], bits[gate.table_planes :], tuple(arrays))
 
 
-def correction_of(gate: ComparisonGate, client: Stream, owner: Stream) -> np.ndarray:
+def correction_of(gate: ComparisonGate, hospital: Stream, owner: Stream) -> np.ndarray:
     """S's correction, uint8 (correction_bytes,): made by the dealer from the two streams, without any data.
 
     The true values, less C's share of them.
     """
-    c, s = draw(gate, client), draw(gate, owner)
-    share = client.words(gate.correction_bytes, np.uint8)
+    c, s = draw(gate, hospital), draw(gate, owner)
+    share = hospital.words(gate.correction_bytes, np.uint8)
     result = corrected_from(gate, share)  # overwritten piece by piece
     mask = np.uint32((1 << gate.bits) - 1)
     for gates, words in gate.chunks():

@@ -43,11 +43,11 @@ from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
 from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    ClientCorrelations,
+    HospitalCorrelations,
     CorrelationPlan,
     LinearProduct,
     OwnerCorrelations,
-    client_correlations,
+    hospital_correlations,
     correlation_plan,
     owner_correlations,
     split_corrections,
@@ -247,7 +247,7 @@ class HospitalPool(_PartyPool):
         self._place += 1
         return Place(self._place - 1, secrets.token_hex(TAG_BYTES))
 
-    def put(self, place: Place, network: Network, seed: Seed, correlations: ClientCorrelations) -> None:
+    def put(self, place: Place, network: Network, seed: Seed, correlations: HospitalCorrelations) -> None:
         """Store a batch: its seed, and the products that were computed from it."""
         words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._plan(network))]
         self._put(place, seed, torch.cat(words).numpy().view(np.uint8))
@@ -256,7 +256,7 @@ class HospitalPool(_PartyPool):
         """The next batch."""
         return Place(self._common[0], self._agreed_pool().tag(self._common[0]).hex())
 
-    def take(self, network: Network, place: Place) -> ClientCorrelations:
+    def take(self, network: Network, place: Place) -> HospitalCorrelations:
         """The batch that was proposed, used up from now on."""
         plan = self._plan(network)
         shapes = _product_shapes(plan)
@@ -265,7 +265,7 @@ class HospitalPool(_PartyPool):
         if found != place:
             raise ProtocolError("the next batch of the pool is not the one that was proposed", "restart the session")
         products = _split(torch.from_numpy(words.view(np.int32)), shapes)
-        return client_correlations(plan, seed, {}, products)
+        return hospital_correlations(plan, seed, {}, products)
 
 
 class OwnerPool(_PartyPool):

@@ -1,6 +1,6 @@
 """The shared arithmetic of the engine `fast`, bit for bit, in plaintext: the oracle of tests and accuracy studies.
 
-Everything but truncation is a function of the value alone. A truncation rounds up or down as the client's share says
+Everything but truncation is a function of the value alone. A truncation rounds up or down as the hospital's share says
 (`network`), so those shares are an argument: the ones that a protocol run recorded, or uniform ones from a seed, as they
 are in a protocol run. Values must be in range (`calibration.self_check`): maxima of others differ from the protocol's.
 """
@@ -23,12 +23,12 @@ def signed(elements: torch.Tensor, bits: int) -> torch.Tensor:
     return (elements << (64 - bits)) >> (64 - bits)
 
 
-def truncate(value: torch.Tensor, bits: int, shift: int, client_share: torch.Tensor) -> torch.Tensor:
-    """int64 `value` modulo 2^bits over 2^shift, rounded as the client's share of it says: signed, modulo 2^(bits - shift)."""
+def truncate(value: torch.Tensor, bits: int, shift: int, hospital_share: torch.Tensor) -> torch.Tensor:
+    """int64 `value` modulo 2^bits over 2^shift, rounded as the hospital's share of it says: signed, modulo 2^(bits - shift)."""
     mask = (1 << bits) - 1
-    client = client_share.to(torch.int64) & mask
-    owner = (value + (1 << shift) - 1 - client) & mask
-    return signed((owner >> shift) + (client >> shift), bits - shift)
+    hospital = hospital_share.to(torch.int64) & mask
+    owner = (value + (1 << shift) - 1 - hospital) & mask
+    return signed((owner >> shift) + (hospital >> shift), bits - shift)
 
 
 class Emulator:
@@ -49,12 +49,12 @@ class Emulator:
         return f"Emulator({len(self.network.layers)} layers)"
 
     def run(
-        self, elements: torch.Tensor, client_shares: Mapping[str, torch.Tensor] | Seed, keep: bool = False
+        self, elements: torch.Tensor, hospital_shares: Mapping[str, torch.Tensor] | Seed, keep: bool = False
     ) -> dict[str, torch.Tensor]:
         """Values by name, int64 (N, *shape), read as signed; the network's output alone unless `keep`.
 
-        `elements` are what `encode` returns. `client_shares` holds, for every layer with shift > 0 by its output, the
-        client's share of the result before truncation, integers (N, *shape) of any representation modulo 2^bits; or it is
+        `elements` are what `encode` returns. `hospital_shares` holds, for every layer with shift > 0 by its output, the
+        hospital's share of the result before truncation, integers (N, *shape) of any representation modulo 2^bits; or it is
         a seed, from which uniform shares are drawn (and which cannot draw them twice).
         """
         network = self.network
@@ -66,11 +66,11 @@ class Emulator:
             result = signed(self._result(layer, inputs, bits), bits if layer.shift else target.bits)
             result = result.reshape(len(elements), *target.shape)
             if layer.shift:
-                if isinstance(client_shares, Seed):
-                    stream = client_shares.stream("emulation", layer.output)
+                if isinstance(hospital_shares, Seed):
+                    stream = hospital_shares.stream("emulation", layer.output)
                     share = stream.ring_elements(tuple(result.shape), bits)
                 else:
-                    share = client_shares[layer.output]
+                    share = hospital_shares[layer.output]
                 result = truncate(result, bits, layer.shift, share)
             values[layer.output] = result
             if not keep:
@@ -79,10 +79,10 @@ class Emulator:
                         values.pop(name, None)
         return values if keep else {network.output: values[network.output]}
 
-    def logits(self, records: torch.Tensor, client_shares: Mapping[str, torch.Tensor] | Seed) -> torch.Tensor:
+    def logits(self, records: torch.Tensor, hospital_shares: Mapping[str, torch.Tensor] | Seed) -> torch.Tensor:
         """Decoded logits, float64 (N, classes), of float records."""
         output = self.network.output
-        result = self.run(encode(self.network, records), client_shares)[output]
+        result = self.run(encode(self.network, records), hospital_shares)[output]
         return result.double() * self.network.values[output].scale
 
     def _result(self, layer: layers.Layer, inputs: list[torch.Tensor], bits: int) -> torch.Tensor:

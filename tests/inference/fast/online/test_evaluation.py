@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import linear_maps
@@ -35,11 +36,11 @@ from mpc_fl.inference.fast.layers import (
     SignExtend,
 )
 from mpc_fl.inference.fast.messages import batch_from, describe, network_from
-from mpc_fl.inference.fast.network import IntegerWeights, Network, Value, label_bits
+from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value, label_bits
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
-from mpc_fl.inference.fast.online.owner_session import OwnerSession
+from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    client_correlations,
+    hospital_correlations,
     corrections_of,
     correlation_plan,
     owner_correlations,
@@ -115,6 +116,10 @@ def random_weights(network: Network) -> IntegerWeights:
         weights[layer.output] = torch.round(real * 4096).to(torch.int32)
         biases[layer.output] = torch.randint(-(1 << 20), 1 << 20, layer.weight_shape[:1], generator=generator).int()
     return IntegerWeights(weights, biases)
+
+
+def model_of(network: Network, integers: IntegerWeights) -> IntegerModel:
+    return IntegerModel(network, Private("integer weights", integers))
 
 
 def images(count: int) -> np.ndarray:
@@ -202,12 +207,12 @@ def session(
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == OWNER:
-        network, integers = make()
-        owner = OwnerSession(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
+        terms = SessionTerms(reveal, at_once=len(batches))  # type: ignore[arg-type]
+        owner = OwnerSession(domain, HOSPITAL, model_of(*make()), terms)
         seen.evaluated = owner.serve()
         seen.bytes_sent = links.traffic["online"][HOSPITAL].bytes_sent
         return seen
-    hospital = HospitalSession(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+    hospital = HospitalSession(domain, reveal)  # type: ignore[arg-type]
     sizes = [len(records) for records in batches]  # of batches together each has its own: so shares are told apart
 
     def note(name: str, share: np.ndarray) -> None:
@@ -355,7 +360,7 @@ def test_cost_follows_from_the_network(tmp_path: Path) -> None:
     assert longest_chain(got[HOSPITAL].events, got[OWNER].events) == three.sequential_messages
     assert got[HOSPITAL].sequential_messages == three.sequential_messages == one.sequential_messages
     frames = 90 * (3 * 20 + 10)  # headers, at most
-    assert 0 <= got[HOSPITAL].bytes_sent - three.bytes_from_client <= frames
+    assert 0 <= got[HOSPITAL].bytes_sent - three.bytes_from_hospital <= frames
     assert 0 <= got[OWNER].bytes_sent - three.bytes_from_owner <= frames
     assert three.masked_weight_bytes == one.masked_weight_bytes
 
@@ -401,16 +406,16 @@ def test_a_used_up_correlation_is_refused() -> None:
     network, integers = small()
     plan = correlation_plan(network, 1, "logits")
     masked = linear_maps(network, integers.weights)
-    correlations = client_correlations(plan, Seed.from_system(), masked)
+    correlations = hospital_correlations(plan, Seed.from_system(), masked)
     for pieces in (correlations.masks, correlations.products, correlations.gates):
         name = next(iter(pieces._pieces))
         pieces.take(name)
         with pytest.raises(SecrecyError, match="used already"):
             pieces.take(name)
     seed = Seed.from_system()
-    client_correlations(plan, seed, masked)
+    hospital_correlations(plan, seed, masked)
     with pytest.raises(SecrecyError, match="used twice"):  # nor are they made twice
-        client_correlations(plan, seed, masked)
+        hospital_correlations(plan, seed, masked)
 
 
 def test_corrections_in_one_buffer() -> None:
@@ -439,10 +444,10 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     record = OpeningRecord(Path(os.devnull), links.name)
     domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
     if links.name == HOSPITAL:
-        hospital = HospitalSession(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+        hospital = HospitalSession(domain, reveal)  # type: ignore[arg-type]
         for count in counts:
             hospital.prepare(count)
-    OwnerSession(domain, HOSPITAL, "dealer", *small(), largest_batch=2, at_once=2).serve()
+    OwnerSession(domain, HOSPITAL, model_of(*small()), SessionTerms(largest_batch=2, at_once=2)).serve()
     return "served"
 
 
@@ -453,13 +458,13 @@ def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int], tmp_path
         run_parties(refuse, NAMES, tmp_path, reveal, counts)
 
 
-def test_the_clients_product_share_is_masked() -> None:
+def test_the_hospitals_product_share_is_masked() -> None:
     """z_C - F * A = u_C is uniform, for zero weights too; without it, the owner who knows B could solve A * B for A."""
     network, integers = small()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in integers.weights.items()}
     for weights in (zeros, integers.weights):
         maps, seed = linear_maps(network, weights), Seed.from_system()
-        correlations = client_correlations(correlation_plan(network, 60, "logits"), seed, maps)
+        correlations = hospital_correlations(correlation_plan(network, 60, "logits"), seed, maps)
         masks = {name: correlations.masks.take(name) for name in list(correlations.masks._pieces)}
         for layer in network.linear_layers:
             share = correlations.products.take(layer.output) - maps[layer.output](masks[layer.inputs[0]])
