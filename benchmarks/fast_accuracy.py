@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from mpc_fl import compatibility
-from mpc_fl.apps.bench.inference import DEALER, HOSPITAL, PARTIES, Job, fast_party, run_parties
+from mpc_fl.apps.bench.inference import PARTIES, Job, fast_party, run_parties
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError
@@ -39,6 +39,7 @@ from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.model_file import load_model, save_model
+from mpc_fl.roles import DEALER, HOSPITAL
 
 compatibility.prepare()
 import torchvision.models  # noqa: E402  (after the operators it needs are defined)

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
-from mpc_fl.apps.bench.inference import HOSPITAL, PARTIES, Job, fast_party, run_parties
+from mpc_fl.apps.bench.inference import PARTIES, Job, fast_party, run_parties
 from mpc_fl.inference.fast.quantization.calibration import calibrate
+from mpc_fl.roles import HOSPITAL
 
 _PIECE = 16 << 10  # bytes that leave together
 _BUFFER = 4 << 20  # bytes that one direction holds back

@@ -23,14 +23,14 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, is_hospital
 from mpc_fl.sharing.opening import SecretDomain
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Take part in a training run until its last round; write model, metrics and opening record to `site.out`."""
     out, rules = site_directory(config), sum_rules(config)
-    hospitals = tuple(name for name in party_names(config) if name.startswith("hospital-"))
+    hospitals = tuple(name for name in party_names(config) if is_hospital(name))
     aggregator = prepare_aggregator(config)
     resumed = config.site.resume and aggregator.resume(out)
     links = connect(config, AGGREGATOR, observer)

@@ -30,7 +30,7 @@ from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_name
 from mpc_fl.sharing.opening import SecretDomain
 
 
@@ -39,9 +39,9 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     if config.task == "train":
         train(config, rank, notify, observer)
     elif config.task == "serve" and config.inference.fill:
-        fill_from_server(config, f"hospital-{rank}", notify, observer)
+        fill_from_server(config, hospital_name(rank), notify, observer)
     elif config.task == "serve":
-        ask(config, f"hospital-{rank}", notify, observer)
+        ask(config, hospital_name(rank), notify, observer)
     elif config.inference.fill:
         fill(config, notify, observer)
     else:
@@ -50,7 +50,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
 
 def train(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Train until the last round; write this site's own metrics, opening record and the final global model."""
-    out, name, rules = site_directory(config), f"hospital-{rank}", sum_rules(config)
+    out, name, rules = site_directory(config), hospital_name(rank), sum_rules(config)
     hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
     patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
     notify("load data", 1, 1)
@@ -123,7 +123,7 @@ def _round(
 
 def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Get class probabilities for this hospital's images; neither image nor result leaves it in the clear."""
-    out, name = site_directory(config), "hospital-0"
+    out, name = site_directory(config), HOSPITAL
     images = load_images(config.site.images, config, config.inference.limit)
     require_supported(config)
     notify("load data", 1, 1)
@@ -164,7 +164,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
 
 def fill(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Store correlations for diagnoses to come in this hospital's pool; it takes no image."""
-    out, name = site_directory(config), "hospital-0"
+    out, name = site_directory(config), HOSPITAL
     require_supported(config)
     links = connect(config, name, observer)
     with links:

@@ -12,8 +12,7 @@ from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.links.links import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
-
-NAME = "model-owner"
+from mpc_fl.roles import MODEL_OWNER
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
@@ -28,8 +27,8 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     model = load_model(config.site.model, config)
     require_supported(config, model)
     notify("load model", 1, 1)
-    links = connect(config, NAME, observer)
+    links = connect(config, MODEL_OWNER, observer)
     with links:
         notify("connect", 1, 1)
-        answer_requests(config, model, links, OpeningRecord(out / "openings.jsonl", NAME))
+        answer_requests(config, model, links, OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
     write_traffic(links, out)

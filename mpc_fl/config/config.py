@@ -20,7 +20,7 @@ from mpc_fl.config.learning import DataSection, ModelSection, PrivacySection, Tr
 from mpc_fl.config.protocols import AggregationSection, InferenceSection, ServingSection
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.errors import ConfigError
-from mpc_fl.roles import AGGREGATOR, DEALER
+from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
 
 
 class Config(Section):
@@ -144,11 +144,11 @@ def parse_config(values: Any, source: str) -> Config:
 def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
-        hospitals = [f"hospital-{rank}" for rank in range(config.federation.hospitals)]
+        hospitals = hospital_names(config.federation.hospitals)
         return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
     if config.task == "serve":  # hospitals come and go
-        return [DEALER, "model-owner"]
-    return ["hospital-0", "model-owner", *([DEALER] if config.inference.dealer else [])]
+        return [DEALER, MODEL_OWNER]
+    return [HOSPITAL, MODEL_OWNER, *([DEALER] if config.inference.dealer else [])]
 
 
 def may_lose_hospitals(config: Config) -> bool:

@@ -43,6 +43,7 @@ from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.per_sample_gradients import choose_per_sample_method
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.learning.training.sampling import sampling_rate
+from mpc_fl.roles import hospital_name
 
 
 @dataclass
@@ -127,7 +128,7 @@ def join(
     """
     headroom_of(config).require()
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
-    name = f"hospital-{rank}"
+    name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
     budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
     spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))

@@ -11,7 +11,7 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
 from mpc_fl.links.links import Agreement, Links, Observer
 from mpc_fl.links.routes import routes
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, is_hospital
 
 
 def site_directory(config: Config) -> Path:
@@ -52,7 +52,7 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         config.runtime.receive_timeout,
         observer,
         relay,
-        tolerated=[name for name in names if name.startswith("hospital-")] if may_lose_hospitals(config) else (),
+        tolerated=[name for name in names if is_hospital(name)] if may_lose_hospitals(config) else (),
         resuming=config.site.resume,
     )
 

@@ -38,7 +38,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError, RunFailedError
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -76,7 +76,7 @@ def measure_aggregation(parties: int, parameters: int, repeats: int, against: st
 
 
 def _run(way: str, parties: int, parameters: int, repeats: int, left_out: bool) -> dict[str, Any]:
-    hospitals = [f"hospital-{rank}" for rank in range(parties)]
+    hospitals = hospital_names(parties)
     names = hospitals if way == "crypten" else [*hospitals, AGGREGATOR]
     if way == "crypten":
         os.environ.pop("GLIBC_TUNABLES", None)  # as its users run it

@@ -43,11 +43,11 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Agreement, Links
 from mpc_fl.links.routes import routes
+from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
-HOSPITAL, OWNER, DEALER = "hospital-0", "model-owner", "dealer"
-PARTIES = (HOSPITAL, OWNER, DEALER)
+PARTIES = (HOSPITAL, MODEL_OWNER, DEALER)
 Against = Literal["crypten", "none"]
 # From the addresses of all parties to those at which others reach them, while the parties run.
 Detour = Callable[[dict[str, str]], AbstractContextManager[dict[str, str]]]
@@ -166,10 +166,10 @@ def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, sess
     figures: dict[str, Any] = {}
     with Links(identity, addresses[name], peers, agreement, _WAIT, _WAIT) as links:
         if name == DEALER:
-            deal(links, HOSPITAL, OWNER)
+            deal(links, HOSPITAL, MODEL_OWNER)
         else:
             record = OpeningRecord(Path(folder) / name / "openings.jsonl", name)
-            domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 0), record)
+            domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], None, 0), record)
             figures = _diagnoses(domain, job) if name == HOSPITAL else _answers(domain, job)
             figures["bytes_sent"] = sum(peer.bytes_sent for peer in links.traffic["online"].values())
     figures["peak_memory_bytes"] = peak_memory()

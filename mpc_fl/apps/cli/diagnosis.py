@@ -22,6 +22,7 @@ from mpc_fl.apps.cli.options import (
 )
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, RefusedError
+from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 
 
 def infer(
@@ -103,7 +104,7 @@ def serve(
         typer.Option(help="Key and certificate of the model owner; without, of a simulation on this machine."),
     ] = None,
     role: Annotated[str, typer.Option(help="With --identity: model-owner, or dealer for the dealer it works with.")] = (
-        "model-owner"
+        MODEL_OWNER
     ),
     overrides: Overrides = None,
 ) -> None:
@@ -119,10 +120,10 @@ def serve(
     settings = configure(config, overrides, model=model, identity=identity, out=out)
 
     def tell(federation: Path) -> None:
-        say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / 'hospital-0' / 'identity'} --out DIR")
+        say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / HOSPITAL / 'identity'} --out DIR")
         sys.stdout.flush()
 
-    if role not in ("model-owner", "dealer"):
+    if role not in (MODEL_OWNER, DEALER):
         raise ConfigError(f"'{role}' cannot serve", "give --role model-owner or --role dealer")
     if identity is None:
         run.serve(settings, out, lambda *_progress: None, tell)

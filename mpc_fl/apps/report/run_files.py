@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from mpc_fl.apps.report.markup import Markup, paragraph
 from mpc_fl.errors import DataError
+from mpc_fl.roles import HOSPITAL, is_hospital, split_name
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,15 @@ class Run:
     summary: dict[str, Any]
     config: dict[str, Any]
 
-    def parties(self, prefix: str = "") -> list[str]:
+    def parties(self) -> list[str]:
         """Names of the parties that left files, hospital-2 before hospital-10."""
-        names = [path.name for path in self.directory.glob(f"parties/{prefix}*") if path.is_dir()]
-        return sorted(names, key=lambda name: (re.sub(r"\d+", "", name), len(name), name))
+        return sorted((path.name for path in self.directory.glob("parties/*") if path.is_dir()), key=split_name)
 
     @property
     def hospital(self) -> str:
         """The hospital that asked, of an inference; untrusted like all else, so a name of another form counts as none."""
-        name = str(self.summary.get("hospital", "hospital-0"))
-        return name if re.fullmatch(r"hospital-\d{1,3}", name) else "hospital-0"
+        name = str(self.summary.get("hospital", HOSPITAL))
+        return name if is_hospital(name) else HOSPITAL
 
     def classes(self, count: int) -> list[str]:
         """Names of the classes, or their numbers when the names on file do not fit `count` classes."""
@@ -66,7 +65,7 @@ def _each(read: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, A
 
 
 def _hospital_metrics(run: Run) -> tuple[dict[str, list[dict[str, Any]]], Markup]:
-    return _each(lambda name: _json_lines(run, f"parties/{name}/metrics.jsonl"), run.parties("hospital-"))
+    return _each(lambda name: _json_lines(run, f"parties/{name}/metrics.jsonl"), filter(is_hospital, run.parties()))
 
 
 def _missing(what: str) -> Markup:

@@ -29,6 +29,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
 _WORD = 8
@@ -123,7 +124,7 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
 
 
 def _privacy(config: Config, rank: int, patients: int) -> dict[str, Any]:
-    name = f"hospital-{rank}"
+    name = hospital_name(rank)
     planned = plan_release(config, patients, [], name)
     if planned is None:
         return {"hospital": name, "patients": patients, "epsilon": None, "noise_multiplier": None}

@@ -27,6 +27,7 @@ from mpc_fl.apps.runs.party_process import _party_process
 from mpc_fl.config.config import Config, may_lose_hospitals
 from mpc_fl.errors import RunFailedError
 from mpc_fl.progress import Progress
+from mpc_fl.roles import is_hospital
 
 # All processes have ended within 10 s of a failure: a party takes leave of its peers first (`transport`), and tells then.
 CAUSE_GRACE = 3.0
@@ -83,13 +84,13 @@ class _Watch:
     def failures(self) -> list[_Party]:
         """Parties that failed, without hospitals that the run can do without."""
         failed = [party for party in self.parties if party.error is not None or self._died(party)]
-        return [party for party in failed if not (party.name.startswith("hospital-") and self.spare > 0)]
+        return [party for party in failed if not (is_hospital(party.name) and self.spare > 0)]
 
     def do_without(self, progress: Progress) -> None:
         """Start lost hospitals again, or go on without them as far as the quorum allows."""
         for index, party in enumerate(self.parties):
             failed = party.error is not None or self._died(party)
-            if not failed or not party.name.startswith("hospital-") or self.spare <= 0 or party.name in self._given_up:
+            if not failed or not is_hospital(party.name) or self.spare <= 0 or party.name in self._given_up:
                 continue
             if party.process.exitcode is None:
                 continue  # it is still taking leave

@@ -11,7 +11,7 @@ from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import ConfigError, LinkError
 from mpc_fl.files import write_text
-from mpc_fl.roles import split_name
+from mpc_fl.roles import HOSPITAL_ROLE, MODEL_OWNER, role_of
 
 
 def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
@@ -70,10 +70,10 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
             "identity": str(directories[name] / "identity"),
             "log": str(run_dir / "logs" / f"{name}.log"),
         }
-        role, _ = split_name(name)
+        role = role_of(name)
         # A party is told only of the files of its own role.
-        for key, owner in (("data", "hospital"), ("images", "hospital"), ("model", "model-owner"),
-                           ("privacy_ledger", "hospital")):  # fmt: skip
+        for key, owner in (("data", HOSPITAL_ROLE), ("images", HOSPITAL_ROLE), ("model", MODEL_OWNER),
+                           ("privacy_ledger", HOSPITAL_ROLE)):  # fmt: skip
             if role != owner:
                 site[key] = None
         placed[name] = config.with_values(federation=federation, site=site)

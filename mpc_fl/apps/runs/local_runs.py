@@ -34,6 +34,7 @@ from mpc_fl.learning.data.loading import load_images
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
+from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
@@ -48,14 +49,14 @@ def train(config: Config, out: Path, command: str, progress: Progress, resume: b
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
         lost = launch(config, directory, progress)
-        aggregator = directory / "parties" / "aggregator"
+        aggregator = directory / "parties" / AGGREGATOR
         for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
             (aggregator / name).rename(directory / name)
         _forget_identities(config, directory)
         for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
             checkpoint.unlink()
         global_metrics = read_json_lines(directory / "metrics.jsonl")
-        hospitals = [name for name in party_names(config) if name.startswith("hospital-")]
+        hospitals = [name for name in party_names(config) if is_hospital(name)]
         privacy, skipped = [], 0
         for name in hospitals:
             lines = read_json_lines(directory / "parties" / name / "metrics.jsonl")
@@ -108,7 +109,7 @@ def infer(config: Config, out: Path, command: str, progress: Progress) -> dict[s
         began = time.monotonic()
         launch(config, directory, progress)
         _forget_identities(config, directory)
-        results = read_json_lines(directory / "parties" / "hospital-0" / "results.jsonl")
+        results = read_json_lines(directory / "parties" / HOSPITAL / "results.jsonl")
         comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
         summary = {
             "kind": "infer",
@@ -141,7 +142,7 @@ def serve(config: Config, directory: Path, progress: Progress, tell: Callable[[P
         raise ConfigError("no model was given", "pass --model FILE")
     require_supported(config, load_model(config.site.model, config))
     servers = party_names(config)
-    names = [*servers, *(f"hospital-{rank}" for rank in range(config.federation.hospitals))]
+    names = [*servers, *hospital_names(config.federation.hospitals)]
     directories = {name: directory / "parties" / name / "identity" for name in names}
     if not all(path.is_dir() for path in directories.values()):
         make_local_identities(names, directories, hours=_SERVICE_HOURS)

@@ -19,10 +19,10 @@ from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.links.tls_log import log_refused_handshakes
-from mpc_fl.roles import split_name
+from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
-ROLES = {"hospital": "parties.hospital", "aggregator": "parties.aggregator", "dealer": "parties.dealer",
-         "model-owner": "parties.model_owner"}  # fmt: skip
+ROLES = {HOSPITAL_ROLE: "parties.hospital", AGGREGATOR: "parties.aggregator", DEALER: "parties.dealer",
+         MODEL_OWNER: "parties.model_owner"}  # fmt: skip
 
 
 ORPHANED = 3  # exit status of a party whose launcher is gone

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.errors import ConfigError
+from mpc_fl.roles import HOSPITAL_ROLE, hospital_name, is_hospital
 
 PLACEHOLDER = "{party}"
 # Rank and number of processes. A torchrun within a Slurm job numbers the processes, Slurm only the torchruns.
@@ -52,13 +53,13 @@ def site_of(config: Config, name: str) -> Config:
 
 
 def _by_role(names: list[str], role: str, rank: int | None) -> str:
-    hospitals = [name for name in names if name.startswith("hospital-")]
-    if role == "hospital":
+    hospitals = [name for name in names if is_hospital(name)]
+    if role == HOSPITAL_ROLE:
         if rank is None and len(hospitals) > 1:
             raise ConfigError(
                 f"there are {len(hospitals)} hospitals", f"say which with --rank 0 to {len(hospitals) - 1}"
             )
-        role = f"hospital-{rank or 0}"
+        role = hospital_name(rank or 0)
         rank = None
     if role not in names:
         raise ConfigError(f"there is no party '{role}' in this task", f"the parties are {', '.join(names)}")

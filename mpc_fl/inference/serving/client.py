@@ -38,7 +38,7 @@ from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
 from mpc_fl.progress import Notify
-from mpc_fl.roles import DEALER, MODEL_OWNER
+from mpc_fl.roles import DEALER, MODEL_OWNER, is_hospital
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ _LAST_WORD = 2.0  # seconds in which the reason of a refusal may arrive after th
 
 def hospital_in(directory: Path) -> str:
     """The hospital whose certificate lies in an identity directory. Raises `IdentityError` when there is not just one."""
-    names = sorted(path.stem for path in directory.glob("hospital-*.crt"))
+    names = sorted(path.stem for path in directory.glob("*.crt") if is_hospital(path.stem))
     if len(names) != 1:
         what = "no hospital's certificate" if not names else f"certificates of {' and '.join(names[:2])}"
         raise IdentityError(f"there is {what} in {directory}", "give a directory with the identity of one hospital")

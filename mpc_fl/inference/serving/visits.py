@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpc_fl.config.config import Config
+from mpc_fl.roles import is_hospital
 
-_SESSION = re.compile(r"(hospital-(?:0|[1-9][0-9]{0,2}))/(fill-)?[0-9a-f]{32}")
+_SESSION = re.compile(r"([^/]+)/(fill-)?[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Visit:
     def of_session(cls, session: str) -> Visit | None:
         """What a session's name says; None when it is no session's name."""
         found = _SESSION.fullmatch(session)
-        return cls(found.group(1), "fill" if found.group(2) else "diagnose") if found else None
+        if found is None or not is_hospital(found.group(1)):
+            return None
+        return cls(found.group(1), "fill" if found.group(2) else "diagnose")
 
     def __str__(self) -> str:
         return self.hospital if self.purpose == "diagnose" else f"{self.hospital}, filling its pool"

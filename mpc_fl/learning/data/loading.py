@@ -18,6 +18,7 @@ from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.learning.data.phantoms import make_phantoms
 from mpc_fl.learning.data.tables import Records, read_breast_cancer, read_csv, read_medmnist
+from mpc_fl.roles import hospital_name
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "test"]
@@ -137,7 +138,7 @@ def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> lis
     patients = _patients_of_hospitals(index, config)[rank][:limit]
     if not patients:
         raise DataError(
-            f"hospital-{rank} has no {split} patients",
+            f"{hospital_name(rank)} has no {split} patients",
             "use fewer hospitals, more data, or a larger data.partition.alpha",
         )
     return patients
