@@ -2,13 +2,15 @@
 
 `inference.engine` chooses: `fast` for convolutional networks (`fast`, protocol in `fast.online.hospital_session`), or
 `reference` for all others (`reference`, on CrypTen). Both have one interface: `request_diagnoses` at the hospital,
-`answer_requests` at the model owner, `deal_tuples` at the dealer, `require_supported` before anything is sent.
+`answer_requests` at the model owner, `dealing_of` at the dealer, `require_supported` before anything is sent.
 
 An engine is imported when it is chosen, so that a hospital or dealer of `fast` never loads CrypTen, and nobody but the model
 owner loads what reads model files.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -92,13 +94,13 @@ def _normalisation_of_inputs(config: Config) -> Normalisation | None:
     return load_normalisation(config.site.model, config)
 
 
-def deal_tuples(config: Config, links: Links) -> None:
-    """The dealer's side of a session."""
+def dealing_of(config: Config) -> Callable[[Links], object]:
+    """The dealer's side of a session, to be called with its links; the engine is imported now, before anybody waits."""
     if config.inference.engine == "fast":
         from mpc_fl.inference.fast.preprocessing.dealer import deal
 
-        deal(links, HOSPITAL, MODEL_OWNER)
-    else:
-        from mpc_fl.sharing.dealer import Dealer
+        return lambda links: deal(links, HOSPITAL, MODEL_OWNER)
+    from mpc_fl.sharing.dealer import Dealer
 
-        Dealer(links, [HOSPITAL, MODEL_OWNER], config.runtime.dealer_ahead_bytes).serve()
+    ahead = config.runtime.dealer_ahead_bytes
+    return lambda links: Dealer(links, [HOSPITAL, MODEL_OWNER], ahead).serve()

@@ -1,4 +1,12 @@
-"""quota"""
+"""How many images a hospital may ask about, and how many sessions it may begin: a model owner's protection of its model.
+
+`UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
+offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
+Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
+when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
+
+`free_again` is pure; the caller keeps time.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def one_party(links: Links, inference: dict[str, Any], directory: str) -> Any:
     config = configuration(**inference)
     diagnosis.require_supported(config)
     if links.name == DEALER:
-        return diagnosis.deal_tuples(config, links)
+        return diagnosis.dealing_of(config)(links)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
     if links.name == roles.MODEL_OWNER:
         return diagnosis.answer_requests(config, model_of(config), links, record)

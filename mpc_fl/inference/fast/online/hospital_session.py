@@ -43,8 +43,8 @@ from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
     HospitalCorrelations,
-    hospital_correlations,
     correlation_plan,
+    hospital_correlations,
 )
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.roles import DEALER, MODEL_OWNER

@@ -225,9 +225,7 @@ class OwnerSession:
         self._announced += 1
         plan = correlation_plan(self.network, records, self._terms.reveal)
         corrections = {
-            name: links.receive_tensor(
-                DEALER, correction_tag(number), torch.uint8, (piece.correction_bytes,)
-            ).numpy()
+            name: links.receive_tensor(DEALER, correction_tag(number), torch.uint8, (piece.correction_bytes,)).numpy()
             for name, piece in plan.pieces.items()
         }
         return number, plan, self._root.derive("batch", number), corrections

@@ -15,10 +15,10 @@ Per batch:
   4. S takes it (`Pool.take`: used up before anything of it is read) and says so, then C does. S may refuse before: then neither
      has used it. Another tag means halves of different batches, and ends the session
 
-Security. A batch from a pool is what the dealer would have sent in the session: the argument of `sessions` holds, as B may serve
-any number of batches (`linear`). It needs that no batch is used twice and that B belongs to one W: two W under one B would
-show C their difference. So S keeps a digest of W with the seed of B and refuses the pool for any other model. A batch
-used twice would show S y - y' of two images; it takes both parties to use one, and each of them refuses (`pool`).
+Security. A batch from a pool is what the dealer would have sent in the session: the argument of `online.hospital_session` holds,
+as B may serve any number of batches (`linear`). It needs that no batch is used twice and that B belongs to one W: two W under
+one B would show C their difference. So S keeps a digest of W with the seed of B and refuses the pool for any other model. A
+batch used twice would show S y - y' of two images; it takes both parties to use one, and each of them refuses (`pool`).
 What S learns more: how many batches C has left. The last batch of a session is filled up with black images.
 """
 
@@ -41,14 +41,14 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PoolError, ProtocolError
 from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
-from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
+from mpc_fl.inference.fast.preprocessing.batch_place import MOST_BATCHES, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    HospitalCorrelations,
     CorrelationPlan,
+    HospitalCorrelations,
     LinearProduct,
     OwnerCorrelations,
-    hospital_correlations,
     correlation_plan,
+    hospital_correlations,
     owner_correlations,
     split_corrections,
 )
@@ -121,7 +121,7 @@ class _PartyPool:
         if self._pool is None:
             return
         terms, fill = self._pool.terms, "fill another site.pool"
-        if terms.network != _digest_of(network):
+        if terms.network != network_digest(network):
             raise PoolError(f"the pool at {self.directory} is for another network", fill)
         if terms.reveal != self._reveal:
             raise PoolError(f"the pool at {self.directory} is for inference.reveal={terms.reveal}", fill)
@@ -168,7 +168,7 @@ class _PartyPool:
             type(first) is not int
             or type(end) is not int
             or not isinstance(numbers, list)
-            or any(type(number) is not int or not 0 <= number <= _MOST for number in (first, end, *numbers))
+            or any(type(number) is not int or not 0 <= number <= MOST_BATCHES for number in (first, end, *numbers))
         ):
             raise ProtocolError(f"{self._counterpart} does not say what its pool holds", SAME_VERSION)
         counters = {"next": first, "end": end, "numbers": numbers}
@@ -188,7 +188,7 @@ class _PartyPool:
         self.close()
         key = links.pairwise_seed(self._counterpart, POOL)
         name = key.derive("name").reveal_for_transport().hex()[:32]
-        terms = Terms(name, self._party, self._counterpart, _digest_of(network), self._records, self._reveal)
+        terms = Terms(name, self._party, self._counterpart, network_digest(network), self._records, self._reveal)
         self._pool = create_pool(self.directory, terms, key.derive("meeting"), content)
         self.agreed = True
 
@@ -333,7 +333,8 @@ def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
-def _digest_of(network: Network) -> str:
+def network_digest(network: Network) -> str:
+    """SHA-256, as hex, of the public network: what a pool is bound to. Class names of `layers` enter it."""
     return hashlib.sha256(json.dumps(describe(network), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,6 @@
-"""The shared arithmetic of the engine `fast`, bit for bit, in plaintext: the oracle of tests and accuracy studies.
+"""The shared arithmetic of the engine `fast`, bit for bit, in plaintext: what a protocol run must give.
+
+A model owner can tell with it how exact its integer model is, before any hospital asks; tests compare protocol runs with it.
 
 Everything but truncation is a function of the value alone. A truncation rounds up or down as the hospital's share says
 (`network`), so those shares are an argument: the ones that a protocol run recorded, or uniform ones from a seed, as they

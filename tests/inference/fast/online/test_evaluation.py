@@ -40,9 +40,9 @@ from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network,
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    hospital_correlations,
     corrections_of,
     correlation_plan,
+    hospital_correlations,
     owner_correlations,
     split_corrections,
 )
