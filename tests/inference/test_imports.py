@@ -23,7 +23,6 @@ require_supported(config)
     "model owner": """
 import mpc_fl.inference.fast.diagnosis, mpc_fl.learning.models.model_file, parties.model_owner
 from mpc_fl.inference.diagnosis import require_supported
-from mpc_fl.learning.models.architectures import build_model
 require_supported(config)
 """,
     "standing model owner": "import mpc_fl.inference.serving.server, parties.model_owner",
@@ -44,10 +43,11 @@ def test_a_role_of_the_engine_fast_imports_what_it_needs(role: str) -> None:
     assert done.stdout.split() == []
 
 
-def test_what_the_reference_engine_needs_is_imported_when_it_is_chosen() -> None:
-    program = f"{CONFIG}\n{ROLES['dealer'].replace('(config)', '(config.with_values(inference={chosen}))')}\n"
-    for engine in ("fast", "reference"):
-        text = program.replace("{chosen}", repr({"engine": engine})) + "import sys\nprint('crypten' in sys.modules)"
-        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == str(engine == "reference")
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_crypten_is_imported_when_its_engine_is_chosen(engine: str) -> None:
+    program = f"{CONFIG}\nconfig = config.with_values(inference={{'engine': '{engine}'}})\n"
+    program += "from mpc_fl.inference.diagnosis import require_supported\nrequire_supported(config)\n"
+    program += "import sys\nprint('crypten' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(engine == "reference")
