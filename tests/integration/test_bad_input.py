@@ -402,12 +402,12 @@ def test_party_commands(site: Site, run: Run) -> None:
 
 def test_an_unforeseen_error_of_a_party_quotes_no_data(site: Site, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an exception says could be a value; only its type and place are told and logged."""
-    from mpc_fl.apps.runs import launcher
+    from mpc_fl.apps.runs import party_process
 
     def fail(*_: object) -> NoReturn:
         raise KeyError("patient 4711")
 
-    monkeypatch.setattr(launcher, "importlib", type("Broken", (), {"import_module": staticmethod(fail)}))
+    monkeypatch.setattr(party_process, "importlib", type("Broken", (), {"import_module": staticmethod(fail)}))
     log = site.root / "log"
     arguments = ["party", "hospital", "--rank", "0", "--config", site.config, "--set", f"site.log={log}"]
     status, said, complained = run(arguments)

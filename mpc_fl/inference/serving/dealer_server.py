@@ -13,6 +13,7 @@ from mpc_fl.inference.serving.service_links import require_servable, session_lin
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER
 
@@ -23,7 +24,7 @@ class DealerService:
     def __init__(self, config: Config, identity: Identity, observer: Observer | None = None) -> None:
         self._config, self._identity, self._observer = config, identity, observer
 
-    def make_links(self, visit: Visit, agreement: Agreement) -> Links:
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
         """Links to the hospital and the model owner."""
         deadline = self._config.runtime.receive_timeout
         return session_links(self._identity, self._config, visit.hospital, agreement, deadline, self._observer)

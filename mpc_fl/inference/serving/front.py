@@ -23,9 +23,11 @@ from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.visits import TASK, Visit
 from mpc_fl.links.frames import FrameReader
+from mpc_fl.links.greetings import first_greeting
 from mpc_fl.links.grpc_streams import Conversation, StreamServer
 from mpc_fl.links.handshake import Agreement, check_greeting
-from mpc_fl.links.links import Links, first_greeting
+from mpc_fl.links.links import Links
+from mpc_fl.links.network import NetworkLinks
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ _PURPOSES = 2
 class Service(Protocol):
     """What a party does for the sessions that it admits."""
 
-    def make_links(self, visit: Visit, agreement: Agreement) -> Links:
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
         """The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`."""
 
     def serve(self, links: Links, visit: Visit) -> object:
@@ -68,7 +70,7 @@ class Admission:
 @dataclass
 class _Session:
     visit: Visit
-    links: Links
+    links: NetworkLinks
     thread: threading.Thread
     ended: bool = False
 

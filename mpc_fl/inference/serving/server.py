@@ -31,6 +31,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
 from mpc_fl.roles import MODEL_OWNER
@@ -124,7 +125,7 @@ class ModelService:
     def __exit__(self, *_unused: object) -> None:
         self._usage.close()
 
-    def make_links(self, visit: Visit, agreement: Agreement) -> Links:
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
         """Raises `RefusedError` for a hospital whose quota is used up, and for a pool that is not kept."""
         if visit.purpose == "diagnose":
             self._usage.require(visit.hospital)
