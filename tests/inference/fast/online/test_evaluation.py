@@ -1,4 +1,4 @@
-"""The engine `fast` between real processes: hospital, model owner and dealer."""
+"""The engine `fast`: hospital, model owner and dealer, as threads over links in memory, and once between real processes."""
 
 from __future__ import annotations
 
@@ -51,10 +51,11 @@ from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
-from tests.support.harness import run_parties
+from tests.support.harness import run_parties, run_parties_in_memory
 
 HOSPITAL, OWNER = "hospital-0", "model-owner"
 NAMES = [HOSPITAL, OWNER, "dealer"]
@@ -135,7 +136,6 @@ class Session:
     evaluated: int = 0
     sequential_messages: int = 0
     bytes_sent: int = 0
-    received: list[tuple[str, str, Any]] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -143,15 +143,20 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-RECEIVED: list[tuple[str, str, Any]] = []
+class Views:
+    """What every party receives, in order: (sender, tag, payload)."""
 
+    def __init__(self) -> None:
+        self.of: dict[str, list[tuple[str, str, Any]]] = {name: [] for name in NAMES}
 
-def remember(sender: str, frame: Frame) -> None:
-    """Called in a party's process with every frame that arrives."""
-    if isinstance(frame.payload, torch.Tensor):
-        RECEIVED.append((sender, frame.tag, frame.payload.clone().numpy()))
-    elif frame.kind == Kind.OBJECT:
-        RECEIVED.append((sender, frame.tag, frame.payload))
+    def watch(self, network: InMemoryNetwork) -> None:
+        network.watch(self._remember)
+
+    def _remember(self, sender: str, receiver: str, frame: Frame) -> None:
+        if isinstance(frame.payload, torch.Tensor):
+            self.of[receiver].append((sender, frame.tag, frame.payload.clone().numpy()))
+        elif frame.kind == Kind.OBJECT:
+            self.of[receiver].append((sender, frame.tag, frame.payload))
 
 
 def note_order(links: Any, events: list[tuple[str, str]]) -> None:
@@ -199,7 +204,7 @@ def session(
     together: bool = False,
 ) -> Session:
     """One party: all batches prepared first, then evaluated one after the other or together."""
-    seen = Session(received=RECEIVED)
+    seen = Session()
     if links.name == "dealer":
         seen.evaluated = deal(links, HOSPITAL, OWNER)
         return seen
@@ -263,13 +268,23 @@ def calibrated() -> tuple[Network, IntegerWeights]:
     return calibration.network, calibration.weights.inside_protocol()
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(("make", "together"), [(small, False), (small, True), (calibrated, False)])
+@pytest.mark.parametrize(
+    ("make", "together", "in_memory"),
+    [
+        (small, False, True),
+        (small, True, True),
+        pytest.param(calibrated, False, False, marks=pytest.mark.processes),
+    ],
+)
 def test_logits_equal_the_emulation_bit_for_bit(
-    make: Callable[[], tuple[Network, IntegerWeights]], together: bool, tmp_path: Path
+    make: Callable[[], tuple[Network, IntegerWeights]], together: bool, in_memory: bool, tmp_path: Path
 ) -> None:
     batches = [images(3)[:2], images(3)[2:]]
-    got = run_parties(session, NAMES, tmp_path, make, batches, "logits", str(tmp_path), together)
+    arguments = (make, batches, "logits", str(tmp_path), together)
+    if in_memory:
+        got = run_parties_in_memory(session, NAMES, *arguments)
+    else:
+        got = run_parties(session, NAMES, tmp_path, *arguments)
     network, integers = make()
     emulator = Emulator(network, integers)
     hospital = got[HOSPITAL]
@@ -291,10 +306,9 @@ def test_logits_equal_the_emulation_bit_for_bit(
         ]
 
 
-@pytest.mark.processes
 def test_only_the_label(tmp_path: Path) -> None:
     records = images(40)
-    got = run_parties(session, NAMES, tmp_path, small, [records], "label", str(tmp_path))
+    got = run_parties_in_memory(session, NAMES, small, [records], "label", str(tmp_path))
     network, integers = small()
     logits = Emulator(network, integers).logits(torch.from_numpy(records), tensors(got[HOSPITAL].shares[0]))
     assert torch.equal(torch.from_numpy(got[HOSPITAL].results[0]), logits.argmax(dim=1))
@@ -308,18 +322,14 @@ def assert_uniform(values: np.ndarray, what: str) -> None:
     assert stats.chisquare(counts).pvalue > FALSE_ALARM, what
 
 
-@pytest.mark.processes
 def test_views_are_uniform_and_say_nothing_of_the_image(tmp_path: Path) -> None:
     """Chi-square on the bytes of each kind of message, a black image and a random one: some 20 p-values, 10^-9 each."""
     views = []
-    for name, records in (("black", np.zeros_like(images(24))), ("random", images(24))):
-        directory = tmp_path / name
-        directory.mkdir()
-        views.append(
-            run_parties(session, NAMES, directory, small, [records], "logits", str(directory), observer=remember)
-        )
+    for records in (np.zeros_like(images(24)), images(24)):
+        views.append(Views())
+        run_parties_in_memory(session, NAMES, small, [records], "logits", str(tmp_path), prepare=views[-1].watch)
     for view in views:
-        to_hospital, to_owner, to_dealer = (view[name].received for name in NAMES)
+        to_hospital, to_owner, to_dealer = (view.of[name] for name in NAMES)
         for who, received in ((HOSPITAL, to_hospital), (OWNER, to_owner)):
             by_tag: dict[str, list[np.ndarray]] = {}
             for _, tag, payload in received:
@@ -341,21 +351,17 @@ def test_views_are_uniform_and_say_nothing_of_the_image(tmp_path: Path) -> None:
                 assert "weights" not in payload and set(payload) == {"layers", "values", "input", "output"}
     # Order, tags and sizes of all messages are the same whatever the image.
     shapes = [
-        [
-            [(sender, tag, getattr(payload, "shape", None)) for sender, tag, payload in view[name].received]
-            for name in NAMES
-        ]
+        [[(sender, tag, getattr(payload, "shape", None)) for sender, tag, payload in view.of[name]] for name in NAMES]
         for view in views
     ]
     for one, other in zip(*shapes, strict=True):
         assert sorted(map(repr, one)) == sorted(map(repr, other))
 
 
-@pytest.mark.processes
 def test_cost_follows_from_the_network(tmp_path: Path) -> None:
     """Sequential messages and bytes are those that shapes predict; a batch takes as many messages as one record."""
     network, _ = small()
-    got = run_parties(session, NAMES, tmp_path, small, [images(3)], "logits", str(tmp_path))
+    got = run_parties_in_memory(session, NAMES, small, [images(3)], "logits", str(tmp_path))
     one, three = cost_of(network, 1), cost_of(network, 3)
     assert longest_chain(got[HOSPITAL].events, got[OWNER].events) == three.sequential_messages
     assert got[HOSPITAL].sequential_messages == three.sequential_messages == one.sequential_messages
@@ -451,11 +457,10 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     return "served"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("reveal", "counts"), [("label", [1]), ("logits", [3]), ("logits", [1, 2, 1])])
-def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int], tmp_path: Path) -> None:
+def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int]) -> None:
     with pytest.raises(AssertionError, match="ProtocolError: the hospital asked for a batch or result not agreed"):
-        run_parties(refuse, NAMES, tmp_path, reveal, counts)
+        run_parties_in_memory(refuse, NAMES, reveal, counts)
 
 
 def test_the_hospitals_product_share_is_masked() -> None:
