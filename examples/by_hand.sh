@@ -1,23 +1,17 @@
 #!/usr/bin/env bash
 # A federation of three hospitals and an aggregator, every party started by hand as a site would do it.
-# Usage: examples/by_hand.sh [DIRECTORY]     (needs `make install`; all parties run on this machine, on ports 47100 to 47103)
+# Usage: examples/by_hand.sh [DIRECTORY] [CONFIG]     (needs `make install`; all parties run on this machine)
+#   DIRECTORY  where each site keeps its files; a temporary one if there is none
+#   CONFIG     examples/by_hand.yaml, with ports 47100 to 47103, or a copy with other addresses
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-$(mktemp -d)}
+config=${2:-examples/by_hand.yaml}
 bin=${BIN:-.venv/bin}
 mkdir -p "$work"
 
-# One configuration for all, with the address of every party and a session name that is used once.
-cat > "$work/federation.yaml" <<YAML
-name: by_hand
-data: {image_size: 16, phantoms: {train_patients: 150, test_patients: 60}}
-training: {rounds: 2, local_steps: 4, batch_size: 32}
-privacy: {delta: 1.0e-3}
-federation:
-  hospitals: 3
-  session: $(date +%s)-$RANDOM
-  addresses: {hospital-0: "127.0.0.1:47100", hospital-1: "127.0.0.1:47101", hospital-2: "127.0.0.1:47102", aggregator: "127.0.0.1:47103"}
-YAML
+# All share one configuration with the address of every party, and the name of this session, which is used once.
+session=federation.session=by-hand-$(date +%s)-$RANDOM
 
 # Each site makes its own key and a request; the federation's administrator certifies it and returns three files.
 "$bin/mpc-fl" pki init "$work/authority" --no-passphrase
@@ -29,10 +23,11 @@ done
 
 processes=()
 for rank in 0 1 2; do
-    "$bin/mpc-fl" party hospital --rank "$rank" --config "$work/federation.yaml" \
+    "$bin/mpc-fl" party hospital --rank "$rank" --config "$config" --set "$session" \
         --identity "$work/hospital-$rank/identity" --out "$work/hospital-$rank" 2> "$work/hospital-$rank/log" &
     processes+=($!)
 done
-"$bin/mpc-fl" party aggregator --config "$work/federation.yaml" --identity "$work/aggregator/identity" --out "$work/aggregator"
+"$bin/mpc-fl" party aggregator --config "$config" --set "$session" \
+    --identity "$work/aggregator/identity" --out "$work/aggregator"
 for process in "${processes[@]}"; do wait "$process"; done  # a hospital that failed fails this script
 echo "The aggregator's model: $work/aggregator/model.safetensors"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import secrets
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def main() -> None:
         process.start()
     for process in processes:
         process.join()
+    if any(process.exitcode != 0 for process in processes):
+        sys.exit("a party failed")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError
-from mpc_fl.files import _sync, written_whole
+from mpc_fl.files import written_whole
 
 TAG_BYTES = 16
 MAGIC = b"mpc-fl pool 1\n"
@@ -47,11 +47,10 @@ def seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray)
     salt = os.urandom(SALT_BYTES)
     header = MAGIC + salt + tag
     cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
-    with written_whole(path, 0o600) as temporary, temporary.open("wb") as file:
+    with written_whole(path, 0o600, durable=True) as temporary, temporary.open("wb") as file:
         file.write(header)
         for piece, nonce in _segments(len(buffer)):
             file.write(cipher.encrypt(nonce, buffer[piece], header + context))
-        _sync(file)
 
 
 def unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
