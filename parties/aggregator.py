@@ -36,7 +36,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     links = connect(config, AGGREGATOR, observer)
     with links, training_runtime(links, config) as runtime:
         ledger = open_ledger(config, AGGREGATOR)
-        domain, attendance = SecretDomain(runtime, ledger), Attendance(links, rules, hospitals)
+        domain, attendance = runtime.domain(ledger), Attendance(links, rules, hospitals)
         notify("connect", 1, 1)
         attendance.await_announced(not resumed, config.runtime.connect_timeout)
         if resumed:

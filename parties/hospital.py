@@ -63,7 +63,7 @@ def train(config: Config, rank: int, notify: Notify, observer: Observer | None =
         training_runtime(links, config) as runtime,
     ):
         ledger = open_ledger(config, name)
-        domain = SecretDomain(runtime, ledger)
+        domain = runtime.domain(ledger)
         notify("connect", 1, 1)
         announce(links, AGGREGATOR, hospitals)
         while True:

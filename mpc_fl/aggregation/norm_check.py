@@ -11,6 +11,9 @@ So what is checked is what the sum is made of (`closed_sum`). T is the bound in 
   6. every comparison that failed lets a random shared word through; their exclusive or is opened to the opener alone. It is
      zero if none failed, and otherwise uniform (zero with probability 2^-64), whichever failed: one bit
 
+Who learns what. The opener learns for each hospital whether its update is within the bound; hospital i learns its own V_i,
+which it could compute; the dealer learns shapes; nobody learns anything else.
+
 Why i says what V_i is. Squares need a larger ring than the shares have. CrypTen's division by 2^s is wrong with probability
 |V| / 2^32 per bucket for shares lifted from Z_2^32 by multiplying by 2^32: among thousands of buckets one would often fail an
 honest update. Conversion to bits and back is exact and costs many times the bytes. So i supplies u_i, and steps 4 and 5 check
@@ -40,97 +43,28 @@ every other party: 8 n M + 1288 n (24 + 2 N); to each other hospital k/8 M more 
 from __future__ import annotations
 
 import functools
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from mpc_fl.aggregation.sketch import BUCKETS, SEED_BYTES, SignHash
-from mpc_fl.crypto.ring import DTYPE_OF
+from mpc_fl.aggregation.norm_limits import NormTest
+from mpc_fl.aggregation.sketch import SEED_BYTES, SignHash
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, HeadroomError, ProtocolError, SecrecyError
+from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError, SecrecyError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.correlated_randomness import Request
-from mpc_fl.sharing.crypten_parts import crypten, mpc_tensor_from_share
+from mpc_fl.sharing.crypten_parts import crypten, mpc_tensor_from_share, ring_share_of
+from mpc_fl.sharing.crypten_runtime import CrypTenDomain
 from mpc_fl.sharing.dry_run import record_requests, shape_share
-from mpc_fl.sharing.opening import SecretDomain, open_to
+from mpc_fl.sharing.opening import open_to
 
 PROJECTIONS = 40
-_DEVIATIONS = 6  # how many times the norm a projection may be
-_TAIL = 2400  # margin^2 M: an honest update is refused with probability 1 / (1 + _TAIL / 2)
 _WHAT = "whether each update is within its norm bound"
-
-
-@dataclass(frozen=True)
-class NormTest:
-    """Public constants of a check: bound T in grid units of the summands, ring Z_2^k, buckets M.
-
-    Raises `HeadroomError` when the ring is too small for the bound, or the bound is no positive number.
-    """
-
-    bound: float
-    ring_bits: Literal[32, 64]
-    buckets: int = BUCKETS
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise HeadroomError(f"a norm bound must be a positive number, not {self.bound!r}")
-        if self.bound > 2.0**self.ring_bits * math.sqrt(self.buckets) / 10:
-            raise HeadroomError(
-                f"a norm bound of 2^{math.log2(self.bound):.1f} grid units cannot be checked in a ring of {self.ring_bits} bits",
-                "use a coarser grid or a ring of 64 bits",
-            )
-        if self.buckets * (2 * self.range_of_kept) ** 2 >= 1 << 63:
-            raise HeadroomError(f"squares of {self.buckets} buckets do not fit the ring", "use fewer buckets")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The ring's integers."""
-        return DTYPE_OF[self.ring_bits]
-
-    @property
-    def margin(self) -> float:
-        """How far above the bound a squared norm may be estimated, relative to it."""
-        return math.sqrt(_TAIL / self.buckets)
-
-    @property
-    def dropped_bits(self) -> int:
-        """s: low bits of a bucket that squares do without. T / 2^s lies in [2^19, 2^20) unless s = 0."""
-        return max(0, math.floor(math.log2(self.bound)) - 19)
-
-    @property
-    def largest_square_sum(self) -> int:
-        """A: what a sum of squares of u may be."""
-        s = self.dropped_bits
-        rounding = math.sqrt(self.buckets) / 2 if s else 0.0
-        return math.floor((math.sqrt(1 + self.margin) * self.bound / 2.0**s + rounding) ** 2)
-
-    @property
-    def range_of_kept(self) -> int:
-        """R: what a projection of u may be."""
-        return _DEVIATIONS * (math.isqrt(self.largest_square_sum) + 1)
-
-    @property
-    def range_of_dropped(self) -> int:
-        """R': what a projection of V - 2^s u may be; zero when u is V itself."""
-        s = self.dropped_bits
-        return math.ceil(_DEVIATIONS * math.sqrt(self.buckets) * 2 ** (s - 1)) if s else 0
-
-    def kept(self, sketch: torch.Tensor) -> torch.Tensor:
-        """u for a plaintext sketch of the ring's dtype: int64 of the same shape."""
-        s = self.dropped_bits
-        whole = sketch.long()
-        return whole if s == 0 else (whole >> s) + (whole >> (s - 1) & 1)
-
-    def passes(self, sketch: torch.Tensor) -> bool:
-        """What the protocol decides of a plaintext sketch (buckets,) whose hospital tells its u truly."""
-        u = self.kept(sketch).double()
-        return float((u * u).sum()) <= self.largest_square_sum
 
 
 def projections(seed: bytes, buckets: int) -> torch.Tensor:
@@ -203,7 +137,7 @@ def requests_of(test: NormTest, candidates: int, parties: int) -> tuple[Request,
     return tuple(record_requests(computation, parties, 0))
 
 
-def _program(domain: SecretDomain, test: NormTest, candidates: int) -> str:
+def _program(domain: CrypTenDomain, test: NormTest, candidates: int) -> str:
     """The name of the dealer's program for this check, which is declared if it was not."""
     client = domain.runtime.dealer_client
     if client is None:
@@ -214,7 +148,7 @@ def _program(domain: SecretDomain, test: NormTest, candidates: int) -> str:
     return name
 
 
-def prepare_norm_check(domain: SecretDomain, test: NormTest, candidates: int) -> None:
+def prepare_norm_check(domain: CrypTenDomain, test: NormTest, candidates: int) -> None:
     """Let the dealer make the tuples of the next check ahead of need. All parties of the world must call it alike."""
     name = _program(domain, test, candidates)
     assert domain.runtime.dealer_client is not None
@@ -222,7 +156,7 @@ def prepare_norm_check(domain: SecretDomain, test: NormTest, candidates: int) ->
 
 
 def norm_check(
-    domain: SecretDomain, test: NormTest, folded: torch.Tensor, candidates: Sequence[str], opener: str, why: str
+    domain: CrypTenDomain, test: NormTest, folded: torch.Tensor, candidates: Sequence[str], opener: str, why: str
 ) -> list[bool] | None:
     """For each candidate whether its update is within the bound, at `opener`; `None` elsewhere.
 
@@ -269,21 +203,21 @@ def norm_check(
     assert runtime.dealer_client is not None
     with runtime.dealer_client.program(name), torch.no_grad():
         verdict = _verdict(test, u, folded, runtime.rank == 0, draw, lambda size: runtime.elements(size, 64))
-    opened = open_to(domain, Shared(_WHAT, verdict), [opener], why)
+    opened = open_to(domain, Shared(_WHAT, ring_share_of(verdict)), [opener], why)
     return None if opened is None else [float(word) == 0 for word in opened]
 
 
 @dataclass(frozen=True)
 class NormCheck:
-    """The check of the summands of a closed sum (`quorum_sum.Check`), for vectors of `parameters` elements.
+    """The check of the summands of a closed sum, for vectors of `parameters` elements.
 
-    The world of the runtime must be those whose summands came, and the opener.
+    The world of the runtime must be those whose summands came, and the opener; `norm_check_session` makes it for each sum.
     """
 
     test: NormTest
     parameters: int
 
-    def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
+    def at_opener(self, domain: CrypTenDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
         """Draw the hash, tell it, fold the summands that came; returns the hospitals that passed. They must be kept."""
         candidates, seed = closed.present, secrets.token_bytes(SEED_BYTES)
         say_check(hospitals=list(candidates), sketch=seed.hex())
@@ -293,7 +227,7 @@ class NormCheck:
         assert passed is not None
         return [name for name, within in zip(candidates, passed, strict=True) if within]
 
-    def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
+    def at_hospital(self, domain: CrypTenDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
         """Fold the masks this hospital has in common with each other one, and take part."""
         candidates, seed = word.get("hospitals"), word.get("sketch")
         if (
@@ -319,7 +253,7 @@ class NormCheck:
         self._run(domain, folded, candidates, masks.plan.opener, masks.plan.name)
 
     def _run(
-        self, domain: SecretDomain, folded: torch.Tensor, candidates: Sequence[str], opener: str, name: str
+        self, domain: CrypTenDomain, folded: torch.Tensor, candidates: Sequence[str], opener: str, name: str
     ) -> list[bool] | None:
         if set(domain.runtime.world) != {*candidates, opener}:
             raise ProtocolError("a norm check needs a world of those whose summands came", "begin the sum again")

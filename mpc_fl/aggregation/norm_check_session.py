@@ -1,5 +1,7 @@
 """The check of a round's updates: a CrypTen world made for it of those whose summands came, and a dealer's session.
 
+CrypTen is imported when a check runs: who plans a sum, or makes one without a check, does without.
+
 For every checked sum the aggregator tells the dealer who takes part; parties and dealer make fresh seeds under a scope of
 their own (`Links.scoped`), so that whatever is left over of a check that lost a party is never taken for a part of the next.
 """
@@ -11,10 +13,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpc_fl.aggregation.norm_bound import gradient_norm_bound, in_grid_units, update_norm_bound
-from mpc_fl.aggregation.norm_check import NormCheck, NormTest
+from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.ring import MeanHeadroom
 from mpc_fl.errors import SAME_VERSION, MpcFlError, ProtocolError
@@ -22,9 +24,12 @@ from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR, DEALER
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer
 from mpc_fl.sharing.opening import SecretDomain
+
+if TYPE_CHECKING:
+    from mpc_fl.aggregation.norm_check import NormCheck
+    from mpc_fl.sharing.crypten_runtime import CrypTenDomain
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +38,10 @@ _CHECK = "check"
 
 @dataclass(frozen=True)
 class RoundCheck:
-    """`NormCheck` in a world of its own for each sum (`quorum_sum.Check`)."""
+    """`NormCheck` of vectors of `parameters` elements in a world of its own for each sum (`rules.Check`)."""
 
-    check: NormCheck
+    test: NormTest
+    parameters: int
     fraction_bits: int
     ahead_bytes: int
 
@@ -43,8 +49,8 @@ class RoundCheck:
         """See `NormCheck.at_opener`; the dealer is told first."""
         world, scope = [*closed.present, closed.plan.opener], f"check {closed.plan.name}"
         domain.links.send_object(DEALER, _CHECK, {"world": world, "scope": scope})
-        with self._domain(domain, world, scope) as inner:
-            return self.check.at_opener(inner, closed, say_check)
+        with self._begun(domain, world, scope) as (check, inner):
+            return check.at_opener(inner, closed, say_check)
 
     def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
         """See `NormCheck.at_hospital`."""
@@ -53,14 +59,20 @@ class RoundCheck:
             raise ProtocolError(f"{masks.plan.opener} began a check without hospitals", SAME_VERSION)
         if masks.me in hospitals:
             world = [*hospitals, masks.plan.opener]
-            with self._domain(domain, world, f"check {masks.plan.name}") as inner:
-                self.check.at_hospital(inner, masks, word)
+            with self._begun(domain, world, f"check {masks.plan.name}") as (check, inner):
+                check.at_hospital(inner, masks, word)
 
     @contextlib.contextmanager
-    def _domain(self, domain: SecretDomain, world: Sequence[str], scope: str) -> Iterator[SecretDomain]:
+    def _begun(
+        self, domain: SecretDomain, world: Sequence[str], scope: str
+    ) -> Iterator[tuple[NormCheck, CrypTenDomain]]:
+        """The check and the secret domain of its world, with seeds of its own, and the same record of openings."""
+        from mpc_fl.aggregation.norm_check import NormCheck
+        from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+
         links = domain.links.scoped(scope)
         with CrypTenRuntime(links, list(world), DEALER, self.fraction_bits, self.ahead_bytes) as runtime:
-            yield SecretDomain(runtime, domain.record)
+            yield NormCheck(self.test, self.parameters), runtime.domain(domain.record)
 
 
 def check_of(
@@ -82,7 +94,7 @@ def check_of(
         grid = in_grid_units(bound, bits, parameters, largest_weight)
         test = NormTest(grid, 32 if headroom.ring_bits == 32 else 64)
     ahead = config.runtime.dealer_ahead_bytes
-    return RoundCheck(NormCheck(test, parameters), config.aggregation.fraction_bits, ahead)
+    return RoundCheck(test, parameters, config.aggregation.fraction_bits, ahead)
 
 
 def serve_checks(links: Links, ahead_bytes: int) -> None:

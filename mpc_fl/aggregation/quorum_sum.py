@@ -10,8 +10,16 @@ If a hospital is lost during the check, the word "again" names who is left, and 
 opened. If keys are lost for ever in step 4, the sum is void (`SumLostError` at the aggregator): V was fixed and may not
 be fixed anew, so its summands are made anew.
 
-All words of the aggregator to one hospital come in one order under one tag (`say`, `next_word`), so that a hospital which
-was late finds in them what it has missed.
+All words of the aggregator to one hospital come in one order under one tag (`words`), so that a hospital which was late
+finds in them what it has missed.
+
+Who learns what. The aggregator learns the sum over V and, with a check, one bit per hospital; the hospitals learn U and V.
+
+Rounds and bytes. Without a check: "ready", "send", summand, "fixed", keys, one after the other. Each hospital sends k/8
+bytes per element and 32 for every key, the words are some hundred bytes. A check adds what `norm_check` states.
+
+Security. That of `closed_sum`, against semi-honest parties. A hospital sees to it that V is a part of U, holds itself, and
+is as large as the rules say, before it gives keys; it does not see whether all were told the same U and V.
 """
 
 from __future__ import annotations
@@ -20,10 +28,11 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from mpc_fl.aggregation.rules import Description, Rules, require_quorum
+from mpc_fl.aggregation.rules import AgreedSum, Rules, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Label
@@ -44,21 +53,20 @@ def _plan(rules: Rules, hospitals: tuple[str, ...], label: tuple[Label, ...], at
 def contribute(
     domain: SecretDomain,
     rules: Rules,
-    hospitals: tuple[str, ...],
-    label: tuple[Label, ...],
+    agreed: AgreedSum,
     encoded: Private[torch.Tensor],
-    about: Description,
     before_keys: Callable[[], None] | None = None,
 ) -> tuple[str, ...]:
-    """At a hospital of U: add `encoded` (int32 or int64) to the sum `label`; returns V, perhaps without this hospital.
+    """At a hospital of U: add `encoded` (int32 or int64, of any shape) to the sum; returns V, perhaps without this hospital.
 
-    `before_keys` is called when nothing but the keys is left to send: from then on the summand counts as released.
-    Raises `PeerLostError` when the aggregator is lost or late, `ProtocolError` for a V that may not be opened.
+    Nobody learns the summand; the aggregator learns the sum over V. `before_keys` is called when nothing but the keys is
+    left to send: from then on the summand counts as released. Raises `PeerLostError` when the aggregator is lost or late,
+    `ProtocolError` for a V that may not be opened.
     """
-    links, me = domain.links, domain.links.name
+    links, me, hospitals = domain.links, domain.links.name, agreed.hospitals
     shape = encoded.inside_protocol().shape
     for attempt in range(len(hospitals)):
-        plan = _plan(rules, hospitals, label, attempt)
+        plan = _plan(rules, hospitals, agreed.label, attempt)
         masks = SummandMasks(plan, me, shape, domain.sum_seed)
         # Only a check can make the sum begin again, and need the summand without these masks.
         summand = masks.masked(encoded, in_place=rules.check is None)
@@ -69,14 +77,7 @@ def contribute(
             del summand
             word = next_word(links, plan.opener, ("check", "fixed", "again"))
         while word["word"] == "check":
-            if rules.check is None:
-                raise ProtocolError(f"{plan.opener} began a check that was not agreed", "give all parties one file")
-            try:
-                rules.check.at_hospital(domain, masks, word)
-            except PeerLostError as error:
-                if error.peer == plan.opener:
-                    raise
-                log.warning("%s; waiting for the sum to begin again", error)
+            _take_part_in_check(domain, rules, masks, word)
             word = next_word(links, plan.opener, ("check", "fixed", "again"))
         hospitals = names_in(word, "hospitals")
         if word["word"] == "fixed":
@@ -85,6 +86,7 @@ def contribute(
             return hospitals
     else:
         raise ProtocolError("a sum began again too often", SAME_VERSION)
+    about = agreed.about
     if me in hospitals:
         if before_keys is not None:
             before_keys()
@@ -95,24 +97,35 @@ def contribute(
     return hospitals
 
 
+def _take_part_in_check(domain: SecretDomain, rules: Rules, masks: SummandMasks, word: Mapping[str, Any]) -> None:
+    """Step 2 at a hospital. Another one that is lost ends the check, not the sum: the aggregator says how it goes on."""
+    opener = masks.plan.opener
+    if rules.check is None:
+        raise ProtocolError(f"{opener} began a check that was not agreed", "give all parties one file")
+    try:
+        rules.check.at_hospital(domain, masks, word)
+    except PeerLostError as error:
+        if error.peer == opener:
+            raise
+        log.warning("%s; waiting for the sum to begin again", error)
+
+
 def collect(
     domain: SecretDomain,
     rules: Rules,
-    hospitals: tuple[str, ...],
+    agreed: AgreedSum,
     starts: Mapping[str, str],
-    label: tuple[Label, ...],
     dtype: torch.dtype,
     shape: Sequence[int],
-    about: Description,
 ) -> tuple[tuple[str, ...], torch.Tensor]:
-    """At the aggregator: V, and the opened sum over V as ring elements of `dtype` and `shape`.
+    """At the aggregator: V, and the opened sum over V as ring elements of `dtype` (int32 or int64) and `shape`.
 
     `starts` says by key fingerprints which start of each hospital is meant: one that has started again since is left
     out. Raises `QuorumError` when too few are left, `SumLostError` when the sum can no longer be opened.
     """
-    links = domain.links
+    links, about, hospitals = domain.links, agreed.about, agreed.hospitals
     for attempt in range(len(hospitals)):
-        plan = _plan(rules, hospitals, label, attempt)
+        plan = _plan(rules, hospitals, agreed.label, attempt)
         closed = ClosedSum(plan, dtype, tuple(shape), keep=rules.check is not None)
         _take_summands(links, rules, closed, starts, about.why)
         present = closed.present

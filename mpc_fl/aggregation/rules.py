@@ -1,4 +1,8 @@
-"""rules"""
+"""What all parties of a run agree on about its sums: the rules of all, what is known of one, and the quorum.
+
+`Rules` hold for every sum of a run, `AgreedSum` says which sum is meant, `Description` what the records of its opening
+say. A `Check` may leave hospitals out before anything is opened; `norm_check_session.RoundCheck` is one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Scalar
+from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import QuorumError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
@@ -43,6 +48,15 @@ class Description:
     what: str
     why: str
     privacy: Mapping[str, Scalar] | None = None
+
+
+@dataclass(frozen=True)
+class AgreedSum:
+    """One sum as all its parties know it before it begins: U in order, a label used once in the run, what records say."""
+
+    hospitals: tuple[str, ...]
+    label: tuple[Label, ...]
+    about: Description
 
 
 def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str], why: str) -> None:

@@ -1,4 +1,8 @@
-"""words"""
+"""The aggregator's words to the hospitals: small messages, in one order, under one tag.
+
+`say` tells, `next_word` hears. Because all words to one hospital share a tag, a hospital that was late finds in them what
+it has missed, in order. Words are public: names, numbers and what happens next, never anything secret.
+"""
 
 from __future__ import annotations
 

@@ -20,13 +20,14 @@ DTYPE_OF = {32: torch.int32, 64: torch.int64}
 
 @dataclass(frozen=True, repr=False)
 class RingShare:
-    """One party's additive share of a tensor over Z_2^32, int32, whose value has `fraction_bits` fractional bits.
+    """One party's share of a tensor over Z_2^32 (int32) or Z_2^64 (int64), of any shape.
 
-    The share of a ring that CrypTen does not have; in Z_2^64 a CrypTen tensor holds it.
+    The value has `fraction_bits` fractional bits. Shares combine by addition, or by exclusive or if `exclusive_or`.
     """
 
     elements: torch.Tensor
     fraction_bits: int
+    exclusive_or: bool = False
 
 
 @dataclass(frozen=True)

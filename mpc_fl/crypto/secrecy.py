@@ -51,7 +51,7 @@ class Private(_Guarded, Generic[T]):
 
 
 class Shared(_Guarded, Generic[T]):
-    """This party's part of a secret-shared value: a CrypTen tensor. `opening.open_to` is the only way out."""
+    """This party's part of a secret-shared value (`ring.RingShare`, say). `opening.open_to` is the only way out."""
 
     __slots__ = ("_tensor",)
 
@@ -60,5 +60,5 @@ class Shared(_Guarded, Generic[T]):
         self._tensor = tensor
 
     def inside_protocol(self) -> T:
-        """The CrypTen tensor, for protocols that compute on shares."""
+        """The share, for protocols that compute on shares."""
         return self._tensor

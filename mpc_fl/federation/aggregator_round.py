@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from mpc_fl.aggregation.quorum_sum import collect
-from mpc_fl.aggregation.rules import Rules
+from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.aggregation.words import say
 from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
@@ -69,9 +69,9 @@ def aggregator_round(
 def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:
     """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
     config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
-    label, shape = ("update", plan.number, plan.attempt), aggregator.shared_parameters.shape
-    about = _mean_update(config, plan.number)
-    hospitals, total = collect(domain, rules, plan.hospitals, plan.starts, label, headroom.dtype, shape, about)
+    shape = aggregator.shared_parameters.shape
+    agreed = AgreedSum(plan.hospitals, ("update", plan.number, plan.attempt), _mean_update(config, plan.number))
+    hospitals, total = collect(domain, rules, agreed, plan.starts, headroom.dtype, shape)
     shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
     send_global(links, hospitals, shared)
     return hospitals

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Missed, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules
 from mpc_fl.aggregation.words import broadcast, next_word, say
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
@@ -98,8 +98,8 @@ def hospital_steps(
         share = noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
         # 3. and 4.
         links.set_phase(f"round {number} aggregation")
-        label = ("gradient", *round_of, step)
-        hospitals = contribute(domain, rules, hospitals, label, share, _about(config, number, step), before_keys)
+        agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step))
+        hospitals = contribute(domain, rules, agreed, share, before_keys)
         if links.name not in hospitals:
             return "left out"
         if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
@@ -137,9 +137,8 @@ def aggregator_steps(
     links, working, number = domain.links, working_copy(model), round_of[0]
     parameters = flatten_parameters(working)
     for step in range(config.training.local_steps):
-        label, shape = ("gradient", *round_of, step), (mechanism.parameters,)
-        about = _about(config, number, step)
-        hospitals, opened = collect(domain, rules, hospitals, starts, label, mechanism.dtype, shape, about)
+        agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step))
+        hospitals, opened = collect(domain, rules, agreed, starts, mechanism.dtype, (mechanism.parameters,))
         # The mean over those present: `mean_gradient` divides by the number of all hospitals.
         gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
         parameters = optimizer.step(parameters, gradient)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mpc_fl.aggregation.quorum_sum import contribute
-from mpc_fl.aggregation.rules import Missed, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules
 from mpc_fl.aggregation.words import next_word
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
@@ -134,9 +134,9 @@ def _local_steps(
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
     # 4. and 5. Closed sum, opened to the aggregator, which sends the new global model.
-    about = _mean_update(config, number)
+    agreed = AgreedSum(plan.hospitals, ("update", number, plan.attempt), _mean_update(config, number))
     release = hospital.ledger.release if hospital.noise_multiplier is not None else None
-    admitted = contribute(domain, rules, plan.hospitals, ("update", number, plan.attempt), encoded, about, release)
+    admitted = contribute(domain, rules, agreed, encoded, release)
     del encoded
     if hospital.name not in admitted:
         return "left out"

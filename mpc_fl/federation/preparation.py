@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.words import broadcast
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ProtocolError
@@ -67,7 +67,7 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
             ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
         encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
         release = None if event is None else ledger.release
-        contribute(domain, rules, hospitals, ("features",), encoded, _FEATURES, release)
+        contribute(domain, rules, AgreedSum(hospitals, ("features",), _FEATURES), encoded, release)
         values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.features))
         hospital.normalise(Normalisation.of_tensor(values))
         buffers = flatten_buffers(hospital.model)
@@ -76,7 +76,7 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
         )
     if config.aggregation.weighted:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-        contribute(domain, rules, hospitals, ("patients",), count, _PATIENTS)
+        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS), count)
     calibrate_own(hospital.model, hospital.train.inputs, config)
 
 
@@ -92,8 +92,8 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure":
         plan = plan_features(config)
-        shape = (plan.length,)
-        _, total = collect(domain, rules, hospitals, attendance.starts, ("features",), torch.int64, shape, _FEATURES)
+        agreed = AgreedSum(hospitals, ("features",), _FEATURES)
+        _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (plan.length,))
         aggregator.normalisation = decode_features(plan, total).normalisation
         values = aggregator.normalisation.tensor()
         calibrate_on_public_images(aggregator.model, config, aggregator.normalisation)
@@ -106,7 +106,8 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
         broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
     if config.aggregation.weighted:
-        _, total = collect(domain, rules, hospitals, attendance.starts, ("patients",), torch.int64, (1,), _PATIENTS)
+        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS)
+        _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
         aggregator.patients = int(total)
         if not 0 < aggregator.patients <= config.federation.hospitals * config.aggregation.count_bound:
             raise ProtocolError("the opened number of patients cannot be", "a hospital does not follow the protocol")

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.words import next_word, say
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
@@ -43,7 +43,7 @@ def hospital_evaluation(
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
         counts = Private(f"evaluation of {hospital.name}", encoded)
         rules, label = _evaluating(hospital.config, rules), ("evaluation", number, attempt)
-        contribute(domain, rules, hospitals, label, counts, _evaluation_counts(number))
+        contribute(domain, rules, AgreedSum(hospitals, label, _evaluation_counts(number)), counts)
     return own
 
 
@@ -67,9 +67,9 @@ def aggregator_evaluation(
         return None
     say(domain.links, hospitals, "evaluate")
     classes = len(config.data.classes)
-    shape, about = (evaluation_length(classes),), _evaluation_counts(plan.number)
+    agreed = AgreedSum(hospitals, label, _evaluation_counts(plan.number))
     try:
-        _, total = collect(domain, rules, hospitals, plan.starts, label, torch.int64, shape, about)
+        _, total = collect(domain, rules, agreed, plan.starts, torch.int64, (evaluation_length(classes),))
     except QuorumError as error:
         # Nothing was opened and nobody need wait: the round itself has its result.
         log.warning("%s", error)
@@ -92,7 +92,7 @@ def secure_evaluation(
     One opening of `evaluation_length(classes)` counts. Raises `HeadroomError` when a count exceeds `count_bound` or sums
     could be inexact, before anything is sent.
     """
-    require_evaluation_headroom(len(domain.runtime.world), count_bound)
+    require_evaluation_headroom(len(domain.world), count_bound)
     if own is None:
         counts = torch.zeros(evaluation_length(classes), dtype=torch.int64)
     else:

@@ -56,11 +56,10 @@ def request_diagnoses(config: Config, images: Dataset, links: Links, record: Rec
 
         return fast.ask(config, images, links, record, notify)
     from mpc_fl.inference.reference import diagnosis as reference
-    from mpc_fl.sharing.opening import SecretDomain
 
     graph = reference.public_graph(config)
     with reference.runtime_of(config, links) as runtime:
-        return reference.ask(config, graph, images, SecretDomain(runtime, record), notify)
+        return reference.ask(config, graph, images, runtime.domain(record), notify)
 
 
 def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:
@@ -76,11 +75,10 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
 
         return fast.answer(config, model, normalisation, links, record)
     from mpc_fl.inference.reference import diagnosis as reference
-    from mpc_fl.sharing.opening import SecretDomain
 
     graph = reference.private_graph(config, model)
     with reference.runtime_of(config, links) as runtime:
-        return reference.answer(config, graph, SecretDomain(runtime, record))
+        return reference.answer(config, graph, runtime.domain(record))
 
 
 def _normalisation_of_inputs(config: Config) -> Normalisation | None:

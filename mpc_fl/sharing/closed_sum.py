@@ -8,6 +8,8 @@ Protocol. U hospitals, an opener that adds nothing, P(i) the `closing` hospitals
      c_ij for j in P(i), of c_ji for j in V with i in P(j). A seed gives its keys once, for one V (`keys_for`)
   4. the opener adds the y_i of V and takes away what the keys expand to (`unmask`). What is left is the sum over V
 
+Who learns what. The opener learns the sum over V; the hospitals learn V. Nobody learns a summand, of V or left out.
+
 Why two kinds of masks. The z_ij cancel in the sum over U, so whoever holds all y_i could open it without asking. A sum over
 U and another over V would show what was left out. The c_ij do not cancel: no sum opens before step 3, and step 3 opens one.
 

@@ -12,8 +12,9 @@ so one party's share of it has to be sent.
 | wraps | r | how often the shares of r wrap around 2^64 | truncation by more than two parties |
 | B2A | a bit, shared by exclusive or | the same bit, shared by sum | bits to integers |
 
-A *program* is a named sequence of requests that both sides know, so that its corrections need no request and can be
-made ahead of need. Corrections travel in *blocks*: consecutive ones, flattened and joined up to `BLOCK_BYTES`.
+A *program* (`TupleProgram`) is a named sequence of requests that both sides know, so that its corrections need no request
+and can be made ahead of need. Corrections travel in *blocks* (`CorrectionBlock`): consecutive ones, flattened and joined up
+to `BLOCK_BYTES`.
 
 Requests cross a link, so `Request.from_message` takes them as hostile: known kinds, operations and options of known
 types, bounded sizes and work. `torch` is only called with what passed.
@@ -43,7 +44,6 @@ MAX_ELEMENTS = 1 << 28  # of one part: 2 GiB, half of what a frame may carry
 MAX_MULTIPLICATIONS = 1 << 40  # of one tuple: minutes of work
 MAX_REQUESTS = 1 << 16  # of one program
 _MAX_OPTION = 1 << 16
-_SAME_VERSION = SAME_VERSION
 
 # Spatial dimensions of each bilinear operation (0: no convolution), and its options with their least values.
 _DIMENSIONS = {"mul": 0, "matmul": 0, "conv1d": 1, "conv2d": 2, "conv_transpose1d": 1, "conv_transpose2d": 2}
@@ -58,7 +58,7 @@ _CORRECTED = {"additive": "c", "square": "r2", "binary": "c", "wraps": "theta", 
 
 
 def _refuse(why: str) -> ProtocolError:
-    return ProtocolError(f"a request for correlated randomness was refused: {why}", _SAME_VERSION)
+    return ProtocolError(f"a request for correlated randomness was refused: {why}", SAME_VERSION)
 
 
 def multiply(operation: str, a: torch.Tensor, b: torch.Tensor, options: Mapping[str, Option]) -> torch.Tensor:
@@ -246,7 +246,7 @@ def count_wraps(shares: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Block:
+class CorrectionBlock:
     """Requests `start` to `stop` (not included) of a program, whose corrections travel as one flat int64 tensor."""
 
     start: int
@@ -260,25 +260,25 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Program:
+class TupleProgram:
     """A named, repeatable sequence of requests, cut into blocks alike at every party."""
 
     name: str
     requests: tuple[Request, ...]
-    blocks: tuple[Block, ...]
+    blocks: tuple[CorrectionBlock, ...]
 
     @classmethod
-    def of(cls, name: str, requests: Sequence[Request]) -> Program:
+    def of(cls, name: str, requests: Sequence[Request]) -> TupleProgram:
         """Cut `requests` into blocks. Raises `ProtocolError` for none or more than `MAX_REQUESTS`."""
         if not 1 <= len(requests) <= MAX_REQUESTS:
             raise _refuse(f"a program has 1 to {MAX_REQUESTS} requests")
-        blocks: list[Block] = []
+        blocks: list[CorrectionBlock] = []
         for position, request in enumerate(requests):
-            last = blocks[-1] if blocks else Block(0, 0, 0)
+            last = blocks[-1] if blocks else CorrectionBlock(0, 0, 0)
             if blocks and BYTES_PER_ELEMENT * (last.elements + request.elements) <= BLOCK_BYTES:
-                blocks[-1] = Block(last.start, position + 1, last.elements + request.elements)
+                blocks[-1] = CorrectionBlock(last.start, position + 1, last.elements + request.elements)
             else:
-                blocks.append(Block(position, position + 1, request.elements))
+                blocks.append(CorrectionBlock(position, position + 1, request.elements))
         return cls(name, tuple(requests), tuple(blocks))
 
     @property

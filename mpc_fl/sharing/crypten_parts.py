@@ -1,4 +1,8 @@
-"""What takes the place of CrypTen's own communicator, provider and randomness. The only module that imports CrypTen."""
+"""What takes the place of CrypTen's own communicator, provider and randomness. The only module that imports CrypTen.
+
+`crypten_with` exchanges them, `crypten_runtime` and `dry_run` say by what. `mpc_tensor_from_share` and `ring_share_of`
+lead from this project's shares to CrypTen's tensors and back; both are local.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from mpc_fl import compatibility
+from mpc_fl.crypto.ring import RingShare
 from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.sharing.correlated_randomness import Request, ordered_options
 from mpc_fl.sharing.crypten_communicator import LinksCollectives
@@ -96,7 +101,7 @@ def _arithmetic(share: torch.Tensor, device: Any) -> Any:
     return ArithmeticSharedTensor.from_shares(share, precision=0, device=device)
 
 
-class _NoDealer:
+class NoDealer:
     """Stands where a computation has no dealer, so that CrypTen cannot fall back to its trusted first party."""
 
     def shares(self, request: Request) -> list[torch.Tensor]:
@@ -126,68 +131,93 @@ class _PublicGenerators(dict[Any, torch.Generator]):
         return self[device]
 
 
+class _Draws:
+    """CrypTen's drawing functions, with their signatures, on a `Randomness`; its generators are not asked."""
+
+    def __init__(self, randomness: Randomness) -> None:
+        self._randomness = randomness
+
+    def ring_elements(
+        self, size: Size, ring_size: int = 2**64, generator: Any = None, device: Any = None
+    ) -> torch.Tensor:
+        """`generate_random_ring_element`: uniform in [-ring_size / 2, ring_size / 2)."""
+        bits = ring_size.bit_length() - 1
+        elements = self._randomness.elements(tuple(size), bits).to(device)
+        return elements if bits == 64 else elements - ring_size // 2
+
+    def bits(self, size: Size, bitlength: int | None = None, generator: Any = None, device: Any = None) -> torch.Tensor:
+        """`generate_kbit_random_tensor`."""
+        return self._randomness.elements(tuple(size), bitlength or 64).to(device)
+
+    def arithmetic_zero(self, *size: Any, device: Any = None) -> Any:
+        """`ArithmeticSharedTensor.PRZS`."""
+        return ArithmeticSharedTensor.from_shares(self._randomness.zero_share(_size(size)), device=device)
+
+    def binary_zero(self, *size: Any, device: Any = None) -> Any:
+        """`BinarySharedTensor.PRZS`."""
+        share = self._randomness.zero_share(_size(size), exclusive_or=True)
+        return BinarySharedTensor.from_shares(share, device=device)
+
+
+def _size(size: tuple[Any, ...]) -> Size:
+    """A size that was given as one sequence or as its numbers."""
+    return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+
+
+def _refuse_to_open(*_: Any, **__: Any) -> Any:
+    raise SecrecyError("CrypTen tried to open a share outside of open_to")
+
+
+def _refuse_torch_randomness(*_: Any, **__: Any) -> Any:
+    raise SecrecyError("this part of CrypTen draws secrets from torch.Generator; it is not available here")
+
+
+def _hidden(tensor: Any) -> str:
+    return f"{type(tensor).__name__}(secret)"
+
+
+def _draws_and_refusals(draws: _Draws) -> list[tuple[Any, str, Any]]:
+    """(module or class, name, what takes its place) for everything in CrypTen that draws, opens or shows a secret."""
+    return [
+        *((module, "generate_random_ring_element", draws.ring_elements) for module in (crypten.common.rng, arithmetic)),
+        *((module, "generate_kbit_random_tensor", draws.bits) for module in (crypten.common.rng, binary)),
+        (ArithmeticSharedTensor, "PRZS", staticmethod(draws.arithmetic_zero)),
+        (BinarySharedTensor, "PRZS", staticmethod(draws.binary_zero)),
+        # Their `reveal` stays: Beaver's protocol opens masked values with it.
+        (ArithmeticSharedTensor, "get_plain_text", _refuse_to_open),
+        (BinarySharedTensor, "get_plain_text", _refuse_to_open),
+        (crypten, "manual_seed", _refuse_torch_randomness),
+        (DPSplitModel, "__init__", _refuse_torch_randomness),  # noise and label flips
+        *((shared, "__repr__", _hidden) for shared in (ArithmeticSharedTensor, BinarySharedTensor, MPCTensor)),
+    ]
+
+
 @contextmanager
 def crypten_with(
     communicator: Any, provider: Provider, randomness: Randomness, opener: Opener, fraction_bits: int
 ) -> Iterator[None]:
-    """Let CrypTen use these parts instead of its own inside a `with` block; its own come back in the end."""
+    """Let CrypTen use these parts instead of its own inside a `with` block; its own come back in the end.
 
-    def ring_elements(size: Size, ring_size: int = 2**64, generator: Any = None, device: Any = None) -> torch.Tensor:
-        bits = ring_size.bit_length() - 1
-        elements = randomness.elements(tuple(size), bits).to(device)
-        return elements if bits == 64 else elements - ring_size // 2
-
-    def bits(size: Size, bitlength: int | None = None, generator: Any = None, device: Any = None) -> torch.Tensor:
-        return randomness.elements(tuple(size), bitlength or 64).to(device)
-
-    def shape_of(size: tuple[Any, ...]) -> Size:
-        return size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-
-    def arithmetic_zero(*size: Any, device: Any = None) -> Any:
-        return ArithmeticSharedTensor.from_shares(randomness.zero_share(shape_of(size)), device=device)
-
-    def binary_zero(*size: Any, device: Any = None) -> Any:
-        share = randomness.zero_share(shape_of(size), exclusive_or=True)
-        return BinarySharedTensor.from_shares(share, device=device)
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise SecrecyError("CrypTen tried to open a share outside of open_to")
-
-    def refuse_torch_randomness(*_: Any, **__: Any) -> Any:
-        raise SecrecyError("this part of CrypTen draws secrets from torch.Generator; it is not available here")
-
+    Raises `SecrecyError` when CrypTen is configured for another protocol than Beaver's.
+    """
     if crypten.cfg.mpc.protocol != "beaver":
         raise SecrecyError("replicated secret sharing of CrypTen misses its zero masks: set mpc.protocol to beaver")
-
+    parts = [
+        (crypten.communicator, "get", lambda: communicator),
+        (crypten.communicator, "is_initialized", lambda: True),
+        (crypten.communicator, "uninit", lambda: None),
+        (crypten.mpc, "get_default_provider", lambda: provider),
+        (crypten, "generators", {"global": _PublicGenerators(communicator, randomness)}),
+        (MPCTensor, "get_plain_text", lambda tensor, dst=None: opener(tensor, dst, True)),
+        (MPCTensor, "reveal", lambda tensor, dst=None: opener(tensor, dst, False)),
+    ]
     with ExitStack() as originals:
-
-        def replace(owner: Any, name: str, value: Any) -> None:
+        for owner, name, part in [*parts, *_draws_and_refusals(_Draws(randomness))]:
             if name in owner.__dict__:
                 originals.callback(setattr, owner, name, owner.__dict__[name])
             else:
                 originals.callback(delattr, owner, name)
-            setattr(owner, name, value)
-
-        replace(crypten.communicator, "get", lambda: communicator)
-        replace(crypten.communicator, "is_initialized", lambda: True)
-        replace(crypten.communicator, "uninit", lambda: None)
-        replace(crypten.mpc, "get_default_provider", lambda: provider)
-        replace(crypten, "generators", {"global": _PublicGenerators(communicator, randomness)})
-        for module in (crypten.common.rng, arithmetic):
-            replace(module, "generate_random_ring_element", ring_elements)
-        for module in (crypten.common.rng, binary):
-            replace(module, "generate_kbit_random_tensor", bits)
-        replace(ArithmeticSharedTensor, "PRZS", staticmethod(arithmetic_zero))
-        replace(BinarySharedTensor, "PRZS", staticmethod(binary_zero))
-        replace(MPCTensor, "get_plain_text", lambda tensor, dst=None: opener(tensor, dst, True))
-        replace(MPCTensor, "reveal", lambda tensor, dst=None: opener(tensor, dst, False))
-        # Their `reveal` stays: Beaver's protocol opens masked values with it.
-        replace(ArithmeticSharedTensor, "get_plain_text", refuse)
-        replace(BinarySharedTensor, "get_plain_text", refuse)
-        replace(crypten, "manual_seed", refuse_torch_randomness)
-        replace(DPSplitModel, "__init__", refuse_torch_randomness)  # noise and label flips
-        for shared in (ArithmeticSharedTensor, BinarySharedTensor, MPCTensor):
-            replace(shared, "__repr__", lambda tensor: f"{type(tensor).__name__}(secret)")
+            setattr(owner, name, part)
         originals.callback(setattr, crypten.cfg.encoder, "precision_bits", crypten.cfg.encoder.precision_bits)
         crypten.cfg.encoder.precision_bits = fraction_bits
         yield
@@ -198,8 +228,9 @@ def mpc_tensor_from_share(share: torch.Tensor, fraction_bits: int) -> Any:
     return MPCTensor.from_shares(share, precision=fraction_bits)
 
 
-def share_of(tensor: Any) -> tuple[torch.Tensor, int, bool]:
-    """This party's int64 share of an `MPCTensor`, its fraction bits, and whether shares combine by exclusive or."""
+def ring_share_of(tensor: Any) -> RingShare:
+    """This party's int64 share of an `MPCTensor`, to be opened; an arithmetic one adds up, a binary one by exclusive or."""
     inner = tensor._tensor
     scale = inner.encoder.scale
-    return inner.share, 0 if scale == 1 else int(math.log2(scale)), isinstance(inner, BinarySharedTensor)
+    fraction_bits = 0 if scale == 1 else int(math.log2(scale))
+    return RingShare(inner.share, fraction_bits, isinstance(inner, BinarySharedTensor))

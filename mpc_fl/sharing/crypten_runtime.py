@@ -1,9 +1,10 @@
-"""CrypTen on this project's links, dealer and stream cipher.
-CrypTen is used unmodified; `CrypTenRuntime` replaces, while it is active, the four things DESIGN.md section 2 finds
-unsafe: the communicator (gloo, pickle), the provider (a computing party as dealer), every random draw
-(`torch.Generator`), and the neighbour ring of zero-shares, which becomes a complete graph of pairwise seeds so that any
-n-2 parties learn nothing about the other two but their sum. What is replaced belongs to CrypTen's modules, so a process
-has one runtime at a time.
+"""CrypTen on this project's links, dealer and stream cipher, with the one way out of the secret domain.
+
+CrypTen is used unmodified; `CrypTenRuntime` replaces, while it is active, five things that are not safe to use as they
+come: the communicator (gloo without encryption or identities, objects as pickle), the provider (a computing party that
+knows all correlated randomness), every random draw (`torch.Generator` is no cipher), the ring of zero-shares between
+neighbours (which becomes a complete graph of pairwise seeds, `zero_shares`), and `get_plain_text` and `reveal`, which
+open values without a record. What is replaced belongs to CrypTen's modules, so a process has one runtime at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +14,24 @@ from typing import Any
 
 import torch
 
+from mpc_fl.audit.opening_record import Record
+from mpc_fl.crypto.ring import RingShare
+from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.crypten_parts import LinksCommunicator, Opener, Provider, Size, _NoDealer, crypten_with
+from mpc_fl.sharing.crypten_parts import (
+    LinksCommunicator,
+    NoDealer,
+    Opener,
+    Provider,
+    Size,
+    crypten_with,
+    ring_share_of,
+)
 from mpc_fl.sharing.dealer_client import AHEAD_BYTES, DealerClient
+from mpc_fl.sharing.opening import SecretDomain, open_to
+from mpc_fl.sharing.zero_shares import ZeroShares
 
 
 class CrypTenRuntime:
@@ -25,8 +39,8 @@ class CrypTenRuntime:
 
     `world` lists the computing parties in rank order and includes this one. Without a dealer only linear operations
     work; with one, `dealer_client` is this party's side of it, and `ahead_bytes` bounds what the dealer sends ahead of
-    need. While active, CrypTen's own `get_plain_text` and `reveal` go through `opener` (set by `opening`), so that
-    there is no unrecorded way out.
+    need. CrypTen's own `get_plain_text` and `reveal` go through the `domain` made of the runtime, and are refused before
+    there is one, so that there is no unrecorded way out.
     """
 
     def __init__(
@@ -38,16 +52,15 @@ class CrypTenRuntime:
         self.dealer = dealer
         self.dealer_client = None if dealer is None else DealerClient(links, world, dealer, ahead_bytes)
         self.fraction_bits = fraction_bits
-        self.opener: Opener | None = None
-        self._pairwise = {name: links.pairwise_seed(name, "zero-shares") for name in world if name != links.name}
+        self.zero_shares = ZeroShares(links, world)
+        self._opener: Opener | None = None
         self._local = Seed.from_system()
-        self._zero_shares = 0
         self._draws = 0
         self._active = ExitStack()
 
     def __enter__(self) -> CrypTenRuntime:
         communicator = LinksCommunicator(self.links, self.world)
-        provider = Provider(self.dealer_client or _NoDealer(), self.rank)
+        provider = Provider(self.dealer_client or NoDealer(), self.rank)
         self._active.enter_context(crypten_with(communicator, provider, self, self._open, self.fraction_bits))
         return self
 
@@ -56,35 +69,45 @@ class CrypTenRuntime:
             if error is None and self.dealer_client is not None:
                 self.dealer_client.finish()
 
-    def _open(self, tensor: Any, dst: int | None, decode: bool) -> Any:
-        if self.opener is None:
-            raise SecrecyError("CrypTen tried to open a tensor outside of open_to")
-        return self.opener(tensor, dst, decode)
+    def domain(self, record: Record) -> CrypTenDomain:
+        """The secret domain of this runtime, whose openings `record` takes down, also those that CrypTen asks for."""
+        domain = CrypTenDomain(self, record)
+        self._opener = domain.open_for_crypten
+        return domain
 
-    # -- randomness
+    def _open(self, tensor: Any, dst: int | None, decode: bool) -> Any:
+        if self._opener is None:
+            raise SecrecyError("CrypTen tried to open a tensor outside of open_to")
+        return self._opener(tensor, dst, decode)
+
+    # -- randomness, as `crypten_parts.Randomness` asks for it
     def elements(self, shape: Size, bits: int) -> torch.Tensor:
         """Uniform int64 elements of Z_2^bits that only this party knows."""
         self._draws += 1
         return self._local.stream("local", self._draws).ring_elements(tuple(shape), bits)
 
     def zero_share(self, shape: Size, *, exclusive_or: bool = False) -> torch.Tensor:
-        """This party's share of zero (sum or exclusive or over all ranks), int64; see `add_zero_share`."""
-        share = torch.zeros(tuple(shape), dtype=torch.int64)
-        self.add_zero_share(share, exclusive_or=exclusive_or)
-        return share
+        """This party's int64 share of zero; see `ZeroShares.zero_share`."""
+        return self.zero_shares.zero_share(shape, exclusive_or=exclusive_or)
 
-    def add_zero_share(self, share: torch.Tensor, *, exclusive_or: bool = False) -> None:
-        """Refresh a share, int64 or int32, with this party's share of zero, in place.
 
-        For each pair the lower rank adds and the higher subtracts a mask both expand from their pairwise seed. All
-        parties must call this in the same order: the counter is the label.
-        """
-        self._zero_shares += 1
-        for name, seed in self._pairwise.items():
-            mask = seed.stream("zero-share", self._zero_shares)
-            if exclusive_or:
-                mask.exclusive_or_into(share)
-            elif self.rank < self.world.index(name):
-                mask.add_to(share)
-            else:
-                mask.subtract_from(share)
+class CrypTenDomain(SecretDomain):
+    """The secret domain of a party that computes with CrypTen, made by `CrypTenRuntime.domain`.
+
+    An `MPCTensor` is opened as `Shared(what, ring_share_of(tensor))`. Zero-shares of openings and of CrypTen are counted
+    together.
+    """
+
+    def __init__(self, runtime: CrypTenRuntime, record: Record) -> None:
+        super().__init__(runtime.links, runtime.world, record, runtime.zero_shares)
+        self.runtime = runtime
+
+    def open_for_crypten(self, tensor: Any, destination: int | None, decode: bool) -> torch.Tensor | None:
+        """What CrypTen's `get_plain_text` (decoded, float32) and `reveal` do: open to one rank, or to all for `None`."""
+        who = self.world if destination is None else [self.world[destination]]
+        share: Shared[RingShare] = Shared("a CrypTen tensor", ring_share_of(tensor))
+        elements = open_to(self, share, list(who), "CrypTen get_plain_text", decode=False)
+        fraction_bits = share.inside_protocol().fraction_bits
+        if elements is None or not decode or fraction_bits == 0:
+            return elements
+        return (elements.double() / float(1 << fraction_bits)).float()

@@ -36,7 +36,7 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.correlated_randomness import MAX_REQUESTS, Block, Program, Request, block_tag
+from mpc_fl.sharing.correlated_randomness import MAX_REQUESTS, CorrectionBlock, Request, TupleProgram, block_tag
 from mpc_fl.sharing.dealer_client import AHEAD_BYTES, CONSUMED, CONTROL, DROPPED, SEED_PURPOSE
 
 log = logging.getLogger(__name__)
@@ -50,12 +50,12 @@ class _Instance:
     """A run of a program: how many of its blocks were sent, and how many of those the last party has consumed."""
 
     number: int
-    program: Program
+    program: TupleProgram
     seeds: list[Seed]
     sent: int = 0
     consumed: int = 0
 
-    def next_block(self) -> Block | None:
+    def next_block(self) -> CorrectionBlock | None:
         blocks = self.program.blocks
         return blocks[self.sent] if self.sent < len(blocks) else None
 
@@ -74,7 +74,7 @@ class Dealer:
     def __init__(self, links: Links, world: list[str], ahead_bytes: int = AHEAD_BYTES) -> None:
         self._links, self._world, self._ahead_bytes = links, world, ahead_bytes
         self._seeds = [links.pairwise_seed(name, SEED_PURPOSE) for name in world]
-        self._programs: dict[str, Program] = {}
+        self._programs: dict[str, TupleProgram] = {}
         self._declaring: dict[str, list[Request]] = {}
         self._instances = 0
         self._running: _Instance | None = None
@@ -142,7 +142,7 @@ class Dealer:
             raise ProtocolError("a computing party left a program before its end", SAME_VERSION_AND_CONFIGURATION)
         elif kind == "request":
             request = Request.from_message(message.get("request"))
-            self._send_block(self._new_instance(Program.of("", [request]), message))
+            self._send_block(self._new_instance(TupleProgram.of("", [request]), message))
         elif kind == "declare":
             self._declare(message)
         elif kind == "prepare":
@@ -172,9 +172,9 @@ class Dealer:
             raise ProtocolError(f"a program has more than {MAX_REQUESTS} requests", "use a smaller network")
         known += [Request.from_message(request) for request in requests]
         if message.get("more") is False:
-            self._programs[name] = Program.of(name, self._declaring.pop(name))
+            self._programs[name] = TupleProgram.of(name, self._declaring.pop(name))
 
-    def _declared(self, name: Any) -> Program:
+    def _declared(self, name: Any) -> TupleProgram:
         if not isinstance(name, str) or name not in self._programs:
             raise ProtocolError("a program was started that was not declared", SAME_VERSION_AND_CONFIGURATION)
         return self._programs[name]
@@ -193,7 +193,7 @@ class Dealer:
         if following != "":
             self._prepared = self._new_instance(self._declared(following))
 
-    def _new_instance(self, program: Program, message: dict[str, Any] | None = None) -> _Instance:
+    def _new_instance(self, program: TupleProgram, message: dict[str, Any] | None = None) -> _Instance:
         """The next instance, with seeds of its own. The parties' message names its number, so that a slip is found."""
         self._instances += 1
         if message is not None and message.get("instance") != self._instances:

@@ -19,7 +19,7 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.correlated_randomness import Block, Program, Request, block_tag
+from mpc_fl.sharing.correlated_randomness import CorrectionBlock, Request, TupleProgram, block_tag
 
 AHEAD_BYTES = 256 << 20
 SEED_PURPOSE = "correlated randomness"
@@ -31,7 +31,7 @@ _LONGEST_UNREPORTED = 32 << 20  # bytes; the dealer takes a party for late that 
 class _Run:
     """One instance of a program at one party: hands out its tuples in order."""
 
-    def __init__(self, client: DealerClient, program: Program, instance: int, seed: Seed) -> None:
+    def __init__(self, client: DealerClient, program: TupleProgram, instance: int, seed: Seed) -> None:
         self.program, self.instance = program, instance
         self._client, self._seed = client, seed
         self._position = 0
@@ -65,7 +65,7 @@ class _Run:
         self._corrections = self._corrections[request.elements :]
         return correction.reshape(request.corrected_shape)
 
-    def _report_before(self, block: Block) -> None:
+    def _report_before(self, block: CorrectionBlock) -> None:
         """Report in coarse steps, and whenever the dealer could not send `block` before it hears what was consumed."""
         unreported = sum(known.size for known in self.program.blocks[self._reported : self._received])
         limit = self._client.ahead_bytes
@@ -101,8 +101,8 @@ class DealerClient:
         self._links, self._dealer = links, dealer
         self._seed = links.pairwise_seed(dealer, SEED_PURPOSE)
         self._instances = 0
-        self._programs: dict[str, Program] = {}
-        self._prepared: tuple[Program, int] | None = None
+        self._programs: dict[str, TupleProgram] = {}
+        self._prepared: tuple[TupleProgram, int] | None = None
         self._run: _Run | None = None
         self._followed: list[Request] | None = None
 
@@ -119,7 +119,7 @@ class DealerClient:
             self._followed.append(request)
         instance = self._new_instance()
         self.send(CONTROL, kind="request", instance=instance, request=request.to_message())
-        return _Run(self, Program.of("", [request]), instance, self._seed.derive(instance)).shares(request)
+        return _Run(self, TupleProgram.of("", [request]), instance, self._seed.derive(instance)).shares(request)
 
     def declares(self, name: str) -> bool:
         """Whether program `name` was declared."""
@@ -129,7 +129,7 @@ class DealerClient:
         """Tell the dealer the requests of program `name`. Raises `ProtocolError` for none, too many or a known name."""
         if name in self._programs:
             raise ProtocolError(f"program '{name}' is declared already", "declare it once")
-        self._programs[name] = Program.of(name, requests)
+        self._programs[name] = TupleProgram.of(name, requests)
         for start in range(0, len(requests), _REQUESTS_PER_MESSAGE):
             stop = min(start + _REQUESTS_PER_MESSAGE, len(requests))
             part = [request.to_message() for request in requests[start:stop]]
@@ -164,7 +164,7 @@ class DealerClient:
         finally:
             self._run = self._followed = None
 
-    def _start(self, program: Program, following: str | None) -> _Run:
+    def _start(self, program: TupleProgram, following: str | None) -> _Run:
         prepared, dropped = self._prepared, None
         if prepared is None or prepared[0] is not program:
             prepared, dropped = (program, self._new_instance()), prepared
@@ -178,7 +178,7 @@ class DealerClient:
         """Tell the dealer that nothing follows."""
         self.send(CONTROL, kind="finish")
 
-    def _declared(self, name: str) -> Program:
+    def _declared(self, name: str) -> TupleProgram:
         if name not in self._programs:
             raise ProtocolError(f"program '{name}' was not declared", "declare it before it is prepared")
         return self._programs[name]
@@ -192,11 +192,11 @@ class DealerClient:
         """Send a control message to the dealer: names, shapes and counts."""
         self._links.send_object(self._dealer, tag, message)
 
-    def receive_block(self, instance: int, number: int, block: Block) -> torch.Tensor:
+    def receive_block(self, instance: int, number: int, block: CorrectionBlock) -> torch.Tensor:
         """Corrections of one block, flat int64. Raises `PeerLostError` when the dealer is gone or late."""
         return self._links.receive_tensor(self._dealer, block_tag(instance, number), torch.int64, (block.elements,))
 
-    def _drop(self, prepared: tuple[Program, int] | None) -> None:
+    def _drop(self, prepared: tuple[TupleProgram, int] | None) -> None:
         """Take the blocks of an instance that will not run, as many as the dealer had sent, and forget them."""
         if prepared is None or not self.takes_corrections:
             return

@@ -1,61 +1,62 @@
 """The only way out of the secret domain, and its record.
 
-`open_to` reveals a secret-shared value to the named parties and nobody else. Every call appends one line to this
-party's opening record before a share leaves: what, shape, to whom, why, who took part.
+`open_to` reveals a value to the named parties and nobody else: shares of it (`RingShare`), or a closed sum over the
+hospitals that were admitted to it (`FixedSum`). Every call appends one line to this party's opening record before a
+share leaves: what, shape, to whom, why, who took part. CrypTen is not needed here; `crypten_runtime` brings its tensors.
+
+Protocol, for shares among the parties of a world:
+  1. every party appends the line to its record
+  2. every party refreshes its share with a zero-share (`zero_shares`) and sends it to each party that may learn the value
+  3. these add up what they received
+
+Who learns what. The named parties learn the value; the others, and everybody else, nothing. What an opener receives from
+one party is uniform given the sum, so it shows nothing of how the value was computed. A closed sum follows `closed_sum`,
+steps 3 and 4: its summands were sent before, and only keys are left to send.
+
+Rounds and bytes. One round, 8 bytes per element (4 over Z_2^32) from every party to each one named. Of a closed sum: one
+message of 32 bytes per key from each hospital to the opener.
+
+Security. Semi-honest parties: one that sends another share than its own changes the value that is opened. The
+argument for the masks is that of `zero_shares` and `closed_sum`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from mpc_fl.audit.opening_record import Opening, Record
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Opening, Record, Scalar
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PeerLostError, SecrecyError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, require_admissible
-from mpc_fl.sharing.crypten_parts import share_of
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.zero_shares import ZeroShares
 
 
-@dataclass(frozen=True)
 class SecretDomain:
-    """What protocols on shares need: the CrypTen runtime of this party and its record of openings."""
+    """What protocols on shares need at one party: links, the parties in rank order, masks, and the record of openings.
 
-    runtime: CrypTenRuntime
-    record: Record
-    _sum_seeds: dict[tuple[str, str], Seed] = field(default_factory=dict, repr=False)
+    `world` lists the parties among which values are shared, this one with them. A protocol that draws zero-shares of its
+    own beside the openings gives its `zero_shares`, so that both count alike; else they are made here, once per links.
+    """
 
-    def __post_init__(self) -> None:
-        # CrypTen's own get_plain_text must not be an unrecorded way out.
-        self.runtime.opener = self._open_for_crypten
-
-    @property
-    def links(self) -> Links:
-        """The links of this party."""
-        return self.runtime.links
+    def __init__(
+        self, links: Links, world: Sequence[str], record: Record, zero_shares: ZeroShares | None = None
+    ) -> None:
+        self.links, self.world, self.record = links, list(world), record
+        self.zero_shares = ZeroShares(links, world) if zero_shares is None else zero_shares
+        self._sum_seeds: dict[tuple[str, str], Seed] = {}
 
     def sum_seed(self, name: str) -> Seed:
         """The seed for closed sums that only this party and `name` know; a new one after either of them came back."""
-        links = self.runtime.links
-        key = (name, links.key_fingerprint(name))
+        key = (name, self.links.key_fingerprint(name))
         if key not in self._sum_seeds:
-            self._sum_seeds[key] = links.pairwise_seed(name, "closed sums")
+            self._sum_seeds[key] = self.links.pairwise_seed(name, "closed sums")
         return self._sum_seeds[key]
-
-    def _open_for_crypten(self, tensor: Any, dst: int | None, decode: bool) -> torch.Tensor | None:
-        who = self.runtime.world if dst is None else [self.runtime.world[dst]]
-        value: Shared[Any] = Shared("a CrypTen tensor", tensor)
-        elements = _open_elements(self, value, list(who), "CrypTen get_plain_text")
-        if elements is None or not decode or share_of(tensor)[1] == 0:
-            return elements
-        return (elements.double() / float(1 << share_of(tensor)[1])).float()
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,7 +74,7 @@ class FixedSum:
 
 def open_to(
     domain: SecretDomain,
-    value: Shared[Any],
+    value: Shared[RingShare] | Shared[FixedSum],
     who: list[str],
     why: str,
     privacy: Mapping[str, Scalar] | None = None,
@@ -81,25 +82,21 @@ def open_to(
 ) -> torch.Tensor | None:
     """Open a secret-shared value to the parties named in `who`; return it there (float64), `None` elsewhere.
 
-    Each party sends its share to each party in `who`: one round, 8 bytes per element and link (4 over Z_2^32). The
-    share is refreshed with a fresh zero-share first, so that what an opener receives from one party is uniform given the
-    sum and shows nothing of how the value was computed. All parties of the world must call this in the same order.
-    Of a closed sum, whose summands have been sent, only keys are left to send (`closed_sum`, step 3).
-    `privacy` is what all may know of the privacy that the opening spends, for the record. Without `decode` the ring
-    elements themselves are returned.
+    The protocol of this module: `who` learn the value, nobody anything else. All parties of the world call this in the
+    same order. `privacy` is what all may know of the privacy that the opening spends, for the record. The shape is that
+    of the shares; without `decode` the ring elements themselves are returned, of the shares' dtype.
 
-    Raises `PeerLostError` when a share does not arrive in time.
+    Raises `PeerLostError` when a share does not arrive in time; `SecrecyError` when a closed sum is opened to others than
+    its opener, or twice; `ProtocolError` when it is too small.
     """
     inside = value.inside_protocol()
     if isinstance(inside, FixedSum):
         elements = _open_fixed_sum(domain, value.label, inside, who, why, privacy)
-        fraction_bits = inside.fraction_bits
     else:
-        elements = _open_elements(domain, value, who, why, privacy)
-        fraction_bits = _share_of(value)[1]
+        elements = _open_share(domain, value.label, inside, who, why, privacy)
     if elements is None or not decode:
         return elements
-    return elements.double() / float(1 << fraction_bits)
+    return elements.double() / float(1 << inside.fraction_bits)
 
 
 def _open_fixed_sum(
@@ -127,35 +124,24 @@ def _open_fixed_sum(
     return part.unmask(fixed.admitted, answers)
 
 
-def _share_of(value: Shared[Any]) -> tuple[torch.Tensor, int, bool]:
-    """This party's share, its fraction bits, and whether shares combine by exclusive or."""
-    inside = value.inside_protocol()
-    return (inside.elements, inside.fraction_bits, False) if isinstance(inside, RingShare) else share_of(inside)
-
-
-def _open_elements(
-    domain: SecretDomain,
-    value: Shared[Any],
-    who: list[str],
-    why: str,
-    privacy: Mapping[str, Scalar] | None = None,
+def _open_share(
+    domain: SecretDomain, what: str, share: RingShare, who: list[str], why: str, privacy: Mapping[str, Scalar] | None
 ) -> torch.Tensor | None:
-    runtime, links = domain.runtime, domain.runtime.links
-    share, _, exclusive_or = _share_of(value)
-    opening = Opening(value.label, why, tuple(share.shape), tuple(who), tuple(runtime.world), privacy)
-    domain.record.append(opening)
-    refreshed = share.clone()
-    runtime.add_zero_share(refreshed, exclusive_or=exclusive_or)
+    """Steps 1 to 3 of shares. The share of the caller stays as it is."""
+    links, elements = domain.links, share.elements
+    domain.record.append(Opening(what, why, tuple(elements.shape), tuple(who), tuple(domain.world), privacy))
+    refreshed = elements.clone()
+    domain.zero_shares.add_zero_share(refreshed, exclusive_or=share.exclusive_or)
     for name in who:
         if name != links.name:
             links.send_tensor(name, "opening", refreshed)
     if links.name not in who:
         return None
     total = refreshed
-    for name in runtime.world:
+    for name in domain.world:
         if name != links.name:
-            received = links.receive_tensor(name, "opening", share.dtype, share.shape)
-            if exclusive_or:
+            received = links.receive_tensor(name, "opening", elements.dtype, elements.shape)
+            if share.exclusive_or:
                 total ^= received
             else:
                 total += received

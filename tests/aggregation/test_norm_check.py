@@ -66,13 +66,13 @@ def _told(name: str, truly: Any, test: Any, sketch: torch.Tensor) -> torch.Tenso
 
 
 def check_sums(links: Any, directory: str, ring_bits: int, count: int, prepared: bool) -> Any:
-    from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
+    from mpc_fl.aggregation.norm_check import NormCheck, prepare_norm_check
+    from mpc_fl.aggregation.norm_limits import NormTest
     from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.secrecy import Private
     from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import SecretDomain
 
     hospitals = hospitals_of(count)
     world = [*hospitals, "aggregator"]
@@ -82,7 +82,7 @@ def check_sums(links: Any, directory: str, ring_bits: int, count: int, prepared:
         return dealer.ahead
     results: dict[str, Any] = {}
     with CrypTenRuntime(links, world, "dealer", 16) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         dtype = torch.int32 if ring_bits == 32 else torch.int64
         for number, (name, (bound, kinds, _)) in enumerate(sums_of(ring_bits).items()):
             test = NormTest(bound, ring_bits, BUCKETS)  # type: ignore[arg-type]
@@ -156,7 +156,8 @@ def test_long_updates_are_caught_and_one_bit_per_hospital_is_opened(
 def test_shares_of_another_form_and_parties_out_of_the_world_are_refused(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from mpc_fl.aggregation.norm_check import NormCheck, NormTest, norm_check
+    from mpc_fl.aggregation.norm_check import NormCheck, norm_check
+    from mpc_fl.aggregation.norm_limits import NormTest
 
     runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)
     domain: Any = SimpleNamespace(runtime=runtime, links=runtime.links)
@@ -181,7 +182,8 @@ def test_shares_of_another_form_and_parties_out_of_the_world_are_refused(tmp_pat
 def test_without_a_dealer_nothing_is_checked() -> None:
     from types import SimpleNamespace
 
-    from mpc_fl.aggregation.norm_check import NormTest, norm_check
+    from mpc_fl.aggregation.norm_check import norm_check
+    from mpc_fl.aggregation.norm_limits import NormTest
     from mpc_fl.errors import SecrecyError
 
     runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpc_fl.aggregation.norm_check import NormTest
+from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.aggregation.sketch import BUCKETS, SignHash
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, HeadroomError, ProtocolError

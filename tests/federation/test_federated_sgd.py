@@ -48,7 +48,6 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
     from mpc_fl.learning.models.parameters import flatten_parameters
     from mpc_fl.learning.training.server_optimizers import server_optimizer
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import SecretDomain
 
     config = _config()
     model = initial_model(config)
@@ -56,7 +55,7 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
     mechanism, rules = mechanism_of(config, parameters), sum_rules(config)
     result: dict[str, Any] = {"ring": mechanism.ring_bits, "parameters": parameters}
     with CrypTenRuntime(links, [*HOSPITALS, "aggregator"], None, 24) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         links.set_phase("steps")
         if links.name == "aggregator":
             opened: list[torch.Tensor] = []

@@ -498,12 +498,12 @@ def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     from mpc_fl.crypto.secrecy import Private
     from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import SecretDomain, open_to
+    from mpc_fl.sharing.opening import open_to
     from mpc_fl.sharing.secure_sum import secure_sum
 
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)
     with CrypTenRuntime(links, WORLD, None, fraction_bits=24) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         own = None if rank == 2 else Private("own", evaluate_locally(*predictions(40, 3, rank)))
         evaluation = secure_evaluation(domain, own, 3, 100, "aggregator", "evaluation counts")
         summand = Private("aggregator's zero", torch.zeros(plan.length, dtype=torch.int64))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
 from mpc_fl.sharing import correlated_randomness
-from mpc_fl.sharing.correlated_randomness import BLOCK_BYTES, Program, Request
+from mpc_fl.sharing.correlated_randomness import BLOCK_BYTES, Request, TupleProgram
 from tests.support.dealing import additive, check_tuple, wrapped
 
 
@@ -202,7 +202,7 @@ def test_requests_survive_the_link(request: Request) -> None:
 
 @given(sizes=st.lists(st.integers(0, BLOCK_BYTES // 4), min_size=1, max_size=20))
 def test_blocks_cover_a_program_in_order(sizes: list[int]) -> None:
-    program = Program.of("p", [Request("square", ((size,),)) for size in sizes])
+    program = TupleProgram.of("p", [Request("square", ((size,),)) for size in sizes])
     assert [position for block in program.blocks for position in range(block.start, block.stop)] == list(
         range(len(sizes))
     )

@@ -208,7 +208,6 @@ def on_both_runtimes(own: Any, directory: str, ports: dict[int, dict[str, int]])
     from mpc_fl.sharing.crypten_parts import crypten
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import SecretDomain
 
     results: dict[int, Any] = {}
     for world_size in ports:
@@ -228,7 +227,7 @@ def on_both_runtimes(own: Any, directory: str, ports: dict[int, dict[str, int]])
         with local_links(own.name, names, ports[world_size], Path(directory)) as links:
             with CrypTenRuntime(links, world, "dealer", FRACTION_BITS) as runtime:
                 record = OpeningRecord(Path(directory) / f"openings-{world_size}-{own.name}.jsonl", own.name)
-                SecretDomain(runtime, record)
+                runtime.domain(record)
                 with NoTorchRandomness():
                     ours = run_programs(crypten, world_size, models)
         results[world_size] = tuple({name: value.numpy() for name, value in run.items()} for run in (stock, ours))

@@ -68,7 +68,6 @@ def declared_inference(links: Any, directory: str, parties: int) -> Any:
     from mpc_fl.inference.reference.diagnosis import requests_of
     from mpc_fl.sharing.crypten_parts import crypten
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import SecretDomain
     from tests.inference.reference import test_network as test_inference_graph
 
     world = [f"party-{rank}" for rank in range(parties)]
@@ -77,7 +76,7 @@ def declared_inference(links: Any, directory: str, parties: int) -> Any:
         return [payload["kind"] for peer, _, tag, payload in FRAMES if peer == world[0] and tag == "dealer control"]
     errors = {}
     with CrypTenRuntime(links, world, "dealer", 16) as runtime:
-        SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         assert runtime.dealer_client is not None
         torch.set_grad_enabled(False)
         for name in NETWORKS:
@@ -133,11 +132,10 @@ def diagnosing(links: Any, directory: str) -> Any:
     """Three images in batches of two; the hospital finds fault with the first logits of every batch."""
     from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.config.config import parse_config
-    from mpc_fl.inference import diagnosis
+    from mpc_fl.inference.reference import diagnosis
     from mpc_fl.learning.data.dataset import Dataset
     from mpc_fl.learning.models.architectures import build_model
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import SecretDomain
 
     if links.name == "dealer":
         from mpc_fl.sharing.dealer import Dealer
@@ -151,7 +149,7 @@ def diagnosing(links: Any, directory: str) -> Any:
     model = build_model(config, config.data.input_shape, config.seed)
     world = [roles.HOSPITAL, roles.MODEL_OWNER]
     with CrypTenRuntime(links, world, "dealer", 16) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         if links.name == roles.MODEL_OWNER:
             return diagnosis.answer(config, diagnosis.private_graph(config, model), domain)
         attempts: list[int] = []

@@ -180,7 +180,6 @@ def scenes(links: Any, directory: str) -> dict[str, Any]:
     from mpc_fl.sharing.crypten_parts import crypten
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.dealer import Dealer
-    from mpc_fl.sharing.opening import SecretDomain
 
     keys = record_keys()
     if links.name == "dealer":
@@ -196,7 +195,7 @@ def scenes(links: Any, directory: str) -> dict[str, Any]:
         crypten.cfg.debug.debug_mode = False
         results["stock"] = square_both(crypten)
     with CrypTenRuntime(links, WORLD, "dealer", 16) as runtime:
-        SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         set_every_seed()
         with NoTorchRandomness():
             results["ours"] = square_both(crypten)

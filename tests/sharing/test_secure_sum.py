@@ -35,16 +35,16 @@ def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
     from mpc_fl.errors import SecrecyError
     from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.learning.models.evaluation import evaluate_locally
+    from mpc_fl.sharing.crypten_parts import mpc_tensor_from_share
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.opening import SecretDomain
     from mpc_fl.sharing.secure_sum import encode_weighted, secure_sum, weighted_mean
 
     rank, opener = world.index(links.name), world[-1]
     with CrypTenRuntime(links, world, None, fraction_bits=24) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         headroom = Headroom(FixedPoint(24, 64.0), len(world), 1000)
         encoded = encode_weighted(Private("update", _values(rank)), Private("count", 10 + rank), headroom)
-        mean = weighted_mean(domain, *encoded, 24, opener, "test")
+        mean = weighted_mean(domain, encoded, opener, "test")
         labels = torch.tensor([0, 1, 2, 2])
         probabilities = torch.eye(3)[torch.tensor([0, 1, 2, rank % 3])]
         evaluation = secure_evaluation(
@@ -53,13 +53,14 @@ def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
         shared = secure_sum(domain, Private("secret", torch.tensor([rank])), 0)
         with pytest.raises(SecrecyError):
             print(shared)
+        tensor = mpc_tensor_from_share(shared.inside_protocol().elements, 0)
         with pytest.raises(SecrecyError):
-            shared.inside_protocol() * shared.inside_protocol()  # no dealer: nothing may fall back to a first party
+            tensor * tensor  # no dealer: nothing may fall back to a first party
         # The shares of two very different secrets, as the opener would receive them.
         views = []
         for secret in (torch.zeros(SIZE, dtype=torch.int64), torch.full((SIZE,), 123456789)):
             share = secure_sum(domain, Private("secret", secret), 0)
-            views.append(share.inside_protocol().share.numpy().copy())
+            views.append(share.inside_protocol().elements.numpy().copy())
     return {
         "mean": None if mean is None else mean.tolist(),
         "confusion": None if evaluation is None else evaluation.confusion.tolist(),

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
 from mpc_fl.apps.runs.local_parties import local_addresses
@@ -41,7 +41,6 @@ from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.opening import SecretDomain
 
 _WAIT = 300.0
 _FLOAT = 4
@@ -169,16 +168,16 @@ def _closed_sum(
     starts = {name: links.key_fingerprint(name) for name in members}
     weight = 1 / len(members)
     with CrypTenRuntime(links, [*hospitals, AGGREGATOR], None, 24) as runtime:
-        domain = SecretDomain(runtime, OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
+        domain = runtime.domain(OpeningRecord(Path(folder) / f"{links.name}.jsonl", links.name))
 
         def once(repeat: int) -> tuple[torch.Tensor, float]:
+            agreed = AgreedSum(members, ("round", repeat), _ABOUT)
             if links.name != AGGREGATOR:
                 encoded = Private("update", headroom.encode(update, weight, "update"))
-                contribute(domain, rules, members, ("round", repeat), encoded, _ABOUT)
+                contribute(domain, rules, agreed, encoded)
                 del encoded
                 return links.receive_tensor(AGGREGATOR, "mean", torch.float32, (parameters,)), 0.0
-            label = ("round", repeat)
-            _, total = collect(domain, rules, members, starts, label, headroom.dtype, (parameters,), _ABOUT)
+            _, total = collect(domain, rules, agreed, starts, headroom.dtype, (parameters,))
             mean = headroom.decode(total, 1.0, torch.float32)
             moment = time.perf_counter()
             for name in members:

@@ -45,7 +45,6 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
 PARTIES = (HOSPITAL, MODEL_OWNER, DEALER)
@@ -170,7 +169,7 @@ def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, sess
             deal(links, HOSPITAL, MODEL_OWNER)
         else:
             record = OpeningRecord(Path(folder) / name / "openings.jsonl", name)
-            domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], None, 0), record)
+            domain = SecretDomain(links, [HOSPITAL, MODEL_OWNER], record)
             figures = _diagnoses(domain, job) if name == HOSPITAL else _answers(domain, job)
             figures["bytes_sent"] = sum(peer.bytes_sent for peer in links.traffic["online"].values())
     figures["peak_memory_bytes"] = peak_memory()

@@ -31,7 +31,6 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import HOSPITAL, MODEL_OWNER
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 
 PartyPool = TypeVar("PartyPool", HospitalPool, OwnerPool)
@@ -39,7 +38,7 @@ PartyPool = TypeVar("PartyPool", HospitalPool, OwnerPool)
 
 def session_domain(links: Links, hospital: str, record: Record) -> SecretDomain:
     """The secret domain of a session: `hospital` and the model owner open results to the hospital, and write them down."""
-    return SecretDomain(CrypTenRuntime(links, [hospital, MODEL_OWNER], None, 0), record)
+    return SecretDomain(links, [hospital, MODEL_OWNER], record)
 
 
 # ---- both ----------------------------------------------------------------------------------------------------------

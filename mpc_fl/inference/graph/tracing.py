@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from mpc_fl.errors import ModelError, UnsupportedLayerError
-from mpc_fl.inference.graph.operations import FUNCTIONS, MODULES, BatchSize, Meaning, nearest_supported
+from mpc_fl.inference.graph.meanings import FUNCTIONS, MODULES, BatchSize, Meaning, nearest_supported
 
 _MONOTONE = frozenset({"ReLU", "Hardtanh"})
 _MAX_POOLS = frozenset({"MaxPool2d", "AdaptiveMaxPool2d"})

@@ -1,4 +1,10 @@
-"""approximations"""
+"""Functions that shares cannot compute exactly, as polynomials and iterations with few comparisons.
+
+A comparison costs 216 bytes per party and element and 8 rounds, a product 16 bytes and 1 round (Knott et al., NeurIPS 2021):
+so an activation spends two comparisons to find the sign and where its polynomial holds, and products for the rest.
+Each docstring states the largest error at 16 fractional bits, which tests/inference/reference/test_network.py checks. All take
+and return MPCTensors of one shape, or the stand-ins of `cost`; nothing is opened but values masked by the dealer's tuples.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +15,12 @@ import torch
 
 from mpc_fl.sharing.crypten_parts import crypten
 
-# An MPCTensor, or the stand-in of `inference_cost` that knows its shape alone.
+# An MPCTensor, or the stand-in of `cost` that knows its shape alone.
 Secret = Any
 
 
-def _joined(tensors: Sequence[Secret], dim: int) -> Secret:
+def joined(tensors: Sequence[Secret], dim: int) -> Secret:
+    """Concatenation along axis `dim`, local."""
     joiner = crypten.cat if isinstance(tensors[0], crypten.CrypTensor) else type(tensors[0]).cat
     return joiner(list(tensors), dim=dim)
 
@@ -23,7 +30,7 @@ def _powers(x: Secret, degree: int) -> Secret:
     powers = x.unsqueeze(0)
     while (known := powers.size(0)) < degree:
         low = powers[: min(known, degree - known)]
-        powers = _joined([powers, low * powers[known - 1 : known]], 0)
+        powers = joined([powers, low * powers[known - 1 : known]], 0)
     return powers
 
 
@@ -39,11 +46,7 @@ def _even_tail(x: Secret, cutoff: int, coefficients: Sequence[float]) -> tuple[S
 
 # Minimax fits in v = 1 - |x| / cutoff by iteratively reweighted least squares (Lawson's algorithm).
 _GELU = (0.02541, -0.52311, 4.56223, -17.44259, 35.53657, -32.52477, 10.36607)
-
-
 _SILU = (0.02161, 0.45022, -1.38805, 0.17379, 6.22368, -5.48393)
-
-
 _SIGMOID = (0.00336, 0.20693, -2.23378, 9.9328, -20.40158, 20.38533, -7.39279)
 
 
@@ -79,9 +82,7 @@ def hardswish(x: Secret) -> Secret:
     return (x * x.add(3).hardtanh(0, 6)).div(6)
 
 
-_LOWEST, _HIGHEST = -10, 15
-
-
+_LOWEST, _HIGHEST = -10, 15  # powers of two that x is compared with
 _NEWTON_STEPS = 4
 
 

@@ -40,16 +40,19 @@ class Tally:
     truncation_messages: int = 0
 
     def open(self, elements: int) -> None:
+        """Count masked elements that are opened to all parties at once."""
         self.opened += elements
         self.rounds += 1
 
     def truncate(self, elements: int) -> None:
+        """Count elements that lose their second set of fractional bits."""
         self.truncations += elements
         if self.parties > 2:
             self.truncation_messages += elements
             self.rounds += 1
 
     def compare(self, elements: int) -> None:
+        """Count comparisons with a public number."""
         self.comparisons += elements
         if self.parties < 2:
             return
@@ -58,6 +61,7 @@ class Tally:
         self.open(elements)
 
     def summary(self) -> dict[str, int]:
+        """The totals under the names that `network.cost` states."""
         peers = self.parties - 1
         return {
             "comparisons": self.comparisons,

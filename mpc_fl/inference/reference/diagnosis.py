@@ -1,4 +1,25 @@
-"""diagnosis"""
+"""A diagnosis with the engine `reference`: hospital (rank 0) and model owner (rank 1) compute on shares, a dealer helps.
+
+Protocol, once:
+  1. the hospital announces the batch sizes (public)
+  2. both record by a dry run what correlated randomness a batch of each size takes, and declare it to the dealer, which
+     begins with the first batch's while
+  3. the model owner shares its weights
+Per batch of images:
+  4. the hospital announces this batch's size and the next one's, and shares the images
+  5. both evaluate the network on shares (`network`), with the dealer's corrections made ahead of need (`sharing.dealer`)
+  6. the logits are opened to the hospital alone
+
+Who learns what. The hospital learns its logits, architecture and shapes; the model owner shapes, the number and sizes of
+batches and timing, also when a batch is repeated, which looks like any other; the dealer shapes and timing.
+
+Security. Shares of image and weights are masked by the pairwise seed of the two parties, every opened intermediate is
+masked by a triple (Beaver, CRYPTO 1991), the logits reach only the hospital, refreshed by a zero-share. Semi-honest, and
+the dealer colludes with neither.
+
+Rounds and bytes. Those of the layers, which `network.cost` counts from shapes before a run; sharing weights and images sends
+nothing, the logits are 8 bytes each and one round. The dealer's bytes are stated in `sharing.dealer`.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +43,18 @@ from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.correlated_randomness import Request
-from mpc_fl.sharing.crypten_parts import crypten
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.crypten_parts import crypten, ring_share_of
+from mpc_fl.sharing.crypten_runtime import CrypTenDomain, CrypTenRuntime
 from mpc_fl.sharing.dealer_client import DealerClient
 from mpc_fl.sharing.dry_run import record_requests, shape_share
-from mpc_fl.sharing.opening import SecretDomain, open_to
+from mpc_fl.sharing.opening import open_to
 
 _MODEL_OWNER_RANK = 1
-
-
-_ATTEMPTS = 2
+_ATTEMPTS = 2  # of one batch
 
 
 def runtime_of(config: Config, links: Links) -> CrypTenRuntime:
+    """CrypTen for one session, at either party, to be entered by `with`; its `domain` goes to `ask` or `answer`."""
     bits, ahead = config.inference.fraction_bits, config.runtime.dealer_ahead_bytes
     return CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], DEALER, bits, ahead)
 
@@ -73,14 +93,14 @@ def requests_of(graph: EncryptedGraph, input_shape: Sequence[int], parties: int,
 
 
 def ask(
-    config: Config, graph: EncryptedGraph, images: Dataset, domain: SecretDomain, notify: Notify
+    config: Config, graph: EncryptedGraph, images: Dataset, domain: CrypTenDomain, notify: Notify
 ) -> list[Diagnosis]:
     """The hospital's side: one `Diagnosis` per record of `images`.
 
     A batch whose logits show a failed truncation is repeated once with fresh randomness; to the model owner it looks
     like any other batch. Raises `ProtocolError` if the repetition fails too, `PeerLostError` for a lost party.
     """
-    links = domain.runtime.links
+    links = domain.links
     count, size = len(images.inputs), config.inference.batch_size
     batches = [images.inputs[start : start + size] for start in range(0, count, size)]
     sizes = [len(batch) for batch in batches]
@@ -110,11 +130,11 @@ def _ask_batch(
     graph: EncryptedGraph,
     batch: torch.Tensor,
     following: int,
-    domain: SecretDomain,
+    domain: CrypTenDomain,
     on_layer: OnLayer,
 ) -> torch.Tensor:
     for attempt in range(_ATTEMPTS):
-        domain.runtime.links.send_object(MODEL_OWNER, "batch", {"size": len(batch), "next": following})
+        domain.links.send_object(MODEL_OWNER, "batch", {"size": len(batch), "next": following})
         logits = _evaluate(graph, batch, following, domain, on_layer)
         assert logits is not None
         try:
@@ -126,9 +146,9 @@ def _ask_batch(
     raise AssertionError("unreachable")
 
 
-def answer(config: Config, graph: EncryptedGraph, domain: SecretDomain) -> int:
+def answer(config: Config, graph: EncryptedGraph, domain: CrypTenDomain) -> int:
     """The model owner's side: share the weights, serve batches until the hospital is done; returns their number."""
-    links = domain.runtime.links
+    links = domain.links
     links.set_phase("sharing weights")
     sizes = links.receive_object(HOSPITAL, "batch sizes").get("sizes")
     allowed = range(1, config.inference.batch_size + 1)
@@ -150,7 +170,7 @@ def answer(config: Config, graph: EncryptedGraph, domain: SecretDomain) -> int:
         _evaluate(encrypted, torch.zeros(size, *config.data.input_shape), following, domain, None)
 
 
-def _dealer(domain: SecretDomain) -> DealerClient:
+def _dealer(domain: CrypTenDomain) -> DealerClient:
     if domain.runtime.dealer_client is None:
         raise SecrecyError("an encrypted inference has no dealer")
     return domain.runtime.dealer_client
@@ -160,9 +180,9 @@ def _program(size: int) -> str:
     return f"batch of {size}"
 
 
-def _declare_batches(config: Config, graph: EncryptedGraph, sizes: Sequence[int], domain: SecretDomain) -> None:
+def _declare_batches(config: Config, graph: EncryptedGraph, sizes: Sequence[int], domain: CrypTenDomain) -> None:
     """Step 2, at both parties alike."""
-    dealer, world = _dealer(domain), domain.runtime.world
+    dealer, world = _dealer(domain), domain.world
     for size in sizes:
         shape = (size, *config.data.input_shape)
         dealer.declare(_program(size), requests_of(graph, shape, len(world), config.inference.fraction_bits))
@@ -171,10 +191,10 @@ def _declare_batches(config: Config, graph: EncryptedGraph, sizes: Sequence[int]
 
 
 def _evaluate(
-    graph: EncryptedGraph, batch: torch.Tensor, following: int, domain: SecretDomain, on_layer: OnLayer | None
+    graph: EncryptedGraph, batch: torch.Tensor, following: int, domain: CrypTenDomain, on_layer: OnLayer | None
 ) -> torch.Tensor | None:
     """Steps 4 to 6. At the model owner `batch` only gives the shape."""
     with _dealer(domain).program(_program(len(batch)), _program(following) if following else None):
         shared = crypten.cryptensor(batch, src=0)
         logits = graph.forward(shared, on_layer)
-    return open_to(domain, Shared("logits", logits), [HOSPITAL], "diagnosis for the hospital that asked")
+    return open_to(domain, Shared("logits", ring_share_of(logits)), [HOSPITAL], "diagnosis for the hospital that asked")

@@ -25,11 +25,11 @@ from mpc_fl.errors import ModelError
 from mpc_fl.inference.graph.tracing import Operation
 from mpc_fl.inference.reference.approximations import (
     Secret,
-    _joined,
     gelu,
     hardsigmoid,
     hardswish,
     inverse_square_root,
+    joined,
     sigmoid,
     silu,
 )
@@ -75,7 +75,7 @@ def _max_along(x: Secret, axis: int, windows: Windows) -> Secret:
     while len(candidates) > 1:
         half = len(candidates) // 2
         odd = candidates[2 * half :]
-        left, right = _joined(candidates[:half], 0), _joined(candidates[half : 2 * half], 0)
+        left, right = joined(candidates[:half], 0), joined(candidates[half : 2 * half], 0)
         rows = candidates[0].size(0)
         larger = pairwise_max(left, right)
         candidates = [larger[part * rows : (part + 1) * rows] for part in range(half)] + odd
@@ -83,7 +83,7 @@ def _max_along(x: Secret, axis: int, windows: Windows) -> Secret:
 
 
 def _sum_along(x: Secret, axis: int, windows: Windows) -> Secret:
-    return _joined([x.index_select(axis, torch.tensor(window)).sum(axis, keepdim=True) for window in windows], axis)
+    return joined([x.index_select(axis, torch.tensor(window)).sum(axis, keepdim=True) for window in windows], axis)
 
 
 class MaxPool(crypten.nn.Module):
@@ -138,7 +138,7 @@ class Join(crypten.nn.Module):
         self.dim = dim
 
     def forward(self, *inputs: Secret) -> Secret:
-        return _joined(inputs, self.dim)
+        return joined(inputs, self.dim)
 
 
 class Sum(crypten.nn.Module):
@@ -316,7 +316,7 @@ _BUILDERS: dict[str, Callable[[Operation], crypten.nn.Module]] = {
 }
 
 
-def encrypted_layer(operation: Operation) -> crypten.nn.Module:
+def crypten_module(operation: Operation) -> crypten.nn.Module:
     """The crypten.nn module of one operation, not yet encrypted, with float32 weights of the operation's shapes.
 
     Weights on the meta device, where only shapes are known, become zeros.

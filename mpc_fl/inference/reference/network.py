@@ -2,7 +2,10 @@
 
 The model owner shares its weights, the hospital its image; both walk the same list of crypten.nn layers on their shares
 and only the logits are opened (Knott et al., NeurIPS 2021). The network is recorded with torch.fx, see
-`encrypted_graph`; layers and approximations are in `encrypted_layers`; cost before the run in `inference_cost`.
+`graph.tracing`; its layers on shares are in `layers`, their functions in `approximations`, what a run costs in `cost`.
+
+Who learns what. Nobody anything from the layers: what they open is masked by the dealer's tuples. `diagnosis` shares the
+image, opens the logits, and states rounds, bytes and the security argument; `cost` counts them before a run.
 
 Truncation. Two parties truncate a product by shifting their shares alone (SecureML, Mohassel and Zhang, S&P 2017,
 section 4.1). A product x with f fractional bits is held as x 2^(2f) in Z_2^64 and its two shares wrap with
@@ -34,9 +37,9 @@ from torch import nn
 
 from mpc_fl.errors import HeadroomError, ModelError, ProtocolError
 from mpc_fl.inference.graph.tracing import simplify, trace
-from mpc_fl.inference.reference import cost as inference_cost
 from mpc_fl.inference.reference.approximations import Secret
-from mpc_fl.inference.reference.layers import encrypted_layer
+from mpc_fl.inference.reference.cost import ShapeTensor, Tally, module_with, on_shapes
+from mpc_fl.inference.reference.layers import crypten_module
 from mpc_fl.sharing.crypten_parts import crypten
 
 # Called before each layer runs: index from 1, number of layers, name.
@@ -46,8 +49,11 @@ _LARGEST_WEIGHT = 2.0**15
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """One step: `module` applied to the values `inputs` gives the value `name`; `path` is the user's name."""
+class EncryptedLayer:
+    """One layer on shares: `module` applied to the values `inputs` gives the value `name`; `path` is the user's name.
+
+    Its weights are plain until `EncryptedGraph.encrypt`, which shares them.
+    """
 
     name: str
     path: str
@@ -60,7 +66,7 @@ class Layer:
 class EncryptedGraph:
     """A network as a list of layers in order of execution. Build it with `build_graph`."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[EncryptedLayer, ...]
     input: str
     output: str
 
@@ -86,7 +92,7 @@ class EncryptedGraph:
         layers = []
         with crypten.no_grad(), torch.no_grad():
             for layer in self.layers:
-                module = inference_cost.module_with(layer.module, {})
+                module = module_with(layer.module, {})
                 for name, parameter in layer.module.named_parameters():
                     if isinstance(parameter, crypten.CrypTensor):
                         raise ModelError("the graph is encrypted already", "encrypt it once, after build_graph")
@@ -111,7 +117,9 @@ class EncryptedGraph:
             return run_layers(self.layers, self.input, self.output, x, on_layer)
 
 
-def run_layers(layers: Sequence[Layer], input: str, output: str, x: Secret, on_layer: OnLayer | None = None) -> Secret:
+def run_layers(
+    layers: Sequence[EncryptedLayer], input: str, output: str, x: Secret, on_layer: OnLayer | None = None
+) -> Secret:
     """Apply `layers` in order to `x` and return the value named `output`."""
     waiting = Counter(name for layer in layers for name in layer.inputs) + Counter([output])
     values = {input: x}
@@ -137,7 +145,7 @@ def build_graph(model: nn.Module, input_shape: Sequence[int] | None = None) -> E
     `ModelError` for a network that cannot be traced, has weights that are not finite or does not fit `input_shape`.
     """
     graph = simplify(trace(model))
-    layers = tuple(Layer(op.name, op.path, op.kind, encrypted_layer(op), op.inputs) for op in graph.operations)
+    layers = tuple(EncryptedLayer(op.name, op.path, op.kind, crypten_module(op), op.inputs) for op in graph.operations)
     result = EncryptedGraph(layers, graph.input, graph.output)
     if input_shape is not None:
         cost(result, (1, *input_shape))
@@ -153,11 +161,9 @@ def cost(graph: EncryptedGraph, input_shape: Sequence[int], parties: int = 2) ->
     the weights sends nothing; opening the logits, 8 bytes each, and the dealer's messages are not included.
     Raises `ModelError` if the layers do not fit the shape.
     """
-    tally = inference_cost.Tally(parties)
-    shapes = [
-        dataclasses.replace(layer, module=inference_cost.on_shapes(layer.module, tally)) for layer in graph.layers
-    ]
-    x = inference_cost.ShapeTensor(torch.empty(tuple(input_shape), device="meta"), tally)
+    tally = Tally(parties)
+    shapes = [dataclasses.replace(layer, module=on_shapes(layer.module, tally)) for layer in graph.layers]
+    x = ShapeTensor(torch.empty(tuple(input_shape), device="meta"), tally)
     reached: list[str] = []
     try:
         run_layers(shapes, graph.input, graph.output, x, lambda _index, _total, name: reached.append(name))

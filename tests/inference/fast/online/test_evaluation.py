@@ -53,7 +53,6 @@ from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
 from tests.support.harness import run_parties, run_parties_in_memory
 
@@ -210,7 +209,7 @@ def session(
         return seen
     note_order(links, seen.events)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
-    domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
+    domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == OWNER:
         terms = SessionTerms(reveal, at_once=len(batches))  # type: ignore[arg-type]
         owner = OwnerSession(domain, HOSPITAL, model_of(*make()), terms)
@@ -448,7 +447,7 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     if links.name == "dealer":
         deal(links, HOSPITAL, OWNER)
     record = OpeningRecord(Path(os.devnull), links.name)
-    domain = SecretDomain(CrypTenRuntime(links, [HOSPITAL, OWNER], None, 12), record)
+    domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == HOSPITAL:
         hospital = HospitalSession(domain, reveal)  # type: ignore[arg-type]
         for count in counts:

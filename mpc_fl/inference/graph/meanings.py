@@ -1,7 +1,8 @@
 """What the layers and functions of torch mean under encryption: which `kind` with which public options and weights.
 
 Two tables, `MODULES` for torch.nn layers and `FUNCTIONS` for their functional forms. An entry returns a `Meaning`, or
-a string that says which option has no encrypted counterpart.
+a string that says which option has no encrypted counterpart. The functions behind the entries take their arguments under
+torch's names and in torch's order, all of them, so that a call in a network can be bound to them as it stands.
 """
 
 from __future__ import annotations

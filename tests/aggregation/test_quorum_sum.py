@@ -1,0 +1,101 @@
+"""Closed sums over links in memory: exact over those admitted, closed to all others, recorded alike, without CrypTen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpc_fl.aggregation.quorum_sum import collect, contribute
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.errors import MpcFlError
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
+from mpc_fl.sharing.opening import SecretDomain
+from tests.support.harness import run_parties_in_memory
+
+HOSPITALS = ("hospital-0", "hospital-1", "hospital-2", "hospital-3")
+AGGREGATOR = "aggregator"
+WORLD = [*HOSPITALS, AGGREGATOR]
+
+
+@dataclass(frozen=True)
+class Refusing:
+    """A check that lets every hospital pass but those named."""
+
+    refused: tuple[str, ...]
+
+    def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
+        assert word["hospitals"] == list(HOSPITALS)
+
+    def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
+        say_check(hospitals=list(closed.present))
+        return [name for name in closed.present if name not in self.refused]
+
+
+def _summand(name: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.tensor([[1, -2, 3], [torch.iinfo(dtype).max, 5, 6]], dtype=dtype) * (HOSPITALS.index(name) + 1)
+
+
+def one_sum(links: Any, directory: str, rules: Rules, dtype: torch.dtype) -> Any:
+    domain = SecretDomain(links, WORLD, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+    agreed = AgreedSum(HOSPITALS, ("update", 1), Description("mean update", "round 1"))
+    if links.name == AGGREGATOR:
+        starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+        admitted, total = collect(domain, rules, agreed, starts, dtype, (2, 3))
+        return admitted, total.tolist(), False
+    released: list[bool] = []
+    encoded = Private("update", _summand(links.name, dtype))
+    admitted = contribute(domain, rules, agreed, encoded, lambda: released.append(True))
+    return admitted, None, bool(released)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("refused", [(), ("hospital-1",)])
+def test_the_sum_over_those_admitted_is_exact_and_recorded_alike(
+    refused: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    rules = Rules(AGGREGATOR, 3, 2, 60.0, Refusing(refused))
+    results = run_parties_in_memory(one_sum, WORLD, str(tmp_path), rules, dtype)
+    admitted = tuple(name for name in HOSPITALS if name not in refused)
+    expected = torch.stack([_summand(name, dtype) for name in admitted]).sum(0, dtype=dtype)
+    assert results[AGGREGATOR] == (admitted, expected.tolist(), False)
+    for name in HOSPITALS:
+        # Only what is in the sum was released, and only those in it open it.
+        assert results[name] == (admitted, None, name in admitted)
+    for name in WORLD:
+        path = tmp_path / f"{name}.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        about = [(each["what"], each["why"], each["shape"], each["to"], each["among"]) for each in records]
+        stated = ("mean update", "round 1", [2, 3], [AGGREGATOR], [*admitted, AGGREGATOR])
+        assert about == ([] if name in refused else [stated])
+
+
+def too_few(links: Any, directory: str) -> str:
+    try:
+        one_sum(links, directory, Rules(AGGREGATOR, 3, 2, 60.0, Refusing(HOSPITALS[:2])), torch.int32)
+    except MpcFlError as error:
+        return str(error)
+    return "opened"
+
+
+def test_fewer_than_the_quorum_open_nothing(tmp_path: Path) -> None:
+    def at_the_aggregator(links: Any) -> str:
+        said = too_few(links, str(tmp_path))
+        if links.name == AGGREGATOR:
+            for name in HOSPITALS:  # as a run that ends: the hospitals wait for its next word
+                links.send_object(name, "word", {"word": "end"})
+        return said
+
+    results = run_parties_in_memory(at_the_aggregator, WORLD)
+    assert "the quorum is 3" in results[AGGREGATOR]
+    assert all("said 'end'" in results[name] for name in HOSPITALS)
+    for name in WORLD:
+        path = tmp_path / f"{name}.jsonl"
+        assert not path.exists() or path.read_text() == ""
