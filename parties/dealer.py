@@ -1,13 +1,14 @@
-"""The dealer: hands out correlated randomness for inferences and checks of norms. It sees shapes, no share of anything."""
+"""The dealer: hands out correlated randomness for inferences and checks of norms. It sees shapes, no share of anything.
+
+What a task needs is imported when the task is known, so that a dealer of the engine `fast` starts without CrypTen.
+"""
 
 from __future__ import annotations
 
-from mpc_fl.aggregation.norm_check_session import serve_checks
+from collections.abc import Callable
+
 from mpc_fl.config.config import Config
-from mpc_fl.inference.diagnosis import deal_tuples
-from mpc_fl.inference.serving.server import serve_correlations
-from mpc_fl.inference.serving.stopping import until_told_to_stop
-from mpc_fl.links.links import Observer
+from mpc_fl.links.links import Links, Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER
@@ -16,16 +17,27 @@ from mpc_fl.roles import DEALER
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Serve an inference until both computing parties are finished, or the checks of a training run until its end."""
     if config.task == "serve":
+        from mpc_fl.inference.serving.dealer_server import serve_correlations
+        from mpc_fl.inference.serving.stopping import until_told_to_stop
+
         with until_told_to_stop() as stopped:
             serve_correlations(config, notify, stopped, observer)
         return
-    out = site_directory(config)
+    out, deal = site_directory(config), _dealing(config)
     links = connect(config, DEALER, observer)
     with links:
         notify("connect", 1, 1)
         links.set_phase("correlated randomness")
-        if config.task == "train":
-            serve_checks(links, config.runtime.dealer_ahead_bytes)
-        else:
-            deal_tuples(config, links)
+        deal(links)
     write_traffic(links, out)
+
+
+def _dealing(config: Config) -> Callable[[Links], object]:
+    """What this dealer does on its links; imported before it connects, so that nobody waits for it."""
+    if config.task == "train":
+        from mpc_fl.aggregation.norm_check_session import serve_checks
+
+        return lambda links: serve_checks(links, config.runtime.dealer_ahead_bytes)
+    from mpc_fl.inference.diagnosis import dealing_of
+
+    return dealing_of(config)

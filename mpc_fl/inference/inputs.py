@@ -1,4 +1,7 @@
-"""inputs"""
+"""What goes into a diagnosis: images as the model takes them, and those that a model owner finds ranges with.
+
+Who brings images to a diagnosis is `learning.data`'s; this module only adds what both parties must agree on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.learning.data.dataset import Dataset, normalised
-from mpc_fl.learning.data.loading import load_images
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.links.links import Links
@@ -31,5 +33,7 @@ def calibration_images(config: Config) -> torch.Tensor:
     those it will be asked about. Raises `DataError` when there are none.
     """
     if config.site.images is not None or config.data.is_table:
+        from mpc_fl.learning.data.loading import load_images  # readers of files: a hospital of this module needs none
+
         return load_images(config.site.images, config, _CALIBRATION_IMAGES).inputs
     return public_phantoms(_CALIBRATION_IMAGES, config)

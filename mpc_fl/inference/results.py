@@ -1,4 +1,4 @@
-"""results"""
+"""What a diagnosis gives the hospital, of either engine, and the files it keeps for itself: readable by its user alone."""
 
 from __future__ import annotations
 

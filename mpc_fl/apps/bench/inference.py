@@ -34,8 +34,8 @@ from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.inference.fast.online.hospital_session import Hospital
-from mpc_fl.inference.fast.online.owner_session import Owner
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.learning.data.phantoms import make_phantoms, public_phantoms
@@ -222,7 +222,7 @@ def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, sess
 
 
 def _diagnoses(domain: SecretDomain, job: Job) -> dict[str, Any]:
-    hospital = Hospital(domain, MODEL_OWNER, DEALER)
+    hospital = HospitalSession(domain)
     rounds = job.images().split(job.batch)
     logits: list[list[float]] = []
     seconds: dict[str, list[float]] = {"offline": [], "online": []}
@@ -243,8 +243,7 @@ def _diagnoses(domain: SecretDomain, job: Job) -> dict[str, Any]:
 
 def _answers(domain: SecretDomain, job: Job) -> dict[str, Any]:
     calibration = calibrate(job.network(), job.calibration_images())
-    integers = calibration.weights.inside_protocol()
-    Owner(domain, HOSPITAL, DEALER, calibration.network, integers, at_once=job.at_once).serve()
+    OwnerSession(domain, HOSPITAL, calibration, SessionTerms(at_once=job.at_once)).serve()
     return {}
 
 

@@ -1,22 +1,26 @@
-"""diagnosis"""
+"""A diagnosis with the engine `fast`, as the configuration of either party asks for it: sessions, pools, batches of images.
+
+`online.hospital_session` and `online.owner_session` are the two sides of the protocol; here they are made from a `Config`
+and, at the hospital, given images batch by batch. It serves one diagnosis between three processes (`inference.diagnosis`)
+and sessions with a model owner that stays up (`serving`) alike.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
-from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ConfigError, ProtocolError
-from mpc_fl.inference.fast.network import IntegerWeights, Network
-from mpc_fl.inference.fast.online.hospital_session import Hospital
-from mpc_fl.inference.fast.online.owner_session import BatchGate, Owner
+from mpc_fl.inference.fast.network import IntegerModel, Network
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.owner_session import BatchGate, OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.preprocessing.pool import Purpose
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate
@@ -26,34 +30,23 @@ from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
-from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
+from mpc_fl.roles import HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.opening import SecretDomain
 
-
-class IntegerModel(Protocol):
-    """What a session needs of a model: a `Calibration`, or what a model owner that stays up keeps of one."""
-
-    @property
-    def network(self) -> Network:
-        """The public network."""
-
-    @property
-    def weights(self) -> Private[IntegerWeights]:
-        """The owner's."""
+PartyPool = TypeVar("PartyPool", HospitalPool, OwnerPool)
 
 
-def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> Calibration:
-    """The model as integers, with ranges found on `calibration_images`. Raises `HeadroomError`, `DataError`."""
-    images = calibration_images(config)
-    return calibrate(model, images if normalisation is None else normalisation.apply(images))
+def session_domain(links: Links, hospital: str, record: Record) -> SecretDomain:
+    """The secret domain of a session: `hospital` and the model owner open results to the hospital, and write them down."""
+    return SecretDomain(links, [hospital, MODEL_OWNER], record)
 
 
-P = TypeVar("P", HospitalPool, OwnerPool)
+# ---- both ----------------------------------------------------------------------------------------------------------
 
 
 def pool_of(
-    config: Config, kind: type[P], party: str, counterpart: str, filling: bool
-) -> AbstractContextManager[P | None]:
+    config: Config, kind: type[PartyPool], party: str, counterpart: str, filling: bool
+) -> AbstractContextManager[PartyPool | None]:
     """This party's half of its pool with the other in `site.pool`, to fill or to use; None to use when it keeps none."""
     inference, directory = config.inference, config.site.pool
     if directory is None:
@@ -64,26 +57,49 @@ def pool_of(
     return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
 
 
-def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> Hospital:
-    """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
-    domain = SecretDomain(links, [links.name, MODEL_OWNER], record)
-    return Hospital(domain, MODEL_OWNER, DEALER, config.inference.reveal, pool)
+# ---- model owner ---------------------------------------------------------------------------------------------------
+
+
+def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> Calibration:
+    """The model as integers, with ranges found on `calibration_images`. Raises `HeadroomError`, `DataError`."""
+    images = calibration_images(config)
+    return calibrate(model, images if normalisation is None else normalisation.apply(images))
 
 
 def answering_session(
     config: Config,
     model: IntegerModel,
-    links: Links,
+    domain: SecretDomain,
     hospital: str,
-    record: Record,
     pool: OwnerPool | None,
     gate: BatchGate | None = None,
-) -> Owner:
+) -> OwnerSession:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
-    domain, inference = SecretDomain(links, [hospital, MODEL_OWNER], record), config.inference
-    agreed = inference.reveal, inference.batch_size
-    network, weights = model.network, model.weights.inside_protocol()
-    return Owner(domain, hospital, DEALER, network, weights, *agreed, pool, inference.at_once, gate)
+    inference = config.inference
+    terms = SessionTerms(inference.reveal, inference.batch_size, inference.at_once)
+    return OwnerSession(domain, hospital, model, terms, pool, gate)
+
+
+def answer(config: Config, model: nn.Module, normalisation: Normalisation | None, links: Links, record: Record) -> int:
+    """The model owner's side of one diagnosis, or of filling a pool: returns the number of batches that were evaluated."""
+    calibration = calibrated(config, model, normalisation)
+    with pool_of(config, OwnerPool, MODEL_OWNER, HOSPITAL, filling=config.inference.fill > 0) as pool:
+        domain = session_domain(links, HOSPITAL, record)
+        return answering_session(config, calibration, domain, HOSPITAL, pool).serve()
+
+
+# ---- hospital ------------------------------------------------------------------------------------------------------
+
+
+def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> HospitalSession:
+    """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
+    return HospitalSession(session_domain(links, links.name, record), config.inference.reveal, pool)
+
+
+def ask(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
+    """The hospital's side of one diagnosis: a `Diagnosis` per record of `images`."""
+    with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=False) as pool:
+        return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
 
 
 def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> None:
@@ -95,26 +111,26 @@ def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> N
         fill_with(config, asking_session(config, links, record, pool), notify)
 
 
-def fill_with(config: Config, hospital: Hospital, notify: Notify) -> None:
-    """Store `inference.fill` batches in the pool of a hospital whose session has begun; the session ends with the last."""
+def fill_with(config: Config, session: HospitalSession, notify: Notify) -> None:
+    """Store `inference.fill` batches in the pool of the hospital whose `session` this is; it ends with the last."""
     inference = config.inference
-    _require_agreed(config, hospital.network)
-    hospital.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
-    hospital.finish()
+    _require_agreed(config, session.network)
+    session.fill(inference.fill, inference.batch_size, lambda done: notify("fill pool", done, inference.fill))
+    session.finish()
 
 
-def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify: Notify) -> Iterator[Diagnosis]:
+def diagnose_batches(config: Config, images: Dataset, session: HospitalSession, notify: Notify) -> Iterator[Diagnosis]:
     """One `Diagnosis` per record of `images`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
-    _require_agreed(config, hospital.network)
+    _require_agreed(config, session.network)
     count = len(images.inputs)
     batches = images.inputs.split(config.inference.batch_size) if count else ()  # torch splits nothing into one part
     for start in range(0, len(batches), config.inference.at_once):
         group = batches[start : start + config.inference.at_once]
         notify("encrypted inference", start * config.inference.batch_size, count)
         for batch in group:
-            hospital.prepare(len(batch))
+            session.prepare(len(batch))
         began = time.monotonic()
-        opened = torch.cat(hospital.diagnose_together(group))
+        opened = torch.cat(session.diagnose_together(group))
         seconds = (time.monotonic() - began) / len(opened)
         for row in opened:
             if config.inference.reveal == "label":
@@ -122,7 +138,7 @@ def diagnose_batches(config: Config, images: Dataset, hospital: Hospital, notify
             else:
                 yield Diagnosis.of(row.float(), seconds)
     notify("encrypted inference", count, count)
-    hospital.finish()
+    session.finish()
 
 
 def _require_agreed(config: Config, network: Network) -> None:

@@ -1,4 +1,9 @@
-"""The public integer network as a JSON object, for the message that tells it to hospital and dealer. No secrets."""
+"""What the parties of a session tell each other in words: the public integer network, and which batch comes next.
+
+The network is a JSON object, read with the suspicion that a message of another party deserves: sizes are bounded, every
+option has the type of its default. Tags of messages and purposes of seeds stand here, so that all three parties spell
+them alike. Nothing here is secret; shares and masked values travel as tensors.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +12,16 @@ import math
 from typing import Any
 
 from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError
-from mpc_fl.inference.fast import network as layers
-from mpc_fl.inference.fast.network import Layer, Network, Reveal, Value
+from mpc_fl.inference.fast.layers import KINDS, Layer
+from mpc_fl.inference.fast.network import Network, Reveal, Value
 
-_KINDS: dict[str, type[Layer]] = {
-    kind.__name__: kind
-    for kind in (
-        layers.Convolution,
-        layers.Linear,
-        layers.ReLU,
-        layers.SignExtend,
-        layers.MaxPool,
-        layers.AveragePool,
-        layers.Add,
-        layers.Concatenate,
-        layers.Flatten,
-    )
-}
+SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
+NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"  # tags of messages
+WEIGHTS = "masked weights"
+
+_KINDS = {kind.__name__: kind for kind in KINDS}
 _LARGEST = 1 << 28  # elements of a value or of a layer's weights
+_LARGEST_BATCH = 1024
 
 
 def describe(network: Network) -> dict[str, Any]:
@@ -82,18 +79,6 @@ def network_from(description: dict[str, Any]) -> Network:
         )
     except (KeyError, TypeError, ValueError, AttributeError, ModelError):
         raise ProtocolError("the description of the network is not valid", SAME_VERSION) from None
-
-
-SEED = "fast correlations"  # purpose of the seeds that the dealer has in common with each party
-
-
-NETWORK, BATCH, STEP, READY, MASK_SEED = "network", "batch", "step", "ready", "mask seed"
-
-
-WEIGHTS = "masked weights"
-
-
-_LARGEST_BATCH = 1024
 
 
 def correction_tag(number: int) -> str:

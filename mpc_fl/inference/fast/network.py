@@ -1,6 +1,8 @@
-"""The public integer network that both parties of the engine `fast` compute. No weights, nothing secret.
+"""The public integer network that both parties of the engine `fast` compute, and the integer model whose owner hides weights.
 
-THE CONTRACT between calibration (makes it), emulation (the plaintext oracle) and the protocol (runs it on shares).
+THE CONTRACT between calibration (makes both), emulation (computes them in plaintext) and the protocol (runs them on shares).
+A network is public; of an `IntegerModel` the weights are not, they stay at the model owner. The kinds of `layers` are in a
+module of their own.
 
 Values. A value is an integer tensor of `shape` (one record, without batch dimension) that stands for the real numbers
 integer * scale. Its ring Z_2^bits is 32 bits wide ("wide") or narrower ("narrow"); elements are read as signed. Two
@@ -11,8 +13,8 @@ reduces: the value goes from width b to b - shift. With s_C, s_S the two shares 
 its own), the shares of the result are the logical shifts s_C >> shift and s_S >> shift modulo 2^(b - shift). So
     result = (z + 2^shift - 1 - s_C mod 2^b) >> shift   +   s_C >> shift      modulo 2^(b - shift),
 which is z / 2^shift rounded down or up, without bias because s_C is uniform: no message, no failure. The one thing
-that an emulation needs besides the weights is therefore s_C of every layer with shift > 0 (`sessions` can record them for
-the tests, keyed by the layer's output); without them it draws uniform ones.
+that an emulation needs besides the weights is therefore s_C of every layer with shift > 0 (both sessions can tell them,
+keyed by the layer's output: `on_truncation`); without them it draws uniform ones.
 
 What needs which width:
   Convolution, Linear        wide input, wide result before truncation; weights `weights[layer.output]`, held by S alone
@@ -37,10 +39,15 @@ from typing import Literal
 
 import torch
 
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import HeadroomError, ModelError
+from mpc_fl.inference.fast import layers
+from mpc_fl.inference.fast.layers import Convolution, Layer, Linear
 
 RING_BITS = 32
 NARROWEST, WIDEST_GATE = 8, 24  # widths of a comparison
+
+Reveal = Literal["logits", "label"]  # what is opened to the hospital
 
 
 @dataclass(frozen=True)
@@ -60,95 +67,6 @@ class Value:
     def wide(self) -> bool:
         """Whether it lives in Z_2^32, as the input of a linear layer must."""
         return self.bits == RING_BITS
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One step: the values named `inputs` give the value named `output`, truncated by `shift` bits at the end.
-
-    `path` is the layer's name as the user knows it, for messages.
-    """
-
-    path: str
-    inputs: tuple[str, ...]
-    output: str
-    shift: int = 0
-
-
-@dataclass(frozen=True)
-class Convolution(Layer):
-    """2-D cross-correlation as in torch, zero padding. `weight_shape` is (out, in / groups, height, width).
-
-    The bias (out,) is an integer at the scale of the result before truncation. `weight_bits`: the signed integers
-    weights[output] fit in so many bits (public; it decides how many limbs a convolution takes).
-    """
-
-    weight_shape: tuple[int, int, int, int] = (0, 0, 0, 0)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    weight_bits: int = 16
-
-
-@dataclass(frozen=True)
-class Linear(Layer):
-    """W x + bias, `weight_shape` (out, in), on a flat value (in,)."""
-
-    weight_shape: tuple[int, int] = (0, 0)
-    weight_bits: int = 16
-
-
-@dataclass(frozen=True)
-class ReLU(Layer):
-    """max(x, 0), or with `ceiling` (an integer > 0 at the input's scale) min(max(x, 0), ceiling). shift is 0."""
-
-    ceiling: int | None = None
-
-
-@dataclass(frozen=True)
-class SignExtend(Layer):
-    """The same signed value in Z_2^32. shift is 0."""
-
-
-@dataclass(frozen=True)
-class MaxPool(Layer):
-    """Maximum over windows; `padding` (top, bottom, left, right) holds the smallest value -2^(bits - 2). shift is 0.
-
-    An input without rows or columns to spare (ceil_mode) is padded at bottom and right.
-    """
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class AveragePool(Layer):
-    """`multiplier` times the sum (not the mean) over windows, zero padding (top, bottom, left, right)."""
-
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    multiplier: int = 1
-
-
-@dataclass(frozen=True)
-class Add(Layer):
-    """sum_i multipliers[i] * inputs[i] + constant, elementwise, all public integers; one input is allowed."""
-
-    multipliers: tuple[int, ...] = (1, 1)
-    constant: int = 0
-
-
-@dataclass(frozen=True)
-class Concatenate(Layer):
-    """Inputs of one width and scale, concatenated along the channels (first dimension of `shape`)."""
-
-
-@dataclass(frozen=True)
-class Flatten(Layer):
-    """(C, H, W) to (C * H * W,), or any reshape of one record to `values[output].shape` that keeps the order."""
 
 
 @dataclass(frozen=True)
@@ -194,18 +112,18 @@ def _check(network: Network, layer: Layer, known: set[str]) -> None:
     if isinstance(layer, (Convolution, Linear)):
         require(bits == RING_BITS, "a linear layer needs a wide input")
         require(2 <= layer.weight_bits <= RING_BITS, "its weights have no possible width")
-    if isinstance(layer, ReLU):
+    if isinstance(layer, layers.ReLU):
         require(gate and output.bits in (bits, RING_BITS), "ReLU needs a narrow input and shift 0")
         require(layer.ceiling is None or 0 < layer.ceiling < 1 << (bits - 2), "its ceiling is out of range")
-    elif isinstance(layer, SignExtend):
+    elif isinstance(layer, layers.SignExtend):
         require(gate and output.bits == RING_BITS, "sign extension goes from narrow to wide")
-    elif isinstance(layer, MaxPool):
+    elif isinstance(layer, layers.MaxPool):
         require(gate and output.bits == bits, "a max-pool keeps a narrow width")
     else:
         require(output.bits == bits - layer.shift, "the output's width is not the input's less the shift")
-    several = isinstance(layer, (Add, Concatenate))
+    several = isinstance(layer, (layers.Add, layers.Concatenate))
     require(several or len(inputs) == 1, "it takes one input")
-    require(not isinstance(layer, Add) or len(layer.multipliers) == len(inputs), "one multiplier per input")
+    require(not isinstance(layer, layers.Add) or len(layer.multipliers) == len(inputs), "one multiplier per input")
     try:
         shape = _output_shape(layer, inputs, output)
     except (ValueError, IndexError):  # a shape or option of another length
@@ -228,13 +146,13 @@ def _output_shape(layer: Layer, inputs: list[Value], output: Value) -> tuple[int
         return _windows(
             outputs, size, reach, layer.stride, (vertical, vertical, horizontal, horizontal), layer.dilation
         )
-    if isinstance(layer, (MaxPool, AveragePool)):
+    if isinstance(layer, (layers.MaxPool, layers.AveragePool)):
         channels, *size = shape
         return _windows(channels, size, list(layer.kernel), layer.stride, layer.padding)
-    if isinstance(layer, Concatenate):
+    if isinstance(layer, layers.Concatenate):
         same = all(value.shape[1:] == shape[1:] for value in inputs)
         return (sum(value.shape[0] for value in inputs), *shape[1:]) if same else None
-    if isinstance(layer, Flatten):
+    if isinstance(layer, layers.Flatten):
         return output.shape if output.elements == inputs[0].elements else None
     return shape if all(value.shape == shape for value in inputs) else None
 
@@ -264,8 +182,19 @@ class IntegerWeights:
     biases: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class IntegerModel:
+    """What the model owner brings to a session: the public network, and its own integer weights. It refuses to be printed."""
+
+    network: Network
+    weights: Private[IntegerWeights]
+
+
 def encode(network: Network, records: torch.Tensor) -> torch.Tensor:
-    """Float records (N, ...) as elements of the network's input, int32. Raises `HeadroomError` for NaN and infinity."""
+    """Float records (N, ...) as elements of the network's input, int32: what the hospital masks, and what an owner emulates.
+
+    Raises `HeadroomError` for records of another shape, NaN, infinity and values that do not fit 32 bits.
+    """
     value = network.values[network.input]
     if tuple(records.shape[1:]) != value.shape:
         raise HeadroomError(f"records have shape {tuple(records.shape[1:])}, not {value.shape}", "resize them")
@@ -273,9 +202,6 @@ def encode(network: Network, records: torch.Tensor) -> torch.Tensor:
     if not bool((scaled.abs() < 1 << (RING_BITS - 1)).all()):  # false for NaN
         raise HeadroomError("a record has values that are not finite or do not fit the ring", "check the image")
     return scaled.to(torch.int32)
-
-
-Reveal = Literal["logits", "label"]
 
 
 def channels_last(shape: tuple[int, ...], records: int) -> tuple[int, ...]:

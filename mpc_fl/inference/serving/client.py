@@ -1,12 +1,12 @@
-"""Sessions with a model owner that stays up: the model owner's, the dealer's and the hospital's part. Engine `fast` only.
+"""A hospital's part in a session with a model owner that stays up: it dials, asks, and understands a refusal.
 
   hospital      makes a fresh session name, dials model owner and dealer, asks about its images batch by batch
   model owner   dials the dealer in every session that a hospital begins; says before each batch whose turn it is and whether
-                the hospital's limits allow it (`serving`); otherwise tells it when to come back and ends the session
+                the hospital's quota allows it (`gate`); otherwise tells it when to come back and ends the session
   dealer        serves both as in any diagnosis
 
-The protocol between them is that of `fast.sessions`, with masks, seeds and masked weights of this session alone. The model
-owner learns which hospital asks, when and about how many images; other hospitals learn nothing but waiting times.
+The protocol between them is that of `fast.online.hospital_session`, with masks, seeds and masked weights of this session alone.
+The model owner learns which hospital asks, when and about how many images; other hospitals learn nothing but waiting times.
 
 Where hospital and model owner have a `site.pool` each, batches come from there as in any diagnosis with pools; the masked
 weights are then the pool's, each hospital's its own. A session of another kind fills it (`fill_from_service`), also while
@@ -15,7 +15,6 @@ the hospital diagnoses; then only batches that were there when the diagnosis beg
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 
@@ -31,30 +30,15 @@ from mpc_fl.inference.fast.diagnosis import (
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.inference.inputs import as_the_model_takes_them
 from mpc_fl.inference.results import Diagnosis
-from mpc_fl.inference.serving.front import TASK
-from mpc_fl.inference.serving.service_links import _REFUSED, _identity, require_servable, session_links
-from mpc_fl.inference.serving.visits import Visit, service_digest
+from mpc_fl.inference.serving.service_links import REFUSED, identity_of, require_servable, session_links
+from mpc_fl.inference.serving.visits import TASK, Visit, service_digest
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER, is_hospital
 
-log = logging.getLogger(__name__)
-
 _LAST_WORD = 2.0  # seconds in which the reason of a refusal may arrive after the session has ended otherwise
-
-
-# ---- all -----------------------------------------------------------------------------------------------------------
-
-
-# ---- model owner ---------------------------------------------------------------------------------------------------
-
-
-# ---- dealer --------------------------------------------------------------------------------------------------------
-
-
-# ---- hospital ------------------------------------------------------------------------------------------------------
 
 
 def hospital_in(directory: Path) -> str:
@@ -85,7 +69,7 @@ def links_to_service(config: Config, visit: Visit, observer: Observer | None = N
     """A new session of a hospital; enter the links to connect."""
     require_servable(config)
     agreement, name = Agreement(visit.new_session(), service_digest(config), TASK), visit.hospital
-    return session_links(_identity(config, name), config, name, agreement, config.runtime.receive_timeout, observer)
+    return session_links(identity_of(config, name), config, name, agreement, config.runtime.receive_timeout, observer)
 
 
 def ask_service(
@@ -136,8 +120,8 @@ class _explained:
             return
         # The dealer may have ended before the model owner's word is here.
         deadline = time.monotonic() + _LAST_WORD
-        while not self._links.waiting(MODEL_OWNER, _REFUSED):
+        while not self._links.waiting(MODEL_OWNER, REFUSED):
             if not self._links.alive(MODEL_OWNER) or time.monotonic() > deadline:
                 return
             self._links.await_change(0.1)
-        raise RefusedError(str(self._links.receive_object(MODEL_OWNER, _REFUSED).get("why"))[:300]) from None
+        raise RefusedError(str(self._links.receive_object(MODEL_OWNER, REFUSED).get("why"))[:300]) from None

@@ -1,7 +1,7 @@
 """One address for many sessions: a party that stays up admits a hospital's session, with links and a thread of its own.
 
 A session's name begins with its hospital's: 'hospital-2/<32 hex digits>', or 'hospital-2/fill-<32 hex digits>' where it fills
-the hospital's pool (`serving.Visit`); the digits are fresh. Whoever dials greets with it;
+the hospital's pool (`visits.Visit`); the digits are fresh. Whoever dials greets with it;
 the greeting is checked (certificate, signature, name, version, what is agreed on) before anything is set up, then passed to the
 session's links. So one port serves all, a session's keys are its own (fresh X25519 keys, bound to its name), and a session
 that fails ends alone: its links have its hospital as peer and no other.
@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
 from mpc_fl.inference.serving.quota import SessionRate
-from mpc_fl.inference.serving.visits import Visit
+from mpc_fl.inference.serving.visits import TASK, Visit
 from mpc_fl.links.frames import FrameReader
 from mpc_fl.links.greetings import first_greeting
 from mpc_fl.links.grpc_streams import Conversation, StreamServer
@@ -31,15 +31,40 @@ from mpc_fl.links.network import NetworkLinks
 
 log = logging.getLogger(__name__)
 
-TASK = "serve"
 _LONGEST_GREETING = 30.0
 _STREAMS_PER_SESSION, _SPARE_STREAMS = 4, 16
 _PURPOSES = 2
 
-# The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`.
-MakeLinks = Callable[[Visit, Agreement], NetworkLinks]
-# What a session does, on its thread: with its links, for its hospital.
-Serve = Callable[[Links, Visit], object]
+
+class Service(Protocol):
+    """What a party does for the sessions that it admits."""
+
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
+        """The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`."""
+
+    def serve(self, links: Links, visit: Visit) -> object:
+        """The session itself, on its thread: with its links, for its hospital."""
+
+
+@dataclass(frozen=True)
+class StandingParty:
+    """Who serves: its identity, the address it listens on, and the digest of what a hospital must agree with it on."""
+
+    identity: Identity
+    listen: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who is admitted: hospitals, and `partners` that may greet in a hospital's session.
+
+    At most `sessions` at once for diagnoses and as many to fill pools, one of each hospital, as often as `rate` allows.
+    """
+
+    partners: frozenset[str]
+    sessions: int
+    rate: SessionRate
 
 
 @dataclass
@@ -51,32 +76,19 @@ class _Session:
 
 
 class ServiceFront:
-    """Serves `listen` while the block lasts; at its end sessions that go on are told, and ended.
+    """Does `service` at the address of `party` while the block lasts; at its end sessions that go on are told, and ended.
 
-    `partners` are the parties beside hospitals that may greet in a hospital's session. At most `sessions` at once for
-    diagnoses and as many to fill pools, one of each hospital, as often as `rate` allows. Raises `LinkError` when the address
-    cannot be listened on.
+    Raises `LinkError` when the address cannot be listened on.
     """
 
-    def __init__(
-        self,
-        identity: Identity,
-        listen: str,
-        digest: str,
-        partners: set[str],
-        sessions: int,
-        rate: SessionRate,
-        make_links: MakeLinks,
-        serve: Serve,
-    ) -> None:
-        self._identity, self._listen, self._digest, self._partners = identity, listen, digest, partners
-        self._most, self._rate, self._make_links, self._serve = sessions, rate, make_links, serve
+    def __init__(self, party: StandingParty, admission: Admission, service: Service) -> None:
+        self._party, self._identity, self._admission, self._service = party, party.identity, admission, service
         self._sessions: dict[str, _Session] = {}
         self._guard, self._closing = threading.Lock(), False
 
     def __enter__(self) -> ServiceFront:
-        streams = _STREAMS_PER_SESSION * _PURPOSES * self._most + _SPARE_STREAMS
-        self._server = StreamServer(self._identity, self._listen, self._admit, streams, _LONGEST_GREETING)
+        streams = _STREAMS_PER_SESSION * _PURPOSES * self._admission.sessions + _SPARE_STREAMS
+        self._server = StreamServer(self._identity, self._party.listen, self._admit, streams, _LONGEST_GREETING)
         return self
 
     def __exit__(self, *_unused: object) -> None:
@@ -99,9 +111,9 @@ class ServiceFront:
         name, visit = greeting["name"], Visit.of_session(str(greeting.get("session")))
         if visit is None:
             raise HandshakeError(f"{self._identity.name} serves: it takes no part in other runs")
-        if name != visit.hospital and name not in self._partners:
+        if name != visit.hospital and name not in self._admission.partners:
             raise HandshakeError(f"{name} takes no part in a session of {visit.hospital}")
-        agreement = Agreement(greeting["session"], self._digest, TASK)
+        agreement = Agreement(greeting["session"], self._party.digest, TASK)
         check_greeting(greeting, name, self._identity, agreement)
         with self._guard:
             session = self._sessions.get(agreement.session) or self._begin(visit, agreement)
@@ -116,10 +128,10 @@ class ServiceFront:
         alike = [other for other in going_on if other.purpose == visit.purpose]
         if visit in alike:
             raise RefusedError(f"a session of {visit} goes on already", "come back when it has ended")
-        if len(alike) >= self._most:
+        if len(alike) >= self._admission.sessions:
             raise RefusedError(f"{len(alike)} hospitals are being served", "come back in a minute")
-        links = self._make_links(visit, agreement)
-        self._rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
+        links = self._service.make_links(visit, agreement)
+        self._admission.rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
         thread = threading.Thread(target=self._run, args=(agreement.session,), name=agreement.session, daemon=True)
         self._sessions[agreement.session] = session = _Session(visit, links, thread)
         thread.start()
@@ -132,7 +144,7 @@ class ServiceFront:
         try:
             with session.links:
                 try:
-                    self._serve(session.links, session.visit)
+                    self._service.serve(session.links, session.visit)
                 finally:
                     session.ended = True  # before taking leave: the hospital may come back as soon as it knows
             log.info("the session of %s has ended (%s)", session.visit, name)

@@ -1,18 +1,7 @@
-"""What a standing model owner decides: whose batch is next, and how many images a hospital may ask about.
+"""The gate of one session: before each batch the model owner waits for its hospital's turn and charges its quota.
 
-A hospital may have two sessions at a time: one diagnoses, one fills its pool (`Visit`).
-
-`Rota` is round-robin over hospitals: of those that wait, the one whose last turn began longest ago is next, so no number of
-images or of new sessions gets a hospital more than its part. A turn is one batch, from its offline work to its answer or to
-the disk; with `inference.at_once` as many batches as are answered together. A turn that outlasts `patience` (its hospital
-hangs) no longer keeps others waiting; the session's own deadline ends it.
-
-`UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
-offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
-Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
-when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
-
-`Rota` and `free_again` are pure; the caller keeps time.
+`SessionGate` joins what `turns` decides (whose batch is next) with what `quota` decides (how many images a hospital may ask
+about), and keeps a session to its purpose: one that diagnoses fills no pool, and the other way round.
 """
 
 from __future__ import annotations
@@ -25,23 +14,9 @@ from mpc_fl.inference.serving.quota import UsageLedger
 from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit
 
-# ---- agreeing ----------------------------------------------------------------------------------------------------------
 
-
-# ---- whose batch is next -----------------------------------------------------------------------------------------------
-
-
-# ---- how many images ---------------------------------------------------------------------------------------------------
-
-
-# ---- how many sessions -------------------------------------------------------------------------------------------------
-
-
-# ---- one session's gate ------------------------------------------------------------------------------------------------
-
-
-class Gate:
-    """What `fast.owner_session.Owner` asks before each batch of one session (`BatchGate`).
+class SessionGate:
+    """What `OwnerSession` asks before each batch of one session (`BatchGate`).
 
     `check` raises when there is nobody to wait for any more; the model owner keeps `pool_batches` for each hospital.
     """
@@ -53,7 +28,7 @@ class Gate:
         self._pool_batches, self._has_turn = pool_batches, False
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Gate]:
+    def session(self) -> Iterator[SessionGate]:
         """However the session ends, its turn ends with it."""
         try:
             yield self

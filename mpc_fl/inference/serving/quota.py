@@ -1,4 +1,12 @@
-"""quota"""
+"""How many images a hospital may ask about, and how many sessions it may begin: a model owner's protection of its model.
+
+`UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
+offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
+Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
+when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
+
+`free_again` is pure; the caller keeps time.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +28,10 @@ USAGE_FILE = "usage.jsonl"
 
 
 @dataclass(frozen=True)
-class Limit:
-    """At most `images` of one hospital within any `seconds`."""
+class Quota:
+    """At most `most` images, or sessions, of one hospital within any `seconds`."""
 
-    images: int
+    most: int
     seconds: float
     period: str  # in words, for the hospital
 
@@ -36,25 +44,25 @@ class Charge:
     images: int
 
 
-def limits_of(config: Config) -> tuple[Limit, ...]:
-    """The model owner's limits for each hospital."""
+def quotas_of(config: Config) -> tuple[Quota, ...]:
+    """How many images the model owner lets each hospital ask about."""
     serving = config.serving
-    return Limit(serving.images_per_day, 86400.0, "24 hours"), Limit(serving.images_per_minute, 60.0, "a minute")
+    return Quota(serving.images_per_day, 86400.0, "24 hours"), Quota(serving.images_per_minute, 60.0, "a minute")
 
 
-def free_again(limit: Limit, charges: Sequence[Charge], images: int, now: float) -> float | None:
+def free_again(quota: Quota, charges: Sequence[Charge], images: int, now: float) -> float | None:
     """The time from which `images` more are within the limit; None when they are now.
 
     Charges from the future count: a clock that was put back frees nothing. Raises `ValueError` for more than the limit.
     """
-    if images > limit.images:
-        raise ValueError(f"{images} images are never within a limit of {limit.images}")
-    window = sorted((charge for charge in charges if charge.time + limit.seconds > now), key=lambda charge: charge.time)
+    if images > quota.most:
+        raise ValueError(f"{images} images are never within a limit of {quota.most}")
+    window = sorted((charge for charge in charges if charge.time + quota.seconds > now), key=lambda charge: charge.time)
     used, again = sum(charge.images for charge in window), None
     for charge in window:
-        if used + images <= limit.images:
+        if used + images <= quota.most:
             break
-        used, again = used - charge.images, charge.time + limit.seconds
+        used, again = used - charge.images, charge.time + quota.seconds
     return again
 
 
@@ -70,8 +78,8 @@ class UsageLedger:
     share it.
     """
 
-    def __init__(self, directory: Path, limits: Sequence[Limit], clock: Callable[[], float] = time.time) -> None:
-        self._path, self._limits, self._clock = directory / USAGE_FILE, tuple(limits), clock
+    def __init__(self, directory: Path, quotas: Sequence[Quota], clock: Callable[[], float] = time.time) -> None:
+        self._path, self._quotas, self._clock = directory / USAGE_FILE, tuple(quotas), clock
         self._guard, self._open = threading.Lock(), contextlib.ExitStack()
         directory.mkdir(parents=True, exist_ok=True)
         lock = self._open.enter_context((directory / f"{USAGE_FILE}.lock").open("w"))
@@ -116,18 +124,18 @@ class UsageLedger:
         return found
 
     def _counting(self, charges: Sequence[Charge]) -> list[Charge]:
-        longest = max(limit.seconds for limit in self._limits)
+        longest = max(quota.seconds for quota in self._quotas)
         return [charge for charge in charges if charge.time + longest > self._clock()]
 
     def require(self, hospital: str, images: int = 1) -> None:
         """Raise `RefusedError`, which says when to come back, when `images` are not within the limits now."""
         now, charges = self._clock(), self._charges.get(hospital, [])
-        waits = [(free_again(limit, charges, images, now), limit) for limit in self._limits]
-        late = [(again, limit) for again, limit in waits if again is not None]
+        waits = [(free_again(quota, charges, images, now), quota) for quota in self._quotas]
+        late = [(again, quota) for again, quota in waits if again is not None]
         if late:
-            again, limit = max(late, key=lambda item: item[0])
+            again, quota = max(late, key=lambda item: item[0])
             raise RefusedError(
-                f"{hospital} may ask about {limit.images} images in {limit.period}", f"come back at {_moment(again)}"
+                f"{hospital} may ask about {quota.most} images in {quota.period}", f"come back at {_moment(again)}"
             )
 
     def charge(self, hospital: str, images: int) -> None:
@@ -150,7 +158,7 @@ class SessionRate:
     """
 
     def __init__(self, sessions: int, clock: Callable[[], float] = time.time) -> None:
-        self._limit, self._clock = Limit(sessions, 60.0, "a minute"), clock
+        self._quota, self._clock = Quota(sessions, 60.0, "a minute"), clock
         self._begun: dict[str, list[Charge]] = {}
         self._guard = threading.Lock()
 
@@ -158,11 +166,11 @@ class SessionRate:
         """A session of `hospital` begins. Raises `RefusedError`, which says when to come back; that costs nothing."""
         with self._guard:
             now = self._clock()
-            begun = [charge for charge in self._begun.get(hospital, []) if charge.time + self._limit.seconds > now]
-            again = free_again(self._limit, begun, 1, now)
+            begun = [charge for charge in self._begun.get(hospital, []) if charge.time + self._quota.seconds > now]
+            again = free_again(self._quota, begun, 1, now)
             if again is not None:
                 raise RefusedError(
-                    f"{hospital} may begin {self._limit.images} sessions in {self._limit.period}",
+                    f"{hospital} may begin {self._quota.most} sessions in {self._quota.period}",
                     f"come back at {_moment(again)}",
                 )
             self._begun[hospital] = [*begun, Charge(now, 1)]

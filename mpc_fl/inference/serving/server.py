@@ -1,31 +1,31 @@
-"""server"""
+"""The model owner that stays up: one integer model, sessions of several hospitals, each behind a gate of its own.
+
+`serve_model` loads and calibrates the model once, then `front` admits sessions and calls `ModelService` for each: links to this
+hospital and the dealer, and `answer_hospital`, which tells a hospital why when a gate refuses it.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpc_fl.audit.opening_record import Opening, OpeningRecord, Record
 from mpc_fl.config.config import Config
-from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.certificates import Identity
 from mpc_fl.errors import ConfigError, PoolError, RefusedError
 from mpc_fl.inference.diagnosis import require_supported
-from mpc_fl.inference.fast.diagnosis import (
-    answering_session,
-    calibrated,
-    pool_of,
-)
-from mpc_fl.inference.fast.network import IntegerWeights, Network
-from mpc_fl.inference.fast.preprocessing.dealer import deal
+from mpc_fl.inference.fast.diagnosis import answering_session, calibrated, pool_of, session_domain
+from mpc_fl.inference.fast.network import IntegerModel
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool
-from mpc_fl.inference.serving.client import log
-from mpc_fl.inference.serving.front import ServiceFront
-from mpc_fl.inference.serving.gate import Gate
-from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, limits_of
-from mpc_fl.inference.serving.service_links import _REFUSED, _identity, _listen, require_servable, session_links
+from mpc_fl.inference.serving.front import Admission, ServiceFront
+from mpc_fl.inference.serving.gate import SessionGate
+from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, quotas_of
+from mpc_fl.inference.serving.service_links import REFUSED, require_servable, session_links, standing_party
 from mpc_fl.inference.serving.turns import Turns
-from mpc_fl.inference.serving.visits import Visit, service_digest
+from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.links.handshake import Agreement
@@ -33,15 +33,15 @@ from mpc_fl.links.links import Links, Observer
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
-from mpc_fl.roles import DEALER, MODEL_OWNER
+from mpc_fl.roles import MODEL_OWNER
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, repr=False)
-class ServedModel:
+@dataclass(frozen=True)
+class ServedModel(IntegerModel):
     """What is alike in all sessions: the integer network, its weights, what inputs are normalised with."""
 
-    network: Network
-    weights: Private[IntegerWeights]
     normalisation: Normalisation | None
 
 
@@ -68,7 +68,9 @@ class _OneByOne:
             return self._record.append(opening)
 
 
-def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:
+def answer_hospital(
+    config: Config, model: ServedModel, links: Links, visit: Visit, gate: SessionGate, record: Record
+) -> None:
     """One session: as many batches as the hospital asks for and its limits allow, answered or stored in its pool."""
     hospital, filling = visit.hospital, visit.purpose == "fill"
     try:
@@ -77,9 +79,10 @@ def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Vis
         with gate.session(), pool_of(config, OwnerPool, MODEL_OWNER, hospital, filling) as pool:
             if pool is not None and not filling and not _fits(pool, model):
                 pool = None
-            answering_session(config, model, links, hospital, record, pool, gate).serve()
+            domain = session_domain(links, hospital, record)
+            answering_session(config, model, domain, hospital, pool, gate).serve()
     except RefusedError as error:
-        links.send_object(hospital, _REFUSED, {"why": str(error)})
+        links.send_object(hospital, REFUSED, {"why": str(error)})
         raise
 
 
@@ -93,49 +96,49 @@ def _fits(pool: OwnerPool, model: ServedModel) -> bool:
     return True
 
 
+class ModelService:
+    """The model owner's `Service`: what all sessions share are the model, turns, the usage of each hospital and the record.
+
+    `directory` holds usage and record, for one process at a time; close it. Raises `MpcFlError` when another has it.
+    """
+
+    def __init__(
+        self, config: Config, identity: Identity, model: ServedModel, directory: Path, observer: Observer | None = None
+    ) -> None:
+        self._config, self._identity, self._model, self._observer = config, identity, model, observer
+        self._usage = UsageLedger(directory, quotas_of(config))
+        self._turns = Turns(config.serving.turns, config.serving.patience)
+        self._record = _OneByOne(OpeningRecord(directory / "openings.jsonl", MODEL_OWNER))
+
+    def __enter__(self) -> ModelService:
+        return self
+
+    def __exit__(self, *_unused: object) -> None:
+        self._usage.close()
+
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
+        """Raises `RefusedError` for a hospital whose quota is used up, and for a pool that is not kept."""
+        if visit.purpose == "diagnose":
+            self._usage.require(visit.hospital)
+        elif self._config.site.pool is None:
+            raise RefusedError("this model owner keeps no pools", "ask it to set site.pool")
+        deadline = self._config.serving.deadline
+        return session_links(self._identity, self._config, visit.hospital, agreement, deadline, self._observer)
+
+    def serve(self, links: Links, visit: Visit) -> None:
+        """See `answer_hospital`."""
+        batches = self._config.serving.pool_batches
+        gate = SessionGate(visit, self._turns, self._usage, batches, links.require_all)
+        answer_hospital(self._config, self._model, links, visit, gate, self._record)
+
+
 def serve_model(config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None) -> None:
     """The model owner: serve hospitals until `until` returns or raises. Raises `MpcFlError` for what prevents a start."""
-    identity, out, listen = _identity(config, MODEL_OWNER), site_directory(config), _listen(config, MODEL_OWNER)
-    model, serving = served_model(config), config.serving
+    party, out, serving = standing_party(config, MODEL_OWNER), site_directory(config), config.serving
+    model = served_model(config)
     notify("load model", 1, 1)
-    usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
-    record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
-
-    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
-        if visit.purpose == "diagnose":
-            usage.require(visit.hospital)
-        elif config.site.pool is None:
-            raise RefusedError("this model owner keeps no pools", "ask it to set site.pool")
-        return session_links(identity, config, visit.hospital, agreement, serving.deadline, observer)
-
-    def serve(links: Links, visit: Visit) -> None:
-        gate = Gate(visit, turns, usage, serving.pool_batches, links.require_all)
-        answer_hospital(config, model, links, visit, gate, record)
-
-    digest, rate = service_digest(config), SessionRate(serving.sessions_per_minute)
-    try:
-        with ServiceFront(identity, listen, digest, set(), serving.sessions, rate, make_links, serve):
+    admission = Admission(frozenset(), serving.sessions, SessionRate(serving.sessions_per_minute))
+    with ModelService(config, party.identity, model, out, observer) as service:
+        with ServiceFront(party, admission, service):
             notify("serving", 1, 1)
             until()
-    finally:
-        usage.close()
-
-
-def serve_correlations(
-    config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None
-) -> None:
-    """The dealer: deal in every session of a hospital with the model owner until `until` returns or raises."""
-    require_servable(config)
-    identity, listen = _identity(config, DEALER), _listen(config, DEALER)
-
-    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
-        return session_links(identity, config, visit.hospital, agreement, config.runtime.receive_timeout, observer)
-
-    def serve(links: Links, visit: Visit) -> None:
-        deal(links, visit.hospital, MODEL_OWNER)
-
-    digest, sessions = service_digest(config), config.serving.sessions
-    rate = SessionRate(config.serving.sessions_per_minute)
-    with ServiceFront(identity, listen, digest, {MODEL_OWNER}, sessions, rate, make_links, serve):
-        notify("serving", 1, 1)
-        until()

@@ -1,4 +1,13 @@
-"""turns"""
+"""Whose batch is next at a model owner that serves several hospitals.
+
+`Rota` is round-robin over hospitals: of those that wait, the one whose last turn began longest ago is next, so no number of
+images or of new sessions gets a hospital more than its part. A turn is one batch, from its offline work to its answer or to
+the disk; with `inference.at_once` as many batches as are answered together. A turn that outlasts `patience` (its hospital
+hangs) no longer keeps others waiting; the session's own deadline ends it. A hospital may have two sessions at a time: one
+diagnoses, one fills its pool (`visits`).
+
+`Rota` is pure, the caller keeps time; `Turns` lets threads wait in one.
+"""
 
 from __future__ import annotations
 

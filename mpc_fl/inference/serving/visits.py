@@ -1,4 +1,4 @@
-"""visits"""
+"""What a session with a standing model owner is for, as its name says, and what its parties must agree on beforehand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Literal
 
 from mpc_fl.config.config import Config
 from mpc_fl.roles import is_hospital
+
+TASK = "serve"  # what parties of a served session agree to do
 
 _SESSION = re.compile(r"([^/]+)/(fill-)?[0-9a-f]{32}")
 

@@ -1,4 +1,4 @@
-"""`inference.engine`: one interface, two engines, between real processes."""
+"""`inference.engine`: one interface, two engines, between real processes; what is special to `fast` also in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Links
 from mpc_fl.roles import DEALER
-from tests.support.harness import run_parties
+from tests.support.harness import run_parties, run_parties_in_memory
 
 NAMES = [roles.HOSPITAL, roles.MODEL_OWNER, DEALER]
 
@@ -47,7 +47,7 @@ def one_party(links: Links, inference: dict[str, Any], directory: str) -> Any:
     config = configuration(**inference)
     diagnosis.require_supported(config)
     if links.name == DEALER:
-        return diagnosis.deal_tuples(config, links)
+        return diagnosis.dealing_of(config)(links)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
     if links.name == roles.MODEL_OWNER:
         return diagnosis.answer_requests(config, model_of(config), links, record)
@@ -59,17 +59,26 @@ def one_party(links: Links, inference: dict[str, Any], directory: str) -> Any:
     return progress[-1]
 
 
-def run(directory: Path, **inference: Any) -> list[dict[str, Any]]:
-    got = run_parties(one_party, NAMES, directory, inference, str(directory))
+def run(directory: Path, in_memory: bool, **inference: Any) -> list[dict[str, Any]]:
+    if in_memory:
+        got = run_parties_in_memory(one_party, NAMES, inference, str(directory))
+    else:
+        got = run_parties(one_party, NAMES, directory, inference, str(directory))
     assert got[roles.MODEL_OWNER] == 3  # batches
     assert got[roles.HOSPITAL][0] == got[roles.HOSPITAL][1]
     return [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("inference", [{"engine": "fast"}, {"engine": "fast", "at_once": 2}, {"engine": "reference"}])
-def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_path: Path) -> None:
-    lines = run(tmp_path, **inference)
+@pytest.mark.parametrize(
+    ("inference", "in_memory"),
+    [
+        pytest.param({"engine": "fast"}, False, marks=pytest.mark.processes),
+        ({"engine": "fast", "at_once": 2}, True),
+        pytest.param({"engine": "reference"}, False, marks=pytest.mark.processes),
+    ],
+)
+def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], in_memory: bool, tmp_path: Path) -> None:
+    lines = run(tmp_path, in_memory, **inference)
     with torch.no_grad():
         plain = model_of(configuration())(records().inputs)
     assert float((torch.tensor([line["logits"] for line in lines]) - plain).abs().max()) < 0.02
@@ -77,9 +86,8 @@ def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_p
     assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
 
 
-@pytest.mark.processes
 def test_the_hospital_can_learn_the_label_alone(tmp_path: Path) -> None:
-    lines = run(tmp_path, engine="fast", reveal="label")
+    lines = run(tmp_path, True, engine="fast", reveal="label")
     with torch.no_grad():
         plain = model_of(configuration())(records().inputs)
     assert [line["predicted"] for line in lines] == plain.argmax(1).tolist()

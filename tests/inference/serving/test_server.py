@@ -24,8 +24,8 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, ProtocolError, RefusedError
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER
 from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
-from mpc_fl.inference.serving.gate import Gate
-from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Limit, SessionRate, UsageLedger, free_again
+from mpc_fl.inference.serving.gate import SessionGate
+from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Quota, SessionRate, UsageLedger, free_again
 from mpc_fl.inference.serving.turns import Rota, Turns
 from mpc_fl.inference.serving.visits import Visit, service_digest
 from mpc_fl.learning.data.loading import load_images
@@ -119,42 +119,42 @@ def test_a_turn_that_lasts_too_long_keeps_nobody_waiting() -> None:
     seconds=st.integers(1, 90),
 )
 def test_no_window_ever_holds_more_than_the_limit(asked: list[tuple[int, int]], images: int, seconds: int) -> None:
-    limit, now, charges = Limit(images, seconds, ""), 1000, list[Charge]()
+    quota, now, charges = Quota(images, seconds, ""), 1000, list[Charge]()
     for pause, count in asked:
         now += pause
-        again = free_again(limit, charges, count, now)
+        again = free_again(quota, charges, count, now)
         if again is not None:
             assert now < again <= now + seconds
-            assert free_again(limit, charges, count, again) is None  # it may come back then, and not before
-            assert free_again(limit, charges, count, again - 0.5) is not None
+            assert free_again(quota, charges, count, again) is None  # it may come back then, and not before
+            assert free_again(quota, charges, count, again - 0.5) is not None
             continue
         charges.append(Charge(now, count))
         assert sum(charge.images for charge in charges if charge.time > now - seconds) <= images
     with pytest.raises(ValueError, match="never"):
-        free_again(limit, charges, images + 1, now)
+        free_again(quota, charges, images + 1, now)
 
 
 @pytest.mark.parametrize(
-    ("limits", "period"), [([Limit(3, 86400, "24 hours")], "24 hours"), ([Limit(3, 60, "a minute")], "a minute")]
+    ("quotas", "period"), [([Quota(3, 86400, "24 hours")], "24 hours"), ([Quota(3, 60, "a minute")], "a minute")]
 )
-def test_what_was_asked_counts_after_a_restart(tmp_path: Path, limits: list[Limit], period: str) -> None:
+def test_what_was_asked_counts_after_a_restart(tmp_path: Path, quotas: list[Quota], period: str) -> None:
     moment = 1_800_000_000.0
-    ledger = UsageLedger(tmp_path, limits, lambda: moment)
+    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
     ledger.charge("hospital-0", 3)
     with pytest.raises(MpcFlError, match="another process is serving"):
-        UsageLedger(tmp_path, limits)
+        UsageLedger(tmp_path, quotas)
     ledger.close()
     with (tmp_path / USAGE_FILE).open("a") as file:
         file.write('{"time": 18000000')  # the crash cut a line off
-    moment += limits[0].seconds - 1
-    ledger = UsageLedger(tmp_path, limits, lambda: moment)
+    moment += quotas[0].seconds - 1
+    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
     with pytest.raises(RefusedError, match=f"may ask about 3 images in {period}: come back at 2027-"):
         ledger.charge("hospital-0", 1)
     ledger.charge("hospital-1", 1)
     moment += 1
     ledger.charge("hospital-0", 3)
     ledger.close()
-    ledger = UsageLedger(tmp_path, limits, lambda: moment)
+    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
     with pytest.raises(RefusedError):
         ledger.require("hospital-0")
     ledger.close()
@@ -164,7 +164,7 @@ def test_a_damaged_record_of_usage_frees_nobody(tmp_path: Path) -> None:
     (tmp_path / USAGE_FILE).write_text('{"time": 1, "hospital": "hospital-0", "images": -5}\n')
     for _ in range(2):
         with pytest.raises(MpcFlError, match="is damaged"):
-            UsageLedger(tmp_path, [Limit(3, 60, "a minute")])
+            UsageLedger(tmp_path, [Quota(3, 60, "a minute")])
 
 
 def test_names_of_sessions() -> None:
@@ -193,8 +193,10 @@ def test_a_hospital_that_hammers_begins_a_bounded_number_of_sessions() -> None:
 
 
 def test_a_session_does_what_it_is_for_within_one_turn(tmp_path: Path) -> None:
-    usage, turns = UsageLedger(tmp_path, [Limit(3, 60, "a minute")]), Turns(1, 1e9)
-    asking, filling = (Gate(visit, turns, usage, 5, lambda: None) for visit in (VISITS[0], Visit("hospital-0", "fill")))
+    usage, turns = UsageLedger(tmp_path, [Quota(3, 60, "a minute")]), Turns(1, 1e9)
+    asking, filling = (
+        SessionGate(visit, turns, usage, 5, lambda: None) for visit in (VISITS[0], Visit("hospital-0", "fill"))
+    )
     with pytest.raises(ProtocolError, match="in a session that diagnoses"):
         asking.store(0)
     with pytest.raises(ProtocolError, match="in a session that fills"):

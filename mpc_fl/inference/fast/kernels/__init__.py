@@ -1,1 +1,6 @@
-"""mpc_fl/inference/fast/kernels"""
+"""Arithmetic that one party does on its own share, without a message: nothing here knows a link.
+
+`integer_linear` multiplies and convolves modulo 2^32, on top of `limbs`; `linear` holds what both parties compute of a layer with
+hidden weights, and why that is secure; `bit_planes` packs bits of many values into words; `pooling` is windows, sums and
+maxima. Uses torch, numpy and `fast.network`. A compiled kernel would go here. Begin with `linear`.
+"""

@@ -27,7 +27,8 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.inference.fast.kernels.integer_linear import PreparedConvolution, PreparedLinear
-from mpc_fl.inference.fast.network import RING_BITS, Convolution, Linear, Network
+from mpc_fl.inference.fast.layers import Convolution, Linear
+from mpc_fl.inference.fast.network import RING_BITS, Network
 
 
 class LinearMap:
@@ -72,7 +73,7 @@ def weight_masks(network: Network, seed: Seed) -> dict[str, torch.Tensor]:
     return masks
 
 
-def product_share_of_client(masked_weights: LinearMap, mask: torch.Tensor, stream: Stream) -> torch.Tensor:
+def product_share_of_hospital(masked_weights: LinearMap, mask: torch.Tensor, stream: Stream) -> torch.Tensor:
     """z_C = F * A + u_C, int32: C's share of the layer's result, before the image is known."""
     share = masked_weights(mask)
     stream.add_to(share)

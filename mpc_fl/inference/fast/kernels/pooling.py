@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mpc_fl.inference.fast.network import AveragePool, MaxPool
+from mpc_fl.inference.fast.layers import AveragePool, MaxPool
 
 _ROWS, _COLUMNS = 1, 2
 

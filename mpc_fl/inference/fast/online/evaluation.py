@@ -1,4 +1,4 @@
-"""One evaluation of an integer network on shares, at the hospital (C) or the model owner (S).
+"""One evaluation of an integer network on shares, at the hospital (C) or the model owner (S): here the image is masked.
 
 Both parties walk the same public list of layers; a value is two shares, numpy uint32, channels last (N, H, W, C). C begins with
 the encoded records, S with zeros.
@@ -21,32 +21,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from mpc_fl.inference.fast import layers
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_owner, truncate
 from mpc_fl.inference.fast.kernels.pooling import max_pool, maximum, sum_pool
-from mpc_fl.inference.fast.network import (
-    RING_BITS,
-    Add,
-    AveragePool,
-    Concatenate,
-    Convolution,
-    Flatten,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    ReLU,
-    SignExtend,
-    channels_last,
-    label_bits,
-)
+from mpc_fl.inference.fast.network import RING_BITS, Network, channels_last, label_bits
 from mpc_fl.inference.fast.online.comparison import compare
-from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, OneTime, OwnerCorrelations, level_name
-from mpc_fl.inference.fast.preprocessing.cost import Chain
+from mpc_fl.inference.fast.preprocessing.correlations import (
+    HospitalCorrelations,
+    OneTime,
+    OwnerCorrelations,
+    level_name,
+)
+from mpc_fl.inference.fast.preprocessing.cost import MessageChain
 from mpc_fl.inference.fast.preprocessing.gate_correlation import GateMaterial
 from mpc_fl.links.links import Links
 
@@ -64,25 +56,47 @@ def as_channels_first(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2)) if values.ndim == 4 else values
 
 
-@dataclass(repr=False)
-class _Party(ABC):
-    """What both parties do alike."""
+@dataclass(frozen=True)
+class EvaluationLink:
+    """The link to the other party in one evaluation, whose `number` is in the tags of its messages. All on it is masked."""
 
-    network: Network
     links: Links
     peer: str
-    number: int  # of this evaluation, in the tags of its messages
-    first: bool
-    gates: OneTime[GateMaterial]
-    on_truncation: OnTruncation | None = None
-    chain: Chain = field(default_factory=Chain)
+    number: int
+
+    def send_masked_value(self, masked: torch.Tensor) -> None:
+        """E, int32, of a value that linear layers read: hospital to model owner, in the order of the network."""
+        self.links.send_tensor(self.peer, f"E {self.number}", masked)
+
+    def receive_masked_value(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """The next E, int32 of `shape`. Raises `PeerLostError`, `ProtocolError`."""
+        return self.links.receive_tensor(self.peer, f"E {self.number}", torch.int32, shape)
+
+    def exchange(self, message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
+        """One opening: send this party's part (uint8), do `meanwhile`, return as many bytes of the other's."""
+        tag = f"masked {self.number}"
+        self.links.send_tensor(self.peer, tag, torch.from_numpy(message))
+        if meanwhile is not None:
+            meanwhile()
+        return self.links.receive_tensor(self.peer, tag, torch.uint8, message.shape).numpy()
+
+
+class _PartyEvaluation(ABC):
+    """What both parties do alike. `first` is true at the hospital alone: it adds public constants."""
+
+    first: ClassVar[bool]
+
+    def __init__(self, network: Network, link: EvaluationLink, gates: OneTime[GateMaterial]) -> None:
+        self.network, self.link, self.gates = network, link, gates
+        self.on_truncation: OnTruncation | None = None
+        self.chain = MessageChain()
 
     @abstractmethod
-    def announce(self, name: str, share: np.ndarray) -> None:
-        """A value that linear layers read is known."""
+    def hand_over(self, name: str, share: np.ndarray) -> None:
+        """A value that linear layers read, the image first of all, is known as shares: the hospital's goes out masked."""
 
     @abstractmethod
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """This party's share of the layer's result before truncation."""
 
     def evaluate(self, share: np.ndarray) -> np.ndarray:
@@ -92,7 +106,7 @@ class _Party(ABC):
         masked = {layer.inputs[0] for layer in network.linear_layers}
         values = {network.input: share}
         if network.input in masked:
-            self.announce(network.input, share)
+            self.hand_over(network.input, share)
         for layer in network.layers:
             inputs = [values[name] for name in layer.inputs]
             width = network.values[layer.inputs[0]].bits
@@ -103,37 +117,37 @@ class _Party(ABC):
                 result = truncate(result, width, layer.shift, self.first)
             values[layer.output] = result
             if layer.output in masked:
-                self.announce(layer.output, result)
+                self.hand_over(layer.output, result)
             waiting.subtract(layer.inputs)
             for name in set(layer.inputs):
                 if waiting[name] == 0:
                     del values[name]
         return values[network.output]
 
-    def _apply(self, layer: Layer, inputs: list[np.ndarray], bits: int) -> np.ndarray:
+    def _apply(self, layer: layers.Layer, inputs: list[np.ndarray], bits: int) -> np.ndarray:
         share = inputs[0]
         mask = np.uint32((1 << bits) - 1)
         match layer:
-            case Convolution() | Linear():
+            case layers.Convolution() | layers.Linear():
                 return self.linear(layer)
-            case ReLU():
+            case layers.ReLU():
                 return self._relu(layer, share, bits)
-            case SignExtend():
+            case layers.SignExtend():
                 return self._gate(layer.output, share.reshape(-1)).reshape(share.shape)
-            case MaxPool():
+            case layers.MaxPool():
                 return max_pool(layer, share, bits, self.first, self._tournament(layer.output))
-            case AveragePool():
+            case layers.AveragePool():
                 return sum_pool(layer, share) & mask
-            case Add():
+            case layers.Add():
                 return self._sum(layer, inputs) & mask
-            case Concatenate():
+            case layers.Concatenate():
                 return np.concatenate(inputs, axis=-1)
-            case Flatten():
+            case layers.Flatten():
                 shape = self.network.values[layer.output].shape
                 return as_channels_last(as_channels_first(share).reshape(len(share), *shape))
         raise TypeError(f"layer '{layer.path}' of type {type(layer).__name__} has no protocol")
 
-    def _relu(self, layer: ReLU, share: np.ndarray, bits: int) -> np.ndarray:
+    def _relu(self, layer: layers.ReLU, share: np.ndarray, bits: int) -> np.ndarray:
         flat = share.reshape(-1)
         if layer.ceiling is None:
             return self._gate(layer.output, flat).reshape(share.shape)
@@ -146,7 +160,7 @@ class _Party(ABC):
             above &= np.uint32((1 << bits) - 1)
         return above.reshape(share.shape)
 
-    def _sum(self, layer: Add, inputs: list[np.ndarray]) -> np.ndarray:
+    def _sum(self, layer: layers.Add, inputs: list[np.ndarray]) -> np.ndarray:
         total = np.zeros_like(inputs[0])
         for multiplier, share in zip(layer.multipliers, inputs, strict=True):
             total += share if multiplier == 1 else share * np.uint32(multiplier & 0xFFFFFFFF)
@@ -162,13 +176,9 @@ class _Party(ABC):
         return lambda share: self._gate(level_name(name, next(levels)), share)
 
     def _exchange(self, message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
-        """One opening: send this party's part, return the other's. Both are uniform bytes."""
-        tag = f"masked {self.number}"
-        self.links.send_tensor(self.peer, tag, torch.from_numpy(message))
-        if meanwhile is not None:
-            meanwhile()
+        theirs = self.link.exchange(message, meanwhile)
         self.chain.both()
-        return self.links.receive_tensor(self.peer, tag, torch.uint8, message.shape).numpy()
+        return theirs
 
     def label_share(self, logits: np.ndarray) -> np.ndarray:
         """Shares modulo 2^m of the index of each record's largest logit (N,), m as in `label_bits`.
@@ -187,76 +197,61 @@ class _Party(ABC):
         return winner & np.uint32((1 << index_bits) - 1)
 
 
-@dataclass(repr=False)
-class ClientEvaluation(_Party):
-    """C's side of one evaluation."""
+class HospitalEvaluation(_PartyEvaluation):
+    """C's side of one evaluation, which uses up `correlations`."""
 
-    masks: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
-    products: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
+    first = True
 
-    def announce(self, name: str, share: np.ndarray) -> None:
-        """Send E = y_C - A."""
-        masked = torch.from_numpy(share.view(np.int32)) - self.masks.take(name)
-        self.links.send_tensor(self.peer, f"E {self.number}", masked)
-        self.chain.from_client()
+    def __init__(self, network: Network, link: EvaluationLink, correlations: HospitalCorrelations) -> None:
+        super().__init__(network, link, correlations.gates)
+        self._masks, self._products = correlations.masks, correlations.products
 
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def hand_over(self, name: str, share: np.ndarray) -> None:
+        """Mask this share, at first the image itself, and send it: E = y_C - A, with A uniform and used once."""
+        masked = torch.from_numpy(share.view(np.int32)) - self._masks.take(name)
+        self.link.send_masked_value(masked)
+        self.chain.from_hospital()
+
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """z_C, ready before the image."""
-        return self.products.take(layer.output).numpy().view(np.uint32)
+        return self._products.take(layer.output).numpy().view(np.uint32)
 
 
-@dataclass(repr=False)
-class OwnerEvaluation(_Party):
-    """S's side of one evaluation."""
+class OwnerEvaluation(_PartyEvaluation):
+    """S's side of one evaluation, which uses up `correlations`. `weights` and `biases` are by the layer's output."""
 
-    weights: Mapping[str, LinearMap] = field(default_factory=dict)
-    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    products: OneTime[torch.Tensor] = field(default_factory=lambda: OneTime({}))
-    _masked: dict[str, torch.Tensor] = field(default_factory=dict)
-    _readers: Counter[str] = field(default_factory=Counter)
+    first = False
 
-    def announce(self, name: str, share: np.ndarray) -> None:
+    def __init__(
+        self,
+        network: Network,
+        link: EvaluationLink,
+        correlations: OwnerCorrelations,
+        weights: Mapping[str, LinearMap],
+        biases: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(network, link, correlations.gates)
+        self._products, self._weights, self._biases = correlations.products, weights, biases
+        self._masked: dict[str, torch.Tensor] = {}
+        self._readers: Counter[str] = Counter()
+
+    def hand_over(self, name: str, share: np.ndarray) -> None:
         """Keep y_S until E arrives."""
         self._masked[name] = torch.from_numpy(share.view(np.int32))
-        self.chain.from_client()
+        self.chain.from_hospital()
 
-    def linear(self, layer: Convolution | Linear) -> np.ndarray:
+    def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """z_S = W * (E + y_S) + u_S + bias."""
         name = layer.inputs[0]
         if self._readers[name] == 0:
             mine = self._masked[name]
-            masked = self.links.receive_tensor(self.peer, f"E {self.number}", torch.int32, mine.shape)
-            self._masked[name] = masked.add_(mine)
+            self._masked[name] = self.link.receive_masked_value(tuple(mine.shape)).add_(mine)
         self._readers[name] += 1
-        correction, bias = self.products.take(layer.output), self.biases[layer.output]
-        share = product_share_of_owner(self.weights[layer.output], self._masked[name], correction, bias)
+        correction, bias = self._products.take(layer.output), self._biases[layer.output]
+        share = product_share_of_owner(self._weights[layer.output], self._masked[name], correction, bias)
         if self._readers[name] == sum(name == other.inputs[0] for other in self.network.linear_layers):
             del self._masked[name]
         return share.numpy().view(np.uint32)
-
-
-def client_evaluation(
-    network: Network, links: Links, owner: str, number: int, correlations: ClientCorrelations
-) -> ClientEvaluation:
-    """C's evaluation number `number`, which uses up `correlations`."""
-    c = correlations
-    return ClientEvaluation(network, links, owner, number, True, c.gates, masks=c.masks, products=c.products)
-
-
-def owner_evaluation(
-    network: Network,
-    links: Links,
-    hospital: str,
-    number: int,
-    correlations: OwnerCorrelations,
-    weights: Mapping[str, LinearMap],
-    biases: Mapping[str, torch.Tensor],
-) -> OwnerEvaluation:
-    """S's evaluation number `number`, which uses up `correlations`."""
-    gates, products = correlations.gates, correlations.products
-    return OwnerEvaluation(
-        network, links, hospital, number, False, gates, weights=weights, biases=biases, products=products
-    )
 
 
 def empty_share(network: Network, records: int) -> np.ndarray:

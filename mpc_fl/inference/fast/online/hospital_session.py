@@ -1,4 +1,4 @@
-"""A diagnosis session of the engine `fast`: hospital C and model owner S, with a dealer D outside.
+"""A diagnosis session of the engine `fast`: hospital C and model owner S, with a dealer D outside. C's side is here.
 
 Protocol, once:
   1. S tells C and D the public network (architecture, shapes, scales, widths), and C the masked weights F = W - B
@@ -6,7 +6,7 @@ Per batch, offline, before the images are needed:
   2. C announces how many records come and what will be revealed, S repeats it to D
   3. D sends S its corrections; C draws its part and computes F * A (`correlations`)
 Per group of prepared batches, online:
-  4. C begins with its encoded images, both evaluate the network on shares (`engine`), all batches of the group at once
+  4. C begins with its encoded images, both evaluate the network on shares (`evaluation`), all batches of the group at once
   5. the logits, or with reveal = "label" only the index of the largest, are opened to C alone (`opening.open_to`), in order
 
 Security. Semi-honest parties, D colludes with neither. To S everything it receives is uniform: E, masked openings,
@@ -34,74 +34,72 @@ from mpc_fl.inference.fast.kernels.linear import LinearMap, linear_maps
 from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS, network_from
 from mpc_fl.inference.fast.network import Reveal, encode, label_bits
 from mpc_fl.inference.fast.online.evaluation import (
-    ClientEvaluation,
+    EvaluationLink,
+    HospitalEvaluation,
     OnTruncation,
     as_channels_last,
-    client_evaluation,
 )
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
-from mpc_fl.inference.fast.preprocessing.correlations import ClientCorrelations, client_correlations, program_of
+from mpc_fl.inference.fast.preprocessing.correlations import (
+    HospitalCorrelations,
+    correlation_plan,
+    hospital_correlations,
+)
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
+from mpc_fl.roles import DEALER, MODEL_OWNER
 from mpc_fl.sharing.opening import SecretDomain
 
 
 @dataclass(frozen=True, repr=False)
-class _ClientBatch:
+class _HospitalBatch:
     """A batch prepared at C: asked for `records` records, made for `size`."""
 
     number: int
     records: int
     size: int
-    correlations: ClientCorrelations
+    correlations: HospitalCorrelations
 
 
-class Hospital:
+class HospitalSession:
     """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`.
 
     With a pool that S holds the other half of, batches come from it while there are some; then from the dealer, if one
     takes part.
     """
 
-    def __init__(
-        self,
-        domain: SecretDomain,
-        owner: str,
-        dealer: str,
-        reveal: Reveal = "logits",
-        pool: HospitalPool | None = None,
-    ) -> None:
-        self._domain, self._owner, self._dealer, self._reveal = domain, owner, dealer, reveal
+    def __init__(self, domain: SecretDomain, reveal: Reveal = "logits", pool: HospitalPool | None = None) -> None:
+        self._domain, self._links, self._reveal = domain, domain.links, reveal
         links = domain.links
         links.set_phase("model")
-        description = links.receive_object(owner, NETWORK)
+        description = links.receive_object(MODEL_OWNER, NETWORK)
         self.network = network_from(description)
         self._pool = pool
         if pool is None and POOL in description:
-            links.send_object(owner, POOL, {"id": "", "unused": True})
+            links.send_object(MODEL_OWNER, POOL, {"id": "", "unused": True})
         self._masked_weights: dict[str, LinearMap] | None = None
         if pool is None or not pool.meet(links, self.network, description.get(POOL)):
             self._receive_masked_weights()
-        self._root = links.pairwise_seed(dealer, SEED) if dealer in links.peers else None
-        self._prepared: deque[_ClientBatch] = deque()
+        self._root = links.pairwise_seed(DEALER, SEED) if DEALER in links.peers else None
+        self._prepared: deque[_HospitalBatch] = deque()
         self._announced = 0
         self.sequential_messages = 0
         self.on_truncation: OnTruncation | None = None
 
     def _receive_masked_weights(self) -> None:
-        masked, links = {}, self._domain.links
+        masked = {}
         for layer in self.network.linear_layers:
             tag = f"{WEIGHTS} {layer.output}"
-            masked[layer.output] = links.receive_tensor(self._owner, tag, torch.int32, layer.weight_shape)
+            masked[layer.output] = self._links.receive_tensor(MODEL_OWNER, tag, torch.int32, layer.weight_shape)
         self._masked_weights = linear_maps(self.network, masked)
 
     def _announce(self, step: str, records: int, place: Place | None = None) -> int:
-        number, links = self._announced, self._domain.links
+        number, links = self._announced, self._links
         batch = {"number": number, "records": records, "reveal": self._reveal}
-        if self._dealer in links.peers:
-            links.send_object(self._dealer, BATCH, batch)
+        if DEALER in links.peers:
+            links.send_object(DEALER, BATCH, batch)
         where = {} if place is None else place.message()
-        links.send_object(self._owner, STEP, {"step": step, **batch, **where})
+        links.send_object(MODEL_OWNER, STEP, {"step": step, **batch, **where})
         self._announced += 1
         return number
 
@@ -110,23 +108,22 @@ class Hospital:
 
         Raises `PoolError` when nothing is left in the pool and no dealer takes part.
         """
-        links = self._domain.links
+        links, pool = self._links, self._pool
         links.set_phase("offline")
-        pool = self._pool
         if pool is not None and pool.left and records <= pool.records:
             place = pool.propose()
-            links.send_object(self._owner, STEP, {"step": "take", **place.message()})
-            links.receive_object(self._owner, READY)  # before it is used up here: S may refuse
+            links.send_object(MODEL_OWNER, STEP, {"step": "take", **place.message()})
+            links.receive_object(MODEL_OWNER, READY)  # before it is used up here: S may refuse
             correlations = pool.take(self.network, place)
-            self._prepared.append(_ClientBatch(FIRST_NUMBER + place.number, records, pool.records, correlations))
+            self._prepared.append(_HospitalBatch(FIRST_NUMBER + place.number, records, pool.records, correlations))
             return
         number, _, correlations = self._made_by_dealer("prepare", records)
-        self._prepared.append(_ClientBatch(number, records, records, correlations))
-        links.receive_object(self._owner, READY)
+        self._prepared.append(_HospitalBatch(number, records, records, correlations))
+        links.receive_object(MODEL_OWNER, READY)
 
     def _made_by_dealer(
         self, step: str, records: int, place: Place | None = None
-    ) -> tuple[int, Seed, ClientCorrelations]:
+    ) -> tuple[int, Seed, HospitalCorrelations]:
         """Number, seed and C's part of a batch that is announced now."""
         if self._root is None:
             raise PoolError(
@@ -137,12 +134,12 @@ class Hospital:
         if self._masked_weights is None:
             assert self._pool is not None
             self._masked_weights = linear_maps(self.network, self._pool.masked_weights(self.network))
-        program, seed = program_of(self.network, records, self._reveal), self._root.derive("batch", number)
-        return number, seed, client_correlations(program, seed.again(), self._masked_weights)
+        plan, seed = correlation_plan(self.network, records, self._reveal), self._root.derive("batch", number)
+        return number, seed, hospital_correlations(plan, seed.again(), self._masked_weights)
 
     def fill(self, batches: int, records: int, stored: Callable[[int], None] = lambda done: None) -> None:
         """Store `batches` batches of `records` records in the pool instead of using them. Tells `stored` how many are."""
-        links, pool = self._domain.links, self._pool
+        links, pool = self._links, self._pool
         assert pool is not None
         links.set_phase("offline")
         if not pool.agreed:
@@ -152,7 +149,7 @@ class Hospital:
         for done in range(batches):
             place = pool.new_place()
             _, seed, correlations = self._made_by_dealer("fill", records, place)
-            links.receive_object(self._owner, READY)  # before it takes room here: S may refuse to keep more
+            links.receive_object(MODEL_OWNER, READY)  # before it takes room here: S may refuse to keep more
             pool.put(place, self.network, seed, correlations)
             stored(done + 1)
 
@@ -165,7 +162,7 @@ class Hospital:
 
     def diagnose_together(self, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same for several batches, prepared in this order, that are evaluated at once."""
-        links, prepared = self._domain.links, list(self._prepared)[: len(batches)]
+        links, prepared = self._links, list(self._prepared)[: len(batches)]
         for place, records in enumerate(batches):
             if place >= len(prepared) or prepared[place].records != len(records):
                 raise SecrecyError(f"no correlated randomness is prepared for a batch of {len(records)} records")
@@ -173,10 +170,11 @@ class Hospital:
         for _ in prepared:
             self._prepared.popleft()
         links.set_phase("online")
-        links.send_object(self._owner, STEP, {"step": "evaluate", "numbers": [batch.number for batch in prepared]})
+        links.send_object(MODEL_OWNER, STEP, {"step": "evaluate", "numbers": [batch.number for batch in prepared]})
 
-        def evaluation_of(batch: _ClientBatch, share: np.ndarray) -> Callable[[], np.ndarray]:
-            evaluation = client_evaluation(self.network, links, self._owner, batch.number, batch.correlations)
+        def evaluation_of(batch: _HospitalBatch, share: np.ndarray) -> Callable[[], np.ndarray]:
+            link = EvaluationLink(links, MODEL_OWNER, batch.number)
+            evaluation = HospitalEvaluation(self.network, link, batch.correlations)
             return lambda: self._evaluate(evaluation, share)
 
         works = [evaluation_of(batch, share) for batch, share in zip(prepared, shares, strict=True)]
@@ -186,11 +184,12 @@ class Hospital:
         return opened
 
     def _share_of_input(self, records: torch.Tensor, size: int) -> np.ndarray:
+        """C's share of the images is all of them, encoded; what it sends of it is masked first (`evaluation`)."""
         if size > len(records):  # batches of a pool have one size
             records = torch.cat([records, records.new_zeros(size - len(records), *records.shape[1:])])
         return as_channels_last(encode(self.network, records).numpy().view(np.uint32))
 
-    def _evaluate(self, evaluation: ClientEvaluation, share: np.ndarray) -> np.ndarray:
+    def _evaluate(self, evaluation: HospitalEvaluation, share: np.ndarray) -> np.ndarray:
         """Step 4."""
         evaluation.on_truncation = self.on_truncation
         result = evaluation.evaluate(share)
@@ -200,7 +199,7 @@ class Hospital:
 
     def _open(self, result: np.ndarray) -> torch.Tensor:
         """Step 5."""
-        opened = open_result(self._domain, self.network, self._reveal, result, self._domain.links.name)
+        opened = open_result(self._domain, self.network, self._reveal, result, self._links.name)
         assert opened is not None
         if self._reveal == "label":
             return opened.to(torch.int64) % (1 << label_bits(self.network)[1])

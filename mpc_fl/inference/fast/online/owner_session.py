@@ -1,4 +1,4 @@
-"""The model owner's side (S) of a session of the engine `fast`; the protocol, its steps and its security are in `sessions`."""
+"""The model owner's side (S) of a session of the engine `fast`; protocol and security are in `hospital_session`."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ from mpc_fl.inference.fast.messages import (
     correction_tag,
     describe,
 )
-from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
+from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Reveal
 from mpc_fl.inference.fast.online.evaluation import (
+    EvaluationLink,
     OnTruncation,
+    OwnerEvaluation,
     empty_share,
-    owner_evaluation,
 )
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
+    CorrelationPlan,
+    LinearProduct,
     OwnerCorrelations,
-    Product,
-    Program,
+    correlation_plan,
     owner_correlations,
-    program_of,
 )
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool
+from mpc_fl.roles import DEALER
 from mpc_fl.sharing.opening import SecretDomain
 
 
@@ -66,69 +68,84 @@ class BatchGate(Protocol):
         """Before one more batch is put into a pool that holds `stored`; `end` follows."""
 
 
-class Owner:
-    """S's side of a session: the weights stay here.
+@dataclass(frozen=True)
+class SessionTerms:
+    """What a model owner agrees to: what is revealed, records of a batch, batches prepared at the same time; at most so many."""
 
-    It agrees to nothing but `reveal`, batches of `largest_batch`, and `at_once` prepared ones; `gate` is asked before each.
+    reveal: Reveal = "logits"
+    largest_batch: int = 64
+    at_once: int = 1
+
+
+class OwnerSession:
+    """S's side of a session with `hospital`: the weights stay here. `gate` is asked before each batch.
+
+    Making one tells the others the network, and the hospital the masked weights unless both have them in a pool. Raises
+    `ModelError`, `PoolError`, `PeerLostError`.
     """
 
     def __init__(
         self,
         domain: SecretDomain,
         hospital: str,
-        dealer: str,
-        network: Network,
-        integers: IntegerWeights,
-        reveal: Reveal = "logits",
-        largest_batch: int = 64,
+        model: IntegerModel,
+        terms: SessionTerms | None = None,
         pool: OwnerPool | None = None,
-        at_once: int = 1,
         gate: BatchGate | None = None,
     ) -> None:
-        self._reveal, self._largest_batch, self._at_once, self._gate = reveal, largest_batch, at_once, gate
-        self._domain, self._hospital, self._dealer, self.network = domain, hospital, dealer, network
+        self._domain, self._links, self._hospital = domain, domain.links, hospital
+        self._terms, self._pool, self._gate = terms or SessionTerms(), pool, gate
+        self.network, integers = model.network, model.weights.inside_protocol()
         self.on_truncation: OnTruncation | None = None
-        for layer in network.linear_layers:
-            if tuple(integers.biases[layer.output].shape) != (layer.weight_shape[0],):
-                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
-        links = domain.links
-        links.set_phase("model")
-        self._pool = pool
-        offered = {} if pool is None else pool.offer(network, integers)
-        links.send_object(hospital, NETWORK, {**describe(network), **offered})
-        kept = pool is not None and pool.meet(links)
-        # B outlives this session if it is a pool's: then the dealer is told its seed each time.
-        own_seed = None if pool is None else pool.mask_seed() if kept else Seed.from_system() if pool.filling else None
-        self._root = self._tell_dealer(own_seed) if dealer in links.peers else None
-        if not kept:
-            mask_seed = own_seed or (Seed.from_system() if self._root is None else self._root.derive("model"))
-            masks = weight_masks(network, mask_seed.again())
-            for layer in network.linear_layers:
-                masked = integers.weights[layer.output] - masks.pop(layer.output)
-                links.send_tensor(hospital, f"{WEIGHTS} {layer.output}", masked)
-            if pool is not None and pool.filling:
-                pool.keep(links, network, integers, mask_seed)
-        self._weights, self._biases = linear_maps(network, integers.weights), integers.biases
+        self._root = self._share_model(integers)
+        self._weights, self._biases = linear_maps(self.network, integers.weights), integers.biases
         self._prepared: deque[_OwnerBatch] = deque()
         self._announced = 0
         self._warm: set[int] = set()
 
+    def _share_model(self, integers: IntegerWeights) -> Seed | None:
+        """Step 1; the seed in common with the dealer, if one takes part."""
+        network, pool, links = self.network, self._pool, self._links
+        for layer in network.linear_layers:
+            if tuple(integers.biases[layer.output].shape) != (layer.weight_shape[0],):
+                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
+        links.set_phase("model")
+        offered = {} if pool is None else pool.offer(network, integers)
+        links.send_object(self._hospital, NETWORK, {**describe(network), **offered})
+        kept = pool is not None and pool.meet(links)
+        # B outlives this session if it is a pool's: then the dealer is told its seed each time.
+        own_seed = None if pool is None else pool.mask_seed() if kept else Seed.from_system() if pool.filling else None
+        root = self._tell_dealer(own_seed) if DEALER in links.peers else None
+        if not kept:
+            mask_seed = own_seed or (Seed.from_system() if root is None else root.derive("model"))
+            self._send_masked_weights(integers, mask_seed.again())
+            if pool is not None and pool.filling:
+                pool.keep(links, network, integers, mask_seed)
+        return root
+
+    def _send_masked_weights(self, integers: IntegerWeights, mask_seed: Seed) -> None:
+        """F = W - B."""
+        masks = weight_masks(self.network, mask_seed)
+        for layer in self.network.linear_layers:
+            masked = integers.weights[layer.output] - masks.pop(layer.output)
+            self._links.send_tensor(self._hospital, f"{WEIGHTS} {layer.output}", masked)
+
     def _tell_dealer(self, mask_seed: Seed | None) -> Seed:
         """Give it the network, and B's seed unless B is this session's; the seed in common."""
-        links = self._domain.links
+        links = self._links
         given = {} if mask_seed is None else {MASK_SEED: True}
-        links.send_object(self._dealer, NETWORK, {**describe(self.network), **given})
+        links.send_object(DEALER, NETWORK, {**describe(self.network), **given})
         if mask_seed is not None:
             words = np.frombuffer(mask_seed.reveal_for_transport(), dtype=np.uint8).copy()
-            links.send_tensor(self._dealer, MASK_SEED, torch.from_numpy(words))
-        return links.pairwise_seed(self._dealer, SEED)
+            links.send_tensor(DEALER, MASK_SEED, torch.from_numpy(words))
+        return links.pairwise_seed(DEALER, SEED)
 
     def serve(self) -> int:
         """Prepare and evaluate batches as the hospital asks, until it is done; returns how many were evaluated.
 
         Raises `ProtocolError` when the hospital asks for what cannot be.
         """
-        links = self._domain.links
+        links = self._links
         evaluated = 0
         while True:
             message = links.receive_object(self._hospital, STEP)
@@ -143,8 +160,8 @@ class Owner:
                     evaluated += self._evaluate(message.get("numbers"))
                 case "finish":
                     batch_from(message, self._announced)
-                    if self._dealer in links.peers:
-                        links.send_object(self._dealer, BATCH, message)
+                    if DEALER in links.peers:
+                        links.send_object(DEALER, BATCH, message)
                     return evaluated
                 case _:
                     raise ProtocolError("the hospital asked for what was not agreed", SAME_VERSION)
@@ -152,7 +169,7 @@ class Owner:
     def _agreed_size(self, message: dict[str, Any]) -> int:
         """Records of the batch that the hospital announces next."""
         records, reveal = batch_from(message, self._announced)
-        if reveal != self._reveal or not 1 <= records <= self._largest_batch:
+        if reveal != self._terms.reveal or not 1 <= records <= self._terms.largest_batch:
             raise ProtocolError(
                 "the hospital asked for a batch or result not agreed", "check inference.reveal and inference.batch_size"
             )
@@ -160,7 +177,7 @@ class Owner:
 
     def _begin(self, records: int) -> None:
         """A batch that will be evaluated: there is room for it, and the gate lets it pass."""
-        if len(self._prepared) >= self._at_once:
+        if len(self._prepared) >= self._terms.at_once:
             raise ProtocolError(
                 "the hospital asked for a batch or result not agreed: for too many at once", "check inference.at_once"
             )
@@ -171,16 +188,16 @@ class Owner:
         """Steps 2 and 3."""
         records = self._agreed_size(message)
         self._begin(records)
-        number, program, seed, corrections = self._made_by_dealer(message, records)
-        self._keep_ready(number, records, program, owner_correlations(program, seed, corrections))
+        number, plan, seed, corrections = self._made_by_dealer(message, records)
+        self._keep_ready(number, records, plan, owner_correlations(plan, seed, corrections))
 
     def _take(self, pool: OwnerPool, place: Place) -> None:
         """The same from the pool."""
         self._begin(pool.records)
-        self._domain.links.set_phase("offline")
+        self._links.set_phase("offline")
         correlations = pool.take(self.network, place)
-        program = program_of(self.network, pool.records, self._reveal)
-        self._keep_ready(FIRST_NUMBER + place.number, pool.records, program, correlations)
+        plan = correlation_plan(self.network, pool.records, self._terms.reveal)
+        self._keep_ready(FIRST_NUMBER + place.number, pool.records, plan, correlations)
 
     def _fill(self, pool: OwnerPool, message: dict[str, Any]) -> None:
         """Store a batch in the pool."""
@@ -193,37 +210,35 @@ class Owner:
         pool.put(Place.from_message(message), self.network, seed, corrections)
         if self._gate is not None:
             self._gate.end()
-        self._domain.links.send_object(self._hospital, READY, {"number": number})
+        self._links.send_object(self._hospital, READY, {"number": number})
 
     def _made_by_dealer(
         self, message: dict[str, Any], records: int
-    ) -> tuple[int, Program, Seed, dict[str, np.ndarray]]:
+    ) -> tuple[int, CorrelationPlan, Seed, dict[str, np.ndarray]]:
         """Number, pieces, own seed and corrections of a batch of `records` that the hospital announced."""
-        links = self._domain.links
+        links = self._links
         links.set_phase("offline")
         number = self._announced
         if self._root is None:
             raise ProtocolError("the hospital asked for a batch of a dealer that takes no part", "fill the pool")
-        links.send_object(self._dealer, BATCH, message)
+        links.send_object(DEALER, BATCH, message)
         self._announced += 1
-        program = program_of(self.network, records, self._reveal)
+        plan = correlation_plan(self.network, records, self._terms.reveal)
         corrections = {
-            name: links.receive_tensor(
-                self._dealer, correction_tag(number), torch.uint8, (piece.correction_bytes,)
-            ).numpy()
-            for name, piece in program.pieces.items()
+            name: links.receive_tensor(DEALER, correction_tag(number), torch.uint8, (piece.correction_bytes,)).numpy()
+            for name, piece in plan.pieces.items()
         }
-        return number, program, self._root.derive("batch", number), corrections
+        return number, plan, self._root.derive("batch", number), corrections
 
-    def _keep_ready(self, number: int, records: int, program: Program, correlations: OwnerCorrelations) -> None:
+    def _keep_ready(self, number: int, records: int, plan: CorrelationPlan, correlations: OwnerCorrelations) -> None:
         """For the hospital to evaluate."""
         self._prepared.append(_OwnerBatch(number, records, correlations))
         if records not in self._warm:  # the fastest way of each convolution is measured now, not while an image waits
             self._warm.add(records)
-            for name, piece in program.pieces.items():
-                if isinstance(piece, Product):
-                    self._weights[name](torch.zeros(program.masks[piece.value], dtype=torch.int32))
-        self._domain.links.send_object(self._hospital, READY, {"number": number})
+            for name, piece in plan.pieces.items():
+                if isinstance(piece, LinearProduct):
+                    self._weights[name](torch.zeros(plan.masks[piece.value], dtype=torch.int32))
+        self._links.send_object(self._hospital, READY, {"number": number})
 
     def _evaluate(self, numbers: Any) -> int:
         """Steps 4 and 5 for the prepared batches of these numbers; returns how many."""
@@ -232,21 +247,20 @@ class Owner:
             raise ProtocolError("the hospital asked for a batch not prepared", SAME_VERSION)
         for _ in batches:
             self._prepared.popleft()
-        links = self._domain.links
+        links = self._links
         links.set_phase("online")
 
         def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:
-            evaluation = owner_evaluation(
-                self.network, links, self._hospital, batch.number, batch.correlations, self._weights, self._biases
-            )
+            link = EvaluationLink(links, self._hospital, batch.number)
+            evaluation = OwnerEvaluation(self.network, link, batch.correlations, self._weights, self._biases)
             evaluation.on_truncation = self.on_truncation
             share = empty_share(self.network, batch.records)
-            if self._reveal == "label":
+            if self._terms.reveal == "label":
                 return lambda: evaluation.label_share(evaluation.evaluate(share))
             return lambda: evaluation.evaluate(share)
 
         for result in at_once([evaluation_of(batch) for batch in batches], links):
-            open_result(self._domain, self.network, self._reveal, result, self._hospital)
+            open_result(self._domain, self.network, self._terms.reveal, result, self._hospital)
         if self._gate is not None and not self._prepared:
             self._gate.end()
         links.set_phase("idle")

@@ -1,4 +1,4 @@
-"""batch_place"""
+"""Where a batch lies in the pools of both parties: a number and a tag, as messages say them (see `party_pools`)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import Any
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.inference.fast.preprocessing.sealed_file import TAG_BYTES
 
-POOL = "pool"
-
-
+POOL = "pool"  # tag of the words in which two halves of a pool meet
 # Batches of a pool are numbered from here in messages, those of the dealer from 0.
 FIRST_NUMBER = 1 << 32
-
-
-_MOST = 1 << 20  # batches that a pool ever holds
+MOST_BATCHES = 1 << 20  # that a pool ever holds
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Place:
     def from_message(cls, message: Mapping[str, Any]) -> Place:
         """Raises `ProtocolError` for anything else."""
         number, tag = message.get("place"), message.get("tag")
-        if type(number) is not int or not 0 <= number <= _MOST or not isinstance(tag, str):
+        if type(number) is not int or not 0 <= number <= MOST_BATCHES or not isinstance(tag, str):
             raise ProtocolError("a batch of a pool was announced without its place", SAME_VERSION)
         if len(tag) != 2 * TAG_BYTES or not set(tag) <= set("0123456789abcdef"):
             raise ProtocolError("a batch of a pool was announced without its tag", SAME_VERSION)

@@ -1,6 +1,6 @@
 """What one evaluation of a network consumes, from shapes alone, and how each party holds its part: each piece once.
 
-A `Program` lists, for a batch of records, in order of use:
+A `CorrelationPlan` lists, for a batch of records, in order of use:
   masks     for each value that enters linear layers, A, uniform in Z_2^32, drawn by C: what C masks its share with
   products  for each linear layer shares of A * B, B the model owner's mask of the weights: C draws its share u_C, S is
             sent u_S = A * B - u_C
@@ -23,11 +23,12 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
-from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_client
+from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_hospital
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
-from mpc_fl.inference.fast.network import MaxPool, Network, ReLU, Reveal, SignExtend, channels_last, label_bits
+from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.network import Network, Reveal, channels_last, label_bits
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
-    Gate,
+    ComparisonGate,
     GateMaterial,
     Result,
     correction_of,
@@ -38,7 +39,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearProduct:
     """A linear layer's product A * B: the value A masks, and the shape (N, ...) of the result, channels last."""
 
     value: str
@@ -51,12 +52,12 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Program:
+class CorrelationPlan:
     """The pieces for `records` records at once, by name: `masks` give the shapes, `pieces` come in order of use."""
 
     records: int
     masks: Mapping[str, tuple[int, ...]]
-    pieces: Mapping[str, Gate | Product]
+    pieces: Mapping[str, ComparisonGate | LinearProduct]
 
     @property
     def correction_bytes(self) -> int:
@@ -69,30 +70,30 @@ class Program:
         return sum(_aligned(piece.correction_bytes) for piece in self.pieces.values())
 
 
-def program_of(network: Network, records: int, reveal: Reveal) -> Program:
+def correlation_plan(network: Network, records: int, reveal: Reveal) -> CorrelationPlan:
     """All pieces of one evaluation, named by the output of their layer (and, for maxima, the level). Pure shapes."""
     masks: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, Gate | Product] = {}
+    pieces: dict[str, ComparisonGate | LinearProduct] = {}
     for layer in network.layers:
         value, output = network.values[layer.inputs[0]], network.values[layer.output]
         if layer in network.linear_layers:
             masks.setdefault(layer.inputs[0], channels_last(value.shape, records))
-            pieces[layer.output] = Product(layer.inputs[0], channels_last(output.shape, records))
+            pieces[layer.output] = LinearProduct(layer.inputs[0], channels_last(output.shape, records))
         elif isinstance(layer, ReLU):
             result = Result.WIDE if output.wide else Result.NARROW
             halves = 1 if layer.ceiling is None else 2
-            pieces[layer.output] = Gate(value.bits, records * halves * value.elements, result)
+            pieces[layer.output] = ComparisonGate(value.bits, records * halves * value.elements, result)
         elif isinstance(layer, SignExtend):
-            pieces[layer.output] = Gate(value.bits, records * value.elements, Result.EXTENDED)
+            pieces[layer.output] = ComparisonGate(value.bits, records * value.elements, Result.EXTENDED)
         elif isinstance(layer, MaxPool):
             channels, rows, columns = value.shape
             for level, count in enumerate(max_pool_counts(layer, (channels, rows, columns))):
-                pieces[level_name(layer.output, level)] = Gate(value.bits, records * count, Result.NARROW)
+                pieces[level_name(layer.output, level)] = ComparisonGate(value.bits, records * count, Result.NARROW)
     if reveal == "label":
         bits = sum(label_bits(network))
         for level, pairs in enumerate(levels_of(network.values[network.output].elements)):
-            pieces[level_name("label", level)] = Gate(bits, records * pairs, Result.NARROW)
-    return Program(records, masks, pieces)
+            pieces[level_name("label", level)] = ComparisonGate(bits, records * pairs, Result.NARROW)
+    return CorrelationPlan(records, masks, pieces)
 
 
 def level_name(name: str, level: int) -> str:
@@ -122,7 +123,7 @@ class OneTime(Generic[T]):
 
 
 @dataclass(frozen=True, repr=False)
-class ClientCorrelations:
+class HospitalCorrelations:
     """C's part: `masks` A (int32, channels last) by value, `products` its share of W * A, `gates`."""
 
     masks: OneTime[torch.Tensor]
@@ -142,40 +143,40 @@ def _mask(seed: Seed, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(seed.stream("mask", name).words(int(np.prod(shape)), np.int32).reshape(shape))
 
 
-def client_correlations(
-    program: Program,
+def hospital_correlations(
+    plan: CorrelationPlan,
     seed: Seed,
     masked_weights: Mapping[str, LinearMap],
     stored: Mapping[str, torch.Tensor] | None = None,
-) -> ClientCorrelations:
+) -> HospitalCorrelations:
     """C's part of a batch from its seed and F = W - B of each layer: u_C + F * A is its share of W * A = F * A + B * A.
 
     `stored` holds these products if they were made before, by layer; F is not read then.
     """
-    masks = {name: _mask(seed, name, shape) for name, shape in program.masks.items()}
+    masks = {name: _mask(seed, name, shape) for name, shape in plan.masks.items()}
     products: dict[str, torch.Tensor] = {}
     gates: dict[str, GateMaterial] = {}
-    for name, piece in program.pieces.items():
+    for name, piece in plan.pieces.items():
         stream = seed.stream("piece", name)
-        if isinstance(piece, Gate):
+        if isinstance(piece, ComparisonGate):
             gates[name] = GateMaterial(piece, stream)
         elif stored is not None:
             products[name] = stored[name]
         else:
-            products[name] = product_share_of_client(masked_weights[name], masks[piece.value], stream)
-    return ClientCorrelations(OneTime(masks), OneTime(products), OneTime(gates))
+            products[name] = product_share_of_hospital(masked_weights[name], masks[piece.value], stream)
+    return HospitalCorrelations(OneTime(masks), OneTime(products), OneTime(gates))
 
 
-def owner_correlations(program: Program, seed: Seed, corrections: Mapping[str, np.ndarray]) -> OwnerCorrelations:
+def owner_correlations(plan: CorrelationPlan, seed: Seed, corrections: Mapping[str, np.ndarray]) -> OwnerCorrelations:
     """S's part of a batch from its seed and the dealer's corrections, uint8 by name of the piece.
 
     Raises `ValueError` for a correction of another size.
     """
     products: dict[str, torch.Tensor] = {}
     gates: dict[str, GateMaterial] = {}
-    for name, piece in program.pieces.items():
+    for name, piece in plan.pieces.items():
         correction = corrections[name]
-        if isinstance(piece, Gate):
+        if isinstance(piece, ComparisonGate):
             gates[name] = GateMaterial(piece, seed.stream("piece", name), correction)
             _ = gates[name].drawn  # now: S has no time to spare while an image waits
         else:
@@ -187,32 +188,32 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def split_corrections(program: Program, buffer: np.ndarray) -> dict[str, np.ndarray]:
-    """S's corrections as views into one uint8 buffer of `program.stored_bytes`: what a pool keeps of a batch.
+def split_corrections(plan: CorrelationPlan, buffer: np.ndarray) -> dict[str, np.ndarray]:
+    """S's corrections as views into one uint8 buffer of `plan.stored_bytes`: what a pool keeps of a batch.
 
     Pieces lie in order of use, each at a multiple of 64 bytes. Writing to the views fills the buffer.
     """
-    if buffer.dtype != np.uint8 or buffer.shape != (program.stored_bytes,):
-        raise ValueError("the buffer has another size than the corrections of this program")
+    if buffer.dtype != np.uint8 or buffer.shape != (plan.stored_bytes,):
+        raise ValueError("the buffer has another size than the corrections of this plan")
     views, start = {}, 0
-    for name, piece in program.pieces.items():
+    for name, piece in plan.pieces.items():
         views[name] = buffer[start : start + piece.correction_bytes]
         start += _aligned(piece.correction_bytes)
     return views
 
 
 def corrections_of(
-    program: Program, client: Seed, owner: Seed, weight_masks: Mapping[str, LinearMap]
+    plan: CorrelationPlan, hospital: Seed, owner: Seed, weight_masks: Mapping[str, LinearMap]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The dealer's work for a batch: S's corrections, uint8, by name, in order of use. `weight_masks` are B."""
-    masks = {name: _mask(client, name, shape) for name, shape in program.masks.items()}
-    last_use = {piece.value: name for name, piece in program.pieces.items() if isinstance(piece, Product)}
-    for name, piece in program.pieces.items():
-        if isinstance(piece, Gate):
-            yield name, correction_of(piece, client.stream("piece", name), owner.stream("piece", name))
+    masks = {name: _mask(hospital, name, shape) for name, shape in plan.masks.items()}
+    last_use = {piece.value: name for name, piece in plan.pieces.items() if isinstance(piece, LinearProduct)}
+    for name, piece in plan.pieces.items():
+        if isinstance(piece, ComparisonGate):
+            yield name, correction_of(piece, hospital.stream("piece", name), owner.stream("piece", name))
             continue
         share = weight_masks[name](masks[piece.value])
-        client.stream("piece", name).subtract_from(share)
+        hospital.stream("piece", name).subtract_from(share)
         if last_use[piece.value] == name:
             del masks[piece.value]
         yield name, share.numpy().view(np.uint8).reshape(-1)

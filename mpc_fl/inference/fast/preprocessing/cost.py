@@ -7,31 +7,31 @@ from dataclasses import dataclass
 
 from mpc_fl.inference.fast.kernels.bit_planes import packed_bytes
 from mpc_fl.inference.fast.network import Network, Reveal
-from mpc_fl.inference.fast.preprocessing.correlations import Program, level_name, program_of
-from mpc_fl.inference.fast.preprocessing.gate_correlation import Gate
+from mpc_fl.inference.fast.preprocessing.correlations import CorrelationPlan, correlation_plan, level_name
+from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate
 
 _OPENINGS = 3  # of a gate
 
 
 @dataclass
-class Chain:
+class MessageChain:
     """The longest chain of sequential messages that reached C and S so far."""
 
-    client: int = 0
+    hospital: int = 0
     owner: int = 0
 
-    def from_client(self) -> None:
+    def from_hospital(self) -> None:
         """C sent, S waits for it."""
-        self.owner = max(self.owner, self.client + 1)
+        self.owner = max(self.owner, self.hospital + 1)
 
     def both(self) -> None:
         """Both sent at the same time, both wait."""
-        self.client, self.owner = max(self.client, self.owner + 1), max(self.owner, self.client + 1)
+        self.hospital, self.owner = max(self.hospital, self.owner + 1), max(self.owner, self.hospital + 1)
 
     @property
     def length(self) -> int:
         """Messages in sequence until now."""
-        return max(self.client, self.owner)
+        return max(self.hospital, self.owner)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Cost:
     """For one batch. Bytes are payload; frames add about 60 each. `sequential_messages` includes the result's."""
 
     gates: int
-    bytes_from_client: int
+    bytes_from_hospital: int
     bytes_from_owner: int
     correction_bytes: int
     sequential_messages: int
@@ -48,17 +48,17 @@ class Cost:
 
 def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     """Cost of one batch of `records` records; `masked_weight_bytes` are sent once per model."""
-    program = program_of(network, records, reveal)
-    gates = [piece for piece in program.pieces.values() if isinstance(piece, Gate)]
+    plan = correlation_plan(network, records, reveal)
+    gates = [piece for piece in plan.pieces.values() if isinstance(piece, ComparisonGate)]
     openings = sum(packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + 1) * gate.words for gate in gates)
-    masked = 4 * sum(records * network.values[name].elements for name in program.masks)
+    masked = 4 * sum(records * network.values[name].elements for name in plan.masks)
     results = records * (4 if reveal == "label" else 4 * network.values[network.output].elements)
     return Cost(
         gates=sum(gate.count for gate in gates),
-        bytes_from_client=masked + openings,
+        bytes_from_hospital=masked + openings,
         bytes_from_owner=openings + results,
-        correction_bytes=program.correction_bytes,
-        sequential_messages=_chain(network, program).length + 1,
+        correction_bytes=plan.correction_bytes,
+        sequential_messages=_chain(network, plan).length + 1,
         masked_weight_bytes=4 * sum(math.prod(layer.weight_shape) for layer in network.linear_layers),
     )
 
@@ -69,22 +69,22 @@ def multiply_adds(network: Network) -> int:
     return sum(outputs[layer.output] * math.prod(layer.weight_shape[1:]) for layer in network.linear_layers)
 
 
-def _chain(network: Network, program: Program) -> Chain:
+def _chain(network: Network, plan: CorrelationPlan) -> MessageChain:
     """Walk the network as both parties do."""
-    chain = Chain()
+    chain = MessageChain()
 
     def compare(name: str) -> None:
-        levels = (name, *(level_name(name, level) for level in range(len(program.pieces))))
+        levels = (name, *(level_name(name, level) for level in range(len(plan.pieces))))
         for level in levels:
-            if isinstance(program.pieces.get(level), Gate):
+            if isinstance(plan.pieces.get(level), ComparisonGate):
                 for _ in range(_OPENINGS):
                     chain.both()
 
-    if network.input in program.masks:
-        chain.from_client()
+    if network.input in plan.masks:
+        chain.from_hospital()
     for layer in network.layers:
         compare(layer.output)
-        if layer.output in program.masks:
-            chain.from_client()
+        if layer.output in plan.masks:
+            chain.from_hospital()
     compare("label")
     return chain

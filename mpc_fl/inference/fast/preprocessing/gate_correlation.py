@@ -1,6 +1,6 @@
 """What a comparison gate consumes: C draws its part, S draws some and is sent the rest, the dealer makes that rest.
 
-One `Gate` is a batch of `count` gates of one width k and one result. The borrow of c - r, with c public and r the mask of
+One `ComparisonGate` is a batch of `count` gates of one width k and one result. The borrow of c - r, with c public and r the mask of
 the input, is compared in digits of four bits by one-time truth tables (Ishai et al., TCC 2013). Per gate, L digits:
 
   drawn by each party      r (k bits); masks m of the 2L - 1 digit bits, q: one bit each
@@ -44,7 +44,7 @@ class Result(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Gate:
+class ComparisonGate:
     """`count` comparison gates of width `bits` (8 .. 24)."""
 
     bits: int
@@ -119,7 +119,7 @@ class Drawn:
 
 @dataclass(frozen=True, repr=False)
 class Corrected:
-    """Shares of what depends on the drawn values: `tables` and `products` as planes, `arrays` by `Gate.word_dtypes`."""
+    """Shares of what depends on the drawn values: `tables` and `products` as planes, `arrays` by `ComparisonGate.word_dtypes`."""
 
     tables: Planes
     products: Planes
@@ -127,13 +127,13 @@ class Corrected:
 
 
 class GateMaterial:
-    """One party's part for a `Gate`, from its stream and, at S, the dealer's correction. Use once.
+    """One party's part for a `ComparisonGate`, from its stream and, at S, the dealer's correction. Use once.
 
     Nothing is drawn before it is read: until then a gate takes a key at C. Raises `ValueError` for a correction (uint8) of
     another size than `gate.correction_bytes`.
     """
 
-    def __init__(self, gate: Gate, stream: Stream, correction: np.ndarray | None = None) -> None:
+    def __init__(self, gate: ComparisonGate, stream: Stream, correction: np.ndarray | None = None) -> None:
         if correction is not None and (correction.dtype, correction.shape) != (np.uint8, (gate.correction_bytes,)):
             raise ValueError("the correction has another size than the gate needs")
         self.gate = gate
@@ -153,7 +153,7 @@ class GateMaterial:
         return corrected_from(self.gate, self._correction)
 
 
-def draw(gate: Gate, stream: Stream) -> Drawn:
+def draw(gate: ComparisonGate, stream: Stream) -> Drawn:
     """A party's own masks from the start of its stream."""
     masks = stream.words(gate.count, np.uint32)
     masks &= np.uint32((1 << gate.bits) - 1)
@@ -161,7 +161,7 @@ def draw(gate: Gate, stream: Stream) -> Drawn:
     return Drawn(masks, planes[:-1], planes[-1])
 
 
-def corrected_from(gate: Gate, buffer: np.ndarray) -> Corrected:
+def corrected_from(gate: ComparisonGate, buffer: np.ndarray) -> Corrected:
     """Views into `gate.correction_bytes` bytes of uint8: a correction, or as many bytes of C's stream."""
     planes = gate.table_planes + gate.product_planes
     end = 8 * planes * gate.words
@@ -173,13 +173,13 @@ def corrected_from(gate: Gate, buffer: np.ndarray) -> Corrected:
     return Corrected(bits[: gate.table_planes], bits[gate.table_planes :], tuple(arrays))
 
 
-def correction_of(gate: Gate, client: Stream, owner: Stream) -> np.ndarray:
+def correction_of(gate: ComparisonGate, hospital: Stream, owner: Stream) -> np.ndarray:
     """S's correction, uint8 (correction_bytes,): made by the dealer from the two streams, without any data.
 
     The true values, less C's share of them.
     """
-    c, s = draw(gate, client), draw(gate, owner)
-    share = client.words(gate.correction_bytes, np.uint8)
+    c, s = draw(gate, hospital), draw(gate, owner)
+    share = hospital.words(gate.correction_bytes, np.uint8)
     result = corrected_from(gate, share)  # overwritten piece by piece
     mask = np.uint32((1 << gate.bits) - 1)
     for gates, words in gate.chunks():
@@ -196,7 +196,7 @@ def correction_of(gate: Gate, client: Stream, owner: Stream) -> np.ndarray:
     return share
 
 
-def _tables(gate: Gate, planes: Planes) -> Planes:
+def _tables(gate: ComparisonGate, planes: Planes) -> Planes:
     """[v < digit of r] for each digit, v = 0 .. 2^s - 2, from the planes of r."""
     tables, start = [], 0
     for size in gate.digits:
@@ -219,7 +219,7 @@ def product_rows(digits: int) -> tuple[list[int], list[slice]]:
     return subsets, slices
 
 
-def _products(gate: Gate, masks: Planes) -> Planes:
+def _products(gate: ComparisonGate, masks: Planes) -> Planes:
     digits = len(gate.digits)
     less, equal = masks[:digits], masks[digits:]
     subsets, slices = product_rows(digits)
@@ -234,7 +234,7 @@ def _products(gate: Gate, masks: Planes) -> Planes:
     return result
 
 
-def _words(gate: Gate, r: np.ndarray, wrap: np.ndarray, q: np.ndarray) -> Sequence[np.ndarray]:
+def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: np.ndarray) -> Sequence[np.ndarray]:
     if gate.result is Result.EXTENDED:
         return wrap + q, wrap + 1 - q
     high = (r >> np.uint32(gate.bits - 1)).astype(np.uint8)

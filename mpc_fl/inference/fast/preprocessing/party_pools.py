@@ -15,10 +15,10 @@ Per batch:
   4. S takes it (`Pool.take`: used up before anything of it is read) and says so, then C does. S may refuse before: then neither
      has used it. Another tag means halves of different batches, and ends the session
 
-Security. A batch from a pool is what the dealer would have sent in the session: the argument of `sessions` holds, as B may serve
-any number of batches (`linear`). It needs that no batch is used twice and that B belongs to one W: two W under one B would
-show C their difference. So S keeps a digest of W with the seed of B and refuses the pool for any other model. A batch
-used twice would show S y - y' of two images; it takes both parties to use one, and each of them refuses (`pool`).
+Security. A batch from a pool is what the dealer would have sent in the session: the argument of `online.hospital_session` holds,
+as B may serve any number of batches (`linear`). It needs that no batch is used twice and that B belongs to one W: two W under
+one B would show C their difference. So S keeps a digest of W with the seed of B and refuses the pool for any other model. A
+batch used twice would show S y - y' of two images; it takes both parties to use one, and each of them refuses (`pool`).
 What S learns more: how many batches C has left. The last batch of a session is filled up with black images.
 """
 
@@ -41,15 +41,15 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PoolError, ProtocolError
 from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
-from mpc_fl.inference.fast.preprocessing.batch_place import _MOST, POOL, Place
+from mpc_fl.inference.fast.preprocessing.batch_place import MOST_BATCHES, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    ClientCorrelations,
+    CorrelationPlan,
+    HospitalCorrelations,
+    LinearProduct,
     OwnerCorrelations,
-    Product,
-    Program,
-    client_correlations,
+    correlation_plan,
+    hospital_correlations,
     owner_correlations,
-    program_of,
     split_corrections,
 )
 from mpc_fl.inference.fast.preprocessing.pool import Pool, Purpose, Terms, create_pool, is_pool, open_pool
@@ -121,7 +121,7 @@ class _PartyPool:
         if self._pool is None:
             return
         terms, fill = self._pool.terms, "fill another site.pool"
-        if terms.network != _digest_of(network):
+        if terms.network != network_digest(network):
             raise PoolError(f"the pool at {self.directory} is for another network", fill)
         if terms.reveal != self._reveal:
             raise PoolError(f"the pool at {self.directory} is for inference.reveal={terms.reveal}", fill)
@@ -168,7 +168,7 @@ class _PartyPool:
             type(first) is not int
             or type(end) is not int
             or not isinstance(numbers, list)
-            or any(type(number) is not int or not 0 <= number <= _MOST for number in (first, end, *numbers))
+            or any(type(number) is not int or not 0 <= number <= MOST_BATCHES for number in (first, end, *numbers))
         ):
             raise ProtocolError(f"{self._counterpart} does not say what its pool holds", SAME_VERSION)
         counters = {"next": first, "end": end, "numbers": numbers}
@@ -188,15 +188,15 @@ class _PartyPool:
         self.close()
         key = links.pairwise_seed(self._counterpart, POOL)
         name = key.derive("name").reveal_for_transport().hex()[:32]
-        terms = Terms(name, self._party, self._counterpart, _digest_of(network), self._records, self._reveal)
+        terms = Terms(name, self._party, self._counterpart, network_digest(network), self._records, self._reveal)
         self._pool = create_pool(self.directory, terms, key.derive("meeting"), content)
         self.agreed = True
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _program(self, network: Network) -> Program:
+    def _plan(self, network: Network) -> CorrelationPlan:
         terms = self._agreed_pool().terms
-        return program_of(network, terms.records, self._reveal)
+        return correlation_plan(network, terms.records, self._reveal)
 
     def _put(self, place: Place, seed: Seed, words: np.ndarray) -> None:
         content = np.zeros(_HEAD + len(words), dtype=np.uint8)
@@ -247,25 +247,25 @@ class HospitalPool(_PartyPool):
         self._place += 1
         return Place(self._place - 1, secrets.token_hex(TAG_BYTES))
 
-    def put(self, place: Place, network: Network, seed: Seed, correlations: ClientCorrelations) -> None:
+    def put(self, place: Place, network: Network, seed: Seed, correlations: HospitalCorrelations) -> None:
         """Store a batch: its seed, and the products that were computed from it."""
-        words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._program(network))]
+        words = [correlations.products.take(name).reshape(-1) for name in _product_shapes(self._plan(network))]
         self._put(place, seed, torch.cat(words).numpy().view(np.uint8))
 
     def propose(self) -> Place:
         """The next batch."""
         return Place(self._common[0], self._agreed_pool().tag(self._common[0]).hex())
 
-    def take(self, network: Network, place: Place) -> ClientCorrelations:
+    def take(self, network: Network, place: Place) -> HospitalCorrelations:
         """The batch that was proposed, used up from now on."""
-        program = self._program(network)
-        shapes = _product_shapes(program)
+        plan = self._plan(network)
+        shapes = _product_shapes(plan)
         size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
         found, seed, words = self._take(self._common.popleft(), size)
         if found != place:
             raise ProtocolError("the next batch of the pool is not the one that was proposed", "restart the session")
         products = _split(torch.from_numpy(words.view(np.int32)), shapes)
-        return client_correlations(program, seed, {}, products)
+        return hospital_correlations(plan, seed, {}, products)
 
 
 class OwnerPool(_PartyPool):
@@ -304,9 +304,9 @@ class OwnerPool(_PartyPool):
         if place.number != self._place:
             raise ProtocolError("the hospital named a place in the pool that is not next", SAME_VERSION)
         self._place += 1
-        program = self._program(network)
-        words = np.zeros(program.stored_bytes, dtype=np.uint8)
-        for name, view in split_corrections(program, words).items():
+        plan = self._plan(network)
+        words = np.zeros(plan.stored_bytes, dtype=np.uint8)
+        for name, view in split_corrections(plan, words).items():
             view[:] = corrections[name]
         self._put(place, seed, words)
 
@@ -314,15 +314,15 @@ class OwnerPool(_PartyPool):
         """The batch that the hospital took. Raises `ProtocolError` for one that not both have left, or of another tag."""
         if not self._common or place.number != self._common[0]:
             raise ProtocolError("the hospital asked for a batch that is not next in the pool", "restart the session")
-        program = self._program(network)
-        found, seed, words = self._take(self._common.popleft(), program.stored_bytes)
+        plan = self._plan(network)
+        found, seed, words = self._take(self._common.popleft(), plan.stored_bytes)
         if found != place:
             raise ProtocolError("the two parties hold halves of different batches", "fill a new pool at both")
-        return owner_correlations(program, seed, split_corrections(program, words))
+        return owner_correlations(plan, seed, split_corrections(plan, words))
 
 
-def _product_shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: piece.shape for name, piece in program.pieces.items() if isinstance(piece, Product)}
+def _product_shapes(plan: CorrelationPlan) -> dict[str, tuple[int, ...]]:
+    return {name: piece.shape for name, piece in plan.pieces.items() if isinstance(piece, LinearProduct)}
 
 
 def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -333,7 +333,8 @@ def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
-def _digest_of(network: Network) -> str:
+def network_digest(network: Network) -> str:
+    """SHA-256, as hex, of the public network: what a pool is bound to. Class names of `layers` enter it."""
     return hashlib.sha256(json.dumps(describe(network), sort_keys=True).encode()).hexdigest()
 
 

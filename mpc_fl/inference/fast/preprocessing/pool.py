@@ -19,10 +19,8 @@ Not detectable by one party alone: that somebody puts back an old `keys` togethe
 a machine). Then the other party's `next` is larger, which `party_pools` takes over, so nothing is used twice unless both
 parties are put back. Never restore a pool from a backup: fill a new one.
 
-Sealed. AES-256-GCM in segments of 4 MiB, their nonces a counter and a mark of the last one, so that segments can be
-neither exchanged nor cut off (STREAM: Hoang, Reyhanitabar, Rogaway, Vizar, CRYPTO 2015). Each file has a key of its own, by a
-fresh salt. Associated data: parties, pool, network, batch size, what is revealed, number and tag of the record: a record of
-another pool, another number or another party does not open.
+Sealed (`sealed_file`) with a key of its own for each file. Associated data: parties, pool, network, batch size, what is revealed,
+number and tag of the record: a record of another pool, another number or another party does not open.
 
 The keys file is as secret as the party's identity key beside it (same mode, same disk, not encrypted): who can read either can
 act as this party. A stolen disk without its keys file shows sizes and numbers of records, and for whom they are.
@@ -43,7 +41,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, SecrecyError
 from mpc_fl.files import written_whole
-from mpc_fl.inference.fast.preprocessing.sealed_file import _MAGIC, _SALT_BYTES, TAG_BYTES, _readable, _seal, _unseal
+from mpc_fl.inference.fast.preprocessing.sealed_file import MAGIC, SALT_BYTES, TAG_BYTES, readable, seal, unseal
 
 Purpose = Literal["use", "fill"]
 KEYS, MODEL, RECORD = "keys", "model", ".record"
@@ -106,9 +104,9 @@ class Pool:
     def tag(self, number: int) -> bytes:
         """The tag of a record, public; `take` finds out whether it is genuine. Raises `PoolError` for no such record."""
         path = self._path(number)
-        with _readable(path), path.open("rb") as file:
-            header = file.read(len(_MAGIC) + _SALT_BYTES + TAG_BYTES)
-        return header[len(_MAGIC) + _SALT_BYTES :]
+        with readable(path), path.open("rb") as file:
+            header = file.read(len(MAGIC) + SALT_BYTES + TAG_BYTES)
+        return header[len(MAGIC) + SALT_BYTES :]
 
     @property
     def meeting_key(self) -> Seed:
@@ -118,7 +116,7 @@ class Pool:
     def model(self) -> Private[np.ndarray]:
         """What `create_pool` was given, uint8."""
         key = self._keys.model.again()
-        return Private("the model's part of a pool", _unseal(self.directory / MODEL, key, self._context("model"))[1])
+        return Private("the model's part of a pool", unseal(self.directory / MODEL, key, self._context("model"))[1])
 
     # ---- filling ---------------------------------------------------------------------------------------------------
 
@@ -130,7 +128,7 @@ class Pool:
         self._require("fill")
         if number < self.next or number in self.numbers:
             raise SecrecyError(f"record {number} of the pool at {self.directory} exists or was used already")
-        _seal(self._path(number), self._keys.of_record(number), self._context(number), tag, content)
+        seal(self._path(number), self._keys.of_record(number), self._context(number), tag, content)
 
     # ---- using -----------------------------------------------------------------------------------------------------
 
@@ -148,7 +146,7 @@ class Pool:
         key = self._keys.of_record(number)
         self.give_up_below(number + 1)  # on the disk now; not before this line may anything of the record be used
         try:
-            tag, content = _unseal(path, key, self._context(number))
+            tag, content = unseal(path, key, self._context(number))
         finally:
             path.unlink(missing_ok=True)
         return tag, Private("a batch of correlations", content)
@@ -176,7 +174,7 @@ class Pool:
 
     def _lock(self, purpose: Purpose) -> None:
         path = self.directory / f"{purpose}.lock"
-        with _readable(path):
+        with readable(path):
             file = self._locks.enter_context(path.open("ab"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
@@ -202,7 +200,7 @@ def create_pool(directory: Path, terms: Terms, meeting: Seed, model: np.ndarray)
         raise PoolError(f"cannot create {directory}: {error.strerror}", "choose another site.pool") from None
     pool = Pool(directory, terms, _Keys(0, Seed.from_system(), Seed.from_system(), meeting))
     pool._lock("fill")
-    _seal(directory / MODEL, pool._keys.model.again(), pool._context("model"), bytes(TAG_BYTES), model)
+    seal(directory / MODEL, pool._keys.model.again(), pool._context("model"), bytes(TAG_BYTES), model)
     pool._keys.write(directory, terms)  # last: a pool exists if this file does
     return pool
 
@@ -261,7 +259,7 @@ def _read_keys(directory: Path) -> tuple[Terms, _Keys]:
     path = directory / KEYS
     if not is_pool(directory):
         raise PoolError(f"there is no pool at {directory}", "make one: mpc-fl dealer fill")
-    with _readable(path):
+    with readable(path):
         if path.stat().st_mode & 0o077:
             raise PoolError(f"the file {path} can be read by other users", f"run: chmod 600 {path}")
         text = path.read_text(encoding="ascii", errors="replace")
@@ -273,9 +271,6 @@ def _read_keys(directory: Path) -> tuple[Terms, _Keys]:
         return Terms(**values["terms"]), _Keys(values["next"], chain, model, meeting)
     except (ValueError, KeyError, TypeError):
         raise PoolError(f"{path} is damaged", "remove this pool at both parties and fill a new one") from None
-
-
-# ---- sealed files ------------------------------------------------------------------------------------------------------
 
 
 def _numbers(directory: Path) -> list[int]:

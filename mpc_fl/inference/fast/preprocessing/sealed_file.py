@@ -1,4 +1,9 @@
-"""sealed_file"""
+"""Files that only the holder of a key can read, and that nobody can change, exchange or cut off unnoticed.
+
+AES-256-GCM in segments of 4 MiB, nonces a counter and a mark of the last one (STREAM: Hoang, Reyhanitabar, Rogaway, Vizar, CRYPTO
+2015), a fresh salt and so a key of its own for each file. In the clear: a mark of the format, the salt, and a public tag; they
+and the caller's `context` are authenticated. `pool` says what its files hold and what their context is.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +21,31 @@ from mpc_fl.errors import PoolError
 from mpc_fl.files import written_whole
 
 TAG_BYTES = 16
-
-
-_MAGIC = b"mpc-fl pool 1\n"
-
-
-_SALT_BYTES = 16
-
-
-_SEGMENT = 1 << 22
-
-
-_MAC_BYTES = 16
+MAGIC = b"mpc-fl pool 1\n"
+SALT_BYTES = 16
+SEGMENT_BYTES = 1 << 22
+MAC_BYTES = 16  # what sealing adds to a segment
 
 
 def _segments(size: int) -> Iterator[tuple[slice, bytes]]:
     """Where each segment of a content lies, and its nonce."""
-    count = max(1, -(-size // _SEGMENT))
+    count = max(1, -(-size // SEGMENT_BYTES))
     for index in range(count):
         last = index == count - 1
-        yield slice(index * _SEGMENT, min(size, (index + 1) * _SEGMENT)), index.to_bytes(11, "little") + bytes([last])
+        yield (
+            slice(index * SEGMENT_BYTES, min(size, (index + 1) * SEGMENT_BYTES)),
+            index.to_bytes(11, "little") + bytes([last]),
+        )
 
 
 def _file_key(key: Seed, salt: bytes) -> AESGCM:
     return AESGCM(key.derive("file", salt.hex()).reveal_for_transport())
 
 
-def _seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray) -> None:
-    """Write a sealed file, to the disk, whole or not at all."""
-    salt = os.urandom(_SALT_BYTES)
-    header = _MAGIC + salt + tag
+def seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray) -> None:
+    """Write a sealed file, to the disk, whole or not at all. `content` is uint8 of any size, `tag` has `TAG_BYTES`."""
+    salt = os.urandom(SALT_BYTES)
+    header = MAGIC + salt + tag
     cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
     with written_whole(path, 0o600, durable=True) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -53,20 +53,20 @@ def _seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray
             file.write(cipher.encrypt(nonce, buffer[piece], header + context))
 
 
-def _unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
-    """Tag and content of a sealed file."""
-    with _readable(path), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size - len(_MAGIC) - _SALT_BYTES - TAG_BYTES
-        segments = max(1, -(-size // (_SEGMENT + _MAC_BYTES)))
-        size -= segments * _MAC_BYTES
-        header = file.read(len(_MAGIC) + _SALT_BYTES + TAG_BYTES)
-        if size < 0 or not header.startswith(_MAGIC):
+def unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
+    """Tag and content (uint8) of a sealed file. Raises `PoolError` when it is not what was sealed with this key and context."""
+    with readable(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size - len(MAGIC) - SALT_BYTES - TAG_BYTES
+        segments = max(1, -(-size // (SEGMENT_BYTES + MAC_BYTES)))
+        size -= segments * MAC_BYTES
+        header = file.read(len(MAGIC) + SALT_BYTES + TAG_BYTES)
+        if size < 0 or not header.startswith(MAGIC):
             raise PoolError(f"{path} is no file of a pool, or was cut off", "remove it")
-        salt, tag = header[len(_MAGIC) : -TAG_BYTES], header[-TAG_BYTES:]
+        salt, tag = header[len(MAGIC) : -TAG_BYTES], header[-TAG_BYTES:]
         cipher, content = _file_key(key, salt), np.empty(size, dtype=np.uint8)
         try:
             for piece, nonce in _segments(size):
-                sealed = file.read(piece.stop - piece.start + _MAC_BYTES)
+                sealed = file.read(piece.stop - piece.start + MAC_BYTES)
                 opened = cipher.decrypt(nonce, sealed, header + context)
                 content[piece] = np.frombuffer(opened, dtype=np.uint8)
         except (InvalidTag, ValueError):
@@ -75,7 +75,8 @@ def _unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Inside, an `OSError` is a `PoolError` that names the file."""
     try:
         yield
     except OSError as error:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -27,12 +27,12 @@ from torch.nn import functional
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import HeadroomError
-from mpc_fl.inference.fast.network import IntegerWeights, Network
+from mpc_fl.inference.fast.network import IntegerModel
 from mpc_fl.inference.fast.quantization.float_graph import evaluate, prepare
-from mpc_fl.inference.fast.quantization.lowering import Limit, lower
+from mpc_fl.inference.fast.quantization.lowering import RangeLimit, lower
 from mpc_fl.inference.fast.quantization.rescaling import rescaled
 from mpc_fl.inference.fast.quantization.risk import Approach, Range, Risk
-from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scale_plan import ScalePlan
 from mpc_fl.inference.fast.quantization.scales import WEIGHTED, Precision, Seen
 from mpc_fl.inference.fast.quantization.weight_rounding import InputsSum
 from mpc_fl.inference.graph.tracing import Trace
@@ -41,16 +41,14 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The public `network`, the owner's `weights` (and the float network `graph`, rescaled, with its `limits`), and `ranges`, of
-    the owner's data."""
+class Calibration(IntegerModel):
+    """An integer model with what it was made from: the float network `graph`, rescaled, its `limits`, and the `ranges` that the
+    owner's data have."""
 
-    network: Network
-    weights: Private[IntegerWeights]
     precision: Precision
-    ranges: tuple[Range, ...] = field(repr=False)
-    graph: Private[Trace] = field(repr=False)
-    limits: tuple[Limit, ...] = field(repr=False)
+    ranges: tuple[Range, ...]
+    graph: Private[Trace]
+    limits: tuple[RangeLimit, ...]
 
     @property
     def risk(self) -> Risk:
@@ -118,7 +116,7 @@ def calibrate(model: nn.Module, records: torch.Tensor, precision: Precision | No
     return Calibration(network, secret[0], precision, tuple(ranges), secret[1], limits)
 
 
-def _observed(graph: Trace, records: torch.Tensor, precision: Precision) -> tuple[dict[str, torch.Tensor], Plan]:
+def _observed(graph: Trace, records: torch.Tensor, precision: Precision) -> tuple[dict[str, torch.Tensor], ScalePlan]:
     """The largest magnitudes of every value in each record and channel, float64 (N, channels), and a plan with room for them."""
     paths = {operation.name: operation.path for operation in graph.operations}
     found: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -140,7 +138,7 @@ def _observed(graph: Trace, records: torch.Tensor, precision: Precision) -> tupl
         stressed = _magnitudes(value).amax(dim=0).double() * (precision.stress_safety / precision.safety)
         peaks[name] = torch.maximum(peaks[name], stressed)
     seen = {name: Seen(shapes[name], peaks[name]) for name in shapes}
-    return maxima, Plan(graph, seen, {name: each.result() for name, each in inputs.items()}, precision)
+    return maxima, ScalePlan(graph, seen, {name: each.result() for name, each in inputs.items()}, precision)
 
 
 def self_check(calibration: Calibration, records: torch.Tensor) -> Approach:

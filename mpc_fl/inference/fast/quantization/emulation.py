@@ -1,6 +1,8 @@
-"""The shared arithmetic of the engine `fast`, bit for bit, in plaintext: the oracle of tests and accuracy studies.
+"""The shared arithmetic of the engine `fast`, bit for bit, in plaintext: what a protocol run must give.
 
-Everything but truncation is a function of the value alone. A truncation rounds up or down as the client's share says
+A model owner can tell with it how exact its integer model is, before any hospital asks; tests compare protocol runs with it.
+
+Everything but truncation is a function of the value alone. A truncation rounds up or down as the hospital's share says
 (`network`), so those shares are an argument: the ones that a protocol run recorded, or uniform ones from a seed, as they
 are in a protocol run. Values must be in range (`calibration.self_check`): maxima of others differ from the protocol's.
 """
@@ -13,22 +15,9 @@ import torch
 from torch.nn import functional
 
 from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.inference.fast import layers
 from mpc_fl.inference.fast.kernels.integer_linear import PreparedConvolution, PreparedLinear
-from mpc_fl.inference.fast.network import (
-    Add,
-    AveragePool,
-    Concatenate,
-    Convolution,
-    Flatten,
-    IntegerWeights,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    ReLU,
-    SignExtend,
-    encode,
-)
+from mpc_fl.inference.fast.network import IntegerWeights, Network, encode
 
 
 def signed(elements: torch.Tensor, bits: int) -> torch.Tensor:
@@ -36,12 +25,12 @@ def signed(elements: torch.Tensor, bits: int) -> torch.Tensor:
     return (elements << (64 - bits)) >> (64 - bits)
 
 
-def truncate(value: torch.Tensor, bits: int, shift: int, client_share: torch.Tensor) -> torch.Tensor:
-    """int64 `value` modulo 2^bits over 2^shift, rounded as the client's share of it says: signed, modulo 2^(bits - shift)."""
+def truncate(value: torch.Tensor, bits: int, shift: int, hospital_share: torch.Tensor) -> torch.Tensor:
+    """int64 `value` modulo 2^bits over 2^shift, rounded as the hospital's share of it says: signed, modulo 2^(bits - shift)."""
     mask = (1 << bits) - 1
-    client = client_share.to(torch.int64) & mask
-    owner = (value + (1 << shift) - 1 - client) & mask
-    return signed((owner >> shift) + (client >> shift), bits - shift)
+    hospital = hospital_share.to(torch.int64) & mask
+    owner = (value + (1 << shift) - 1 - hospital) & mask
+    return signed((owner >> shift) + (hospital >> shift), bits - shift)
 
 
 class Emulator:
@@ -52,7 +41,7 @@ class Emulator:
         self._maps: dict[str, PreparedConvolution | PreparedLinear] = {}
         for layer in network.linear_layers:
             tensor = weights.weights[layer.output]
-            if isinstance(layer, Convolution):
+            if isinstance(layer, layers.Convolution):
                 geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
                 self._maps[layer.output] = PreparedConvolution(tensor, *geometry)
             else:
@@ -62,12 +51,12 @@ class Emulator:
         return f"Emulator({len(self.network.layers)} layers)"
 
     def run(
-        self, elements: torch.Tensor, client_shares: Mapping[str, torch.Tensor] | Seed, keep: bool = False
+        self, elements: torch.Tensor, hospital_shares: Mapping[str, torch.Tensor] | Seed, keep: bool = False
     ) -> dict[str, torch.Tensor]:
         """Values by name, int64 (N, *shape), read as signed; the network's output alone unless `keep`.
 
-        `elements` are what `encode` returns. `client_shares` holds, for every layer with shift > 0 by its output, the
-        client's share of the result before truncation, integers (N, *shape) of any representation modulo 2^bits; or it is
+        `elements` are what `encode` returns. `hospital_shares` holds, for every layer with shift > 0 by its output, the
+        hospital's share of the result before truncation, integers (N, *shape) of any representation modulo 2^bits; or it is
         a seed, from which uniform shares are drawn (and which cannot draw them twice).
         """
         network = self.network
@@ -79,11 +68,11 @@ class Emulator:
             result = signed(self._result(layer, inputs, bits), bits if layer.shift else target.bits)
             result = result.reshape(len(elements), *target.shape)
             if layer.shift:
-                if isinstance(client_shares, Seed):
-                    stream = client_shares.stream("emulation", layer.output)
+                if isinstance(hospital_shares, Seed):
+                    stream = hospital_shares.stream("emulation", layer.output)
                     share = stream.ring_elements(tuple(result.shape), bits)
                 else:
-                    share = client_shares[layer.output]
+                    share = hospital_shares[layer.output]
                 result = truncate(result, bits, layer.shift, share)
             values[layer.output] = result
             if not keep:
@@ -92,31 +81,31 @@ class Emulator:
                         values.pop(name, None)
         return values if keep else {network.output: values[network.output]}
 
-    def logits(self, records: torch.Tensor, client_shares: Mapping[str, torch.Tensor] | Seed) -> torch.Tensor:
+    def logits(self, records: torch.Tensor, hospital_shares: Mapping[str, torch.Tensor] | Seed) -> torch.Tensor:
         """Decoded logits, float64 (N, classes), of float records."""
         output = self.network.output
-        result = self.run(encode(self.network, records), client_shares)[output]
+        result = self.run(encode(self.network, records), hospital_shares)[output]
         return result.double() * self.network.values[output].scale
 
-    def _result(self, layer: Layer, inputs: list[torch.Tensor], bits: int) -> torch.Tensor:
+    def _result(self, layer: layers.Layer, inputs: list[torch.Tensor], bits: int) -> torch.Tensor:
         """What a layer computes before truncation, int64, not yet reduced."""
         first = inputs[0]
-        if isinstance(layer, (Convolution, Linear)):
+        if isinstance(layer, (layers.Convolution, layers.Linear)):
             bias = self.biases[layer.output].to(torch.int64)
             result = self._maps[layer.output](first.to(torch.int32)).to(torch.int64)
-            return result + (bias[:, None, None] if isinstance(layer, Convolution) else bias)
-        if isinstance(layer, ReLU):
+            return result + (bias[:, None, None] if isinstance(layer, layers.Convolution) else bias)
+        if isinstance(layer, layers.ReLU):
             return first.clamp(0, layer.ceiling)
-        if isinstance(layer, (SignExtend, Flatten)):
+        if isinstance(layer, (layers.SignExtend, layers.Flatten)):
             return first
-        if isinstance(layer, Concatenate):
+        if isinstance(layer, layers.Concatenate):
             return torch.cat(inputs, dim=1)
-        if isinstance(layer, Add):
+        if isinstance(layer, layers.Add):
             return sum((m * x for m, x in zip(layer.multipliers, inputs, strict=True)), torch.tensor(layer.constant))
-        if isinstance(layer, MaxPool):
+        if isinstance(layer, layers.MaxPool):
             padded = _padded(first, layer.padding, -(1 << (bits - 2)))
             return functional.max_pool2d(padded, layer.kernel, layer.stride).to(torch.int64)
-        if isinstance(layer, AveragePool):
+        if isinstance(layer, layers.AveragePool):
             padded = _padded(first, layer.padding, 0)
             # Sums of 32-bit integers over fewer than 2^21 pixels are exact in float64.
             total = functional.avg_pool2d(padded, layer.kernel, layer.stride, divisor_override=1)

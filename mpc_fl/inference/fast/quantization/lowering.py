@@ -17,23 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from mpc_fl.errors import HeadroomError
-from mpc_fl.inference.fast.network import (
-    RING_BITS,
-    Add,
-    AveragePool,
-    Concatenate,
-    Convolution,
-    Flatten,
-    IntegerWeights,
-    Layer,
-    Linear,
-    MaxPool,
-    Network,
-    ReLU,
-    SignExtend,
-    Value,
-)
-from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast import layers
+from mpc_fl.inference.fast.network import RING_BITS, IntegerWeights, Network, Value
+from mpc_fl.inference.fast.quantization.scale_plan import ScalePlan
 from mpc_fl.inference.fast.quantization.scales import (
     AVERAGES,
     MAX_POOLS,
@@ -54,7 +40,7 @@ _LEAST_WEIGHT = 32  # what the largest integer weight of a layer must reach
 
 
 @dataclass(frozen=True)
-class Limit:
+class RangeLimit:
     """The operation `operation` (`path` for the user) gives wrong results beyond magnitude `limit`."""
 
     operation: str
@@ -64,26 +50,26 @@ class Limit:
 
 def lower(
     graph: Trace, seen: Mapping[str, Seen], inputs: Mapping[str, Inputs], precision: Precision
-) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
+) -> tuple[Network, IntegerWeights, tuple[RangeLimit, ...]]:
     """The integer network, its weights, and the range of every truncated value.
 
     `seen` is keyed by operation and input, `inputs` by operation with weights. Raises `HeadroomError` naming a layer whose range
     leaves too few bits, `UnsupportedLayerError` for one that integers cannot express.
     """
-    return _Lowering(Plan(graph, seen, inputs, precision)).run()
+    return _Lowering(ScalePlan(graph, seen, inputs, precision)).run()
 
 
 class _Lowering:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ScalePlan) -> None:
         self.plan = plan
-        self.layers: list[Layer] = []
+        self.layers: list[layers.Layer] = []
         self.values: dict[str, Value] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.biases: dict[str, torch.Tensor] = {}
         self.forms: dict[tuple[str, str], tuple[str, Scale]] = {}
-        self.limits: list[Limit] = []
+        self.limits: list[RangeLimit] = []
 
-    def run(self) -> tuple[Network, IntegerWeights, tuple[Limit, ...]]:
+    def run(self) -> tuple[Network, IntegerWeights, tuple[RangeLimit, ...]]:
         graph = self.plan.graph
         scale = self.plan.group[graph.input].scale
         self._value(graph.input, graph.input, RING_BITS, scale)
@@ -93,8 +79,8 @@ class _Lowering:
         for operation in graph.operations:
             self._translate(operation)
         output = self.forms[graph.output, "narrow"][0]
-        layers, values = _fused(self.layers, self.values, self.weights, self.biases)
-        network = Network(layers, values, graph.input, output)
+        fused, values = _fused(self.layers, self.values, self.weights, self.biases)
+        network = Network(fused, values, graph.input, output)
         return network, IntegerWeights(self.weights, self.biases), tuple(self.limits)
 
     def _value(
@@ -103,7 +89,7 @@ class _Lowering:
         self.values[output] = Value(shape or self.plan.seen[operation].shape, bits, scale.value)
 
     def _append(
-        self, operation: str, layer: Layer, bits: int, scale: Scale, shape: tuple[int, ...] | None = None
+        self, operation: str, layer: layers.Layer, bits: int, scale: Scale, shape: tuple[int, ...] | None = None
     ) -> str:
         self.layers.append(layer)
         self._value(operation, layer.output, bits, scale, shape)
@@ -121,12 +107,12 @@ class _Lowering:
         if lift < 0:
             raise HeadroomError(f"layer '{path}' does not fit 32 bits", "calibrate with less safety or fewer bits")
         target = group.scale
-        layer = Add(path, (source,), f"{operation}.narrow", RING_BITS - group.bits, (1 << lift,))
+        layer = layers.Add(path, (source,), f"{operation}.narrow", RING_BITS - group.bits, (1 << lift,))
         self.forms[operation, "narrow"] = (self._append(operation, layer, group.bits, target), target)
 
     def _extend(self, operation: str) -> None:
         source, scale = self.forms[operation, "narrow"]
-        layer = SignExtend(self.plan.path(operation), (source,), f"{operation}.wide")
+        layer = layers.SignExtend(self.plan.path(operation), (source,), f"{operation}.wide")
         self.forms[operation, "wide"] = (self._append(operation, layer, RING_BITS, scale), scale)
 
     def _translate(self, operation: Operation) -> None:
@@ -138,7 +124,7 @@ class _Lowering:
         elif kind in MAX_POOLS:
             kernel, stride, padding = self.plan.window(operation)
             source, scale = self._form(operation.inputs[0], "narrow")
-            layer = MaxPool(operation.path, (source,), f"{name}.narrow", 0, kernel, stride, padding)
+            layer = layers.MaxPool(operation.path, (source,), f"{name}.narrow", 0, kernel, stride, padding)
             self.forms[name, "narrow"] = (self._append(name, layer, self.values[source].bits, scale), scale)
             if demanded - {"narrow"}:
                 self._extend(name)
@@ -147,9 +133,9 @@ class _Lowering:
                 sources = [self._form(source, form) for source in operation.inputs]
                 (source, scale), names = sources[0], tuple(source for source, _ in sources)
                 output = f"{name}.{form}"
-                joined: Layer = Concatenate(operation.path, names, output)
+                joined: layers.Layer = layers.Concatenate(operation.path, names, output)
                 if kind != "Concat":
-                    joined = Flatten(operation.path, names, output)
+                    joined = layers.Flatten(operation.path, names, output)
                 self.forms[name, form] = (self._append(name, joined, self.values[source].bits, scale), scale)
 
     def _relu(self, operation: Operation) -> None:
@@ -160,7 +146,7 @@ class _Lowering:
             ceiling = round(operation.options["max_val"] / scale.value)
         form = "wide" if demanded - {"narrow"} else "narrow"
         bits = RING_BITS if form == "wide" else self.values[source].bits
-        layer = ReLU(operation.path, (source,), f"{name}.{form}", 0, ceiling)
+        layer = layers.ReLU(operation.path, (source,), f"{name}.{form}", 0, ceiling)
         self.forms[name, form] = (self._append(name, layer, bits, scale), scale)
         if form == "wide" and "narrow" in demanded:
             self._narrow(name, f"{name}.wide", scale)
@@ -182,7 +168,7 @@ class _Lowering:
             return
         if demanded - {"sum"}:
             self._narrow(name, source, scale)
-            self.limits.append(Limit(name, operation.path, group.limit))
+            self.limits.append(RangeLimit(name, operation.path, group.limit))
         if "wide" in demanded:
             self._extend(name)
 
@@ -195,21 +181,23 @@ class _Lowering:
         integers, correction, exponent, bits = self._rounded(operation, weight, scale)
         result, flat = Scale(exponent), operation.kind == "Affine" and len(shape) == 1
         if flat:  # as an image of one pixel
-            inside = Flatten(path, (source,), f"{name}.pixel")
+            inside = layers.Flatten(path, (source,), f"{name}.pixel")
             source = self._append(name, inside, RING_BITS, scale, (*shape, 1, 1))
             output = f"{name}.channels"
         if operation.kind == "Linear":
-            layer: Linear | Convolution = Linear(path, (source,), output, 0, (weight.shape[0], weight.shape[1]), bits)
+            layer: layers.Linear | layers.Convolution = layers.Linear(
+                path, (source,), output, 0, (weight.shape[0], weight.shape[1]), bits
+            )
         else:
             outputs, inputs, height, width = weight.shape
-            layer = Convolution(path, (source,), output, 0, (outputs, inputs, height, width), *geometry, bits)
+            layer = layers.Convolution(path, (source,), output, 0, (outputs, inputs, height, width), *geometry, bits)
         self.weights[output] = integers.reshape(layer.weight_shape).to(torch.int32)
         # A unit of weights times the real input is this much of the result.
         units = bias.double() * 2.0**exponent + correction / scale.value
         self.biases[output] = torch.round(units).to(torch.int64).to(torch.int32)
         self._append(name, layer, RING_BITS, result, (*shape, 1, 1) if flat else None)
         if flat:
-            output = self._append(name, Flatten(path, (output,), f"{name}.sum"), RING_BITS, result)
+            output = self._append(name, layers.Flatten(path, (output,), f"{name}.sum"), RING_BITS, result)
         return output, result
 
     def _rounded(
@@ -241,7 +229,7 @@ class _Lowering:
         scale = Scale(exponent, self.plan.group[operation.name].divisor)
         multipliers = tuple(1 << (exponent - each.exponent) for _, each in sources)
         names = tuple(name for name, _ in sources)
-        layer = Add(operation.path, names, f"{operation.name}.sum", 0, multipliers)
+        layer = layers.Add(operation.path, names, f"{operation.name}.sum", 0, multipliers)
         return self._append(operation.name, layer, RING_BITS, scale), scale
 
     def _average(self, operation: Operation) -> tuple[str, Scale]:
@@ -252,25 +240,33 @@ class _Lowering:
         scale = Scale(before.exponent + twos, before.divisor * odd)
         shape = self.plan.seen[name].shape
         flat = len(shape) == 1
-        layer = AveragePool(
+        layer = layers.AveragePool(
             operation.path, (source,), f"{name}.{'window' if flat else 'sum'}", 0, kernel, stride, padding
         )
         output = self._append(name, layer, RING_BITS, scale, (*shape, 1, 1) if flat else None)
         if flat:
-            output = self._append(name, Flatten(operation.path, (output,), f"{name}.sum"), RING_BITS, scale)
+            output = self._append(name, layers.Flatten(operation.path, (output,), f"{name}.sum"), RING_BITS, scale)
         return output, scale
 
 
 def _fused(
-    layers: list[Layer], values: dict[str, Value], weights: dict[str, torch.Tensor], biases: dict[str, torch.Tensor]
-) -> tuple[tuple[Layer, ...], dict[str, Value]]:
+    lowered: list[layers.Layer],
+    values: dict[str, Value],
+    weights: dict[str, torch.Tensor],
+    biases: dict[str, torch.Tensor],
+) -> tuple[tuple[layers.Layer, ...], dict[str, Value]]:
     """A truncation whose input nobody else reads happens in the layer that made it."""
-    readers = Counter(name for layer in layers for name in layer.inputs)
-    kept: dict[str, Layer] = {}
-    for layer in layers:
+    readers = Counter(name for layer in lowered for name in layer.inputs)
+    kept: dict[str, layers.Layer] = {}
+    for layer in lowered:
         before = kept.get(layer.inputs[0])
-        merged: Layer | None = None
-        if isinstance(layer, Add) and len(layer.inputs) == 1 and before is not None and readers[before.output] == 1:
+        merged: layers.Layer | None = None
+        if (
+            isinstance(layer, layers.Add)
+            and len(layer.inputs) == 1
+            and before is not None
+            and readers[before.output] == 1
+        ):
             merged = _merged(before, layer.multipliers[0])
         if before is None or merged is None:
             kept[layer.output] = layer
@@ -283,13 +279,13 @@ def _fused(
     return tuple(kept.values()), values
 
 
-def _merged(layer: Layer, factor: int) -> Layer | None:
+def _merged(layer: layers.Layer, factor: int) -> layers.Layer | None:
     """A layer whose result is `factor` times that of `layer`, or None."""
     if layer.shift:
         return None
-    if isinstance(layer, AveragePool):
+    if isinstance(layer, layers.AveragePool):
         return dataclasses.replace(layer, multiplier=factor * layer.multiplier)
-    if isinstance(layer, Add):
+    if isinstance(layer, layers.Add):
         multipliers = tuple(factor * each for each in layer.multipliers)
         return dataclasses.replace(layer, multipliers=multipliers, constant=factor * layer.constant)
-    return layer if factor == 1 and isinstance(layer, (Convolution, Linear)) else None
+    return layer if factor == 1 and isinstance(layer, (layers.Convolution, layers.Linear)) else None

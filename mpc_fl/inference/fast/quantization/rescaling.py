@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from mpc_fl.inference.fast.quantization.float_graph import affine
-from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scale_plan import ScalePlan
 from mpc_fl.inference.fast.quantization.scales import SMALLEST, WEIGHTED, Group, Seen, connected
 from mpc_fl.inference.fast.quantization.weight_rounding import Inputs
 from mpc_fl.inference.graph.tracing import Operation, Trace
@@ -44,7 +44,7 @@ class Rescaled:
     factors: Mapping[str, torch.Tensor]
 
 
-def rescaled(plan: Plan) -> Rescaled:
+def rescaled(plan: ScalePlan) -> Rescaled:
     """The network of a plan with full ranges."""
     factors = _factors(plan)
     graph = plan.graph
@@ -58,7 +58,7 @@ def rescaled(plan: Plan) -> Rescaled:
     return Rescaled(dataclasses.replace(graph, operations=operations), seen, inputs, factors)
 
 
-def _factors(plan: Plan) -> dict[str, torch.Tensor]:
+def _factors(plan: ScalePlan) -> dict[str, torch.Tensor]:
     """What every channel of every value is multiplied by."""
     factors = {}
     for members in connected(plan.graph, lambda kind: kind not in WEIGHTED):
@@ -80,7 +80,7 @@ def _fullest(groups: list[Group]) -> float:
     return 2.0 ** min(unused, key=lambda chosen: sum((each - chosen) % 1 for each in unused)) * _BELOW
 
 
-def _of_channels(plan: Plan, members: list[str], groups: list[Group], channels: int) -> torch.Tensor:
+def _of_channels(plan: ScalePlan, members: list[str], groups: list[Group], channels: int) -> torch.Tensor:
     """Factors, 1 to 2, that bring every channel as near to its layer's largest as all groups allow, float64 (channels,)."""
     factors = torch.full((channels,), _LARGEST, dtype=torch.float64)
     for name in members:

@@ -1,4 +1,7 @@
-"""risk"""
+"""What calibration says about the risk that a value leaves its range, in probabilities for one more image.
+
+`calibration` says what the three figures are and where they come from.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""scale_plan"""
+"""The plan of scales: which forms every value of a network needs, which values share a scale, and how many bits each gets.
+
+The rules and their reasons are in `scales`; here they are applied to a whole network, once on what calibration saw and once
+more after `rescaling`. `lowering` then follows the plan.
+"""
 
 from __future__ import annotations
 
@@ -24,28 +28,19 @@ from mpc_fl.inference.fast.quantization.scales import (
 from mpc_fl.inference.fast.quantization.weight_rounding import Inputs
 from mpc_fl.inference.graph.tracing import Operation, Trace
 
-_LEAST_FRACTION = 4
-
-
+_LEAST_FRACTION = 4  # fractional bits of an activation
 _GREY_LEVELS = 255
-
-
 # How much more the rounding of weights disturbs the logits than that of what they multiply, for equal disturbance of one result.
 # Rounding of activations is fresh in every pixel and averages out on the way, that of weights does not; the input is exact as a
 # rule (pictures of 8 bits). Measured in docs/fast_arithmetic.md.
 _SYSTEMATIC = 1.4
-
-
 _EXACT = 4.0
-
-
 _SMALL_WEIGHT = 32  # what the largest integer weight of a layer should reach
-
 
 Window = tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]
 
 
-class Plan:
+class ScalePlan:
     """Forms, groups and exponents of every value of a network, by operation and input.
 
     Raises `HeadroomError` naming a layer whose values do not fit a gate, `UnsupportedLayerError` for averages that have no

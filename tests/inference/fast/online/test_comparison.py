@@ -22,11 +22,11 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.inference.fast.kernels.bit_planes import bits_of, pack, packed_bytes, planes_of, unpack
 from mpc_fl.inference.fast.kernels.pooling import max_pool, max_pool_counts, maximum, sum_pool
-from mpc_fl.inference.fast.network import AveragePool, MaxPool
+from mpc_fl.inference.fast.layers import AveragePool, MaxPool
 from mpc_fl.inference.fast.online.comparison import Exchange, compare
 from mpc_fl.inference.fast.preprocessing import gate_correlation
 from mpc_fl.inference.fast.preprocessing.correlations import OneTime
-from mpc_fl.inference.fast.preprocessing.gate_correlation import Gate, GateMaterial, Result
+from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
 
 FALSE_ALARM = 1e-9
 
@@ -58,14 +58,14 @@ def run_pair(function: Callable[[bool, Exchange], Any]) -> tuple[tuple[Any, Any]
     return (results[0], results[1]), sent
 
 
-def materials(gate: Gate) -> tuple[GateMaterial, GateMaterial, np.ndarray]:
+def materials(gate: ComparisonGate) -> tuple[GateMaterial, GateMaterial, np.ndarray]:
     """C's and S's part, and S's correction."""
     keys = Seed.from_system().reveal_for_transport(), Seed.from_system().reveal_for_transport()
-    client, owner = (Seed(key).stream("gate") for key in keys)
-    correction = gate_correlation.correction_of(gate, client, owner)
-    client, owner = (Seed(key).stream("gate") for key in keys)
+    hospital, owner = (Seed(key).stream("gate") for key in keys)
+    correction = gate_correlation.correction_of(gate, hospital, owner)
+    hospital, owner = (Seed(key).stream("gate") for key in keys)
     return (
-        GateMaterial(gate, client),
+        GateMaterial(gate, hospital),
         GateMaterial(gate, owner, correction.copy()),
         correction,
     )
@@ -77,17 +77,17 @@ def modulo(values: np.ndarray, bits: int) -> np.ndarray:
 
 def split(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Shares modulo 2^bits of signed values of any shape."""
-    client = Seed.from_system().stream("share").words(values.size, np.uint32).reshape(values.shape)
-    client &= np.uint32((1 << bits) - 1)
-    return client, modulo(values - client.astype(np.int64), bits)
+    hospital = Seed.from_system().stream("share").words(values.size, np.uint32).reshape(values.shape)
+    hospital &= np.uint32((1 << bits) - 1)
+    return hospital, modulo(values - hospital.astype(np.int64), bits)
 
 
 def evaluate(values: np.ndarray, bits: int, result: Result) -> tuple[np.ndarray, tuple[Messages, Messages], Any]:
-    gate = Gate(bits, len(values), result)
-    shares, (client, owner, correction) = split(values, bits), materials(gate)
+    gate = ComparisonGate(bits, len(values), result)
+    shares, (hospital, owner, correction) = split(values, bits), materials(gate)
     before = [share.copy() for share in shares]
     outputs, sent = run_pair(
-        lambda first, exchange: compare(client if first else owner, shares[0 if first else 1], first, exchange)
+        lambda first, exchange: compare(hospital if first else owner, shares[0 if first else 1], first, exchange)
     )
     assert all(np.array_equal(*pair) for pair in zip(before, shares, strict=True))  # inputs stay as they are
     return outputs[0] + outputs[1], sent, (gate, outputs, correction)
@@ -160,21 +160,21 @@ def test_packing(bits: int, numbers: list[int]) -> None:
 
 
 def test_a_gate_of_another_size_is_refused() -> None:
-    client, _, correction = materials(Gate(20, 10, Result.WIDE))
+    hospital, _, correction = materials(ComparisonGate(20, 10, Result.WIDE))
     with pytest.raises(ValueError, match="another size"):
-        GateMaterial(Gate(20, 11, Result.WIDE), Seed.from_system().stream("gate"), correction)
+        GateMaterial(ComparisonGate(20, 11, Result.WIDE), Seed.from_system().stream("gate"), correction)
     with pytest.raises(ValueError, match="does not fit"):
-        compare(client, np.zeros(11, dtype=np.uint32), True, lambda message, meanwhile=None: message)
+        compare(hospital, np.zeros(11, dtype=np.uint32), True, lambda message, meanwhile=None: message)
     for bits, count in ((7, 1), (25, 1), (20, 0)):
         with pytest.raises(ValueError, match="8 to 24 bits"):
-            Gate(bits, count, Result.WIDE)
+            ComparisonGate(bits, count, Result.WIDE)
 
 
 def test_bytes_per_gate() -> None:
     """What the docs state, at k = 20: 3.75 bytes per direction online; corrections of 27, 21 and 18 bytes."""
     count = 6400
     for result, correction in ((Result.WIDE, 27), (Result.NARROW, 21), (Result.EXTENDED, 18)):
-        gate = Gate(20, count, result)
+        gate = ComparisonGate(20, count, result)
         assert gate.correction_bytes == correction * count
         assert packed_bytes(20, count) + 8 * (gate.masks + 1) * gate.words == 3.75 * count
 
@@ -240,22 +240,22 @@ def test_each_piece_is_handed_out_once() -> None:
 
 
 def gates_for(counts: list[int], bits: int) -> tuple[list[GateMaterial], list[GateMaterial]]:
-    made = [materials(Gate(bits, count, Result.NARROW)) for count in counts]
-    return [client for client, _, _ in made], [owner for _, owner, _ in made]
+    made = [materials(ComparisonGate(bits, count, Result.NARROW)) for count in counts]
+    return [hospital for hospital, _, _ in made], [owner for _, owner, _ in made]
 
 
 def run_with_gates(
     counts: list[int], bits: int, function: Callable[[bool, Callable[[np.ndarray], np.ndarray]], np.ndarray]
 ) -> np.ndarray:
     """Signed values of the shares that `function(first, relu)` returns at both; all gates must be used."""
-    client, owner = gates_for(counts, bits)
+    hospital, owner = gates_for(counts, bits)
 
     def party(first: bool, exchange: Exchange) -> np.ndarray:
-        gates = client if first else owner
+        gates = hospital if first else owner
         return function(first, lambda share: compare(gates.pop(0), share, first, exchange))
 
     (one, other), _ = run_pair(party)
-    assert not client and not owner
+    assert not hospital and not owner
     opened = modulo((one + other).astype(np.int64), bits).astype(np.int64)
     return np.where(opened >= 1 << bits - 1, opened - (1 << bits), opened)
 
@@ -301,6 +301,6 @@ def test_sum_pool_equals_torch(kernel: int, stride: int, pad: int, multiplier: i
     values = np.random.default_rng(kernel).integers(-1000, 1000, (2, 5, 6, 3))
     padded = torch.nn.functional.pad(torch.from_numpy(values.transpose(0, 3, 1, 2)).double(), (0, pad, pad, 0))
     exact = torch.nn.functional.avg_pool2d(padded, kernel, stride, divisor_override=1).numpy() * multiplier
-    client, owner = split(values, 32)
-    got = (sum_pool(layer, client) + sum_pool(layer, owner)).view(np.int32).transpose(0, 3, 1, 2)
+    hospital, owner = split(values, 32)
+    got = (sum_pool(layer, hospital) + sum_pool(layer, owner)).view(np.int32).transpose(0, 3, 1, 2)
     assert np.array_equal(got, exact)

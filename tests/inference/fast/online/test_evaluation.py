@@ -1,4 +1,4 @@
-"""The engine `fast` between real processes: hospital, model owner and dealer."""
+"""The engine `fast`: hospital, model owner and dealer, as threads over links in memory, and once between real processes."""
 
 from __future__ import annotations
 
@@ -20,32 +20,30 @@ from torch import nn
 from torch.nn import functional
 
 from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import linear_maps
-from mpc_fl.inference.fast.messages import batch_from, describe, network_from
-from mpc_fl.inference.fast.network import (
+from mpc_fl.inference.fast.layers import (
     Add,
     AveragePool,
     Concatenate,
     Convolution,
     Flatten,
-    IntegerWeights,
     Linear,
     MaxPool,
-    Network,
     ReLU,
     SignExtend,
-    Value,
-    label_bits,
 )
-from mpc_fl.inference.fast.online.hospital_session import Hospital
-from mpc_fl.inference.fast.online.owner_session import Owner
+from mpc_fl.inference.fast.messages import batch_from, describe, network_from
+from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value, label_bits
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.correlations import (
-    client_correlations,
     corrections_of,
+    correlation_plan,
+    hospital_correlations,
     owner_correlations,
-    program_of,
     split_corrections,
 )
 from mpc_fl.inference.fast.preprocessing.cost import cost_of
@@ -53,9 +51,10 @@ from mpc_fl.inference.fast.preprocessing.dealer import deal
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
-from tests.support.harness import run_parties
+from tests.support.harness import run_parties, run_parties_in_memory
 
 HOSPITAL, OWNER = "hospital-0", "model-owner"
 NAMES = [HOSPITAL, OWNER, "dealer"]
@@ -119,6 +118,10 @@ def random_weights(network: Network) -> IntegerWeights:
     return IntegerWeights(weights, biases)
 
 
+def model_of(network: Network, integers: IntegerWeights) -> IntegerModel:
+    return IntegerModel(network, Private("integer weights", integers))
+
+
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(9).uniform(-1, 1, (count, 3, 13, 11)).astype(np.float32)
 
@@ -132,7 +135,6 @@ class Session:
     evaluated: int = 0
     sequential_messages: int = 0
     bytes_sent: int = 0
-    received: list[tuple[str, str, Any]] = field(default_factory=list)
     events: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -140,15 +142,20 @@ def tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-RECEIVED: list[tuple[str, str, Any]] = []
+class Views:
+    """What every party receives, in order: (sender, tag, payload)."""
 
+    def __init__(self) -> None:
+        self.of: dict[str, list[tuple[str, str, Any]]] = {name: [] for name in NAMES}
 
-def remember(sender: str, frame: Frame) -> None:
-    """Called in a party's process with every frame that arrives."""
-    if isinstance(frame.payload, torch.Tensor):
-        RECEIVED.append((sender, frame.tag, frame.payload.clone().numpy()))
-    elif frame.kind == Kind.OBJECT:
-        RECEIVED.append((sender, frame.tag, frame.payload))
+    def watch(self, network: InMemoryNetwork) -> None:
+        network.watch(self._remember)
+
+    def _remember(self, sender: str, receiver: str, frame: Frame) -> None:
+        if isinstance(frame.payload, torch.Tensor):
+            self.of[receiver].append((sender, frame.tag, frame.payload.clone().numpy()))
+        elif frame.kind == Kind.OBJECT:
+            self.of[receiver].append((sender, frame.tag, frame.payload))
 
 
 def note_order(links: Any, events: list[tuple[str, str]]) -> None:
@@ -196,7 +203,7 @@ def session(
     together: bool = False,
 ) -> Session:
     """One party: all batches prepared first, then evaluated one after the other or together."""
-    seen = Session(received=RECEIVED)
+    seen = Session()
     if links.name == "dealer":
         seen.evaluated = deal(links, HOSPITAL, OWNER)
         return seen
@@ -204,12 +211,12 @@ def session(
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
     domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == OWNER:
-        network, integers = make()
-        owner = Owner(domain, HOSPITAL, "dealer", network, integers, reveal, at_once=len(batches))  # type: ignore[arg-type]
+        terms = SessionTerms(reveal, at_once=len(batches))  # type: ignore[arg-type]
+        owner = OwnerSession(domain, HOSPITAL, model_of(*make()), terms)
         seen.evaluated = owner.serve()
         seen.bytes_sent = links.traffic["online"][HOSPITAL].bytes_sent
         return seen
-    hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+    hospital = HospitalSession(domain, reveal)  # type: ignore[arg-type]
     sizes = [len(records) for records in batches]  # of batches together each has its own: so shares are told apart
 
     def note(name: str, share: np.ndarray) -> None:
@@ -260,13 +267,23 @@ def calibrated() -> tuple[Network, IntegerWeights]:
     return calibration.network, calibration.weights.inside_protocol()
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(("make", "together"), [(small, False), (small, True), (calibrated, False)])
+@pytest.mark.parametrize(
+    ("make", "together", "in_memory"),
+    [
+        (small, False, True),
+        (small, True, True),
+        pytest.param(calibrated, False, False, marks=pytest.mark.processes),
+    ],
+)
 def test_logits_equal_the_emulation_bit_for_bit(
-    make: Callable[[], tuple[Network, IntegerWeights]], together: bool, tmp_path: Path
+    make: Callable[[], tuple[Network, IntegerWeights]], together: bool, in_memory: bool, tmp_path: Path
 ) -> None:
     batches = [images(3)[:2], images(3)[2:]]
-    got = run_parties(session, NAMES, tmp_path, make, batches, "logits", str(tmp_path), together)
+    arguments = (make, batches, "logits", str(tmp_path), together)
+    if in_memory:
+        got = run_parties_in_memory(session, NAMES, *arguments)
+    else:
+        got = run_parties(session, NAMES, tmp_path, *arguments)
     network, integers = make()
     emulator = Emulator(network, integers)
     hospital = got[HOSPITAL]
@@ -288,10 +305,9 @@ def test_logits_equal_the_emulation_bit_for_bit(
         ]
 
 
-@pytest.mark.processes
 def test_only_the_label(tmp_path: Path) -> None:
     records = images(40)
-    got = run_parties(session, NAMES, tmp_path, small, [records], "label", str(tmp_path))
+    got = run_parties_in_memory(session, NAMES, small, [records], "label", str(tmp_path))
     network, integers = small()
     logits = Emulator(network, integers).logits(torch.from_numpy(records), tensors(got[HOSPITAL].shares[0]))
     assert torch.equal(torch.from_numpy(got[HOSPITAL].results[0]), logits.argmax(dim=1))
@@ -305,18 +321,14 @@ def assert_uniform(values: np.ndarray, what: str) -> None:
     assert stats.chisquare(counts).pvalue > FALSE_ALARM, what
 
 
-@pytest.mark.processes
 def test_views_are_uniform_and_say_nothing_of_the_image(tmp_path: Path) -> None:
     """Chi-square on the bytes of each kind of message, a black image and a random one: some 20 p-values, 10^-9 each."""
     views = []
-    for name, records in (("black", np.zeros_like(images(24))), ("random", images(24))):
-        directory = tmp_path / name
-        directory.mkdir()
-        views.append(
-            run_parties(session, NAMES, directory, small, [records], "logits", str(directory), observer=remember)
-        )
+    for records in (np.zeros_like(images(24)), images(24)):
+        views.append(Views())
+        run_parties_in_memory(session, NAMES, small, [records], "logits", str(tmp_path), prepare=views[-1].watch)
     for view in views:
-        to_hospital, to_owner, to_dealer = (view[name].received for name in NAMES)
+        to_hospital, to_owner, to_dealer = (view.of[name] for name in NAMES)
         for who, received in ((HOSPITAL, to_hospital), (OWNER, to_owner)):
             by_tag: dict[str, list[np.ndarray]] = {}
             for _, tag, payload in received:
@@ -338,26 +350,22 @@ def test_views_are_uniform_and_say_nothing_of_the_image(tmp_path: Path) -> None:
                 assert "weights" not in payload and set(payload) == {"layers", "values", "input", "output"}
     # Order, tags and sizes of all messages are the same whatever the image.
     shapes = [
-        [
-            [(sender, tag, getattr(payload, "shape", None)) for sender, tag, payload in view[name].received]
-            for name in NAMES
-        ]
+        [[(sender, tag, getattr(payload, "shape", None)) for sender, tag, payload in view.of[name]] for name in NAMES]
         for view in views
     ]
     for one, other in zip(*shapes, strict=True):
         assert sorted(map(repr, one)) == sorted(map(repr, other))
 
 
-@pytest.mark.processes
 def test_cost_follows_from_the_network(tmp_path: Path) -> None:
     """Sequential messages and bytes are those that shapes predict; a batch takes as many messages as one record."""
     network, _ = small()
-    got = run_parties(session, NAMES, tmp_path, small, [images(3)], "logits", str(tmp_path))
+    got = run_parties_in_memory(session, NAMES, small, [images(3)], "logits", str(tmp_path))
     one, three = cost_of(network, 1), cost_of(network, 3)
     assert longest_chain(got[HOSPITAL].events, got[OWNER].events) == three.sequential_messages
     assert got[HOSPITAL].sequential_messages == three.sequential_messages == one.sequential_messages
     frames = 90 * (3 * 20 + 10)  # headers, at most
-    assert 0 <= got[HOSPITAL].bytes_sent - three.bytes_from_client <= frames
+    assert 0 <= got[HOSPITAL].bytes_sent - three.bytes_from_hospital <= frames
     assert 0 <= got[OWNER].bytes_sent - three.bytes_from_owner <= frames
     assert three.masked_weight_bytes == one.masked_weight_bytes
 
@@ -401,37 +409,37 @@ def test_a_malformed_batch_is_refused(message: dict[str, Any]) -> None:
 
 def test_a_used_up_correlation_is_refused() -> None:
     network, integers = small()
-    program = program_of(network, 1, "logits")
+    plan = correlation_plan(network, 1, "logits")
     masked = linear_maps(network, integers.weights)
-    correlations = client_correlations(program, Seed.from_system(), masked)
+    correlations = hospital_correlations(plan, Seed.from_system(), masked)
     for pieces in (correlations.masks, correlations.products, correlations.gates):
         name = next(iter(pieces._pieces))
         pieces.take(name)
         with pytest.raises(SecrecyError, match="used already"):
             pieces.take(name)
     seed = Seed.from_system()
-    client_correlations(program, seed, masked)
+    hospital_correlations(plan, seed, masked)
     with pytest.raises(SecrecyError, match="used twice"):  # nor are they made twice
-        client_correlations(program, seed, masked)
+        hospital_correlations(plan, seed, masked)
 
 
 def test_corrections_in_one_buffer() -> None:
     """What a pool stores: the same bytes, in order of use."""
     network, integers = small()
-    program = program_of(network, 2, "label")
+    plan = correlation_plan(network, 2, "label")
     maps = linear_maps(network, integers.weights)
     keys = [Seed.from_system().reveal_for_transport() for _ in range(2)]
-    buffer = np.zeros(program.stored_bytes, dtype=np.uint8)
-    for name, correction in corrections_of(program, Seed(keys[0]), Seed(keys[1]), maps):
-        split_corrections(program, buffer)[name][:] = correction
-    views = split_corrections(program, buffer.copy())
-    assert list(views) == list(program.pieces) and sum(map(len, views.values())) == program.correction_bytes
-    for name, correction in corrections_of(program, Seed(keys[0]), Seed(keys[1]), maps):
+    buffer = np.zeros(plan.stored_bytes, dtype=np.uint8)
+    for name, correction in corrections_of(plan, Seed(keys[0]), Seed(keys[1]), maps):
+        split_corrections(plan, buffer)[name][:] = correction
+    views = split_corrections(plan, buffer.copy())
+    assert list(views) == list(plan.pieces) and sum(map(len, views.values())) == plan.correction_bytes
+    for name, correction in corrections_of(plan, Seed(keys[0]), Seed(keys[1]), maps):
         assert np.array_equal(views[name], correction)
     with pytest.raises(ValueError, match="another size"):
-        split_corrections(program, buffer[:-1])
-    owned = owner_correlations(program, Seed(keys[1]), views)
-    assert owned.gates.left + owned.products.left == len(program.pieces)
+        split_corrections(plan, buffer[:-1])
+    owned = owner_correlations(plan, Seed(keys[1]), views)
+    assert owned.gates.left + owned.products.left == len(plan.pieces)
 
 
 def refuse(links: Links, reveal: str, counts: list[int]) -> str:
@@ -441,27 +449,26 @@ def refuse(links: Links, reveal: str, counts: list[int]) -> str:
     record = OpeningRecord(Path(os.devnull), links.name)
     domain = SecretDomain(links, [HOSPITAL, OWNER], record)
     if links.name == HOSPITAL:
-        hospital = Hospital(domain, OWNER, "dealer", reveal)  # type: ignore[arg-type]
+        hospital = HospitalSession(domain, reveal)  # type: ignore[arg-type]
         for count in counts:
             hospital.prepare(count)
-    Owner(domain, HOSPITAL, "dealer", *small(), largest_batch=2, at_once=2).serve()
+    OwnerSession(domain, HOSPITAL, model_of(*small()), SessionTerms(largest_batch=2, at_once=2)).serve()
     return "served"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("reveal", "counts"), [("label", [1]), ("logits", [3]), ("logits", [1, 2, 1])])
-def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int], tmp_path: Path) -> None:
+def test_what_was_not_agreed_is_refused(reveal: str, counts: list[int]) -> None:
     with pytest.raises(AssertionError, match="ProtocolError: the hospital asked for a batch or result not agreed"):
-        run_parties(refuse, NAMES, tmp_path, reveal, counts)
+        run_parties_in_memory(refuse, NAMES, reveal, counts)
 
 
-def test_the_clients_product_share_is_masked() -> None:
+def test_the_hospitals_product_share_is_masked() -> None:
     """z_C - F * A = u_C is uniform, for zero weights too; without it, the owner who knows B could solve A * B for A."""
     network, integers = small()
     zeros = {name: torch.zeros_like(tensor) for name, tensor in integers.weights.items()}
     for weights in (zeros, integers.weights):
         maps, seed = linear_maps(network, weights), Seed.from_system()
-        correlations = client_correlations(program_of(network, 60, "logits"), seed, maps)
+        correlations = hospital_correlations(correlation_plan(network, 60, "logits"), seed, maps)
         masks = {name: correlations.masks.take(name) for name in list(correlations.masks._pieces)}
         for layer in network.linear_layers:
             share = correlations.products.take(layer.output) - maps[layer.output](masks[layer.inputs[0]])
@@ -477,4 +484,4 @@ def test_too_many_classes_for_a_label() -> None:
         (*network.layers[:-1], dataclasses.replace(network.layers[-1], shift=10)), values, "image", "logits"
     )
     with pytest.raises(ModelError, match="do not fit a comparison"):
-        program_of(wider, 1, "label")
+        correlation_plan(wider, 1, "label")

@@ -33,6 +33,7 @@ from mpc_fl.inference.fast.messages import READY
 from mpc_fl.inference.fast.network import Network
 from mpc_fl.inference.fast.preprocessing import batch_place, party_pools, pool, sealed_file
 from mpc_fl.inference.fast.preprocessing.pool import Pool, Terms, create_pool, open_pool
+from mpc_fl.inference.fast.preprocessing.sealed_file import SEGMENT_BYTES
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.model_file import save_model
@@ -41,7 +42,7 @@ from mpc_fl.roles import DEALER
 from tests.inference.fast.online.test_evaluation import small_network
 from tests.inference.fast.test_diagnosis import NAMES, configuration, model_of
 from tests.support import harness
-from tests.support.harness import run_parties
+from tests.support.harness import run_parties, run_parties_in_memory
 
 TERMS = Terms("name", "hospital-0", "model-owner", "digest", 1, "logits")
 SIZE = 1000
@@ -99,7 +100,7 @@ def test_a_record_comes_back_once(tmp_path: Path) -> None:
         take(directory, 1)
 
 
-@pytest.mark.parametrize("size", [0, 1, sealed_file._SEGMENT - 1, sealed_file._SEGMENT, 2 * sealed_file._SEGMENT + 5])
+@pytest.mark.parametrize("size", [0, 1, SEGMENT_BYTES - 1, SEGMENT_BYTES, 2 * SEGMENT_BYTES + 5])
 def test_contents_of_any_size(size: int, tmp_path: Path) -> None:
     with create_pool(tmp_path, TERMS, Seed.from_system(), content(1)) as made:
         made.put(0, tag(0), content(0, size))
@@ -123,7 +124,7 @@ def cut(path: Path, _: Path) -> None:
 
 
 def cut_to_a_segment(path: Path, _: Path) -> None:
-    path.write_bytes(path.read_bytes()[: 46 + sealed_file._SEGMENT + 16])
+    path.write_bytes(path.read_bytes()[: 46 + SEGMENT_BYTES + 16])
 
 
 def empty(path: Path, _: Path) -> None:
@@ -147,7 +148,7 @@ def rename(path: Path, _: Path) -> None:
 
 
 def exchange_segments(path: Path, _: Path) -> None:
-    held, size = path.read_bytes(), sealed_file._SEGMENT + 16
+    held, size = path.read_bytes(), SEGMENT_BYTES + 16
     path.write_bytes(held[:46] + held[46 + size : 46 + 2 * size] + held[46 : 46 + size] + held[46 + 2 * size :])
 
 
@@ -161,7 +162,7 @@ def of_another(path: Path, other: Path) -> None:
 def test_changed_files_are_refused_by_name(damage: Callable[[Path, Path], None], tmp_path: Path) -> None:
     for name in ("pool", "other"):
         with create_pool(tmp_path / name, TERMS, Seed.from_system(), content(99)) as made:
-            made.put(0, tag(0), content(0, 2 * sealed_file._SEGMENT + 5))
+            made.put(0, tag(0), content(0, 2 * SEGMENT_BYTES + 5))
             made.put(1, tag(1), content(1))
     damage(tmp_path / "pool" / "00000000.record", tmp_path / "other")
     with open_pool(tmp_path / "pool", "use") as opened:
@@ -326,7 +327,7 @@ def note(links: Links, directory: str, kill_at: str) -> None:
 def one_party(links: Links, inference: dict[str, Any], directory: str, count: int, kill_at: str = "") -> Any:
     config = config_of(directory, **inference)
     if links.name == DEALER:
-        return diagnosis.deal_tuples(config, links)
+        return diagnosis.dealing_of(config)(links)
     record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
     if links.name == roles.MODEL_OWNER:
         model = model_of(config)
@@ -344,8 +345,8 @@ def one_party(links: Links, inference: dict[str, Any], directory: str, count: in
 class Site:
     """Sessions that share pools, each with new identities and keys."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.sessions = directory, 0
+    def __init__(self, directory: Path, in_memory: bool = False) -> None:
+        self.directory, self.sessions, self.in_memory = directory, 0, in_memory
         config = configuration(engine="fast")
         save_model(directory / "model.safetensors", model_of(config), config)
 
@@ -354,7 +355,11 @@ class Site:
         return self.directory / f"session-{self.sessions}"
 
     def run(self, count: int, names: list[str] = NAMES, kill_at: str = "", **inference: Any) -> Any:
-        got = run_parties(one_party, names, self._session(), inference, str(self.directory), count, kill_at)
+        arguments = (inference, str(self.directory), count, kill_at)
+        if self.in_memory:
+            got = run_parties_in_memory(one_party, names, *arguments)
+        else:
+            got = run_parties(one_party, names, self._session(), *arguments)
         return got[roles.HOSPITAL]
 
     def crash(self, count: int, kill_at: str) -> None:
@@ -391,8 +396,16 @@ def assert_close(logits: list[list[float]], count: int) -> None:
 
 
 @pytest.mark.processes
-def test_diagnoses_from_a_pool(tmp_path: Path) -> None:
+def test_a_pool_between_real_processes(tmp_path: Path) -> None:
     site = Site(tmp_path)
+    site.run(0, fill=2)
+    assert site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [0, 1]
+    assert_close(site.run(3), 3)
+    assert site.lines("places") == ["0", "1"]
+
+
+def test_diagnoses_from_a_pool(tmp_path: Path) -> None:
+    site = Site(tmp_path, in_memory=True)
     site.run(0, fill=3)
     layers = len(site.lines("layers"))
     assert layers > 0 and site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [0, 1, 2]
@@ -437,10 +450,8 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     assert site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [3]
 
 
-@pytest.mark.processes
-@pytest.mark.slow
 def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
-    site, other = Site(tmp_path / "one"), Site(tmp_path / "two")
+    site, other = Site(tmp_path / "one", in_memory=True), Site(tmp_path / "two", in_memory=True)
     for each in (site, other):
         each.run(0, fill=1)
     half = site.half(roles.HOSPITAL).directory
@@ -462,10 +473,8 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
     assert site.half(roles.MODEL_OWNER).numbers == [0]
 
 
-@pytest.mark.processes
-@pytest.mark.slow
 def test_halves_of_different_batches_under_one_number(tmp_path: Path) -> None:
-    site = Site(tmp_path)
+    site = Site(tmp_path, in_memory=True)
     site.run(0, fill=1)
     records = [site.half(party).directory / "00000000.record" for party in NAMES[:2]]
     earlier = records[1].read_bytes()
@@ -503,7 +512,7 @@ def test_the_command_line_fills_and_infers(tmp_path: Path) -> None:
 
 def test_a_pool_for_something_else_is_refused(tmp_path: Path) -> None:
     network = small_network()
-    fitting = dataclasses.replace(TERMS, network=party_pools._digest_of(network), records=4)
+    fitting = dataclasses.replace(TERMS, network=party_pools.network_digest(network), records=4)
     filled(tmp_path / "hospital-0" / "model-owner", 1, fitting)
     small = dataclasses.replace(network, output="flat")
 

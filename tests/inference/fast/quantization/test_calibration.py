@@ -16,7 +16,8 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
 from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
-from mpc_fl.inference.fast.network import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend, encode
+from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.network import encode
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check, stress_records
 from mpc_fl.inference.fast.quantization.emulation import Emulator, truncate
 from mpc_fl.inference.fast.quantization.risk import Range
@@ -142,9 +143,9 @@ def test_truncation_is_that_of_the_shares(value: int, share: int, shift: int, na
     bits = 27 if narrow else 32
     value = ((value + (1 << (bits - 1))) % (1 << bits)) - (1 << (bits - 1))
     emulated = int(truncate(torch.tensor([value]), bits, shift, torch.tensor([share]))[0])
-    client = truncate_share(np.array([share % (1 << bits)], dtype=np.uint32), bits, shift, True)
+    hospital = truncate_share(np.array([share % (1 << bits)], dtype=np.uint32), bits, shift, True)
     owner = truncate_share(np.array([(value - share) % (1 << bits)], dtype=np.uint32), bits, shift, False)
-    together = int(client[0] + owner[0]) % (1 << (bits - shift))
+    together = int(hospital[0] + owner[0]) % (1 << (bits - shift))
     assert emulated % (1 << (bits - shift)) == together
     modulus = 1 << (bits - shift)
     assert emulated % modulus in ((value >> shift) % modulus, -((-value) >> shift) % modulus)

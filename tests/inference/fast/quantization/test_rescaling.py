@@ -19,7 +19,7 @@ from mpc_fl.inference.fast.quantization.calibration import calibrate, self_check
 from mpc_fl.inference.fast.quantization.emulation import Emulator
 from mpc_fl.inference.fast.quantization.float_graph import evaluate, prepare
 from mpc_fl.inference.fast.quantization.rescaling import Rescaled, rescaled
-from mpc_fl.inference.fast.quantization.scale_plan import Plan
+from mpc_fl.inference.fast.quantization.scale_plan import ScalePlan
 from mpc_fl.inference.fast.quantization.scales import WEIGHTED, Precision, Seen
 from mpc_fl.inference.fast.quantization.weight_rounding import Inputs, InputsSum
 from mpc_fl.inference.graph.tracing import Trace
@@ -65,9 +65,9 @@ def seen_by(graph: Trace, records: torch.Tensor) -> tuple[dict[str, Seen], dict[
     return seen, {name: each.result() for name, each in sums.items()}
 
 
-def plan_of(model: nn.Module, records: torch.Tensor) -> Plan:
+def plan_of(model: nn.Module, records: torch.Tensor) -> ScalePlan:
     graph = prepare(model.eval())
-    return Plan(graph, *seen_by(graph, records), Precision())
+    return ScalePlan(graph, *seen_by(graph, records), Precision())
 
 
 @settings(max_examples=10, deadline=None)
@@ -100,7 +100,7 @@ def test_a_layer_fills_its_range_and_every_channel_keeps_its_safety() -> None:
     records = images(8, 8)
     plan = plan_of(Mixed(0), records)
     full = rescaled(plan)
-    after = Plan(full.graph, full.seen, full.inputs, Precision())
+    after = ScalePlan(full.graph, full.seen, full.inputs, Precision())
     wider = filled = 0
     for group in {id(each): each for each in after.group.values() if each.truncated}.values():
         name = group.members[0]
@@ -134,7 +134,7 @@ def test_rescaling_makes_errors_smaller(monkeypatch: pytest.MonkeyPatch) -> None
         emulator = Emulator(calibration.network, calibration.weights.inside_protocol())
         return float((emulator.logits(asked, Seed.from_system()) - expected).square().mean().sqrt())
 
-    def as_it_was(plan: Plan) -> Rescaled:
+    def as_it_was(plan: ScalePlan) -> Rescaled:
         ones = {name: torch.ones(each.shape[0], dtype=torch.float64) for name, each in plan.seen.items()}
         return Rescaled(plan.graph, plan.seen, plan.inputs, ones)
 

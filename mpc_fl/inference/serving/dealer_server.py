@@ -1,0 +1,46 @@
+"""The dealer that stays up: it deals in every session of a hospital with the model owner, and knows no image and no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpc_fl.config.config import Config
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.inference.fast.preprocessing.dealer import deal
+from mpc_fl.inference.serving.front import Admission, ServiceFront
+from mpc_fl.inference.serving.quota import SessionRate
+from mpc_fl.inference.serving.service_links import require_servable, session_links, standing_party
+from mpc_fl.inference.serving.visits import Visit
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.progress import Notify
+from mpc_fl.roles import DEALER, MODEL_OWNER
+
+
+class DealerService:
+    """The dealer's `Service`: sessions have nothing in common."""
+
+    def __init__(self, config: Config, identity: Identity, observer: Observer | None = None) -> None:
+        self._config, self._identity, self._observer = config, identity, observer
+
+    def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
+        """Links to the hospital and the model owner."""
+        deadline = self._config.runtime.receive_timeout
+        return session_links(self._identity, self._config, visit.hospital, agreement, deadline, self._observer)
+
+    def serve(self, links: Links, visit: Visit) -> None:
+        """As in a single diagnosis."""
+        deal(links, visit.hospital, MODEL_OWNER)
+
+
+def serve_correlations(
+    config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None
+) -> None:
+    """The dealer: deal in every session of a hospital with the model owner until `until` returns or raises."""
+    require_servable(config)
+    party, serving = standing_party(config, DEALER), config.serving
+    admission = Admission(frozenset({MODEL_OWNER}), serving.sessions, SessionRate(serving.sessions_per_minute))
+    with ServiceFront(party, admission, DealerService(config, party.identity, observer)):
+        notify("serving", 1, 1)
+        until()
