@@ -40,7 +40,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
-from mpc_fl.federation.planning import initial_model
+from mpc_fl.federation.global_model import initial_model
 from mpc_fl.files import write_json, write_text
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital
@@ -48,8 +48,8 @@ from mpc_fl.learning.data.partition import partition_equal, patient_of
 from mpc_fl.learning.models.evaluation import evaluate_locally, predict
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
-from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
+from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.sampling import sampling_rate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -131,7 +131,8 @@ def averaged(
         mean = torch.zeros_like(flatten_parameters(model))
         for index, data in enumerate(hospitals):
             sampling_seed, rate = config.seed * 1000 + rank + index, sampling_rate(config, data.patient_count)
-            local = train_locally(model, data, config, noise, rate, noise_seeds[index], sampling_seed, number)
+            training = LocalTraining(config, noise, rate, sampling_seed)
+            local = train_locally(model, data, training, number, noise_seeds[index])
             if float(local.update.abs().max()) > config.aggregation.update_bound:  # a hospital would refuse to send it
                 raise ModelError("an update exceeds aggregation.update_bound", "lower training.learning_rate")
             mean += local.update * (data.patient_count / total)
@@ -164,7 +165,8 @@ def choose_rates(config: Config, row: str, rates: Sequence[float]) -> dict[str, 
     noise = None
     if row in PRIVATE:
         rate = max(sampling_rate(config, fit.patient_count) for fit, _ in splits)
-        noise = calibrate_noise_multiplier(privacy.epsilon, privacy.delta, rate, training.rounds * training.local_steps)
+        budget, steps = PrivacyBudget(privacy.epsilon, privacy.delta), training.rounds * training.local_steps
+        noise = calibrate_noise_multiplier(budget, rate, steps)
         if row == "distributed":
             noise *= math.sqrt(number / (number - privacy.colluders))
     found = {}
@@ -201,7 +203,7 @@ def in_this_process(row: str, config: Config, test: Dataset) -> tuple[list[dict[
     data = load_hospital(config, 0, "train")
     if config.privacy.mechanism != "none":
         rate, steps = sampling_rate(config, data.patient_count), config.training.local_steps
-        noise = calibrate_noise_multiplier(config.privacy.epsilon, config.privacy.delta, rate, steps)
+        noise = calibrate_noise_multiplier(PrivacyBudget(config.privacy.epsilon, config.privacy.delta), rate, steps)
     model = trained(config, data, noise)
     if noise is not None:
         epsilon = epsilon_of([SubsampledGaussian(noise, rate, steps)], config.privacy.delta)

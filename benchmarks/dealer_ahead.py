@@ -32,7 +32,7 @@ from mpc_fl.roles import HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.crypten_parts import crypten
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer
-from mpc_fl.sharing.opening import SecretDomain, open_to
+from mpc_fl.sharing.opening import open_to
 
 WAYS = ("on demand", "ahead")
 PROGRAM = "image"
@@ -48,7 +48,7 @@ def party(name: str, values: dict[str, Any], images: int, repeats: int, results:
             return
         with CrypTenRuntime(links, [HOSPITAL, MODEL_OWNER], "dealer", config.inference.fraction_bits) as runtime:
             assert config.site.out is not None and runtime.dealer_client is not None
-            domain = SecretDomain(runtime, OpeningRecord(config.site.out / "openings.jsonl", name))
+            domain = runtime.domain(OpeningRecord(config.site.out / "openings.jsonl", name))
             graph, shape = public_graph(config), (1, *config.data.input_shape)
             began = time.perf_counter()
             requests = requests_of(graph, shape, 2, config.inference.fraction_bits)

@@ -79,7 +79,7 @@ def grey(config: Config, split: Literal["train", "test"]) -> Dataset:
 
 def train(config: Config, data: Dataset) -> nn.Module:
     """ResNet18 with ordinary BatchNorm, bfloat16 where torch allows it, seeded; in evaluation mode."""
-    frozen = build_model(config, (3, SIZE, SIZE), SEED)
+    frozen = build_model(config, input_shape=(3, SIZE, SIZE), seed=SEED)
     model = torchvision.models.resnet18(num_classes=len(CLASSES))
     model.load_state_dict(frozen.state_dict())
     model = model.to(memory_format=torch.channels_last).train()
@@ -286,7 +286,7 @@ def other_networks(options: argparse.Namespace, config: Config) -> list[dict[str
     test, owned = grey(config, "test"), grey(config, "train")
     results = []
     for name, size in OTHERS:
-        model = build_model(config.with_values(model={"architecture": name}), (3, size, size), SEED)
+        model = build_model(config.with_values(model={"architecture": name}), input_shape=(3, size, size), seed=SEED)
         measured = colour(owned.inputs[evenly(64, len(owned))], size)
         calibrate_batchnorm(model, measured)
         images = colour(test.inputs[evenly(options.other_images, len(test))], size)

@@ -32,7 +32,7 @@ Layer = tuple[nn.Conv2d | nn.Linear, torch.Size]
 def layers_of(network: str, size: int, batch: int) -> list[Layer]:
     """Convolutions and linear layers with the shape of their input, in order."""
     config = Config().with_values(model={"architecture": network}, data={"channels": 3, "image_size": size})
-    model = build_model(config, (3, size, size), seed=0)
+    model = build_model(config, input_shape=(3, size, size), seed=0)
     found: list[Layer] = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

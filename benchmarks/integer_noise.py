@@ -21,7 +21,7 @@ import torch
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.learning.privacy.discrete_gaussian import DiscreteGaussian
-from mpc_fl.learning.privacy.distributed_gaussian import add_patients, noised_share, plan_mechanism
+from mpc_fl.learning.privacy.distributed_gaussian import MechanismTerms, add_patients, noised_share, plan_mechanism
 from mpc_fl.learning.training.noised_optimizer import gaussian_noise
 
 VARIANCE_BITS = (0, 10, 20, 30, 40, 50)
@@ -51,12 +51,14 @@ def sampling(bits: int, samples: int, threads: int, repeats: int) -> dict[str, f
 def mechanism(parameters: int, threads: int, repeats: int) -> dict[str, Any]:
     """Seconds (clock, best) of the mechanism's parts for a model of `parameters`, three hospitals, one colluder."""
     plan = plan_mechanism(
-        parameters=parameters,
-        hospitals=3,
-        colluders=1,
-        expected_patients=64,
-        clipping_norm=1.0,
-        noise_multiplier=1.0,
+        MechanismTerms(
+            parameters=parameters,
+            hospitals=3,
+            colluders=1,
+            expected_patients=64,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+        )
     )
     total, gradient = torch.zeros(parameters, dtype=plan.dtype), torch.randn(1, parameters)
     rounding, _ = best(lambda: add_patients(plan, total.zero_(), [gradient]), repeats)

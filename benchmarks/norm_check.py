@@ -60,7 +60,7 @@ def party(name: str, names: list[str], addresses: dict[str, str], folder: str, o
             Dealer(links, world).serve()
             return
         with CrypTenRuntime(links, world, DEALER, 0) as runtime:
-            domain = SecretDomain(runtime, OpeningRecord(Path(folder) / f"{name}.jsonl", name))
+            domain = runtime.domain(OpeningRecord(Path(folder) / f"{name}.jsonl", name))
             bound = in_grid_units(1.01 * DEVIATION * options.parameters**0.5, 24, options.parameters)
             check = NormCheck(NormTest(bound, 32), options.parameters)
             measured = []

@@ -51,7 +51,7 @@ def measure(architecture: str, normalisation: str, shape: tuple[int, ...], batch
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(batch, *shape, generator=generator)
     labels = torch.randint(0, 3, (batch,), generator=generator)
-    model = build_model(config, shape, seed=0)
+    model = build_model(config, input_shape=shape, seed=0)
     calibrate_batchnorm(model, inputs)
     pure = without_in_place(model.eval())
     parameters = [parameter for parameter in pure.parameters() if parameter.requires_grad]

@@ -24,7 +24,7 @@ import torch
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.phantoms import public_phantoms
@@ -32,8 +32,8 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.evaluation import Evaluation, decode_evaluation, encode_evaluation, evaluate_locally
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
-from mpc_fl.learning.privacy.accounting import calibrate_noise_multiplier
-from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, calibrate_noise_multiplier
+from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.learning.training.server_optimizers import server_optimizer
 
@@ -73,7 +73,9 @@ def noise_for(config: Config, patients: int) -> float | None:
     if settings.mechanism == "none":
         return None
     steps = training.rounds * training.local_steps
-    return calibrate_noise_multiplier(settings.epsilon, settings.delta, sampling_rate(config, patients), steps)
+    return calibrate_noise_multiplier(
+        PrivacyBudget(settings.epsilon, settings.delta), sampling_rate(config, patients), steps
+    )
 
 
 def from_own_scanner(dataset: Dataset, rank: int, hospitals: int) -> Dataset:
@@ -92,7 +94,7 @@ def simulate(config: Config, division: str) -> list[Evaluation]:
         held_out = [from_own_scanner(item, rank, number) for rank, item in enumerate(held_out)]
     counts = torch.tensor([patients.patient_count for patients in data], dtype=torch.float64)
     noises = [noise_for(config, patients.patient_count) for patients in data]
-    central = build_model(config, config.data.input_shape, config.seed)
+    central = build_model(config)
     calibrate_batchnorm(central, public_phantoms(64, config))
     coordinates = shared_coordinates(central, config.training.local_normalisation)
     hospitals = [copy.deepcopy(central) for _ in data]
@@ -105,7 +107,8 @@ def simulate(config: Config, division: str) -> list[Evaluation]:
         for rank, (model, patients, noise) in enumerate(zip(hospitals, data, noises, strict=True)):
             rate = sampling_rate(config, patients.patient_count)
             seed = (config.training.sampling_seed or 0) * 1000 + rank
-            local = train_locally(model, patients, config, noise, rate, noise_seeds[rank], seed, number, method="vmap")
+            training = LocalTraining(config, noise, rate, seed, "vmap")
+            local = train_locally(model, patients, training, number, noise_seeds[rank])
             updates.append(local.update[coordinates].double())
             own.append(flatten_parameters(model) + local.update)
         mean = (torch.stack(updates) * counts.unsqueeze(1)).sum(dim=0) / counts.sum()

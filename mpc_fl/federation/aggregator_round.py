@@ -1,4 +1,8 @@
-"""aggregator_round"""
+"""One federated round at the aggregator: it opens the sum over all who came in time, steps, and sends the new model.
+
+The steps are numbered as in `hospital_round`. The aggregator learns the opened mean update, or with distributed noise
+(`federated_sgd`) the mean gradient of every step, and sums of evaluation counts: nothing about one hospital.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,12 @@ from mpc_fl.aggregation.words import say
 from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
-from mpc_fl.federation.federated_sgd import aggregator_steps, send_global
+from mpc_fl.federation.distribution import send_global
+from mpc_fl.federation.federated_sgd import aggregator_steps
 from mpc_fl.federation.planning import (
-    _mean_update,
-    checked,
+    describe_mean_update,
     headroom_of,
+    with_norm_check,
 )
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.learning.models.evaluation import (
@@ -36,21 +41,10 @@ def aggregator_round(
     config, links, number = aggregator.config, domain.links, plan.number
     links.set_phase(f"round {number} aggregation")
     size = len(aggregator.shared_parameters)
-    check = checked(rules, config, aggregator.mechanism, size, plan.weight_total)
+    check = with_norm_check(rules, config, aggregator.mechanism, size, plan.weight_total)
     try:
         if aggregator.mechanism is not None:
-            round_of = (number, plan.attempt)
-            hospitals = aggregator_steps(
-                domain,
-                check,
-                aggregator.model,
-                config,
-                aggregator.mechanism,
-                aggregator.optimizer,
-                round_of,
-                plan.hospitals,
-                plan.starts,
-            )
+            hospitals = aggregator_steps(aggregator, domain, check, plan)
         else:
             hospitals = _average(aggregator, domain, check, plan)
     except SumLostError:
@@ -70,7 +64,7 @@ def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: R
     """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
     config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
     shape = aggregator.shared_parameters.shape
-    agreed = AgreedSum(plan.hospitals, ("update", plan.number, plan.attempt), _mean_update(config, plan.number))
+    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, plan.number))
     hospitals, total = collect(domain, rules, agreed, plan.starts, headroom.dtype, shape)
     shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
     send_global(links, hospitals, shared)

@@ -1,4 +1,4 @@
-"""aggregator_state"""
+"""What the aggregator has over the rounds of a run: the global model, its optimizer, and sums that were opened."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.planning import distributed_mechanism_of, headroom_of, initial_model
+from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.planning import headroom_of, mechanism_of
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import (
-    flatten_buffers,
     flatten_parameters,
     join_parts,
     load_flat_parameters,
@@ -91,12 +91,7 @@ class Aggregator:
 def prepare_aggregator(config: Config) -> Aggregator:
     """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
     headroom_of(config).require()
-    mechanism = distributed_mechanism_of(config) if config.privacy.mechanism == "distributed" else None
+    mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     return Aggregator(config, model, mechanism, server_optimizer(config), coordinates)
-
-
-def initial_state(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """All parameters and frozen statistics of a model, float32 vectors, as a newcomer gets them."""
-    return flatten_parameters(model), flatten_buffers(model)

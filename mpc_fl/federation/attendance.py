@@ -5,6 +5,7 @@ Before round k, at the aggregator:
   2. those that have announced themselves since (`announce`) join, if they and all others hold keys of each other
   3. fewer than the quorum end the run; else the word "plan" names the hospitals and, by the fingerprints of their keys,
      which start of each is meant; newcomers get the global model and the blocks of the reveal ledger they lack
+After the last round the word "complete" ends the run: nothing counts as a success before it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class RoundPlan:
     newcomers: tuple[str, ...]
     weight_total: int
     resumed: bool
+
+    @property
+    def round_of(self) -> tuple[int, int]:
+        """What labels everything of this attempt at this round."""
+        return self.number, self.attempt
 
     @classmethod
     def from_word(cls, word: Mapping[str, Any]) -> RoundPlan:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 
 import torch
-from torch import nn
 
 from mpc_fl.aggregation.rules import Rules, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
@@ -15,7 +14,8 @@ from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import MpcFlError, PeerLostError
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.federation.aggregator_state import Aggregator
+from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.learning.models.model_file import model_file
 from mpc_fl.links.links import Links
 from mpc_fl.links.party_links import site_directory
@@ -81,20 +81,16 @@ def _sign(
     CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same, tolerant=tolerant)
 
 
-def sign_end(
-    ledger: RevealLedger,
-    links: Links,
-    config: Config,
-    hospitals: tuple[str, ...],
-    model: nn.Module,
-    shared: torch.Tensor,
-    normalisation: Normalisation | None = None,
-) -> None:
-    """The last block: all sign that the run is complete, and which parameters, or which file, its model is."""
+def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], state: Hospital | Aggregator) -> None:
+    """The last block: all sign that the run is complete, and which parameters, or which file, its model is.
+
+    `state` is that of the party itself: its model, what all have in common of it, and its normalisation of inputs.
+    """
     links.set_phase("reveal ledger")
-    same = {"global model": tensor_digest(shared)}
-    if not config.training.local_normalisation:
-        same["model.safetensors"] = hashlib.sha256(model_file(model, config, normalisation)).hexdigest()
+    same = {"global model": tensor_digest(state.shared_parameters)}
+    if not state.config.training.local_normalisation:
+        written = model_file(state.model, state.config, state.normalisation)
+        same["model.safetensors"] = hashlib.sha256(written).hexdigest()
     CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
 
 

@@ -5,14 +5,14 @@ Protocol, hospital i of n, once before the first round; d channels of images or 
      for each feature c = mean over its pixels and records of u - 1/2, and 2 (mean of (u - 1/2)^2 - 1/8), where
      u in [0, 1] is the input clipped to its public bounds
   2. the vectors are rounded to a grid and added up exactly; with differential privacy integer noise is added
-     (`encode_features`, by `distributed_mechanism`), after the hospital has charged `FeaturePlan.event` to its ledger
+     (`encode_features`, by `distributed_gaussian`), after the hospital has charged `FeaturePlan.event` to its ledger
   3. secure sum in Z_2^64, opened to the aggregator alone
   4. counts, means and standard deviations are read from the sum (`decode_features`) and sent to all hospitals, which
      normalise their inputs (`Normalisation.apply`)
 
 Privacy. Unit: one patient, all its records together; a patient has one vector however many records it has. Its norm is at
 most S = sqrt(1/4 + d/4 + d/16), and clipping enforces it, so the whole vector is one release of the Gaussian
-mechanism without sampling, with sensitivity and rounding as `distributed_mechanism` proves them. The class counts and
+mechanism without sampling, with sensitivity and rounding as `distributed_gaussian` proves them. The class counts and
 the number of patients are in it, under the same noise. The parts of any `quorum` - `colluders` hospitals add up to the
 noise that is charged: hospitals that may be missing are taken for colluders, whose noise is not there either. With
 mechanism `local` each hospital adds all of it. What is computed from the sum costs nothing more.
@@ -20,7 +20,7 @@ mechanism `local` each hospital adds all of it. What is computed from the sum co
 The factors 1/2 and 2 share the noise out: an error of the count is multiplied by a mean of at most 1/2, and squares vary
 four times less than values. Centring at 1/2 and 1/8 halves the norm against that of (1, u, u^2).
 
-Headroom: n (m B + M) < 2^53 in the notation of `distributed_mechanism`, m the largest number of patients of a hospital:
+Headroom: n (m B + M) < 2^53 in the notation of `distributed_gaussian`, m the largest number of patients of a hospital:
 the sum wraps nowhere in Z_2^64 and is exact in float64, through which openings are decoded.
 """
 
@@ -38,7 +38,13 @@ from mpc_fl.errors import SAME_VERSION, HeadroomError, PrivacyBudgetError, Proto
 from mpc_fl.learning.data.dataset import PatientRecords
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
-from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients, noised_share, plan_mechanism
+from mpc_fl.learning.privacy.distributed_gaussian import (
+    DistributedGaussian,
+    MechanismTerms,
+    add_patients,
+    noised_share,
+    plan_mechanism,
+)
 
 _COUNT_WEIGHT, _SQUARE_WEIGHT = 0.5, 2.0
 _VALUE_CENTRE, _SQUARE_CENTRE = 0.5, 0.125
@@ -106,15 +112,15 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
     classes = len(config.data.classes)
     # Whose noise may not be there: colluders and the missing. With `local` noise nobody relies on anybody else's.
     absent = {"none": 0, "local": hospitals - 1, "distributed": config.privacy.colluders + hospitals - quorum}[kind]
-    coarse = plan_mechanism(
+    terms = MechanismTerms(
         parameters=classes + 2 * features,
         hospitals=hospitals,
         colluders=absent,
         expected_patients=config.aggregation.count_bound,
         clipping_norm=vector_norm(features),
         noise_multiplier=1.0 if kind == "none" else config.data.normalise_noise_multiplier,
-        ring_bits=64,
     )
+    coarse = plan_mechanism(terms, ring_bits=64)
     low, high = (-_TABLE_BOUND, _TABLE_BOUND) if config.data.is_table else (0.0, 1.0)
     # A finer grid than gradients need costs nothing in a ring of 64 bits.
     for bits in range(_FINEST_GRID_BITS, coarse.sensitivity.bit_length() - 2, -1):

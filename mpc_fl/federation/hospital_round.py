@@ -1,10 +1,11 @@
-"""One federated round, as every role runs it: the main path of training.
+"""One federated round: the main path of training. Here is a hospital's side, `aggregator_round` is the aggregator's.
 
 Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one world:
   1. the aggregator says who takes part; all of them start from the same global model (`attendance`)
   2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
   3. each hospital encodes its weighted update in the ring; refused if it does not fit
-  4. closed sum: who is late is left out, the quorum is checked, the sum is opened to the aggregator alone (`quorum_sum`)
+  4. closed sum: the update is masked and sent, who is late is left out, the quorum is checked, the sum is opened to the
+     aggregator alone (`quorum_sum`)
   5. the aggregator steps along the mean and sends the new global model
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger
@@ -21,21 +22,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from mpc_fl.aggregation.quorum_sum import contribute
 from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules
-from mpc_fl.aggregation.words import next_word
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.distribution import receive_global
 from mpc_fl.federation.federated_sgd import Steps, hospital_steps
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.planning import (
-    _mean_update,
-    checked,
+    describe_mean_update,
     headroom_of,
     run_name,
+    with_norm_check,
 )
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.learning.models.parameters import (
@@ -45,16 +44,9 @@ from mpc_fl.learning.models.parameters import (
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.dp_sgd import train_locally
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
-
-
-# ---- before the first round --------------------------------------------------------------------------------------------
-
-
-# ---- a round at a hospital ---------------------------------------------------------------------------------------------
 
 
 def hospital_round(
@@ -71,7 +63,7 @@ def hospital_round(
         charge_round(hospital, number)
     take_steps = _gradient_steps if hospital.mechanism is not None else _local_steps
     size = len(hospital.shared_parameters)
-    check = checked(rules, hospital.config, hospital.mechanism, size, plan.weight_total)
+    check = with_norm_check(rules, hospital.config, hospital.mechanism, size, plan.weight_total)
     taken = take_steps(hospital, domain, check, plan, notify)
     if isinstance(taken, str):
         return taken
@@ -115,37 +107,33 @@ def _local_steps(
     local = train_locally(
         hospital.model,
         hospital.train,
-        config,
-        hospital.noise_multiplier,
-        hospital.sample_rate,
-        hospital.noise_seed.derive("round", number, plan.attempt),
-        hospital.sampling_seed,
-        number,
-        _progress(config, number, notify),
-        hospital.method,
-        hospital.group,
+        hospital.local_training,
+        round_number=number,
+        noise_seed=hospital.noise_seed.derive("round", *plan.round_of),
+        progress=_progress(config, number, notify),
     )
     trained = time.monotonic() - began
 
-    # 3. Encode; the weight is as secret as the update.
+    # 3. Encode in the ring; the weight is as secret as the update.
     links.set_phase(f"round {number} aggregation")
     count = hospital.train.patient_count if config.aggregation.weighted else 1
     label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
-    # 4. and 5. Closed sum, opened to the aggregator, which sends the new global model.
-    agreed = AgreedSum(plan.hospitals, ("update", number, plan.attempt), _mean_update(config, number))
+    # 4. and 5. `contribute` masks the update for its closed sum, which is opened to the aggregator alone; the aggregator
+    # sends the new global model.
+    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number))
     release = hospital.ledger.release if hospital.noise_multiplier is not None else None
     admitted = contribute(domain, rules, agreed, encoded, release)
     del encoded
     if hospital.name not in admitted:
         return "left out"
-    if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
+    shared = receive_global(links, len(hospital.shared_parameters))
+    if shared is None:
         return "void"
     trained_model = flatten_parameters(hospital.model) + local.update
     load_flat_parameters(hospital.model, trained_model)
-    shape = hospital.shared_parameters.shape
-    hospital.take_global(links.receive_tensor(AGGREGATOR, "global model", torch.float32, shape))
+    hospital.take_global(shared)
     return admitted, Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained
 
 
@@ -153,25 +141,9 @@ def _gradient_steps(
     hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
 ) -> Taken | Missed:
     """Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`."""
-    assert hospital.mechanism is not None
     links, phase = domain.links, f"round {plan.number} training"
     before = links.seconds_of(phase)
-    taken = hospital_steps(
-        domain,
-        rules,
-        hospital.model,
-        hospital.train,
-        hospital.config,
-        hospital.mechanism,
-        hospital.sample_rate,
-        hospital.noise_seed.derive("round", plan.number, plan.attempt),
-        hospital.sampling_seed,
-        (plan.number, plan.attempt),
-        plan.hospitals,
-        hospital.method,
-        _progress(hospital.config, plan.number, notify),
-        hospital.ledger.release,
-    )
+    taken = hospital_steps(hospital, domain, rules, plan, _progress(hospital.config, plan.number, notify))
     return taken if isinstance(taken, str) else (*taken, links.seconds_of(phase) - before)
 
 
@@ -192,9 +164,3 @@ def charge_round(hospital: Hospital, number: int) -> None:
         event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, steps)
     run = run_name(hospital.config)
     hospital.ledger.charge(event, run=run, round_number=number, budget=hospital.budget, reserve=True)
-
-
-# ---- a round at the aggregator -----------------------------------------------------------------------------------------
-
-
-# ---- the end -----------------------------------------------------------------------------------------------------------

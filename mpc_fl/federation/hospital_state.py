@@ -1,10 +1,9 @@
-"""hospital_state"""
+"""What a hospital has over the rounds of a run: its patients, its model, what is spent of their privacy, its own seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +13,12 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.planning import (
-    calibrate_own,
-    distributed_mechanism_of,
+    budget_of,
     features_run_name,
     headroom_of,
-    initial_model,
+    mechanism_of,
     plan_release,
     run_name,
 )
@@ -40,7 +39,8 @@ from mpc_fl.learning.privacy.accounting import (
 )
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
-from mpc_fl.learning.training.per_sample_gradients import choose_per_sample_method
+from mpc_fl.learning.training.dp_sgd import LocalTraining
+from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.roles import hospital_name
@@ -61,7 +61,7 @@ class Hospital:
     noise_multiplier: float | None
     sample_rate: float
     coordinates: torch.Tensor
-    method: Any = None
+    method: Method | None = None
     group: TrainingGroup | None = None
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
@@ -72,6 +72,12 @@ class Hospital:
         """Secret and fresh by default; a number in simulations, different at each hospital."""
         seed = self.config.training.sampling_seed
         return None if seed is None else seed * 1000 + self.rank
+
+    @property
+    def local_training(self) -> LocalTraining:
+        """How it trains in every round."""
+        config, noise, rate = self.config, self.noise_multiplier, self.sample_rate
+        return LocalTraining(config, noise, rate, self.sampling_seed, self.method, self.group)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -130,7 +136,6 @@ def join(
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
     spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
     spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)
     planned = plan_release(config, train.patient_count, spent, name, 0 if last is None else last.round)
@@ -138,11 +143,11 @@ def join(
     rate = sampling_rate(config, train.patient_count)
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
-    hospital = Hospital(config, name, rank, model, train, test, ledger, budget, noise, rate, coordinates)
+    hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
-        hospital.mechanism = distributed_mechanism_of(config)
+        hospital.mechanism = mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
         hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted

@@ -1,32 +1,25 @@
-"""The state of a hospital and of the aggregator over the rounds of a run, and what has to be clear before the first."""
+"""What is clear before the first round, alike at all parties: headroom, who may be left out of a sum, and privacy.
+
+Everything here follows from the configuration and other public values. Privacy is planned as a whole: what the rest of a
+run may release of a hospital's patients (`plan_release`), with noise of its own or of all hospitals (`mechanism_of`).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
-
-import torch
-from torch import nn
 
 from mpc_fl.aggregation.norm_check_session import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.errors import (
-    HeadroomError,
-    PrivacyBudgetError,
-)
+from mpc_fl.errors import HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
-from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
-from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.parameters import (
-    flatten_parameters,
-)
+from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.privacy.accounting import (
+    PrivacyBudget,
     SubsampledGaussian,
     calibrate_noise_multiplier,
     check_delta,
@@ -34,6 +27,7 @@ from mpc_fl.learning.privacy.accounting import (
 )
 from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
+    MechanismTerms,
     plan_mechanism,
     step_total_variation,
 )
@@ -41,8 +35,6 @@ from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR, DEALER
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-
-CALIBRATION_IMAGES = 64
 
 
 def headroom_of(config: Config) -> MeanHeadroom:
@@ -60,11 +52,16 @@ def sum_rules(config: Config) -> Rules:
     return Rules(AGGREGATOR, federation.quorum_size, closing, seconds)
 
 
-def checked(
+def with_norm_check(
     rules: Rules, config: Config, mechanism: DistributedGaussian | None, parameters: int, weight_total: int
 ) -> Rules:
     """The rules of the sums that may have a check of norms: of updates or gradients."""
     return replace(rules, check=check_of(config, headroom_of(config), mechanism, parameters, weight_total))
+
+
+def budget_of(config: Config) -> PrivacyBudget:
+    """What a hospital's patients are promised over all it releases from their data."""
+    return PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
 
 
 def plan_release(
@@ -88,13 +85,11 @@ def plan_release(
     if patients < (settings.smallest_hospital or 0):
         raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
     if settings.mechanism == "distributed":
-        planned = distributed_mechanism_of(config).event(rate, steps)
+        planned = mechanism_of(config).event(rate, steps)
         noise = planned.noise_multiplier
     else:
         if noise is None:
-            noise = calibrate_noise_multiplier(
-                settings.epsilon, settings.delta, rate, steps, past, settings.accountant, who
-            )
+            noise = calibrate_noise_multiplier(budget_of(config), rate, steps, past, who)
         planned = SubsampledGaussian(noise, rate, steps)
     total = epsilon_of([*past, planned], settings.delta, settings.accountant)
     if total > settings.epsilon:
@@ -104,28 +99,6 @@ def plan_release(
             "raise privacy.noise_multiplier, or set it to null to have it calibrated",
         )
     return planned
-
-
-def distributed_mechanism_of(config: Config) -> DistributedGaussian:
-    """The public mechanism of a run with distributed noise."""
-    return mechanism_of(config, len(flatten_parameters(build_model(config, config.data.input_shape, config.seed))))
-
-
-def initial_model(config: Config) -> nn.Module:
-    """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
-    model = build_model(config, config.data.input_shape, config.seed)
-    calibrate_on_public_images(model, config, None)
-    return model
-
-
-def calibrate_on_public_images(model: nn.Module, config: Config, normalisation: Normalisation | None) -> None:
-    """Frozen BatchNorm statistics from public synthetic images, brought to the inputs' normalisation if there is one."""
-    if config.model.normalisation == "frozen" and not config.data.is_table:
-        images = public_phantoms(CALIBRATION_IMAGES, config)
-        calibrate_batchnorm(model, images if normalisation is None else normalisation.apply(images))
-
-
-# ---- a hospital --------------------------------------------------------------------------------------------------------
 
 
 def features_run_name(config: Config) -> str:
@@ -138,42 +111,27 @@ def run_name(config: Config) -> str:
     return f"{config.name} {config.federation.session}".strip()
 
 
-# ---- the aggregator ----------------------------------------------------------------------------------------------------
-
-
-def _all(config: Config, rules: Rules) -> Rules:
+def over_all_hospitals(config: Config, rules: Rules) -> Rules:
     """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
     return replace(rules, smallest=config.federation.hospitals, check=None)
 
 
-def _mean_update(config: Config, number: int) -> Description:
+def describe_mean_update(config: Config, number: int) -> Description:
+    """What the records of openings say of a round's mean update, alike at all parties."""
     privacy = privacy_of_steps(config, config.training.local_steps)
     return Description("sum of weighted updates", f"round {number}: mean update", privacy)
 
 
-_CALIBRATION_RECORDS = 256
+def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGaussian:
+    """The mechanism of a run with distributed noise, from public values alone and so the same at all parties.
 
-
-def calibrate_own(model: nn.Module, inputs: torch.Tensor, config: Config) -> None:
-    """Measure frozen BatchNorm statistics on a hospital's own training inputs, float32 (N, ...), where FedBN does.
-
-    That is with `training.local_normalisation` and without differential privacy; else nothing happens. To be called
-    whenever the shared parameters have changed, before evaluation and training: the statistics belong to the weights.
-    256 inputs are used, evenly from all of them, which may be ordered by class.
-    """
-    if not config.training.local_normalisation or config.privacy.mechanism != "none":
-        return
-    if config.model.normalisation == "frozen" and len(inputs) >= 2:
-        calibrate_batchnorm(model, inputs[:: math.ceil(len(inputs) / _CALIBRATION_RECORDS)])
-
-
-def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
-    """The mechanism of a run, from public values alone and so the same at all parties.
-
+    It is for P `parameters`, by default those of the configured network.
     A noise multiplier that is not configured is calibrated for the sampling rate of the smallest hospital there may be.
     The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
     """
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
+    if parameters is None:
+        parameters = len(flatten_parameters(build_model(config)))
     # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
     absent = settings.colluders + hospitals - config.federation.quorum_size
     noise = settings.noise_multiplier
@@ -184,25 +142,12 @@ def mechanism_of(config: Config, parameters: int) -> DistributedGaussian:
         steps = training.rounds * training.local_steps
         features = plan_features(config).event() if config.data.normalise == "secure" else None
         before = [] if features is None else [features]
-        noise = calibrate_noise_multiplier(
-            settings.epsilon, settings.delta, rate, steps, before, settings.accountant, "the federation", distance
-        )
-
-    def planned(ring_bits: int) -> DistributedGaussian:
-        return plan_mechanism(
-            parameters=parameters,
-            hospitals=hospitals,
-            colluders=absent,
-            expected_patients=training.batch_size,
-            clipping_norm=settings.clipping_norm,
-            noise_multiplier=noise,
-            ring_bits=32 if ring_bits == 32 else 64,
-        )
-
+        noise = calibrate_noise_multiplier(budget_of(config), rate, steps, before, "the federation", distance)
+    terms = MechanismTerms(parameters, hospitals, absent, training.batch_size, settings.clipping_norm, noise)
     try:
-        return planned(32)
+        return plan_mechanism(terms, ring_bits=32)
     except HeadroomError:
-        return planned(64)
+        return plan_mechanism(terms, ring_bits=64)
 
 
 def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:

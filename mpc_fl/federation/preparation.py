@@ -1,4 +1,8 @@
-"""preparation"""
+"""Sums over all hospitals that are opened once, before the first round: of features if so configured, and of patients.
+
+The first gives the common normalisation of inputs (`feature_statistics`), the second the total weight of the mean. Both are
+opened over all hospitals or not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +16,27 @@ from mpc_fl.errors import ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import Attendance
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
+from mpc_fl.federation.global_model import calibrate_on_public_images, calibrate_own
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.planning import (
-    _all,
-    calibrate_on_public_images,
-    calibrate_own,
     features_run_name,
+    over_all_hospitals,
 )
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import (
     flatten_buffers,
-    flatten_parameters,
     load_flat_buffers,
-    load_flat_parameters,
 )
-from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
-
-def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> None:
-    """Parameters, frozen statistics and normalisation of inputs, for hospitals that begin, join, or begin anew."""
-
-    def send(name: str) -> None:
-        links.send_tensor(name, "parameters", flatten_parameters(aggregator.model))
-        links.send_tensor(name, "statistics", flatten_buffers(aggregator.model))
-        if aggregator.normalisation is not None:
-            links.send_tensor(name, "normalisation", aggregator.normalisation.tensor())
-
-    broadcast(names, send)
-
-
-def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
-    """A hospital's side of `send_model`, so that all start bit for bit alike."""
-    parameters, buffers = flatten_parameters(hospital.model), flatten_buffers(hospital.model)
-    load_flat_parameters(
-        hospital.model, links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
-    )
-    load_flat_buffers(hospital.model, links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape))
-    if normalised:
-        values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, None)
-        hospital.normalise(Normalisation.of_tensor(values))
+_FEATURES = Description("sum of features", "mean and deviation of the inputs")
+_PATIENTS = Description("number of patients", "total weight of the mean")
 
 
 def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...]) -> None:
     """Sums over all hospitals before the first round, at a hospital: features if so configured, and the patients."""
-    config, rules = hospital.config, _all(hospital.config, rules)
+    config, rules = hospital.config, over_all_hospitals(hospital.config, rules)
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure":
         plan, ledger = plan_features(config), hospital.ledger
@@ -80,15 +59,9 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
     calibrate_own(hospital.model, hospital.train.inputs, config)
 
 
-_FEATURES = Description("sum of features", "mean and deviation of the inputs")
-
-
-_PATIENTS = Description("number of patients", "total weight of the mean")
-
-
 def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: Rules, attendance: Attendance) -> None:
     """Sums over all hospitals before the first round, at the aggregator."""
-    config, rules, hospitals = aggregator.config, _all(aggregator.config, rules), attendance.members
+    config, rules, hospitals = aggregator.config, over_all_hospitals(aggregator.config, rules), attendance.members
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure":
         plan = plan_features(config)

@@ -1,4 +1,8 @@
-"""secure_evaluation"""
+"""Evaluation over all hospitals: each counts on its own test patients, and only the sum of the counts is opened.
+
+A hospital's own evaluation stays with it. Counts carry no noise, so their sum is opened over all hospitals or not at all,
+unless `federation.evaluate_incomplete` says otherwise: the difference of two sums would be one hospital's counts.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,17 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import QuorumError, SumLostError
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.planning import _all
+from mpc_fl.federation.planning import over_all_hospitals
 from mpc_fl.learning.models.evaluation import (
-    SCORE_BINS,
     Evaluation,
     decode_evaluation,
     encode_evaluation,
     evaluate_locally,
     evaluation_length,
     predict,
-    require_evaluation_headroom,
 )
 from mpc_fl.roles import AGGREGATOR
-from mpc_fl.sharing.opening import SecretDomain, open_to
-from mpc_fl.sharing.secure_sum import secure_sum
+from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _evaluation_counts(number: int) -> Description:
 
 def _evaluating(config: Config, rules: Rules) -> Rules:
     """Counts carry no noise: unless configured otherwise they are opened over all hospitals or not at all."""
-    return rules if config.federation.evaluate_incomplete else _all(config, rules)
+    return rules if config.federation.evaluate_incomplete else over_all_hospitals(config, rules)
 
 
 def aggregator_evaluation(
@@ -79,24 +80,3 @@ def aggregator_evaluation(
         log.warning("%s", error)
         return None
     return decode_evaluation(total, classes)
-
-
-__all__ = ["SCORE_BINS", "Evaluation", "evaluate_locally", "secure_evaluation"]
-
-
-def secure_evaluation(
-    domain: SecretDomain, own: Private[Evaluation] | None, classes: int, count_bound: int, opener: str, why: str
-) -> Evaluation | None:
-    """Sum all hospitals' evaluations and open the sum to `opener`; parties without patients pass `None`.
-
-    One opening of `evaluation_length(classes)` counts. Raises `HeadroomError` when a count exceeds `count_bound` or sums
-    could be inexact, before anything is sent.
-    """
-    require_evaluation_headroom(len(domain.world), count_bound)
-    if own is None:
-        counts = torch.zeros(evaluation_length(classes), dtype=torch.int64)
-    else:
-        counts = encode_evaluation(own.inside_protocol(), count_bound)
-    shared = secure_sum(domain, Private("evaluation counts", counts), 0, "sum of evaluation counts")
-    opened = open_to(domain, shared, [opener], why)
-    return None if opened is None else decode_evaluation(opened.long(), classes)

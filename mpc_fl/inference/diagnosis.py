@@ -37,7 +37,7 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
     if model is None:
         from mpc_fl.learning.models.architectures import build_model
 
-        model = build_model(config, config.data.input_shape, config.seed)
+        model = build_model(config)
     if config.inference.engine == "fast":
         from mpc_fl.inference.fast.quantization.float_graph import prepare
 

@@ -288,7 +288,7 @@ def test_an_honest_update_stays_within_its_bound() -> None:
 def test_noise_makes_the_bound_tight_for_large_models() -> None:
     from mpc_fl.aggregation.norm_bound import gradient_norm_bound, in_grid_units, step_weights, update_norm_bound
     from mpc_fl.config.config import parse_config
-    from mpc_fl.learning.privacy.distributed_gaussian import plan_mechanism
+    from mpc_fl.learning.privacy.distributed_gaussian import MechanismTerms, plan_mechanism
 
     privacy = {"noise_multiplier": 1.0, "smallest_hospital": 1000}
     config = parse_config({"privacy": privacy}, "test")
@@ -299,7 +299,14 @@ def test_noise_makes_the_bound_tight_for_large_models() -> None:
     assert in_grid_units(2.0, 10, 400, 0.5) == 1024 + 10
 
     mechanism = plan_mechanism(
-        parameters=11_178_051, hospitals=3, colluders=1, expected_patients=64, clipping_norm=1.0, noise_multiplier=1.0
+        MechanismTerms(
+            parameters=11_178_051,
+            hospitals=3,
+            colluders=1,
+            expected_patients=64,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+        )
     )
     bound = gradient_norm_bound(mechanism)
     assert 1 < bound / math.sqrt(mechanism.parameters * mechanism.noise_share.variance) < 1.1

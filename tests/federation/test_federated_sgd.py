@@ -42,18 +42,23 @@ class KeepFrames:
 def steps(links: Any, directory: str) -> dict[str, Any]:
     import mpc_fl.federation.federated_sgd as federated_sgd
     from mpc_fl.audit.opening_record import OpeningRecord
-    from mpc_fl.crypto.stream_cipher import Seed
-    from mpc_fl.federation.planning import initial_model, sum_rules
+    from mpc_fl.federation.aggregator_state import prepare_aggregator
+    from mpc_fl.federation.attendance import RoundPlan
+    from mpc_fl.federation.hospital_round import charge_round
+    from mpc_fl.federation.hospital_state import join
+    from mpc_fl.federation.planning import sum_rules
     from mpc_fl.learning.data.loading import load_hospital
     from mpc_fl.learning.models.parameters import flatten_parameters
-    from mpc_fl.learning.training.server_optimizers import server_optimizer
+    from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
     config = _config()
-    model = initial_model(config)
-    parameters = len(flatten_parameters(model))
-    mechanism, rules = mechanism_of(config, parameters), sum_rules(config)
-    result: dict[str, Any] = {"ring": mechanism.ring_bits, "parameters": parameters}
+    rules, aggregator = sum_rules(config), prepare_aggregator(config)
+    model, mechanism = aggregator.model, aggregator.mechanism
+    assert mechanism is not None
+    result: dict[str, Any] = {"ring": mechanism.ring_bits, "parameters": mechanism.parameters}
+    starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+    plan = RoundPlan(1, 0, tuple(HOSPITALS), starts, (), 128, False)
     with CrypTenRuntime(links, [*HOSPITALS, "aggregator"], None, 24) as runtime:
         domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
         links.set_phase("steps")
@@ -61,11 +66,7 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
             opened: list[torch.Tensor] = []
             mean_gradient = federated_sgd.mean_gradient
             federated_sgd.mean_gradient = lambda m, total: opened.append(total.clone()) or mean_gradient(m, total)
-            starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
-            optimizer = server_optimizer(config)
-            federated_sgd.aggregator_steps(
-                domain, rules, model, config, mechanism, optimizer, (1, 0), tuple(HOSPITALS), starts
-            )
+            federated_sgd.aggregator_steps(aggregator, domain, rules, plan)
             result |= {"opened": opened, "shares": KeepFrames.shares}
         else:
             summands: list[torch.Tensor] = []
@@ -79,11 +80,12 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
                 return share
 
             federated_sgd.noised_share = kept
-            data = load_hospital(config, int(links.name[-1]), "train")
-            taken = federated_sgd.hospital_steps(
-                domain, rules, model, data, config, mechanism, 0.4, Seed.from_system(), None, (1, 0), tuple(HOSPITALS),
-                "vmap", lambda *_: None,
-            )  # fmt: skip
+            rank = int(links.name[-1])
+            data, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
+            hospital = join(config, rank, data, held_out, PrivacyLedger(Path(directory) / f"{rank}.json", links.name))
+            charge_round(hospital, 1)
+            taken = federated_sgd.hospital_steps(hospital, domain, rules, plan, lambda *_: None)
+            model = hospital.model
             assert not isinstance(taken, str) and taken[0] == tuple(HOSPITALS)
             kept_steps = taken[1]
             sent = links.traffic["round 1 aggregation"]["aggregator"].bytes_sent

@@ -444,7 +444,7 @@ def test_tables_are_normalised_within_their_reference_ranges() -> None:
 
 def test_a_model_file_keeps_the_constants_of_its_inputs(tmp_path: Path) -> None:
     config = configured()
-    model = build_model(config, config.data.input_shape, 1)
+    model = build_model(config, seed=1)
     constants = Normalisation((0.1, 1 / 3, 0.7), (0.2, 1e-3, 0.5))
     assert Normalisation.of_tensor(constants.tensor()) == constants
     save_model(tmp_path / "model", model, config, constants)
@@ -475,7 +475,7 @@ def test_constants_that_cannot_be_are_refused(constants: Any, tmp_path: Path) ->
     from mpc_fl.learning.models.model_file import describe
 
     config = configured()
-    state = build_model(config, config.data.input_shape, 1).state_dict()
+    state = build_model(config, seed=1).state_dict()
     description = json.dumps({**describe(config), "normalisation_of_inputs": constants})
     save_file(state, tmp_path / "model", metadata={"mpc-fl": description})
     with pytest.raises(ModelError) as caught:
@@ -496,16 +496,16 @@ def evaluate_and_measure(links: Any, directory: str) -> dict[str, Any]:
     """One evaluation and one feature sum, each opened once to the aggregator."""
     from mpc_fl.audit.opening_record import OpeningRecord
     from mpc_fl.crypto.secrecy import Private
-    from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.opening import open_to
     from mpc_fl.sharing.secure_sum import secure_sum
+    from tests.support.summed_evaluation import summed_evaluation
 
     plan, rank = plan_features(configured(hospitals=2)), WORLD.index(links.name)
     with CrypTenRuntime(links, WORLD, None, fraction_bits=24) as runtime:
         domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
-        own = None if rank == 2 else Private("own", evaluate_locally(*predictions(40, 3, rank)))
-        evaluation = secure_evaluation(domain, own, 3, 100, "aggregator", "evaluation counts")
+        own = None if rank == 2 else evaluate_locally(*predictions(40, 3, rank))
+        evaluation = summed_evaluation(domain, own, 3, "aggregator", "evaluation counts")
         summand = Private("aggregator's zero", torch.zeros(plan.length, dtype=torch.int64))
         if rank < 2:
             summand = encode_features(plan, some_records(20, rank), Seed.from_system())

@@ -70,7 +70,7 @@ class Site:
                     pixels = draw.integers(0, 256, (8, 8), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / f"{name}{split}{patient}.png")
         settings = self.settings
-        save_model(self.model, build_model(settings, settings.data.input_shape, 3), settings)
+        save_model(self.model, build_model(settings, seed=3), settings)
 
     @property
     def settings(self) -> Config:
@@ -297,7 +297,7 @@ def _of(**changes: Any) -> Callable[[Site], None]:
     def save(site: Site) -> None:
         values = {name: {**SETTINGS.get(name, {}), **change} for name, change in changes.items()}
         other = site.settings.with_values(**values)
-        save_model(site.model, build_model(other, other.data.input_shape, 3), other)
+        save_model(site.model, build_model(other, seed=3), other)
 
     return save
 

@@ -94,7 +94,7 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
 
 
 def die_once_round_1_is_signed() -> None:
-    from parties import hospital
+    from mpc_fl.federation import hospital_program as hospital
 
     sign_round = hospital.sign_round
 
@@ -111,11 +111,11 @@ def boost_round_2() -> None:
 
     train_locally = federation.train_locally
 
-    def boosted(*arguments: Any) -> Any:
-        local = train_locally(*arguments)
+    def boosted(*arguments: Any, round_number: int, **named: Any) -> Any:
+        local = train_locally(*arguments, round_number=round_number, **named)
         # What the norm bound is about: an honest update here is far below it, ten times a long one far above.
         unit = local.update / local.update.norm()
-        return dataclasses.replace(local, update=unit * (10.0 if arguments[7] == 2 else 0.9))
+        return dataclasses.replace(local, update=unit * (10.0 if round_number == 2 else 0.9))
 
     federation.train_locally = boosted
 
@@ -291,7 +291,7 @@ def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -
         assert found is not None
         assert found.mean[0] == pytest.approx(float(mean), abs=1e-4)
         assert found.deviation[0] == pytest.approx(float(variance.sqrt()), abs=1e-4)
-        shared = shared_coordinates(build_model(site.config, site.config.data.input_shape, 0), True)
+        shared = shared_coordinates(build_model(site.config, seed=0), True)
         assert 0 < int((~shared).sum()) < len(shared)
         for first, second in itertools.combinations(expected.values(), 2):
             assert torch.equal(first[shared], second[shared])

@@ -71,7 +71,7 @@ def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, resul
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mpc_fl.federation.planning import initial_model
+    from mpc_fl.federation.global_model import initial_model
     from mpc_fl.learning.models.model_file import save_model
 
     path = tmp_path_factory.mktemp("model") / "model.safetensors"

@@ -146,7 +146,7 @@ def diagnosing(links: Any, directory: str) -> Any:
     values = {"task": "infer", "data": {"source": "images", "image_size": 16, "channels": 1},
               "model": {"architecture": "small_cnn"}, "inference": {"batch_size": 2}}  # fmt: skip
     config = parse_config(values, "test")
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     world = [roles.HOSPITAL, roles.MODEL_OWNER]
     with CrypTenRuntime(links, world, "dealer", 16) as runtime:
         domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))

@@ -33,11 +33,11 @@ def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
     from mpc_fl.crypto.ring import Headroom
     from mpc_fl.crypto.secrecy import Private
     from mpc_fl.errors import SecrecyError
-    from mpc_fl.federation.secure_evaluation import secure_evaluation
     from mpc_fl.learning.models.evaluation import evaluate_locally
     from mpc_fl.sharing.crypten_parts import mpc_tensor_from_share
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
     from mpc_fl.sharing.secure_sum import encode_weighted, secure_sum, weighted_mean
+    from tests.support.summed_evaluation import summed_evaluation
 
     rank, opener = world.index(links.name), world[-1]
     with CrypTenRuntime(links, world, None, fraction_bits=24) as runtime:
@@ -47,9 +47,7 @@ def sums(links: Any, directory: str, world: list[str]) -> dict[str, Any]:
         mean = weighted_mean(domain, encoded, opener, "test")
         labels = torch.tensor([0, 1, 2, 2])
         probabilities = torch.eye(3)[torch.tensor([0, 1, 2, rank % 3])]
-        evaluation = secure_evaluation(
-            domain, Private("own", evaluate_locally(probabilities, labels)), 3, 100, opener, "evaluation"
-        )
+        evaluation = summed_evaluation(domain, evaluate_locally(probabilities, labels), 3, opener, "evaluation")
         shared = secure_sum(domain, Private("secret", torch.tensor([rank])), 0)
         with pytest.raises(SecrecyError):
             print(shared)

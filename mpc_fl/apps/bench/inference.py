@@ -76,7 +76,7 @@ class Job:
 
     def network(self) -> nn.Module:
         """The float network, alike in every process that asks."""
-        model = build_model(self.config, self.config.data.input_shape, 0)
+        model = build_model(self.config, seed=0)
         calibrate_batchnorm(model, public_phantoms(_CALIBRATION_IMAGES, self.config))
         return model.eval()
 

@@ -19,7 +19,8 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
-from mpc_fl.federation.planning import distributed_mechanism_of, headroom_of, initial_model, plan_release, sum_rules
+from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, sum_rules
 from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
 from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.reference.diagnosis import public_graph, requests_of
@@ -75,7 +76,7 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
 
     Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
     """
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
     shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
@@ -83,7 +84,7 @@ def estimate_training(config: Config, patients: list[int]) -> dict[str, Any]:
     # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
     sums, ring_bits = 1, headroom.ring_bits
     if config.privacy.mechanism == "distributed":
-        sums, ring_bits = config.training.local_steps, distributed_mechanism_of(config).ring_bits
+        sums, ring_bits = config.training.local_steps, mechanism_of(config).ring_bits
     before = [_WORD] if config.aggregation.weighted else []
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
@@ -192,7 +193,7 @@ def _reference_inference(config: Config) -> dict[str, Any]:
     shape = (config.inference.batch_size, *config.data.input_shape)
     with torch.no_grad():
         graph = public_graph(config)
-        model = build_model(config, config.data.input_shape, config.seed)
+        model = build_model(config)
     corrections = _WORD * sum(r.elements for r in requests_of(graph, shape, 2, config.inference.fraction_bits))
     weights = len(flatten_parameters(model)) * (2 * _FLOAT + 2 * _WORD)
     comparing = config.inference.batch_size * _activations(model, config.data.input_shape).widest * _COMPARISON_WORDS

@@ -64,7 +64,7 @@ def public_graph(config: Config) -> EncryptedGraph:
 
     Raises `UnsupportedLayerError` for a layer without encrypted counterpart, before any data moves.
     """
-    return build_graph(build_model(config, config.data.input_shape, config.seed), config.data.input_shape)
+    return build_graph(build_model(config), config.data.input_shape)
 
 
 def private_graph(config: Config, model: nn.Module) -> EncryptedGraph:

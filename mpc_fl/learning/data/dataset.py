@@ -1,4 +1,4 @@
-"""dataset"""
+"""Records in memory, and which of them belong to one patient: the patient, not the record, is the unit of privacy."""
 
 from __future__ import annotations
 

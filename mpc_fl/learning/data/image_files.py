@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pydicom
 import torch
-from PIL import Image, ImageOps
-from pydicom.multival import MultiValue
-from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from mpc_fl.errors import DataError
 
@@ -34,11 +30,10 @@ _ELEMENTS = (
     "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths", "PixelData",
 )  # fmt: skip
-# What Pillow and pydicom raise for malformed content, found by damaging files at random.
+# What Pillow and pydicom raise for malformed content besides exceptions of their own, found by damaging files at random.
 _MALFORMED = (
     OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SyntaxError,
-    MemoryError, AssertionError, struct.error, zlib.error, pydicom.errors.InvalidDicomError,
-    pydicom.errors.BytesLengthException, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    MemoryError, AssertionError, struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -112,6 +107,8 @@ def _is_dicom(path: Path) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Neither warnings nor log lines of the decoders: they may quote tag values."""
+    from PIL import Image  # pydicom decodes some pixels with it, too
+
     loggers = [logging.getLogger(name) for name in ("pydicom", "PIL")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -128,6 +125,8 @@ def _quiet() -> Iterator[None]:
 
 def _read_picture(path: Path) -> np.ndarray:
     """Float values in [0, 1], (height, width) or (height, width, 3)."""
+    from PIL import Image, ImageOps
+
     try:
         with _quiet(), Image.open(path, formats=("PNG", "JPEG")) as file:
             if file.width * file.height > _LARGEST_PIXELS:
@@ -138,20 +137,24 @@ def _read_picture(path: Path) -> np.ndarray:
             if picture.mode in ("L", "1", "LA"):
                 return np.asarray(picture.convert("L"), dtype=np.float32) / 255.0
             return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0
-    except _MALFORMED:
+    except (*_MALFORMED, Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _unreadable(path, "no valid PNG or JPEG") from None
 
 
 def _read_dicom(path: Path) -> np.ndarray:
     """Float values in [0, 1] as shown on a screen: modality table, window, photometric interpretation (PS3.3 C.11)."""
+    import pydicom
+    from PIL import Image
+
+    own = (pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException)
     try:
         with _quiet():
             syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID")
-            if syntax == DeflatedExplicitVRLittleEndian:
+            if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
                 # pydicom inflates the whole file without any bound
                 raise _unreadable(path, "a deflated DICOM file is not supported")
             return _shown(pydicom.dcmread(path, force=False, specific_tags=list(_ELEMENTS)), path)
-    except _MALFORMED as error:
+    except (*_MALFORMED, *own, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # pydicom's messages may quote tag values, so only the kind of error is passed on.
         raise _unreadable(path, f"no readable DICOM pixels ({type(error).__name__})") from None
 
@@ -181,6 +184,8 @@ def _shown(dataset: Any, path: Path) -> np.ndarray:
 
 def _first_number(dataset: Any, name: str) -> float | None:
     """A decimal value, the first of several; None where the element is absent or empty."""
+    from pydicom.multival import MultiValue
+
     value = dataset.get(name)
     if isinstance(value, MultiValue):
         value = value[0] if value else None

@@ -1,4 +1,7 @@
-"""normalisation"""
+"""The common scale of inputs: a public mean and deviation of each channel or feature, applied before the network.
+
+Who measures them is `federation.feature_statistics`; they travel as a tensor and stand in the model file.
+"""
 
 from __future__ import annotations
 

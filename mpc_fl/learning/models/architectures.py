@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,11 +27,7 @@ from torch.overrides import TorchFunctionMode
 from mpc_fl import compatibility
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-
-compatibility.prepare()
-import torchvision.models  # noqa: E402  (after the operators it needs are defined)
-
-from mpc_fl.learning.models.batch_norm import freeze_normalisation, with_group_norm  # noqa: E402
+from mpc_fl.learning.models.batch_norm import freeze_normalisation, with_group_norm
 
 OWN_ARCHITECTURES = ("small_cnn", "mlp")
 _RANDOM_FILLS = frozenset(
@@ -100,23 +97,34 @@ def multilayer_perceptron(features: int, hidden: tuple[int, ...], classes: int) 
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
+def _torchvision_models() -> ModuleType:
+    """Imported when a network of torchvision's is asked for: it takes longer than all of torch."""
+    compatibility.prepare()  # defines the operators that the import needs
+    import torchvision.models
+
+    return torchvision.models
+
+
 @functools.cache
 def architectures() -> tuple[str, ...]:
     """Names `config.model.architecture` accepts."""
-    return OWN_ARCHITECTURES + tuple(torchvision.models.list_models(module=torchvision.models))
+    models = _torchvision_models()
+    return OWN_ARCHITECTURES + tuple(models.list_models(module=models))
 
 
-def _torchvision_classifier(name: str, classes: int) -> nn.Module:
+def _torchvision_classifier(name: str, classes: int) -> Callable[[], nn.Module]:
     options: dict[str, Any] = {"weights": None, "num_classes": classes}
     if name in ("googlenet", "inception_v3"):  # one output, no auxiliary classifiers
         options.update(aux_logits=False, init_weights=True)
-    return torchvision.models.get_model_builder(name)(**options)
+    return functools.partial(_torchvision_models().get_model_builder(name), **options)
 
 
-def _construct(config: Config, input_shape: tuple[int, ...]) -> nn.Module:
+def _constructor(config: Config, input_shape: tuple[int, ...]) -> Callable[[], nn.Module]:
+    """What makes the network, once it is certain that it can be made. Raises `ModelError`."""
     name, classes = config.model.architecture, len(config.data.classes)
     if name == "mlp":
-        return multilayer_perceptron(int(torch.Size(input_shape).numel()), config.model.hidden, classes)
+        features = int(torch.Size(input_shape).numel())
+        return functools.partial(multilayer_perceptron, features, config.model.hidden, classes)
     if len(input_shape) != 3:
         raise ModelError(
             f"model.architecture '{name}' needs images, the data have shape {tuple(input_shape)}",
@@ -125,7 +133,7 @@ def _construct(config: Config, input_shape: tuple[int, ...]) -> nn.Module:
     if name == "small_cnn":
         if min(input_shape[1:]) < 8:
             raise ModelError(f"small_cnn needs images of at least 8x8 pixels, not {input_shape[1:]}", "use model mlp")
-        return small_cnn(input_shape, classes)
+        return functools.partial(small_cnn, input_shape, classes)
     if name not in architectures():
         near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.0)
         raise ModelError(f"unknown model.architecture '{name}'", f"the nearest known name is '{near[0]}'")
@@ -136,17 +144,19 @@ def _construct(config: Config, input_shape: tuple[int, ...]) -> nn.Module:
     return _torchvision_classifier(name, classes)
 
 
-def build_model(config: Config, input_shape: tuple[int, ...], seed: int) -> nn.Module:
-    """The configured network with float32 initial weights that depend on `seed` alone.
+def build_model(config: Config, *, input_shape: tuple[int, ...] | None = None, seed: int | None = None) -> nn.Module:
+    """The configured network with float32 initial weights that depend on `seed` alone, by default `config.seed`.
 
-    `input_shape` is one record: (C, H, W) for images, (F,) for tables. The output is (N, classes) logits. BatchNorm is
+    `input_shape` is one record, by default that of the configuration: (C, H, W) for images, (F,) for tables. The output is
+    (N, classes) logits. BatchNorm is
     replaced as `config.model.normalisation` says; call `calibrate_batchnorm` before training a `frozen` network.
     The process's random state is neither read nor changed. Raises `ModelError` for an unknown architecture (naming the
     nearest) and for data of the wrong form.
     """
-    generator = torch.Generator().manual_seed(seed)
+    construct = _constructor(config, config.data.input_shape if input_shape is None else input_shape)
+    generator = torch.Generator().manual_seed(config.seed if seed is None else seed)
     with torch.random.fork_rng(devices=[]), _DrawFrom(generator):
-        model = _construct(config, input_shape)
+        model = construct()
     if config.model.normalisation == "group":
         return with_group_norm(model).eval()
     return freeze_normalisation(model).eval()

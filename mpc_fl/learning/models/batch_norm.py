@@ -1,4 +1,8 @@
-"""batch_norm"""
+"""What stands for BatchNorm, whose batch statistics mix patients: frozen statistics, or GroupNorm.
+
+Frozen statistics are measured once on public inputs. The layers that normalise, BatchNorm or not, may be each hospital's
+own (FedBN): their state can be taken from a network and put back.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +90,7 @@ def calibrate_batchnorm(model: nn.Module, inputs: torch.Tensor) -> None:
 
     The statistics are plain averages over chunks of 64 inputs. They are buffers, not parameters: no update carries
     them, so all parties must calibrate on the same public inputs. Never call this with patients' data: nothing is
-    clipped and no noise is added (`strategies.calibrate_own` says when a hospital may after all). Raises
+    clipped and no noise is added (the federation's `calibrate_own` says when a hospital may after all). Raises
     `ModelError` for fewer than two inputs.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
@@ -111,7 +115,8 @@ def calibrate_batchnorm(model: nn.Module, inputs: torch.Tensor) -> None:
         module.training = mode
 
 
-def _normalisation_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def normalisation_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and layers of BatchNorm, frozen or not, InstanceNorm, GroupNorm, LayerNorm and RMSNorm."""
     return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, _NORMALISATION)]
 
 
@@ -119,7 +124,7 @@ def normalisation_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and statistics of normalisation layers, by their names in the `state_dict`."""
     return {
         f"{path}.{name}" if path else name: value.detach().clone()
-        for path, layer in _normalisation_layers(model)
+        for path, layer in normalisation_layers(model)
         for name, value in layer.state_dict().items()
     }
 

@@ -75,7 +75,7 @@ def load_model(path: Path, config: Config) -> nn.Module:
                 "use the configuration the model was trained with",
             )
     _normalisation_of(description, path, config)
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     forms = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
     if forms != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}:
         raise ModelError(f"the tensors in model file {path} do not fit the architecture", retrain)

@@ -1,4 +1,8 @@
-"""parameters"""
+"""A network's trainable parameters as one flat vector, float32 (P,), and back.
+
+The order is that of `named_parameters`. Where normalisation layers are each hospital's own, `shared_coordinates` says which
+S of the P coordinates hospitals have in common, and `join_parts` puts both together again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import torch
 from torch import nn
 
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.batch_norm import _normalisation_layers
+from mpc_fl.learning.models.batch_norm import normalisation_layers
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -45,7 +49,7 @@ def shared_coordinates(model: nn.Module, local_normalisation: bool) -> torch.Ten
     """
     own: set[int] = set()
     if local_normalisation:
-        own = {id(value) for _, layer in _normalisation_layers(model) for value in layer.parameters(recurse=False)}
+        own = {id(value) for _, layer in normalisation_layers(model) for value in layer.parameters(recurse=False)}
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     if local_normalisation and not any(id(parameter) in own for parameter in parameters):
         raise ModelError("the network has no normalisation layer to train", "set training.local_normalisation to false")

@@ -5,7 +5,7 @@ data sets differ in one patient, added or removed. Epsilon comes from Opacus: `r
 Talwar, Zhang 2019), `prv` composes privacy loss distributions numerically (Gopi, Lee, Wutschitz 2021): tighter,
 slower.
 
-A mechanism whose outputs are only within total variation eta of a Gaussian one's (integer noise: `distributed_mechanism`)
+A mechanism whose outputs are only within total variation eta of a Gaussian one's (integer noise: `distributed_gaussian`)
 is the same event with that eta: over all steps the distances add up, and where the Gaussian releases are (epsilon, delta)
 the real ones are (epsilon, delta + (1 + exp(epsilon)) * sum of eta). A fixed small part of delta is set aside for this.
 """
@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis import rdp as analysis
 
 from mpc_fl.errors import PrivacyBudgetError
 
 Accountant = Literal["rdp", "prv"]
 
-# Opacus's orders, and larger ones: with those alone no epsilon below log(1/delta) / 62 can be certified.
-RDP_ORDERS: tuple[float, ...] = (*RDPAccountant.DEFAULT_ALPHAS, 80, 96, 128, 192, 256, 512, 1024)
+# Opacus's orders (`RDPAccountant.DEFAULT_ALPHAS`; Opacus itself is imported when something is computed, it takes seconds),
+# and larger ones: with those alone no epsilon below log(1/delta) / 62 can be certified.
+_OPACUS_ORDERS = (*(1 + tenths / 10.0 for tenths in range(1, 100)), *range(12, 64))
+RDP_ORDERS: tuple[float, ...] = (*_OPACUS_ORDERS, 80, 96, 128, 192, 256, 512, 1024)
 LARGEST_NOISE_MULTIPLIER = 1e3
 _CALIBRATION_TOLERANCE = 1e-3
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 _SET_ASIDE = 2.0**-20
 
 
@@ -82,6 +82,8 @@ def _merged(events: Iterable[SubsampledGaussian]) -> list[tuple[float, float, in
 @functools.lru_cache(maxsize=4096)
 def _renyi_of_one_step(noise_multiplier: float, sample_rate: float) -> np.ndarray:
     """Renyi divergences at `RDP_ORDERS`, float64; they add up over steps."""
+    from opacus.accountants.analysis import rdp as analysis
+
     return np.asarray(
         analysis.compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(RDP_ORDERS))
     )
@@ -109,6 +111,9 @@ def epsilon_of(events: Iterable[SubsampledGaussian], delta: float, accountant: A
 
 
 def _epsilon_of_gaussians(history: list[tuple[float, float, int]], delta: float, accountant: Accountant) -> float:
+    from opacus.accountants import PRVAccountant
+    from opacus.accountants.analysis import rdp as analysis
+
     with warnings.catch_warnings():
         # "Optimal order is the smallest/largest alpha": the bound holds, a finer order could only lower it.
         warnings.simplefilter("ignore")
@@ -137,21 +142,19 @@ def check_delta(delta: float, patients: int, who: str) -> None:
         )
 
 
-def _spent_message(who: str, epsilon: float, target: float, delta: float) -> str:
-    return f"{who}: privacy budget already spent: epsilon {epsilon:.3f} of {target:g} at delta {delta:g}"
+def _spent_message(who: str, epsilon: float, budget: PrivacyBudget) -> str:
+    return f"{who}: privacy budget already spent: epsilon {epsilon:.3f} of {budget.epsilon:g} at delta {budget.delta:g}"
 
 
 def calibrate_noise_multiplier(
-    target_epsilon: float,
-    delta: float,
+    budget: PrivacyBudget,
     sample_rate: float,
     steps: int,
     spent: Iterable[SubsampledGaussian] = (),
-    accountant: Accountant = "rdp",
     who: str = "hospital",
     total_variation: float = 0.0,
 ) -> float:
-    """Smallest noise multiplier (up to 0.1 %) with which `steps` more steps and `spent` compose to at most the target.
+    """Smallest noise multiplier (up to 0.1 %) with which `steps` more steps and `spent` compose to at most the budget.
 
     By bisection; the returned value itself has been checked against the accountant. Raises `PrivacyBudgetError`,
     beginning with `who`, if the events already spent leave nothing.
@@ -160,27 +163,27 @@ def calibrate_noise_multiplier(
 
     def total(noise_multiplier: float) -> float:
         planned = SubsampledGaussian(noise_multiplier, sample_rate, steps, total_variation)
-        return epsilon_of([*past, planned], delta, accountant)
+        return epsilon_of([*past, planned], budget.delta, budget.accountant)
 
-    before = epsilon_of(past, delta, accountant)
+    before = epsilon_of(past, budget.delta, budget.accountant)
     advice = "stop here, or agree on a larger privacy.epsilon with the patients' representatives"
-    if before >= target_epsilon:
-        raise PrivacyBudgetError(_spent_message(who, before, target_epsilon, delta), advice)
+    if before >= budget.epsilon:
+        raise PrivacyBudgetError(_spent_message(who, before, budget), advice)
     high = 1.0
-    while total(high) > target_epsilon:
+    while total(high) > budget.epsilon:
         high *= 2
         if high > LARGEST_NOISE_MULTIPLIER:
             message = (
-                f"{_spent_message(who, before, target_epsilon, delta)}; {steps} more steps fit with no noise "
+                f"{_spent_message(who, before, budget)}; {steps} more steps fit with no noise "
                 f"multiplier up to {LARGEST_NOISE_MULTIPLIER:g}"
             )
             raise PrivacyBudgetError(message, advice)
     low = high / 2
-    while low > 1e-3 and total(low) <= target_epsilon:
+    while low > 1e-3 and total(low) <= budget.epsilon:
         high, low = low, low / 2
     while high - low > _CALIBRATION_TOLERANCE * high:
         middle = (low + high) / 2
-        if total(middle) <= target_epsilon:
+        if total(middle) <= budget.epsilon:
             high = middle
         else:
             low = middle

@@ -12,7 +12,7 @@ statistical distance of at most `smoothing_distance(g)` = 3 exp(-2 pi^2 g), 2^-1
 CRYPTO 2017, for lattices; Kairouz, Liu, Steinke, ICML 2021, for k = 1.)
 
 The lemma makes large variances from small tables (here), and the sum of the parties' noise a discrete Gaussian again
-(`distributed_mechanism`). Skellam noise is closed under sums exactly. But its privacy loss has a further term in the L1
+(`distributed_gaussian`). Skellam noise is closed under sums exactly. But its privacy loss has a further term in the L1
 norm (Agarwal, Kairouz, Liu, NeurIPS 2021), its accounting under sampling is looser, and it cannot be sampled this way:
 no multiple of a Poisson variable is Poisson, so a variance of 2^40 would need a table of millions of entries.
 

@@ -18,7 +18,7 @@ which no formula covers. Conditional random rounding (Kairouz et al., section 4)
 here B >= 50 sqrt(P), so it could win less than 1 %, for one random number per patient and parameter. Norms are taken in
 float64, with a relative error below 2^-20 for up to 2^30 parameters, and the scale leaves room for that.
 
-Noise. Let sigma^2 = (z B)^2 + 5. By the lemma of `integer_noise`, the sum of n - t shares has the law N_Z(0, sigma^2) up to
+Noise. Let sigma^2 = (z B)^2 + 5. By the lemma of `discrete_gaussian`, the sum of n - t shares has the law N_Z(0, sigma^2) up to
 2^-140 per share (v >= 10, so g >= 5). The same lemma with an integral for one sum (Peikert, CRYPTO 2010) shows that
 N_Z(x, sigma^2), x whole, is up to 2^-140 what comes of the Gaussian mechanism, N(x, (z B)^2), when its output is rounded
 at random to a whole number (a discrete Gaussian of parameter 5 around it), which costs no privacy. So per step the
@@ -36,7 +36,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -77,11 +77,11 @@ def step_total_variation(parameters: int, hospitals: int, colluders: int) -> flo
 
 
 @dataclass(frozen=True)
-class DistributedGaussian:
-    """Public constants of one federation's mechanism, equal at all its parties; `plan_mechanism` chooses `sensitivity`.
+class MechanismTerms:
+    """What is agreed of a mechanism before its grid and its ring are chosen.
 
     `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (an upper bound), clipping
-    norm C, noise multiplier z (against the t), ring Z_2^k with k = `ring_bits`, L2 sensitivity B in grid units.
+    norm C, noise multiplier z (against the t).
     """
 
     parameters: int
@@ -90,6 +90,15 @@ class DistributedGaussian:
     expected_patients: int
     clipping_norm: float
     noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class DistributedGaussian(MechanismTerms):
+    """Public constants of one federation's mechanism, equal at all its parties; `plan_mechanism` chooses `sensitivity`.
+
+    Besides the terms: ring Z_2^k with k = `ring_bits`, L2 sensitivity B in grid units.
+    """
+
     ring_bits: Literal[32, 64]
     sensitivity: int
 
@@ -125,59 +134,45 @@ class DistributedGaussian:
         return SubsampledGaussian(self.noise_multiplier, sample_rate, steps, distance)
 
 
-def plan_mechanism(
-    *,
-    parameters: int,
-    hospitals: int,
-    colluders: int,
-    expected_patients: int,
-    clipping_norm: float,
-    noise_multiplier: float,
-    ring_bits: Literal[32, 64] = 32,
-) -> DistributedGaussian:
+def _require_possible(terms: MechanismTerms) -> None:
+    if not 0 <= terms.colluders < terms.hospitals:
+        raise PrivacyBudgetError(
+            f"a collusion bound of {terms.colluders} among {terms.hospitals} hospitals leaves nobody to add noise",
+            "set it to at most the number of hospitals less one",
+        )
+    noise, norm = terms.noise_multiplier, terms.clipping_norm
+    if not 1 / LARGEST_NOISE_MULTIPLIER <= noise <= LARGEST_NOISE_MULTIPLIER:
+        raise PrivacyBudgetError(f"a noise multiplier must lie between 0.001 and 1000, not at {noise!r}")
+    if not (math.isfinite(norm) and norm > 0):
+        raise PrivacyBudgetError(f"a clipping norm must be a positive number, not {norm!r}")
+    parameters, patients = terms.parameters, terms.expected_patients
+    if not (1 <= parameters <= _LARGEST_PARAMETERS and 1 <= patients <= _LARGEST_PATIENTS):
+        raise HeadroomError(f"no mechanism for {parameters} parameters and {patients} patients in a step")
+
+
+def plan_mechanism(terms: MechanismTerms, ring_bits: Literal[32, 64] = 32) -> DistributedGaussian:
     """The mechanism with the finest useful grid for which headroom is proven: B is a power of two.
 
     Raises `HeadroomError` if the ring has room only for a grid that costs more than 1 % of noise,
     `PrivacyBudgetError` for a collusion bound or noise multiplier that cannot be.
     """
-    if not 0 <= colluders < hospitals:
-        raise PrivacyBudgetError(
-            f"a collusion bound of {colluders} among {hospitals} hospitals leaves nobody to add noise",
-            "set it to at most the number of hospitals less one",
-        )
-    if not 1 / LARGEST_NOISE_MULTIPLIER <= noise_multiplier <= LARGEST_NOISE_MULTIPLIER:
-        raise PrivacyBudgetError(f"a noise multiplier must lie between 0.001 and 1000, not at {noise_multiplier!r}")
-    if not (math.isfinite(clipping_norm) and clipping_norm > 0):
-        raise PrivacyBudgetError(f"a clipping norm must be a positive number, not {clipping_norm!r}")
-    if not (1 <= parameters <= _LARGEST_PARAMETERS and 1 <= expected_patients <= _LARGEST_PATIENTS):
-        raise HeadroomError(f"no mechanism for {parameters} parameters and {expected_patients} patients in a step")
-
-    def with_sensitivity(bits: int) -> DistributedGaussian:
-        return DistributedGaussian(
-            parameters,
-            hospitals,
-            colluders,
-            expected_patients,
-            clipping_norm,
-            noise_multiplier,
-            ring_bits,
-            1 << bits,
-        )
+    _require_possible(terms)
 
     # 1. The coarsest grid that rounds well enough, and on which a share of the noise has a variance of at least 2 g.
     def least_bits(grid: int) -> int:
-        smooth = math.sqrt(2 * SMOOTHING * (hospitals - colluders)) / noise_multiplier
-        return max(0, math.ceil(math.log2(max(grid * math.sqrt(parameters), smooth))))
+        smooth = math.sqrt(2 * SMOOTHING * (terms.hospitals - terms.colluders)) / terms.noise_multiplier
+        return max(0, math.ceil(math.log2(max(grid * math.sqrt(terms.parameters), smooth))))
 
     # 2. The finest grid with headroom.
     for bits in range(least_bits(_FINE_GRID), least_bits(_COARSE_GRID) - 1, -1):
         if bits < ring_bits - 1:
-            mechanism = with_sensitivity(bits)
+            mechanism = DistributedGaussian(**asdict(terms), ring_bits=ring_bits, sensitivity=1 << bits)
             if mechanism.largest_sum < 1 << (ring_bits - 1):
                 return mechanism
     raise HeadroomError(
-        f"noised sums of {parameters} parameters over {hospitals} hospitals do not fit a ring of {ring_bits} bits: "
-        f"noise multiplier {noise_multiplier:g}, up to {patients_bound(expected_patients)} patients of each in a step",
+        f"noised sums of {terms.parameters} parameters over {terms.hospitals} hospitals do not fit a ring of {ring_bits} "
+        f"bits: noise multiplier {terms.noise_multiplier:g}, up to {patients_bound(terms.expected_patients)} patients of "
+        "each in a step",
         "lower training.batch_size, or use a ring of 64 bits" if ring_bits == 32 else "lower training.batch_size",
     )
 

@@ -1,4 +1,8 @@
-"""privacy_ledger"""
+"""A hospital's ledger of all noisy releases from its patients, over all runs, in a JSON file on its own disk.
+
+A release is reserved before anything that depends on patients is computed, and marked when nothing but the keys of its sum
+is left to send. `accounting` says what the records add up to.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from typing import Any
 
 from mpc_fl.errors import PrivacyBudgetError
 from mpc_fl.files import to_disk
-from mpc_fl.learning.privacy.accounting import _ROUNDING, PrivacyBudget, SubsampledGaussian, epsilon_of
+from mpc_fl.learning.privacy.accounting import ROUNDING, PrivacyBudget, SubsampledGaussian, epsilon_of
 
 _LEDGER_FORMAT = "mpc-fl privacy ledger 1"
 
@@ -103,7 +107,7 @@ class PrivacyLedger:
             if budget is not None:
                 events = [self._event(record) for record in records]
                 after = epsilon_of([*events, event], budget.delta, budget.accountant)
-                if after > budget.epsilon + _ROUNDING:
+                if after > budget.epsilon + ROUNDING:
                     raise PrivacyBudgetError(
                         f"{self.who}: round {round_number} would raise epsilon to {after:.3f}, "
                         f"beyond {budget.epsilon:g} at delta {budget.delta:g}",

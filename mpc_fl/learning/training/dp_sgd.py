@@ -12,26 +12,25 @@ FedProx (Li et al., MLSys 2020) adds mu/2 |w - w_0|^2 to the loss, w_0 where the
 after clipping, noise and division: clipping would let it crowd out patients. It costs no privacy, because w_0 is the
 global model and w what earlier noised steps made of it: nothing else of a patient is in it (post-processing).
 
-Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`training_group`).
+Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`process_group`).
 Sampling, noise and the step itself stay in the hospital's own process.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from mpc_fl.config.config import Config
-from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
 from mpc_fl.learning.data.dataset import PatientRecords
 from mpc_fl.learning.models.parameters import flatten_parameters, trainable_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
-from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer, add_proximal_term
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
     choose_per_sample_method,
@@ -39,8 +38,38 @@ from mpc_fl.learning.training.per_sample_gradients import (
     sum_cross_entropy,
     working_copy,
 )
-from mpc_fl.learning.training.process_group import TrainingGroup
+from mpc_fl.learning.training.proximal_term import add_proximal_term
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
+
+if TYPE_CHECKING:
+    from mpc_fl.learning.training.process_group import TrainingGroup
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How one hospital trains, the same in every round of a run.
+
+    `noise_multiplier`: None without differential privacy. `sample_rate`: the probability of a patient per step.
+    `sampling_seed`: a `Seed`, None for a fresh one in every round, a number for simulation only. `method` overrides
+    `training.per_sample_gradients` (choose once, use for all rounds). `group` shares out each step over its processes; the
+    result is the same up to rounding.
+    """
+
+    config: Config
+    noise_multiplier: float | None
+    sample_rate: float
+    sampling_seed: Seed | int | None = None
+    method: Method | None = None
+    group: TrainingGroup | None = None
+
+    @property
+    def event(self) -> SubsampledGaussian | None:
+        """What a round spends; None without differential privacy. Raises `PrivacyBudgetError` without a noise multiplier."""
+        if self.config.privacy.mechanism == "none":
+            return None
+        if self.noise_multiplier is None:
+            raise PrivacyBudgetError("private training without a noise multiplier", "calibrate it to privacy.epsilon")
+        return SubsampledGaussian(self.noise_multiplier, self.sample_rate, self.config.training.local_steps)
 
 
 @dataclass(frozen=True)
@@ -51,12 +80,10 @@ class LocalRound:
     update: torch.Tensor
     event: SubsampledGaussian | None
     steps: int
-    patients: int
     records_used: int
     mean_loss: float
     clipped_fraction: float
     method: str
-    seconds: float
 
 
 def _check(data: PatientRecords, sample_rate: float) -> None:
@@ -78,110 +105,146 @@ def _mean_gradient(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor)
     return float(value.detach())
 
 
-def train_locally(
-    model: nn.Module,
-    data: PatientRecords,
-    config: Config,
-    noise_multiplier: float | None,
-    sample_rate: float,
-    noise_seed: Seed,
-    sampling_seed: Seed | int | None,
-    round_number: int,
-    progress: Callable[[int, int], None] | None = None,
-    method: Method | None = None,
-    group: TrainingGroup | None = None,
-) -> LocalRound:
-    """Train `config.training.local_steps` steps from the weights in `model`, which itself stays as it is.
+@dataclass
+class _Measured:
+    """What a hospital keeps of its steps, summed up."""
 
-    `sample_rate` is the probability of a patient per step; a step that draws nobody adds noise all the same. The noise
-    comes from streams of `noise_seed` labelled by round, step and parameter, so the same round cannot be drawn
-    twice from one seed. `sampling_seed`: a `Seed`, None for a fresh one, a number for simulation only. `method`
-    overrides `config.training.per_sample_gradients` (choose once, use for all rounds). `progress(step, steps)` follows
-    each step. `group` shares out each step over its processes; the result is the same up to rounding. With mechanism
-    `none`: plain SGD on the same kind of batches, no clipping, no noise, no event. `config.training.proximal` adds the
-    proximal term of FedProx to every step.
+    losses: float = 0.0
+    records: int = 0
+    clipped: int = 0
 
-    Raises `DataError` for malformed data, `ModelError` if the method cannot handle the model or training diverges,
-    `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds,
-    `TrainingProcessError` if a process of the group dies or is late.
-    """
-    start = time.perf_counter()
-    _check(data, sample_rate)
-    private = config.privacy.mechanism != "none"
-    steps, patients = config.training.local_steps, len(data.records_of_patient)
-    event: SubsampledGaussian | None = None
-    if private:
-        if noise_multiplier is None:
-            raise PrivacyBudgetError("private training without a noise multiplier", "calibrate it to privacy.epsilon")
-        event = SubsampledGaussian(noise_multiplier, sample_rate, steps)
+    def mean_loss(self) -> float:
+        return self.losses / self.records if self.records else float("nan")
 
-    # 1. A copy in which every gradient depends on one patient only.
-    working = working_copy(model)
-    parameters = [parameter for _, parameter in trainable_parameters(working)]
-    sgd = torch.optim.SGD(parameters, lr=config.training.learning_rate, momentum=config.training.momentum)
-    if config.training.proximal:
-        add_proximal_term(sgd, config.training.proximal)
-    step = 0
-    optimizer: StreamNoiseOptimizer | None = None
-    if event is not None:
-        configured = config.training.per_sample_gradients
-        if method is None:
-            method = (
-                choose_per_sample_method(working, tuple(data.inputs.shape[1:])) if configured == "auto" else configured
-            )
-        optimizer = StreamNoiseOptimizer(
-            sgd,
-            noise_multiplier=event.noise_multiplier,
-            clipping_norm=config.privacy.clipping_norm,
-            expected_batch_size=sample_rate * patients,
-            noise_stream=lambda index: noise_seed.stream("dp noise", round_number, step, index),
-        )
+    def clipped_fraction(self) -> float:
+        return self.clipped / self.records if self.records else 0.0
 
-    if group is not None:
-        group.begin_round(working, private)
-    order = sampling_seed_of(sampling_seed)
-    loss_sum, used, clipped = 0.0, 0, 0
-    for step in range(steps):
-        # 2. Poisson-sample patients, one record each.
-        rows = sample_patients(
-            data.records_of_patient, sample_rate, order.stream("poisson sampling", round_number, step)
-        )
-        inputs, labels = data.inputs[rows], data.labels[rows]
-        used += len(rows)
-        # 3. Clip and sum, add noise, scale, step.
-        if optimizer is not None:
-            norm, by = config.privacy.clipping_norm, method or "loop"
-            if group is None:
-                sums = clipped_sum(working, sum_cross_entropy, inputs, labels, norm, by)
-            else:
-                sums = group.clipped_sum(working, inputs, labels, norm, by)
-            loss_sum += float(sums.losses.sum())
-            clipped += int((sums.norms > norm).sum())
-            optimizer.zero_grad()
-            optimizer.accumulate(sums.gradients)
-            optimizer.step()
-        elif len(rows):
+
+# Makes one step from inputs float32 (N, ...) and labels int64 (N,), perhaps of no patient; `measured` gets its losses.
+TakeStep = Callable[[torch.Tensor, torch.Tensor, _Measured], None]
+
+
+def _private_steps(
+    working: nn.Module,
+    sgd: torch.optim.SGD,
+    training: LocalTraining,
+    method: Method,
+    expected_patients: float,
+    noise_stream: Callable[[int], Stream],
+) -> TakeStep:
+    """Steps that clip every patient's gradient and add noise, of `noise_stream` for each parameter anew."""
+    from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer
+
+    norm, group, noise_multiplier = training.config.privacy.clipping_norm, training.group, training.noise_multiplier
+    assert noise_multiplier is not None  # `event` came first
+    optimizer = StreamNoiseOptimizer(
+        sgd,
+        noise_multiplier=noise_multiplier,
+        clipping_norm=norm,
+        expected_batch_size=expected_patients,
+        noise_stream=noise_stream,
+    )
+
+    def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
+        if group is None:
+            sums = clipped_sum(working, sum_cross_entropy, inputs, labels, norm, method)
+        else:
+            sums = group.clipped_sum(working, inputs, labels, norm, method)
+        measured.losses += float(sums.losses.sum())
+        measured.clipped += int((sums.norms > norm).sum())
+        optimizer.zero_grad()
+        optimizer.accumulate(sums.gradients)
+        optimizer.step()
+
+    return take
+
+
+def _plain_steps(working: nn.Module, sgd: torch.optim.SGD, training: LocalTraining) -> TakeStep:
+    """Steps of SGD without clipping and noise; a batch of nobody makes none."""
+    gradient = _mean_gradient if training.group is None else training.group.mean_gradient
+
+    def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
+        if len(inputs):
             sgd.zero_grad()
-            gradient = _mean_gradient if group is None else group.mean_gradient
-            loss_sum += gradient(working, inputs, labels)
+            measured.losses += gradient(working, inputs, labels)
             sgd.step()
-        if progress is not None:
-            progress(step + 1, steps)
 
-    # 4. What changed, in the order of the model's own parameters (tracing may have reordered the copy's).
+    return take
+
+
+def _method_of(training: LocalTraining, working: nn.Module, input_shape: tuple[int, ...]) -> Method:
+    if training.method is not None:
+        return training.method
+    configured = training.config.training.per_sample_gradients
+    return choose_per_sample_method(working, input_shape) if configured == "auto" else configured
+
+
+def _update(model: nn.Module, working: nn.Module, round_number: int) -> torch.Tensor:
+    """What changed, in the order of the model's own parameters (tracing may have reordered the copy's)."""
     trained = dict(working.named_parameters())
     new = torch.cat([trained.get(name, old).detach().reshape(-1) for name, old in trainable_parameters(model)])
     update = new - flatten_parameters(model)
     if not bool(torch.isfinite(update).all()):
         raise ModelError(f"training diverged in round {round_number}", "lower training.learning_rate")
+    return update
+
+
+def train_locally(
+    model: nn.Module,
+    data: PatientRecords,
+    training: LocalTraining,
+    round_number: int,
+    noise_seed: Seed,
+    progress: Callable[[int, int], None] | None = None,
+) -> LocalRound:
+    """Train the configured number of steps from the weights in `model`, which itself stays as it is.
+
+    A step that draws nobody adds noise all the same. The noise comes from streams of `noise_seed` labelled by round, step
+    and parameter, so the same round cannot be drawn twice from one seed. `progress(step, steps)` follows each step. With
+    mechanism `none`: plain SGD on the same kind of batches, no clipping, no noise, no event.
+
+    Raises `DataError` for malformed data, `ModelError` if the method cannot handle the model or training diverges,
+    `PrivacyBudgetError` for a missing noise multiplier, `SecrecyError` if a round is repeated with the same seeds,
+    `TrainingProcessError` if a process of the group dies or is late.
+    """
+    _check(data, training.sample_rate)
+    event, settings = training.event, training.config.training
+
+    # 1. A copy in which every gradient depends on one patient only.
+    working = working_copy(model)
+    parameters = [parameter for _, parameter in trainable_parameters(working)]
+    sgd = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
+    if settings.proximal:
+        add_proximal_term(sgd, settings.proximal)
+    step, method = 0, None
+    if event is None:
+        take_step = _plain_steps(working, sgd, training)
+    else:
+        method = _method_of(training, working, tuple(data.inputs.shape[1:]))
+        expected = training.sample_rate * len(data.records_of_patient)
+        take_step = _private_steps(working, sgd, training, method, expected,
+                                   lambda index: noise_seed.stream("dp noise", round_number, step, index))  # fmt: skip
+    if training.group is not None:
+        training.group.begin_round(working, event is not None)
+
+    order, measured = sampling_seed_of(training.sampling_seed), _Measured()
+    for step in range(settings.local_steps):
+        # 2. Poisson-sample patients, one record each.
+        drawn = order.stream("poisson sampling", round_number, step)
+        rows = sample_patients(data.records_of_patient, training.sample_rate, drawn)
+        measured.records += len(rows)
+        # 3. Clip and sum, add noise, scale, step.
+        take_step(data.inputs[rows], data.labels[rows], measured)
+        if progress is not None:
+            progress(step + 1, settings.local_steps)
+
+    # 4. What changed.
     return LocalRound(
-        update=update,
+        update=_update(model, working, round_number),
         event=event,
-        steps=steps,
-        patients=patients,
-        records_used=used,
-        mean_loss=loss_sum / used if used else float("nan"),
-        clipped_fraction=clipped / used if used else 0.0,
-        method=(method or "loop") if private else "plain",
-        seconds=time.perf_counter() - start,
+        steps=settings.local_steps,
+        records_used=measured.records,
+        mean_loss=measured.mean_loss(),
+        clipped_fraction=measured.clipped_fraction(),
+        method=method or "plain",
     )

@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import threading
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -127,25 +128,29 @@ class _TrainingProcess:
         tell(self._pipe, computed=True, loss=loss)
 
 
-def obey_commands(
-    rank: int,
-    processes: int,
-    meeting: Path,
-    structure: nn.Module,
-    threads: int,
-    timeout: float,
-    pipe: Connection,
-) -> None:
-    """The program of process `rank`: join the others through the file `meeting`, then serve process 0 until it ends.
+@dataclass(frozen=True)
+class GroupTerms:
+    """What all processes of a group start with.
 
-    `structure` is the network on the meta device, `timeout` bounds every wait for another process, in seconds.
+    They meet in the file `meeting`; `structure` is the network on the meta device, `threads` those of torch in each
+    process; `timeout` bounds every wait for another process, in seconds.
     """
+
+    processes: int
+    meeting: Path
+    structure: nn.Module
+    threads: int
+    timeout: float
+
+
+def obey_commands(rank: int, terms: GroupTerms, pipe: Connection) -> None:
+    """The program of process `rank`: join the others, then serve process 0 until it ends."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(terms.threads)
     try:
-        model = working_copy(structure.to_empty(device="cpu"))
+        model = working_copy(terms.structure.to_empty(device="cpu"))
         tell(pipe, started=True)
-        group = join_group(meeting, rank, processes, timeout)
+        group = join_group(terms.meeting, rank, terms.processes, terms.timeout)
         process = _TrainingProcess(model, group, pipe)
         tell(pipe, joined=True)
         while True:

@@ -1,4 +1,7 @@
-"""noised_optimizer"""
+"""The noise of DP-SGD, drawn from the project's stream cipher, within Opacus's optimizer.
+
+Importing this module imports Opacus, which takes seconds: `dp_sgd` does so when it trains privately.
+"""
 
 from __future__ import annotations
 
@@ -78,21 +81,3 @@ class StreamNoiseOptimizer(DPOptimizer):
             noise = gaussian_noise(self._noise_stream(index), parameter.shape)
             parameter.grad = (parameter.summed_grad.double() + scale * noise).to(parameter.dtype)
             parameter.summed_grad = None
-
-
-def add_proximal_term(optimizer: torch.optim.Optimizer, coefficient: float) -> None:
-    """Let every step of `optimizer` from now on add coefficient * (w - w_0), w_0 the parameters as they are now.
-
-    The term joins `.grad` immediately before the step, after whatever made that gradient. A parameter without gradient
-    is not stepped and gets none.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    start = [parameter.detach().clone() for parameter in parameters]
-
-    def pull_back(*_: object) -> None:
-        with torch.no_grad():
-            for parameter, origin in zip(parameters, start, strict=True):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter - origin, alpha=coefficient)
-
-    optimizer.register_step_pre_hook(pull_back)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from opacus.grad_sample import GradSampleModule
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
@@ -78,6 +77,8 @@ def _by_vmap(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.T
 
 def _by_hooks(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
     """Opacus's own rules, layer by layer, for the whole batch at once; no BatchNorm, frozen or not."""
+    from opacus.grad_sample import GradSampleModule
+
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for layer in shared.modules():  # the hooks act on layers in training mode; dropout stays off
         layer.training = next(layer.parameters(recurse=False), None) is not None

@@ -12,7 +12,7 @@ records of all processes before any one patient's gradient could be clipped, so 
 without bound, and noise scaled to the clipping norm hides nobody. Without differential privacy nothing is clipped, and
 steps 2 and 3 are DistributedDataParallel's (Li et al., VLDB 2020).
 
-This is process 0's side; `training_process` is the others', and says how they meet and what they are trusted with.
+This is process 0's side; `group_process` is the others', and says how they meet and what they are trusted with.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ from torch.nn.parallel import DistributedDataParallel
 from mpc_fl.config.config import Config
 from mpc_fl.errors import MpcFlError
 from mpc_fl.learning.models.parameters import flatten_parameters
-from mpc_fl.learning.training.group_process import averaging, join_group, obey_commands, shared_gradient, tell
+from mpc_fl.learning.training.group_process import (
+    GroupTerms,
+    averaging,
+    join_group,
+    obey_commands,
+    shared_gradient,
+    tell,
+)
 from mpc_fl.learning.training.per_sample_gradients import ClippedSum, Method, clipped_sum, sum_cross_entropy
 
 _EXPLAIN_GRACE = 5.0
@@ -124,14 +131,14 @@ class TrainingGroup:
         context = multiprocessing.get_context("spawn")
         structure = copy.deepcopy(model).to("meta")  # no values: they follow over gloo
         directory = Path(tempfile.mkdtemp(prefix="mpc-fl-"))  # mode 0700
-        arguments = (processes, directory / "meeting", structure, torch.get_num_threads(), step_timeout)
+        terms = GroupTerms(processes, directory / "meeting", structure, torch.get_num_threads(), step_timeout)
         try:
             with self._failures_explained():
                 for rank in range(1, processes):
                     here, there = context.Pipe()
                     process = context.Process(
                         target=obey_commands,
-                        args=(rank, *arguments, there),
+                        args=(rank, terms, there),
                         name=f"local training process {rank}",
                         daemon=True,
                     )
@@ -140,7 +147,7 @@ class TrainingGroup:
                     there.close()
                     self._members.append(_Member(rank, process, here))
                 self._answers()
-                self._group = join_group(directory / "meeting", 0, processes, step_timeout)
+                self._group = join_group(terms.meeting, 0, processes, step_timeout)
                 self._answers()
         finally:
             shutil.rmtree(directory, ignore_errors=True)

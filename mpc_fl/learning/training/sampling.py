@@ -1,4 +1,7 @@
-"""sampling"""
+"""Poisson sampling: which patients a step takes, each independently, and which one record of each.
+
+The order is secret, drawn from the stream cipher: the accountant counts on it. A number as seed is for simulation only.
+"""
 
 from __future__ import annotations
 

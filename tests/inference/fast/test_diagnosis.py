@@ -33,7 +33,7 @@ def configuration(**inference: Any) -> Config:
 
 
 def model_of(config: Config) -> torch.nn.Module:
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     calibrate_batchnorm(model, public_phantoms(32, config))
     return model.eval()
 

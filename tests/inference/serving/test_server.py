@@ -243,7 +243,7 @@ def _served_party(name: str, values: dict[str, Any], told: Any) -> None:
 
 
 def _asking_party(name: str, values: dict[str, Any], told: Any, barrier: Any, trigger: Trigger, before: Any) -> None:
-    from parties import hospital
+    from mpc_fl.inference import hospital_program as hospital
 
     torch.set_num_threads(1)
 
@@ -386,7 +386,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [*HOSPITALS, "model-owner", "dealer", "aggregator"]
     make_local_identities(names, {name: path / name for name in names})
     config = configuration()
-    model = build_model(config, config.data.input_shape, config.seed)
+    model = build_model(config)
     calibrate_batchnorm(model, public_phantoms(32, config))
     save_model(path / "model.safetensors", model.eval(), config, None)
     return path

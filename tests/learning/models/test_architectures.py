@@ -29,7 +29,7 @@ def images(count: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("normalisation", ["frozen", "group"])
 def test_resnet18_has_exactly_the_parameters_of_the_paper(normalisation: str) -> None:
-    model = build_model(configured("resnet18", normalisation), (3, 64, 64), seed=0)
+    model = build_model(configured("resnet18", normalisation), input_shape=(3, 64, 64), seed=0)
     assert flatten_parameters(model).shape == (11_178_051,)
     assert model(images(2, 3, 64)).shape == (2, 3)
 
@@ -37,7 +37,7 @@ def test_resnet18_has_exactly_the_parameters_of_the_paper(normalisation: str) ->
 @pytest.mark.parametrize("size", [8, 9, 28, 32, 33, 64, 100])
 def test_small_cnn_is_small_at_every_image_size(size: int) -> None:
     for channels in (1, 3):
-        model = build_model(configured("small_cnn"), (channels, size, size), seed=0)
+        model = build_model(configured("small_cnn"), input_shape=(channels, size, size), seed=0)
         assert 18_000 < len(flatten_parameters(model)) < 60_000
         assert model(images(2, channels, size)).shape == (2, 3)
 
@@ -46,41 +46,43 @@ def test_small_cnn_is_small_at_every_image_size(size: int) -> None:
 def test_weights_depend_on_the_seed_and_on_nothing_else(architecture: str) -> None:
     config = configured(architecture)
     state = torch.random.get_rng_state()
-    first = flatten_parameters(build_model(config, (3, 64, 64), seed=5))
+    first = flatten_parameters(build_model(config, input_shape=(3, 64, 64), seed=5))
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(3)  # move the process's generator
-    assert torch.equal(flatten_parameters(build_model(config, (3, 64, 64), seed=5)), first)
-    assert not torch.equal(flatten_parameters(build_model(config, (3, 64, 64), seed=6)), first)
+    assert torch.equal(flatten_parameters(build_model(config, input_shape=(3, 64, 64), seed=5)), first)
+    assert not torch.equal(flatten_parameters(build_model(config, input_shape=(3, 64, 64), seed=6)), first)
 
 
 def test_resnet_weights_follow_he_initialisation() -> None:
-    weights = build_model(configured("resnet18"), (3, 64, 64), seed=1).get_parameter("layer4.1.conv2.weight")
+    weights = build_model(configured("resnet18"), input_shape=(3, 64, 64), seed=1).get_parameter(
+        "layer4.1.conv2.weight"
+    )
     assert weights.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "small_cnn"])
 def test_own_networks_accept_their_data(architecture: str) -> None:
-    model = build_model(configured(architecture), (1, 32, 32), seed=0)
+    model = build_model(configured(architecture), input_shape=(1, 32, 32), seed=0)
     assert model(images(4, 1, 32)).shape == (4, 3)
 
 
 def test_mlp_takes_tables() -> None:
-    assert build_model(configured("mlp"), (30,), seed=0)(torch.zeros(5, 30)).shape == (5, 3)
+    assert build_model(configured("mlp"), input_shape=(30,), seed=0)(torch.zeros(5, 30)).shape == (5, 3)
 
 
 def test_wrong_architectures_and_shapes_are_named() -> None:
     with pytest.raises(ModelError, match="nearest known name is 'resnet18'"):
-        build_model(configured("resnet_18"), (3, 64, 64), seed=0)
+        build_model(configured("resnet_18"), input_shape=(3, 64, 64), seed=0)
     with pytest.raises(ModelError, match=r"data\.channels=3"):
-        build_model(configured("resnet18"), (1, 64, 64), seed=0)
+        build_model(configured("resnet18"), input_shape=(1, 64, 64), seed=0)
     with pytest.raises(ModelError, match="needs images"):
-        build_model(configured("small_cnn"), (30,), seed=0)
+        build_model(configured("small_cnn"), input_shape=(30,), seed=0)
     with pytest.raises(ModelError, match="at least 8x8"):
-        build_model(configured("small_cnn"), (1, 4, 4), seed=0)
+        build_model(configured("small_cnn"), input_shape=(1, 4, 4), seed=0)
 
 
 def test_frozen_statistics_survive_training_mode() -> None:
-    model = build_model(configured("small_cnn"), (1, 32, 32), seed=0)
+    model = build_model(configured("small_cnn"), input_shape=(1, 32, 32), seed=0)
     calibrate_batchnorm(model, images(32, 1, 32))
     before = copy.deepcopy(dict(model.named_buffers()))
     model.train()
@@ -92,7 +94,7 @@ def test_frozen_statistics_survive_training_mode() -> None:
 
 
 def test_calibration_measures_the_mean_and_variance_of_the_first_layer() -> None:
-    model = build_model(configured("small_cnn"), (1, 32, 32), seed=0)
+    model = build_model(configured("small_cnn"), input_shape=(1, 32, 32), seed=0)
     inputs = images(48, 1, 32)
     calibrate_batchnorm(model, inputs)
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_calibration_measures_the_mean_and_variance_of_the_first_layer() -> None
     norm = model[1]  # type: ignore[index]
     torch.testing.assert_close(norm.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(norm.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    again = build_model(configured("small_cnn"), (1, 32, 32), seed=0)
+    again = build_model(configured("small_cnn"), input_shape=(1, 32, 32), seed=0)
     calibrate_batchnorm(again, inputs)
     assert torch.equal(again[1].running_mean, norm.running_mean)  # type: ignore[index]
     with pytest.raises(ModelError, match="fewer than two"):
@@ -117,15 +119,15 @@ def test_freezing_keeps_parameters_names_and_outputs() -> None:
 
 
 def test_group_norm_leaves_no_batch_statistics() -> None:
-    model = build_model(configured("resnet18", "group"), (3, 32, 32), seed=0)
+    model = build_model(configured("resnet18", "group"), input_shape=(3, 32, 32), seed=0)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     batch = images(3, 3, 32)
     torch.testing.assert_close(model(batch)[:1], model(batch[:1]), rtol=1e-4, atol=1e-5)
 
 
 def test_flat_parameters_round_trip() -> None:
-    source = build_model(configured("small_cnn"), (1, 32, 32), seed=1)
-    target = build_model(configured("small_cnn"), (1, 32, 32), seed=2)
+    source = build_model(configured("small_cnn"), input_shape=(1, 32, 32), seed=1)
+    target = build_model(configured("small_cnn"), input_shape=(1, 32, 32), seed=2)
     flat = flatten_parameters(source)
     load_flat_parameters(target, flat)
     assert torch.equal(flatten_parameters(target), flat)

@@ -27,7 +27,7 @@ CONFIG = parse_config({"data": {"image_size": 8}}, "test")
 
 
 def network(config: Config = CONFIG, seed: int = 5) -> nn.Module:
-    model = build_model(config, config.data.input_shape, seed)
+    model = build_model(config, seed=seed)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
             buffer.copy_(torch.rand(buffer.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)

@@ -31,7 +31,7 @@ def images(count: int, size: int = 32) -> torch.Tensor:
 
 def network(architecture: str, size: int = 32) -> nn.Module:
     config = Config().with_values(model={"architecture": architecture})
-    model = build_model(config, (3, size, size), seed=0)
+    model = build_model(config, input_shape=(3, size, size), seed=0)
     calibrate_batchnorm(model, images(8, size))
     return model.eval()
 

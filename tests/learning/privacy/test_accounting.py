@@ -36,6 +36,12 @@ def test_no_events_cost_nothing() -> None:
     assert epsilon_of([SubsampledGaussian(1.0, 0.1, 0)], DELTA, "prv") == 0.0
 
 
+def test_the_first_orders_are_those_of_opacus() -> None:
+    count = len(RDPAccountant.DEFAULT_ALPHAS)
+    assert RDP_ORDERS[:count] == tuple(RDPAccountant.DEFAULT_ALPHAS)
+    assert min(RDP_ORDERS[count:]) > max(RDP_ORDERS[:count])
+
+
 def test_epsilon_is_that_of_opacus() -> None:
     renyi, numerical = RDPAccountant(), PRVAccountant()
     renyi.history = [(1.0, 0.16, 25), (2.0, 0.1, 10)]
@@ -70,22 +76,22 @@ def test_splitting_a_run_does_not_change_its_cost(noise: float, rate: float, fir
     ("accountant", "spent"), [("rdp", []), ("rdp", EVENTS), pytest.param("prv", EVENTS[:1], marks=pytest.mark.slow)]
 )
 def test_calibration_meets_the_target_closely(accountant: privacy.Accountant, spent: list[SubsampledGaussian]) -> None:
-    noise = calibrate_noise_multiplier(8.0, DELTA, 0.16, 20, spent, accountant, "hospital-0")
+    noise = calibrate_noise_multiplier(PrivacyBudget(8.0, DELTA, accountant), 0.16, 20, spent, "hospital-0")
     total = epsilon_of([*spent, SubsampledGaussian(noise, 0.16, 20)], DELTA, accountant)
     assert 7.97 < total <= 8.0
 
 
 def test_small_epsilons_can_be_certified() -> None:
-    noise = calibrate_noise_multiplier(0.1, DELTA, 0.16, 50)
+    noise = calibrate_noise_multiplier(PrivacyBudget(0.1, DELTA), 0.16, 50)
     assert 0.099 < epsilon_of([SubsampledGaussian(noise, 0.16, 50)], DELTA) <= 0.1
 
 
 def test_calibration_refuses_a_spent_budget() -> None:
     with pytest.raises(PrivacyBudgetError, match=r"hospital-2: privacy budget already spent: epsilon .* of 2 at delta"):
-        calibrate_noise_multiplier(2.0, DELTA, 0.16, 20, EVENTS, "rdp", "hospital-2")
+        calibrate_noise_multiplier(PrivacyBudget(2.0, DELTA), 0.16, 20, EVENTS, "hospital-2")
     almost = epsilon_of(EVENTS, DELTA) + 1e-9
     with pytest.raises(PrivacyBudgetError, match="hospital-2: privacy budget already spent"):
-        calibrate_noise_multiplier(almost, DELTA, 0.16, 20, EVENTS, "rdp", "hospital-2")
+        calibrate_noise_multiplier(PrivacyBudget(almost, DELTA), 0.16, 20, EVENTS, "hospital-2")
 
 
 def test_delta_must_stay_below_one_patient() -> None:
@@ -184,11 +190,11 @@ def test_impossible_distances_are_refused(distance: object) -> None:
 
 
 def test_calibration_pays_for_the_distance() -> None:
-    noise = calibrate_noise_multiplier(4.0, DELTA, 0.16, 20, EVENTS[1:], total_variation=1e-25)
+    noise = calibrate_noise_multiplier(PrivacyBudget(4.0, DELTA), 0.16, 20, EVENTS[1:], total_variation=1e-25)
     event = SubsampledGaussian(noise, 0.16, 20, 1e-25)
     assert 3.98 < epsilon_of([*EVENTS[1:], event], DELTA) <= 4.0
     with pytest.raises(PrivacyBudgetError, match="no noise multiplier"):
-        calibrate_noise_multiplier(4.0, DELTA, 0.16, 20, total_variation=1e-8)
+        calibrate_noise_multiplier(PrivacyBudget(4.0, DELTA), 0.16, 20, total_variation=1e-8)
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
@@ -255,7 +261,7 @@ def test_a_ledger_must_hold_what_a_checkpoint_knew(ledger: PrivacyLedger, tmp_pa
 
 
 def test_charge_stops_before_the_budget_is_exceeded(ledger: PrivacyLedger) -> None:
-    event = SubsampledGaussian(calibrate_noise_multiplier(4.0, DELTA, 0.2, 30), 0.2, 10)
+    event = SubsampledGaussian(calibrate_noise_multiplier(PrivacyBudget(4.0, DELTA), 0.2, 30), 0.2, 10)
     budget = PrivacyBudget(4.0, DELTA)
     for number in range(3):  # the calibrated run fits, round by round
         ledger.charge(event, run="phantoms", round_number=number, budget=budget)

@@ -20,6 +20,7 @@ from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, epsilon_of
 from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
+    MechanismTerms,
     add_patients,
     mean_gradient,
     noised_share,
@@ -34,12 +35,14 @@ STANDARD_ERRORS = 5.5  # a normal variable beyond: 4e-8
 
 def small(parameters: int = 1000, **changes: object) -> DistributedGaussian:
     mechanism = plan_mechanism(
-        parameters=parameters,
-        hospitals=3,
-        colluders=1,
-        expected_patients=16,
-        clipping_norm=0.5,
-        noise_multiplier=1.25,
+        MechanismTerms(
+            parameters=parameters,
+            hospitals=3,
+            colluders=1,
+            expected_patients=16,
+            clipping_norm=0.5,
+            noise_multiplier=1.25,
+        )
     )
     return replace(mechanism, **changes)  # type: ignore[arg-type]
 
@@ -113,12 +116,14 @@ def test_one_patient_moves_the_sum_by_its_own_rounded_gradient(patients: int, se
 
 def test_large_gradients_in_several_blocks() -> None:
     mechanism = plan_mechanism(
-        parameters=700_001,
-        hospitals=2,
-        colluders=0,
-        expected_patients=2,
-        clipping_norm=1.0,
-        noise_multiplier=1.0,
+        MechanismTerms(
+            parameters=700_001,
+            hospitals=2,
+            colluders=0,
+            expected_patients=2,
+            clipping_norm=1.0,
+            noise_multiplier=1.0,
+        ),
         ring_bits=64,
     )
     rows = torch.randn(3, 700_001, generator=torch.Generator().manual_seed(5)) / 500
@@ -187,10 +192,11 @@ PLANS = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None)
 @given(PLANS)
 def test_a_plan_has_headroom_and_a_fine_grid(values: dict) -> None:
+    ring_bits = values.pop("ring_bits")
     try:
-        mechanism = plan_mechanism(**values)
+        mechanism = plan_mechanism(MechanismTerms(**values), ring_bits)
     except HeadroomError:
-        assert values["ring_bits"] == 32  # 64 bits are enough for all of these
+        assert ring_bits == 32  # 64 bits are enough for all of these
         return
     bound = mechanism.patients_bound * mechanism.sensitivity + mechanism.noise_share.largest
     assert mechanism.hospitals * bound == mechanism.largest_sum < 2 ** (mechanism.ring_bits - 1)
@@ -209,12 +215,14 @@ def test_a_plan_is_no_finer_than_useful() -> None:
 def test_the_largest_sum_does_not_wrap() -> None:
     """All of a hospital's patients in one coordinate, at all hospitals, both signs."""
     mechanism = plan_mechanism(
-        parameters=4,
-        hospitals=3,
-        colluders=1,
-        expected_patients=4,
-        clipping_norm=1.0,
-        noise_multiplier=2.0,
+        MechanismTerms(
+            parameters=4,
+            hospitals=3,
+            colluders=1,
+            expected_patients=4,
+            clipping_norm=1.0,
+            noise_multiplier=2.0,
+        )
     )
     fullest = mechanism.patients_bound
     gradient = torch.tensor([1.0, -1.0, 0.0, 0.0])
@@ -284,7 +292,7 @@ def test_impossible_plans_are_refused(values: dict, error: type[Exception], mess
         "noise_multiplier": 1.0,
     }
     with pytest.raises(error, match=message):
-        plan_mechanism(**{**plan, **values})
+        plan_mechanism(MechanismTerms(**{**plan, **values}))
 
 
 # --- noise and accounting ---------------------------------------------------------------------------------------------
@@ -297,12 +305,14 @@ def test_shares_carry_their_part_of_the_noise() -> None:
     """
     count = 1 << 19
     mechanism = plan_mechanism(
-        parameters=count,
-        hospitals=4,
-        colluders=1,
-        expected_patients=8,
-        clipping_norm=2.0,
-        noise_multiplier=0.8,
+        MechanismTerms(
+            parameters=count,
+            hospitals=4,
+            colluders=1,
+            expected_patients=8,
+            clipping_norm=2.0,
+            noise_multiplier=0.8,
+        )
     )
     exact = torch.arange(count, dtype=torch.int32) % 100
     noise = []

@@ -24,7 +24,7 @@ from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
-from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer, gaussian_noise
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
@@ -77,7 +77,7 @@ def clipped_by_opacus(model: nn.Module, inputs: torch.Tensor, labels: torch.Tens
 )
 def test_all_methods_agree_with_opacus(architecture: str, shape: tuple[int, ...], count: int) -> None:
     # In float64: with float32, rounding puts some activations on the other side of a ReLU's kink.
-    model = build_model(configured(architecture), shape, seed=0).double()
+    model = build_model(configured(architecture), input_shape=shape, seed=0).double()
     inputs, labels = batch(count, *shape)
     inputs = inputs.double()
     expected = clipped_by_opacus(model, inputs, labels, 0.7)
@@ -90,7 +90,7 @@ def test_all_methods_agree_with_opacus(architecture: str, shape: tuple[int, ...]
 
 
 def test_methods_agree_with_frozen_batchnorm_and_hooks_refuse_it() -> None:
-    model = build_model(configured("small_cnn", "frozen"), (1, 32, 32), seed=0)
+    model = build_model(configured("small_cnn", "frozen"), input_shape=(1, 32, 32), seed=0)
     inputs, labels = batch(6, 1, 32, 32)
     calibrate_batchnorm(model, inputs)
     pure = without_in_place(model)
@@ -103,7 +103,9 @@ def test_methods_agree_with_frozen_batchnorm_and_hooks_refuse_it() -> None:
 
 
 def linear_model(seed: int = 0) -> nn.Module:
-    return build_model(configured("mlp").with_values(model={"architecture": "mlp", "hidden": [5]}), (4,), seed)
+    return build_model(
+        configured("mlp").with_values(model={"architecture": "mlp", "hidden": [5]}), input_shape=(4,), seed=seed
+    )
 
 
 records = st.lists(
@@ -206,20 +208,20 @@ def test_the_global_generator_has_no_influence_and_the_seeds_fix_everything() ->
     for disturbance in (1, 2):
         torch.rand(disturbance)
         state = torch.random.get_rng_state()
-        result = train_locally(linear_model(), data(), small_config(), 1.0, 0.5, Seed(KEY), 7, 0)
+        result = train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 0.5, 7), 0, Seed(KEY))
         assert torch.equal(torch.random.get_rng_state(), state)
         updates.append(result.update)
     assert torch.equal(updates[0], updates[1])
-    other = train_locally(linear_model(), data(), small_config(), 1.0, 0.5, Seed.from_system(), 7, 0)
+    other = train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 0.5, 7), 0, Seed.from_system())
     assert not torch.equal(updates[0], other.update)
 
 
 def test_a_round_cannot_be_drawn_twice_from_one_seed() -> None:
     seed = Seed(KEY)
-    train_locally(linear_model(), data(), small_config(), 1.0, 0.5, seed, None, 0)
-    train_locally(linear_model(), data(), small_config(), 1.0, 0.5, seed, None, 1)
+    train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 0.5), 0, seed)
+    train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 0.5), 1, seed)
     with pytest.raises(SecrecyError):
-        train_locally(linear_model(), data(), small_config(), 1.0, 0.5, seed, None, 1)
+        train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 0.5), 1, seed)
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def test_patients_are_sampled_independently_with_one_record_each() -> None:
 
 
 def test_a_step_without_patients_still_adds_noise_and_counts() -> None:
-    result = train_locally(linear_model(), data(), small_config(), 1.0, 1e-12, Seed(KEY), None, 0)
+    result = train_locally(linear_model(), data(), LocalTraining(small_config(), 1.0, 1e-12), 0, Seed(KEY))
     assert result.records_used == 0 and result.steps == 3
     assert result.event == SubsampledGaussian(1.0, 1e-12, 3)
     assert float(result.update.abs().min()) > 0
@@ -266,12 +268,9 @@ def test_a_round_leaves_the_model_alone_and_reports_the_difference() -> None:
     result = train_locally(
         model,
         data(),
-        small_config(),
-        1.0,
-        0.5,
-        Seed(KEY),
-        7,
+        LocalTraining(small_config(), 1.0, 0.5, 7),
         0,
+        Seed(KEY),
         progress=lambda step, steps: seen.append((step, steps)),
     )
     assert torch.equal(flatten_parameters(model), before)
@@ -282,7 +281,9 @@ def test_a_round_leaves_the_model_alone_and_reports_the_difference() -> None:
 
 def test_methods_give_the_same_round() -> None:
     rounds = [
-        train_locally(linear_model(), data(), small_config(per_sample_gradients=name), 1.0, 0.5, Seed(KEY), 7, 0)
+        train_locally(
+            linear_model(), data(), LocalTraining(small_config(per_sample_gradients=name), 1.0, 0.5, 7), 0, Seed(KEY)
+        )
         for name in ("loop", "vmap", "hooks", "auto")
     ]
     for other in rounds[1:]:
@@ -292,7 +293,7 @@ def test_methods_give_the_same_round() -> None:
 def test_without_mechanism_it_is_plain_sgd() -> None:
     config = small_config(local_steps=1, learning_rate=0.1).with_values(privacy={"mechanism": "none"})
     model, records_of_all = linear_model(), data(records=1)
-    result = train_locally(model, records_of_all, config, None, 1.0, Seed(KEY), None, 0)
+    result = train_locally(model, records_of_all, LocalTraining(config, None, 1.0), 0, Seed(KEY))
     value = nn.functional.cross_entropy(model(records_of_all.inputs), records_of_all.labels)
     gradient = joined(list(torch.autograd.grad(value, list(model.parameters()))))
     torch.testing.assert_close(result.update, -0.1 * gradient, rtol=1e-4, atol=1e-6)
@@ -305,7 +306,7 @@ def test_training_with_little_noise_learns() -> None:
     records_of_all = Records(inputs, labels, list(torch.arange(60).split(1)))
     model = linear_model()
     config = small_config(local_steps=60, learning_rate=1.0, per_sample_gradients="hooks")
-    result = train_locally(model, records_of_all, config, 0.1, 0.5, Seed(KEY), 7, 0)
+    result = train_locally(model, records_of_all, LocalTraining(config, 0.1, 0.5, 7), 0, Seed(KEY))
     before = float(nn.functional.cross_entropy(model(inputs), labels).detach())
     assert result.mean_loss < 0.8 * before
 
@@ -314,7 +315,7 @@ def test_bad_data_and_missing_noise_are_named() -> None:
     good, model, config = data(), linear_model(), small_config()
 
     def attempt(records_given: Records, noise: float | None = 1.0, rate: float = 0.5) -> None:
-        train_locally(model, records_given, config, noise, rate, Seed.from_system(), None, 0)
+        train_locally(model, records_given, LocalTraining(config, noise, rate), 0, Seed.from_system())
 
     with pytest.raises(DataError, match="one label per record"):
         attempt(good._replace(labels=good.labels[1:]))
@@ -333,7 +334,7 @@ def test_bad_data_and_missing_noise_are_named() -> None:
 def test_divergence_is_an_error() -> None:
     config = small_config(learning_rate=1e38).with_values(privacy={"mechanism": "none"})
     with pytest.raises(ModelError, match="lower training.learning_rate"):
-        train_locally(linear_model(), data(), config, None, 1.0, Seed(KEY), None, 0)
+        train_locally(linear_model(), data(), LocalTraining(config, None, 1.0), 0, Seed(KEY))
 
 
 def test_sampling_rate_is_capped() -> None:

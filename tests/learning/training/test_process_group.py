@@ -27,7 +27,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.training.dp_sgd import LocalRound, train_locally
+from mpc_fl.learning.training.dp_sgd import LocalRound, LocalTraining, train_locally
 from mpc_fl.learning.training.per_sample_gradients import clipped_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.process_group import TrainingGroup, TrainingProcessError, training_group
 
@@ -62,7 +62,7 @@ def configured(mechanism: str, processes: int = 3, steps: int = 4) -> Config:
 
 def convolutional() -> nn.Module:
     """A network with frozen statistics, which the processes must take over with the weights."""
-    model = build_model(configured("local"), SHAPE, seed=3)
+    model = build_model(configured("local"), input_shape=SHAPE, seed=3)
     calibrate_batchnorm(model, records().inputs * 3 + 1)
     return model
 
@@ -71,9 +71,8 @@ def trained(
     model: nn.Module, mechanism: str, number: int, group: TrainingGroup | None, rate: float = 0.5, **options: Any
 ) -> LocalRound:
     noise = None if mechanism == "none" else options.pop("noise_multiplier", 1.0)
-    return train_locally(
-        model, records(), configured(mechanism), noise, rate, Seed(KEY), 7, number, group=group, **options
-    )
+    training = LocalTraining(configured(mechanism), noise, rate, 7, options.pop("method", None), group)
+    return train_locally(model, records(), training, number, Seed(KEY), **options)
 
 
 def others(group: TrainingGroup | None) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from torch import nn
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
-from mpc_fl.federation.planning import calibrate_own
+from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.parameters import (
@@ -26,7 +26,7 @@ from mpc_fl.learning.models.parameters import (
     shared_coordinates,
     trainable_parameters,
 )
-from mpc_fl.learning.training.dp_sgd import train_locally
+from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.learning.training.server_optimizers import ServerAdam, ServerOptimizer, ServerSGD, server_optimizer
 
@@ -220,14 +220,14 @@ def test_fedprox_is_descent_on_the_penalised_loss(method: str) -> None:
     """Private training too, with a clipping norm that clips nobody and next to no noise: the term is not clipped."""
     private = {"clipping_norm": 1e3, "noise_multiplier": 1e-9, "mechanism": "local", "epsilon": 1e9}
     config = configured(training=PROXIMAL, privacy=private if method != "plain" else {"mechanism": "none"})
-    model, data = build_model(config, (1, 16, 16), seed=3), records()
+    model, data = build_model(config, input_shape=(1, 16, 16), seed=3), records()
     noise = 1e-9 if method != "plain" else None
     chosen: Any = None if method == "plain" else method
-    local = train_locally(model, data, config, noise, 1.0, Seed.from_system(), None, 1, method=chosen)
+    local = train_locally(model, data, LocalTraining(config, noise, 1.0, method=chosen), 1, Seed.from_system())
     expected = penalised_descent(model, data, config)
     torch.testing.assert_close(local.update, expected, rtol=1e-3, atol=2e-5)
-    free = train_locally(model, data, configured(training={**PROXIMAL, "strategy": "fedavg", "proximal": 0.0}), None, 1.0,
-                         Seed.from_system(), None, 1)  # fmt: skip
+    without = configured(training={**PROXIMAL, "strategy": "fedavg", "proximal": 0.0})
+    free = train_locally(model, data, LocalTraining(without, None, 1.0), 1, Seed.from_system())
     assert float((free.update - expected).norm()) > 0.1 * float(expected.norm())
     assert float(local.update.norm()) < float(free.update.norm())
 
@@ -241,14 +241,14 @@ def test_the_proximal_term_is_outside_of_clipping_and_noise() -> None:
             training={**settings, "strategy": strategy, "proximal": mu},
             privacy={"mechanism": "local", "clipping_norm": 1e-6, "noise_multiplier": 1e5, "epsilon": 1e9},
         )
-        model = build_model(config, (1, 16, 16), seed=3)
+        model = build_model(config, input_shape=(1, 16, 16), seed=3)
         seed = Seed(b"x" * 32)
-        updates[mu] = train_locally(model, records(), config, 1e5, 1.0, seed, 5, 1, method="loop").update
+        updates[mu] = train_locally(model, records(), LocalTraining(config, 1e5, 1.0, 5, "loop"), 1, seed).update
         one = configured(
             training={**settings, "strategy": "fedavg", "proximal": 0.0, "local_steps": 1},
             privacy=config.privacy.model_dump(),
         )
-        first = train_locally(model, records(), one, 1e5, 1.0, Seed(b"x" * 32), 5, 1, method="loop").update
+        first = train_locally(model, records(), LocalTraining(one, 1e5, 1.0, 5, "loop"), 1, Seed(b"x" * 32)).update
     # w_2 = w_1 - lr (g_2 + mu (w_1 - w_0)); clipped gradients are 1e-6, so g_2 is noise and the same in both.
     torch.testing.assert_close(updates[0.7] - updates[0.0], -0.2 * 0.7 * first, rtol=1e-3, atol=1e-5)
 
@@ -258,11 +258,12 @@ def test_the_proximal_term_is_outside_of_clipping_and_noise() -> None:
 def test_fedprox_in_several_processes(mechanism: str) -> None:
     privacy = {"mechanism": mechanism, "clipping_norm": 0.5, "noise_multiplier": 1e-9, "epsilon": 1e9}
     config = configured(training=PROXIMAL, privacy=privacy, site={"training_processes": 2})
-    model, data = build_model(config, (1, 16, 16), seed=3), records()
+    model, data = build_model(config, input_shape=(1, 16, 16), seed=3), records()
     noise = 1e-9 if mechanism == "local" else None
 
     def trained(group: Any) -> torch.Tensor:
-        return train_locally(model, data, config, noise, 0.6, Seed.from_system(), 9, 1, None, "loop", group).update
+        training = LocalTraining(config, noise, 0.6, 9, "loop", group)
+        return train_locally(model, data, training, 1, Seed.from_system()).update
 
     with training_group(config, model) as group:
         torch.testing.assert_close(trained(group), trained(None), rtol=1e-3, atol=1e-5)
@@ -275,7 +276,7 @@ def network(architecture: str, normalisation: str) -> nn.Module:
     channels, size = (3, 32) if architecture == "resnet18" else (1, 16)
     config = parse_config({"data": {"channels": channels, "image_size": size},
                            "model": {"architecture": architecture, "normalisation": normalisation}}, "test")  # fmt: skip
-    return build_model(config, (channels, size, size), seed=0)
+    return build_model(config, input_shape=(channels, size, size), seed=0)
 
 
 def names_of(model: nn.Module, coordinates: torch.Tensor) -> set[str]:
@@ -332,7 +333,7 @@ def test_parts_join_to_the_whole(seed: int) -> None:
 def test_a_round_leaves_each_hospital_its_own_normalisation() -> None:
     """Two hospitals and an aggregator, in one process: what is shared agrees, what is local does not travel."""
     config = configured(training={"local_normalisation": True, "local_steps": 3, "batch_size": 12})
-    central = build_model(config, (1, 16, 16), seed=3)
+    central = build_model(config, input_shape=(1, 16, 16), seed=3)
     coordinates = shared_coordinates(central, True)
     initial = normalisation_state(central)
     optimizer = server_optimizer(config)
@@ -341,7 +342,7 @@ def test_a_round_leaves_each_hospital_its_own_normalisation() -> None:
     for rank, model in enumerate(hospitals):
         data = records(seed=rank)
         calibrate_own(model, data.inputs, config)
-        local = train_locally(model, data, config, None, 1.0, Seed.from_system(), None, 1)
+        local = train_locally(model, data, LocalTraining(config, None, 1.0), 1, Seed.from_system())
         updates.append(local.update[coordinates])
         own.append(flatten_parameters(model) + local.update)
     mean = torch.stack(updates).double().mean(dim=0)
@@ -370,7 +371,7 @@ def test_own_statistics_are_measured_only_where_no_privacy_is_promised(
     mechanism: str, local: bool, changes: bool
 ) -> None:
     config = configured(training={"local_normalisation": local}, privacy={"mechanism": mechanism})
-    model = build_model(config, (1, 16, 16), seed=3)
+    model = build_model(config, input_shape=(1, 16, 16), seed=3)
     before = normalisation_state(model)
     calibrate_own(model, records().inputs, config)
     after = normalisation_state(model)

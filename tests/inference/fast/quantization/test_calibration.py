@@ -86,7 +86,7 @@ def logit_error(model: nn.Module, calibration: Calibration, records: torch.Tenso
     ],
 )
 def test_integers_give_the_logits_of_known_networks(architecture: str, size: int, bound: float) -> None:
-    model = build_model(Config().with_values(model={"architecture": architecture}), (3, size, size), seed=0)
+    model = build_model(Config().with_values(model={"architecture": architecture}), input_shape=(3, size, size), seed=0)
     calibrate_batchnorm(model, images(32, size))
     calibration = calibrate(model.eval(), images(12, size))
     assert logit_error(model, calibration, images(3, size)) < bound
@@ -122,7 +122,7 @@ def test_more_bits_give_smaller_errors() -> None:
 
 def test_a_residual_network_truncates_once_per_gate_and_extends_nothing() -> None:
     config = Config().with_values(model={"architecture": "resnet18"})
-    model = build_model(config, (3, 64, 64), seed=0)
+    model = build_model(config, input_shape=(3, 64, 64), seed=0)
     calibrate_batchnorm(model, images(8, 64))
     layers = calibrate(model.eval(), images(8, 64)).network.layers
     assert not any(isinstance(layer, SignExtend) for layer in layers)

@@ -145,7 +145,7 @@ def test_rescaling_makes_errors_smaller(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("architecture", ["small_cnn", "resnet18"])
 def test_pictures_of_eight_bits_enter_without_error(architecture: str) -> None:
-    model = build_model(Config().with_values(model={"architecture": architecture}), (3, 32, 32), seed=0)
+    model = build_model(Config().with_values(model={"architecture": architecture}), input_shape=(3, 32, 32), seed=0)
     pictures = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0)) / 255
     calibrate_batchnorm(model, pictures)
     network = calibrate(model.eval(), pictures).network

@@ -1,0 +1,116 @@
+"""The aggregator in training: it leads all rounds, holds a share, and learns the opened mean update alone.
+
+`run` goes through a whole run. Where to read on: a round is `aggregator_round`; who takes part in it is `attendance`; what
+all sign after it is `audit_trail`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+from mpc_fl.aggregation.norm_check_session import end_checks
+from mpc_fl.aggregation.rules import Rules
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.config.config import Config, party_names
+from mpc_fl.errors import SumLostError
+from mpc_fl.federation.aggregator_round import aggregator_round
+from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
+from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
+from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end
+from mpc_fl.federation.distribution import send_model
+from mpc_fl.federation.planning import sum_rules, training_runtime
+from mpc_fl.federation.preparation import aggregator_preparation
+from mpc_fl.federation.secure_evaluation import aggregator_evaluation
+from mpc_fl.files import append_json_line, keep_json_lines
+from mpc_fl.learning.models.evaluation import Evaluation
+from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.links.links import Observer
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.progress import Notify
+from mpc_fl.roles import AGGREGATOR, is_hospital
+from mpc_fl.sharing.opening import SecretDomain
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the aggregator leads one run with."""
+
+    aggregator: Aggregator
+    domain: SecretDomain
+    ledger: RevealLedger
+    rules: Rules
+    attendance: Attendance
+    notify: Notify
+
+    def begin(self) -> None:
+        """All hospitals, before the first round: the same model, the sums over all of them, a first evaluation."""
+        aggregator, domain, rules, attendance = self.aggregator, self.domain, self.rules, self.attendance
+        plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
+        self.welcome(plan)
+        aggregator_preparation(aggregator, domain, rules, attendance)
+        evaluation = aggregator_evaluation(aggregator.config, domain, rules, plan.hospitals, plan)
+        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.shared_parameters)
+        self._conclude(0, plan.hospitals, evaluation, 0.0)
+
+    def welcome(self, plan: RoundPlan) -> None:
+        """Newcomers get the global model; all sign who they are."""
+        links = self.domain.links
+        if plan.newcomers:
+            links.set_phase("distribution")
+            send_model(self.aggregator, links, plan.newcomers)
+            begin_ledger(self.ledger, links, self.aggregator.config, plan.hospitals, plan.resumed)
+
+    def round(self, number: int) -> None:
+        """A round, as often as it takes until it has a result."""
+        aggregator, domain, attendance = self.aggregator, self.domain, self.attendance
+        began = time.monotonic()
+        for attempt in itertools.count():
+            plan = attendance.plan(number, attempt, aggregator.weight_total, True)
+            self.welcome(plan)
+            try:
+                hospitals, evaluation = aggregator_round(aggregator, domain, self.rules, plan, self.notify)
+                break
+            except SumLostError:
+                attendance.void()
+        about, shared = f"round {number}", aggregator.shared_parameters
+        signed = lead_signatures(self.ledger, domain.links, self.rules, hospitals, about, shared)
+        attendance.keep(signed)
+        self._conclude(number, hospitals, evaluation, time.monotonic() - began)
+
+    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float) -> None:
+        out = site_directory(self.aggregator.config)
+        counts = None if evaluation is None else evaluation.to_json()
+        line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
+        append_json_line(out / "metrics.jsonl", line)
+        self.aggregator.checkpoint(out, number)
+
+
+def run(config: Config, notify: Notify, observer: Observer | None = None) -> None:
+    """Lead a training run until its last round; write model, metrics and opening record to `site.out`."""
+    out, rules = site_directory(config), sum_rules(config)
+    hospitals = tuple(name for name in party_names(config) if is_hospital(name))
+    aggregator = prepare_aggregator(config)
+    resumed = config.site.resume and aggregator.resume(out)
+    links = connect(config, AGGREGATOR, observer)
+    with links, training_runtime(links, config) as runtime:
+        ledger = open_ledger(config, AGGREGATOR)
+        domain, attendance = runtime.domain(ledger), Attendance(links, rules, hospitals)
+        led = _Run(aggregator, domain, ledger, rules, attendance, notify)
+        notify("connect", 1, 1)
+        attendance.await_announced(not resumed, config.runtime.connect_timeout)
+        if resumed:
+            keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
+        else:
+            led.begin()
+        for number in range(aggregator.round + 1, config.training.rounds + 1):
+            led.round(number)
+        # Whoever has come back since takes the last model and signs the end.
+        plan = attendance.plan(config.training.rounds + 1, 0, aggregator.weight_total, True)
+        led.welcome(plan)
+        sign_end(ledger, links, plan.hospitals, aggregator)
+        save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
+        announce_end(links, plan.hospitals, config.training.rounds)
+        end_checks(links, config)
+    write_traffic(links, out)
