@@ -19,9 +19,9 @@ from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, Headroom
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.sharing.opening import SecretDomain
 from mpc_fl.sharing.secure_sum import encode_weighted, weighted_mean
 
@@ -31,15 +31,14 @@ HEADROOM = Headroom(FixedPoint(fraction_bits=24, bound=1000.0), parties=3, weigh
 
 def hospital(name: str, addresses: dict[str, str], session: str, directory: Path, value: float, patients: int) -> None:
     """One party: shares its value, weighted by its number of patients; only 'north' learns the mean."""
-    peers = routes(name, NAMES, addresses, relay=None)
     agreement = Agreement(session, "secure mean example", "example")
-    with Links(load_identity(directory / name, name), addresses[name], peers, agreement, 30.0, 30.0) as links:
-        with CrypTenRuntime(links, NAMES, dealer=None, fraction_bits=24) as runtime:
-            domain = SecretDomain(runtime, OpeningRecord(directory / name / "openings.jsonl", name))
-            update = Private("mean haemoglobin", torch.tensor([value], dtype=torch.float64))
-            encoded = encode_weighted(update, Private("number of patients", patients), HEADROOM)
-            mean = weighted_mean(domain, *encoded, 24, "north", "example")
-            print(f"{name}: {'learns nothing' if mean is None else f'the mean over all patients is {float(mean):.3f}'}")
+    reach, timeouts = Reach.of(name, NAMES, addresses), Timeouts(connect=30.0, receive=30.0)
+    with NetworkLinks(load_identity(directory / name, name), agreement, reach, timeouts) as links:
+        domain = SecretDomain(links, NAMES, OpeningRecord(directory / name / "openings.jsonl", name))
+        update = Private("mean haemoglobin", torch.tensor([value], dtype=torch.float64))
+        own = encode_weighted(update, Private("number of patients", patients), HEADROOM)
+        mean = weighted_mean(domain, own, "north", "example")
+        print(f"{name}: {'learns nothing' if mean is None else f'the mean over all patients is {float(mean):.3f}'}")
 
 
 def main() -> None:
