@@ -36,8 +36,9 @@ from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private, Shared
-from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.dealer import Dealer
@@ -54,7 +55,7 @@ def party(name: str, names: list[str], addresses: dict[str, str], folder: str, o
     world, hospitals = names[:-1], tuple(names[:-2])
     agreement = Agreement("norm check", "benchmark", "train")
     identity = load_identity(Path(folder) / name, name)
-    with Links(identity, addresses[name], routes(name, names, addresses, None), agreement, 60.0, 120.0) as links:
+    with NetworkLinks(identity, agreement, Reach.of(name, names, addresses), Timeouts(60.0, 120.0)) as links:
         if name == DEALER:
             Dealer(links, world).serve()
             return

@@ -15,7 +15,8 @@ import enum
 import json
 import math
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from mpc_fl.errors import ProtocolError
+from mpc_fl.links.traffic import TrafficCounter
 
 MAGIC = b"MPCF"
 VERSION = 1
@@ -71,9 +73,13 @@ class Frame:
     size: int
 
 
-def encode_frame(
-    kind: Kind, tag: str, sequence: int, payload: torch.Tensor | bytes | dict[str, Any]
-) -> Iterator[bytes]:
+# What may be sent: bytes arrive as a uint8 tensor.
+Payload = torch.Tensor | bytes | dict[str, Any]
+# `observer(sender, frame)` sees each frame that a party receives, for tests of what it learns.
+Observer = Callable[[str, Frame], None]
+
+
+def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Iterator[bytes]:
     """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent as they lie in memory.
 
     Bytes are sent like a uint8 tensor.
@@ -99,6 +105,29 @@ def encode_frame(
     yield head + bytes(body[:CHUNK_BYTES])
     for start in range(CHUNK_BYTES, len(body), CHUNK_BYTES):
         yield bytes(body[start : start + CHUNK_BYTES])
+
+
+class FrameWriter:
+    """Numbers the frames to one peer, cuts them into chunks and counts them: one frame at a time, whoever sends.
+
+    Its lock is the writer's lock of the lock order in `mailboxes`.
+    """
+
+    def __init__(self, peer: str, counter: TrafficCounter) -> None:
+        self.lock = threading.RLock()
+        self.next_sequence = 0
+        self._peer = peer
+        self._counter = counter
+
+    def put(self, kind: Kind, tag: str, payload: Payload, write: Callable[[bytes], None]) -> None:
+        """Hand the next frame to `write`, chunk by chunk. Raises what `write` raises, `ProtocolError` like encoding."""
+        with self.lock:
+            traffic = self._counter.of(self._peer)
+            for chunk in encode_frame(kind, tag, self.next_sequence, payload):
+                write(chunk)
+                traffic.bytes_sent += len(chunk)
+            self.next_sequence += 1
+            traffic.messages_sent += 1
 
 
 class FrameReader:

@@ -1,7 +1,7 @@
 """gRPC streams with mutual TLS: chunks of bytes to and from one peer, and why a stream ended. The one import of gRPC.
 
 One bidirectional call per pair of parties that can reach each other, whoever dials. A `Conversation` is this party's end
-of it: chunks go out through a bounded queue and come in through a callback. What the chunks mean is `transport`'s matter.
+of it: chunks go out through a bounded queue and come in through a callback. What the chunks mean is the matter of `connections`.
 """
 
 from __future__ import annotations

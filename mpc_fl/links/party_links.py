@@ -9,8 +9,11 @@ from mpc_fl.config.config import Config, may_lose_hospitals, party_names
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
-from mpc_fl.links.links import Agreement, Links, Observer
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance
 from mpc_fl.roles import AGGREGATOR, is_hospital
 
 
@@ -43,17 +46,15 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
     if not federation.session:
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
-    return Links(
+    listen = (config.site.listen or addresses[name]) if name in addresses else None
+    tolerated = [name for name in names if is_hospital(name)] if may_lose_hospitals(config) else []
+    return NetworkLinks(
         load_identity(config.site.identity, name),
-        (config.site.listen or addresses[name]) if name in addresses else None,
-        routes(name, names, addresses, relay),
         Agreement(federation.session, config.digest(), config.task),
-        config.runtime.connect_timeout,
-        config.runtime.receive_timeout,
+        Reach(listen, routes(name, names, addresses, relay), relay),
+        Timeouts(config.runtime.connect_timeout, config.runtime.receive_timeout),
+        Tolerance(frozenset(tolerated), resuming=config.site.resume),
         observer,
-        relay,
-        tolerated=[name for name in names if is_hospital(name)] if may_lose_hospitals(config) else (),
-        resuming=config.site.resume,
     )
 
 

@@ -18,6 +18,11 @@ class Route:
     how: How
     address: str = ""
 
+    @property
+    def relayed(self) -> bool:
+        """Whether what goes to the peer goes through the relay."""
+        return self.how.startswith("relay")
+
 
 def routes(name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None) -> dict[str, Route]:
     """The routes of party `name` to all others; a party without an address can only dial out.

@@ -26,10 +26,13 @@ from mpc_fl.crypto.authority import Authority, make_local_identities
 from mpc_fl.crypto.certificates import Identity, host_name, sign
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
+from mpc_fl.links import connections
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.sealing import Sealer, Unsealer
+from mpc_fl.links.settings import Reach, Timeouts
 from tests.support.harness import free_ports, local_links, run_parties
 
 pytestmark = pytest.mark.processes
@@ -303,17 +306,16 @@ def test_bad_streams_are_refused_with_the_reason(
     make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
     ports = dict(zip(["a", "b"], free_ports(2), strict=True))
     said: list[str] = []
+    links = local_links("a", ["a", "b"], ports, tmp_path, linger_after_error=0.1)  # the attacker needs no reason
 
     def attack() -> None:
         attacker = Attacker(tmp_path / "b", "b", ports["a"])
         said.append(attacker.send(*chunks(attacker.identity)))
+        links.interrupt(LinkError("the attack is over"))  # the genuine 'b' never comes
 
     thread = threading.Thread(target=attack)
     thread.start()
-    with (
-        pytest.raises((LinkError, ProtocolError)),
-        local_links("a", ["a", "b"], ports, tmp_path, connect_timeout=2.0) as a,
-    ):
+    with pytest.raises((LinkError, ProtocolError)), links as a:
         a.receive_object("b", "never")
     thread.join()
     assert re.search(reason, said[0]), said
@@ -374,6 +376,20 @@ def test_an_aborting_party_tells_its_reason(tmp_path: Path) -> None:
     assert caught.value.peer == "b"
 
 
+@pytest.mark.parametrize("error", [None, ProtocolError("the update is too large")])
+def test_how_long_an_ending_party_stays_is_a_setting(
+    error: ProtocolError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_local_identities(["a"], {"a": tmp_path / "a"})
+    stayed: list[float] = []
+    monkeypatch.setattr(connections, "wait_for_all", lambda conversations, seconds: stayed.append(seconds))
+    identity, agreement = load_identity(tmp_path / "a", "a"), Agreement("test", "digest", "train")
+    for timeouts in (Timeouts(1.0, 1.0), Timeouts(1.0, 1.0, linger=0.25, linger_after_error=0.125)):
+        links = NetworkLinks(identity, agreement, Reach(None, {}), timeouts)
+        links.__enter__().__exit__(type(error), error, None)
+    assert stayed == ([10.0, 0.25] if error is None else [2.0, 0.125])
+
+
 def test_an_unforeseen_error_does_not_cross_the_link(tmp_path: Path) -> None:
     make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
     ports = dict(zip(["a", "b"], free_ports(2), strict=True))
@@ -407,7 +423,8 @@ def test_a_late_party_is_named_with_the_phase(tmp_path: Path) -> None:
     thread.start()
     try:
         with pytest.raises(PeerLostError, match="b is late: nothing for 'update' within 0.5 s in phase 'summing'"):
-            with local_links("a", ["a", "b"], ports, tmp_path, receive_timeout=0.5) as links:
+            # 'b' does not end before this test lets it: staying for it would be in vain.
+            with local_links("a", ["a", "b"], ports, tmp_path, receive_timeout=0.5, linger_after_error=0.1) as links:
                 links.set_phase("summing")
                 links.receive_tensor("b", "update", torch.int64, (1,))
     finally:

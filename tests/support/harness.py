@@ -1,4 +1,8 @@
-"""Real party processes for tests: spawn, link over mutual TLS, run a function, collect its result."""
+"""Parties for tests: run a function at each, over its links, and collect the results.
+
+`run_parties` gives every party a process of its own and links over mutual TLS; `run_parties_in_memory` a thread and links
+in memory, which is enough for most protocols (not within CrypTen: its runtime replaces globals of CrypTen's modules).
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,22 @@ import os
 import queue
 import signal
 import socket
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.errors import PeerLostError
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
+from mpc_fl.links.links import Observer
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance
 
 # Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
 # and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
@@ -36,16 +47,35 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> Links:
+@dataclass(frozen=True)
+class Options:
+    """What a test may say about its parties' links; the same for links over the network and in memory."""
+
+    agreement: Agreement = Agreement("test", "digest", "train")
+    connect_timeout: float = 60.0
+    receive_timeout: float = 60.0
+    linger_after_error: float = 2.0
+    observer: Observer | None = None
+    relay: str | None = None
+    tolerated: Sequence[str] = ()
+    resuming: bool = False
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return Timeouts(self.connect_timeout, self.receive_timeout, linger_after_error=self.linger_after_error)
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return Tolerance(frozenset(self.tolerated), self.resuming)
+
+
+def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> NetworkLinks:
+    """Links of one party on this machine, over the network; `options` are fields of `Options`."""
+    said = Options(**options)
     addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
-    settings: dict[str, Any] = {
-        "agreement": Agreement("test", "digest", "train"),
-        "connect_timeout": 60.0,
-        "receive_timeout": 60.0,
-    }
-    settings.update(options)
-    peers = routes(name, names, addresses, settings.get("relay"))
-    return Links(load_identity(directory / name, name), addresses.get(name), peers, **settings)
+    reach = Reach.of(name, names, addresses, said.relay)
+    identity = load_identity(directory / name, name)
+    return NetworkLinks(identity, said.agreement, reach, said.timeouts, said.tolerance, said.observer)
 
 
 def _party(
@@ -112,6 +142,54 @@ def run_parties(
             if process.is_alive():
                 process.kill()
             process.join()
+    return collected
+
+
+def run_parties_in_memory(
+    function: Callable[..., Any],
+    names: list[str],
+    *arguments: Any,
+    timeout: float = 120.0,
+    prepare: Callable[[InMemoryNetwork], None] = lambda network: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run `function(links, *arguments)` in one thread per name; return the results, or fail with the first error.
+
+    `options` are fields of `Options`. `prepare(network)` comes before the parties: there a test watches frames, and keeps
+    the network to drop parties, which then have no result. Arguments are the same objects at all parties.
+    """
+    said = Options(**options)
+    assert said.relay is None, "there is no relay in memory"
+    network = InMemoryNetwork(names, said.agreement, said.timeouts)
+    prepare(network)
+    collected: dict[str, Any] = {}
+    errors: list[tuple[str, BaseException]] = []
+
+    def party(name: str) -> None:
+        try:
+            with network.links(name, said.tolerance, said.observer) as links:
+                result = function(links, *arguments)
+            collected[name] = result
+        except DroppedError:
+            pass
+        except BaseException as error:
+            errors.append((name, error))
+
+    threads = [threading.Thread(target=party, args=(name,), name=name, daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    late = [thread for thread in threads if thread.is_alive()]
+    failed = sorted(errors, key=lambda item: isinstance(item[1], PeerLostError))  # the cause before its consequences
+    for thread in late:
+        network.drop(thread.name)
+    for thread in late:
+        thread.join(timeout=30)
+    for name, error in failed:
+        raise AssertionError(f"{name} failed: {type(error).__name__}: {error}") from error
+    assert not late, f"no result within {timeout} s, got {sorted(collected)}"
     return collected
 
 

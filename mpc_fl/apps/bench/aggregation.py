@@ -37,7 +37,8 @@ from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError, RunFailedError
 from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
@@ -121,8 +122,8 @@ def _party(
             results.send(_crypten(names.index(name), names, folder, update, repeats))
             return
         identity = load_identity(Path(folder) / name, name)
-        peers = routes(name, names, addresses, None)
-        with Links(identity, addresses[name], peers, Agreement(session, "bench", "bench"), _WAIT, _WAIT) as links:
+        reach, agreement = Reach.of(name, names, addresses), Agreement(session, "bench", "bench")
+        with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
             run = _closed_sum if way == "closed sum" else _all_reduce
             results.send(run(links, names[:-1], folder, update, parameters, repeats, left_out))
     except MpcFlError as error:

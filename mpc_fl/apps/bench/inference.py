@@ -41,8 +41,9 @@ from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.learning.data.phantoms import make_phantoms, public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 from mpc_fl.sharing.opening import SecretDomain
@@ -160,11 +161,11 @@ def run_parties(
 def fast_party(name: str, job: Job, addresses: dict[str, str], folder: str, session: str, results: Connection) -> None:
     """A party of `fast` in a process of its own."""
     torch.set_num_threads(1)
-    peers = routes(name, list(PARTIES), addresses, None)
+    reach = Reach.of(name, list(PARTIES), addresses)
     identity = load_identity(Path(folder) / name, name)
     agreement = Agreement(session, "bench inference", "bench")
     figures: dict[str, Any] = {}
-    with Links(identity, addresses[name], peers, agreement, _WAIT, _WAIT) as links:
+    with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
         if name == DEALER:
             deal(links, HOSPITAL, MODEL_OWNER)
         else:

@@ -21,7 +21,8 @@ from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.links.links import Agreement, Links
-from mpc_fl.links.routes import routes
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import Reach, Timeouts
 
 _WAIT = 120.0
 WAYS = ("direct link", "relayed link", "gloo")
@@ -72,10 +73,10 @@ def _party(
         result = _gloo(names.index(name), f"{folder}/store", *amount)
     else:
         relay = "relay" if "relay" in names else None
-        peers = routes(name, names, addresses, relay)
         identity = load_identity(Path(folder) / name, name)
         agreement = Agreement(session, "bench links", "bench")
-        with Links(identity, addresses.get(name), peers, agreement, _WAIT, _WAIT, relay=relay) as links:
+        reach = Reach.of(name, names, addresses, relay)
+        with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
             result = _over_links(links, *amount) if name != "relay" else None
     results.send(result)
 

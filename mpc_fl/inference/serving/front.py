@@ -23,9 +23,11 @@ from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.links.frames import FrameReader
+from mpc_fl.links.greetings import first_greeting
 from mpc_fl.links.grpc_streams import Conversation, StreamServer
 from mpc_fl.links.handshake import Agreement, check_greeting
-from mpc_fl.links.links import Links, first_greeting
+from mpc_fl.links.links import Links
+from mpc_fl.links.network import NetworkLinks
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ _STREAMS_PER_SESSION, _SPARE_STREAMS = 4, 16
 _PURPOSES = 2
 
 # The links of a new session, from what it is for and what its parties agree on; may raise `RefusedError`.
-MakeLinks = Callable[[Visit, Agreement], Links]
+MakeLinks = Callable[[Visit, Agreement], NetworkLinks]
 # What a session does, on its thread: with its links, for its hospital.
 Serve = Callable[[Links, Visit], object]
 
@@ -43,7 +45,7 @@ Serve = Callable[[Links, Visit], object]
 @dataclass
 class _Session:
     visit: Visit
-    links: Links
+    links: NetworkLinks
     thread: threading.Thread
     ended: bool = False
 

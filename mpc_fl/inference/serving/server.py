@@ -31,6 +31,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER
@@ -109,7 +110,7 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     usage, turns = UsageLedger(out, limits_of(config)), Turns(serving.turns, serving.patience)
     record = _OneByOne(OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
 
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
+    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
         if visit.purpose == "diagnose":
             usage.require(visit.hospital)
         elif config.site.pool is None:
@@ -136,7 +137,7 @@ def serve_correlations(
     require_servable(config)
     identity, listen = _identity(config, DEALER), _listen(config, DEALER)
 
-    def make_links(visit: Visit, agreement: Agreement) -> Links:
+    def make_links(visit: Visit, agreement: Agreement) -> NetworkLinks:
         return session_links(identity, config, visit.hospital, agreement, config.runtime.receive_timeout, observer)
 
     def serve(links: Links, visit: Visit) -> None:

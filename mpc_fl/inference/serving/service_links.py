@@ -7,8 +7,10 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.links import Observer
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
+from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import DEALER, MODEL_OWNER
 
 _REFUSED = "refused"
@@ -27,7 +29,7 @@ def session_links(
     agreement: Agreement,
     deadline: float,
     observer: Observer | None = None,
-) -> Links:
+) -> NetworkLinks:
     """This party's links in a session of `hospital`: the hospital dials both others, the model owner the dealer.
 
     Nothing is listened on: at model owner and dealer `ServiceFront` hands in who dials. Raises `ConfigError`.
@@ -37,7 +39,8 @@ def session_links(
         if not address and identity.name != name:
             raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
     peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
-    return Links(identity, None, peers, agreement, config.runtime.connect_timeout, deadline, observer)
+    timeouts = Timeouts(config.runtime.connect_timeout, deadline)
+    return NetworkLinks(identity, agreement, Reach(None, peers), timeouts, observer=observer)
 
 
 def _identity(config: Config, name: str) -> Identity:

@@ -34,8 +34,9 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.model_file import load_model, save_model
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import Route
+from mpc_fl.links.settings import Reach, Timeouts
 from tests.support.harness import SPAWN, free_ports, interruptible
 
 # ---- whose batch is next -----------------------------------------------------------------------------------------------
@@ -277,7 +278,8 @@ def _false_party(kind: str, values: dict[str, Any], told: Any) -> None:
     if kind == "aggregator":
         identity = replace(identity, name="hospital-0")
     peers = {name: Route("dial", address) for name, address in config.federation.addresses.items()}
-    links = Links(identity, None, peers, Agreement(session, service_digest(config), "serve"), 20.0, 5.0)
+    agreement = Agreement(session, service_digest(config), "serve")
+    links = NetworkLinks(identity, agreement, Reach(None, peers), Timeouts(20.0, 5.0))
     try:
         with links:
             told.put((kind, "connected"))

@@ -1,0 +1,197 @@
+"""Connections over gRPC streams: dial, admit, greet, dial again, let come back, part.
+
+One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
+parties that can only dial out reach each other through the relay (`relay`). A link begins with one signed greeting from
+each side (`handshake`). A tolerated peer that comes back (after a restart, with new keys) has its link made again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from mpc_fl.errors import SAME_VERSION, HandshakeError, LinkError, MpcFlError, ProtocolError
+from mpc_fl.links.frames import Frame, FrameReader, Kind, Observer
+from mpc_fl.links.greetings import Greeter, first_greeting
+from mpc_fl.links.grpc_streams import Conversation, StreamServer, dial, wait_for_all
+from mpc_fl.links.handshake import greeting_digest
+from mpc_fl.links.mailboxes import Mailboxes, parting_message
+from mpc_fl.links.outgoing import Outgoing
+from mpc_fl.links.peer import Peer
+from mpc_fl.links.relay import Relay
+from mpc_fl.links.settings import Timeouts
+from mpc_fl.links.traffic import TrafficCounter
+
+log = logging.getLogger(__name__)
+
+_LONGEST_GREETING = 30.0
+_FAREWELL = 2.0
+_REDIAL = 1.0
+
+
+class Connections:
+    """This party's conversations. Its lock guards who may make a link anew: two streams of one peer cannot both win.
+
+    Each stream is read by a thread of its own, which files what arrives in the mailboxes.
+    """
+
+    def __init__(
+        self,
+        greeter: Greeter,
+        outgoing: Outgoing,
+        mailboxes: Mailboxes,
+        counter: TrafficCounter,
+        timeouts: Timeouts,
+        observer: Observer | None,
+    ) -> None:
+        self._name = greeter.name
+        self._greeter = greeter
+        self._outgoing = outgoing
+        self._peers = outgoing.peers
+        self._mailboxes = mailboxes
+        self._timeouts = timeouts
+        self._observer = observer
+        self._relay = Relay(greeter, outgoing, mailboxes, counter, self)
+        self._lock = threading.Lock()
+        self._server: StreamServer | None = None
+        self._channels: list[Any] = []
+
+    # ---- making links ----------------------------------------------------------------------------------------------
+
+    def open(self, listen: str | None) -> None:
+        """Serve `listen` and dial. Raises `LinkError` when the port is in use or not allowed."""
+        if listen is not None:
+            streams, timeout = 2 * len(self._peers) + 4, min(self._timeouts.connect, _LONGEST_GREETING)
+            self._server = StreamServer(self._greeter.identity, listen, self.admit, streams, timeout)
+        for peer in self._peers.values():
+            if peer.route.how == "dial":
+                self._dial(peer)
+
+    def _dial(self, peer: Peer) -> None:
+        peer.greeting = self._greeter.greet(peer.name)
+        conversation = self._converse(peer)
+        self._outgoing.put(peer, Kind.HELLO, "", peer.greeting)
+        self._channels.append(dial(self._greeter.identity, peer.name, peer.route.address, conversation))
+
+    def _converse(self, peer: Peer) -> Conversation:
+        """A new conversation with a peer. One that it replaces has no more say."""
+
+        def take(chunk: bytes) -> bool:
+            if peer.conversation is not conversation:
+                return False
+            frame = peer.reader.feed(chunk)
+            return frame is None or self.deliver(peer, frame)
+
+        def ended(failure: MpcFlError | None) -> None:
+            if peer.conversation is not conversation:
+                return
+            if isinstance(failure, HandshakeError):
+                failure = HandshakeError(f"{peer.name} refused {self._name}: {failure.what}", "compare the two sides")
+            elif isinstance(failure, ProtocolError):
+                failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
+            reason = failure or self._mailboxes.lost(peer.name, "the link ended without a farewell")
+            self._mailboxes.lose(peer.name, reason)
+            self._dial_again(peer)
+
+        conversation = peer.conversation = Conversation(take, ended)
+        return conversation
+
+    def _dial_again(self, peer: Peer) -> None:
+        """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends."""
+
+        def again() -> None:
+            if self._mailboxes.awaits_return(peer.name):
+                self._outgoing.begin_again(peer)
+                self._dial(peer)
+
+        if peer.route.how == "dial" and self._mailboxes.awaits_return(peer.name):
+            timer = threading.Timer(_REDIAL, again)
+            timer.daemon = True
+            timer.start()
+
+    def admit(self, names: set[str], chunk: bytes) -> Conversation:
+        """Answer the first chunk of a stream that somebody dialled, with a certificate of `names`.
+
+        Called by this party's own server, or by one that many sessions share. Raises `HandshakeError` or
+        `ProtocolError`.
+        """
+        reader = FrameReader()
+        greeting = first_greeting(reader, names, chunk)
+        name = greeting["name"]
+        peer = self._peers.get(name)
+        if peer is None:
+            raise HandshakeError(f"{name} takes no part in this run")
+        if peer.route.how != "await":
+            raise HandshakeError(f"{name} should wait to be dialled by {self._name}, or use the relay")
+        public_key = self._greeter.check(name, greeting)
+        with self._lock:
+            if peer.conversation is not None:
+                if not self._mailboxes.may_return(name):
+                    raise HandshakeError(f"{name} is connected already")
+                # It comes back: the other end of the link before is gone, whether this side has noticed or not.
+                self._outgoing.begin_again(peer)
+            conversation = self._converse(peer)
+            peer.reader = reader
+        self._outgoing.put(peer, Kind.WELCOME, "", self._greeter.greet(name, greeting_digest(greeting)))
+        self.accept(peer, public_key)
+        return conversation
+
+    def accept(self, peer: Peer, public_key: bytes) -> None:
+        """The greeting of `peer`, direct or relayed, holds: it is connected, and this is its X25519 key."""
+        self._greeter.keys.learn(peer.name, public_key)
+        self._mailboxes.connect(peer.name)
+        self._relay.after_connecting(peer)
+
+    # ---- frames ----------------------------------------------------------------------------------------------------
+
+    def deliver(self, peer: Peer, frame: Frame) -> bool:
+        """Give a frame to whom it concerns; False when it ends the link. Raises `ProtocolError`, `HandshakeError`."""
+        if self._observer is not None:
+            self._observer(peer.name, frame)
+        if not self._mailboxes.connected(peer.name):
+            if frame.kind != Kind.WELCOME or peer.route.how != "dial":
+                raise ProtocolError("a link did not begin with a greeting", SAME_VERSION)
+            digest = greeting_digest(peer.greeting or {})
+            self.accept(peer, self._greeter.check(peer.name, frame.payload, digest))
+        elif frame.kind == Kind.RELAY:
+            self._relay.take_sealed(peer, frame)
+        elif frame.kind == Kind.RELAY_GREETING:
+            self._relay.take_greeting(peer, frame.payload)
+        else:
+            return self._mailboxes.file(peer.name, frame)
+        return True
+
+    # ---- parting ---------------------------------------------------------------------------------------------------
+
+    def close(self, error: BaseException | None) -> None:
+        """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those who still need it."""
+        if error is None and self._outgoing.relay == self._name:
+            awaited = [peer.name for peer in self._peers.values() if peer.route.how == "await"]
+            self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
+        self._mailboxes.close()
+        self._say_farewell(error)
+        talking = [
+            peer.conversation
+            for peer in self._peers.values()
+            if peer.conversation is not None and (self._mailboxes.connected(peer.name) or not self._mailboxes.started)
+        ]
+        for conversation in talking:
+            conversation.finish()
+        wait_for_all(talking, self._timeouts.linger if error is None else self._timeouts.linger_after_error)
+        for conversation in talking:
+            conversation.cut()
+        for channel in self._channels:
+            channel.close()
+        if self._server is not None:
+            self._server.stop()
+
+    def _say_farewell(self, error: BaseException | None) -> None:
+        kind, payload = parting_message(error)
+        # Through the relay first: its own link must still be open for that.
+        for peer in sorted(self._peers.values(), key=lambda peer: not peer.route.relayed):
+            if self._mailboxes.alive(peer.name):
+                try:
+                    self._outgoing.put(peer, kind, "", payload, _FAREWELL)
+                except (LinkError, ProtocolError):
+                    log.info("%s could not be told that %s ends", peer.name, self._name)

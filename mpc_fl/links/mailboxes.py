@@ -1,0 +1,303 @@
+"""What has arrived from each peer and who is lost: the only place where a protocol waits, always with a deadline.
+
+Every change (a message, a loss, a peer that connected, an interruption) wakes all who wait, and each looks whether it
+concerns them. Losing a party ends every wait, except that the loss of a tolerated one, once all have been connected,
+ends only the waits for that one.
+
+Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
+the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.settings import Timeouts, Tolerance
+from mpc_fl.links.traffic import TrafficCounter
+
+_LONGEST_REASON, _LONGEST_NAME, _LONGEST_FIX = 300, 64, 100
+
+
+@dataclass
+class _Mailbox:
+    """What has arrived from one peer and not been taken, by tag; whether it is there, has ended well, or is lost."""
+
+    inbox: dict[str, collections.deque[Frame]] = field(
+        default_factory=lambda: collections.defaultdict(collections.deque)
+    )
+    connected: bool = False
+    closed: bool = False
+    failure: MpcFlError | None = None
+    starts: int = 0
+
+
+def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
+    """What a party says last: BYE, or ABORT with a reason that peers may be told (`Mailboxes.file` reads both)."""
+    if error is None:
+        return Kind.BYE, {}
+    # Only messages written for users cross the link: anything else could quote a secret.
+    reason = error.for_peers if isinstance(error, MpcFlError) else type(error).__name__
+    return Kind.ABORT, {"reason": reason, "cause": error.peer if isinstance(error, PeerLostError) else None}
+
+
+def not_relayable(sender: str) -> ProtocolError:
+    """What refuses a frame to be relayed, at a party that is no relay or for parties it does not relay to."""
+    return ProtocolError(f"{sender} asked to relay what may not be relayed", "give all parties one file")
+
+
+class Mailboxes:
+    """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly."""
+
+    def __init__(
+        self, peers: Mapping[str, str | None], timeouts: Timeouts, tolerance: Tolerance, counter: TrafficCounter
+    ) -> None:
+        self._relays = dict(peers)
+        self._timeouts = timeouts
+        self._tolerance = tolerance
+        self._counter = counter
+        self._boxes = {name: _Mailbox() for name in peers}
+        self._changed = threading.Condition()
+        self._started = False
+        self._closing = False
+        self._interruption: BaseException | None = None
+
+    # ---- what connections say --------------------------------------------------------------------------------------
+
+    def connect(self, peer: str) -> None:
+        """The peer's greeting was accepted."""
+        with self._changed:
+            box = self._boxes[peer]
+            box.connected, box.failure = True, None
+            self._changed.notify_all()
+
+    def file(self, sender: str, frame: Frame) -> bool:
+        """Keep a message, or note how its sender ended; False after the last frame that matters.
+
+        Raises `ProtocolError` for a frame that has no place after the greetings.
+        """
+        if frame.kind in (Kind.TENSOR, Kind.OBJECT):
+            with self._changed:
+                self._boxes[sender].inbox[frame.tag].append(frame)
+                self._changed.notify_all()
+            return True
+        if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
+            reason = str(frame.payload.get("reason"))[:_LONGEST_REASON]
+            cause = str(frame.payload.get("cause") or sender)
+            fix = f"see the log of {cause}"[:_LONGEST_FIX]
+            self.lose(sender, PeerLostError(cause[:_LONGEST_NAME], f"{sender} stopped: {reason}", fix))
+            return False
+        if frame.kind == Kind.BYE:
+            with self._changed:
+                self._boxes[sender].closed = True
+                self._changed.notify_all()
+            return False
+        if frame.kind in (Kind.RELAY, Kind.RELAY_GREETING):
+            raise not_relayable(sender)
+        raise ProtocolError("a greeting came twice", "check that both parties run the same version")
+
+    def lose(self, peer: str, failure: MpcFlError) -> None:
+        """Note why a peer is lost, and with a relay those behind it; the first reason stays."""
+        with self._changed:
+            concerned = [box for name, box in self._boxes.items() if peer in (name, self._relays[name])]
+            for box in concerned:
+                if not self._closing and not box.closed and box.failure is None:
+                    box.failure = failure
+            self._changed.notify_all()
+
+    def lost(self, peer: str, how: str) -> PeerLostError:
+        """The error that says in which phase a peer was lost, and how."""
+        return PeerLostError(peer, f"lost {peer} in phase '{self._counter.phase}' ({how})", f"see the log of {peer}")
+
+    def leave(self, peer: str) -> None:
+        """From here on sending to the peer fails: it starts again (`begin_again` follows)."""
+        with self._changed:
+            box = self._boxes[peer]
+            box.failure = box.failure or self.lost(peer, "it started again")
+
+    def begin_again(self, peer: str) -> None:
+        """Forget what came from a peer that starts again; it counts as lost until it connects."""
+        with self._changed:
+            box = self._boxes[peer]
+            box.starts += 1
+            box.inbox.clear()
+            box.connected = False
+
+    def close(self) -> None:
+        """This party ends: whoever is lost from now on is no loss."""
+        with self._changed:
+            self._closing = True
+
+    # ---- what connections ask --------------------------------------------------------------------------------------
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the peers, in the order given."""
+        return list(self._boxes)
+
+    @property
+    def started(self) -> bool:
+        """Whether all peers have been connected once."""
+        return self._started
+
+    def connected(self, peer: str) -> bool:
+        """Whether the peer's greeting was accepted, of its present start."""
+        with self._changed:
+            return self._boxes[peer].connected
+
+    def closed(self, peer: str) -> bool:
+        """Whether the peer has ended well."""
+        with self._changed:
+            return self._boxes[peer].closed
+
+    def failure(self, peer: str) -> MpcFlError | None:
+        """Why the peer is lost, None when it is not."""
+        with self._changed:
+            return self._boxes[peer].failure
+
+    def alive(self, peer: str) -> bool:
+        """Whether the peer is connected and, as far as this party knows, still there."""
+        with self._changed:
+            box = self._boxes[peer]
+            return box.connected and box.failure is None and not box.closed
+
+    def tolerates(self, peer: str) -> bool:
+        """Whether this party goes on when the peer is lost."""
+        return peer in self._tolerance.peers
+
+    def may_return(self, peer: str) -> bool:
+        """Whether a peer that was connected, or is lost, may make its link anew."""
+        with self._changed:
+            return self._started and peer in self._tolerance.peers and not self._boxes[peer].closed
+
+    def awaits_return(self, peer: str) -> bool:
+        """Whether this party would take the peer back, and does not end itself."""
+        with self._changed:
+            return self.may_return(peer) and not self._closing
+
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def await_all_connected(self) -> None:
+        """Wait for all peers; with `resuming`, at the deadline tolerated ones may be missing.
+
+        Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline.
+        """
+        deadline = time.monotonic() + self._timeouts.connect
+        with self._changed:
+            while True:
+                self._raise_first_failure()
+                missing = [name for name, box in self._boxes.items() if not box.connected]
+                remaining = deadline - time.monotonic()
+                may_be_missing = self._tolerance.resuming and self._tolerance.peers.issuperset(missing)
+                if not missing or (remaining <= 0 and may_be_missing):
+                    self._started = True
+                    return
+                if remaining <= 0:
+                    raise PeerLostError(
+                        missing[0],
+                        f"{', '.join(missing)} did not connect within {self._timeouts.connect:g} s",
+                        "check that it runs and that its address is right",
+                    )
+                self._changed.wait(remaining)
+
+    def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
+        """The next frame of `tag` from `sender`, awaited until `deadline` (of `time.monotonic`) or the receive timeout.
+
+        Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait.
+        """
+        began = time.monotonic()
+        seconds = self._timeouts.receive if deadline is None else max(0.0, deadline - began)
+        with self._changed:
+            box = self._boxes[sender]
+            waited = not box.inbox[tag]
+            if waited:
+                self._await_message(sender, tag, began + seconds, seconds)
+            frame = box.inbox[tag].popleft()
+            if not box.inbox[tag]:
+                del box.inbox[tag]
+            traffic = self._counter.of(sender)
+            traffic.bytes_received += frame.size
+            traffic.messages_received += 1
+            if waited:
+                traffic.waits += 1
+                traffic.seconds_waited += time.monotonic() - began
+        return frame
+
+    def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
+        box = self._boxes[sender]
+        start = box.starts
+        while not box.inbox[tag]:
+            self._raise_first_failure(sender)
+            if box.starts != start:
+                raise self.lost(sender, "it started again")
+            if box.closed:
+                raise self.lost(sender, "it had finished already")
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise PeerLostError(
+                    sender,
+                    f"{sender} is late: nothing for '{tag}' within {seconds:.4g} s in phase '{self._counter.phase}'",
+                    f"see the log of {sender}, or raise runtime.receive_timeout",
+                )
+            self._changed.wait(remaining)
+
+    def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
+        """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
+        with self._changed:
+            while True:
+                self._raise_first_failure()
+                for name, tag in tags.items():
+                    box = self._boxes[name]
+                    if box.inbox.get(tag) or box.failure is not None or box.closed:
+                        return name
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return None
+                self._changed.wait(remaining)
+
+    def await_change(self, seconds: float) -> None:
+        """Wait until something arrives, is lost or connects, for at most `seconds`."""
+        with self._changed:
+            self._changed.wait(seconds)
+
+    def await_farewells(self, peers: Collection[str], gone: Callable[[str], bool]) -> None:
+        """Stay, at most for the receive timeout, until of several peers each has ended or is `gone`."""
+        deadline = time.monotonic() + self._timeouts.receive
+        with self._changed:
+            while len(peers) > 1 and any(not self._boxes[peer].closed and not gone(peer) for peer in peers):
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return
+                self._changed.wait(min(remaining, 0.5))
+
+    def waiting(self, sender: str, tag: str) -> bool:
+        """Whether a message of `tag` from `sender` has arrived."""
+        with self._changed:
+            return bool(self._boxes[sender].inbox.get(tag))
+
+    def require_all(self) -> None:
+        """Raise what a wait would raise now."""
+        with self._changed:
+            self._raise_first_failure()
+
+    def interrupt(self, error: BaseException) -> None:
+        """End all waits of this party with `error`, those that come too."""
+        with self._changed:
+            self._interruption = error
+            self._changed.notify_all()
+
+    def _raise_first_failure(self, awaited: str | None = None) -> None:
+        """A refused hand-shake explains more than the losses it causes, so it is reported first."""
+        if self._interruption is not None:
+            raise self._interruption
+        ignored = self._tolerance.peers - {awaited} if self._started else frozenset[str]()
+        failures = [box.failure for name, box in self._boxes.items() if box.failure is not None and name not in ignored]
+        failures.sort(key=lambda failure: isinstance(failure, PeerLostError))
+        if failures:
+            raise failures[0]

@@ -1,0 +1,75 @@
+"""Frames on their way out: into the peer's conversation, or sealed and through the relay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from mpc_fl.errors import LinkError, PeerLostError
+from mpc_fl.links.frames import Kind, Payload
+from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.peer import Peer
+from mpc_fl.links.traffic import TrafficCounter
+
+_LOOK = 0.2  # seconds between looks whether a peer that takes nothing is lost
+_LEAST = 0.1  # seconds that the relay gets for a chunk of a frame that is late already
+
+
+class Outgoing:
+    """Sends to `peers`. Takes a writer's lock, then that of the writer to the relay, then the mailboxes' (`mailboxes`)."""
+
+    def __init__(
+        self,
+        peers: Mapping[str, Peer],
+        relay: str | None,
+        mailboxes: Mailboxes,
+        counter: TrafficCounter,
+        seconds: float,
+    ) -> None:
+        self.peers = peers
+        self.relay = relay
+        self._mailboxes = mailboxes
+        self._counter = counter
+        self._seconds = seconds
+
+    def put(self, peer: Peer, kind: Kind, tag: str, payload: Payload, seconds: float | None = None) -> None:
+        """Queue a frame; greetings also while the peer comes back after a failure.
+
+        Raises the failure of the link, `LinkError` for a peer that was never connected, or `PeerLostError` when the
+        peer takes nothing for `seconds`, by default the receive timeout.
+        """
+        deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
+        greeting = kind in (Kind.HELLO, Kind.WELCOME)
+
+        def write(chunk: bytes) -> None:
+            if peer.sealer is not None:
+                assert self.relay is not None
+                remaining = max(_LEAST, deadline - time.monotonic())
+                self.put(self.peers[self.relay], Kind.RELAY, peer.name, peer.sealer.seal(chunk), remaining)
+            else:
+                self._queue(peer, chunk, deadline, greeting)
+
+        peer.writer.put(kind, tag, payload, write)
+
+    def _queue(self, peer: Peer, chunk: bytes, deadline: float, greeting: bool) -> None:
+        while True:
+            failure = self._mailboxes.failure(peer.name)
+            if failure is not None and not greeting:
+                raise failure
+            if peer.conversation is None:
+                raise LinkError(f"{peer.name} is not connected", "connect before sending")
+            if peer.conversation.put(chunk, _LOOK) or self._mailboxes.closed(peer.name):
+                return
+            if time.monotonic() > deadline:
+                raise PeerLostError(
+                    peer.name,
+                    f"{peer.name} takes no data in phase '{self._counter.phase}'",
+                    f"see the log of {peer.name}",
+                )
+
+    def begin_again(self, peer: Peer) -> None:
+        """Forget the link with a peer that starts again; until it has connected, sending to it fails."""
+        self._mailboxes.leave(peer.name)
+        with peer.writer.lock:  # free soon: whoever sends meets the failure
+            peer.forget_link()
+            self._mailboxes.begin_again(peer.name)

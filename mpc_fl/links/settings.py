@@ -1,0 +1,57 @@
+"""What one party's links are made with: where it stands among the others, how long it waits, whom it may lose. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mpc_fl.links.routes import Route, routes
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where this party listens, how it reaches each peer, and who relays.
+
+    `listen` is host:port, None when the party can only dial out. `relay` names the party that passes sealed chunks
+    between parties that can only dial out.
+    """
+
+    listen: str | None
+    peers: Mapping[str, Route]
+    relay: str | None = None
+
+    @classmethod
+    def of(cls, name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None = None) -> Reach:
+        """The reach of party `name`, which listens where `addresses` says that the others find it.
+
+        Raises `LinkError` when two parties without an address have no relay that has one.
+        """
+        return cls(addresses.get(name), routes(name, parties, addresses, relay), relay)
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds. `connect`: until all peers are there; `receive`: for one message, and for a peer to take one.
+
+    A party that ends stays at most `linger` for its last messages to leave and its peers to end, `linger_after_error`
+    when it ends with an error.
+    """
+
+    connect: float
+    receive: float
+    linger: float = 10.0
+    linger_after_error: float = 2.0
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Whose loss, once all have been connected, ends only the waits for them; they may come back.
+
+    `resuming`: this party starts again in a run that goes on, where these may be missing.
+    """
+
+    peers: frozenset[str] = frozenset()
+    resuming: bool = False
+
+
+NOBODY_LOST = Tolerance()
