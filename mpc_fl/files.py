@@ -1,4 +1,8 @@
-"""Writing results so that nothing half-written is ever seen: a temporary name in the same directory, then a rename."""
+"""Writing files so that nothing half-written is ever seen, and, where it must be, so that a crash takes nothing back.
+
+A file is written under a temporary name in the same directory and renamed (`written_whole`); JSON lines are appended, and a
+last line that a crash cut off counts as none. `to_disk` is the one place that waits for the disk.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,37 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpc_fl.errors import MpcFlError
 
 
+def to_disk(written: IO[Any] | Path) -> None:
+    """Have what was written to an open file, or to a file or folder by its path, on the disk when this returns.
+
+    What a crash of the machine (not of the process alone) can leave without it: a file that was written and renamed may be
+    empty or half-written under its new name, so a file goes to the disk before its rename. A rename, a new file or a
+    removal may be undone, so its folder goes to the disk after it; until then either state can come back. Appended lines
+    may be missing or cut off; those before the last call are whole. Raises `OSError`.
+    """
+    if not isinstance(written, Path):
+        written.flush()
+        os.fsync(written.fileno())
+        return
+    descriptor = os.open(written, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def written_whole(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it when the block succeeds, remove it when it fails."""
+def written_whole(path: Path, mode: int = 0o644, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it when the block succeeds, remove it when it fails.
+
+    Readers see the old file or the new one, never a part. With `durable` the new one is on the disk in the end, and a
+    crash of the machine at any moment leaves one of the two (`to_disk`). Raises `MpcFlError` when it cannot be written.
+    """
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,7 +51,11 @@ def written_whole(path: Path, mode: int = 0o644) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         os.chmod(temporary, mode)
+        if durable:
+            to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            to_disk(path.parent)
     except OSError as error:
         raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
     finally:
@@ -44,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON line and flush it."""
+    """Append one JSON line; it survives the end of this process (and, after `to_disk(path)`, of the machine)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(finite(value), allow_nan=False) + "\n")
@@ -73,27 +104,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
     return value
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """A rename is on the disk only when its directory is."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        raise MpcFlError(f"cannot write {directory}: {error.strerror}", "check the disk") from None
-    finally:
-        os.close(descriptor)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed, Stream
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError
 
 BUCKETS = 8192
 SEED_BYTES = 32
@@ -58,7 +58,7 @@ class SignHash:
 
     def __init__(self, seed: bytes, parameters: int, buckets: int = BUCKETS) -> None:
         if len(seed) != SEED_BYTES or parameters < 1:
-            raise ProtocolError("a sketch needs a seed of 32 bytes and at least one parameter", "use the same version")
+            raise ProtocolError("a sketch needs a seed of 32 bytes and at least one parameter", SAME_VERSION)
         if not _LEAST_BUCKETS <= buckets <= _MOST_BUCKETS or buckets & (buckets - 1):
             raise ProtocolError(f"a sketch cannot have {buckets} buckets", "use a power of two, for example 8192")
         self.parameters, self.buckets = parameters, buckets

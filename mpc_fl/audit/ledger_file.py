@@ -13,27 +13,28 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from cryptography import x509
 
 from mpc_fl.audit.ledger_audit import check_openings, extend, read_ledger
+from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
     Block,
+    ChainedOpening,
     Members,
-    Opening,
-    Scalar,
+    chain_opening,
     encode_block,
-    make_opening,
     moment_of,
     opening_from,
     to_json,
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.files import to_disk
 
 log = logging.getLogger(__name__)
 
@@ -56,50 +57,42 @@ class RevealLedger:
             )
         self.chain = reading.chain
         self.blocks = [block for block in reading.blocks if block is not None]
-        self.pending: list[Opening] = []
+        self.pending: list[ChainedOpening] = []
         for line in _whole_lines(self.openings_path).splitlines():
             opening = self._recalled(line)
             if self.continues([*self.pending, opening]):
                 self.pending.append(opening)
 
-    def _recalled(self, line: bytes) -> Opening:
+    def _recalled(self, line: bytes) -> ChainedOpening:
         try:
             fields = json.loads(line)
-            return opening_from({name: fields[name] for name in Opening.__dataclass_fields__})
+            return opening_from({name: fields[name] for name in ChainedOpening.__dataclass_fields__})
         except (ValueError, TypeError, KeyError, RecursionError):
             raise MpcFlError(
                 f"{self.openings_path} is damaged or of another version", "restore it, or choose another directory"
             ) from None
 
-    def continues(self, openings: Sequence[Opening]) -> bool:
+    def continues(self, openings: Sequence[ChainedOpening]) -> bool:
         """Whether these openings, not signed yet, follow the signed ones."""
         block = Block(self.chain.blocks, "abandoned", "", (), tuple(openings), {}, None, self.chain.seal)
         return not check_openings(self.chain, block)[2]
 
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Iterable[int],
-        to: Iterable[str],
-        among: Iterable[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> Opening:
+    def append(self, opening: Opening) -> ChainedOpening:
         """Record an opening; it is on the disk when this returns, and only then may a share of it leave.
 
-        All parties of the opening call this with equal arguments; `privacy` is what all may know of the privacy it spends.
-        Raises `ProtocolError` before the ledger has begun (`co_signing.begin`) and for text that cannot be printed.
+        All parties of the opening describe it alike. Raises `ProtocolError` before the ledger has begun
+        (`co_signing.CoSigners.begin`) and for text that cannot be printed.
         """
         if not self.blocks:
             raise ProtocolError("an opening came before the reveal ledger began", "this is a defect of the program")
         try:
-            opening = make_opening(self.chain, self.pending, what, why, shape, to, among, privacy)
+            recorded = chain_opening(self.chain, self.pending, opening)
         except ValueError:
             raise ProtocolError("an opening cannot be described", "this is a defect of the program") from None
-        line = {"time": round(now().timestamp(), 3), "party": self.identity.name, **to_json(opening)}
+        line = {"time": round(now().timestamp(), 3), "party": self.identity.name, **to_json(recorded)}
         _append(self.openings_path, json.dumps(line, allow_nan=False).encode() + b"\n")
-        self.pending.append(opening)
-        return opening
+        self.pending.append(recorded)
+        return recorded
 
     def draft(
         self,
@@ -169,12 +162,8 @@ def _append(path: Path, line: bytes) -> None:
             rest = memoryview(line)
             while rest:
                 rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
+            to_disk(file)
         if new:
-            directory = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            to_disk(path.parent)
     except OSError as error:
         raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None

@@ -1,45 +1,43 @@
-"""opening_record"""
+"""What is said of an opening before a share of it leaves, and the plain record of it.
+
+Whoever opens a secret-shared value describes it once, as an `Opening`, and gives that to its `Record`: to an
+`OpeningRecord`, JSON lines without signatures, or to a `RevealLedger`, which all parties sign together.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from mpc_fl.audit.reveal_ledger import Scalar
-
-
-class Record(Protocol):
-    """What `open_to` tells before a share leaves: an `OpeningRecord`, or a `RevealLedger` that all parties sign."""
-
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Sequence[int],
-        to: Sequence[str],
-        among: Sequence[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> object:
-        """Write one record, to the disk."""
+Scalar = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
 class Opening:
-    """One opening, as every party that takes part records it."""
+    """The public description of one opening: all parties of it know it alike, and no value is in it.
 
-    number: int
-    time: float
-    party: str
+    `what` names the value, `why` the step of the protocol; `shape` is that of the tensor, empty for a single number. `to`
+    are the parties that learn it, `among` those whose shares make it up. `privacy` is what all may know of the privacy
+    that it spends.
+    """
+
     what: str
     why: str
-    shape: list[int]
-    to: list[str]
-    among: list[str]
-    privacy: dict[str, Scalar] | None = None
+    shape: tuple[int, ...]
+    to: tuple[str, ...]
+    among: tuple[str, ...]
+    privacy: Mapping[str, Scalar] | None = None
+
+
+class Record(Protocol):
+    """What opening tells before a share leaves: an `OpeningRecord`, or a `RevealLedger` that all parties sign."""
+
+    def append(self, opening: Opening) -> object:
+        """Write one opening, to the disk."""
 
 
 class OpeningRecord:
@@ -54,21 +52,10 @@ class OpeningRecord:
         self._count = 0
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Sequence[int],
-        to: Sequence[str],
-        among: Sequence[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> Opening:
-        """Write one record and return it."""
+    def append(self, opening: Opening) -> None:
+        """Write one line: its number, the time in seconds since 1970, this party, and the description."""
         self._count += 1
-        spent = None if privacy is None else dict(privacy)
-        moment = round(time.time(), 3)
-        opening = Opening(self._count, moment, self._party, what, why, list(shape), list(to), list(among), spent)
+        line = {"number": self._count, "time": round(time.time(), 3), "party": self._party, **vars(opening)}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(opening)) + "\n")
+            file.write(json.dumps(line, default=dict) + "\n")
             file.flush()
-        return opening

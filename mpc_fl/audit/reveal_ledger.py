@@ -12,7 +12,7 @@ what, why, shape, to whom, among whom, and the privacy spent as far as all may k
 of its own privacy ledger). `values` of a block holds digests of values that every party of the round has itself, such as
 the new global model: a signature then also says that the party holds the same one.
 
-Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`identity`).
+Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`certificates`).
 What signatures cannot show: an opening that all parties of a block left out together, or a time that a party's clock had
 wrong. This module makes blocks, `ledger_audit` checks them (both are pure), `ledger_file` keeps a party's copy,
 `co_signing` has a block signed by all.
@@ -24,7 +24,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,10 +32,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
+from mpc_fl.audit.opening_record import Opening, Scalar
 from mpc_fl.crypto.certificates import Identity, sign, verify_signature
 from mpc_fl.errors import IdentityError
-
-Scalar = str | int | float | bool | None
 
 FORMAT = "mpc-fl reveal ledger 1"
 LEDGER_FILE = "reveal_ledger.jsonl"
@@ -48,17 +47,11 @@ _LONGEST_TEXT = 1000
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
-@dataclass(frozen=True)
-class Opening:
-    """One opening; `privacy` is what all may know of the privacy spent, `previous` the digest of the opening before."""
+@dataclass(frozen=True, kw_only=True)
+class ChainedOpening(Opening):
+    """An opening in its place: the `number` of it in the run, `previous` the digest of the opening before."""
 
     number: int
-    what: str
-    why: str
-    shape: tuple[int, ...]
-    to: tuple[str, ...]
-    among: tuple[str, ...]
-    privacy: Mapping[str, Scalar] | None
     previous: str
     digest: str = ""
 
@@ -98,7 +91,7 @@ class Block:
     kind: str
     about: str
     parties: tuple[str, ...]
-    openings: tuple[Opening, ...]
+    openings: tuple[ChainedOpening, ...]
     values: Mapping[str, str]
     members: Members | None
     previous: str
@@ -130,7 +123,7 @@ def encode_block(block: Block) -> bytes:
     return _canonical(block) + b"\n"
 
 
-def to_json(item: Opening | Block | Signature) -> dict[str, Any]:
+def to_json(item: ChainedOpening | Block | Signature) -> dict[str, Any]:
     """A JSON object for a link or a file; `opening_from`, `block_from` and `signature_from` read it back."""
     value: dict[str, Any] = json.loads(_canonical(item))
     return value
@@ -184,20 +177,20 @@ def _scalar(value: Any) -> Scalar:
     return value if value is None or isinstance(value, (bool, int, float)) else _text(value)
 
 
-def opening_from(value: Any) -> Opening:
+def opening_from(value: Any) -> ChainedOpening:
     """An opening from JSON. Raises `ValueError` when it is none; its digest is not checked."""
-    item = _object(value, Opening)
-    shape, privacy = tuple(_count(size) for size in _list(item["shape"])), item["privacy"]
-    return Opening(
-        _count(item["number"]),
-        _text(item["what"]),
-        _text(item["why"]),
-        shape,
-        _texts(item["to"]),
-        _texts(item["among"]),
-        None if privacy is None else {name: _scalar(entry) for name, entry in _mapping(privacy).items()},
-        _digest(item["previous"]),
-        _digest(item["digest"]),
+    item = _object(value, ChainedOpening)
+    privacy = item["privacy"]
+    return ChainedOpening(
+        number=_count(item["number"]),
+        what=_text(item["what"]),
+        why=_text(item["why"]),
+        shape=tuple(_count(size) for size in _list(item["shape"])),
+        to=_texts(item["to"]),
+        among=_texts(item["among"]),
+        privacy=None if privacy is None else {name: _scalar(entry) for name, entry in _mapping(privacy).items()},
+        previous=_digest(item["previous"]),
+        digest=_digest(item["digest"]),
     )
 
 
@@ -264,22 +257,11 @@ class Chain:
     sound: bool = True
 
 
-def make_opening(
-    chain: Chain,
-    pending: Sequence[Opening],
-    what: str,
-    why: str,
-    shape: Iterable[int],
-    to: Iterable[str],
-    among: Iterable[str],
-    privacy: Mapping[str, Scalar] | None,
-) -> Opening:
-    """The opening that follows `pending`, which follow `chain`. Raises `ValueError` for text that cannot be printed."""
+def chain_opening(chain: Chain, pending: Sequence[ChainedOpening], opening: Opening) -> ChainedOpening:
+    """Put an opening after `pending`, which follow `chain`. Raises `ValueError` for text that cannot be printed."""
     last = pending[-1].digest if pending else chain.opening_digest
-    opening = Opening(
-        chain.openings + len(pending) + 1, what, why, tuple(shape), tuple(to), tuple(among), privacy, last
-    )
-    return opening_from(to_json(replace(opening, digest=opening.computed_digest())))
+    placed = ChainedOpening(**vars(opening), number=chain.openings + len(pending) + 1, previous=last)
+    return opening_from(to_json(replace(placed, digest=placed.computed_digest())))
 
 
 def sign_block(block: Block, identity: Identity, moment: datetime.datetime) -> Signature:

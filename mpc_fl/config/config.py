@@ -24,7 +24,7 @@ from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_nam
 
 
 class Config(Section):
-    """A complete configuration. Build it with `load_config` or `parse_config`."""
+    """A complete configuration. Build it with `loading.load_config` or `parse_config`."""
 
     name: str = "phantoms"
     task: Literal["train", "infer", "serve"] = "train"
@@ -73,7 +73,7 @@ class Config(Section):
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
 
     def digest(self) -> str:
-        """SHA-256 over everything parties must agree on (all but `site`), as hex."""
+        """SHA-256 over everything parties must agree on (all but `site` and `serving`), as hex."""
         shared = self.model_dump(mode="json", exclude={"site", "serving"})
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
@@ -86,11 +86,11 @@ class Config(Section):
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The complete configuration as YAML that `load_config` reads back to an equal object."""
+        """The complete configuration as YAML that `loading.load_config` reads back to an equal object."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def with_values(self, **sections: dict[str, Any] | str | int) -> Config:
-        """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`."""
+        """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`. Raises `ConfigError`."""
         values = self.model_dump(mode="json")
         for name, change in sections.items():
             if isinstance(change, dict):

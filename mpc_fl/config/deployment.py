@@ -1,4 +1,7 @@
-"""deployment"""
+"""Sections about where a run takes place: deadlines and threads, who takes part under which address, and this machine.
+
+`SiteSection` alone differs from party to party; it enters no digest and never leaves the machine.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""learning"""
+"""Sections about what is learned: the data, the network, local training and the privacy of each hospital's patients.
+
+Each class checks what can be checked within it; what must fit between two sections is checked by `config.Config`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""loading"""
+"""Reading a configuration: a YAML file, then the values that the command line sets (`--set a.b=c`), then validation.
+
+Whatever is wrong is told in one line that names the file, the key, and the nearest known name.
+"""
 
 from __future__ import annotations
 

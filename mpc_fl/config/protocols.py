@@ -1,4 +1,7 @@
-"""protocols"""
+"""Sections about what is computed on shares: the sum of updates, encrypted diagnosis, and what a server of it grants.
+
+All but `ServingSection` enter the digest that parties compare before they start.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""section"""
+"""What every section of the configuration is made of: frozen, no unknown keys, and the kinds of numbers that come again."""
 
 from __future__ import annotations
 
@@ -7,17 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 Count = Annotated[int, Field(ge=1)]
-
-
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
+# What becomes of the hospitals' updates (`learning.TrainingSection` says what each does).
 Strategy = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd"]
 
 

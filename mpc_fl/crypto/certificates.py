@@ -2,7 +2,8 @@
 
 ECDSA on P-256 (gRPC's TLS library accepts no Ed25519 certificates). Each party reads only its own directory: `<name>.key`
 (mode 0600), `<name>.crt`, `federation.crt` (the authority's certificate) and, once there is one, `federation.crl` (the
-serial numbers the authority has revoked, RFC 5280 section 5). `authority` makes the certificates; this module checks them.
+serial numbers the authority has revoked, RFC 5280 section 5). `authority` makes the certificates, `identity_files` writes and
+reads these files; this module checks them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serv
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 ROOT_FILE = "federation.crt"
 REVOCATION_FILE = "federation.crl"
-_ASK = "ask the federation's administrator for a certificate of this party"
+ASK_ADMINISTRATOR = "ask the federation's administrator for a certificate of this party"
 # What parsing and checking X.509 raises on bytes that are no sound certificate, request or revocation list.
 UNSOUND = (
     ValueError,
@@ -82,11 +83,13 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
     except UNSOUND:
-        raise IdentityError(f"the certificate of {name} is not valid PEM", _ASK) from None
+        raise IdentityError(f"the certificate of {name} is not valid PEM", ASK_ADMINISTRATOR) from None
     try:
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(trusted.authority))
     except UNSOUND:
-        raise IdentityError(f"the certificate of {name} is not signed by this federation's authority", _ASK) from None
+        raise IdentityError(
+            f"the certificate of {name} is not signed by this federation's authority", ASK_ADMINISTRATOR
+        ) from None
     now = datetime.datetime.now(datetime.timezone.utc)
     if certificate.not_valid_before_utc > now:
         raise IdentityError(
@@ -99,11 +102,13 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
             "renew it with: mpc-fl pki renew",
         )
     if certificate.serial_number in trusted.revoked:
-        raise IdentityError(f"the certificate of {name} was revoked", _ASK)
+        raise IdentityError(f"the certificate of {name} was revoked", ASK_ADMINISTRATOR)
     try:
         _check_fields(certificate, name)
     except UNSOUND:
-        raise IdentityError(f"the certificate of {name} lacks what a party's certificate must say", _ASK) from None
+        raise IdentityError(
+            f"the certificate of {name} lacks what a party's certificate must say", ASK_ADMINISTRATOR
+        ) from None
     return certificate
 
 
@@ -114,16 +119,16 @@ def _check_fields(certificate: x509.Certificate, name: str) -> None:
     if _subject_values(certificate.subject, NameOID.COMMON_NAME) != [name] or list(alternative_names) != [
         x509.DNSName(host_name(name))
     ]:
-        raise IdentityError(f"the certificate does not name {name}: it is another party's", _ASK)
+        raise IdentityError(f"the certificate does not name {name}: it is another party's", ASK_ADMINISTRATOR)
     if _subject_values(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME) != [role_of(name)]:
-        raise IdentityError(f"the certificate of {name} is not for the role {role_of(name)}", _ASK)
+        raise IdentityError(f"the certificate of {name} is not for the role {role_of(name)}", ASK_ADMINISTRATOR)
     if extensions.get_extension_for_class(x509.BasicConstraints).value.ca:
-        raise IdentityError(f"the certificate of {name} is an authority's", _ASK)
+        raise IdentityError(f"the certificate of {name} is an authority's", ASK_ADMINISTRATOR)
     if not extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature:
-        raise IdentityError(f"the certificate of {name} does not permit signatures", _ASK)
+        raise IdentityError(f"the certificate of {name} does not permit signatures", ASK_ADMINISTRATOR)
     key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise IdentityError(f"the certificate of {name} holds no P-256 key", _ASK)
+        raise IdentityError(f"the certificate of {name} holds no P-256 key", ASK_ADMINISTRATOR)
 
 
 def _subject_values(subject: x509.Name, attribute: x509.ObjectIdentifier) -> list[str | bytes]:
@@ -241,7 +246,7 @@ def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(key_pem, password=None)
     except UNSOUND:
-        raise IdentityError(f"the key of {name} is not valid PEM", _ASK) from None
+        raise IdentityError(f"the key of {name} is not valid PEM", ASK_ADMINISTRATOR) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IdentityError(f"the key of {name} is not a P-256 key", _ASK)
+        raise IdentityError(f"the key of {name} is not a P-256 key", ASK_ADMINISTRATOR)
     return key

@@ -1,4 +1,9 @@
-"""identity_files"""
+"""A party's identity on its disk: key, certificate, the authority's certificate and its revocation list, made and read.
+
+A site makes its key with `make_request` and never gives it away; a run on one machine writes whole identities with
+`write_identity`. `load_identity` trusts nothing that it reads: it checks modes, signatures, names and dates
+(`certificates`). Every file is written whole and to the disk.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from mpc_fl.crypto.certificates import (
-    _ASK,
+    ASK_ADMINISTRATOR,
     REVOCATION_FILE,
     ROOT_FILE,
     UNSOUND,
@@ -64,10 +69,8 @@ def make_directory(directory: Path) -> None:
 def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all, and to the disk. Raises `MpcFlError` when it cannot be written."""
     try:
-        with written_whole(path, mode) as temporary, temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
+        with written_whole(path, mode, durable=True) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise IdentityError(f"cannot write {path}: {error.strerror}", "check that you may write there") from None
 
@@ -122,14 +125,16 @@ def load_identity(directory: Path, name: str) -> Identity:
         # A dangling link exists in this sense: it must fail, not count as "nothing revoked".
         list_pem = revocations.read_bytes() if os.path.lexists(revocations) else None
     except OSError as error:
-        raise IdentityError(f"cannot read the identity of {name} in {directory}: {error.strerror}", _ASK) from None
+        raise IdentityError(
+            f"cannot read the identity of {name} in {directory}: {error.strerror}", ASK_ADMINISTRATOR
+        ) from None
     try:
         authority = x509.load_pem_x509_certificate(authority_pem)
     except UNSOUND:
-        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", _ASK) from None
+        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", ASK_ADMINISTRATOR) from None
     revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
     identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
     certificate = verify_certificate(certificate_pem, name, identity)
     if private_key(key_pem, name).public_key() != certificate.public_key():
-        raise IdentityError(f"the key of {name} does not belong to its certificate", _ASK)
+        raise IdentityError(f"the key of {name} does not belong to its certificate", ASK_ADMINISTRATOR)
     return identity

@@ -10,7 +10,7 @@ from torch import nn
 
 from mpc_fl.aggregation.rules import Rules, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
-from mpc_fl.audit.co_signing import begin, co_sign
+from mpc_fl.audit.co_signing import CoSigners
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import load_identity
@@ -29,7 +29,8 @@ def begin_ledger(
 ) -> None:
     """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack."""
     links.set_phase("reveal ledger")
-    begin(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR, config.federation.session, config.digest(), resumed)
+    signers = CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR)
+    signers.begin(config.federation.session, config.digest(), resumed)
 
 
 def lead_signatures(
@@ -77,7 +78,7 @@ def _sign(
     parties, same = [*hospitals, AGGREGATOR], {"global model": tensor_digest(shared)}
     complete = all(set(opening.among) <= set(parties) for opening in ledger.pending)
     kind = "openings" if complete else "abandoned"
-    co_sign(ledger, links, parties, AGGREGATOR, kind, about, same, tolerant=tolerant)
+    CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same, tolerant=tolerant)
 
 
 def sign_end(
@@ -94,7 +95,7 @@ def sign_end(
     same = {"global model": tensor_digest(shared)}
     if not config.training.local_normalisation:
         same["model.safetensors"] = hashlib.sha256(model_file(model, config, normalisation)).hexdigest()
-    co_sign(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR, "end", "the run is complete", same)
+    CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
 
 
 def open_ledger(config: Config, name: str) -> RevealLedger:

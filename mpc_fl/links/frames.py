@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.links.traffic import TrafficCounter
 
 MAGIC = b"MPCF"
@@ -149,7 +149,7 @@ class FrameReader:
         return self._head is not None
 
     def _refuse(self, why: str) -> ProtocolError:
-        return ProtocolError(f"a frame was refused: {why}", "check that both parties run the same version")
+        return ProtocolError(f"a frame was refused: {why}", SAME_VERSION)
 
     def _start(self, chunk: bytes) -> memoryview:
         if len(chunk) < _HEADER.size:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
@@ -100,7 +100,7 @@ class Mailboxes:
             return False
         if frame.kind in (Kind.RELAY, Kind.RELAY_GREETING):
             raise not_relayable(sender)
-        raise ProtocolError("a greeting came twice", "check that both parties run the same version")
+        raise ProtocolError("a greeting came twice", SAME_VERSION)
 
     def lose(self, peer: str, failure: MpcFlError) -> None:
         """Note why a peer is lost, and with a relay those behind it; the first reason stays."""

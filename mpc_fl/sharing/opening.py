@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpc_fl.audit.opening_record import Record
+from mpc_fl.audit.opening_record import Opening, Record
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
@@ -109,14 +109,14 @@ def _open_fixed_sum(
     links, part, plan = domain.links, fixed.part, fixed.part.plan
     if who != [plan.opener]:
         raise SecrecyError(f"the sum '{plan.name}' can be opened to {plan.opener} alone")
-    among, tag = [*fixed.admitted, plan.opener], f"keys {plan.name}"
+    among, tag = (*fixed.admitted, plan.opener), f"keys {plan.name}"
     if isinstance(part, SummandMasks):
         keys = part.keys_for(fixed.admitted, fixed.smallest)
-        domain.record.append(what, why, list(part.shape), list(who), among, privacy)
+        domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
         links.send_tensor(plan.opener, tag, keys)
         return None
     require_admissible(plan, fixed.admitted, fixed.smallest)
-    domain.record.append(what, why, list(part.shape), list(who), among, privacy)
+    domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
     answers: dict[str, torch.Tensor] = {}
     for name in fixed.admitted:
         try:
@@ -142,7 +142,8 @@ def _open_elements(
 ) -> torch.Tensor | None:
     runtime, links = domain.runtime, domain.runtime.links
     share, _, exclusive_or = _share_of(value)
-    domain.record.append(value.label, why, list(share.shape), list(who), list(runtime.world), privacy)
+    opening = Opening(value.label, why, tuple(share.shape), tuple(who), tuple(runtime.world), privacy)
+    domain.record.append(opening)
     refreshed = share.clone()
     runtime.add_zero_share(refreshed, exclusive_or=exclusive_or)
     for name in who:

@@ -23,17 +23,18 @@ from mpc_fl.apps.cli import ledger as ledger_commands
 from mpc_fl.audit import reveal_ledger
 from mpc_fl.audit.ledger_audit import Copy, Finding, extend, read_ledger, verify_copies
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
+from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
     Block,
     Chain,
+    ChainedOpening,
     Members,
-    Opening,
     Signature,
     block_from,
+    chain_opening,
     encode_block,
     fingerprint,
-    make_opening,
     sign_block,
     to_json,
 )
@@ -70,9 +71,9 @@ def signed(block: Block, moment: datetime.datetime = BEGAN, signers: Sequence[Id
     return dataclasses.replace(block, signatures=tuple(sign_block(block, one, moment) for one in own))
 
 
-def describe(chain: Chain, pending: Sequence[Opening], why: str) -> Opening:
+def describe(chain: Chain, pending: Sequence[ChainedOpening], why: str) -> ChainedOpening:
     privacy = {"mechanism": "local", "epsilon at most": 8.0}
-    return make_opening(chain, pending, "sum of updates", why, (5, 2), ["aggregator"], PARTIES, privacy)
+    return chain_opening(chain, pending, Opening("sum of updates", why, (5, 2), ("aggregator",), PARTIES, privacy))
 
 
 def make_ledger(rounds: int = 3, openings: int = 3, moment: datetime.datetime = BEGAN) -> list[Block]:
@@ -80,7 +81,7 @@ def make_ledger(rounds: int = 3, openings: int = 3, moment: datetime.datetime = 
     chain, blocks = Chain(), list[Block]()
     for number in range(rounds + 2):
         kind = {0: "start", rounds + 1: "end"}.get(number, "openings")
-        opened: list[Opening] = []
+        opened: list[ChainedOpening] = []
         for index in range(openings if kind == "openings" else 0):
             opened.append(describe(chain, opened, f"round {number}: part {index}"))
         values = {"global model": MODEL} if kind == "openings" else {}
@@ -286,7 +287,7 @@ def test_who_recomputes_all_digests_is_found_by_the_signatures() -> None:
     """The forger holds the aggregator's key only: every block from the change on lacks the hospitals' signatures."""
     chain, forged = Chain(), list[Block]()
     for block in make_ledger():
-        opened: list[Opening] = []
+        opened: list[ChainedOpening] = []
         for opening in block.openings:
             why = "nothing to see" if opening.number == 4 else opening.why
             opened.append(describe(chain, opened, why))
@@ -410,8 +411,8 @@ def begun(directory: Path) -> RevealLedger:
     return ledger
 
 
-def record(ledger: RevealLedger, why: str) -> Opening:
-    return ledger.append("sum", why, (3,), ["aggregator"], PARTIES)
+def record(ledger: RevealLedger, why: str) -> ChainedOpening:
+    return ledger.append(Opening("sum", why, (3,), ("aggregator",), PARTIES))
 
 
 def test_the_copy_cut_off_at_any_byte_is_read_up_to_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -494,20 +495,21 @@ def test_the_digest_of_a_tensor_tells_values_shapes_and_types_apart() -> None:
 
 def _whole_story(links: Any, directory: str) -> bytes:
     """Two rounds, a restart in which hospital-1 lacks a block and all have unsigned openings, a lost hospital, the end."""
-    from mpc_fl.audit.co_signing import begin, co_sign, settle
+    from mpc_fl.audit.co_signing import CoSigners
 
     parties, leader, out = list(PARTIES), "aggregator", Path(directory) / links.name
     own = load_identity(out, links.name)
     ledger = RevealLedger(out, own)
 
     def opened(why: str) -> None:
-        ledger.append("sum of updates", why, (4, 3), [leader], parties, {"mechanism": "local"})
+        ledger.append(Opening("sum of updates", why, (4, 3), (leader,), tuple(parties), {"mechanism": "local"}))
 
-    begin(ledger, links, parties, leader, "session", "c" * 64)
+    signers = CoSigners(ledger, links, parties, leader)
+    signers.begin("session", "c" * 64)
     for number in (1, 2):
         opened(f"round {number}")
         opened(f"round {number} (divisor)")
-        co_sign(ledger, links, parties, leader, "openings", f"round {number}", {"global model": MODEL})
+        signers.sign("openings", f"round {number}", {"global model": MODEL})
 
     # All are killed: hospital-1 before it kept the last block, hospital-0 further in round 3 than the others.
     opened("round 3")
@@ -517,24 +519,26 @@ def _whole_story(links: Any, directory: str) -> bytes:
         content = ledger.path.read_bytes().splitlines(keepends=True)
         ledger.path.write_bytes(b"".join(content[:-1]) + content[-1][:100])
     ledger = RevealLedger(out, own)
-    begin(ledger, links, parties, leader, "another session", "c" * 64, resumed=True)
+    CoSigners(ledger, links, parties, leader).begin("another session", "c" * 64, resumed=True)
     assert ledger.pending == [] and ledger.blocks[-1].kind == "abandoned"
 
     # hospital-1 is lost in the repeated round, the others go on without it.
     opened("round 3, attempt 2")
     if links.name != "hospital-1":
         rest = ["hospital-0", "aggregator"]
-        settle(ledger, links, rest, leader, "round 3, attempt 2")
-        assert settle(ledger, links, rest, leader, "nothing since") is None
+        signers = CoSigners(ledger, links, rest, leader)
+        signers.settle("round 3, attempt 2")
+        assert signers.settle("nothing since") is None
         parties = rest
         opened("round 3, attempt 3")
-        last = co_sign(ledger, links, rest, leader, "end", "the run is complete")
+        last = signers.sign("end", "the run is complete")
 
         # A restart when all is done adds nothing.
         ledger = RevealLedger(out, own)
-        assert begin(ledger, links, rest, leader, "third session", "c" * 64, resumed=True) == last
+        signers = CoSigners(ledger, links, rest, leader)
+        assert signers.begin("third session", "c" * 64, resumed=True) == last
         with pytest.raises(MpcFlError, match="is the ledger of an earlier run"):
-            begin(ledger, links, rest, leader, "session", "c" * 64)
+            signers.begin("session", "c" * 64)
     return ledger.path.read_bytes()
 
 
@@ -557,15 +561,15 @@ def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Pat
 
 
 def _one_differs(links: Any, directory: str) -> None:
-    from mpc_fl.audit.co_signing import begin, co_sign
+    from mpc_fl.audit.co_signing import CoSigners
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
-    begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64)
-    ledger.append("sum", "round 1", (3,), ["aggregator"], PARTIES)
-    ledger.append("sum", "round 1", (1,), [links.name] if links.name == "hospital-1" else ["aggregator"], PARTIES)
-    co_sign(
-        ledger, links, PARTIES, "aggregator", "openings", "round 1", {"global model": tensor_digest(torch.zeros(3))}
-    )
+    signers = CoSigners(ledger, links, PARTIES, "aggregator")
+    signers.begin("session", "c" * 64)
+    opener = links.name if links.name == "hospital-1" else "aggregator"
+    ledger.append(Opening("sum", "round 1", (3,), ("aggregator",), PARTIES))
+    ledger.append(Opening("sum", "round 1", (1,), (opener,), PARTIES))
+    signers.sign("openings", "round 1", {"global model": tensor_digest(torch.zeros(3))})
 
 
 def test_a_party_whose_record_differs_is_named_at_once(tmp_path: Path) -> None:
@@ -578,10 +582,11 @@ def test_a_party_whose_record_differs_is_named_at_once(tmp_path: Path) -> None:
 
 
 def _one_starts_anew(links: Any, directory: str) -> None:
-    from mpc_fl.audit.co_signing import begin
+    from mpc_fl.audit.co_signing import CoSigners
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
-    begin(ledger, links, list(PARTIES), "aggregator", "session", "c" * 64, resumed=links.name != "hospital-0")
+    signers = CoSigners(ledger, links, PARTIES, "aggregator")
+    signers.begin("session", "c" * 64, resumed=links.name != "hospital-0")
 
 
 def test_who_starts_anew_while_others_resume_is_named(tmp_path: Path) -> None:
@@ -709,7 +714,8 @@ def test_show_reads_well(run_dir: Path) -> None:
 
 def test_show_takes_no_text_for_markup_and_names_a_damaged_line(run_dir: Path) -> None:
     chain = read_ledger(b"".join(genuine().splitlines(keepends=True)[:-1]), authority().certificate).chain
-    opened = make_opening(chain, [], "[bold]sum[/bold]", "[link=x]why[/link]", (), ["aggregator"], PARTIES[:2], None)
+    text_of_tags = Opening("[bold]sum[/bold]", "[link=x]why[/link]", (), ("aggregator",), PARTIES[:2])
+    opened = chain_opening(chain, [], text_of_tags)
     block = Block(4, "openings", "[red]", PARTIES, (opened,), {}, None, chain.seal, (Signature(PARTIES[0], "2", ""),))
     block = dataclasses.replace(block, signatures=signed(block).signatures[:2])
     path = run_dir / LEDGER_FILE

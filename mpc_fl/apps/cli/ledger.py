@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
-from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Opening, fingerprint, to_json
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, fingerprint, to_json
 from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
 from mpc_fl.errors import MpcFlError
 
@@ -148,7 +148,7 @@ def _print_block(console: Console, block: Block) -> None:
     console.print()
 
 
-def _cells(opening: Opening, block: Block) -> list[str]:
+def _cells(opening: ChainedOpening, block: Block) -> list[str]:
     shape = " x ".join(map(str, opening.shape)) or "single"
     lost = [party for party in opening.among if party not in block.parties]
     among = "all" if set(opening.among) == set(block.parties) else ", ".join(opening.among)

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import MpcFlError, RefusedError
-from mpc_fl.files import _to_disk, append_json_line, read_json_lines, written_whole
+from mpc_fl.files import append_json_line, read_json_lines, to_disk, written_whole
 
 USAGE_FILE = "usage.jsonl"
 
@@ -111,10 +110,9 @@ class UsageLedger:
             ((charge.time, hospital, charge.images) for hospital, charges in found.items() for charge in charges)
         )
         keys = ("time", "hospital", "images")
-        with written_whole(self._path, 0o600) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
+        with written_whole(self._path, 0o600, durable=True) as temporary:
+            temporary.write_text(text, encoding="utf-8")
         return found
 
     def _counting(self, charges: Sequence[Charge]) -> list[Charge]:
@@ -139,7 +137,7 @@ class UsageLedger:
             now = self._clock()
             try:
                 append_json_line(self._path, {"time": now, "hospital": hospital, "images": images})
-                _to_disk(self._path)
+                to_disk(self._path)
             except OSError as error:
                 raise MpcFlError(f"cannot write {self._path}: {error.strerror}", "check the free space") from None
             self._charges[hospital] = [*self._counting(self._charges.get(hospital, [])), Charge(now, images)]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpc_fl.audit.opening_record import OpeningRecord, Record
-from mpc_fl.audit.reveal_ledger import Scalar
+from mpc_fl.audit.opening_record import Opening, OpeningRecord, Record
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ConfigError, PoolError, RefusedError
@@ -64,17 +63,9 @@ class _OneByOne:
     def __init__(self, record: Record) -> None:
         self._record, self._guard = record, threading.Lock()
 
-    def append(
-        self,
-        what: str,
-        why: str,
-        shape: Sequence[int],
-        to: Sequence[str],
-        among: Sequence[str],
-        privacy: Mapping[str, Scalar] | None = None,
-    ) -> object:
+    def append(self, opening: Opening) -> object:
         with self._guard:
-            return self._record.append(what, why, shape, to, among, privacy)
+            return self._record.append(opening)
 
 
 def answer_hospital(config: Config, model: ServedModel, links: Links, visit: Visit, gate: Gate, record: Record) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpc_fl.errors import PrivacyBudgetError
+from mpc_fl.files import to_disk
 from mpc_fl.learning.privacy.accounting import _ROUNDING, PrivacyBudget, SubsampledGaussian, epsilon_of
 
 _LEDGER_FORMAT = "mpc-fl privacy ledger 1"
@@ -160,13 +161,8 @@ class PrivacyLedger:
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                to_disk(file)
             os.replace(temporary, self.path)
-            directory = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            to_disk(self.path.parent)
         except OSError as error:
             raise self._refusal(f"cannot be written: {error.strerror}") from None

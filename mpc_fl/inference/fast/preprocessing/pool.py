@@ -42,7 +42,7 @@ import numpy as np
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, SecrecyError
-from mpc_fl.files import _sync, _sync_directory, written_whole
+from mpc_fl.files import written_whole
 from mpc_fl.inference.fast.preprocessing.sealed_file import _MAGIC, _SALT_BYTES, TAG_BYTES, _readable, _seal, _unseal
 
 Purpose = Literal["use", "fill"]
@@ -131,7 +131,6 @@ class Pool:
         if number < self.next or number in self.numbers:
             raise SecrecyError(f"record {number} of the pool at {self.directory} exists or was used already")
         _seal(self._path(number), self._keys.of_record(number), self._context(number), tag, content)
-        _sync_directory(self.directory)
 
     # ---- using -----------------------------------------------------------------------------------------------------
 
@@ -254,10 +253,8 @@ class _Keys:
         """To the disk, before this returns."""
         keys = {name: getattr(self, name).reveal_for_transport().hex() for name in ("chain", "model", "meeting")}
         text = json.dumps({"terms": asdict(terms), "next": self.next, **keys}) + "\n"
-        with written_whole(directory / KEYS, 0o600) as temporary, temporary.open("w", encoding="ascii") as file:
-            file.write(text)
-            _sync(file)
-        _sync_directory(directory)
+        with written_whole(directory / KEYS, 0o600, durable=True) as temporary:
+            temporary.write_text(text, encoding="ascii")
 
 
 def _read_keys(directory: Path) -> tuple[Terms, _Keys]:

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError
-from mpc_fl.files import _sync, written_whole
+from mpc_fl.files import written_whole
 
 TAG_BYTES = 16
 
@@ -47,11 +47,10 @@ def _seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray
     salt = os.urandom(_SALT_BYTES)
     header = _MAGIC + salt + tag
     cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
-    with written_whole(path, 0o600) as temporary, temporary.open("wb") as file:
+    with written_whole(path, 0o600, durable=True) as temporary, temporary.open("wb") as file:
         file.write(header)
         for piece, nonce in _segments(len(buffer)):
             file.write(cipher.encrypt(nonce, buffer[piece], header + context))
-        _sync(file)
 
 
 def _unseal(path: Path, key: Seed, context: bytes) -> tuple[bytes, np.ndarray]:
