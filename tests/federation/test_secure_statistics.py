@@ -21,6 +21,7 @@ from scipy import stats
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
 from mpc_fl.apps.report import figures, formats, run_files, training_sections
+from mpc_fl.apps.summaries import Header, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
@@ -59,6 +60,7 @@ from mpc_fl.learning.models.evaluation import (
 from mpc_fl.learning.models.model_file import load_model, load_normalisation, save_model
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+from tests.apps.test_summaries import TRAIN
 from tests.support.harness import run_parties
 
 torch.set_num_threads(1)
@@ -195,14 +197,22 @@ def test_evaluation_headroom_is_exactly_what_float64_holds(hospitals: int, bound
 
 def test_the_report_shows_calibration_and_skipped_files(tmp_path: Path) -> None:
     final = evaluate_locally(*predictions(200, 3, 5)).to_json()
-    run = run_files.Run(tmp_path, {"kind": "train", "final": final}, {})
-    text = training_sections._calibration(run)
+
+    def run_with(evaluation: dict[str, Any]) -> run_files.Run:
+        return run_files.Run(tmp_path, Header(kind="train"), {**TRAIN, "final": evaluation}, {})
+
+    text = training_sections.calibration(run_with(final))
     assert formats.percent(final["calibration_error"]) in text and "<img" in text and "Calibration." in text
     assert f"{final['auc_macro']:.3f}" in text
     old = {name: value for name, value in final.items() if name not in ("reliability", "brier")}
-    assert "Not shown" in training_sections._calibration(run_files.Run(tmp_path, {"kind": "train", "final": old}, {}))
-    assert run_files._skipped({"skipped_files": 3})[0][:2] == ("Skipped files", 3)
-    assert run_files._skipped({"skipped_files": 0}) == run_files._skipped({}) == []
+    assert "Not shown" in training_sections.calibration(run_with(old))
+
+    def skipped(**counts: int) -> list[tuple[str, object, str]]:
+        trained = {key: value for key, value in TRAIN.items() if key != "skipped_files"}
+        return run_files.skipped(TrainingSummary.from_json({**trained, **counts}))
+
+    assert skipped(skipped_files=3)[0][:2] == ("Skipped files", 3)
+    assert skipped(skipped_files=0) == skipped() == []
     empty = figures.reliability_diagram([(0, None, None)] * RELIABILITY_BINS)
     assert figures.svg_uri(empty).startswith("data:image/svg+xml")
 
