@@ -30,13 +30,11 @@ _EVERY_ROLE = ("torch", "mpc_fl.links.party_links", "mpc_fl.learning.models.mode
 _TRAINING = (
     "parties.hospital",
     "parties.aggregator",
-    "mpc_fl.federation.hospital_round",
-    "mpc_fl.federation.aggregator_round",
-    "mpc_fl.federation.audit_trail",
-    "mpc_fl.federation.preparation",
-    "mpc_fl.federation.secure_evaluation",
+    "mpc_fl.federation.hospital_program",
+    "mpc_fl.federation.aggregator_program",
 )
-_DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.diagnosis")
+_PRIVACY = ("opacus.accountants", "opacus.grad_sample")
+_DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
 _FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")
 # A dry run on shapes (`sharing.dry_run`) has torch import its compiler, which takes a second.
@@ -52,7 +50,7 @@ def modules_to_share(config: Config) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     if config.task == "train":
-        return (*_EVERY_ROLE, *_TRAINING)
+        return (*_EVERY_ROLE, *_TRAINING, *(() if config.privacy.mechanism == "none" else _PRIVACY))
     programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
     return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 
