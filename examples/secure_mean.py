@@ -22,7 +22,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+from mpc_fl.sharing.opening import SecretDomain
 from mpc_fl.sharing.secure_sum import encode_weighted, weighted_mean
 
 NAMES = ["north", "south", "west"]
@@ -34,12 +34,11 @@ def hospital(name: str, addresses: dict[str, str], session: str, directory: Path
     agreement = Agreement(session, "secure mean example", "example")
     reach, timeouts = Reach.of(name, NAMES, addresses), Timeouts(connect=30.0, receive=30.0)
     with NetworkLinks(load_identity(directory / name, name), agreement, reach, timeouts) as links:
-        with CrypTenRuntime(links, NAMES, dealer=None, fraction_bits=24) as runtime:
-            domain = runtime.domain(OpeningRecord(directory / name / "openings.jsonl", name))
-            update = Private("mean haemoglobin", torch.tensor([value], dtype=torch.float64))
-            encoded = encode_weighted(update, Private("number of patients", patients), HEADROOM)
-            mean = weighted_mean(domain, *encoded, 24, "north", "example")
-            print(f"{name}: {'learns nothing' if mean is None else f'the mean over all patients is {float(mean):.3f}'}")
+        domain = SecretDomain(links, NAMES, OpeningRecord(directory / name / "openings.jsonl", name))
+        update = Private("mean haemoglobin", torch.tensor([value], dtype=torch.float64))
+        own = encode_weighted(update, Private("number of patients", patients), HEADROOM)
+        mean = weighted_mean(domain, own, "north", "example")
+        print(f"{name}: {'learns nothing' if mean is None else f'the mean over all patients is {float(mean):.3f}'}")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 from pydantic import BaseModel
 
-from mpc_fl.apps.cli.main import app
+from mpc_fl.apps.cli.commands import app
 from mpc_fl.config.config import Config
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -27,7 +27,7 @@ from mpc_fl.crypto.certificates import verify_certificate
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, PrivacyBudgetError, RefusedError
-from mpc_fl.inference.serving.quota import Limit, UsageLedger
+from mpc_fl.inference.serving.quota import Quota, UsageLedger
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, epsilon_of
@@ -118,7 +118,7 @@ def test_what_a_hospital_asked_still_counts(copy: Path) -> None:
     charged = lines(copy / "service" / "usage.jsonl")
     assert [(line["hospital"], line["images"]) for line in charged] == [("hospital-0", 1)] * 4
     last = charged[-1]["time"]
-    ledger = UsageLedger(copy / "service", [Limit(5, 86400, "24 hours")], lambda: last + 1)
+    ledger = UsageLedger(copy / "service", [Quota(5, 86400, "24 hours")], lambda: last + 1)
     ledger.charge("hospital-0", 1)
     with pytest.raises(RefusedError, match="may ask about 5 images in 24 hours"):
         ledger.charge("hospital-0", 1)
