@@ -45,6 +45,7 @@ _WORD = 8
 _FLOAT = 4
 # Fitted: an idle party; words per element of the widest layer that a comparison on shares holds.
 _IDLE_BYTES = 460 << 20
+_IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
 
@@ -184,7 +185,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
         masked_weight_bytes=found.masked_weight_bytes,
         rounds=found.sequential_messages,
         bytes_sent_by_dealer=found.correction_bytes,
-        memory_bytes_per_party=_IDLE_BYTES + 2 * found.masked_weight_bytes + int(held),
+        memory_bytes_per_party=_IDLE_BYTES_OF_FAST + 2 * found.masked_weight_bytes + int(held),
     )
 
 

@@ -30,13 +30,11 @@ _EVERY_ROLE = ("torch", "mpc_fl.links.party_links", "mpc_fl.learning.models.mode
 _TRAINING = (
     "parties.hospital",
     "parties.aggregator",
-    "mpc_fl.federation.hospital_round",
-    "mpc_fl.federation.aggregator_round",
-    "mpc_fl.federation.audit_trail",
-    "mpc_fl.federation.preparation",
-    "mpc_fl.federation.secure_evaluation",
+    "mpc_fl.federation.hospital_program",
+    "mpc_fl.federation.aggregator_program",
 )
-_DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.diagnosis")
+_PRIVACY = ("opacus.accountants", "opacus.grad_sample")
+_DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
 _FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")
 # A dry run on shapes (`sharing.dry_run`) has torch import its compiler, which takes a second.
@@ -52,7 +50,7 @@ def modules_to_share(config: Config) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     if config.task == "train":
-        return (*_EVERY_ROLE, *_TRAINING)
+        return (*_EVERY_ROLE, *_TRAINING, *(() if config.privacy.mechanism == "none" else _PRIVACY))
     programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
     return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 
@@ -129,13 +127,18 @@ class PartyStarter:
         ours, theirs = socket.socketpair()
         self._socket, self._said, self._ended = ours, b"", False
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), program, ",".join(modules), *sys.path]
-        with theirs, _signals_held_back():
-            self._server = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            )
+        self._server: subprocess.Popen[bytes] | None = None
+        self._refusal = ""
+        try:
+            with theirs, _signals_held_back():
+                self._server = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                )
+        except OSError as error:  # told when a party shall start: what else is wrong with the task comes first
+            self._refusal = f"{sys.executable}: {error.strerror}"
 
     def __enter__(self) -> PartyStarter:
         return self
@@ -145,7 +148,9 @@ class PartyStarter:
 
     @property
     def pid(self) -> int:
-        """Of the server."""
+        """Of the server. Raises `RunFailedError` when it could not be started."""
+        if self._server is None:
+            raise self.failure()
         return self._server.pid
 
     def start(self, name: str, values: dict[str, Any]) -> StartedParty:
@@ -165,11 +170,12 @@ class PartyStarter:
 
     def failure(self) -> RunFailedError:
         """Why the server has ended, which it never does by itself before `close`. Waits until it has."""
+        code, what = self._wait(END_GRACE), "the process that parties are forked from"
+        if code is None:
+            return RunFailedError(f"{what} cannot be started: {self._refusal}")
         self._listen()
-        self._wait(END_GRACE)
         if self._said not in (b"", READY):
             return RunFailedError(f"the parties' modules cannot be shared: {self._said.removeprefix(READY).decode()}")
-        code, what = self._server.returncode, "the process that parties are forked from"
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         return RunFailedError(f"{what} {how}", "all parties were stopped")
 
@@ -179,7 +185,7 @@ class PartyStarter:
             return
         self._listen()
         self._socket.close()
-        if not self._said:
+        if not self._said and self._server is not None:
             self._server.kill()  # it still imports: no party was forked
         self._wait(2 * END_GRACE)
         self._ended = True
@@ -189,12 +195,15 @@ class PartyStarter:
             while more := self._socket.recv(4096, socket.MSG_DONTWAIT):
                 self._said += more
 
-    def _wait(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> int | None:
+        """The server's exit status, by force after so many seconds; None if it was never started."""
+        if self._server is None:
+            return None
         try:
-            self._server.wait(seconds)
+            return self._server.wait(seconds)
         except subprocess.TimeoutExpired:
             self._server.kill()
-            self._server.wait()
+            return self._server.wait()
 
 
 @contextlib.contextmanager

@@ -140,6 +140,13 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
             starter.start("another", {})
 
 
+def test_a_server_that_cannot_be_started_is_told_with_the_first_party(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is wrong with the task comes first."""
+    monkeypatch.setattr(sys, "executable", "/no/python")
+    with starter_of() as starter, pytest.raises(RunFailedError, match="cannot be started: /no/python: No such file"):
+        starter.start("somebody", {})
+
+
 # ---- ends --------------------------------------------------------------------------------------------------------------
 
 
