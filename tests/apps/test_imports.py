@@ -62,6 +62,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
     return found, directory / "run" / "model.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("engine", "needed", "absent"),
@@ -82,6 +83,7 @@ def test_no_process_of_a_diagnosis_imports_more(
     assert needed & found  # else this test looks for the wrong names
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_no_process_of_a_training_run_imports_more(training: tuple[set[str], Path]) -> None:
     found, _ = training
@@ -102,9 +104,9 @@ def test_help_imports_no_library_of_numbers() -> None:
     ("values", "absent"),
     [
         ({"task": "infer", "inference": {"engine": "fast"}}, EVERYTHING),
-        ({"task": "infer"}, EVERYTHING - FOR_SHARES_OF_CRYPTEN),
-        ({"task": "serve", "inference": {"engine": "fast"}}, EVERYTHING),
-        ({"task": "train"}, EVERYTHING - FOR_TRAINING - FOR_SHARES_OF_CRYPTEN),
+        pytest.param({"task": "infer"}, EVERYTHING - FOR_SHARES_OF_CRYPTEN, marks=pytest.mark.slow),
+        pytest.param({"task": "serve", "inference": {"engine": "fast"}}, EVERYTHING, marks=pytest.mark.slow),
+        pytest.param({"task": "train"}, EVERYTHING - FOR_TRAINING - FOR_SHARES_OF_CRYPTEN, marks=pytest.mark.slow),
         ({"task": "train", "privacy": {"mechanism": "none"}}, EVERYTHING - FOR_SHARES_OF_CRYPTEN),
     ],
     ids=["diagnosis-fast", "diagnosis", "service-fast", "training", "training-without-noise"],

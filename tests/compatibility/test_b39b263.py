@@ -148,6 +148,7 @@ def test_the_model_gives_the_logits_that_it_gave(files: Path) -> None:
     assert torch.allclose(logits, torch.tensor(recorded["logits"], dtype=logits.dtype), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_an_interrupted_run_goes_on_to_its_end(copy: Path) -> None:
     out = copy / "interrupted"
