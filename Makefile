@@ -36,11 +36,14 @@ demo: $(STAMP)
 	@echo "Training report:  $(CURDIR)/$(DEMO)/report.html"
 	@echo "Diagnosis report: $(CURDIR)/$(DEMO)-diagnosis/report.html"
 
+# All processes of the tests share the cores: one thread each, and modules are compiled once for all of them.
+PYTEST := PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -196,6 +196,7 @@ def test_the_authority_opens_and_issues_renews_and_revokes(copy: Path) -> None:
 # ---- the pool ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_a_diagnosis_is_made_from_the_pool(copy: Path) -> None:
     """Without a dealer: both halves must open, agree on a batch, and give the logits of the model in the clear."""

@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_only_north_learns_the_mean() -> None:
     command = [sys.executable, EXAMPLES / "secure_mean.py"]
