@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpc_fl.config.config import Config
-    from mpc_fl.links.links import Observer
+    from mpc_fl.links.frames import Observer
     from mpc_fl.progress import Notify
 
 

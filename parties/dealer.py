@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mpc_fl.config.config import Config
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.frames import Observer
+from mpc_fl.links.links import Links
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER

@@ -12,7 +12,7 @@ from mpc_fl.roles import hospital_name
 
 if TYPE_CHECKING:
     from mpc_fl.config.config import Config
-    from mpc_fl.links.links import Observer
+    from mpc_fl.links.frames import Observer
     from mpc_fl.progress import Notify
 
 

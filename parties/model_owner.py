@@ -8,7 +8,7 @@ from __future__ import annotations
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError
-from mpc_fl.links.links import Observer
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import MODEL_OWNER

@@ -1,6 +1,6 @@
 """How long an honest update can be: the L2 norm that a hospital exceeds with probability below 1e-4, from public values.
 
-Local noise (`training`). With momentum and the proximal term of FedProx the update of a round is linear in its steps' gradients:
+Local noise (`dp_sgd`). With momentum and the proximal term of FedProx the update of a round is linear in its steps' gradients:
 update = -sum over t of a_t g_t, g_t = (sum of m_t gradients clipped to C, plus z C times a standard normal vector) / b, where
 the weights a_t are the response of the optimizer to one gradient (`step_weights`), and m_t is the number of patients in
 step t, a sum of independent indicators of expectation b.
@@ -11,7 +11,7 @@ step t, a sum of independent indicators of expectation b.
 with L = log(20000) for each. Both grow with 1/b, so b is that of the smallest hospital. Whatever model and data are, the
 bound holds; the noise alone of a large model is usually most of it, and then it is tight.
 
-Distributed noise (`distributed_mechanism`), one step, in grid units: m patients of at most B each, m as above, plus noise of
+Distributed noise (`distributed_gaussian`), one step, in grid units: m patients of at most B each, m as above, plus noise of
 variance v per coordinate; a discrete Gaussian is sub-Gaussian and no longer than the normal one (Canonne, Kamath, Steinke 2020).
 """
 

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 from mpc_fl.errors import SAME_VERSION, IdentityError
 from mpc_fl.roles import role_of
 
-DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
+_DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 ROOT_FILE = "federation.crt"
 REVOCATION_FILE = "federation.crl"
@@ -41,7 +41,7 @@ UNSOUND = (
 
 def host_name(name: str) -> str:
     """The DNS name in a party's certificate; peers verify it in the TLS hand-shake."""
-    return f"{name}.{DOMAIN}"
+    return f"{name}.{_DOMAIN}"
 
 
 def party_subject(name: str, role: str, federation: str | None = None) -> x509.Name:
@@ -236,9 +236,6 @@ def verify_request(request_pem: bytes, name: str) -> ec.EllipticCurvePublicKey:
     if request.subject != party_subject(name, role_of(name)):
         raise IdentityError(f"the request was not made for {name}", fix)
     return key
-
-
-# ---- the directory of a party ------------------------------------------------------------------------------------------
 
 
 def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:

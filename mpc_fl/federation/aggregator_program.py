@@ -26,7 +26,7 @@ from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.model_file import save_model
-from mpc_fl.links.links import Observer
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import AGGREGATOR, is_hospital

@@ -16,15 +16,9 @@ from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import send_global
 from mpc_fl.federation.federated_sgd import aggregator_steps
-from mpc_fl.federation.planning import (
-    describe_mean_update,
-    headroom_of,
-    with_norm_check,
-)
+from mpc_fl.federation.planning import describe_mean_update, headroom_of, with_norm_check
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation
-from mpc_fl.learning.models.evaluation import (
-    Evaluation,
-)
+from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.progress import Notify
 from mpc_fl.sharing.opening import SecretDomain
 

@@ -13,12 +13,7 @@ from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_check
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.planning import headroom_of, mechanism_of
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.parameters import (
-    flatten_parameters,
-    join_parts,
-    load_flat_parameters,
-    shared_coordinates,
-)
+from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
 

@@ -32,11 +32,7 @@ from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.planning import privacy_of_steps
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
-from mpc_fl.learning.privacy.distributed_gaussian import (
-    mean_gradient,
-    noised_share,
-    require_patients,
-)
+from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share, require_patients
 from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
 from mpc_fl.sharing.opening import SecretDomain

@@ -25,7 +25,7 @@ from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.process_group import training_group
-from mpc_fl.links.links import Observer
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import AGGREGATOR, hospital_name

@@ -30,17 +30,9 @@ from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import receive_global
 from mpc_fl.federation.federated_sgd import Steps, hospital_steps
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.planning import (
-    describe_mean_update,
-    headroom_of,
-    run_name,
-    with_norm_check,
-)
+from mpc_fl.federation.planning import describe_mean_update, headroom_of, run_name, with_norm_check
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
-from mpc_fl.learning.models.parameters import (
-    flatten_parameters,
-    load_flat_parameters,
-)
+from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.dp_sgd import train_locally
 from mpc_fl.progress import Notify

@@ -14,29 +14,13 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import calibrate_own, initial_model
-from mpc_fl.federation.planning import (
-    budget_of,
-    features_run_name,
-    headroom_of,
-    mechanism_of,
-    plan_release,
-    run_name,
-)
+from mpc_fl.federation.planning import budget_of, features_run_name, headroom_of, mechanism_of, plan_release, run_name
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
-from mpc_fl.learning.models.parameters import (
-    flatten_parameters,
-    join_parts,
-    load_flat_parameters,
-    shared_coordinates,
-)
-from mpc_fl.learning.privacy.accounting import (
-    PrivacyBudget,
-    SubsampledGaussian,
-    epsilon_of,
-)
+from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, epsilon_of
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining

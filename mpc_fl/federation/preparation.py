@@ -18,15 +18,9 @@ from mpc_fl.federation.attendance import Attendance
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import calibrate_on_public_images, calibrate_own
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.planning import (
-    features_run_name,
-    over_all_hospitals,
-)
+from mpc_fl.federation.planning import features_run_name, over_all_hospitals
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.parameters import (
-    flatten_buffers,
-    load_flat_buffers,
-)
+from mpc_fl.learning.models.parameters import flatten_buffers, load_flat_buffers
 from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 

@@ -17,7 +17,7 @@ from mpc_fl.inference.results import write_results
 from mpc_fl.inference.serving.client import ask_service, fill_from_service, links_to_service
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.loading import load_images
-from mpc_fl.links.links import Observer
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import HOSPITAL

@@ -18,13 +18,10 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, MpcFlError, ProtocolError
-from mpc_fl.links.frames import Kind, Observer, Payload
-from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.frames import Kind, Payload
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.traffic import Traffic, TrafficCounter
-
-__all__ = ["Agreement", "Links", "Observer"]
 
 AnyLinks = TypeVar("AnyLinks", bound="Links")
 

@@ -9,8 +9,9 @@ from mpc_fl.config.config import Config, may_lose_hospitals, party_names
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance

@@ -1,7 +1,7 @@
 """What takes the place of CrypTen's own communicator, provider and randomness. The only module that imports CrypTen.
 
 `crypten_with` exchanges them, `crypten_runtime` and `dry_run` say by what. `mpc_tensor_from_share` and `ring_share_of`
-lead from this project's shares to CrypTen's tensors and back; both are local.
+lead from this project's shares to CrypTen's tensors and back; both are local. Others take `crypten` itself from here.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ with warnings.catch_warnings():
     from crypten.mpc.mpc import MPCTensor
     from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor
     from crypten.nn.privacy.dp_split import DPSplitModel
-
-__all__ = ["ArithmeticSharedTensor", "LinksCommunicator", "MPCTensor", "Provider", "crypten"]
 
 Size = Sequence[int]
 # Opens an MPCTensor to all ranks or one, decoded or not.

@@ -23,9 +23,9 @@ from typing import Any
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import PeerLostError
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
-from mpc_fl.links.links import Observer
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance
 

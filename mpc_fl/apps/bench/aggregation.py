@@ -37,7 +37,8 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError, RunFailedError
-from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names

@@ -22,7 +22,8 @@ from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.links.links import Agreement, Links
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 

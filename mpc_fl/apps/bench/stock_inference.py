@@ -1,4 +1,4 @@
-"""Encrypted inference as stock CrypTen does it: the baseline of `bench_inference`. Never used for patients' data.
+"""Encrypted inference as stock CrypTen does it: the baseline of `bench.inference`. Never used for patients' data.
 
 Its links are not encrypted, its first party makes all triples and could read everything, and its masks can be predicted
 (tests/sharing/test_randomness.py). The network is walked with CrypTen's own functions, BatchNorm folded (which favours it).

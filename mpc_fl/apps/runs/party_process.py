@@ -29,8 +29,6 @@ from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_n
 
 ROLES = {HOSPITAL_ROLE: "parties.hospital", AGGREGATOR: "parties.aggregator", DEALER: "parties.dealer",
          MODEL_OWNER: "parties.model_owner"}  # fmt: skip
-
-
 ORPHANED = 3  # exit status of a party whose launcher is gone
 
 

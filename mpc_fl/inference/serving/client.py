@@ -21,20 +21,16 @@ from pathlib import Path
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, RefusedError
-from mpc_fl.inference.fast.diagnosis import (
-    asking_session,
-    diagnose_batches,
-    fill_with,
-    pool_of,
-)
+from mpc_fl.inference.fast.diagnosis import asking_session, diagnose_batches, fill_with, pool_of
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.inference.inputs import as_the_model_takes_them
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.inference.serving.service_links import REFUSED, identity_of, require_servable, session_links
 from mpc_fl.inference.serving.visits import TASK, Visit, service_digest
 from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER, is_hospital
 

@@ -11,8 +11,9 @@ from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.service_links import require_servable, session_links, standing_party
 from mpc_fl.inference.serving.visits import Visit
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER

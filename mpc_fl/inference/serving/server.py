@@ -28,8 +28,9 @@ from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Links, Observer
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify

@@ -12,8 +12,8 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.inference.serving.front import StandingParty
 from mpc_fl.inference.serving.visits import service_digest
+from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
-from mpc_fl.links.links import Observer
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.settings import Reach, Timeouts

@@ -1,15 +1,10 @@
-"""The networks that hospitals train, their initial weights, and their parameters as one flat vector.
+"""The networks that hospitals train, by name, and their initial weights.
 
 Initial weights follow the law each architecture prescribes (He et al. 2015 for ResNet, truncated normal for
 transformers, ...) and are drawn from a generator of their own, keyed by the run's public seed: all parties build the
 same network, whatever else the process has drawn before.
 
-BatchNorm cannot be trained with differential privacy, because its batch statistics mix patients. Two replacements:
-`frozen` keeps the layer with statistics measured once on public synthetic images (they fold into the convolution under
-encryption); `group` is GroupNorm (Wu and He, ECCV 2018).
-
-Parameters are global, or (FedBN; Li et al., ICLR 2021) those of normalisation layers are each hospital's own:
-`shared_coordinates` says which coordinates of the flat vector hospitals have in common.
+What `model.normalisation` puts in place of BatchNorm is in `batch_norm`.
 """
 
 from __future__ import annotations

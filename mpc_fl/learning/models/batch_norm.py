@@ -1,7 +1,10 @@
 """What stands for BatchNorm, whose batch statistics mix patients: frozen statistics, or GroupNorm.
 
-Frozen statistics are measured once on public inputs. The layers that normalise, BatchNorm or not, may be each hospital's
-own (FedBN): their state can be taken from a network and put back.
+BatchNorm cannot be trained with differential privacy. `frozen` keeps the layer with statistics measured once on public
+synthetic images; under encryption they fold into the convolution. `group` is GroupNorm (Wu and He, ECCV 2018).
+
+The layers that normalise, BatchNorm or not, may be each hospital's own (FedBN; Li et al., ICLR 2021): their state can be
+taken from a network and put back.
 """
 
 from __future__ import annotations
@@ -16,8 +19,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from mpc_fl.errors import ModelError
 
 _CALIBRATION_CHUNK = 64
-
-
 _NORMALISATION = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 

@@ -27,6 +27,7 @@ from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 SCORE_BINS = 50
 RELIABILITY_BINS = 10
 CALIBRATION_BITS = 10
+EVALUATION_CHUNK = 64  # records at a time
 CALIBRATION_RESOLUTION = 2.0 ** -(CALIBRATION_BITS + 1)
 _UNIT = float(1 << CALIBRATION_BITS)
 _LARGEST_EXACT = 1 << 53  # openings are decoded through float64
@@ -258,9 +259,6 @@ def decode_evaluation(total: torch.Tensor, classes: int) -> Evaluation:
     if int(total.min()) < 0 or not same or not right_too:
         raise ProtocolError("the opened evaluation contradicts itself", "a hospital does not follow the protocol")
     return evaluation
-
-
-EVALUATION_CHUNK = 64
 
 
 @torch.no_grad()

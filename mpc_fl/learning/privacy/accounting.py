@@ -1,4 +1,4 @@
-"""What has been spent of a hospital's privacy budget, as immutable events and a ledger that survives the process.
+"""What noisy releases cost in epsilon: immutable events, budgets, and the noise that fits a budget. Pure.
 
 Every DP-SGD round is a composition of Poisson-subsampled Gaussian mechanisms (Abadi et al., CCS 2016). Neighbouring
 data sets differ in one patient, added or removed. Epsilon comes from Opacus: `rdp` composes Renyi divergences (Mironov,

@@ -33,12 +33,7 @@ from mpc_fl.errors import PoolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import LinearMap, linear_maps
 from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS, network_from
 from mpc_fl.inference.fast.network import Reveal, encode, label_bits
-from mpc_fl.inference.fast.online.evaluation import (
-    EvaluationLink,
-    HospitalEvaluation,
-    OnTruncation,
-    as_channels_last,
-)
+from mpc_fl.inference.fast.online.evaluation import EvaluationLink, HospitalEvaluation, OnTruncation, as_channels_last
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (

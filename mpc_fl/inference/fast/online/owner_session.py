@@ -26,12 +26,7 @@ from mpc_fl.inference.fast.messages import (
     describe,
 )
 from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Reveal
-from mpc_fl.inference.fast.online.evaluation import (
-    EvaluationLink,
-    OnTruncation,
-    OwnerEvaluation,
-    empty_share,
-)
+from mpc_fl.inference.fast.online.evaluation import EvaluationLink, OnTruncation, OwnerEvaluation, empty_share
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
