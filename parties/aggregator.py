@@ -1,4 +1,4 @@
-"""The aggregator: leads the rounds, holds a share, learns the opened mean update and nothing about one hospital.
+"""The aggregator: leads the rounds, takes masked updates, learns their opened mean and nothing about one hospital.
 
 What it does is `mpc_fl.federation.aggregator_program`, imported when it is needed: that takes seconds.
 """
