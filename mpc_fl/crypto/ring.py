@@ -14,6 +14,7 @@ import torch
 from mpc_fl.errors import HeadroomError
 
 RING_BITS = 64
+EXACT_IN_FLOAT64 = 1 << 53  # openings are decoded through float64: whole numbers below this stay exact
 _PIECE = 1 << 18
 DTYPE_OF = {32: torch.int32, 64: torch.int64}
 

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mpc_fl.config.config import Config
+from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, HeadroomError, PrivacyBudgetError, ProtocolError
@@ -49,7 +50,6 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 _COUNT_WEIGHT, _SQUARE_WEIGHT = 0.5, 2.0
 _VALUE_CENTRE, _SQUARE_CENTRE = 0.5, 0.125
 _FINEST_GRID_BITS = 24  # an error of a mean below 2^-24 of the range
-_LARGEST_EXACT = 1 << 53
 _LEAST_DEVIATION = 1 / 64  # of the range: less would only magnify noise
 _TABLE_BOUND = 2.0  # of features with reference ranges, see `tables.scale_features`
 
@@ -125,7 +125,7 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
     # A finer grid than gradients need costs nothing in a ring of 64 bits.
     for bits in range(_FINEST_GRID_BITS, coarse.sensitivity.bit_length() - 2, -1):
         mechanism = replace(coarse, sensitivity=1 << bits)
-        if mechanism.largest_sum < _LARGEST_EXACT:
+        if mechanism.largest_sum < EXACT_IN_FLOAT64:
             return FeaturePlan(classes, features, low, high, kind != "none", mechanism)
     raise HeadroomError(
         f"feature sums of {hospitals} hospitals of {config.aggregation.count_bound} patients do not fit 53 bits",

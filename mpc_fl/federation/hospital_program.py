@@ -1,8 +1,8 @@
 """A hospital in training: from its patients to the final global model, round by round.
 
 `run` goes through a whole run. The way of an update: `run` -> `_round` -> `hospital_round` -> `_local_steps` trains, encodes
-the update and hands it to `aggregation.quorum_sum.contribute`, which masks it. Who takes part in a round is
-`attendance`, what all sign after it `audit_trail`.
+the update and hands it to `aggregation.quorum_sum.contribute`, which masks it (`sharing.closed_sum.SummandMasks.masked`).
+Who takes part in a round is `attendance`, what all sign after it `audit_trail`.
 """
 
 from __future__ import annotations

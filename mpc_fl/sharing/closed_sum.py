@@ -92,15 +92,15 @@ class SummandMasks:
         self._given = False
 
     def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
-        """Step 1: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else. Once per sum.
+        """Step 1, where an update is masked: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else.
 
-        `in_place` masks x_i itself, to save its memory.
+        Once per sum. `in_place` masks x_i itself, to save its memory.
         """
         summand = encoded.inside_protocol()
         summand = summand if in_place and summand.is_contiguous() else summand.clone().contiguous()
         for (kind, owner, partner), seed in self._seeds.items():
             if owner == self.me:
-                _combine(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
+                _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
         return summand
 
     def shared_masks(self, hospital: str) -> Iterator[tuple[Stream, bool]]:
@@ -207,7 +207,7 @@ class ClosedSum:
                 )
             kind, owner, partner = key
             added = kind == "closing" or self.plan.adds(owner, partner)
-            _combine(Seed(known[key]).stream("mask"), total, not added)
+            _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
         return total
 
 
@@ -219,5 +219,5 @@ def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:
     ]
 
 
-def _combine(stream: Stream, total: torch.Tensor, add: bool) -> None:
+def _add_or_subtract(stream: Stream, total: torch.Tensor, add: bool) -> None:
     (stream.add_to if add else stream.subtract_from)(total)

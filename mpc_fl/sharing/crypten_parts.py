@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from mpc_fl import compatibility
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.sharing.correlated_randomness import Request, ordered_options
-from mpc_fl.sharing.crypten_communicator import LinksCollectives
+from mpc_fl.sharing.crypten_communicator import LinksCollectives, Size
 
 compatibility.prepare()
 with warnings.catch_warnings():
@@ -35,7 +35,6 @@ with warnings.catch_warnings():
     from crypten.mpc.primitives import ArithmeticSharedTensor, BinarySharedTensor
     from crypten.nn.privacy.dp_split import DPSplitModel
 
-Size = Sequence[int]
 # Opens an MPCTensor to all ranks or one, decoded or not.
 Opener = Callable[[Any, "int | None", bool], Any]
 

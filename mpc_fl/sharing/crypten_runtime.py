@@ -20,15 +20,8 @@ from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.crypten_parts import (
-    LinksCommunicator,
-    NoDealer,
-    Opener,
-    Provider,
-    Size,
-    crypten_with,
-    ring_share_of,
-)
+from mpc_fl.sharing.crypten_communicator import Size
+from mpc_fl.sharing.crypten_parts import LinksCommunicator, NoDealer, Opener, Provider, crypten_with, ring_share_of
 from mpc_fl.sharing.dealer_client import AHEAD_BYTES, DealerClient
 from mpc_fl.sharing.opening import SecretDomain, open_to
 from mpc_fl.sharing.zero_shares import ZeroShares

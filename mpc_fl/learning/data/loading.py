@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.learning.data.phantoms import make_phantoms
-from mpc_fl.learning.data.tables import Records, read_breast_cancer, read_csv, read_medmnist
+from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
 log = logging.getLogger(__name__)
-Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)

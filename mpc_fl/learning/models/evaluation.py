@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 
 SCORE_BINS = 50
@@ -30,7 +31,6 @@ CALIBRATION_BITS = 10
 EVALUATION_CHUNK = 64  # records at a time
 CALIBRATION_RESOLUTION = 2.0 ** -(CALIBRATION_BITS + 1)
 _UNIT = float(1 << CALIBRATION_BITS)
-_LARGEST_EXACT = 1 << 53  # openings are decoded through float64
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def evaluation_length(classes: int) -> int:
 
 def require_evaluation_headroom(hospitals: int, count_bound: int) -> None:
     """Raise `HeadroomError` where sums over `hospitals` of up to `count_bound` records each could be inexact."""
-    if hospitals * count_bound << CALIBRATION_BITS >= _LARGEST_EXACT:
+    if hospitals * count_bound << CALIBRATION_BITS >= EXACT_IN_FLOAT64:
         raise HeadroomError(
             f"evaluation counts of {hospitals} hospitals of {count_bound} records do not fit 53 bits",
             "lower aggregation.count_bound",

@@ -18,8 +18,9 @@ from mpc_fl.errors import DataError
 from mpc_fl.learning.data import loading as data
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import WrongSizeError
-from mpc_fl.learning.data.loading import Split, load_hospital, load_images, patients_per_hospital
+from mpc_fl.learning.data.loading import load_hospital, load_images, patients_per_hospital
 from mpc_fl.learning.data.partition import patient_of
+from mpc_fl.learning.data.tables import Split
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SIZE = 8

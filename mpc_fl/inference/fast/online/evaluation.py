@@ -207,7 +207,10 @@ class HospitalEvaluation(_PartyEvaluation):
         self._masks, self._products = correlations.masks, correlations.products
 
     def hand_over(self, name: str, share: np.ndarray) -> None:
-        """Mask this share, at first the image itself, and send it: E = y_C - A, with A uniform and used once."""
+        """Mask this share, at first the image itself, and send it: E = y_C - A.
+
+        A is uniform and used once; C expands it from the seed that it has in common with the dealer, so S does not know it.
+        """
         masked = torch.from_numpy(share.view(np.int32)) - self._masks.take(name)
         self.link.send_masked_value(masked)
         self.chain.from_hospital()
