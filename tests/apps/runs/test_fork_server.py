@@ -110,9 +110,12 @@ def test_the_peak_of_memory_is_the_partys_own() -> None:
         {"task": "infer", "inference": {"engine": "fast"}},
         {"task": "infer", "inference": {"engine": "reference"}},
         {"task": "train"},
+        {"task": "train", "aggregation": {"norm_check": True}},
         {"task": "serve", "inference": {"engine": "fast"}},
     ],
-    ids=lambda values: "-".join([values["task"], *values.get("inference", {}).values()]),
+    ids=lambda values: "-".join(
+        [values["task"], *values.get("inference", {}).values(), *values.get("aggregation", {})]
+    ),
 )
 def test_what_parties_share_starts_no_thread(values: dict[str, Any]) -> None:
     modules = modules_to_share(parse_config(values, "test"))

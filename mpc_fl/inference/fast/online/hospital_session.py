@@ -6,7 +6,8 @@ Per batch, offline, before the images are needed:
   2. C announces how many records come and what will be revealed, S repeats it to D
   3. D sends S its corrections; C draws its part and computes F * A (`correlations`)
 Per group of prepared batches, online:
-  4. C begins with its encoded images, both evaluate the network on shares (`evaluation`), all batches of the group at once
+  4. C begins with its encoded images, both evaluate the network on shares (`evaluation`), all batches of the group at once;
+     of the images and of every value that linear layers read C sends E, its share less a fresh part of A
   5. the logits, or with reveal = "label" only the index of the largest, are opened to C alone (`opening.open_to`), in order
 
 Security. Semi-honest parties, D colludes with neither. To S everything it receives is uniform: E, masked openings,
