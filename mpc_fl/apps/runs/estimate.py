@@ -1,9 +1,10 @@
 """What a run will need, before it: headroom, privacy, bytes, messages, memory.
 
 Bytes are those of tensors; frames and control messages add about 100 bytes each, signatures of the reveal ledger and
-greetings about 1.5 KB. Memory is a model of what
-the programs hold, with constants fitted to measured peaks (`VmHWM` of parties, in their logs): right within a factor of
-two, for a decision between a laptop and a server.
+greetings about 1.5 KB. Memory is a model of what the programs hold, with constants fitted to measured peaks (`VmHWM` of
+parties, in their logs): right within a factor of two, for a decision between a laptop and a server.
+
+An engine is imported when its cost is asked for: a run of training, which is estimated before it starts, needs neither.
 """
 
 from __future__ import annotations
@@ -29,10 +30,6 @@ from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, sum_rules
-from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
-from mpc_fl.inference.fast.quantization.calibration import calibrate
-from mpc_fl.inference.reference.diagnosis import public_graph, requests_of
-from mpc_fl.inference.reference.network import cost
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
@@ -169,6 +166,9 @@ def estimate_inference(config: Config) -> InferenceEstimate:
 
 def _fast_inference(config: Config) -> FastInferenceEstimate:
     """With first random weights and ranges of phantoms: a trained model's widths differ by a few bits."""
+    from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
+    from mpc_fl.inference.fast.quantization.calibration import calibrate
+
     size, reveal = config.inference.batch_size, config.inference.reveal
     records = _public_records(config)
     network = calibrate(initial_model(config), records).network
@@ -198,6 +198,9 @@ def _public_records(config: Config) -> torch.Tensor:
 
 
 def _reference_inference(config: Config) -> ReferenceInferenceEstimate:
+    from mpc_fl.inference.reference.diagnosis import public_graph, requests_of
+    from mpc_fl.inference.reference.network import cost
+
     shape = (config.inference.batch_size, *config.data.input_shape)
     with torch.no_grad():
         graph = public_graph(config)
