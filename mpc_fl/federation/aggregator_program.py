@@ -20,7 +20,7 @@ from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
 from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end
 from mpc_fl.federation.distribution import send_model
-from mpc_fl.federation.planning import sum_rules, training_domain
+from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
@@ -94,9 +94,9 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
     aggregator = prepare_aggregator(config)
     resumed = config.site.resume and aggregator.resume(out)
     links = connect(config, AGGREGATOR, observer)
-    with links:
+    with links, training_runtime(links, config) as runtime:
         ledger = open_ledger(config, AGGREGATOR)
-        domain, attendance = training_domain(links, config, ledger), Attendance(links, rules, hospitals)
+        domain, attendance = runtime.domain(ledger), Attendance(links, rules, hospitals)
         led = _Run(aggregator, domain, ledger, rules, attendance, notify)
         notify("connect", 1, 1)
         attendance.await_announced(not resumed, config.runtime.connect_timeout)

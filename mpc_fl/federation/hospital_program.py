@@ -17,7 +17,7 @@ from mpc_fl.federation.distribution import receive_model
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Hospital, join
-from mpc_fl.federation.planning import sum_rules, training_domain
+from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
@@ -41,9 +41,13 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.json", name)
     hospital = join(config, rank, patients, held_out, privacy_ledger, out)
     links = connect(config, name, observer)
-    with training_group(config, hospital.model) as hospital.group, links:
+    with (
+        training_group(config, hospital.model) as hospital.group,
+        links,
+        training_runtime(links, config) as runtime,
+    ):
         ledger = open_ledger(config, name)
-        domain = training_domain(links, config, ledger)
+        domain = runtime.domain(ledger)
         notify("connect", 1, 1)
         announce(links, AGGREGATOR, hospitals)
         while True:

@@ -1,6 +1,6 @@
 """One federated round: the main path of training. Here is a hospital's side, `aggregator_round` is the aggregator's.
 
-Round k, hospitals 0..n-1 and the aggregator:
+Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one world:
   1. the aggregator says who takes part; all of them start from the same global model (`attendance`)
   2. each hospital charges its privacy ledger, then trains with differentially private SGD on its own patients
   3. each hospital encodes its weighted update in the ring; refused if it does not fit

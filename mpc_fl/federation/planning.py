@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from mpc_fl.aggregation.norm_check_session import check_of
 from mpc_fl.aggregation.rules import Description, Rules
-from mpc_fl.audit.opening_record import Record, Scalar
+from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import HeadroomError, PrivacyBudgetError
@@ -34,7 +34,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR, DEALER
-from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
 
 def headroom_of(config: Config) -> MeanHeadroom:
@@ -165,7 +165,7 @@ def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
     }
 
 
-def training_domain(links: Links, config: Config, record: Record) -> SecretDomain:
-    """The secret domain of a training run, over all parties that are there at its start."""
+def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
+    """CrypTen over all parties of a training run that are there at its start."""
     world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
-    return SecretDomain(links, world, record)
+    return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)

@@ -4,7 +4,8 @@ CrypTen is used unmodified; `CrypTenRuntime` replaces, while it is active, five 
 come: the communicator (gloo without encryption or identities, objects as pickle), the provider (a computing party that
 knows all correlated randomness), every random draw (`torch.Generator` is no cipher), the ring of zero-shares between
 neighbours (which becomes a complete graph of pairwise seeds, `zero_shares`), and `get_plain_text` and `reveal`, which
-open values without a record. What is replaced belongs to CrypTen's modules, so a process has one runtime at a time.
+open values without a record. What is replaced belongs to CrypTen's modules, so a process has one runtime in
+force at a time: a check of norms enters one of its own within that of the run, which comes back after it.
 """
 
 from __future__ import annotations

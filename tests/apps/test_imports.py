@@ -22,15 +22,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
 # What takes long to import and only some need.
 NEVER_HERE = {"IPython", "pandas", "sklearn", "tensorboard"}
-FOR_NOISE = {"opacus", "scipy"}
-FOR_OPTIMIZERS = {"sympy", "torch._dynamo"}
+FOR_TRAINING = {"opacus", "scipy"}
 FOR_FILES = {"pydicom"}  # an image file of that kind, no phantoms
 FOR_SHARES_OF_CRYPTEN = {"crypten", "onnx", "sympy", "torch._dynamo", "torch.onnx"}
 FOR_REPORTS = {"matplotlib"}
 FOR_LARGE_NETWORKS = {"torchvision"}
-EVERYTHING = (
-    NEVER_HERE | FOR_NOISE | FOR_OPTIMIZERS | FOR_FILES | FOR_SHARES_OF_CRYPTEN | FOR_REPORTS | FOR_LARGE_NETWORKS
-)
+EVERYTHING = NEVER_HERE | FOR_TRAINING | FOR_FILES | FOR_SHARES_OF_CRYPTEN | FOR_REPORTS | FOR_LARGE_NETWORKS
 TINY = {
     "data": {"image_size": 8, "phantoms": {"train_patients": 24, "test_patients": 12}},
     "training": {"rounds": 1, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
@@ -90,8 +87,7 @@ def test_no_process_of_a_diagnosis_imports_more(
 @pytest.mark.processes
 def test_no_process_of_a_training_run_imports_more(training: tuple[set[str], Path]) -> None:
     found, _ = training
-    absent = NEVER_HERE | FOR_FILES | FOR_LARGE_NETWORKS | FOR_SHARES_OF_CRYPTEN - FOR_OPTIMIZERS
-    assert sorted(absent & found) == []
+    assert sorted((NEVER_HERE | FOR_FILES | FOR_LARGE_NETWORKS) & found) == []
     assert found >= FOR_REPORTS
 
 
@@ -110,22 +106,10 @@ def test_help_imports_no_library_of_numbers() -> None:
         ({"task": "infer", "inference": {"engine": "fast"}}, EVERYTHING),
         pytest.param({"task": "infer"}, EVERYTHING - FOR_SHARES_OF_CRYPTEN, marks=pytest.mark.slow),
         pytest.param({"task": "serve", "inference": {"engine": "fast"}}, EVERYTHING, marks=pytest.mark.slow),
-        pytest.param({"task": "train"}, EVERYTHING - FOR_NOISE - FOR_OPTIMIZERS, marks=pytest.mark.slow),
-        ({"task": "train", "privacy": {"mechanism": "none"}}, EVERYTHING - FOR_OPTIMIZERS),
-        pytest.param(
-            {"task": "train", "aggregation": {"norm_check": True}, "privacy": {"mechanism": "none"}},
-            EVERYTHING - FOR_OPTIMIZERS - FOR_SHARES_OF_CRYPTEN,
-            marks=pytest.mark.slow,
-        ),
+        pytest.param({"task": "train"}, EVERYTHING - FOR_TRAINING - FOR_SHARES_OF_CRYPTEN, marks=pytest.mark.slow),
+        ({"task": "train", "privacy": {"mechanism": "none"}}, EVERYTHING - FOR_SHARES_OF_CRYPTEN),
     ],
-    ids=[
-        "diagnosis-fast",
-        "diagnosis",
-        "service-fast",
-        "training",
-        "training-without-noise",
-        "training-with-norm-check",
-    ],
+    ids=["diagnosis-fast", "diagnosis", "service-fast", "training", "training-without-noise"],
 )
 def test_parties_share_nothing_that_their_task_does_not_need(values: dict[str, Any], absent: set[str]) -> None:
     modules = modules_to_share(parse_config(values, "test"))

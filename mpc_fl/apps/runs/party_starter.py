@@ -27,21 +27,18 @@ from mpc_fl.errors import RunFailedError
 _PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from mpc_fl.apps.runs.fork_server import main; main()"
 # What most parties of a task import: an import that one party alone needs would delay all others.
 _EVERY_ROLE = ("torch", "mpc_fl.links.party_links", "mpc_fl.learning.models.model_file", "mpc_fl.audit.opening_record")
-# An optimizer, as a dry run on shapes (`sharing.dry_run`), has torch import its compiler, which takes a second.
-_COMPILER = "torch._dynamo"
 _TRAINING = (
-    _COMPILER,
     "parties.hospital",
     "parties.aggregator",
     "mpc_fl.federation.hospital_program",
     "mpc_fl.federation.aggregator_program",
 )
-_NORM_CHECK = ("mpc_fl.aggregation.norm_check",)
 _PRIVACY = ("opacus.accountants", "opacus.grad_sample")
 _DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
 _FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")
-_REFERENCE = ("mpc_fl.inference.reference.diagnosis", "mpc_fl.sharing.dealer", _COMPILER)
+# A dry run on shapes (`sharing.dry_run`) has torch import its compiler, which takes a second.
+_REFERENCE = ("mpc_fl.inference.reference.diagnosis", "mpc_fl.sharing.dealer", "torch._dynamo")
 
 
 def modules_to_share(config: Config) -> tuple[str, ...]:
@@ -53,8 +50,7 @@ def modules_to_share(config: Config) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     if config.task == "train":
-        private = () if config.privacy.mechanism == "none" else _PRIVACY
-        return (*_EVERY_ROLE, *_TRAINING, *private, *(_NORM_CHECK if config.aggregation.norm_check else ()))
+        return (*_EVERY_ROLE, *_TRAINING, *(() if config.privacy.mechanism == "none" else _PRIVACY))
     programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
     return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 
