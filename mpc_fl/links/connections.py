@@ -116,7 +116,7 @@ class Connections:
         Called by this party's own server, or by one that many sessions share. Raises `HandshakeError` or
         `ProtocolError`.
         """
-        reader = FrameReader()
+        reader = FrameReader(greetings_only=True)
         greeting = first_greeting(reader, names, chunk)
         name = greeting["name"]
         peer = self._peers.get(name)
@@ -139,6 +139,7 @@ class Connections:
 
     def accept(self, peer: Peer, public_key: bytes) -> None:
         """The greeting of `peer`, direct or relayed, holds: it is connected, and this is its X25519 key."""
+        peer.reader.trust()
         self._greeter.keys.learn(peer.name, public_key)
         self._mailboxes.connect(peer.name)
         self._relay.after_connecting(peer)

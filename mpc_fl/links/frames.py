@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mpc_fl.errors import SAME_VERSION, ProtocolError
@@ -32,6 +33,7 @@ MAX_TAG = 256
 MAX_DIMENSIONS = 8
 MAX_PAYLOAD = 1 << 32
 MAX_CONTROL = 1 << 20
+MAX_GREETING = 1 << 16
 CHUNK_BYTES = 2 << 20
 MAX_RELAYED = CHUNK_BYTES + (64 << 10)  # one chunk with its header, sealed
 _HEADER = struct.Struct("<4sBBBBQHQ")
@@ -46,6 +48,7 @@ _DTYPES: list[tuple[torch.dtype, int]] = [
     (torch.float32, 4),
     (torch.float64, 8),
 ]
+_NO_BYTES = np.empty(0, np.uint8)
 _CODE_OF = {dtype: code for code, (dtype, _) in enumerate(_DTYPES)}
 
 
@@ -133,15 +136,22 @@ class FrameWriter:
 class FrameReader:
     """Turns the chunks of one stream back into frames and checks every field.
 
+    With `greetings_only` the peer is a stranger: until `trust` only a greeting of at most `MAX_GREETING` bytes is read. What a
+    header announces takes memory as it arrives, not before: pages of a fresh array exist once they are written.
     Raises `ProtocolError` for garbage, oversized, truncated, replayed or reordered frames; the stream is then dead.
     """
 
-    def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
+    def __init__(self, max_payload: int = MAX_PAYLOAD, greetings_only: bool = False) -> None:
         self._max_payload = max_payload
+        self._greetings_only = greetings_only
         self._next_sequence = 0
         self._head: tuple[Kind, int, tuple[int, ...], str, int] | None = None
-        self._body = bytearray()
+        self._body = _NO_BYTES
         self._filled = 0
+
+    def trust(self) -> None:
+        """The peer's greeting was checked: it may send frames of all kinds."""
+        self._greetings_only = False
 
     @property
     def in_frame(self) -> bool:
@@ -174,15 +184,22 @@ class FrameReader:
             raise self._refuse("its tag is not UTF-8") from None
         sizes = chunk[_HEADER.size + tag_length : start]
         shape = tuple(int.from_bytes(sizes[8 * i : 8 * i + 8], "little") for i in range(dimensions))
+        if self._greetings_only and (kind not in (Kind.HELLO, Kind.WELCOME) or length > MAX_GREETING):
+            raise self._refuse("it is not a greeting")
         if kind in (Kind.TENSOR, Kind.RELAY):
             if code >= len(_DTYPES) or math.prod(shape) * _DTYPES[code][1] != length:
                 raise self._refuse("dtype, shape and length do not agree")
-            if length > (self._max_payload if kind == Kind.TENSOR else MAX_RELAYED):
+            # Dimensions beside one of zero count, too: strides are made of them.
+            largest = math.prod(max(size, 1) for size in shape) * _DTYPES[code][1]
+            if largest > (self._max_payload if kind == Kind.TENSOR else MAX_RELAYED):
                 raise self._refuse("it is larger than the limit")
         elif code != 255 or dimensions or length > MAX_CONTROL:
             raise self._refuse("a control message is malformed")
         self._head = (Kind(kind), code, shape, tag, length)
-        self._body = bytearray(length)
+        try:
+            self._body = np.empty(length, np.uint8)
+        except MemoryError:
+            raise self._refuse("there is no memory for it") from None
         self._filled = 0
         return memoryview(chunk)[start:]
 
@@ -193,17 +210,17 @@ class FrameReader:
         kind, code, shape, tag, length = self._head
         if self._filled + len(piece) > length or (not piece and self._filled < length):
             raise self._refuse("its payload does not have the announced length")
-        self._body[self._filled : self._filled + len(piece)] = piece
+        self._body.data[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
         if self._filled < length:
             return None
         body, sequence = self._body, self._next_sequence
-        self._head, self._body = None, bytearray()
+        self._head, self._body = None, _NO_BYTES
         self._next_sequence += 1
         if kind in (Kind.TENSOR, Kind.RELAY):
             return Frame(kind, tag, sequence, _tensor(body, code, shape), length)
         try:
-            payload = json.loads(bytes(body))
+            payload = json.loads(body.tobytes())
         except (ValueError, RecursionError):
             raise self._refuse("a control message is not JSON") from None
         if not isinstance(payload, dict):
@@ -211,10 +228,10 @@ class FrameReader:
         return Frame(kind, tag, sequence, payload, length)
 
 
-def _tensor(body: bytearray, code: int, shape: tuple[int, ...]) -> torch.Tensor:
+def _tensor(body: npt.NDArray[np.uint8], code: int, shape: tuple[int, ...]) -> torch.Tensor:
     dtype, _ = _DTYPES[code]
-    if not body:
+    if not body.size:
         return torch.zeros(shape, dtype=dtype)
     if dtype == torch.bool:
-        return torch.from_numpy(np.frombuffer(body, dtype=np.uint8) != 0).reshape(shape)
+        return torch.from_numpy(body != 0).reshape(shape)
     return torch.frombuffer(body, dtype=dtype).reshape(shape)

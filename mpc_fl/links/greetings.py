@@ -15,7 +15,7 @@ from mpc_fl.links.mailboxes import Mailboxes
 def first_greeting(reader: FrameReader, names: set[str], chunk: bytes) -> dict[str, Any]:
     """The greeting in a stream's first chunk, from the holder of a certificate of `names`; not checked any further.
 
-    Raises `HandshakeError`, or `ProtocolError` for bytes that are no frame.
+    `reader` reads greetings only. Raises `HandshakeError`, or `ProtocolError` for bytes that are no greeting.
     """
     frame = reader.feed(chunk)
     if frame is None or frame.kind != Kind.HELLO or not isinstance(frame.payload, dict):

@@ -26,14 +26,14 @@ class Peer:
     route: Route
     writer: FrameWriter
     conversation: Conversation | None = None
-    reader: FrameReader = field(default_factory=FrameReader)
+    reader: FrameReader = field(default_factory=lambda: FrameReader(greetings_only=True))
     greeting: dict[str, Any] | None = None
     sealer: Sealer | None = None
     unsealer: Unsealer | None = None
 
     def forget_link(self) -> None:
         """Forget a link that is gone, so that the peer can connect anew. The caller holds the writer's lock."""
-        self.conversation, self.reader = None, FrameReader()
+        self.conversation, self.reader = None, FrameReader(greetings_only=True)
         self.writer.next_sequence = 0
         self.sealer = self.unsealer = None
 

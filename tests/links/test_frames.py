@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.errors import ProtocolError
-from mpc_fl.links.frames import CHUNK_BYTES, FrameReader, Kind, encode_frame
+from mpc_fl.links.frames import CHUNK_BYTES, MAX_GREETING, FrameReader, Kind, encode_frame
 
 DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64]
 
@@ -91,3 +93,44 @@ def test_control_frames_hold_json_objects_only() -> None:
     damaged = damaged.replace((2).to_bytes(8, "little"), len(body).to_bytes(8, "little")) + body
     with pytest.raises(ProtocolError, match="not a JSON object"):
         FrameReader().feed(damaged)
+
+
+def header(kind: Kind, dtype: int, shape: tuple[int, ...], length: int) -> bytes:
+    """A header of one's own making, without tag and payload."""
+    head = struct.pack("<4sBBBBQHQ", b"MPCF", 1, kind, dtype, len(shape), 0, 0, length)
+    return head + b"".join(size.to_bytes(8, "little") for size in shape)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind not in (Kind.HELLO, Kind.WELCOME)])
+def test_a_stranger_can_send_nothing_but_a_greeting(kind: Kind) -> None:
+    """Also who holds a certificate is a stranger until its greeting was checked: it may be a revoked one."""
+    payload = torch.arange(10) if kind in (Kind.TENSOR, Kind.RELAY) else {"name": "a"}
+    (frame,) = encode_frame(kind, "", 0, payload)
+    with pytest.raises(ProtocolError, match="not a greeting"):
+        FrameReader(greetings_only=True).feed(frame)
+    reader = FrameReader(greetings_only=True)
+    reader.trust()
+    assert reader.feed(frame) is not None
+
+
+def test_a_greeting_has_the_size_of_one() -> None:
+    (greeting,) = encode_frame(Kind.HELLO, "", 0, {"certificate": "x" * (MAX_GREETING - 100)})
+    assert FrameReader(greetings_only=True).feed(greeting) is not None
+    with pytest.raises(ProtocolError, match="not a greeting"):
+        FrameReader(greetings_only=True).feed(header(Kind.HELLO, 255, (), MAX_GREETING + 1) + b"{")
+
+
+def test_what_a_header_announces_takes_memory_as_it_arrives() -> None:
+    announced, process = 2 << 30, psutil.Process()
+    before = process.memory_info().rss
+    reader = FrameReader()
+    assert reader.feed(header(Kind.TENSOR, 4, (announced,), announced) + bytes(1000)) is None
+    assert process.memory_info().rss - before < announced // 16
+
+
+@pytest.mark.parametrize("shape", [(0, (1 << 64) - 1), ((1 << 64) - 1, 0), (0, 1 << 32, 1 << 32), (1 << 40, 0)])
+def test_a_dimension_of_nothing_hides_no_larger_one(shape: tuple[int, ...]) -> None:
+    """Such a shape once ended the thread that reads."""
+    with pytest.raises(ProtocolError, match="larger than the limit"):
+        FrameReader().feed(header(Kind.TENSOR, 4, shape, 0))
+    assert FrameReader().feed(header(Kind.TENSOR, 4, (0, 1 << 20), 0)) is not None

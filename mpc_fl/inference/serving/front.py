@@ -107,7 +107,7 @@ class ServiceFront:
         self._server.stop()
 
     def _admit(self, names: set[str], chunk: bytes) -> Conversation:
-        greeting = first_greeting(FrameReader(), names, chunk)
+        greeting = first_greeting(FrameReader(greetings_only=True), names, chunk)
         name, visit = greeting["name"], Visit.of_session(str(greeting.get("session")))
         if visit is None:
             raise HandshakeError(f"{self._identity.name} serves: it takes no part in other runs")
