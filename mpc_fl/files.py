@@ -1,7 +1,8 @@
 """Writing files so that nothing half-written is ever seen, and, where it must be, so that a crash takes nothing back.
 
 A file is written under a temporary name in the same directory and renamed (`written_whole`); JSON lines are appended, and a
-last line that a crash cut off counts as none. `to_disk` is the one place that waits for the disk.
+last line that a crash cut off counts as none. `to_disk` is the one place that waits for the disk. What a party writes is for its
+own user alone (`OTHERS_MAY_NOTHING`), unless a public file asks for more.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from mpc_fl.errors import MpcFlError
+
+OTHERS_MAY_NOTHING = 0o077  # the umask of every command and of every party: files 0600, directories 0700
 
 
 def to_disk(written: IO[Any] | Path) -> None:
@@ -37,12 +39,14 @@ def to_disk(written: IO[Any] | Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, mode: int = 0o644, durable: bool = False) -> Iterator[Path]:
+def written_whole(path: Path, mode: int = 0o600, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it when the block succeeds, remove it when it fails.
 
     Readers see the old file or the new one, never a part. With `durable` the new one is on the disk in the end, and a
     crash of the machine at any moment leaves one of the two (`to_disk`). Raises `MpcFlError` when it cannot be written.
     """
+    import tempfile  # with what it imports itself, the help of the command line need not wait for it
+
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +67,7 @@ def written_whole(path: Path, mode: int = 0o644, durable: bool = False) -> Itera
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+def write_text(path: Path, text: str, mode: int = 0o600) -> None:
     """Write a text file whole or not at all."""
     with written_whole(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")

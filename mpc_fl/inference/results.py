@@ -56,6 +56,6 @@ def write_results(config: Config, images: Dataset, results: list[Diagnosis], out
         lines.append(json.dumps(finite(line)))
     if not config.data.is_table:
         pixels = (images.inputs * 255).round().clamp(0, 255).to(torch.uint8)
-        with written_whole(out / "images.safetensors", 0o600) as temporary:
+        with written_whole(out / "images.safetensors") as temporary:
             save_file({"images": pixels.contiguous()}, temporary)
-    write_text(out / "results.jsonl", "\n".join(lines) + "\n", 0o600)
+    write_text(out / "results.jsonl", "\n".join(lines) + "\n")

@@ -24,6 +24,12 @@ def mpc_fl(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def open_to_others(directory: Path) -> list[Path]:
+    """What anybody but the user who ran it may read or enter; certificates are public."""
+    paths = [directory, *directory.rglob("*")]
+    return [path for path in paths if path.stat().st_mode & 0o077 and path.suffix != ".crt"]
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The embedded default, exactly as `make demo` trains it."""
@@ -56,6 +62,7 @@ def test_a_run_leaves_everything_the_readme_promises(demo: tuple[Path, dict[str,
     names = ["aggregator", "hospital-0", "hospital-1", "hospital-2"]
     assert sorted(path.stem for path in (out / "logs").iterdir()) == names
     assert not list(out.rglob("*.key")) and not list(out.rglob("*.partial"))
+    assert open_to_others(out) == []
 
 
 def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo: tuple[Path, dict[str, Any]]) -> None:
@@ -93,8 +100,8 @@ def test_diagnosis_under_encryption_agrees_with_plaintext(demo: tuple[Path, dict
         assert line["predicted"] == max(range(3), key=line["logits"].__getitem__)
     report = (tmp_path / "diagnosis" / "report.html").read_text()
     assert report.count("data:image") >= 3 and "SYNTHETIC" in report
-    images = tmp_path / "diagnosis" / "parties" / "hospital-0" / "images.safetensors"
-    assert images.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "diagnosis" / "parties" / "hospital-0" / "images.safetensors").is_file()
+    assert open_to_others(tmp_path / "diagnosis") == []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ are imported when the command line is used, what a command needs when it runs.
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import TYPE_CHECKING, NoReturn
 
@@ -29,10 +30,13 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 def main() -> None:
     """Run the command in `sys.argv`: one line per error and its exit code, never a traceback for what a user can mend."""
+    from mpc_fl.files import OTHERS_MAY_NOTHING
+
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
     for number in (number for number in _INTERRUPTS if before[number] != signal.SIG_IGN):
         signal.signal(number, _interrupted)
+    umask = os.umask(OTHERS_MAY_NOTHING)
     try:
         raise SystemExit(_run())
     except MpcFlError as error:
@@ -43,6 +47,7 @@ def main() -> None:
     except Interrupted as error:
         _end(f"interrupted by {signal.Signals(error.args[0]).name}: nothing was left running", 128 + error.args[0])
     finally:
+        os.umask(umask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -81,5 +81,5 @@ def write_report(run_dir: Path) -> Path:
     """
     run = _load(run_dir)
     path = run_dir / "report.html"
-    write_text(path, _page(run), 0o644 if run.is_training else 0o600)
+    write_text(path, _page(run))
     return path

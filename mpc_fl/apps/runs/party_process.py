@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
+from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
@@ -100,6 +101,7 @@ def party_process(pipe: Connection) -> NoReturn:
         os._exit(ORPHANED)
     name: str = told["name"]
     _show_name(name)
+    os.umask(OTHERS_MAY_NOTHING)
     lock = threading.Lock()
     threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
 

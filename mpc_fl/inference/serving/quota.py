@@ -119,7 +119,7 @@ class UsageLedger:
         )
         keys = ("time", "hospital", "images")
         text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
-        with written_whole(self._path, 0o600, durable=True) as temporary:
+        with written_whole(self._path, durable=True) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return found
 

@@ -251,7 +251,7 @@ class _Keys:
         """To the disk, before this returns."""
         keys = {name: getattr(self, name).reveal_for_transport().hex() for name in ("chain", "model", "meeting")}
         text = json.dumps({"terms": asdict(terms), "next": self.next, **keys}) + "\n"
-        with written_whole(directory / KEYS, 0o600, durable=True) as temporary:
+        with written_whole(directory / KEYS, durable=True) as temporary:
             temporary.write_text(text, encoding="ascii")
 
 

@@ -47,7 +47,7 @@ def seal(path: Path, key: Seed, context: bytes, tag: bytes, content: np.ndarray)
     salt = os.urandom(SALT_BYTES)
     header = MAGIC + salt + tag
     cipher, buffer = _file_key(key, salt), np.ascontiguousarray(content).view(np.uint8).data
-    with written_whole(path, 0o600, durable=True) as temporary, temporary.open("wb") as file:
+    with written_whole(path, durable=True) as temporary, temporary.open("wb") as file:
         file.write(header)
         for piece, nonce in _segments(len(buffer)):
             file.write(cipher.encrypt(nonce, buffer[piece], header + context))
