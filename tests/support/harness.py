@@ -157,6 +157,7 @@ def run_parties_in_memory(
 
     `options` are fields of `Options`. `prepare(network)` comes before the parties: there a test watches frames, and keeps
     the network to drop parties, which then have no result. Arguments are the same objects at all parties.
+    What traces networks cannot run so: torch.fx replaces `nn.Module.__call__` for all threads while it traces.
     """
     said = Options(**options)
     assert said.relay is None, "there is no relay in memory"

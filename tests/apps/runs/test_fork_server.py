@@ -193,6 +193,7 @@ def test_closing_does_not_wait_for_imports() -> None:
 def test_a_party_that_outlives_the_server_is_ended() -> None:
     with starter_of() as starter:
         deaf, _ = asked(starter, "be deaf")
+        eventually(lambda: deaf.pid is not None, "the server tells of the party it forked")
         os.kill(starter.pid, signal.SIGKILL)
         deaf.join(PATIENCE)
         assert deaf.lost and deaf.pid is not None

@@ -20,7 +20,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.links.links import Links
 from mpc_fl.roles import DEALER
-from tests.support.harness import run_parties, run_parties_in_memory
+from tests.support.harness import run_parties
 
 NAMES = [roles.HOSPITAL, roles.MODEL_OWNER, DEALER]
 
@@ -59,26 +59,17 @@ def one_party(links: Links, inference: dict[str, Any], directory: str) -> Any:
     return progress[-1]
 
 
-def run(directory: Path, in_memory: bool, **inference: Any) -> list[dict[str, Any]]:
-    if in_memory:
-        got = run_parties_in_memory(one_party, NAMES, inference, str(directory))
-    else:
-        got = run_parties(one_party, NAMES, directory, inference, str(directory))
+def run(directory: Path, **inference: Any) -> list[dict[str, Any]]:
+    got = run_parties(one_party, NAMES, directory, inference, str(directory))
     assert got[roles.MODEL_OWNER] == 3  # batches
     assert got[roles.HOSPITAL][0] == got[roles.HOSPITAL][1]
     return [json.loads(line) for line in (directory / "results.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("inference", "in_memory"),
-    [
-        pytest.param({"engine": "fast"}, False, marks=pytest.mark.processes),
-        ({"engine": "fast", "at_once": 2}, True),
-        pytest.param({"engine": "reference"}, False, marks=pytest.mark.processes),
-    ],
-)
-def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], in_memory: bool, tmp_path: Path) -> None:
-    lines = run(tmp_path, in_memory, **inference)
+@pytest.mark.processes
+@pytest.mark.parametrize("inference", [{"engine": "fast"}, {"engine": "fast", "at_once": 2}, {"engine": "reference"}])
+def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_path: Path) -> None:
+    lines = run(tmp_path, **inference)
     with torch.no_grad():
         plain = model_of(configuration())(records().inputs)
     assert float((torch.tensor([line["logits"] for line in lines]) - plain).abs().max()) < 0.02
@@ -86,8 +77,9 @@ def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], in_me
     assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
 
 
+@pytest.mark.processes
 def test_the_hospital_can_learn_the_label_alone(tmp_path: Path) -> None:
-    lines = run(tmp_path, True, engine="fast", reveal="label")
+    lines = run(tmp_path, engine="fast", reveal="label")
     with torch.no_grad():
         plain = model_of(configuration())(records().inputs)
     assert [line["predicted"] for line in lines] == plain.argmax(1).tolist()

@@ -42,7 +42,7 @@ from mpc_fl.roles import DEALER
 from tests.inference.fast.online.test_evaluation import small_network
 from tests.inference.fast.test_diagnosis import NAMES, configuration, model_of
 from tests.support import harness
-from tests.support.harness import run_parties, run_parties_in_memory
+from tests.support.harness import run_parties
 
 TERMS = Terms("name", "hospital-0", "model-owner", "digest", 1, "logits")
 SIZE = 1000
@@ -345,8 +345,8 @@ def one_party(links: Links, inference: dict[str, Any], directory: str, count: in
 class Site:
     """Sessions that share pools, each with new identities and keys."""
 
-    def __init__(self, directory: Path, in_memory: bool = False) -> None:
-        self.directory, self.sessions, self.in_memory = directory, 0, in_memory
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.sessions = directory, 0
         config = configuration(engine="fast")
         save_model(directory / "model.safetensors", model_of(config), config)
 
@@ -356,11 +356,7 @@ class Site:
 
     def run(self, count: int, names: list[str] = NAMES, kill_at: str = "", **inference: Any) -> Any:
         arguments = (inference, str(self.directory), count, kill_at)
-        if self.in_memory:
-            got = run_parties_in_memory(one_party, names, *arguments)
-        else:
-            got = run_parties(one_party, names, self._session(), *arguments)
-        return got[roles.HOSPITAL]
+        return run_parties(one_party, names, self._session(), *arguments)[roles.HOSPITAL]
 
     def crash(self, count: int, kill_at: str) -> None:
         """A session whose hospital is killed at a point."""
@@ -404,8 +400,9 @@ def test_a_pool_between_real_processes(tmp_path: Path) -> None:
     assert site.lines("places") == ["0", "1"]
 
 
+@pytest.mark.processes
 def test_diagnoses_from_a_pool(tmp_path: Path) -> None:
-    site = Site(tmp_path, in_memory=True)
+    site = Site(tmp_path)
     site.run(0, fill=3)
     layers = len(site.lines("layers"))
     assert layers > 0 and site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [0, 1, 2]
@@ -450,8 +447,10 @@ def test_a_killed_hospital_never_uses_a_batch_twice(tmp_path: Path) -> None:
     assert site.half(roles.HOSPITAL).numbers == site.half(roles.MODEL_OWNER).numbers == [3]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
-    site, other = Site(tmp_path / "one", in_memory=True), Site(tmp_path / "two", in_memory=True)
+    site, other = Site(tmp_path / "one"), Site(tmp_path / "two")
     for each in (site, other):
         each.run(0, fill=1)
     half = site.half(roles.HOSPITAL).directory
@@ -473,8 +472,10 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
     assert site.half(roles.MODEL_OWNER).numbers == [0]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_halves_of_different_batches_under_one_number(tmp_path: Path) -> None:
-    site = Site(tmp_path, in_memory=True)
+    site = Site(tmp_path)
     site.run(0, fill=1)
     records = [site.half(party).directory / "00000000.record" for party in NAMES[:2]]
     earlier = records[1].read_bytes()
