@@ -20,12 +20,11 @@ from mpc_fl.links.mailboxes import Mailboxes, parting_message
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
 from mpc_fl.links.relay import Relay
-from mpc_fl.links.settings import Timeouts
+from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
 from mpc_fl.links.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
 
-_LONGEST_GREETING = 30.0
 _FAREWELL = 2.0
 _REDIAL = 1.0
 
@@ -62,7 +61,7 @@ class Connections:
     def open(self, listen: str | None) -> None:
         """Serve `listen` and dial. Raises `LinkError` when the port is in use or not allowed."""
         if listen is not None:
-            streams, timeout = 2 * len(self._peers) + 4, min(self._timeouts.connect, _LONGEST_GREETING)
+            streams, timeout = 2 * len(self._peers) + 4, min(self._timeouts.connect, LONGEST_GREETING)
             self._server = StreamServer(self._greeter.identity, listen, self.admit, streams, timeout)
         for peer in self._peers.values():
             if peer.route.how == "dial":

@@ -55,3 +55,4 @@ class Tolerance:
 
 
 NOBODY_LOST = Tolerance()
+LONGEST_GREETING = 30.0  # seconds that a stream may stay without a greeting, at whoever listens

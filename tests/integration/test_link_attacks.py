@@ -16,8 +16,7 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from mpc_fl.crypto.identity_files import write_identity
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
 from tests.support.harness import free_ports, local_links
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.processes
 NAMES = ["hospital-0", "hospital-1", "aggregator"]
@@ -227,11 +227,11 @@ def test_a_party_logs_why_tls_was_refused(tmp_path: Path) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
     party = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        _wait_for(lambda: _listens(ports[TARGET]), "the party listens")
+        eventually(lambda: _listens(ports[TARGET]), 60.0, "the party listens")
         state = Waiting(ports, tmp_path, authority, {}, [])
         expired = authority.issue("hospital-1", datetime.timedelta(minutes=-1))
         assert not _attack(state, expired, _greeting(expired), seconds=2.0).startswith("OK")
-        _wait_for(lambda: "certificate has expired" in (tmp_path / "log").read_text(), "the refusal is logged")
+        eventually(lambda: "certificate has expired" in (tmp_path / "log").read_text(), 60.0, "the refusal is logged")
     finally:
         party.kill()
         said = party.communicate(timeout=30)[1]
@@ -242,13 +242,6 @@ def test_a_party_logs_why_tls_was_refused(tmp_path: Path) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as attempt:
         return attempt.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"not within a minute: {what}"
-        time.sleep(0.1)
 
 
 GREETING_LENGTH = 200

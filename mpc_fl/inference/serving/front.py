@@ -28,10 +28,10 @@ from mpc_fl.links.grpc_streams import Conversation, StreamServer
 from mpc_fl.links.handshake import Agreement, check_greeting
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.settings import LONGEST_GREETING
 
 log = logging.getLogger(__name__)
 
-_LONGEST_GREETING = 30.0
 _STREAMS_PER_SESSION, _SPARE_STREAMS = 4, 16
 _PURPOSES = 2
 
@@ -88,7 +88,7 @@ class ServiceFront:
 
     def __enter__(self) -> ServiceFront:
         streams = _STREAMS_PER_SESSION * _PURPOSES * self._admission.sessions + _SPARE_STREAMS
-        self._server = StreamServer(self._identity, self._party.listen, self._admit, streams, _LONGEST_GREETING)
+        self._server = StreamServer(self._identity, self._party.listen, self._admit, streams, LONGEST_GREETING)
         return self
 
     def __exit__(self, *_unused: object) -> None:

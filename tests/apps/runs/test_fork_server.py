@@ -9,8 +9,6 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_starter import PartyStarter, StartedParty, modules_to_share
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import RunFailedError
+from tests.support.waiting import eventually
 
 PROGRAM = "tests.support.forked_programs"
 PATIENCE = 120.0
@@ -37,13 +36,6 @@ def asked(starter: PartyStarter, what: str) -> tuple[StartedParty, Any]:
     party = starter.start("somebody", {"do": what})
     assert party.pipe.poll(PATIENCE), starter.failure()
     return party, json.loads(party.pipe.recv_bytes())
-
-
-def eventually(found: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not found():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 def gone(process: int) -> bool:
@@ -193,13 +185,13 @@ def test_closing_does_not_wait_for_imports() -> None:
 def test_a_party_that_outlives_the_server_is_ended() -> None:
     with starter_of() as starter:
         deaf, _ = asked(starter, "be deaf")
-        eventually(lambda: deaf.pid is not None, "the server tells of the party it forked")
+        eventually(lambda: deaf.pid is not None, PATIENCE, "the server tells of the party it forked")
         os.kill(starter.pid, signal.SIGKILL)
         deaf.join(PATIENCE)
         assert deaf.lost and deaf.pid is not None
         assert "the process that parties are forked from was killed by signal 9" in str(starter.failure())
         deaf.end_if_lost()
-        eventually(lambda: gone(deaf.pid or 0), "the end of the party")
+        eventually(lambda: gone(deaf.pid or 0), PATIENCE, "the end of the party")
 
 
 def test_the_launcher_shares_by_task() -> None:

@@ -28,6 +28,7 @@ from mpc_fl.apps.runs.run_directory import run_directory
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import LinkError, RunFailedError
 from tests.support.harness import interruptible
+from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TO_START = 150.0  # until a run on a busy machine is under way
@@ -42,13 +43,6 @@ ENDLESS = {
 }
 Record = Callable[[str, object], None]  # pytest's record_property: shows up in --junitxml
 PARTIES = ["aggregator", "hospital-0", "hospital-1"]
-
-
-def eventually(found: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def end_of(processes: list[psutil.Process], began: float, record: Record) -> None:
