@@ -32,7 +32,6 @@ from mpc_fl.progress import Notify
 from mpc_fl.roles import AGGREGATOR, is_hospital
 from mpc_fl.sharing.opening import SecretDomain
 
-
 log = logging.getLogger(__name__)
 
 
