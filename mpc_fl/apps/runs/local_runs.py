@@ -250,7 +250,7 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
     logits = predict(model, normalised(images, load_normalisation(config.site.model, config)).inputs, chunk=1)
     seconds = (time.monotonic() - began) / len(images.inputs)
     write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
-    opened = config.inference.reveal == "logits"
+    opened = config.reveal == "logits"
     encrypted = torch.tensor([result.logits for result in results]) if opened else None
     predicted = torch.tensor([result.predicted for result in results])
     return Comparison(

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
@@ -25,7 +26,7 @@ from mpc_fl.errors import ConfigError, MpcFlError, ProtocolError, RefusedError
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER
 from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
 from mpc_fl.inference.serving.gate import SessionGate
-from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Quota, SessionRate, UsageLedger, free_again
+from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Quota, SessionRate, UsageLedger, free_again, quotas_of
 from mpc_fl.inference.serving.turns import Rota, Turns
 from mpc_fl.inference.serving.visits import Visit, service_digest
 from mpc_fl.learning.data.loading import load_images
@@ -157,6 +158,44 @@ def test_what_was_asked_counts_after_a_restart(tmp_path: Path, quotas: list[Quot
     ledger = UsageLedger(tmp_path, quotas, lambda: moment)
     with pytest.raises(RefusedError):
         ledger.require("hospital-0")
+    ledger.close()
+
+
+def test_all_hospitals_together_have_a_limit_that_no_race_and_no_restart_exceeds(tmp_path: Path) -> None:
+    moment = 1_800_000_000.0
+    quotas = quotas_of(Config().with_values(serving={"images_per_day": 30, "images_per_minute": 20}))
+    assert [(quota.most, quota.of_all) for quota in quotas] == [(30, False), (20, False), (60, True), (40, True)]
+    ledger, barrier = UsageLedger(tmp_path, quotas, lambda: moment), threading.Barrier(6)
+    granted, refused = list[str](), list[str]()
+
+    def ask(name: str) -> None:
+        barrier.wait(30)
+        for _ in range(15):
+            try:
+                ledger.charge(name, 1)
+                granted.append(name)
+            except RefusedError as error:
+                refused.append(str(error))
+
+    sessions = [threading.Thread(target=ask, args=(f"hospital-{number % 3}",)) for number in range(6)]
+    for session in sessions:
+        session.start()
+    for session in sessions:
+        session.join(60)
+    assert len(granted) == 40 and max(map(granted.count, set(granted))) <= 20
+    assert "all hospitals together may ask about 40 images in a minute: come back at 2027-01-15 08:01:01 UTC" in refused
+    ledger.close()
+    moment += 59
+    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
+    with pytest.raises(RefusedError, match="all hospitals together may ask about 40 images in a minute"):
+        ledger.charge("hospital-7", 1)
+    moment += 1
+    ledger.charge("hospital-7", 20)
+    moment += 60
+    with pytest.raises(
+        RefusedError, match="all hospitals together may ask about 60 images in 24 hours: come back at 2027-01-16"
+    ):
+        ledger.charge("hospital-8", 1)
     ledger.close()
 
 
@@ -295,7 +334,9 @@ def _false_party(kind: str, values: dict[str, Any], told: Any) -> None:
 class Service:
     """Model owner and dealer as processes, hospitals that ask them."""
 
-    def __init__(self, directory: Path, serving: dict[str, Any], pools: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, serving: dict[str, Any], pools: Path | None = None, reveal: str | None = None
+    ) -> None:
         self.directory, self.told, self.pools = directory, SPAWN.Queue(), pools
         self.before = SPAWN.Queue()  # of what is told just before a signal
         ports = free_ports(2)
@@ -305,7 +346,7 @@ class Service:
         for name in addresses:
             site = {"model": str(directory / "model.safetensors"), "out": str(directory / name)}
             site |= {} if pools is None else {"pool": str(pools / "served")}
-            values = self.values(name, **site)
+            values = self.values(name, {"reveal": reveal}, **site)
             self.servers.append(SPAWN.Process(target=_served_party, args=(name, values, self.told), name=name))
         for process in self.servers:
             process.start()
@@ -396,12 +437,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(directory: Path) -> Iterator[Callable[..., Service]]:
     started: list[Service] = []
 
-    def start(pools: Path | None = None, **serving: Any) -> Service:
+    def start(pools: Path | None = None, reveal: str | None = None, **serving: Any) -> Service:
         serving = {"images_per_minute": 1000, "images_per_day": 1000, "turns": 1, "patience": 600.0, **serving}
-        started.append(Service(directory, serving, pools))
+        started.append(Service(directory, serving, pools, reveal))
         return started[-1]
 
-    for name in (USAGE_FILE, "corrections"):
+    for name in (USAGE_FILE, "corrections", RECEIPTS_FILE):
         (directory / "model-owner" / name).unlink(missing_ok=True)
     yield start
     for item in started:
@@ -505,7 +546,7 @@ def largest_error(directory: Path, results: list[dict[str, Any]], asked: int) ->
 
 @pytest.mark.processes
 def test_a_served_hospital_uses_its_pool(service: Callable[..., Service], directory: Path, tmp_path: Path) -> None:
-    served = service(tmp_path, pool_batches=3, images_per_day=4)
+    served = service(tmp_path, reveal="logits", pool_batches=3, images_per_day=4)
     assert served.fill("hospital-1", 5) == (
         "the model owner keeps 3 batches for hospital-1, no more than 3: come back when some are used"
     )
