@@ -22,7 +22,7 @@ from mpc_fl.errors import ConfigError, MpcFlError, PoolError, RefusedError
 from mpc_fl.files import written_whole
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.fast.diagnosis import answering_session, calibrated, pool_of, session_domain
-from mpc_fl.inference.fast.network import IntegerModel
+from mpc_fl.inference.fast.network import IntegerModel, label_bits
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool, network_digest, weights_digest
 from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.gate import SessionGate, SignedGate
@@ -70,9 +70,10 @@ def served_model(config: Config) -> ServedModel:
     return ServedModel(calibration.network, calibration.weights, normalisation)
 
 
-def say_what_is_revealed(config: Config) -> None:
-    """Log it: logits are the model owner's choice, and a choice with a price."""
+def say_what_is_revealed(config: Config, model: ServedModel) -> None:
+    """Log it: logits are the model owner's choice, and a choice with a price. Raises `ModelError` when it cannot be revealed."""
     if config.reveal == "label":
+        label_bits(model.network)
         log.info("hospitals get the label alone (inference.reveal)")
         return
     log.warning(
@@ -183,7 +184,7 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     party, out, serving = standing_party(config, MODEL_OWNER), site_directory(config), config.serving
     model = served_model(config)
     model = replace(model, commitment=commitment_to(model, out))
-    say_what_is_revealed(config)
+    say_what_is_revealed(config, model)
     notify("load model", 1, 1)
     admission = Admission(frozenset(), serving.sessions, SessionRate(serving.sessions_per_minute))
     with ModelService(config, party.identity, model, out, observer) as service:
