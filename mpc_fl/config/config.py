@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
 from mpc_fl.config.learning import DataSection, ModelSection, PrivacySection, TrainingSection
-from mpc_fl.config.protocols import AggregationSection, InferenceSection, ServingSection
+from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
@@ -43,10 +43,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         training, distributed = self.training, self.privacy.mechanism == "distributed"
-        if self.task == "serve" and self.inference.batch_size > min(
-            self.serving.images_per_minute, self.serving.images_per_day
-        ):
-            raise ValueError("inference.batch_size exceeds serving.images_per_minute or images_per_day; lower it")
+        if self.task == "serve" and self.inference.batch_size > self.serving.largest_batch:
+            raise ValueError(
+                "inference.batch_size exceeds serving.images_per_minute or images_per_day, or that of all; lower it"
+            )
         if distributed and self.strategy not in ("fedsgd", "fedadam", "fedyogi"):
             raise ValueError(
                 f"privacy.mechanism distributed opens every gradient, training.strategy {self.strategy} has none to open; use "
@@ -82,6 +82,15 @@ class Config(Section):
     def noise_colluders(self) -> int:
         """How many hospitals may take their own part out of distributed noise: at least one, which knows its part."""
         return 1 if self.privacy.colluders is None else max(1, self.privacy.colluders)
+
+    @property
+    def reveal(self) -> Reveal:
+        """What a diagnosis opens to the hospital: what is configured; else the label alone where a model owner serves.
+
+        A model owner of one diagnosis (`mpc-fl infer`, `mpc-fl party`) starts it by hand, for one hospital, and has compared
+        the configuration with it: there null means logits, which either engine opens.
+        """
+        return self.inference.reveal or ("label" if self.task == "serve" else "logits")
 
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site` and `serving`), as hex."""
