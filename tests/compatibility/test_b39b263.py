@@ -28,10 +28,12 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, PrivacyBudgetError, RefusedError
 from mpc_fl.inference.serving.quota import Quota, UsageLedger
+from mpc_fl.inference.serving.service_records import open_records
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, epsilon_of
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+from mpc_fl.roles import MODEL_OWNER
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARCHIVE = Path(__file__).parent / "b39b263" / "files.tar.xz"
@@ -118,12 +120,15 @@ def test_what_a_hospital_asked_still_counts(copy: Path) -> None:
     charged = lines(copy / "service" / "usage.jsonl")
     assert [(line["hospital"], line["images"]) for line in charged] == [("hospital-0", 1)] * 4
     last = charged[-1]["time"]
-    ledger = UsageLedger(copy / "service", [Quota(5, 86400, "24 hours")], lambda: last + 1)
-    ledger.charge("hospital-0", 1)
-    with pytest.raises(RefusedError, match="may ask about 5 images in 24 hours"):
-        ledger.charge("hospital-0", 1)
-    ledger.charge("hospital-1", 5)
-    ledger.close()
+    for _ in range(2):  # taken over once
+        with open_records(copy / "service", MODEL_OWNER) as records:
+            ledger = UsageLedger(records, [Quota(5, 86400, "24 hours")], lambda: last + 1)
+            ledger.require("hospital-0", 1)
+            with pytest.raises(RefusedError, match="may ask about 5 images in 24 hours"):
+                ledger.require("hospital-0", 2)
+            ledger.require("hospital-1", 5)
+    [kept] = (copy / "service").glob("usage.jsonl*-*")
+    assert lines(kept) == charged and not (copy / "service" / "usage.jsonl").exists()
 
 
 # ---- run directories and the model --------------------------------------------------------------------------------------
