@@ -172,11 +172,11 @@ class Database:
                 )
             if version < 1 or _layout(self._connection) != _layout_of(self._schema, version):
                 raise self.damage(f"its tables are not those of version {version}")
-            for [keeper] in transaction.run("SELECT DISTINCT keeper FROM heads"):
-                if keeper != self.keeper:
-                    raise StorageError(f"{self.path} belongs to {keeper!r}, not to {self.keeper}", "check the path")
             if transaction.run("PRAGMA integrity_check(1)") != [("ok",)]:
                 raise self.damage("its pages contradict each other")
+            for [keeper] in transaction.run("SELECT DISTINCT keeper FROM heads"):
+                if keeper != self.keeper:
+                    raise StorageError(f"{self.path} belongs to {keeper[:40]!r}, not to {self.keeper}", "check the path")
             _bring_up_to_date(self._connection, self._schema, self.keeper, version)
 
 
