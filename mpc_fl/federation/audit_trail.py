@@ -30,7 +30,7 @@ def begin_ledger(
     """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack."""
     links.set_phase("reveal ledger")
     signers = CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR)
-    signers.begin(config.federation.session, config.digest(), resumed)
+    signers.begin(config.federation.session, config.digest(), config.federation.quorum_size, resumed)
 
 
 def lead_signatures(
