@@ -233,7 +233,7 @@ class _ClosedSum:
         self.shape = (task.size.parameters,)
         self.headroom, self.weight = MeanHeadroom(FixedPoint(24, 64.0), len(self.members)), 1 / len(self.members)
         quorum, closing = (2, 2) if task.left_out else (len(self.members), 0)
-        self.rules = Rules(AGGREGATOR, quorum, closing, _WAIT)
+        self.rules = Rules(AGGREGATOR, self.members, quorum, closing, _WAIT)
         self.starts = {name: links.key_fingerprint(name) for name in self.members}
 
     def once(self, repeat: int) -> tuple[torch.Tensor, float]:
