@@ -94,6 +94,20 @@ def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], sta
     CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
 
 
+def signed_model(ledger: RevealLedger, number: int) -> str | None:
+    """The digest of the global parameters that all signed last after round `number`; `None` when they have not."""
+    return ledger.signed_value(f"round {number}", "global model")
+
+
+def require_signed_model(ledger: RevealLedger, number: int, held: ModelDigests) -> None:
+    """At a hospital that joins: it was given the global model that all signed after round `number`. Raises `ProtocolError`."""
+    if signed_model(ledger, number) != held.parameters:
+        raise ProtocolError(
+            f"{AGGREGATOR} sent another global model than all parties signed after round {number}",
+            "nothing was sent to it; compare the reveal ledgers, and the aggregator's checkpoints with its ledger",
+        )
+
+
 def signatory_of(ledger: RevealLedger) -> Signatory:
     """Who signs what this party confirms, and checks it by the certificates of all in the ledger."""
     return Signatory(ledger.identity, lambda name: ledger.chain.certificates.get(name))
