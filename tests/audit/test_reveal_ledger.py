@@ -408,6 +408,92 @@ def test_garbage_is_named_by_its_line() -> None:
         assert (found[0].block, found[0].what) == (2, "line 3 is damaged or was edited: it is no block")
 
 
+# ---- the quorum, and versions ------------------------------------------------------------------------------------------
+
+
+def in_version_1(blocks: Sequence[Block]) -> list[Block]:
+    """The same history as a program of version 1 wrote and signed it."""
+    chain, old = Chain(), list[Block]()
+    for block in blocks:
+        opened: list[ChainedOpening] = []
+        last = chain.opening_digest
+        for opening in block.openings:
+            bare = dataclasses.replace(opening, transcript=None, previous=last)
+            opened.append(dataclasses.replace(bare, digest=bare.computed_digest(1)))
+            last = opened[-1].digest
+        introduced = None if block.members is None else dataclasses.replace(block.members, quorum=0)
+        old.append(signed(dataclasses.replace(
+            block, openings=tuple(opened), members=introduced, previous=chain.seal, signatures=(), version=1)))  # fmt: skip
+        chain, found = extend(chain, old[-1], authority().certificate)
+        assert not found
+    return old
+
+
+def test_a_ledger_of_version_1_verifies_as_what_it_was_and_is_not_continued(tmp_path: Path) -> None:
+    old = in_version_1(make_ledger())
+    assert b"version" not in text(old) and b"quorum" not in text(old) and b"transcript" not in text(old)
+    verdict = audit(text(old))
+    assert verdict.findings == () and "is of version 1: no quorum of hospitals had to sign" in verdict.notes[0]
+    assert [block_from(json.loads(line)) for line in text(old).splitlines()] == old
+    for content in (text(old[:-1]), text(old)):
+        (tmp_path / LEDGER_FILE).write_bytes(content)
+        with pytest.raises(MpcFlError, match="is a reveal ledger of version 1, which cannot be continued") as refused:
+            RevealLedger(tmp_path, identity("aggregator"))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_ledger_is_of_one_version_throughout() -> None:
+    new = make_ledger(1, 1)
+    old = in_version_1(new)
+    for first, then in ((new, old), (old, new)):
+        found = findings_of(text([*first[:2], *then[2:]]))
+        assert any(f"is of version {then[0].version} of the ledger" in finding.what for finding in found)
+    # Nor can one be taken for the other by leaving the fields away.
+    bare = lines()
+    for block in bare:
+        del block["version"]
+        for opening in block["openings"]:
+            del opening["transcript"]
+    del bare[0]["members"]["quorum"]
+    assert {finding.block for finding in findings_of(written(bare)) if "is not what its parties signed" in finding.what}
+    bare = lines()
+    bare[1]["version"] = 3
+    assert findings_of(written(bare))[0].what == "line 2 is damaged or was edited: it is no block"
+
+
+def test_a_block_counts_with_a_quorum_of_hospitals_and_whoever_learned_something() -> None:
+    def said(parties: Sequence[str], quorum: int = 2, to: Sequence[str] = ("aggregator",)) -> list[str]:
+        everybody = ("hospital-0", "hospital-1", "hospital-2", "aggregator")
+        start = signed(Block(0, "start", "", everybody, (), {}, members(everybody, quorum), Chain().seal))
+        chain, found = extend(Chain(), start, authority().certificate)
+        assert not found
+        opened = chain_opening(chain, [], Opening("sum", "why", (), tuple(to), tuple(parties)))
+        block = signed(Block(1, "openings", "", tuple(parties), (opened,), {}, None, chain.seal))
+        return [finding.line for finding in extend(chain, block, authority().certificate)[1]]
+
+    assert said(("hospital-0", "hospital-2", "aggregator")) == []
+    assert said(("hospital-0", "aggregator")) == [
+        "block 1: is signed by hospital-0 alone: a block counts with 2 hospitals or more"]  # fmt: skip
+    assert said(("aggregator",), quorum=0) == [
+        "block 1: is signed by no hospital: a block counts with 2 hospitals or more"]  # fmt: skip
+    assert said(("hospital-0", "hospital-2", "aggregator"), quorum=3) == [
+        "block 1: is signed by hospital-0, hospital-2 alone: a block counts with 3 hospitals or more"]  # fmt: skip
+    assert said(("hospital-0", "hospital-1"), to=("hospital-0", "aggregator")) == [
+        "block 1, opening 1, aggregator: learned what was opened and is no party of the block"]  # fmt: skip
+
+
+def test_a_resumed_run_keeps_its_quorum() -> None:
+    blocks = make_ledger(1, 1)[:2]
+    chain = read_ledger(text(blocks), authority().certificate).chain
+    for quorum, what in (
+        (2, []),
+        (3, ["block 2: changes the quorum from 2 to 3"]),
+        (0, ["block 2: changes the quorum from 2 to 0"]),
+    ):
+        block = signed(Block(2, "resume", "", PARTIES, (), {}, members(quorum=quorum), chain.seal))
+        assert [finding.line for finding in extend(chain, block, authority().certificate)[1]] == what
+
+
 # ---- a party's copy ----------------------------------------------------------------------------------------------------
 
 
