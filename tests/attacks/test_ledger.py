@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cryptography import x509
 
 from mpc_fl.audit import co_signing
@@ -359,15 +360,15 @@ def test_pending_openings_from_a_peer_are_bounded(directory: Path) -> None:
 # ---- a whole run -------------------------------------------------------------------------------------------------------
 
 
-def _party(name: str, values: dict[str, Any], results: Any) -> None:
-    """One party as its site runs it; the aggregator deviates."""
+def _party(name: str, values: dict[str, Any], results: Any, deviation: str) -> None:
+    """One party as its site runs it; the aggregator deviates by the function of this module of that name."""
     from mpc_fl.apps.runs.party_process import run_party, set_up_log
     from mpc_fl.config.config import parse_config
 
     config = parse_config(values, name)
     set_up_log(config.site.log)
     if name == "aggregator":
-        forget_round_2()
+        globals()[deviation]()
     try:
         run_party(name, config, lambda *_: None)
     except MpcFlError as error:
@@ -421,7 +422,9 @@ def test_an_aggregator_that_forgets_a_round_ends_the_run_and_is_found(tmp_path: 
     with Site(tmp_path) as site:
         for name in party_names(site.config):
             values = site.placed[name].model_dump(mode="json")
-            site.processes[name] = SPAWN.Process(target=_party, args=(name, values, site.results), name=name)
+            site.processes[name] = SPAWN.Process(
+                target=_party, args=(name, values, site.results, "forget_round_2"), name=name
+            )
             site.processes[name].start()
         words = site.await_words(4)
     lines = [word for name, word in words.items() if name in HOSPITALS and "from aggregator was refused" in word]
@@ -437,3 +440,38 @@ def test_an_aggregator_that_forgets_a_round_ends_the_run_and_is_found(tmp_path: 
     assert any(
         "was begun by hospital-0, hospital-1, hospital-2 and is signed nowhere (round 2" in line for line in found
     )
+
+
+def go_on_with_another_model() -> None:
+    """Take the last checkpoint unchecked, and change one parameter of it."""
+    from mpc_fl.federation import aggregator_state
+
+    load, load_state = aggregator_state.load_checkpoint, torch.nn.Module.load_state_dict
+
+    def unchecked(directory: Path, digest: str, *_: Any, **__: Any) -> Any:
+        return load(directory, digest)
+
+    def changed(module: Any, state: dict[str, torch.Tensor], *arguments: Any, **named: Any) -> Any:
+        first = next(iter(state))
+        return load_state(module, {**state, first: state[first] + 0.5}, *arguments, **named)
+
+    aggregator_state.load_checkpoint = unchecked  # type: ignore[attr-defined]
+    torch.nn.Module.load_state_dict = changed  # type: ignore[method-assign]
+
+
+@pytest.mark.processes
+def test_hospitals_that_resume_take_no_model_but_the_one_that_they_signed(tmp_path: Path) -> None:
+    """Before, a changed model of the aggregator's was trained on, and every ledger verified."""
+    with Site(tmp_path, federation={"quorum": None}) as site:
+        site.start_all(aggregator="round 3 aggregation")
+        site.await_death("aggregator")
+        site.await_words(3)
+        for name in party_names(site.config):
+            values = site.placed[name].with_values(site={"resume": True}).model_dump(mode="json")
+            arguments = (name, values, site.results, "go_on_with_another_model")
+            site.processes[name] = SPAWN.Process(target=_party, args=arguments, name=name)
+            site.processes[name].start()
+        words = site.await_words(4)
+    assert "finished" not in words.values(), words
+    refusal = "aggregator sent another global model than all parties signed after round 2"
+    assert any(words[name].startswith(refusal) for name in HOSPITALS), words
