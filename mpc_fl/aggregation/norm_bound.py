@@ -3,7 +3,8 @@
 Who is beyond the bound says so, and that is one bit about what it sends. What the bit costs depends on the noise in it.
 
 Local noise (`dp_sgd`): exceeded with probability below 1e-4. The bit is a function of the update with all its noise, and of
-public numbers, so it is covered by what the update was charged. With momentum and the proximal term of FedProx the update of a round is linear in its steps' gradients:
+public numbers, so it is covered by what the update was charged. With momentum and the proximal term of FedProx the update of
+a round is linear in its steps' gradients:
 update = -sum over t of a_t g_t, g_t = (sum of m_t gradients clipped to C, plus z C times a standard normal vector) / b, where
 the weights a_t are the response of the optimizer to one gradient (`step_weights`), and m_t is the number of patients in
 step t, a sum of independent indicators of expectation b.
