@@ -3,7 +3,7 @@
 One sum, hospitals U and the aggregator (`contribute` at a hospital, `collect` at the aggregator), after `closed_sum`:
   1. hospitals say that they are ready; the aggregator takes their summands, two at a time so that it never holds more,
      until the deadline of the sum
-  2. with a check: its words "check" start the check of the norms, on shares of what it holds (`norm_check`)
+  2. with a check: its words "check" start the check of the norms of what it holds (`norm_check`)
   3. its word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`)
   4. the hospitals of V give their keys, the aggregator opens the sum over V
 If a hospital is lost during the check, the word "again" names who is left, and all begin at 1 with fresh masks: nothing was
