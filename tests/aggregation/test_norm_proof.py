@@ -50,19 +50,23 @@ def seed(number: int) -> bytes:
     return number.to_bytes(32, "little")
 
 
-def nothing(parts: dict[str, Vector]) -> None:
+def nothing(parts: dict[str, Any]) -> None:
     """An honest hospital changes nothing."""
 
 
 def run(
-    test: NormTest, sketch: torch.Tensor, number: int, lie: Callable[[dict[str, Vector]], None] = nothing
+    test: NormTest,
+    sketch: torch.Tensor,
+    number: int,
+    lie: Callable[[dict[str, Any]], None] = nothing,
+    size_of: type[ProofSize] = ProofSize,
 ) -> tuple[bool, Vector]:
     """A proof about `sketch`, and the sum of the answers; `lie` changes parts after they were made as they should be."""
-    size, stream = ProofSize(test, VERIFIERS), Seed(seed(number)).stream("shares")
+    size, stream = size_of(test, VERIFIERS), Seed(seed(number)).stream("shares")
     masks = [stream.ring_elements((BUCKETS,), test.ring_bits).to(test.dtype) for _ in range(VERIFIERS - 1)]
     shares = [*masks, sketch - sum(masks[1:], masks[0])]
     whole, carries = centred_sketch(test, [whole_numbers(share) for share in shares])
-    parts = {"sketch": whole, "carries": carries}
+    parts: dict[str, Any] = {"sketch": whole, "carries": carries, "number": number}
     lie(parts)
     projections = draw_projections(seed(number + 1), BUCKETS)
     parts["bits"] = bits_of(size, projections, parts["sketch"], parts["carries"])
@@ -113,54 +117,91 @@ def test_the_bound_itself_passes_and_one_more_does_not(ring_bits: Literal[32, 64
     assert square_sum(sketch_of(largest + 1, ring_bits).numpy().astype(object)) == largest + 1
 
 
-def _other_sketch(parts: dict[str, Vector]) -> None:
+def _other_sketch(parts: dict[str, Any]) -> None:
     """It says everything of a sketch that is zero, but carries: they decide what its sketch is."""
     parts["sketch"] = parts["sketch"] * 0
 
 
-def _carries_that_take_the_sketch_away(parts: dict[str, Vector]) -> None:
+def _carries_that_take_the_sketch_away(parts: dict[str, Any]) -> None:
     """c / 2^k in the field makes the sketch vanish; it is no small number."""
     if "bits" not in parts:
         parts["carries"] = (parts["carries"] + parts["sketch"] * pow(2**32, -1, PRIME)) % PRIME
         parts["sketch"] = parts["sketch"] * 0
 
 
-def _another_multiple(parts: dict[str, Vector]) -> None:
+def _another_multiple(parts: dict[str, Any]) -> None:
     """A sketch that is equal modulo 2^k, and longer: what it says is true, and too large."""
     if "bits" not in parts:
         parts["carries"] = parts["carries"] + 1
         parts["sketch"] = parts["sketch"] - (1 << 32)
 
 
-def _bits_that_are_none(parts: dict[str, Vector]) -> None:
-    """The slack as one large 'bit': its bits add up, and are not their own squares."""
-    if "products" in parts or "bits" not in parts:
-        return
-    slack, size = -square_sum(parts["sketch"]), ProofSize(NormTest(BOUND, 32, BUCKETS), VERIFIERS)
-    start = 40 * (size.carry_exponent + size.value_exponent + 2)
-    parts["bits"] = parts["bits"].copy()
-    parts["bits"][start : start + size.slack_bits] = 0
-    parts["bits"][start] = (size.test.largest_square_sum + slack) % PRIME
+SIZE = ProofSize(NormTest(BOUND, 32, BUCKETS), VERIFIERS)
+SLACK = slice(40 * (SIZE.carry_exponent + SIZE.value_exponent + 2), None)  # where the bits of A - |V|^2 begin
 
 
-def _products_that_add_up(parts: dict[str, Vector]) -> None:
-    """Sums of squares that are small enough, although f(r) says otherwise."""
+def _a_slack_that_is_no_bit(parts: dict[str, Any]) -> None:
+    """A - |V|^2 < 0 as one 'bit': bits add up, but are not their own squares."""
+    if "bits" in parts and "products" not in parts:
+        parts["bits"] = parts["bits"].copy()
+        parts["bits"][SLACK] = 0
+        parts["bits"][SLACK.start] = (SIZE.test.largest_square_sum - square_sum(parts["sketch"])) % PRIME
+
+
+def _squares_of_bits_that_are_none(parts: dict[str, Any]) -> None:
+    """The same, and h(l) in every row is what it were if they were bits: another polynomial than f(r) says."""
+    _a_slack_that_is_no_bit(parts)
+    if "products" in parts:
+        weights, rows = draw_weights(seed(parts["number"] + 2), SIZE), parts["bits"].reshape(ROWS, -1)
+        parts["products"] = parts["products"].copy()
+        parts["products"][2 * ROWS + 2 : 3 * ROWS + 2] = rows.dot(weights) % PRIME
+
+
+def _sums_of_squares_that_are_none(parts: dict[str, Any]) -> None:
+    """The slack is A, and g is zero in every row: another polynomial than f(r) says."""
     if "products" in parts:
         parts["products"] = parts["products"].copy()
         parts["products"][1 : ROWS + 1] = 0
+    elif "bits" in parts:
+        parts["bits"] = parts["bits"].copy()
+        parts["bits"][SLACK] = 0
+        for place in range(SIZE.slack_bits):
+            parts["bits"][SLACK.start + place] = SIZE.test.largest_square_sum >> place & 1
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [nothing, _other_sketch, _carries_that_take_the_sketch_away, _another_multiple, _bits_that_are_none, _products_that_add_up],
-)  # fmt: skip
-def test_a_hospital_beyond_the_bound_is_not_accepted(lie: Callable[[dict[str, Vector]], None]) -> None:
+@pytest.mark.parametrize("lie", [nothing, _other_sketch, _carries_that_take_the_sketch_away, _another_multiple])
+def test_a_hospital_far_beyond_the_bound_is_not_accepted(lie: Callable[[dict[str, Any]], None]) -> None:
     """Each lie at several seeds; one that is found with probability 1/2 only would pass with 2^-39."""
-    test = NormTest(BOUND, 32, BUCKETS)
     for number in range(10, 40, 10):
         sketch = torch.full((BUCKETS,), 1000, dtype=torch.int32)
         sketch[number] = 2**30
-        assert not run(test, sketch, number, lie)[0], lie.__doc__
+        assert not run(SIZE.test, sketch, number, lie)[0], lie.__doc__
+
+
+@pytest.mark.parametrize(
+    "lie", [nothing, _a_slack_that_is_no_bit, _squares_of_bits_that_are_none, _sums_of_squares_that_are_none]
+)
+def test_a_hospital_a_little_beyond_the_bound_is_not_accepted(lie: Callable[[dict[str, Any]], None]) -> None:
+    """Everything is in range and fits together but for one identity, another one for each lie."""
+    for number in range(10, 40, 10):
+        assert not run(SIZE.test, sketch_of(2 * SIZE.test.largest_square_sum, 32), number, lie)[0], lie.__doc__
+
+
+class Narrow(ProofSize):
+    """A range so small that sketches within the norm are beyond it: what wraps modulo p would have to be found by it."""
+
+    @property
+    def value_exponent(self) -> int:
+        return 6
+
+
+def test_a_bucket_out_of_range_is_found() -> None:
+    """Where buckets are of 64 bits, carries of either sign leave room for squares that wrap; the range does not."""
+    test = NormTest(BOUND, 64, BUCKETS)
+    short, long = sketch_of(1, 64), sketch_of(900**2, 64)
+    for number in range(10, 40, 10):
+        assert run(test, short, number, size_of=Narrow)[0]
+        assert test.passes(long) and not run(test, long, number, size_of=Narrow)[0]
 
 
 def test_what_is_opened_is_uniform_and_does_not_depend_on_the_sketch() -> None:
