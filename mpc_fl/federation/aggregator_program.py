@@ -11,7 +11,6 @@ import logging
 import time
 from dataclasses import dataclass
 
-from mpc_fl.aggregation.norm_check_session import end_checks
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
@@ -125,5 +124,4 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
         sign_end(ledger, links, plan.hospitals, aggregator)
         save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
         announce_end(links, plan.hospitals, config.training.rounds)
-        end_checks(links, config)
     write_traffic(links, out)
