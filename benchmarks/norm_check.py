@@ -60,7 +60,7 @@ def party(name: str, names: list[str], addresses: dict[str, str], folder: str, o
         check = NormCheck(NormTest(bound, 32), options.parameters)
         measured = []
         for number in range(options.rounds + 1):
-            plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing)
+            plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing, "seen alike")
             if name == AGGREGATOR:
                 measured.append(aggregate(domain, check, plan, number))
             else:
@@ -75,10 +75,10 @@ def contribute(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: in
     update = DEVIATION * torch.randn(check.parameters)
     if number % 2 and links.name == plan.hospitals[1]:
         update *= 10
-    links.send_object(AGGREGATOR, "ready", {})
+    masks = SummandMasks(plan, links.name, (check.parameters,), domain.sum_seed)
+    links.send_object(AGGREGATOR, "ready", {"keys": masks.commitments()})
     links.receive_object(AGGREGATOR, "begin")
     encoded = Private("update", HEADROOM.encode(update, 1.0, "update"))
-    masks = SummandMasks(plan, links.name, (check.parameters,), domain.sum_seed)
     links.send_tensor(AGGREGATOR, "summand", masks.masked(encoded))
     check.at_hospital(domain, masks, links.receive_object(AGGREGATOR, "word"))
     admitted = tuple(links.receive_object(AGGREGATOR, "fixed")["hospitals"])
@@ -94,11 +94,11 @@ def aggregate(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: int
         for name in plan.hospitals:
             links.send_object(name, tag, values)
 
+    closed = ClosedSum(plan, torch.int32, (check.parameters,), keep=True)
     for name in plan.hospitals:
-        links.receive_object(name, "ready")
+        closed.commitments.take(name, links.receive_object(name, "ready").get("keys"))
     began = time.perf_counter()
     say("begin")
-    closed = ClosedSum(plan, torch.int32, (check.parameters,), keep=True)
     for name in plan.hospitals:
         closed.take(name, links.receive_tensor(name, "summand", torch.int32, (check.parameters,)))
     links.set_phase(f"check {number}")

@@ -15,6 +15,7 @@ from mpc_fl.aggregation.norm_proof import ProofSize
 from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import PeerLostError, ProtocolError
 from mpc_fl.sharing.closed_sum import SummandMasks
 from tests.support.checked_sums import (
@@ -29,6 +30,7 @@ from tests.support.checked_sums import (
     update,
 )
 from tests.support.harness import run_parties, run_parties_in_memory
+from tests.support.signatories import signatories
 
 ROUGH = 2.0**26
 # Summands of one sum each: which bits must be opened.
@@ -88,12 +90,13 @@ def test_long_updates_are_caught_and_one_bit_per_hospital_is_opened(
         assert not any(sent for peer, sent in results[name]["bytes"].items() if peer != AGGREGATOR)
 
 
-def _one_party_late(links: Any, directory: str) -> Any:
+def _one_party_late(links: Any, directory: str, signatory: dict[str, Signatory]) -> Any:
     """A closed sum with a check to which hospital 1 sends nothing: its masks are in the other summands."""
     count = 3
     domain, test = domain_of(links, directory, count), NormTest(BOUND, 32, BUCKETS)
+    domain.signatory = signatory[links.name]
     hospitals = tuple(hospitals_of(count))
-    rules = Rules(AGGREGATOR, 2, 1, 4.0, NormCheck(test, PARAMETERS))
+    rules = Rules(AGGREGATOR, hospitals, 2, 1, 4.0, NormCheck(test, PARAMETERS))
     agreed = AgreedSum(hospitals, ("update", 1), Description("mean update", "round 1"))
     if links.name == AGGREGATOR:
         starts = {name: links.key_fingerprint(name) for name in hospitals}
@@ -108,7 +111,8 @@ def _one_party_late(links: Any, directory: str) -> Any:
 
 def test_a_sum_that_somebody_did_not_come_to_begins_again_before_its_norms_are_checked(tmp_path: Path) -> None:
     """Else the masks in common with it would hide the sketches from the check, and all would be refused."""
-    results = run_parties_in_memory(_one_party_late, [*hospitals_of(3), AGGREGATOR], str(tmp_path))
+    names = [*hospitals_of(3), AGGREGATOR]
+    results = run_parties_in_memory(_one_party_late, names, str(tmp_path), signatories(names, tmp_path / "identities"))
     assert results["hospital-1"] == "left out"
     assert {results[name] for name in ("hospital-0", "hospital-2", AGGREGATOR)} == {("hospital-0", "hospital-2")}
 
@@ -164,7 +168,7 @@ def test_a_summand_that_was_masked_in_place_cannot_be_checked() -> None:
     from mpc_fl.errors import SecrecyError
     from mpc_fl.sharing.closed_sum import SumPlan
 
-    plan = SumPlan(("hospital-0", "hospital-1"), AGGREGATOR, ("sum",), 0)
+    plan = SumPlan(("hospital-0", "hospital-1"), AGGREGATOR, ("sum",), 0, "seen alike")
     masks = SummandMasks(plan, "hospital-0", (4,), lambda _: Seed.from_system())
     masks.masked(Private("update", torch.zeros(4, dtype=torch.int32)), in_place=True)
     with pytest.raises(SecrecyError, match="was not kept"):
