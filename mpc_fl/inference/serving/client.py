@@ -81,9 +81,9 @@ def ask_service(
             _explained(links),
             pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling=False) as pool,
         ):
-            images = as_the_model_takes_them(config, images, links)
+            inputs = as_the_model_takes_them(config, images, links)
             hospital = asking_session(config, links, record, pool)
-            for diagnosis in diagnose_batches(config, images, hospital, notify):
+            for diagnosis in diagnose_batches(config, inputs, hospital, notify):
                 found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
         if not found:
