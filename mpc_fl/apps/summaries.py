@@ -144,6 +144,7 @@ class DiagnosisSummary:
     KIND: ClassVar[str] = "infer"
     hospital: ClassVar[str] = HOSPITAL
     refused: ClassVar[None] = None
+    revealed: ClassVar[None] = None
 
     name: str
     synthetic: bool
@@ -169,7 +170,10 @@ class DiagnosisSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedDiagnosisSummary:
-    """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered."""
+    """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered.
+
+    `revealed` is what that opens: 'label' or 'logits'.
+    """
 
     KIND: ClassVar[str] = "ask"
     skipped_files: ClassVar[None] = None
@@ -185,6 +189,7 @@ class ServedDiagnosisSummary:
     command: str
     versions: dict[str, str]
     refused: str | None = None
+    revealed: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
 from mpc_fl.config.learning import DataSection, ModelSection, PrivacySection, TrainingSection
-from mpc_fl.config.protocols import AggregationSection, InferenceSection, ServingSection
+from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
@@ -43,10 +43,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         training, distributed = self.training, self.privacy.mechanism == "distributed"
-        if self.task == "serve" and self.inference.batch_size > min(
-            self.serving.images_per_minute, self.serving.images_per_day
-        ):
-            raise ValueError("inference.batch_size exceeds serving.images_per_minute or images_per_day; lower it")
+        if self.task == "serve" and self.inference.batch_size > self.serving.largest_batch:
+            raise ValueError(
+                "inference.batch_size exceeds serving.images_per_minute or images_per_day, or that of all; lower it"
+            )
         if distributed and self.strategy not in ("fedsgd", "fedadam", "fedyogi"):
             raise ValueError(
                 f"privacy.mechanism distributed opens every gradient, training.strategy {self.strategy} has none to open; use "
@@ -63,6 +63,12 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
+        colluders, quorum = self.privacy.colluders or 0, self.federation.quorum_size
+        if self.task == "train" and colluders > quorum - 2:
+            raise ValueError(
+                f"a summand is masked by the other hospitals of its sum, so a quorum of {quorum} protects it against the "
+                f"aggregator and {quorum - 2} hospitals, not against privacy.colluders={colluders}; raise federation.quorum"
+            )
         if training.local_normalisation and self.model.architecture == "mlp":
             raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
         return self
@@ -71,6 +77,20 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def noise_colluders(self) -> int:
+        """How many hospitals may take their own part out of distributed noise: at least one, which knows its part."""
+        return 1 if self.privacy.colluders is None else max(1, self.privacy.colluders)
+
+    @property
+    def reveal(self) -> Reveal:
+        """What a diagnosis opens to the hospital: what is configured; else the label alone where a model owner serves.
+
+        A model owner of one diagnosis (`mpc-fl infer`, `mpc-fl party`) starts it by hand, for one hospital, and has compared
+        the configuration with it: there null means logits, which either engine opens.
+        """
+        return self.inference.reveal or ("label" if self.task == "serve" else "logits")
 
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site` and `serving`), as hex."""
@@ -145,7 +165,7 @@ def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
         hospitals = hospital_names(config.federation.hospitals)
-        return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
+        return [*hospitals, AGGREGATOR]
     if config.task == "serve":  # hospitals come and go
         return [DEALER, MODEL_OWNER]
     return [HOSPITAL, MODEL_OWNER, *([DEALER] if config.inference.dealer else [])]

@@ -14,6 +14,7 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import calibrate_own, initial_model
+from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import budget_of, features_run_name, headroom_of, mechanism_of, plan_release, run_name
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -49,6 +50,7 @@ class Hospital:
     group: TrainingGroup | None = None
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
+    digests: ModelDigests = field(default_factory=ModelDigests)
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -98,15 +100,28 @@ class Hospital:
     def resume(self, directory: Path, number: int) -> None:
         """Go back to this hospital's own layers after round `number`, if it has kept them.
 
-        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
+        The shared parameters come from the aggregator and are held against what all signed (`audit_trail`). Raises
+        `MpcFlError` when what was kept is not what it should be, `PrivacyBudgetError` when the privacy ledger lacks a
+        release that it held then.
         """
-        saved = load_checkpoint(directory, self.config.run_digest(), number)
+        saved = load_checkpoint(directory, self.config.run_digest(), number, _wrong_facts)
         if saved is None:
             return
         if self.config.privacy.mechanism != "none":
             self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
+
+
+def _wrong_facts(saved: Checkpoint) -> str | None:
+    spent = saved.facts.get("privacy accountant")
+    return None if isinstance(spent, list) else "holds no state of a privacy accountant"
+
+
+def last_round(config: Config, directory: Path) -> int:
+    """The last round of which this hospital has a checkpoint that it goes on from, -1 without one."""
+    last = load_checkpoint(directory, config.run_digest()) if config.site.resume else None
+    return -1 if last is None else last.round
 
 
 def join(

@@ -32,7 +32,7 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
     `UnsupportedLayerError` names the layer; `ModelError` says what else is wrong with `model`; `ConfigError`: the label
     alone shall be opened by an engine that opens logits.
     """
-    if config.inference.engine != "fast" and config.inference.reveal == "label":
+    if config.inference.engine != "fast" and config.reveal == "label":
         raise ConfigError("inference.reveal=label needs inference.engine=fast", "set the engine, or reveal logits")
     if model is None:
         from mpc_fl.learning.models.architectures import build_model

@@ -53,7 +53,7 @@ INFER: dict[str, Any] = {
 ASK: dict[str, Any] = {
     "kind": "ask", "name": "demo", "hospital": "hospital-2", "synthetic": False, "images": 1, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
-    "refused": "come back tomorrow", "results": [RESULT],
+    "refused": "come back tomorrow", "revealed": "logits", "results": [RESULT],
 }  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
     made = [
         TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)]}),
         DiagnosisSummary(**shared, skipped_files=0, comparison=Comparison(None, True, 0.01)),
-        ServedDiagnosisSummary(**shared, hospital="hospital-2", refused=ASK["refused"]),
+        ServedDiagnosisSummary(**shared, hospital="hospital-2", refused=ASK["refused"], revealed="logits"),
     ]
     assert [json.dumps(summary.to_json()) for summary in made] == [json.dumps(kind) for kind in (TRAIN, INFER, ASK)]
 

@@ -169,7 +169,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
     from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
     from mpc_fl.inference.fast.quantization.calibration import calibrate
 
-    size, reveal = config.inference.batch_size, config.inference.reveal
+    size, reveal = config.inference.batch_size, config.reveal
     records = _public_records(config)
     network = calibrate(initial_model(config), records).network
     found = cost_of(network, size, reveal)

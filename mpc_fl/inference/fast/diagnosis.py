@@ -19,7 +19,7 @@ from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, ProtocolError
 from mpc_fl.inference.fast.network import RING_BITS, IntegerModel, Network
-from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.online.hospital_session import AskingGate, HospitalSession
 from mpc_fl.inference.fast.online.owner_session import BatchGate, OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.preprocessing.pool import Purpose
@@ -53,7 +53,7 @@ def pool_of(
             raise ConfigError(f"{party} has no place for a pool", "set site.pool to a directory")
         return nullcontext()
     purpose: Purpose = "fill" if filling else "use"
-    return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
+    return kind(directory, party, counterpart, purpose, inference.batch_size, config.reveal)
 
 
 # ---- model owner ---------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def answering_session(
 ) -> OwnerSession:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
     inference = config.inference
-    terms = SessionTerms(inference.reveal, inference.batch_size, inference.at_once)
+    terms = SessionTerms(config.reveal, inference.batch_size, inference.at_once)
     return OwnerSession(domain, hospital, model, terms, pool, gate)
 
 
@@ -90,9 +90,11 @@ def answer(config: Config, model: nn.Module, normalisation: Normalisation | None
 # ---- hospital ------------------------------------------------------------------------------------------------------
 
 
-def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> HospitalSession:
+def asking_session(
+    config: Config, links: Links, record: Record, pool: HospitalPool | None, gate: AskingGate | None = None
+) -> HospitalSession:
     """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
-    return HospitalSession(session_domain(links, links.name, record), config.inference.reveal, pool)
+    return HospitalSession(session_domain(links, links.name, record), config.reveal, pool, gate)
 
 
 def ask(config: Config, inputs: ModelInputs, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
@@ -136,7 +138,7 @@ def diagnose_batches(
         opened = torch.cat(session.diagnose_together(group))
         seconds = (time.monotonic() - began) / len(opened)
         for row in opened:
-            if config.inference.reveal == "label":
+            if config.reveal == "label":
                 yield Diagnosis.of_label(int(row), len(config.data.classes), seconds)
             else:
                 yield Diagnosis.of(row.float(), seconds)

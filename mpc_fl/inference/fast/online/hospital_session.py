@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,6 +62,16 @@ class _HospitalBatch:
     correlations: HospitalCorrelations
 
 
+class AskingGate(Protocol):
+    """What C tells before it goes on with a session, the other side of `owner_session.BatchGate`; each may raise to end it."""
+
+    def ready(self, images: int, dealt: bool) -> None:
+        """S says that a batch is ready, made by the dealer or not; 0 images: it was stored. Nothing of an image was sent."""
+
+    def finish(self) -> None:
+        """S was told that no batch follows."""
+
+
 class HospitalSession:
     """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`.
 
@@ -68,8 +79,14 @@ class HospitalSession:
     takes part.
     """
 
-    def __init__(self, domain: SecretDomain, reveal: Reveal = "logits", pool: HospitalPool | None = None) -> None:
-        self._domain, self._links, self._reveal = domain, domain.links, reveal
+    def __init__(
+        self,
+        domain: SecretDomain,
+        reveal: Reveal = "logits",
+        pool: HospitalPool | None = None,
+        gate: AskingGate | None = None,
+    ) -> None:
+        self._domain, self._links, self._reveal, self._gate = domain, domain.links, reveal, gate
         links = domain.links
         links.set_phase("model")
         description = links.receive_object(MODEL_OWNER, NETWORK)
@@ -116,12 +133,18 @@ class HospitalSession:
             place = pool.propose()
             links.send_object(MODEL_OWNER, STEP, {"step": "take", **place.message()})
             links.receive_object(MODEL_OWNER, READY)  # before it is used up here: S may refuse
+            self._ready(pool.records, dealt=False)
             correlations = pool.take(self.network, place)
             self._prepared.append(_HospitalBatch(FIRST_NUMBER + place.number, records, pool.records, correlations))
             return
         number, _, correlations = self._made_by_dealer("prepare", records)
         self._prepared.append(_HospitalBatch(number, records, records, correlations))
         links.receive_object(MODEL_OWNER, READY)
+        self._ready(records, dealt=True)
+
+    def _ready(self, images: int, dealt: bool) -> None:
+        if self._gate is not None:
+            self._gate.ready(images, dealt)
 
     def _made_by_dealer(
         self, step: str, records: int, place: Place | None = None
@@ -152,6 +175,7 @@ class HospitalSession:
             place = pool.new_place()
             _, seed, correlations = self._made_by_dealer("fill", records, place)
             links.receive_object(MODEL_OWNER, READY)  # before it takes room here: S may refuse to keep more
+            self._ready(0, dealt=True)
             pool.put(place, self.network, seed, correlations)
             stored(done + 1)
 
@@ -211,3 +235,5 @@ class HospitalSession:
     def finish(self) -> None:
         """Tell the others that no batch follows. Batches prepared and not used are dropped."""
         self._announce("finish", 0)
+        if self._gate is not None:
+            self._gate.finish()

@@ -6,6 +6,8 @@ weights, and knows all masks: it must not collude with either party, and must no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
@@ -21,14 +23,20 @@ from mpc_fl.inference.fast.messages import (
     hospital_seed,
     network_from,
 )
+from mpc_fl.inference.fast.network import Network
 from mpc_fl.inference.fast.preprocessing.correlations import corrections_of, correlation_plan
 from mpc_fl.links.links import Links
 
 
-def deal(links: Links, hospital: str, owner: str) -> int:
+def _uncounted(network: Network, records: int) -> None:
+    """Of a single diagnosis nobody signs a count."""
+
+
+def deal(links: Links, hospital: str, owner: str, making: Callable[[Network, int], object] = _uncounted) -> int:
     """Serve batches until the hospital is done; returns their number.
 
-    Both must announce the same batches in the same order. Raises `ProtocolError` if they do not.
+    Both must announce the same batches in the same order. Raises `ProtocolError` if they do not. `making` is told the network
+    and the records of each batch before its corrections leave.
     """
     links.set_phase("offline")
     description = links.receive_object(owner, NETWORK)
@@ -49,6 +57,7 @@ def deal(links: Links, hospital: str, owner: str) -> int:
         if records == 0:
             return number
         plan = correlation_plan(network, records, reveal)
+        making(network, records)
         seeds = hospital_root.derive("batch", number), owner_root.derive("batch", number)
         for _, correction in corrections_of(plan, *seeds, masks):
             links.send_tensor(owner, correction_tag(number), torch.from_numpy(correction))
