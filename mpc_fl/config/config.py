@@ -165,7 +165,7 @@ def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
         hospitals = hospital_names(config.federation.hospitals)
-        return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
+        return [*hospitals, AGGREGATOR]
     if config.task == "serve":  # hospitals come and go
         return [DEALER, MODEL_OWNER]
     return [HOSPITAL, MODEL_OWNER, *([DEALER] if config.inference.dealer else [])]

@@ -17,8 +17,9 @@ Reveal = Literal["logits", "label"]
 class AggregationSection(Section):
     """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
 
-    With `norm_check` the L2 norm of each hidden update is held against a bound before anything is opened, on shares and
-    with the dealer; what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise.
+    With `norm_check` each hospital proves that the L2 norm of its hidden update is within a bound before anything is opened;
+    what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise; with distributed noise
+    it cannot be lower.
     """
 
     fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24

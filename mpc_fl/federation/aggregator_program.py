@@ -6,11 +6,11 @@ all sign after it is `audit_trail`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
 
-from mpc_fl.aggregation.norm_check_session import end_checks
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
@@ -18,7 +18,14 @@ from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
-from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end, signatory_of
+from mpc_fl.federation.audit_trail import (
+    begin_ledger,
+    lead_signatures,
+    open_ledger,
+    sign_end,
+    signatory_of,
+    signed_model,
+)
 from mpc_fl.federation.distribution import send_model
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
@@ -97,10 +104,9 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
     out, rules = site_directory(config), sum_rules(config)
     hospitals = tuple(name for name in party_names(config) if is_hospital(name))
     aggregator = prepare_aggregator(config)
-    resumed = config.site.resume and aggregator.resume(out)
-    links = connect(config, AGGREGATOR, observer)
+    links, ledger = connect(config, AGGREGATOR, observer), open_ledger(config, AGGREGATOR)
+    resumed = config.site.resume and aggregator.resume(out, functools.partial(signed_model, ledger))
     with links, training_runtime(links, config) as runtime:
-        ledger = open_ledger(config, AGGREGATOR)
         domain = runtime.domain(ledger, signatory_of(ledger))
         attendance = Attendance(links, rules, hospitals)
         led = _Run(aggregator, domain, ledger, rules, attendance, notify)
@@ -118,5 +124,4 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
         sign_end(ledger, links, plan.hospitals, aggregator)
         save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
         announce_end(links, plan.hospitals, config.training.rounds)
-        end_checks(links, config)
     write_traffic(links, out)

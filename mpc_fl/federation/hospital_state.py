@@ -100,15 +100,22 @@ class Hospital:
     def resume(self, directory: Path, number: int) -> None:
         """Go back to this hospital's own layers after round `number`, if it has kept them.
 
-        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
+        The shared parameters come from the aggregator and are held against what all signed (`audit_trail`). Raises
+        `MpcFlError` when what was kept is not what it should be, `PrivacyBudgetError` when the privacy ledger lacks a
+        release that it held then.
         """
-        saved = load_checkpoint(directory, self.config.run_digest(), number)
+        saved = load_checkpoint(directory, self.config.run_digest(), number, _wrong_facts)
         if saved is None:
             return
         if self.config.privacy.mechanism != "none":
             self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
+
+
+def _wrong_facts(saved: Checkpoint) -> str | None:
+    spent = saved.facts.get("privacy accountant")
+    return None if isinstance(spent, list) else "holds no state of a privacy accountant"
 
 
 def last_round(config: Config, directory: Path) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mpc_fl.aggregation.norm_check_session import check_of
+from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
@@ -33,7 +33,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 )
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.links import Links
-from mpc_fl.roles import AGGREGATOR, DEALER, hospital_names
+from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
 
@@ -173,5 +173,5 @@ def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
 
 def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
     """CrypTen over all parties of a training run that are there at its start."""
-    world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
+    world = [name for name in party_names(config) if name == links.name or links.alive(name)]
     return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)

@@ -30,7 +30,7 @@ from mpc_fl.apps.summaries import (
     TrainingSummary,
 )
 from mpc_fl.apps.typed_json import typed
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deployment import SiteSection

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names

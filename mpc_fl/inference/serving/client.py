@@ -25,8 +25,9 @@ from mpc_fl.audit.receipt_file import ReceiptFile
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, RefusedError
 from mpc_fl.inference.fast.diagnosis import asking_session, diagnose_batches, fill_with, pool_of
+from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
-from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, network_digest
+from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.inference.inputs import as_the_model_takes_them
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.inference.serving.receipt_exchange import HospitalReceipts
@@ -85,9 +86,9 @@ def ask_service(
     try:
         with _explained(links):
             config, receipts = _met(config, links, record)
-            images = as_the_model_takes_them(config, images, links)
+            inputs = as_the_model_takes_them(config, images, links)
             with _session(config, links, receipts, filling=False) as session:
-                for diagnosis in diagnose_batches(config, images, session, notify):
+                for diagnosis in diagnose_batches(config, inputs, session, notify):
                     found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
         if not found:

@@ -8,8 +8,8 @@ from pathlib import Path
 from mpc_fl.audit.receipt_file import ReceiptFile
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.certificates import Identity
+from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.preprocessing.dealer import deal
-from mpc_fl.inference.fast.preprocessing.party_pools import network_digest
 from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.receipt_exchange import DealerReceipts

@@ -22,8 +22,9 @@ from mpc_fl.errors import ConfigError, MpcFlError, PoolError, RefusedError
 from mpc_fl.files import written_whole
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.fast.diagnosis import answering_session, calibrated, pool_of, session_domain
+from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.network import IntegerModel, label_bits
-from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool, network_digest, weights_digest
+from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool, weights_digest
 from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.gate import SessionGate, SignedGate
 from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, quotas_of

@@ -49,7 +49,7 @@ from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
 from mpc_fl.learning.privacy.accounting import LARGEST_NOISE_MULTIPLIER, SubsampledGaussian
 from mpc_fl.learning.privacy.discrete_gaussian import SMOOTHING, DiscreteGaussian, smoothing_distance
 
-_REFUSAL_BITS = 128
+REFUSAL_BITS = 128
 _FLOAT_MARGIN = 2.0**-20
 _FINE_GRID = 512  # B / sqrt(P) from which the grid costs less than 0.1 % of noise
 _COARSE_GRID = 50  # below, it would cost more than 1 %
@@ -64,16 +64,20 @@ def patients_bound(expected_patients: int) -> int:
     Chernoff: P[more than m] <= exp(-(m log(m / e) - (m - e))) for a sum of independent indicators of expectation <= e < m.
     """
     bound = expected_patients + 1
-    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < _REFUSAL_BITS * math.log(2):
+    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < REFUSAL_BITS * math.log(2):
         bound += 1
     return bound
 
 
 def step_total_variation(parameters: int, hospitals: int, colluders: int) -> float:
-    """How far one step is from a Gaussian release in total variation: noise, its rounding, and the refusal of step 2."""
+    """How far one step is from a Gaussian release in total variation.
+
+    Noise, its rounding, the refusal of step 2, and the bit that a check of the summand's norm opens: it is constant but for
+    two tails of 2^-128 (`aggregation.norm_bound`), counted whether or not there is a check.
+    """
     per_share = integer_noise.TOTAL_VARIATION + smoothing_distance(SMOOTHING)
     per_coordinate = (hospitals - colluders) * per_share + smoothing_distance(SMOOTHING)
-    return parameters * per_coordinate + 2.0**-_REFUSAL_BITS
+    return parameters * per_coordinate + 3 * 2.0**-REFUSAL_BITS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError, RefusedError
+from mpc_fl.errors import SAME_VERSION, ProtocolError, RefusedError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
 from mpc_fl.inference.fast.messages import (
     BATCH,
@@ -102,7 +102,7 @@ class OwnerSession:
         self.network, integers = model.network, model.weights.inside_protocol()
         self.on_truncation: OnTruncation | None = None
         self._root = self._share_model(integers)
-        self._weights, self._biases = linear_maps(self.network, integers.weights), integers.biases
+        self._weights, self._integers = linear_maps(self.network, integers.weights), integers
         self._prepared: deque[_OwnerBatch] = deque()
         self._announced = 0
         self._warm: set[int] = set()
@@ -110,9 +110,7 @@ class OwnerSession:
     def _share_model(self, integers: IntegerWeights) -> Seed | None:
         """Step 1; the seed in common with the dealer, if one takes part."""
         network, pool, links = self.network, self._pool, self._links
-        for layer in network.linear_layers:
-            if tuple(integers.biases[layer.output].shape) != (layer.weight_shape[0],):
-                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
+        integers.require_fitting(network)
         links.set_phase("model")
         offered = {} if pool is None else pool.offer(network, integers)
         links.send_object(self._hospital, NETWORK, {**describe(network), **offered})
@@ -268,7 +266,7 @@ class OwnerSession:
 
         def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:
             link = EvaluationLink(links, self._hospital, batch.number)
-            evaluation = OwnerEvaluation(self.network, link, batch.correlations, self._weights, self._biases)
+            evaluation = OwnerEvaluation(self.network, link, batch.correlations, self._weights, self._integers)
             evaluation.on_truncation = self.on_truncation
             share = empty_share(self.network, batch.records)
             if self._terms.reveal == "label":

@@ -39,7 +39,7 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PoolError, ProtocolError
-from mpc_fl.inference.fast.messages import describe
+from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
 from mpc_fl.inference.fast.preprocessing.batch_place import MOST_BATCHES, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
@@ -333,16 +333,13 @@ def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
-def network_digest(network: Network) -> str:
-    """SHA-256, as hex, of the public network: what a pool is bound to. Class names of `layers` enter it."""
-    return hashlib.sha256(json.dumps(describe(network), sort_keys=True).encode()).hexdigest()
-
-
 def weights_digest(integers: IntegerWeights) -> bytes:
-    """SHA-256 of integer weights and biases. A secret of the model owner's: who guesses a model could compare."""
+    """SHA-256 of integer weights, biases and ceilings. A secret of the model owner's: who guesses a model could compare."""
     digest = hashlib.sha256()
     for tensors in (integers.weights, integers.biases):
         for name in sorted(tensors):
             digest.update(name.encode() + str(tuple(tensors[name].shape)).encode())
             digest.update(tensors[name].contiguous().numpy().tobytes())
+    if integers.ceilings:  # nothing is added without: pools of earlier versions stay those of their models
+        digest.update(json.dumps(integers.ceilings, sort_keys=True).encode())
     return digest.digest()
