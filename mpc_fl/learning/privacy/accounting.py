@@ -64,6 +64,14 @@ class SubsampledGaussian:
 
 
 @dataclass(frozen=True)
+class Unprotected:
+    """Releases without noise: no epsilon holds for the patients whose data they show."""
+
+
+Event = SubsampledGaussian | Unprotected
+
+
+@dataclass(frozen=True)
 class PrivacyBudget:
     """The (epsilon, delta) a hospital's patients are promised over everything it ever releases from these data."""
 
@@ -91,19 +99,23 @@ def _renyi_of_one_step(noise_multiplier: float, sample_rate: float) -> np.ndarra
     )
 
 
-def epsilon_of(events: Iterable[SubsampledGaussian], delta: float, accountant: Accountant = "pld") -> float:
+def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "pld") -> float:
     """Smallest epsilon the accountant certifies for the composition of `events` at `delta`; 0 for no events.
 
-    Infinite where the events' total variation leaves nothing to certify. Raises `PrivacyBudgetError` unless
+    Infinite where one of them is `Unprotected`, or the events' total variation leaves nothing to certify. Raises `PrivacyBudgetError` unless
     0 < delta < 1, and where `pld` or `prv` cannot represent the composition.
     """
     if not 0 < delta < 1:
         raise PrivacyBudgetError(f"delta must lie between 0 and 1, got {delta}", "set privacy.delta, for example 1e-4")
-    events = list(events)
-    history = _merged(events)
+    noised: list[SubsampledGaussian] = []
+    for event in events:
+        if isinstance(event, Unprotected):
+            return math.inf
+        noised.append(event)
+    history = _merged(noised)
     if not history:
         return 0.0
-    distance = math.fsum(event.steps * event.total_variation for event in events)
+    distance = math.fsum(event.steps * event.total_variation for event in noised)
     if distance == 0:
         return _epsilon_of_gaussians(history, delta, accountant)
     set_aside = _SET_ASIDE * delta
