@@ -151,7 +151,9 @@ def join(
         hospital.mechanism = mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
-        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
+        if wanted == "auto":
+            wanted = choose_per_sample_method(model, config.data.input_shape, mechanism=hospital.mechanism)
+        hospital.method = wanted
     return hospital
 
 

@@ -102,8 +102,8 @@ def _renyi_of_one_step(noise_multiplier: float, sample_rate: float) -> np.ndarra
 def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "pld") -> float:
     """Smallest epsilon the accountant certifies for the composition of `events` at `delta`; 0 for no events.
 
-    Infinite where one of them is `Unprotected`, or the events' total variation leaves nothing to certify. Raises `PrivacyBudgetError` unless
-    0 < delta < 1, and where `pld` or `prv` cannot represent the composition.
+    Infinite where one of them is `Unprotected`, or the events' total variation leaves nothing to certify. Raises
+    `PrivacyBudgetError` unless 0 < delta < 1, and where `pld` or `prv` cannot represent the composition.
     """
     if not 0 < delta < 1:
         raise PrivacyBudgetError(f"delta must lie between 0 and 1, got {delta}", "set privacy.delta, for example 1e-4")
