@@ -108,13 +108,13 @@ def test_the_ledger_of_an_interrupted_run_lacks_only_its_end(copy: Path) -> None
 def test_the_privacy_ledger_is_read_and_charged_further(name: str, copy: Path) -> None:
     ledger = PrivacyLedger(copy / "run" / "parties" / name / f"{name}-privacy.json", name)
     spent, delta = ledger.spent(), 1e-3
-    before, recorded = epsilon_of(spent, delta), lines(copy / "run" / "parties" / name / "metrics.jsonl")[-1]
+    before, recorded = epsilon_of(spent, delta, "rdp"), lines(copy / "run" / "parties" / name / "metrics.jsonl")[-1]
     assert len(spent) == 2 and before == pytest.approx(recorded["epsilon"], abs=1e-6)
     ledger.charge(spent[0], run="another run", round_number=1)
-    after = epsilon_of(ledger.spent(), delta)
+    after = epsilon_of(ledger.spent(), delta, "rdp")
     assert ledger.spent() == [*spent, spent[0]] and after > before
     with pytest.raises(PrivacyBudgetError, match="would raise epsilon"):
-        ledger.charge(spent[0], run="a third run", round_number=1, budget=PrivacyBudget(after, delta))
+        ledger.charge(spent[0], run="a third run", round_number=1, budget=PrivacyBudget(after, delta, "rdp"))
 
 
 def test_what_a_hospital_asked_still_counts(copy: Path) -> None:

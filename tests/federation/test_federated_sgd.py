@@ -139,10 +139,10 @@ def test_the_mechanism_is_public_and_calibrated_for_the_smallest_hospital() -> N
     config = _config(noise_multiplier=None, smallest_hospital=30, epsilon=8.0)
     released = plan_release(config, 30, [], "hospital-0")
     assert released is not None
-    assert 7.9 < epsilon_of([released], 1e-3, "rdp") <= 8.0
+    assert 7.9 < epsilon_of([released], 1e-3) <= 8.0
     larger = plan_release(config, 60, [], "hospital-1")
     assert larger is not None and larger.noise_multiplier == released.noise_multiplier
-    assert epsilon_of([larger], 1e-3, "rdp") < epsilon_of([released], 1e-3, "rdp")
+    assert epsilon_of([larger], 1e-3) < epsilon_of([released], 1e-3)
     with pytest.raises(PrivacyBudgetError, match="fewer patients than privacy.smallest_hospital"):
         plan_release(config, 29, [], "hospital-2")
     with pytest.raises(ConfigError, match="smallest_hospital"):
