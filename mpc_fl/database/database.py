@@ -157,27 +157,31 @@ class Database:
                 connection.execute("COMMIT")
 
     def _check(self) -> None:
-        with self.writing() as transaction:
-            [[identifier]], [[version]] = (
-                transaction.run("PRAGMA application_id"),
-                transaction.run("PRAGMA user_version"),
+        with self.reading() as transaction:
+            version = self._checked_version(transaction)
+        if version < len(self._schema.versions):
+            with self.writing() as transaction:  # another process may have come first
+                _bring_up_to_date(self._connection, self._schema, self.keeper, self._checked_version(transaction))
+
+    def _checked_version(self, transaction: Transaction) -> int:
+        """The version of a file of this kind and party whose pages and tables are as they must be."""
+        [[identifier]], [[version]] = transaction.run("PRAGMA application_id"), transaction.run("PRAGMA user_version")
+        newest = len(self._schema.versions)
+        if identifier != self._schema.identifier:
+            raise self.damage("it is a database of another program")
+        if version > newest:
+            raise StorageError(
+                f"{self.path} was written by a newer version of this program ({version}, this one knows {newest})",
+                "run that version",
             )
-            newest = len(self._schema.versions)
-            if identifier != self._schema.identifier:
-                raise self.damage("it is a database of another program")
-            if version > newest:
-                raise StorageError(
-                    f"{self.path} was written by a newer version of this program ({version}, this one knows {newest})",
-                    "run that version",
-                )
-            if version < 1 or _layout(self._connection) != _layout_of(self._schema, version):
-                raise self.damage(f"its tables are not those of version {version}")
-            if transaction.run("PRAGMA integrity_check(1)") != [("ok",)]:
-                raise self.damage("its pages contradict each other")
-            for [keeper] in transaction.run("SELECT DISTINCT keeper FROM heads"):
-                if keeper != self.keeper:
-                    raise StorageError(f"{self.path} belongs to {keeper[:40]!r}, not to {self.keeper}", "check the path")
-            _bring_up_to_date(self._connection, self._schema, self.keeper, version)
+        if version < 1 or _layout(self._connection) != _layout_of(self._schema, version):
+            raise self.damage(f"its tables are not those of version {version}")
+        if transaction.run("PRAGMA integrity_check(1)") != [("ok",)]:
+            raise self.damage("its pages contradict each other")
+        for [keeper] in transaction.run("SELECT DISTINCT keeper FROM heads"):
+            if keeper != self.keeper:
+                raise StorageError(f"{self.path} belongs to {keeper[:40]!r}, not to {self.keeper}", "check the path")
+        return int(version)
 
 
 def _bring_up_to_date(connection: sqlite3.Connection, schema: Schema, keeper: str, version: int) -> None:

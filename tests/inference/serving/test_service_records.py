@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpc_fl.database.chained_rows import ChainedRows
-from mpc_fl.errors import MpcFlError, RefusedError, StorageError
+from mpc_fl.errors import RefusedError, StorageError
 from mpc_fl.files import append_json_line
 from mpc_fl.inference.serving.quota import Quota, SessionRate, UsageLedger
 from mpc_fl.inference.serving.service_records import EARLIER_USAGE, RECORDS_FILE, USAGE, open_records
@@ -217,14 +218,18 @@ def test_usage_of_an_earlier_version_is_taken_over_once(tmp_path: Path) -> None:
     for _ in range(2):
         open_records(tmp_path, MODEL_OWNER).close()
         assert used(tmp_path) == {"hospital-0": 4, "hospital-1": 2}
-    assert not path.exists()
     [kept] = tmp_path.glob(f"{EARLIER_USAGE}.taken-over-*")
     assert kept.read_bytes().startswith(content)
+    # What is left under its name is nothing that the earlier version reads: started again, it would begin with nothing used.
+    assert json.loads(path.read_text()) == {"moved to": RECORDS_FILE}
     # A crash before the file got its other name: it is the same file, and adds nothing.
-    kept.rename(path)
+    shutil.copy(kept, path)
     open_records(tmp_path, MODEL_OWNER).close()
-    assert used(tmp_path) == {"hospital-0": 4, "hospital-1": 2} and not path.exists() and kept.exists()
-    # The earlier version served once more in between.
+    assert used(tmp_path) == {"hospital-0": 4, "hospital-1": 2} and json.loads(path.read_text()) == {
+        "moved to": RECORDS_FILE
+    }
+    # Somebody removed it, and the earlier version served once more in between.
+    path.unlink()
     earlier(tmp_path, ("hospital-2", 5))
     open_records(tmp_path, MODEL_OWNER).close()
     assert used(tmp_path) == {"hospital-0": 4, "hospital-1": 2, "hospital-2": 5}
@@ -268,7 +273,7 @@ def test_a_damaged_file_of_an_earlier_version_frees_nobody(tmp_path: Path, line:
     with path.open("ab") as file:
         file.write(line.encode("utf-8", "surrogateescape") + b"\n")
     for _ in range(2):
-        with pytest.raises(MpcFlError, match=r"usage\.jsonl is damaged: restore it; deleting it lets every hospital"):
+        with pytest.raises(StorageError, match=r"usage\.jsonl is damaged: restore it; deleting it lets every hospital"):
             open_records(tmp_path, MODEL_OWNER)
     assert path.exists()
 
@@ -277,7 +282,7 @@ def test_a_process_of_an_earlier_version_that_still_serves_is_named(tmp_path: Pa
     earlier(tmp_path, ("hospital-0", 3))
     with (tmp_path / f"{EARLIER_USAGE}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(MpcFlError, match="a process of an earlier version is serving in .*: end it"):
+        with pytest.raises(StorageError, match="a process of an earlier version uses .*usage.jsonl: end it"):
             open_records(tmp_path, MODEL_OWNER)
     open_records(tmp_path, MODEL_OWNER).close()
     assert used(tmp_path) == {"hospital-0": 3}
