@@ -31,7 +31,7 @@ from urllib.parse import quote
 
 from mpc_fl.database.failures import Place, explained
 from mpc_fl.database.schema import HEADS, Schema, Value
-from mpc_fl.errors import StorageError
+from mpc_fl.errors import MpcFlError, StorageError
 from mpc_fl.files import OTHERS_MAY_NOTHING, written_whole
 
 PATIENCE = 10.0  # seconds; a transaction takes some milliseconds
@@ -150,11 +150,16 @@ class Database:
 
     def _create(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path, durable=True, once=True) as temporary:
-            with contextlib.closing(self._connect(temporary)) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                _bring_up_to_date(connection, self._schema, self.keeper, 0)
-                connection.execute("COMMIT")
+        try:
+            with written_whole(self.path, durable=True, once=True) as temporary:
+                with contextlib.closing(self._connect(temporary)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    _bring_up_to_date(connection, self._schema, self.keeper, 0)
+                    connection.execute("COMMIT")
+        except StorageError:
+            raise
+        except MpcFlError as error:
+            raise StorageError(error.what, error.fix) from None
 
     def _check(self) -> None:
         with self.reading() as transaction:

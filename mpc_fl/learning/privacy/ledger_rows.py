@@ -17,7 +17,8 @@ from mpc_fl.database.chained_rows import ChainedRows, Row
 from mpc_fl.database.database import Database, Transaction
 from mpc_fl.database.schema import ChainedTable, Schema
 from mpc_fl.database.taking_over import TAKEN_OVER, earlier_content, take_over
-from mpc_fl.errors import StorageError
+from mpc_fl.errors import PrivacyBudgetError, StorageError
+from mpc_fl.learning.privacy.accounting import Event, SubsampledGaussian, Unprotected
 
 RESTORE = "restore it from a backup; without it the budget spent is unknown, so nothing is released"
 SECOND_FORMAT = "mpc-fl privacy ledger 2"
@@ -94,8 +95,22 @@ def earlier_path(path: Path) -> Path:
 
 
 def has_ledger(path: Path) -> bool:
-    """Whether there is a ledger at `path`, or one of an earlier version to take over."""
-    return path.exists() or earlier_content(earlier_path(path)) is not None
+    """Whether there is a ledger at `path`, or one of an earlier version to take over. Raises `StorageError`."""
+    try:
+        return path.exists() or earlier_content(earlier_path(path)) is not None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}", "check the path and its permissions") from None
+
+
+def event_of(record: Any) -> Event:
+    """What a record stands for. Raises `ValueError` for one that is no event."""
+    try:
+        if record.get("mechanism") == "none" and {"run", "time"} <= record.keys():
+            return Unprotected()
+        distance = record.get("total_variation", 0.0)  # ledgers of version 0.1 have none
+        return SubsampledGaussian(record["noise_multiplier"], record["sample_rate"], record["steps"], distance)
+    except (KeyError, TypeError, AttributeError, PrivacyBudgetError):
+        raise ValueError("no event") from None
 
 
 def checksum(hospital: Any, records: list[Any]) -> str:
@@ -115,9 +130,11 @@ def _earlier_records(path: Path, content: bytes, who: str) -> list[Record]:
         raise StorageError(f"{path} does not match its checksum", RESTORE)
     if hospital != who:
         raise StorageError(f"{path} belongs to {hospital}", "check the path")
-    if not all(isinstance(record, dict) for record in records):
-        raise StorageError(f"{path} has a record that is not an event", RESTORE)
-    if ledger["format"] == FIRST_FORMAT:
-        # Programs of that time sent before they marked: what they reserved may have left.
-        records = [{**record, "released": True} if record.get("released") is False else record for record in records]
-    return records
+    try:
+        for record in records:
+            event_of(record)
+    except ValueError:
+        raise StorageError(f"{path} has a record that is not an event", RESTORE) from None
+    # Programs of the first format sent before they marked: what they reserved, without a number, may have left.
+    left = [record.get("released") is False and not isinstance(record.get("number"), str) for record in records]
+    return [{**record, "released": True} if may else record for may, record in zip(left, records, strict=True)]
