@@ -63,12 +63,6 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
-        colluders, quorum = self.privacy.colluders or 0, self.federation.quorum_size
-        if self.task == "train" and colluders > quorum - 2:
-            raise ValueError(
-                f"a summand is masked by the other hospitals of its sum, so a quorum of {quorum} protects it against the "
-                f"aggregator and {quorum - 2} hospitals, not against privacy.colluders={colluders}; raise federation.quorum"
-            )
         if training.local_normalisation and self.model.architecture == "mlp":
             raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
         return self

@@ -14,7 +14,7 @@ from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError
+from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.parameters import flatten_parameters
@@ -44,8 +44,17 @@ def headroom_of(config: Config) -> MeanHeadroom:
 
 
 def sum_rules(config: Config) -> Rules:
-    """How the sums of a training run are made: closing masks only where a hospital may be left out of one."""
-    federation = config.federation
+    """How the sums of a training run are made: closing masks only where a hospital may be left out of one.
+
+    Raises `ConfigError` for a quorum that does not hide a summand from as many colluding hospitals as are configured.
+    """
+    federation, colluders = config.federation, config.privacy.colluders or 0
+    if colluders > federation.quorum_size - 2:
+        raise ConfigError(
+            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from the "
+            f"aggregator with {federation.quorum_size - 2} hospitals, not with privacy.colluders={colluders}",
+            "raise federation.quorum, or lower privacy.colluders",
+        )
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
     closing = config.noise_colluders + 1 if may_leave_out else 0
     seconds = federation.round_timeout or config.runtime.receive_timeout

@@ -95,7 +95,11 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
     opened = len(before) + rounds * (sums + 1) + 1
-    keys = KEY_BYTES * 2 * min(sum_rules(config).closing, hospitals - 1)
+    closing = min(sum_rules(config).closing, hospitals - 1)
+    keys, messages = (
+        KEY_BYTES * 2 * closing,
+        4 if closing else 2,
+    )  # ready and summand; signature and keys with closing masks
     up = sum(before) + rounds * (sums * ring_bits // 8 * shared + _WORD * counts) + _WORD * counts + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
     signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
@@ -104,7 +108,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         rounds=rounds,
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
-        messages_per_hospital=1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
+        messages_per_hospital=1 + messages * opened + signed,  # it announces itself
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
