@@ -88,7 +88,7 @@ def check_of(
     if mechanism is not None:
         test = NormTest(gradient_norm_bound(mechanism, config.aggregation.norm_bound), mechanism.ring_bits)
     else:
-        counts = config.aggregation.count_bound if config.aggregation.weighted else 1
+        counts = config.aggregation.count_bound if config.counts_patients else 1
         bound, bits = update_norm_bound(config, parameters), config.aggregation.fraction_bits
         largest_weight = min(1.0, counts / weight_total)
         grid = in_grid_units(bound, bits, parameters, largest_weight)

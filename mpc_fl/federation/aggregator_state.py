@@ -11,7 +11,7 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.global_model import initial_model
-from mpc_fl.federation.planning import headroom_of, mechanism_of
+from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
@@ -86,6 +86,7 @@ class Aggregator:
 def prepare_aggregator(config: Config) -> Aggregator:
     """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
     headroom_of(config).require()
+    require_public_values(config)
     mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)

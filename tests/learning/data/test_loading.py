@@ -45,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _config(root: Path | None, hospitals: int = 3, partition: Any = None, subset: Any = None, **more: Any) -> Config:
-    values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, **more}
+    # The folder has the same patients in both splits; `test_a_test_patient_who_trains_...` are about that.
+    values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, "shared_patients": "keep", **more}
     config = Config().with_values(
         data={**values, "partition": partition or {}, "subset": subset or {}},
         federation={"hospitals": hospitals},
