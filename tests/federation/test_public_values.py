@@ -103,7 +103,8 @@ def test_a_noise_multiplier_is_calibrated_for_all_hospitals_alike(mechanism: str
 
 def test_a_step_with_the_same_patients_drawn_is_the_same_whoever_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The divisor is the configured batch size: with the number of patients in it, the update would scale with them."""
-    config = configured(training={"rounds": 1, "local_steps": 3})
+    # More than there are patients: the old divisor was then their number, also where all are drawn at the public rate 1.
+    config = configured(training={"rounds": 1, "local_steps": 3, "batch_size": 64})
     monkeypatch.setattr(dp_sgd, "sample_patients", lambda *_: torch.tensor([0, 1, 3, 4]))
     model = prepare_aggregator(config).model
     updates = []

@@ -188,6 +188,7 @@ def privacy(run: Run) -> Markup:
     elif (run.config.get("training") or {}).get("sampling_seed") is not None:
         text = "The sampling order came from a fixed seed: epsilon does not hold against anyone who knows that seed."
         parts += paragraph(text, "warning")
+    parts += _guarantee(run)
     parts += _epsilon_by_round(lines, [entry.target_epsilon for entry in entries])
     rows = []
     for entry in entries:
@@ -198,6 +199,26 @@ def privacy(run: Run) -> Markup:
     head = ("Hospital", "Mechanism", "Epsilon", "Target", "Delta", "Noise multiplier", "Clipped")
     text = "Privacy of each hospital. Clipped: share of the per-patient gradients clipped in the last round."
     return Markup(parts + notes + table(text, head, rows, 5))
+
+
+def _guarantee(run: Run) -> Markup:
+    """What (epsilon, delta) means in this run and what it does not cover, where there is noise."""
+    settings, evaluation = run.config.get("privacy") or {}, run.config.get("evaluation") or {}
+    if settings.get("mechanism") not in ("local", "distributed") or "spare_rounds" not in settings:
+        return Markup("")  # none, or a version that drew and divided by counts
+    shared = """With local noise a patient known to k hospitals has at most k times epsilon and delta."""
+    if settings["mechanism"] == "distributed":
+        shared = """A patient known to k hospitals may be in one sum k times, under the noise for once: as if the noise multiplier
+        were k times smaller."""
+    noise = evaluation.get("noise_multiplier")
+    tested = f"""Evaluation carries noise of {noise} times what one test patient can move, and is in epsilon."""
+    if noise is None:
+        tested = "Evaluation opened exact sums of counts over hospitals: no epsilon covers test patients."
+    text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one patient, with all records,
+    was among a hospital's training patients or not. Sampling, divisors, weights and noise follow from public figures, and no
+    number of patients was opened. Not guaranteed: that public bounds on hospitals' sizes are hidden, or who took part. {shared}
+    {tested} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""
+    return Markup(paragraph(text))
 
 
 def _epsilon_by_round(lines: dict[str, list[HospitalRound]], targets: list[float]) -> str:
