@@ -209,7 +209,7 @@ def _index_of(config: Config, split: Split) -> _Index:
             f"{len(shared.names)} of {shared.of} test patients are also training patients by name",
             "`mpc-fl check` names them; part the patients, or set data.shared_patients to leave_out or keep",
         )
-    log.warning("%d of %d test patients are also training patients by name: left out", len(shared.names), shared.of)
+    log.info("%d of %d test patients are also training patients by name: left out", len(shared.names), shared.of)
     names = set(shared.names)
     kept = [row for row, patient in enumerate(index.patients) if patient not in names]
     return _Index(

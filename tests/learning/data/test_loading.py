@@ -269,7 +269,7 @@ def test_a_test_patient_who_trains_anywhere_is_found_and_left_out(
     assert found.described == (
         "5 of 27 test patients are also training patients by name: IM-0000, IM-0001, person0, person1, person2"
     )
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         tests = [_patients(load_hospital(config, rank, "test")) for rank in range(3)]
     trains = [_patients(load_hospital(config, rank, "train")) for rank in range(3)]
     assert not set.union(*tests) & set.union(*trains) and sum(map(len, tests)) == 27 - 5
