@@ -51,7 +51,7 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
         buffers = domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
         load_flat_buffers(hospital.model, buffers)
         hospital.digests.take(statistics=buffers, normalisation=values)
-    if config.aggregation.weighted:
+    if config.counts_patients:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
         contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count)
     calibrate_own(hospital.model, hospital.train.inputs, config)
@@ -78,7 +78,7 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
 
         broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
-    if config.aggregation.weighted:
+    if config.counts_patients:
         agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
         _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
         aggregator.patients = int(total)
