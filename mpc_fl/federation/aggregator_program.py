@@ -58,9 +58,10 @@ class _Run:
         plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
         self.welcome(plan)
         aggregator_preparation(aggregator, domain, rules, attendance)
-        evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
-        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.digests)
-        self._conclude(0, plan.hospitals, evaluation, 0.0)
+        hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
+        signed = lead_signatures(self.ledger, domain.links, rules, hospitals, "round 0", aggregator.digests)
+        attendance.keep(signed)
+        self._conclude(0, hospitals, evaluation, 0.0)
 
     def welcome(self, plan: RoundPlan) -> None:
         """Newcomers get the global model; all sign who they are."""

@@ -41,7 +41,7 @@ def aggregator_round(
     notify("aggregation", number, config.training.rounds)
 
     # 6. Sum of the hospitals' evaluation counts.
-    evaluation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
+    hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
     notify("evaluation", number, config.training.rounds)
     if evaluation is not None:
         log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)

@@ -72,6 +72,8 @@ def hospital_round(
     # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
     evaluation_began = time.monotonic()
     own = hospital_evaluation(hospital, domain, rules, hospitals, plan)
+    if own is None:
+        return "left out"
     notify("evaluation", number, rounds)
     return {
         "round": number,

@@ -52,8 +52,9 @@ Evaluated = Evaluation | NoisedEvaluation
 
 def hospital_evaluation(
     hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
-) -> Evaluation:
-    """Step 6 at a hospital; also run once before the first round. Returns its own evaluation, which stays with it.
+) -> Evaluation | None:
+    """Step 6 at a hospital; also run once before the first round. Returns its own evaluation, which stays with it, or `None`
+    when it was left out of what the others opened.
 
     Raises `PrivacyBudgetError` before anything is sent where a noised evaluation would exceed the budget.
     """
@@ -75,9 +76,12 @@ def hospital_evaluation(
         seen = sum_terms(config, plan.weight_total, hospital.digests)
         agreed = AgreedSum(hospitals, label, _evaluation_counts(config, number), seen)
         try:
-            contribute(domain, rules, agreed, counts, release)
+            admitted = contribute(domain, rules, agreed, counts, release)
         except SumLostError as error:
             log.warning("%s", error)
+            return own
+        if admitted and hospital.name not in admitted:
+            return None
     return own
 
 
@@ -110,16 +114,20 @@ def _evaluating(config: Config, rules: Rules) -> Rules:
 
 def aggregator_evaluation(
     aggregator: Aggregator, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
-) -> Evaluated | None:
-    """Step 6 at the aggregator; also run once before the first round. `None` when none is due, or somebody is missing."""
+) -> tuple[tuple[str, ...], Evaluated | None]:
+    """Step 6 at the aggregator; also run once before the first round: who goes on, and what was opened.
+
+    That is `None` when no evaluation is due, or somebody is missing. Who was left out of a sum that was opened has no record
+    of it to sign, and comes back with the next round.
+    """
     config = aggregator.config
     if not config.evaluates(plan.number):
-        return None
+        return hospitals, None
     domain.links.set_phase(f"round {plan.number} evaluation")
     rules, label = _evaluating(config, rules), ("evaluation", *plan.round_of)
     if len(hospitals) < rules.smallest:
         say(domain.links, hospitals, "skip")
-        return None
+        return hospitals, None
     say(domain.links, hospitals, "evaluate")
     classes, noised = len(config.data.classes), plan_noised_evaluation(config)
     length = evaluation_length(classes) if noised is None else noised.length
@@ -131,8 +139,10 @@ def aggregator_evaluation(
         # Nothing was opened and nobody need wait: the round itself has its result.
         log.warning("%s", error)
         say(domain.links, hospitals, "fixed", hospitals=[])
-        return None
+        return hospitals, None
     except SumLostError as error:
         log.warning("%s", error)
-        return None
-    return decode_evaluation(total, classes) if noised is None else decode_confusion(noised, total, len(present))
+        return hospitals, None
+    if noised is None:
+        return present, decode_evaluation(total, classes)
+    return present, decode_confusion(noised, total, len(present))
