@@ -12,6 +12,7 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _METHOD = "/mpc_fl.Link/Send"
 _OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
+_FOR_NOBODY = 2.0  # seconds that a party which ends stays for a peer that has taken nothing from it yet
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.max_send_message_length", 8 << 20),
@@ -53,6 +55,8 @@ class Conversation:
         self._ended = ended
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(_OUTGOING_CHUNKS)
         self._over = threading.Event()
+        self._finishing = threading.Event()
+        self.reached = False  # whether a chunk has left: there was somebody to send it to
         self.refusal: MpcFlError | None = None
 
     @property
@@ -70,8 +74,9 @@ class Conversation:
 
     def finish(self) -> None:
         """Say that no chunk follows; those queued still leave."""
+        self._finishing.set()
         with contextlib.suppress(queue.Full):
-            self._outgoing.put(None, timeout=0.5)
+            self._outgoing.put_nowait(None)
 
     def chunks_to_send(self) -> Iterator[bytes]:
         """What gRPC sends: until `finish`, or until the stream is over."""
@@ -79,24 +84,32 @@ class Conversation:
             try:
                 chunk = self._outgoing.get(timeout=0.5)
             except queue.Empty:
-                if self._over.is_set():
+                if self._over.is_set() or self._finishing.is_set():
                     return
                 continue
             if chunk is None:
                 return
             yield chunk
+            self.reached = True
 
     def receive(self, chunks: Iterator[bytes]) -> None:
-        """Read to the end of the stream, on a thread of its own."""
+        """Read to the end of the stream, on a thread of its own. Whatever happens there, `ended` is told."""
         failure: MpcFlError | None = None
         try:
             wanted = True
             for chunk in chunks:  # read on after the last one: the call ends when both sides have finished
-                wanted = wanted and self._take(chunk)
+                if wanted and not self._take(chunk):
+                    wanted = False
+                    self.finish()  # the peer has said its last word, and stays until this side has ended, too
         except MpcFlError as error:
             failure = self.refusal = error
         except grpc.RpcError as error:
             failure = _explain(error)
+        except Exception as error:  # noqa: BLE001 - a thread that dies in silence leaves a link nobody reads
+            log.error("unexpected %s while reading a frame at %s", type(error).__name__, _place(error))
+            failure = self.refusal = ProtocolError(
+                f"unexpected {type(error).__name__} while reading a frame (a defect)"
+            )
         self._over.set()
         self._ended(failure)
 
@@ -107,6 +120,12 @@ class Conversation:
     def wait(self, seconds: float) -> bool:
         """Wait until nothing can come in any more; False when it took longer than `seconds`."""
         return self._over.wait(seconds)
+
+
+def _place(error: BaseException) -> str:
+    """File and line: an error's message could quote what was received."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
 def _explain(error: grpc.RpcError) -> MpcFlError | None:
@@ -203,7 +222,8 @@ def dial(identity: Identity, peer: str, address: str, conversation: Conversation
 
 
 def wait_for_all(conversations: list[Conversation], seconds: float) -> None:
-    """Let queued chunks leave and peers end their side, for at most `seconds` in all."""
-    deadline = time.monotonic() + seconds
-    for conversation in conversations:
-        conversation.wait(max(0.0, deadline - time.monotonic()))
+    """Let queued chunks leave and peers end their side, for at most `seconds` in all; less where nobody ever listened."""
+    began = time.monotonic()
+    for conversation in sorted(conversations, key=lambda conversation: not conversation.reached):
+        stay = seconds if conversation.reached else min(seconds, _FOR_NOBODY)
+        conversation.wait(max(0.0, began + stay - time.monotonic()))

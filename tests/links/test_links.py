@@ -387,7 +387,7 @@ def test_how_long_an_ending_party_stays_is_a_setting(
     for timeouts in (Timeouts(1.0, 1.0), Timeouts(1.0, 1.0, linger=0.25, linger_after_error=0.125)):
         links = NetworkLinks(identity, agreement, Reach(None, {}), timeouts)
         links.__enter__().__exit__(type(error), error, None)
-    assert stayed == ([10.0, 0.25] if error is None else [2.0, 0.125])
+    assert stayed == ([10.0, 0.25] if error is None else [10.0, 0.125])
 
 
 def test_an_unforeseen_error_does_not_cross_the_link(tmp_path: Path) -> None:
@@ -429,4 +429,42 @@ def test_a_late_party_is_named_with_the_phase(tmp_path: Path) -> None:
                 links.receive_tensor("b", "update", torch.int64, (1,))
     finally:
         release.set()
+        thread.join()
+
+
+def test_who_ends_before_it_reads_the_answer_to_its_greeting_is_heard(tmp_path: Path) -> None:
+    """'b' has greeted 'a', which goes on already, and fails before it has read the answer: 'a' hears why.
+
+    So it was when a party was killed at once after connecting: the third left without a word, and was blamed.
+    """
+    make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
+    ports = dict(zip(["a", "b"], free_ports(2), strict=True))
+    answered, ended = threading.Event(), threading.Event()
+
+    def hold_back(sender: str, frame: Any) -> None:
+        if frame.kind == Kind.WELCOME:
+            answered.set()
+            ended.wait(30)
+
+    links = local_links("b", ["a", "b"], ports, tmp_path, observer=hold_back)
+
+    def fail() -> None:
+        assert answered.wait(30)
+        links.interrupt(PeerLostError("c", "lost c in phase 'connect'"))
+
+    def leave() -> None:
+        try:
+            with pytest.raises(PeerLostError, match="lost c"), links:
+                pass
+        finally:
+            ended.set()
+
+    threads = [threading.Thread(target=fail), threading.Thread(target=leave)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(PeerLostError, match="b stopped: lost c in phase 'connect'"):
+        with local_links("a", ["a", "b"], ports, tmp_path) as other:
+            other.receive_object("b", "never")
+    ended.set()
+    for thread in threads:
         thread.join()
