@@ -2,6 +2,10 @@
 
 One class for both roles: the relay passes on what its peers may send each other, the two ends check greetings end to end
 and seal all that follows (`sealing`), so that the relay reads and changes nothing.
+
+What one of two ends sends wrongly must not cost the other its link with the relay, nor a third party its own: the relay
+answers for who sent something, each end checks what it says. So a false greeting is refused and logged, as on a stream of
+its own, a link is made anew only for a greeting that was checked, and a sealed chunk that is wrong ends the link of those two.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from typing import Any, Protocol
 
 import torch
 
-from mpc_fl.errors import LinkError, ProtocolError
+from mpc_fl.errors import HandshakeError, LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
+from mpc_fl.links.keys import fingerprint_of
 from mpc_fl.links.mailboxes import Mailboxes, not_relayable
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
@@ -59,7 +64,7 @@ class Relay:
         with self._lock:
             kept = self._kept.pop(peer.name, [])
         for greeting in kept:
-            self._outgoing.put(peer, Kind.RELAY_GREETING, "", greeting)
+            self._tell(peer, greeting)
         if peer.name == self._relay:
             for other in self._peers.values():
                 if other.route.how == "relay, first":
@@ -68,10 +73,17 @@ class Relay:
             # Those who greet it through this relay do not see that it came back.
             for other in self._peers.values():
                 if other is not peer and self._reachable(other):
-                    self._outgoing.put(other, Kind.RELAY_GREETING, "", {"returned": peer.name})
+                    self._tell(other, {"returned": peer.name})
 
     def _reachable(self, peer: Peer) -> bool:
         return self._mailboxes.connected(peer.name) and self._mailboxes.failure(peer.name) is None
+
+    def _tell(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Send `peer` what concerns another. Its loss is reported where this party waits for it, not to the other."""
+        try:
+            self._outgoing.put(peer, Kind.RELAY_GREETING, "", message)
+        except LinkError:
+            log.info("a greeting for %s could not be passed on", peer.name)
 
     def _greet_through(self, relay: Peer, other: Peer) -> None:
         other.greeting = self._greeter.greet(other.name)
@@ -80,9 +92,9 @@ class Relay:
     # ---- greetings -------------------------------------------------------------------------------------------------
 
     def take_greeting(self, origin: Peer, greeting: Any) -> None:
-        """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first.
+        """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first, or refuse it.
 
-        Raises `ProtocolError` for one that may not be relayed or was not expected, `HandshakeError` for a false one.
+        Raises `ProtocolError` for one that may not be relayed: then it is `origin` that sent it.
         """
         if origin.name == self._relay and set(greeting) == {"returned"}:
             self._greet_returned(origin, str(greeting["returned"]))
@@ -107,35 +119,50 @@ class Relay:
                     raise ProtocolError(f"{origin.name} sent too many greetings", "restart the run")
                 kept.append(greeting)
                 return
-        self._outgoing.put(target, Kind.RELAY_GREETING, "", greeting)
+        self._tell(target, greeting)
 
     def _answer_greeting(self, origin: Peer, greeting: dict[str, Any]) -> None:
         sender = self._peers.get(str(greeting.get("name")))
-        if sender is not None and sender.route.how == "relay, second" and self._mailboxes.may_return(sender.name):
-            self._outgoing.begin_again(sender)
-        expected = sender is not None and sender.route.relayed and origin.name == self._relay
-        if sender is None or not expected or self._mailboxes.connected(sender.name):
+        if origin.name != self._relay:
+            raise not_relayable(origin.name)
+        if sender is None or not sender.route.relayed:
             raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
-        if sender.route.how == "relay, first":
-            public_key = self._greeter.check(sender.name, greeting, greeting_digest(sender.greeting or {}))
-        else:
-            public_key = self._greeter.check(sender.name, greeting)
+        answers = greeting_digest(sender.greeting or {}) if sender.route.how == "relay, first" else ""
+        try:
+            public_key = self._greeter.check(sender.name, greeting, answers)
+            self._require_new(sender, public_key)
+            sealing = self._sealing(sender.name, public_key)
+        except HandshakeError as error:
+            log.warning("refused a greeting of %s that came through %s: %s", sender.name, origin.name, error)
+            return
+        if sender.route.how == "relay, second":
+            if self._mailboxes.may_return(sender.name):
+                self._outgoing.begin_again(sender)
             answer = self._greeter.greet(sender.name, greeting_digest(greeting))
             self._outgoing.put(origin, Kind.RELAY_GREETING, "", answer)
-        self._seal(sender, public_key)
+        sender.sealer, sender.unsealer = sealing
         self._arrivals.accept(sender, public_key)
 
-    def _seal(self, peer: Peer, public_key: bytes) -> None:
+    def _require_new(self, sender: Peer, public_key: bytes) -> None:
+        """Raise `HandshakeError` for a genuine greeting that was said before, or by whom this party cannot take back."""
+        if self._greeter.keys.fingerprint(sender.name) == fingerprint_of(public_key):
+            raise HandshakeError(f"{sender.name} said that before")
+        returns = sender.route.how == "relay, second" and self._mailboxes.may_return(sender.name)
+        if self._mailboxes.connected(sender.name) and not returns:
+            raise HandshakeError(f"{sender.name} is connected already")
+
+    def _sealing(self, peer: str, public_key: bytes) -> tuple[Sealer, Unsealer]:
+        """Raises `HandshakeError` for a public key of small order."""
         keys, mine = self._greeter.keys, self._name
-        peer.sealer = Sealer(keys.sealing_key(peer.name, public_key, mine, peer.name), mine, peer.name)
-        peer.unsealer = Unsealer(keys.sealing_key(peer.name, public_key, peer.name, mine), peer.name, mine)
+        sealer = Sealer(keys.sealing_key(peer, public_key, mine, peer), mine, peer)
+        return sealer, Unsealer(keys.sealing_key(peer, public_key, peer, mine), peer, mine)
 
     # ---- sealed chunks ---------------------------------------------------------------------------------------------
 
     def take_sealed(self, origin: Peer, frame: Frame) -> None:
         """A sealed chunk: open it when it came from the relay, pass it on when this party is the relay.
 
-        Raises `ProtocolError` for one that may not be relayed, was not expected, or does not open.
+        Raises `ProtocolError` for one that may not be relayed: then it is `origin` that sent it.
         """
         assert isinstance(frame.payload, torch.Tensor)
         if origin.name != self._relay:
@@ -147,11 +174,20 @@ class Relay:
                 log.info("a sealed chunk for %s could not be passed on", target.name)
             return
         sender = self._peers.get(frame.tag)
-        if sender is None or sender.unsealer is None:
+        if sender is None or not sender.route.relayed:
             raise ProtocolError("a sealed chunk came through the relay that was not expected", "restart the run")
-        opened = sender.reader.feed(sender.unsealer.unseal(frame.payload.numpy().tobytes()))
-        if opened is not None:
-            self._arrivals.deliver(sender, opened)
+        if sender.unsealer is None:
+            log.warning("%s sent a sealed chunk before its greeting", sender.name)
+            return
+        if self._mailboxes.failure(sender.name) is not None or self._mailboxes.closed(sender.name):
+            return
+        try:
+            opened = sender.reader.feed(sender.unsealer.unseal(frame.payload.numpy().tobytes()))
+            if opened is not None:
+                self._arrivals.deliver(sender, opened)
+        except ProtocolError as error:
+            log.warning("refused a frame from %s that came through %s: %s", sender.name, origin.name, error)
+            self._mailboxes.lose(sender.name, ProtocolError(f"the link with {sender.name}: {error.what}", error.fix))
 
     def _require_relayable(self, origin: Peer, sender: Any, receiver: str) -> Peer:
         target = self._peers.get(receiver)
