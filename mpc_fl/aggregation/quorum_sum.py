@@ -1,25 +1,39 @@
-"""Closed sums over links: who contributes, who is left out, and when a sum is opened.
+"""Closed sums over links: who contributes, who is left out, what all confirm, and when a sum is opened.
 
-One sum, hospitals U and the aggregator (`contribute` at a hospital, `collect` at the aggregator), after `closed_sum`:
-  1. hospitals say that they are ready; the aggregator takes their summands, two at a time so that it never holds more,
-     until the deadline of the sum
-  2. with a check: its words "check" start the check of the norms, on shares of what it holds (`norm_check`)
-  3. its word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`)
-  4. the hospitals of V give their keys, the aggregator opens the sum over V
-If a hospital is lost during the check, the word "again" names who is left, and all begin at 1 with fresh masks: nothing was
-opened. If keys are lost for ever in step 4, the sum is void (`SumLostError` at the aggregator): V was fixed and may not
-be fixed anew, so its summands are made anew.
+One sum, hospitals U and the aggregator (`contribute` at a hospital, `collect` at the aggregator), after `closed_sum`. Where a
+hospital may be left out (closing masks):
+  1. each hospital sees that U may be summed over, computes the transcript T of all it was told (`transcript`), masks its
+     summand under T and is ready, committed to its keys; the aggregator takes the summands, two at a time so that it never
+     holds more, until the deadline of the sum. From the first byte of its summand on a hospital counts it as released
+  2. with a check: the word "check" starts the check of the norms, on shares of what the aggregator holds (`norm_check`)
+  3. the word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`). Each
+     hospital of V sees that V may be opened and signs (T, V), once
+  4. the aggregator checks the signatures, records the opening and returns them all with the word "confirmed"
+  5. each hospital of V sees that all of V signed its own T and V, records the opening, and gives its keys; the aggregator
+     opens the sum over V and says "opened"
+Where nobody may be left out (no closing masks) V is U: hospitals are ready with their signature over (T, U), and steps 4
+and 5 come before the summands, which take the place of the keys.
+
+A loss in step 1 leaves the hospital out. A loss during the check makes the sum begin again at 1 with the word "again", with
+fresh masks and a T of its own: nobody had confirmed anything. A loss after step 3 makes the sum void (the word "void";
+`SumLostError`): its V was signed and may not be signed anew for the same summands, so these are made anew. In a sum without
+closing masks a loss ends the run.
 
 All words of the aggregator to one hospital come in one order under one tag (`words`), so that a hospital which was late
 finds in them what it has missed.
 
 Who learns what. The aggregator learns the sum over V and, with a check, one bit per hospital; the hospitals learn U and V.
 
-Rounds and bytes. Without a check: "ready", "send", summand, "fixed", keys, one after the other. Each hospital sends k/8
-bytes per element and 32 for every key, the words are some hundred bytes. A check adds what `norm_check` states.
+Rounds and bytes. With closing masks and without a check: "ready", "send", summand, "fixed", signature, "confirmed", keys,
+"opened", one after the other; without them "ready", "confirmed", summand, "opened". Each hospital sends k/8 bytes per
+element and twice 32 for every key, the words are some hundred bytes. A check adds what `norm_check` states.
 
-Security. That of `closed_sum`, against semi-honest parties. A hospital sees to it that V is a part of U, holds itself, and
-is as large as the rules say, before it gives keys; it does not see whether all were told the same U and V.
+Security. That of `closed_sum` and `transcript`. Against an aggregator that deviates at will, together with up to
+`closing` - 1 hospitals and |V| - 2 of V: it learns at most one sum over one V for each T, of at least the quorum of
+hospitals, all of which were told the same. What it adds up otherwise is uniform. Every such sum is in the record of each
+honest hospital of V before it opens, and charged before the summand leaves. It can make a sum fail, and is then named. A
+hospital that deviates can choose its summand (within the norm, if that is checked) and can make a sum fail; of a false key
+it is named, or one of two.
 """
 
 from __future__ import annotations
@@ -28,17 +42,18 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mpc_fl.aggregation.rules import AgreedSum, Rules, require_quorum
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules, require_hospitals, require_quorum
+from mpc_fl.aggregation.transcript import confirm, require_all_confirmed, require_confirmation, transcript_of
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
-from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan, require_admissible
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 
 log = logging.getLogger(__name__)
@@ -46,8 +61,13 @@ log = logging.getLogger(__name__)
 _AT_A_TIME = 2
 
 
-def _plan(rules: Rules, hospitals: tuple[str, ...], label: tuple[Label, ...], attempt: int) -> SumPlan:
-    return SumPlan(hospitals, rules.opener, (*label, attempt), min(rules.closing, len(hospitals) - 1))
+def _plan(links: Links, rules: Rules, agreed: AgreedSum, hospitals: tuple[str, ...], attempt: int) -> SumPlan:
+    transcript = transcript_of(links, rules, agreed, hospitals, attempt)
+    closing = min(rules.closing, len(hospitals) - 1)
+    return SumPlan(hospitals, rules.opener, (*agreed.label, attempt), closing, transcript)
+
+
+# ---- at a hospital -----------------------------------------------------------------------------------------------------
 
 
 def contribute(
@@ -55,59 +75,119 @@ def contribute(
     rules: Rules,
     agreed: AgreedSum,
     encoded: Private[torch.Tensor],
-    before_keys: Callable[[], None] | None = None,
+    before_summand: Callable[[], None] | None = None,
 ) -> tuple[str, ...]:
     """At a hospital of U: add `encoded` (int32 or int64, of any shape) to the sum; returns V, perhaps without this hospital.
 
-    Nobody learns the summand; the aggregator learns the sum over V. `before_keys` is called when nothing but the keys is
-    left to send: from then on the summand counts as released. Raises `PeerLostError` when the aggregator is lost or late,
-    `ProtocolError` for a V that may not be opened.
+    Nobody learns the summand; the aggregator learns the sum over V. `before_summand` is called before the first byte of a
+    summand leaves: from then on it counts as released, whatever becomes of the sum. Raises `PeerLostError` when the
+    aggregator is lost or late, `SumLostError` when the sum is void, `ProtocolError` for a U or V that may not be summed over
+    and where not all of V confirmed what this hospital saw, `SecrecyError` for a sum that was asked for before.
     """
-    links, me, hospitals = domain.links, domain.links.name, agreed.hospitals
+    links, hospitals = domain.links, agreed.hospitals
     shape = encoded.inside_protocol().shape
     for attempt in range(len(hospitals)):
-        plan = _plan(rules, hospitals, agreed.label, attempt)
-        masks = SummandMasks(plan, me, shape, domain.sum_seed)
+        require_hospitals(rules, hospitals, links.name)
+        plan = _plan(links, rules, agreed, hospitals, attempt)
+        domain.take_up(plan.transcript)
+        part = _Part(domain, rules, agreed, SummandMasks(plan, links.name, shape, domain.sum_seed), before_summand)
+        if not plan.closing:
+            return part.to_all(encoded)
+        again = part.until_fixed(encoded)
+        if again is None:
+            return part.admitted
+        hospitals = again
+        if links.name not in hospitals:
+            return hospitals
+    raise ProtocolError("a sum began again too often", SAME_VERSION)
+
+
+@dataclass
+class _Part:
+    """A hospital's part in one attempt at one sum. `admitted` is V once it is known."""
+
+    domain: SecretDomain
+    rules: Rules
+    agreed: AgreedSum
+    masks: SummandMasks
+    before_summand: Callable[[], None] | None
+    admitted: tuple[str, ...] = ()
+
+    def to_all(self, encoded: Private[torch.Tensor]) -> tuple[str, ...]:
+        """Without closing masks: V is U, confirmed before the summand leaves."""
+        plan, links = self.masks.plan, self.domain.links
+        summand = self.masks.masked(encoded, in_place=True)
+        confirmation = confirm(self.domain, plan.transcript, plan.hospitals)
+        links.send_object(plan.opener, f"ready {plan.name}", {"confirmation": confirmation})
+        self.admitted = plan.hospitals
+        word = next_word(links, plan.opener, ("confirmed",))
+        self._open(word, functools.partial(self._send, summand))
+        return self.admitted
+
+    def until_fixed(self, encoded: Private[torch.Tensor]) -> tuple[str, ...] | None:
+        """With closing masks: U of the next attempt, or `None` when V is known and, with this hospital in it, opened."""
+        plan, links, me = self.masks.plan, self.domain.links, self.domain.links.name
         # Only a check can make the sum begin again, and need the summand without these masks.
-        summand = masks.masked(encoded, in_place=rules.check is None)
-        links.send_object(plan.opener, f"ready {plan.name}", {})
+        summand = self.masks.masked(encoded, in_place=self.rules.check is None)
+        links.send_object(plan.opener, f"ready {plan.name}", {"keys": self.masks.commitments()})
         word = next_word(links, plan.opener, ("send", "check", "fixed", "again"))
         if word["word"] == "send":
-            links.send_tensor(plan.opener, f"summand {plan.name}", summand)
-            del summand
+            self._send(summand)
             word = next_word(links, plan.opener, ("check", "fixed", "again"))
+        del summand
         while word["word"] == "check":
-            _take_part_in_check(domain, rules, masks, word)
+            self._take_part_in_check(word)
             word = next_word(links, plan.opener, ("check", "fixed", "again"))
-        hospitals = names_in(word, "hospitals")
-        if word["word"] == "fixed":
-            break
-        if me not in hospitals:
-            return hospitals
-    else:
-        raise ProtocolError("a sum began again too often", SAME_VERSION)
-    about = agreed.about
-    if me in hospitals:
-        if before_keys is not None:
-            before_keys()
-        fixed = FixedSum(masks, hospitals, rules.smallest, 0)
-        open_to(domain, Shared(about.what, fixed), [rules.opener], about.why, about.privacy)
-    else:
-        log.warning("this hospital was left out of '%s': it was late, or its update too large", about.why)
-    return hospitals
+        self.admitted = names_in(word, "hospitals")
+        if word["word"] == "again":
+            return self.admitted
+        if me not in self.admitted:
+            log.warning(
+                "this hospital was left out of '%s': it was late, or its update too large", self.agreed.about.why
+            )
+            return None
+        require_admissible(plan, self.admitted, self.rules.smallest)
+        confirmation = confirm(self.domain, plan.transcript, self.admitted)
+        links.send_object(plan.opener, f"confirm {plan.name}", {"confirmation": confirmation})
+        word = next_word(links, plan.opener, ("confirmed", "void"))
+        if word["word"] == "void":
+            raise self._void()
+        self._open(word)
+        return None
+
+    def _send(self, summand: torch.Tensor) -> None:
+        if self.before_summand is not None:
+            self.before_summand()
+        plan = self.masks.plan
+        self.domain.links.send_tensor(plan.opener, f"summand {plan.name}", summand)
+
+    def _open(self, word: Mapping[str, Any], recorded: Callable[[], None] = lambda: None) -> None:
+        """Step 5: nothing that opens the sum leaves before all of V have confirmed it, and before it is recorded."""
+        plan, about, rules = self.masks.plan, self.agreed.about, self.rules
+        require_all_confirmed(self.domain, plan.opener, plan.transcript, self.admitted, word)
+        fixed = Shared(about.what, FixedSum(self.masks, self.admitted, rules.smallest, 0, recorded))
+        open_to(self.domain, fixed, [rules.opener], about.why, about.privacy)
+        if next_word(self.domain.links, plan.opener, ("opened", "void"))["word"] == "void":
+            raise self._void()
+
+    def _void(self) -> SumLostError:
+        why = self.agreed.about.why
+        return SumLostError(f"'{why}' was lost with a party that was in it", "its summands are made anew")
+
+    def _take_part_in_check(self, word: Mapping[str, Any]) -> None:
+        """Step 2. Another hospital that is lost ends the check, not the sum: the aggregator says how it goes on."""
+        opener = self.masks.plan.opener
+        if self.rules.check is None:
+            raise ProtocolError(f"{opener} began a check that was not agreed", "give all parties one file")
+        try:
+            self.rules.check.at_hospital(self.domain, self.masks, word)
+        except PeerLostError as error:
+            if error.peer == opener:
+                raise
+            log.warning("%s; waiting for the sum to begin again", error)
 
 
-def _take_part_in_check(domain: SecretDomain, rules: Rules, masks: SummandMasks, word: Mapping[str, Any]) -> None:
-    """Step 2 at a hospital. Another one that is lost ends the check, not the sum: the aggregator says how it goes on."""
-    opener = masks.plan.opener
-    if rules.check is None:
-        raise ProtocolError(f"{opener} began a check that was not agreed", "give all parties one file")
-    try:
-        rules.check.at_hospital(domain, masks, word)
-    except PeerLostError as error:
-        if error.peer == opener:
-            raise
-        log.warning("%s; waiting for the sum to begin again", error)
+# ---- at the aggregator -------------------------------------------------------------------------------------------------
 
 
 def collect(
@@ -121,19 +201,24 @@ def collect(
     """At the aggregator: V, and the opened sum over V as ring elements of `dtype` (int32 or int64) and `shape`.
 
     `starts` says by key fingerprints which start of each hospital is meant: one that has started again since is left
-    out. Raises `QuorumError` when too few are left, `SumLostError` when the sum can no longer be opened.
+    out. Raises `QuorumError` when too few are left, `SumLostError` when the sum can no longer be opened, which those in it
+    have then been told; `ProtocolError` naming a hospital that confirmed something else.
     """
     links, about, hospitals = domain.links, agreed.about, agreed.hospitals
     for attempt in range(len(hospitals)):
-        plan = _plan(rules, hospitals, agreed.label, attempt)
-        closed = ClosedSum(plan, dtype, tuple(shape), keep=rules.check is not None)
-        _take_summands(links, rules, closed, starts, about.why)
-        present = closed.present
+        plan = _plan(links, rules, agreed, hospitals, attempt)
+        intake = _Intake(
+            domain, rules, about.why, ClosedSum(plan, dtype, tuple(shape), rules.check is not None), starts
+        )
+        if not plan.closing:
+            return intake.from_all(about)
+        intake.take_summands(dict.fromkeys(plan.hospitals, intake.ready))
+        present = intake.closed.present
         require_quorum(rules, present, hospitals, about.why)
         if rules.check is None:
             break
         try:
-            passed = rules.check.at_opener(domain, closed, functools.partial(say, links, present, "check"))
+            passed = rules.check.at_opener(domain, intake.closed, functools.partial(say, links, present, "check"))
             present = tuple(name for name in present if name in passed)
             require_quorum(rules, present, hospitals, about.why)
             break
@@ -146,42 +231,93 @@ def collect(
     else:
         raise SumLostError(f"'{about.why}' lost a party in every attempt", "see the logs of the hospitals")
     say(links, hospitals, "fixed", hospitals=list(present))
-    fixed = FixedSum(closed, present, rules.smallest, 0)
     try:
-        total = open_to(domain, Shared(about.what, fixed), [rules.opener], about.why, about.privacy, decode=False)
+        signatures = intake.confirmations(present, "confirm")
+        told = functools.partial(say, links, present, "confirmed", signatures=signatures)
+        return present, intake.open(about, present, told)
     except PeerLostError as error:
+        say(links, present, "void")
         raise SumLostError(f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew") from None
-    assert total is not None
-    return present, total
 
 
-def _take_summands(links: Links, rules: Rules, closed: ClosedSum, starts: Mapping[str, str], why: str) -> None:
-    """Step 1 at the aggregator: those that are ready are told to send, at most two of them at a time."""
-    plan, deadline = closed.plan, time.monotonic() + rules.seconds
-    ready, summand = f"ready {plan.name}", f"summand {plan.name}"
-    awaited, queue = dict.fromkeys(plan.hospitals, ready), list[str]()
-    while awaited:
-        sending = [name for name, tag in awaited.items() if tag == summand]
-        while queue and len(sending) < _AT_A_TIME:
-            name = queue.pop(0)
-            awaited[name] = summand
-            sending.append(name)
-            say(links, [name], "send")
-        name_or_none = links.await_any({name: tag for name, tag in awaited.items() if name not in queue}, deadline)
-        name = name_or_none or next(iter(awaited))
-        try:
-            if links.key_fingerprint(name) != starts[name]:
-                raise PeerLostError(name, f"{name} has started again")
-            if awaited[name] == ready:
-                links.receive_object(name, ready, deadline)
-                queue.append(name)
-            else:
-                closed.take(name, links.receive_tensor(name, summand, closed.dtype, closed.shape, deadline))
+@dataclass
+class _Intake:
+    """The aggregator's part in one attempt at one sum, `why`: what it takes from the hospitals, in which order."""
+
+    domain: SecretDomain
+    rules: Rules
+    why: str
+    closed: ClosedSum
+    starts: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        name = self.closed.plan.name
+        self.ready, self.summand = f"ready {name}", f"summand {name}"
+        self._deadline = time.monotonic() + self.rules.seconds
+
+    def from_all(self, about: Description) -> tuple[tuple[str, ...], torch.Tensor]:
+        """Without closing masks: all confirm U, then all send. Returns U and the opened sum."""
+        plan = self.closed.plan
+        for name in plan.hospitals:
+            self._require_start(name)
+        signatures = self.confirmations(plan.hospitals, "ready")
+
+        def take() -> None:
+            awaited = dict.fromkeys(plan.hospitals, self.summand)
+            self.take_summands(awaited, "confirmed", signatures=signatures)
+
+        return plan.hospitals, self.open(about, plan.hospitals, take)
+
+    def confirmations(self, admitted: tuple[str, ...], message: str) -> dict[str, str]:
+        """The signatures of all of V over (T, V), checked, by name."""
+        plan, signatures = self.closed.plan, {}
+        for name in admitted:
+            deadline = self._deadline if message == "ready" else None
+            word = self.domain.links.receive_object(name, f"{message} {plan.name}", deadline)
+            signatures[name] = require_confirmation(self.domain, name, plan.transcript, admitted, word)
+        return signatures
+
+    def open(self, about: Description, admitted: tuple[str, ...], recorded: Callable[[], None]) -> torch.Tensor:
+        """Steps 4 and 5, `recorded` in between; all of V are told that the sum is opened."""
+        fixed = Shared(about.what, FixedSum(self.closed, admitted, self.rules.smallest, 0, recorded))
+        total = open_to(self.domain, fixed, [self.rules.opener], about.why, about.privacy, decode=False)
+        assert total is not None
+        say(self.domain.links, admitted, "opened")
+        return total
+
+    def take_summands(self, awaited: dict[str, str], word: str = "send", **values: Any) -> None:
+        """Take what is awaited of each hospital: the tag of its "ready", or of its summand where it is ready already.
+
+        Those that are ready are told to send with `word`, at most two of them at a time.
+        """
+        links, closed = self.domain.links, self.closed
+        queue, asked = [name for name, tag in awaited.items() if tag == self.summand], set[str]()
+        while awaited:
+            while queue and len(asked) < _AT_A_TIME:
+                name = queue.pop(0)
+                awaited[name] = self.summand
+                asked.add(name)
+                say(links, [name], word, **values)
+            expected = {name: tag for name, tag in awaited.items() if name not in queue}
+            name = links.await_any(expected, self._deadline) or next(iter(expected))
+            try:
+                self._require_start(name)
+                if awaited[name] == self.ready:
+                    message = links.receive_object(name, self.ready, self._deadline)
+                    closed.commitments.take(name, message.get("keys"))
+                    queue.append(name)
+                else:
+                    tensor = links.receive_tensor(name, self.summand, closed.dtype, closed.shape, self._deadline)
+                    closed.take(name, tensor)
+                    asked.discard(name)
+                    del awaited[name]
+            except PeerLostError as error:
+                if self.rules.closing == 0:
+                    raise
+                log.warning("%s is left out of '%s': %s", name, self.why, error)
+                asked.discard(name)
                 del awaited[name]
-        except PeerLostError as error:
-            if rules.closing == 0:
-                raise
-            log.warning("%s is left out of '%s': %s", name, why, error)
-            del awaited[name]
-            if name in queue:
-                queue.remove(name)
+
+    def _require_start(self, name: str) -> None:
+        if self.domain.links.key_fingerprint(name) != self.starts[name]:
+            raise PeerLostError(name, f"{name} has started again")

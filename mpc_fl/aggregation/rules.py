@@ -7,12 +7,12 @@ say. A `Check` may leave hospitals out before anything is opened; `norm_check_se
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
-from mpc_fl.errors import QuorumError
+from mpc_fl.errors import ProtocolError, QuorumError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -32,9 +32,12 @@ class Check(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """How all sums of a run are made: opener, smallest V, closing masks, seconds a summand may take, check if any."""
+    """How all sums of a run are made: opener, the hospitals there are, in order, smallest U and V, closing masks, seconds
+    that a summand may take, check if any.
+    """
 
     opener: str
+    hospitals: tuple[str, ...]
     smallest: int
     closing: int
     seconds: float
@@ -52,11 +55,34 @@ class Description:
 
 @dataclass(frozen=True)
 class AgreedSum:
-    """One sum as all its parties know it before it begins: U in order, a label used once in the run, what records say."""
+    """One sum as all its parties know it before it begins: U in order, a label used once in the run, what records say.
+
+    `seen` is what this party itself holds of everything that shapes the summands (`transcript`): all must hold the same.
+    """
 
     hospitals: tuple[str, ...]
     label: tuple[Label, ...]
     about: Description
+    seen: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+def require_hospitals(rules: Rules, hospitals: Sequence[str], me: str) -> None:
+    """At a hospital: raise `ProtocolError` unless U may be summed over, before anything is masked.
+
+    It must be a part of the hospitals there are, in their order, hold this one, and have at least two and the quorum: alone
+    in a sum, or with parties that are no hospitals, a hospital would have no mask that anybody else does not know.
+    """
+    least = max(2, rules.smallest)
+    if tuple(name for name in rules.hospitals if name in hospitals) != tuple(hospitals) or me not in hospitals:
+        what = f"over parties that are not, or not only, the hospitals of this run with {me}"
+    elif len(hospitals) < least:
+        what = f"over {len(hospitals)} of the hospitals, fewer than {least}"
+    else:
+        return
+    raise ProtocolError(
+        f"{rules.opener} asked {me} for a sum {what}",
+        f"{rules.opener} does not follow the protocol; nothing was sent to it, do not go on with it",
+    )
 
 
 def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str], why: str) -> None:

@@ -63,6 +63,12 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
+        colluders, quorum = self.privacy.colluders or 0, self.federation.quorum_size
+        if self.task == "train" and colluders > quorum - 2:
+            raise ValueError(
+                f"a summand is masked by the other hospitals of its sum, so a quorum of {quorum} protects it against the "
+                f"aggregator and {quorum - 2} hospitals, not against privacy.colluders={colluders}; raise federation.quorum"
+            )
         if training.local_normalisation and self.model.architecture == "mlp":
             raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
         return self
@@ -71,6 +77,11 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def noise_colluders(self) -> int:
+        """How many hospitals may take their own part out of distributed noise: at least one, which knows its part."""
+        return 1 if self.privacy.colluders is None else max(1, self.privacy.colluders)
 
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site` and `serving`), as hex."""

@@ -165,7 +165,10 @@ class PrivacySection(Section):
     """
 
     mechanism: Literal["local", "distributed", "none"] = "local"
-    colluders: Annotated[int, Field(ge=0)] = 1
+    colluders: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="hospitals that may pool with the aggregator, at most federation.quorum - 2; null: 1, or 0 below that",
+    )
     smallest_hospital: Count | None = None
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4

@@ -6,7 +6,7 @@ all sign after it is `audit_trail`.
 
 from __future__ import annotations
 
-import itertools
+import logging
 import time
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
-from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end
+from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end, signatory_of
 from mpc_fl.federation.distribution import send_model
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
@@ -31,6 +31,8 @@ from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import AGGREGATOR, is_hospital
 from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class _Run:
         plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
         self.welcome(plan)
         aggregator_preparation(aggregator, domain, rules, attendance)
-        evaluation = aggregator_evaluation(aggregator.config, domain, rules, plan.hospitals, plan)
-        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.shared_parameters)
+        evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
+        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.digests)
         self._conclude(0, plan.hospitals, evaluation, 0.0)
 
     def welcome(self, plan: RoundPlan) -> None:
@@ -66,16 +68,19 @@ class _Run:
         """A round, as often as it takes until it has a result."""
         aggregator, domain, attendance = self.aggregator, self.domain, self.attendance
         began = time.monotonic()
-        for attempt in itertools.count():
+        for attempt in range(self.aggregator.config.federation.hospitals):
             plan = attendance.plan(number, attempt, aggregator.weight_total, True)
             self.welcome(plan)
             try:
                 hospitals, evaluation = aggregator_round(aggregator, domain, self.rules, plan, self.notify)
                 break
-            except SumLostError:
+            except SumLostError as error:
+                log.warning("%s", error)
                 attendance.void()
-        about, shared = f"round {number}", aggregator.shared_parameters
-        signed = lead_signatures(self.ledger, domain.links, self.rules, hospitals, about, shared)
+        else:
+            raise SumLostError(f"round {number} was lost in every attempt", "see the logs of the hospitals")
+        about, held = f"round {number}", aggregator.digests
+        signed = lead_signatures(self.ledger, domain.links, self.rules, hospitals, about, held)
         attendance.keep(signed)
         self._conclude(number, hospitals, evaluation, time.monotonic() - began)
 
@@ -96,7 +101,8 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
     links = connect(config, AGGREGATOR, observer)
     with links, training_runtime(links, config) as runtime:
         ledger = open_ledger(config, AGGREGATOR)
-        domain, attendance = runtime.domain(ledger), Attendance(links, rules, hospitals)
+        domain = runtime.domain(ledger, signatory_of(ledger))
+        attendance = Attendance(links, rules, hospitals)
         led = _Run(aggregator, domain, ledger, rules, attendance, notify)
         notify("connect", 1, 1)
         attendance.await_announced(not resumed, config.runtime.connect_timeout)

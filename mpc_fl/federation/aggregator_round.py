@@ -10,12 +10,11 @@ import logging
 
 from mpc_fl.aggregation.quorum_sum import collect
 from mpc_fl.aggregation.rules import AgreedSum, Rules
-from mpc_fl.aggregation.words import say
-from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import send_global
 from mpc_fl.federation.federated_sgd import aggregator_steps
+from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import describe_mean_update, headroom_of, with_norm_check
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation
 from mpc_fl.learning.models.evaluation import Evaluation
@@ -36,18 +35,14 @@ def aggregator_round(
     links.set_phase(f"round {number} aggregation")
     size = len(aggregator.shared_parameters)
     check = with_norm_check(rules, config, aggregator.mechanism, size, plan.weight_total)
-    try:
-        if aggregator.mechanism is not None:
-            hospitals = aggregator_steps(aggregator, domain, check, plan)
-        else:
-            hospitals = _average(aggregator, domain, check, plan)
-    except SumLostError:
-        say(links, plan.hospitals, "void")
-        raise
+    if aggregator.mechanism is not None:
+        hospitals = aggregator_steps(aggregator, domain, check, plan)
+    else:
+        hospitals = _average(aggregator, domain, check, plan)
     notify("aggregation", number, config.training.rounds)
 
     # 6. Sum of the hospitals' evaluation counts.
-    evaluation = aggregator_evaluation(config, domain, rules, hospitals, plan)
+    evaluation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
     notify("evaluation", number, config.training.rounds)
     if evaluation is not None:
         log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
@@ -58,8 +53,9 @@ def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: R
     """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
     config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
     shape = aggregator.shared_parameters.shape
-    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, plan.number))
+    seen = sum_terms(config, plan.weight_total, aggregator.digests)
+    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, plan.number), seen)
     hospitals, total = collect(domain, rules, agreed, plan.starts, headroom.dtype, shape)
     shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
-    send_global(links, hospitals, shared)
+    send_global(links, aggregator.digests, hospitals, shared)
     return hospitals

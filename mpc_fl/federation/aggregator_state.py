@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import headroom_of, mechanism_of
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
@@ -34,6 +35,7 @@ class Aggregator:
     patients: int = 0
     weight_total: int = 1
     normalisation: Normalisation | None = None
+    digests: ModelDigests = field(default_factory=ModelDigests)
 
     @property
     def shared_parameters(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.aggregation.rules import Rules, require_quorum
+from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
 from mpc_fl.aggregation.words import names_in, say
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
@@ -57,6 +57,45 @@ class RoundPlan:
             raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
         resumed = word.get("resumed") is True
         return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], resumed)  # type: ignore[arg-type]
+
+
+@dataclass
+class PlansFollowed:
+    """A hospital's view of the plans it was sent: none comes twice, and none is taken up that the rules do not allow.
+
+    `round_of` is the last one that this start of the hospital took up; `kept` the last round of which it has a checkpoint.
+    """
+
+    rules: Rules
+    rounds: int
+    largest_total: int
+    kept: int = -1
+    round_of: tuple[int, int] = (-1, 0)
+
+    def follow(self, plan: RoundPlan, me: str) -> None:
+        """Take up a plan, or raise `ProtocolError` before anything follows from it.
+
+        The hospitals are enough and of this run (`require_hospitals`). Rounds and attempts go up: a repeated plan would have
+        its sums made again. An attempt is lost only with a hospital, so there are no more of them than hospitals. The total
+        of weights is a power of two, no larger than numbers of patients allow: a larger one would silence all.
+        """
+        require_hospitals(self.rules, plan.hospitals, me)
+        opener, total = self.rules.opener, plan.weight_total
+        first = max(self.kept, 0) if self.round_of[0] < 0 else self.round_of[0]
+        if not (first <= plan.number <= self.rounds + 1 and plan.round_of > self.round_of):
+            what = (
+                f"planned round {plan.number} (attempt {plan.attempt}) after round {max(self.kept, self.round_of[0])}"
+            )
+        elif not 0 <= plan.attempt < len(self.rules.hospitals):
+            what = f"began round {plan.number} anew too often"
+        elif not set(plan.newcomers) <= set(plan.hospitals):
+            what = "named newcomers that take no part"
+        elif total < 1 or total & (total - 1) or total > self.largest_total:
+            what = "sent a total of weights that cannot be"
+        else:
+            self.round_of = plan.round_of
+            return
+        raise ProtocolError(f"{opener} {what}", f"{opener} does not follow the protocol; nothing was sent to it")
 
 
 def announce(links: Links, aggregator: str, hospitals: tuple[str, ...]) -> None:

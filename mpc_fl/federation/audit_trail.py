@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 
-import torch
-
-from mpc_fl.aggregation.rules import Rules, require_quorum
+from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.audit.co_signing import CoSigners
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.errors import MpcFlError, PeerLostError
+from mpc_fl.crypto.signatory import Signatory
+from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.learning.models.model_file import model_file
 from mpc_fl.links.links import Links
 from mpc_fl.links.party_links import site_directory
@@ -34,17 +34,17 @@ def begin_ledger(
 
 
 def lead_signatures(
-    ledger: RevealLedger, links: Links, rules: Rules, hospitals: tuple[str, ...], about: str, shared: torch.Tensor
+    ledger: RevealLedger, links: Links, rules: Rules, hospitals: tuple[str, ...], about: str, held: ModelDigests
 ) -> tuple[str, ...]:
     """Step 7 at the aggregator: all of `hospitals` that are left sign the openings since the block before.
 
-    `shared` are the global parameters that all of them have. Returns those who signed; raises `QuorumError`.
+    `held` is the model that all of them have. Returns those who signed; raises `QuorumError`.
     """
     links.set_phase(f"{about} signatures")
     for attempt in range(len(hospitals)):
         say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt)
         try:
-            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, shared, rules.closing > 0)
+            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held, rules.closing > 0)
             return hospitals
         except PeerLostError as error:
             if not rules.closing:
@@ -55,27 +55,27 @@ def lead_signatures(
     raise AssertionError("each attempt has one hospital less")
 
 
-def sign_round(ledger: RevealLedger, links: Links, about: str, shared: torch.Tensor) -> None:
-    """Step 7 at a hospital, as often as the aggregator asks for it."""
+def sign_round(ledger: RevealLedger, links: Links, rules: Rules, about: str, held: ModelDigests) -> None:
+    """Step 7 at a hospital, as often as the aggregator asks for it: each time with one hospital less, never too few."""
     links.set_phase(f"{about} signatures")
-    while True:
+    for attempt in range(len(rules.hospitals)):
         word = next_word(links, AGGREGATOR, ("sign",))
-        attempt = word.get("attempt")
+        hospitals = names_in(word, "hospitals")
+        require_hospitals(rules, hospitals, links.name)
         try:
-            _sign(
-                ledger, links, names_in(word, "hospitals"), f"{about} ({attempt})" if attempt else about, shared, True
-            )
+            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held, True)
             return
         except PeerLostError as error:
             if error.peer == AGGREGATOR:
                 raise
             log.warning("%s", error)
+    raise ProtocolError(f"{AGGREGATOR} had '{about}' signed too often", "it does not follow the protocol")
 
 
 def _sign(
-    ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, shared: torch.Tensor, tolerant: bool
+    ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, held: ModelDigests, tolerant: bool
 ) -> None:
-    parties, same = [*hospitals, AGGREGATOR], {"global model": tensor_digest(shared)}
+    parties, same = [*hospitals, AGGREGATOR], {"global model": held.parameters}
     complete = all(set(opening.among) <= set(parties) for opening in ledger.pending)
     kind = "openings" if complete else "abandoned"
     CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same, tolerant=tolerant)
@@ -92,6 +92,11 @@ def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], sta
         written = model_file(state.model, state.config, state.normalisation)
         same["model.safetensors"] = hashlib.sha256(written).hexdigest()
     CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
+
+
+def signatory_of(ledger: RevealLedger) -> Signatory:
+    """Who signs what this party confirms, and checks it by the certificates of all in the ledger."""
+    return Signatory(ledger.identity, lambda name: ledger.chain.certificates.get(name))
 
 
 def open_ledger(config: Config, name: str) -> RevealLedger:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mpc_fl.aggregation.words import broadcast, next_word, say
+from mpc_fl.aggregation.words import broadcast
+from mpc_fl.errors import ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import (
     flatten_buffers,
@@ -20,12 +22,15 @@ from mpc_fl.roles import AGGREGATOR
 
 def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> None:
     """Parameters, frozen statistics and normalisation of inputs, for hospitals that begin, join, or begin anew."""
+    parameters, statistics = flatten_parameters(aggregator.model), flatten_buffers(aggregator.model)
+    normalisation = None if aggregator.normalisation is None else aggregator.normalisation.tensor()
+    aggregator.digests.take(parameters=aggregator.shared_parameters, statistics=statistics, normalisation=normalisation)
 
     def send(name: str) -> None:
-        links.send_tensor(name, "parameters", flatten_parameters(aggregator.model))
-        links.send_tensor(name, "statistics", flatten_buffers(aggregator.model))
-        if aggregator.normalisation is not None:
-            links.send_tensor(name, "normalisation", aggregator.normalisation.tensor())
+        links.send_tensor(name, "parameters", parameters)
+        links.send_tensor(name, "statistics", statistics)
+        if normalisation is not None:
+            links.send_tensor(name, "normalisation", normalisation)
 
     broadcast(names, send)
 
@@ -36,20 +41,28 @@ def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
     load_flat_parameters(
         hospital.model, links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
     )
-    load_flat_buffers(hospital.model, links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape))
+    statistics = links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
+    load_flat_buffers(hospital.model, statistics)
+    hospital.digests.take(parameters=hospital.shared_parameters, statistics=statistics)
     if normalised:
         values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, None)
-        hospital.normalise(Normalisation.of_tensor(values))
+        normalisation = Normalisation.of_tensor(values)
+        if hospital.normalisation not in (None, normalisation):
+            raise ProtocolError(
+                f"{AGGREGATOR} sent another normalisation of inputs than before", "it does not follow the protocol"
+            )
+        hospital.digests.take(normalisation=values)
+        hospital.normalise(normalisation)
 
 
-def send_global(links: Links, hospitals: tuple[str, ...], shared: torch.Tensor) -> None:
+def send_global(links: Links, digests: ModelDigests, hospitals: tuple[str, ...], shared: torch.Tensor) -> None:
     """At the aggregator: the new global parameters, float32, for the hospitals of the sum they were made of."""
-    say(links, hospitals, "model")
     broadcast(hospitals, lambda name: links.send_tensor(name, "global model", shared))
+    digests.take(parameters=shared)
 
 
-def receive_global(links: Links, size: int) -> torch.Tensor | None:
-    """A hospital's side of `send_global`, float32 (size,); `None` when the sum is void, and all is to be made anew."""
-    if next_word(links, AGGREGATOR, ("model", "void"))["word"] == "void":
-        return None
-    return links.receive_tensor(AGGREGATOR, "global model", torch.float32, (size,))
+def receive_global(links: Links, digests: ModelDigests, size: int) -> torch.Tensor:
+    """A hospital's side of `send_global`, float32 (size,)."""
+    shared = links.receive_tensor(AGGREGATOR, "global model", torch.float32, (size,))
+    digests.take(parameters=shared)
+    return shared

@@ -111,7 +111,7 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
     features = config.data.input_shape[0]
     classes = len(config.data.classes)
     # Whose noise may not be there: colluders and the missing. With `local` noise nobody relies on anybody else's.
-    absent = {"none": 0, "local": hospitals - 1, "distributed": config.privacy.colluders + hospitals - quorum}[kind]
+    absent = {"none": 0, "local": hospitals - 1, "distributed": config.noise_colluders + hospitals - quorum}[kind]
     terms = MechanismTerms(
         parameters=classes + 2 * features,
         hospitals=hospitals,

@@ -7,7 +7,7 @@ Protocol, step s of round k, hospitals 0..n-1 and the aggregator, all with the s
   3. secure sum in the mechanism's ring, opened to the aggregator alone
   4. the aggregator divides, steps with momentum and sends the new parameters
 
-Security. As `secure_sum`: nobody learns more than the opened sum, and that carries noise for all hospitals together, also
+Security. As `quorum_sum`: nobody learns more than the opened sum, and that carries noise for all hospitals together, also
 against t hospitals that take their own part out (Kairouz, Liu and Steinke, ICML 2021). With mechanism `local` each hospital adds
 n times the variance to reach the same epsilon; here the noise in the mean is smaller by sqrt(n - t).
 
@@ -16,6 +16,7 @@ Rounds and bytes. One round per step: each hospital sends 4 bytes per parameter 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,16 +27,20 @@ from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import privacy_of_steps
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share, require_patients
 from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
 from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ def hospital_steps(
     """Steps 1 to 4 at a hospital, `training.local_steps` times; its model gets the parameters of the last one.
 
     Returns the hospitals of the last sum, or why there is none. `step_done(step, steps)` follows each step. The privacy
-    ledger counts the round as released before the keys of its first sum are given. Raises `HeadroomError` before anything
-    is sent when a sum exceeds its bound, `PeerLostError` for a lost aggregator.
+    ledger counts the round as released before its first summand leaves. Raises `HeadroomError` before anything is sent when
+    a sum exceeds its bound, `PeerLostError` for a lost aggregator. Every step's sum is bound to the model it begins with.
     """
     links, config, mechanism, method = domain.links, hospital.config, hospital.mechanism, hospital.method
     assert mechanism is not None and method is not None  # with distributed noise alone
@@ -83,13 +88,16 @@ def hospital_steps(
         share = noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
         # 3. and 4.
         links.set_phase(f"round {number} aggregation")
-        agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step))
-        hospitals = contribute(domain, rules, agreed, share, hospital.ledger.release)
+        seen = sum_terms(config, plan.weight_total, hospital.digests)
+        agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step), seen)
+        try:
+            hospitals = contribute(domain, rules, agreed, share, hospital.ledger.release)
+        except SumLostError as error:
+            log.warning("%s", error)
+            return "void"
         if links.name not in hospitals:
             return "left out"
-        stepped = receive_global(links, mechanism.parameters)
-        if stepped is None:
-            return "void"
+        stepped = receive_global(links, hospital.digests, mechanism.parameters)
         load_flat_parameters(working, stepped)
         step_done(step + 1, steps)
     _copy_parameters(working, hospital.model)
@@ -108,12 +116,13 @@ def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     working, hospitals = working_copy(aggregator.model), plan.hospitals
     parameters = flatten_parameters(working)
     for step in range(config.training.local_steps):
-        agreed = AgreedSum(hospitals, ("gradient", *plan.round_of, step), _about(config, plan.number, step))
+        seen = sum_terms(config, plan.weight_total, aggregator.digests)
+        agreed = AgreedSum(hospitals, ("gradient", *plan.round_of, step), _about(config, plan.number, step), seen)
         hospitals, opened = collect(domain, rules, agreed, plan.starts, mechanism.dtype, (mechanism.parameters,))
         # The mean over those present: `mean_gradient` divides by the number of all hospitals.
         gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
         parameters = aggregator.optimizer.step(parameters, gradient)
-        send_global(links, hospitals, parameters)
+        send_global(links, aggregator.digests, hospitals, parameters)
     load_flat_parameters(working, parameters)
     _copy_parameters(working, aggregator.model)
     return hospitals

@@ -11,13 +11,13 @@ from mpc_fl.aggregation.rules import Missed, Rules
 from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
-from mpc_fl.federation.attendance import RoundPlan, announce, await_end, await_keys
-from mpc_fl.federation.audit_trail import begin_ledger, open_ledger, sign_end, sign_round
+from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, await_end, await_keys
+from mpc_fl.federation.audit_trail import begin_ledger, open_ledger, sign_end, sign_round, signatory_of
 from mpc_fl.federation.distribution import receive_model
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_round import hospital_round
-from mpc_fl.federation.hospital_state import Hospital, join
-from mpc_fl.federation.planning import sum_rules, training_runtime
+from mpc_fl.federation.hospital_state import Hospital, join, last_round
+from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
 from mpc_fl.federation.preparation import hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
@@ -47,7 +47,8 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         training_runtime(links, config) as runtime,
     ):
         ledger = open_ledger(config, name)
-        domain = runtime.domain(ledger)
+        domain = runtime.domain(ledger, signatory_of(ledger))
+        plans = PlansFollowed(rules, config.training.rounds, largest_weight_total(config), last_round(config, out))
         notify("connect", 1, 1)
         announce(links, AGGREGATOR, hospitals)
         while True:
@@ -57,6 +58,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
                 announce(links, AGGREGATOR, hospitals)
                 continue
             plan = RoundPlan.from_word(word)
+            plans.follow(plan, name)
             await_keys(links, plan, config.runtime.connect_timeout)
             if plan.newcomers:
                 _begin(hospital, domain, ledger, plan)
@@ -92,12 +94,12 @@ def _round(
     out, about = site_directory(hospital.config), f"round {plan.number}"
     if plan.number == 0:
         hospital_preparation(hospital, domain, rules, plan.hospitals)
-        hospital_evaluation(hospital, domain, rules, plan.hospitals, 0, plan.attempt)
+        hospital_evaluation(hospital, domain, rules, plan.hospitals, plan)
     else:
         result = hospital_round(hospital, domain, rules, plan, notify)
         if isinstance(result, str):
             return result
         append_json_line(out / "metrics.jsonl", result)
     hospital.checkpoint(out, plan.number)
-    sign_round(ledger, domain.links, about, hospital.shared_parameters)
+    sign_round(ledger, domain.links, rules, about, hospital.digests)
     return None

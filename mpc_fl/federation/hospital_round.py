@@ -26,10 +26,12 @@ from mpc_fl.aggregation.quorum_sum import contribute
 from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.errors import SumLostError
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import receive_global
 from mpc_fl.federation.federated_sgd import Steps, hospital_steps
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import describe_mean_update, headroom_of, run_name, with_norm_check
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
@@ -66,7 +68,7 @@ def hospital_round(
 
     # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
     evaluation_began = time.monotonic()
-    own = hospital_evaluation(hospital, domain, rules, hospitals, plan.number, plan.attempt)
+    own = hospital_evaluation(hospital, domain, rules, hospitals, plan)
     notify("evaluation", number, rounds)
     return {
         "round": number,
@@ -114,15 +116,18 @@ def _local_steps(
 
     # 4. and 5. `contribute` masks the update for its closed sum, which is opened to the aggregator alone; the aggregator
     # sends the new global model.
-    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number))
+    seen = sum_terms(config, plan.weight_total, hospital.digests)
+    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number), seen)
     release = hospital.ledger.release if hospital.noise_multiplier is not None else None
-    admitted = contribute(domain, rules, agreed, encoded, release)
+    try:
+        admitted = contribute(domain, rules, agreed, encoded, release)
+    except SumLostError as error:
+        log.warning("%s", error)
+        return "void"
     del encoded
     if hospital.name not in admitted:
         return "left out"
-    shared = receive_global(links, len(hospital.shared_parameters))
-    if shared is None:
-        return "void"
+    shared = receive_global(links, hospital.digests, len(hospital.shared_parameters))
     trained_model = flatten_parameters(hospital.model) + local.update
     load_flat_parameters(hospital.model, trained_model)
     hospital.take_global(shared)

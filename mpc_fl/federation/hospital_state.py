@@ -14,6 +14,7 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import calibrate_own, initial_model
+from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import budget_of, features_run_name, headroom_of, mechanism_of, plan_release, run_name
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -49,6 +50,7 @@ class Hospital:
     group: TrainingGroup | None = None
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
+    digests: ModelDigests = field(default_factory=ModelDigests)
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -107,6 +109,12 @@ class Hospital:
             self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
+
+
+def last_round(config: Config, directory: Path) -> int:
+    """The last round of which this hospital has a checkpoint that it goes on from, -1 without one."""
+    last = load_checkpoint(directory, config.run_digest()) if config.site.resume else None
+    return -1 if last is None else last.round
 
 
 def join(

@@ -33,7 +33,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 )
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.links import Links
-from mpc_fl.roles import AGGREGATOR, DEALER
+from mpc_fl.roles import AGGREGATOR, DEALER, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
 
@@ -47,9 +47,15 @@ def sum_rules(config: Config) -> Rules:
     """How the sums of a training run are made: closing masks only where a hospital may be left out of one."""
     federation = config.federation
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
-    closing = config.privacy.colluders + 1 if may_leave_out else 0
+    closing = config.noise_colluders + 1 if may_leave_out else 0
     seconds = federation.round_timeout or config.runtime.receive_timeout
-    return Rules(AGGREGATOR, federation.quorum_size, closing, seconds)
+    hospitals = tuple(hospital_names(federation.hospitals))
+    return Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, seconds)
+
+
+def largest_weight_total(config: Config) -> int:
+    """The power of two that no total of weights exceeds."""
+    return 1 << (config.federation.hospitals * config.aggregation.count_bound - 1).bit_length()
 
 
 def with_norm_check(
@@ -133,7 +139,7 @@ def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGa
     if parameters is None:
         parameters = len(flatten_parameters(build_model(config)))
     # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
-    absent = settings.colluders + hospitals - config.federation.quorum_size
+    absent = config.noise_colluders + hospitals - config.federation.quorum_size
     noise = settings.noise_multiplier
     if noise is None:
         assert settings.smallest_hospital is not None  # the configuration demands it

@@ -6,6 +6,8 @@ opened over all hospitals or not at all.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
@@ -18,6 +20,7 @@ from mpc_fl.federation.attendance import Attendance
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import calibrate_on_public_images, calibrate_own
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import features_run_name, over_all_hospitals
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import flatten_buffers, load_flat_buffers
@@ -31,6 +34,7 @@ _PATIENTS = Description("number of patients", "total weight of the mean")
 def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...]) -> None:
     """Sums over all hospitals before the first round, at a hospital: features if so configured, and the patients."""
     config, rules = hospital.config, over_all_hospitals(hospital.config, rules)
+    seen = functools.partial(sum_terms, config, 1, hospital.digests)
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure":
         plan, ledger = plan_features(config), hospital.ledger
@@ -40,31 +44,33 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
             ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
         encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
         release = None if event is None else ledger.release
-        contribute(domain, rules, AgreedSum(hospitals, ("features",), _FEATURES), encoded, release)
+        contribute(domain, rules, AgreedSum(hospitals, ("features",), _FEATURES, seen()), encoded, release)
         values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.features))
         hospital.normalise(Normalisation.of_tensor(values))
         buffers = flatten_buffers(hospital.model)
-        load_flat_buffers(
-            hospital.model, domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
-        )
+        buffers = domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
+        load_flat_buffers(hospital.model, buffers)
+        hospital.digests.take(statistics=buffers, normalisation=values)
     if config.aggregation.weighted:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS), count)
+        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count)
     calibrate_own(hospital.model, hospital.train.inputs, config)
 
 
 def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: Rules, attendance: Attendance) -> None:
     """Sums over all hospitals before the first round, at the aggregator."""
     config, rules, hospitals = aggregator.config, over_all_hospitals(aggregator.config, rules), attendance.members
+    seen = functools.partial(sum_terms, config, 1, aggregator.digests)
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure":
         plan = plan_features(config)
-        agreed = AgreedSum(hospitals, ("features",), _FEATURES)
+        agreed = AgreedSum(hospitals, ("features",), _FEATURES, seen())
         _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (plan.length,))
         aggregator.normalisation = decode_features(plan, total).normalisation
         values = aggregator.normalisation.tensor()
         calibrate_on_public_images(aggregator.model, config, aggregator.normalisation)
         buffers = flatten_buffers(aggregator.model)
+        aggregator.digests.take(statistics=buffers, normalisation=values)
 
         def send(name: str) -> None:
             domain.links.send_tensor(name, "normalisation", values)
@@ -73,7 +79,7 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
         broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
     if config.aggregation.weighted:
-        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS)
+        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
         _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
         aggregator.patients = int(total)
         if not 0 < aggregator.patients <= config.federation.hospitals * config.aggregation.count_bound:

@@ -16,8 +16,10 @@ from mpc_fl.aggregation.words import next_word, say
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import QuorumError, SumLostError
+from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_state import Hospital
+from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import over_all_hospitals
 from mpc_fl.learning.models.evaluation import (
     Evaluation,
@@ -34,17 +36,22 @@ log = logging.getLogger(__name__)
 
 
 def hospital_evaluation(
-    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], number: int, attempt: int
+    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
 ) -> Evaluation:
     """Step 6 at a hospital; also run once before the first round."""
+    number, config = plan.number, hospital.config
     domain.links.set_phase(f"round {number} evaluation")
     probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs), dim=1)
     own = evaluate_locally(probabilities, hospital.test.labels)
-    encoded = encode_evaluation(own, hospital.config.aggregation.count_bound)
+    encoded = encode_evaluation(own, config.aggregation.count_bound)
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
         counts = Private(f"evaluation of {hospital.name}", encoded)
-        rules, label = _evaluating(hospital.config, rules), ("evaluation", number, attempt)
-        contribute(domain, rules, AgreedSum(hospitals, label, _evaluation_counts(number)), counts)
+        rules, label = _evaluating(config, rules), ("evaluation", *plan.round_of)
+        seen = sum_terms(config, plan.weight_total, hospital.digests)
+        try:
+            contribute(domain, rules, AgreedSum(hospitals, label, _evaluation_counts(number), seen), counts)
+        except SumLostError as error:
+            log.warning("%s", error)
     return own
 
 
@@ -58,17 +65,19 @@ def _evaluating(config: Config, rules: Rules) -> Rules:
 
 
 def aggregator_evaluation(
-    config: Config, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
+    aggregator: Aggregator, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
 ) -> Evaluation | None:
     """Step 6 at the aggregator; also run once before the first round. `None` when somebody is missing."""
+    config = aggregator.config
     domain.links.set_phase(f"round {plan.number} evaluation")
-    rules, label = _evaluating(config, rules), ("evaluation", plan.number, plan.attempt)
+    rules, label = _evaluating(config, rules), ("evaluation", *plan.round_of)
     if len(hospitals) < rules.smallest:
         say(domain.links, hospitals, "skip")
         return None
     say(domain.links, hospitals, "evaluate")
     classes = len(config.data.classes)
-    agreed = AgreedSum(hospitals, label, _evaluation_counts(plan.number))
+    seen = sum_terms(config, plan.weight_total, aggregator.digests)
+    agreed = AgreedSum(hospitals, label, _evaluation_counts(plan.number), seen)
     try:
         _, total = collect(domain, rules, agreed, plan.starts, torch.int64, (evaluation_length(classes),))
     except QuorumError as error:

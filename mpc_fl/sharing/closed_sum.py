@@ -1,11 +1,13 @@
 """Closed sums: masked summands whose sum stays closed until those who made them have seen who is in it.
 
 Protocol. U hospitals, an opener that adds nothing, P(i) the `closing` hospitals after i in U, everything modulo 2^k:
-  1. hospital i sends y_i = x_i + sum over j in U of z_ij + sum over j in P(i) of c_ij to the opener. The masks
-     z_ij = -z_ji and c_ij are key streams that i and j both expand from a seed of this sum
+  1. hospital i commits to all its keys of this sum (SHA-256 of each) and sends y_i = x_i + sum over j in U of z_ij + sum
+     over j in P(i) of c_ij to the opener. The masks z_ij = -z_ji and c_ij are key streams that i and j both expand from a
+     seed of this sum and of its transcript T, the digest of what each of them was told of it
   2. the opener fixes V, the hospitals whose summand has come in time (and passed the check of its norm), and tells all
-  3. each i in V sees that V is large enough, records the opening, and sends keys: of z_ij for j in U but not in V, of
-     c_ij for j in P(i), of c_ji for j in V with i in P(j). A seed gives its keys once, for one V (`keys_for`)
+  3. each i in V sees that V is large enough and that all of V confirmed it (`aggregation.quorum_sum`), records the opening,
+     and sends keys: of z_ij for j in U but not in V, of c_ij for j in P(i), of c_ji for j in V with i in P(j). A seed gives
+     its keys once, for one V (`keys_for`)
   4. the opener adds the y_i of V and takes away what the keys expand to (`unmask`). What is left is the sum over V
 
 Who learns what. The opener learns the sum over V; the hospitals learn V. Nobody learns a summand, of V or left out.
@@ -13,20 +15,25 @@ Who learns what. The opener learns the sum over V; the hospitals learn V. Nobody
 Why two kinds of masks. The z_ij cancel in the sum over U, so whoever holds all y_i could open it without asking. A sum over
 U and another over V would show what was left out. The c_ij do not cancel: no sum opens before step 3, and step 3 opens one.
 
-Security. Semi-honest parties. A summand of V stays masked by z_ij for every other j in V: the opener and n-2 hospitals
-together learn the sum of the other two and nothing else (Bonawitz et al., CCS 2017, section 4; Bell et al., CCS 2020). A
-summand that is left out, also one that comes late, stays masked by the c_ij, whose keys nobody sends, against the opener
-and `closing` - 1 hospitals. With `closing` = 0 there are no c_ij, and V must be U: for a run that ends when anybody is lost.
+Security. A summand of V stays masked by z_ij for every other j in V: the opener and |V| - 2 hospitals of V together learn
+the sum of the other two and nothing else (Bonawitz et al., CCS 2017, section 4; Bell et al., CCS 2020). A summand that is
+left out, also one that comes late, stays masked by the c_ij, whose keys nobody sends, against the opener and `closing` - 1
+hospitals. With `closing` = 0 there are no c_ij, and V must be U: for a run that ends when anybody is lost. An opener that
+tells two hospitals different things gives them different T: their masks are independent and do not cancel, so what it adds
+up is uniform (against Pasquini et al., CCS 2022). Keys are 256 random bits, so their hashes show nothing of them; a key that
+does not fit its commitment is known to be its sender's doing, two commitments to one key that differ are that of one of two.
 
 What a lost party costs. Nothing before step 3: V just does not hold it. In step 3 the key of c_ij comes from j, or if j is
 lost from i; only if both are lost the sum stays closed for ever (`ProtocolError`), and what was in it must be made anew.
 
-Rounds and bytes. Two: y_i (k / 8 bytes per element), then V and at most (2 `closing` + n) keys of 32 bytes. The opener
+Rounds and bytes. Two: y_i (k / 8 bytes per element) and at most 2 `closing` + n commitments, then V and as many keys, of 32
+bytes each. The opener
 expands `closing` key streams for each hospital, so its work grows linearly with their number.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -37,17 +44,21 @@ from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
 
 KEY_BYTES = 32
+_NOTHING_OPENED = "it does not follow the protocol; no key was given, do not go on with it"
 Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with whom it is shared
 
 
 @dataclass(frozen=True)
 class SumPlan:
-    """What is public of one sum: its hospitals U in order, its opener, a label used once, and `closing`, |P(i)|."""
+    """What is public of one sum: its hospitals U in order, its opener, a label used once, `closing`, |P(i)|, and the
+    transcript T as this party has it, in hex.
+    """
 
     hospitals: tuple[str, ...]
     opener: str
     label: tuple[Label, ...]
     closing: int
+    transcript: str
 
     def __post_init__(self) -> None:
         if len(set(self.hospitals)) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
@@ -67,6 +78,15 @@ class SumPlan:
         """Whether the hospital adds z_ij (the other one then takes it away)."""
         return self.hospitals.index(hospital) < self.hospitals.index(other)
 
+    def keys_known_to(self, hospital: str) -> list[Key]:
+        """All keys that this hospital of U holds, in the order in which it commits to them."""
+        zero: list[Key] = [("zero", hospital, other) for other in self.hospitals if other != hospital]
+        own: list[Key] = [("closing", hospital, partner) for partner in self.partners(hospital)]
+        others: list[Key] = [
+            ("closing", other, hospital) for other in self.hospitals if hospital in self.partners(other)
+        ]
+        return [*zero, *own, *others]
+
     def keys_of(self, hospital: str, admitted: Sequence[str]) -> list[Key]:
         """The keys that this hospital of V sends in step 3, in this order."""
         zero = [("zero", hospital, other) for other in self.hospitals if other not in admitted]
@@ -84,12 +104,16 @@ class SummandMasks:
         for other in plan.hospitals:
             if other == me:
                 continue
-            pair = seed_with(other).derive("closed sum", *plan.label)
+            pair = seed_with(other).derive("closed sum", *plan.label, plan.transcript)
             self._seeds["zero", me, other] = pair.derive("zero")
             for owner, partner in ((me, other), (other, me)):
                 if partner in plan.partners(owner):
                     self._seeds["closing", owner, partner] = pair.derive("closing", owner)
         self._given = False
+
+    def commitments(self) -> list[str]:
+        """Of every key of this hospital its SHA-256 as hex, in the order of `SumPlan.keys_known_to`."""
+        return [_commitment(self._seeds[key].reveal_for_transport()) for key in self.plan.keys_known_to(self.me)]
 
     def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
         """Step 1, where an update is masked: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else.
@@ -135,14 +159,59 @@ class SummandMasks:
 _NO_KEYS = torch.zeros(0, KEY_BYTES, dtype=torch.uint8)
 
 
+def _commitment(key: bytes) -> str:
+    return hashlib.sha256(b"mpc-fl key of a sum" + key).hexdigest()
+
+
+class KeyCommitments:
+    """What the hospitals of one sum committed to, at the opener: one hash for each key, from both of its holders."""
+
+    def __init__(self, plan: SumPlan) -> None:
+        self._plan = plan
+        self._known: dict[str, dict[Key, str]] = {}
+
+    def take(self, hospital: str, hashes: object) -> None:
+        """Keep a hospital's commitments, as they came.
+
+        Raises `ProtocolError` when they are none, or differ from those of another holder of one of these keys.
+        """
+        keys = self._plan.keys_known_to(hospital)
+        if not isinstance(hashes, list) or len(hashes) != len(keys):
+            raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION)
+        for key, committed in zip(keys, hashes, strict=True):
+            if not isinstance(committed, str) or len(committed) != 2 * KEY_BYTES:
+                raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION)
+            kind, owner, partner = key
+            other = partner if owner == hospital else owner
+            twin = (kind, other, hospital) if kind == "zero" else key
+            if self._known.get(other, {}).get(twin, committed) != committed:
+                raise ProtocolError(
+                    f"{hospital} and {other} committed to different keys of '{self._plan.name}'",
+                    "one of these two does not follow the protocol; nothing was opened",
+                )
+        self._known[hospital] = dict(zip(keys, hashes, strict=True))
+
+    def require(self, hospital: str, key: Key, row: bytes) -> None:
+        """Raise `ProtocolError` unless this is the key that the hospital committed to."""
+        if self._known.get(hospital, {}).get(key) != _commitment(row):
+            raise ProtocolError(
+                f"{hospital} sent another key of '{self._plan.name}' than it committed to",
+                f"{hospital} does not follow the protocol; the sum stays closed",
+            )
+
+
 def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
     """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
     if tuple(name for name in plan.hospitals if name in admitted) != tuple(admitted):
-        raise ProtocolError("a sum was fixed over hospitals that do not belong to it", SAME_VERSION)
+        raise ProtocolError(
+            f"{plan.opener} fixed '{plan.name}' over hospitals that do not belong to it", _NOTHING_OPENED
+        )
     if len(admitted) < max(2, smallest):
-        raise ProtocolError(f"a sum over {len(admitted)} hospitals is too small to be opened", "see federation.quorum")
+        raise ProtocolError(
+            f"{plan.opener} fixed '{plan.name}' over {len(admitted)} hospitals, too few to open it", _NOTHING_OPENED
+        )
     if plan.closing == 0 and len(admitted) < len(plan.hospitals):
-        raise ProtocolError("a sum without closing masks cannot leave anybody out", "set federation.quorum lower")
+        raise ProtocolError(f"{plan.opener} left a hospital out of '{plan.name}', which nobody may be", _NOTHING_OPENED)
 
 
 @dataclass(repr=False)
@@ -155,6 +224,9 @@ class ClosedSum:
     keep: bool = False
     summands: dict[str, torch.Tensor] = field(default_factory=dict)
     _came: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.commitments = KeyCommitments(self.plan)
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -188,7 +260,7 @@ class ClosedSum:
     def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Step 4: the sum over V, of dtype and shape of a summand. `keys` are the answers of step 3 by hospital.
 
-        The summands are used up. Raises `ProtocolError` when keys are missing or malformed.
+        The summands are used up. Raises `ProtocolError` when keys are missing, malformed, or not those committed to.
         """
         known: dict[Key, bytes] = {}
         for name, answer in keys.items():
@@ -196,9 +268,8 @@ class ClosedSum:
             if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
                 raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
             for key, row in zip(names, answer, strict=True):
-                # A closing key counts as its partner gives it: the owner of a summand could still change it by another.
-                if key not in known or key[2] == name:
-                    known[key] = row.numpy().tobytes()
+                known[key] = row.numpy().tobytes()
+                self.commitments.require(name, key, known[key])
         total = self._total(admitted)
         for key in _needed(self.plan, admitted):
             if key not in known:

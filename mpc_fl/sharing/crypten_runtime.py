@@ -18,6 +18,7 @@ import torch
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
 from mpc_fl.links.links import Links
@@ -63,9 +64,9 @@ class CrypTenRuntime:
             if error is None and self.dealer_client is not None:
                 self.dealer_client.finish()
 
-    def domain(self, record: Record) -> CrypTenDomain:
+    def domain(self, record: Record, signatory: Signatory | None = None) -> CrypTenDomain:
         """The secret domain of this runtime, whose openings `record` takes down, also those that CrypTen asks for."""
-        domain = CrypTenDomain(self, record)
+        domain = CrypTenDomain(self, record, signatory)
         self._opener = domain.open_for_crypten
         return domain
 
@@ -92,8 +93,8 @@ class CrypTenDomain(SecretDomain):
     together.
     """
 
-    def __init__(self, runtime: CrypTenRuntime, record: Record) -> None:
-        super().__init__(runtime.links, runtime.world, record, runtime.zero_shares)
+    def __init__(self, runtime: CrypTenRuntime, record: Record, signatory: Signatory | None = None) -> None:
+        super().__init__(runtime.links, runtime.world, record, runtime.zero_shares, signatory)
         self.runtime = runtime
 
     def open_for_crypten(self, tensor: Any, destination: int | None, decode: bool) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ Protocol, for shares among the parties of a world:
 
 Who learns what. The named parties learn the value; the others, and everybody else, nothing. What an opener receives from
 one party is uniform given the sum, so it shows nothing of how the value was computed. A closed sum follows `closed_sum`,
-steps 3 and 4: its summands were sent before, and only keys are left to send.
+steps 3 and 4: with closing masks its summands were sent before and keys are left to send, without them the summands are.
 
 Rounds and bytes. One round, 8 bytes per element (4 over Z_2^32) from every party to each one named. Of a closed sum: one
 message of 32 bytes per key from each hospital to the opener.
@@ -22,7 +22,7 @@ argument for the masks is that of `zero_shares` and `closed_sum`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ import torch
 from mpc_fl.audit.opening_record import Opening, Record, Scalar
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PeerLostError, SecrecyError
 from mpc_fl.links.links import Links
@@ -42,14 +43,28 @@ class SecretDomain:
 
     `world` lists the parties among which values are shared, this one with them. A protocol that draws zero-shares of its
     own beside the openings gives its `zero_shares`, so that both count alike; else they are made here, once per links.
+    `signatory` signs and checks what hospitals confirm of closed sums; other openings do without.
     """
 
     def __init__(
-        self, links: Links, world: Sequence[str], record: Record, zero_shares: ZeroShares | None = None
+        self,
+        links: Links,
+        world: Sequence[str],
+        record: Record,
+        zero_shares: ZeroShares | None = None,
+        signatory: Signatory | None = None,
     ) -> None:
         self.links, self.world, self.record = links, list(world), record
+        self.signatory = signatory
         self.zero_shares = ZeroShares(links, world) if zero_shares is None else zero_shares
         self._sum_seeds: dict[tuple[str, str], Seed] = {}
+        self._transcripts: set[str] = set()
+
+    def take_up(self, transcript: str) -> None:
+        """Note that a summand is about to be masked under this transcript. Raises `SecrecyError` for one that was before."""
+        if transcript in self._transcripts:
+            raise SecrecyError("a sum was asked for twice, with everything the same: its masks would repeat")
+        self._transcripts.add(transcript)
 
     def sum_seed(self, name: str) -> Seed:
         """The seed for closed sums that only this party and `name` know; a new one after either of them came back."""
@@ -59,17 +74,24 @@ class SecretDomain:
         return self._sum_seeds[key]
 
 
+def _nothing_more() -> None:
+    pass
+
+
 @dataclass(frozen=True, repr=False)
 class FixedSum:
     """A closed sum over V, `admitted`, ready to be opened: this party's masks of it, or the opener's `ClosedSum`.
 
-    V has at least `smallest` hospitals. `fraction_bits` are those of the summands.
+    V has at least `smallest` hospitals. `fraction_bits` are those of the summands. `recorded` is called when the opening is
+    in this party's record and before it sends or awaits a key: the opener then tells what was confirmed, and a hospital
+    whose summand has no closing masks sends it.
     """
 
     part: SummandMasks | ClosedSum
     admitted: tuple[str, ...]
     smallest: int
     fraction_bits: int
+    recorded: Callable[[], None] = _nothing_more
 
 
 def open_to(
@@ -107,15 +129,19 @@ def _open_fixed_sum(
     if who != [plan.opener]:
         raise SecrecyError(f"the sum '{plan.name}' can be opened to {plan.opener} alone")
     among, tag = (*fixed.admitted, plan.opener), f"keys {plan.name}"
+    opening = Opening(what, why, tuple(part.shape), tuple(who), among, privacy)
     if isinstance(part, SummandMasks):
         keys = part.keys_for(fixed.admitted, fixed.smallest)
-        domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
-        links.send_tensor(plan.opener, tag, keys)
+        domain.record.append(opening)
+        fixed.recorded()
+        if plan.closing:
+            links.send_tensor(plan.opener, tag, keys)
         return None
     require_admissible(plan, fixed.admitted, fixed.smallest)
-    domain.record.append(Opening(what, why, tuple(part.shape), tuple(who), among, privacy))
+    domain.record.append(opening)
+    fixed.recorded()
     answers: dict[str, torch.Tensor] = {}
-    for name in fixed.admitted:
+    for name in fixed.admitted if plan.closing else ():
         try:
             answers[name] = links.receive_tensor(name, tag, torch.uint8, None)
         except PeerLostError:

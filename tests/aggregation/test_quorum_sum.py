@@ -15,10 +15,13 @@ from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import MpcFlError
+from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
 from tests.support.harness import run_parties_in_memory
+from tests.support.signatories import signatories
 
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2", "hospital-3")
 AGGREGATOR = "aggregator"
@@ -43,8 +46,9 @@ def _summand(name: str, dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor([[1, -2, 3], [torch.iinfo(dtype).max, 5, 6]], dtype=dtype) * (HOSPITALS.index(name) + 1)
 
 
-def one_sum(links: Any, directory: str, rules: Rules, dtype: torch.dtype) -> Any:
-    domain = SecretDomain(links, WORLD, OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+def one_sum(links: Any, directory: str, rules: Rules, dtype: torch.dtype, signatory: dict[str, Signatory]) -> Any:
+    record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
+    domain = SecretDomain(links, WORLD, record, signatory=signatory[links.name])
     agreed = AgreedSum(HOSPITALS, ("update", 1), Description("mean update", "round 1"))
     if links.name == AGGREGATOR:
         starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
@@ -61,14 +65,15 @@ def one_sum(links: Any, directory: str, rules: Rules, dtype: torch.dtype) -> Any
 def test_the_sum_over_those_admitted_is_exact_and_recorded_alike(
     refused: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    rules = Rules(AGGREGATOR, 3, 2, 60.0, Refusing(refused))
-    results = run_parties_in_memory(one_sum, WORLD, str(tmp_path), rules, dtype)
+    rules = Rules(AGGREGATOR, HOSPITALS, 3, 2, 60.0, Refusing(refused))
+    signatory = signatories(WORLD, tmp_path / "identities")
+    results = run_parties_in_memory(one_sum, WORLD, str(tmp_path), rules, dtype, signatory)
     admitted = tuple(name for name in HOSPITALS if name not in refused)
     expected = torch.stack([_summand(name, dtype) for name in admitted]).sum(0, dtype=dtype)
     assert results[AGGREGATOR] == (admitted, expected.tolist(), False)
     for name in HOSPITALS:
-        # Only what is in the sum was released, and only those in it open it.
-        assert results[name] == (admitted, None, name in admitted)
+        # Every summand was sent, and so released; only those in the sum open it.
+        assert results[name] == (admitted, None, True)
     for name in WORLD:
         path = tmp_path / f"{name}.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -77,17 +82,36 @@ def test_the_sum_over_those_admitted_is_exact_and_recorded_alike(
         assert about == ([] if name in refused else [stated])
 
 
-def too_few(links: Any, directory: str) -> str:
+def test_without_closing_masks_all_confirm_before_they_send(tmp_path: Path) -> None:
+    signatory, sent = signatories(WORLD, tmp_path / "identities"), list[str]()
+
+    def watch(network: InMemoryNetwork) -> None:
+        network.watch(lambda sender, _, frame: sent.append(f"{sender} {frame.tag}"))
+
+    rules = Rules(AGGREGATOR, HOSPITALS, 4, 0, 60.0)
+    results = run_parties_in_memory(one_sum, WORLD, str(tmp_path), rules, torch.int32, signatory, prepare=watch)
+    expected = torch.stack([_summand(name, torch.int32) for name in HOSPITALS]).sum(0, dtype=torch.int32)
+    assert results[AGGREGATOR] == (HOSPITALS, expected.tolist(), False)
+    summands = [at for at, message in enumerate(sent) if " summand " in message]
+    confirmed = [at for at, message in enumerate(sent) if " ready " in message]
+    assert len(summands) == len(confirmed) == 4 and max(confirmed) < min(summands)
+    assert not [message for message in sent if " keys " in message]
+
+
+def too_few(links: Any, directory: str, signatory: dict[str, Signatory]) -> str:
+    rules = Rules(AGGREGATOR, HOSPITALS, 3, 2, 60.0, Refusing(HOSPITALS[:2]))
     try:
-        one_sum(links, directory, Rules(AGGREGATOR, 3, 2, 60.0, Refusing(HOSPITALS[:2])), torch.int32)
+        one_sum(links, directory, rules, torch.int32, signatory)
     except MpcFlError as error:
         return str(error)
     return "opened"
 
 
 def test_fewer_than_the_quorum_open_nothing(tmp_path: Path) -> None:
+    signatory = signatories(WORLD, tmp_path / "identities")
+
     def at_the_aggregator(links: Any) -> str:
-        said = too_few(links, str(tmp_path))
+        said = too_few(links, str(tmp_path), signatory)
         if links.name == AGGREGATOR:
             for name in HOSPITALS:  # as a run that ends: the hospitals wait for its next word
                 links.send_object(name, "word", {"word": "end"})

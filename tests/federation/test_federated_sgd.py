@@ -51,6 +51,7 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
     from mpc_fl.learning.models.parameters import flatten_parameters
     from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
     from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
+    from tests.support.signatories import signatory_in
 
     config = _config()
     rules, aggregator = sum_rules(config), prepare_aggregator(config)
@@ -60,7 +61,8 @@ def steps(links: Any, directory: str) -> dict[str, Any]:
     starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
     plan = RoundPlan(1, 0, tuple(HOSPITALS), starts, (), 128, False)
     with CrypTenRuntime(links, [*HOSPITALS, "aggregator"], None, 24) as runtime:
-        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
+        signatory = signatory_in(Path(directory), links.name, [*HOSPITALS, "aggregator"])
+        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name), signatory)
         links.set_phase("steps")
         if links.name == "aggregator":
             opened: list[torch.Tensor] = []

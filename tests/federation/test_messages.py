@@ -110,7 +110,7 @@ def test_hospitals_receive_nothing_but_the_global_model(training: dict[str, Any]
 def test_the_aggregator_receives_uniform_shares_and_their_sum_is_the_mean(training: dict[str, Any]) -> None:
     received = _tensors(training["aggregator"])
     kinds = {tag.split()[0] for _, tag, _ in received}
-    assert kinds == {"summand", "keys"}
+    assert kinds == {"summand"}  # nobody may be left out, so there are no keys
     assert all(values.size == 0 for _, tag, values in received if tag.startswith("keys")), "nobody may be left out here"
     for rank in range(3):
         own = training[f"hospital-{rank}"]["own"]["update"].double().numpy()
@@ -152,12 +152,13 @@ def test_control_messages_hold_no_numbers_of_patients(training: dict[str, Any]) 
             elif tag == "word":
                 # Who takes part, and the power of two above the number of all patients (91, so 128).
                 assert set(payload) <= {"word", "number", "attempt", "hospitals", "starts", "newcomers", "weight_total",
-                                        "resumed"}  # fmt: skip
+                                        "resumed", "signatures"}  # fmt: skip
                 assert payload.get("weight_total", 1) in (1, 128) and payload.get("number", 0) in (0, 1, 2)
             elif tag == "present":
                 assert set(payload) == {"held"} and all(len(key) == 64 for key in payload["held"].values())
             elif tag.startswith("ready"):
-                assert payload == {}
+                # A signature over what all in the sum were told.
+                assert set(payload) == {"confirmation"} and len(payload["confirmation"]) <= 144
             elif kind == "OBJECT":
                 assert payload == {"rounds": 1}  # the end of the run, as configured
             elif kind != "TENSOR":

@@ -26,7 +26,7 @@ def parties(count: int, closing: int, shape: tuple[int, ...] = (3,), label: str 
     """The masks of all hospitals of one sum, each pair with a seed of its own."""
     names = tuple(f"hospital-{rank}" for rank in range(count))
     keys = {frozenset(pair): secrets.token_bytes(32) for pair in combinations(names, 2)}
-    plan = SumPlan(names, "aggregator", (label,), closing)
+    plan = SumPlan(names, "aggregator", (label,), closing, "seen alike")
     return {
         name: SummandMasks(plan, name, shape, lambda other, name=name: Seed(keys[frozenset((name, other))]))  # type: ignore[misc]
         for name in names
@@ -37,6 +37,8 @@ def opened(masks: dict[str, SummandMasks], values: dict[str, torch.Tensor], admi
     """Everybody sends; V is `admitted`; those in `lost` give no keys."""
     plan = next(iter(masks.values())).plan
     closed = ClosedSum(plan, next(iter(values.values())).dtype, (3,), keep=len(admitted) < len(masks))
+    for name in masks:
+        closed.commitments.take(name, masks[name].commitments())
     for name in admitted:
         closed.take(name, masks[name].masked(Private("x", values[name])))
     keys = {name: masks[name].keys_for(admitted, 2) for name in admitted if name not in lost}
@@ -87,6 +89,46 @@ def test_the_keys_of_two_partners_lost_together_close_the_sum_for_ever() -> None
         opened(masks, values, list(masks), ["hospital-0", "hospital-1"])
 
 
+def test_masks_of_different_transcripts_do_not_cancel() -> None:
+    """Two hospitals that were told different things: what the opener adds up is uniform, whatever it leaves out."""
+    names = ("hospital-0", "hospital-1", "hospital-2")
+    keys = {frozenset(pair): secrets.token_bytes(32) for pair in combinations(names, 2)}
+    sent = {}
+    for name in names:
+        told = "another" if name == "hospital-2" else "one"
+        plan = SumPlan(names, "aggregator", ("test",), 0, told)
+        masks = SummandMasks(plan, name, (20_000,), lambda other, name=name: Seed(keys[frozenset((name, other))]))  # type: ignore[misc]
+        sent[name] = masks.masked(Private("x", torch.zeros(20_000, dtype=torch.int32)))
+    for size in (1, 2, 3):
+        for chosen in combinations(sent, size):
+            assert _uniform(sum(sent[name] for name in chosen)) > FALSE_ALARM, chosen  # type: ignore[arg-type]
+
+
+def test_who_sends_another_key_than_it_committed_to_is_named() -> None:
+    masks = parties(4, 1)
+    plan, names = masks["hospital-0"].plan, list(masks)
+    closed = ClosedSum(plan, torch.int32, (3,))
+    for name in names:
+        closed.commitments.take(name, masks[name].commitments())
+        closed.take(name, masks[name].masked(Private("x", torch.ones(3, dtype=torch.int32))))
+    keys = {name: masks[name].keys_for(names, 2) for name in names}
+    keys["hospital-2"][0, 5] ^= 1
+    with pytest.raises(ProtocolError, match="hospital-2 sent another key .* than it committed to"):
+        closed.unmask(names, keys)
+
+
+def test_two_hospitals_that_commit_to_different_keys_are_both_named() -> None:
+    masks = parties(4, 1)
+    closed = ClosedSum(masks["hospital-0"].plan, torch.int32, (3,))
+    closed.commitments.take("hospital-0", masks["hospital-0"].commitments())
+    lied = masks["hospital-1"].commitments()
+    with pytest.raises(ProtocolError, match="hospital-1 and hospital-0 committed to different keys"):
+        closed.commitments.take("hospital-1", ["0" * 64, *lied[1:]])
+    for bad in (None, lied[:-1], [*lied[:-1], 5]):
+        with pytest.raises(ProtocolError, match="hospital-1 did not commit"):
+            closed.commitments.take("hospital-1", bad)
+
+
 def test_a_sum_opens_over_one_set_only() -> None:
     masks = parties(4, 2)
     first = masks["hospital-0"]
@@ -98,8 +140,8 @@ def test_a_sum_opens_over_one_set_only() -> None:
 @pytest.mark.parametrize(
     ("admitted", "smallest", "why"),
     [
-        (["hospital-0", "hospital-1"], 3, "too small"),
-        (["hospital-0"], 1, "too small"),
+        (["hospital-0", "hospital-1"], 3, "too few"),
+        (["hospital-0"], 1, "too few"),
         (["hospital-1", "hospital-0", "hospital-2"], 2, "do not belong"),
         (["hospital-0", "hospital-9", "hospital-2"], 2, "do not belong"),
     ],
@@ -108,7 +150,7 @@ def test_what_may_not_be_opened(admitted: list[str], smallest: int, why: str) ->
     masks = parties(4, 2)
     with pytest.raises(ProtocolError, match=why):
         masks["hospital-0"].keys_for(admitted, smallest)
-    with pytest.raises(ProtocolError, match="cannot leave anybody out"):
+    with pytest.raises(ProtocolError, match="left a hospital out"):
         require_admissible(parties(3, 0)["hospital-0"].plan, ["hospital-0", "hospital-1"], 2)
 
 

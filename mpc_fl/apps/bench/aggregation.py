@@ -1,8 +1,9 @@
 """One round of secure aggregation, beside a plain all-reduce over the same links and the same sum in stock CrypTen.
 
 All three in one run, each hospital a process of one thread, all of them with the update in memory, from a common start:
-- `closed sum`: encode, mask, send; fix who is in it, send keys, unmask, decode (`quorum_sum`), noise off. `seconds` end when
-  the aggregator has the mean, `seconds_with_reply` when every hospital has it too
+- `closed sum`: encode, mask, send; fix who is in it, confirm, send keys, unmask, decode (`quorum_sum`), noise off. `seconds`
+  end when the aggregator has the mean, `seconds_with_reply` when every hospital has it too and has taken its digest, which
+  the next sum is bound to. In turn with it the same sum without transcript and confirmation (`unbound_sum`)
 - `all-reduce`: float32 updates to the aggregator, which adds them up and sends the mean back, over the same TLS links
 - `crypten`: stock CrypTen over gloo without encryption: every party shares its update with all, sums, opens to one. As its
   users run it, without the large pages that this project gives its processes
@@ -17,25 +18,29 @@ import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from cryptography import x509
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.apps.bench.processes import run_processes
 from mpc_fl.apps.bench.stock_crypten import stock_crypten
+from mpc_fl.apps.bench.unbound_sum import UnboundSum
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.memory import peak_memory, use_large_pages
+from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import MpcFlError, RunFailedError
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
@@ -64,6 +69,9 @@ class AggregationFigures:
     seconds_with_reply: float
     seconds_plain_allreduce: float
     ratio_vs_plain_allreduce: float
+    seconds_unbound: float
+    ratio_to_unbound: float
+    ratio_to_unbound_with_reply: float
     bytes_sent_per_hospital: int
     bytes_sent_per_parameter: float
     peak_memory_bytes: int
@@ -94,6 +102,9 @@ def measure_aggregation(
         seconds_with_reply=ours.seconds,
         seconds_plain_allreduce=plain.seconds,
         ratio_vs_plain_allreduce=ours.seconds / plain.seconds,
+        seconds_unbound=ours.unbound_opened,
+        ratio_to_unbound=ours.opened / ours.unbound_opened,
+        ratio_to_unbound_with_reply=ours.seconds / ours.unbound,
         bytes_sent_per_hospital=ours.bytes,
         bytes_sent_per_parameter=ours.bytes / parameters,
         peak_memory_bytes=ours.memory,
@@ -137,11 +148,13 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one process measured; `opened` at the aggregator alone, `bytes` at hospitals."""
+    """What one process measured; `opened` at the aggregator alone, `bytes` at hospitals. `unbound` as `seconds`."""
 
     seconds: float
     memory: int
     opened: float = 0.0
+    unbound: float = 0.0
+    unbound_opened: float = 0.0
     bytes: int = 0
     exact: bool = True
 
@@ -172,6 +185,8 @@ def _run(way: Literal["closed sum", "all-reduce", "crypten"], size: _Size, left_
     return _Outcome(
         seconds=max(result.seconds for result in results),
         opened=max(result.opened for result in results),
+        unbound=max(result.unbound for result in results),
+        unbound_opened=max(result.unbound_opened for result in results),
         bytes=max(result.bytes for result in results),
         memory=max(result.memory for result in results),
         exact=all(result.exact for result in results),
@@ -200,28 +215,43 @@ def _update(rank: int, parameters: int) -> torch.Tensor:
     return torch.sin(torch.arange(parameters, dtype=torch.float32) * (0.001 * (rank + 1))) * 0.1
 
 
-def _timed(links: Links, task: _Task, once: Callable[[int], tuple[Any, float]]) -> tuple[float, float, Any]:
-    """Median seconds, at the aggregator, from its word until all hospitals have acknowledged, and until the moment that
-    `once` says; and the last outcome."""
-    seconds, opened, outcome = [], [], None
+@dataclass
+class _Times:
+    """Of each round, at the aggregator: seconds from its word until all hospitals have acknowledged, and until the moment
+    that the round says. `outcome` is that of the last round of the last way."""
+
+    seconds: list[float] = field(default_factory=list)
+    opened: list[float] = field(default_factory=list)
+    outcome: Any = None
+
+    @property
+    def medians(self) -> tuple[float, float]:
+        """Both, 0 where nothing was timed."""
+        return (statistics.median(self.seconds), statistics.median(self.opened)) if self.seconds else (0.0, 0.0)
+
+
+def _timed(links: Links, task: _Task, ways: Mapping[str, Callable[[int], tuple[Any, float]]]) -> dict[str, _Times]:
+    """Rounds of each way in turn, each in a phase of its name."""
+    times = {way: _Times() for way in ways}
     for repeat in range(task.size.repeats):
-        outcome = None
-        if links.name != AGGREGATOR:
-            links.receive_object(AGGREGATOR, "go")
-            outcome, _ = once(repeat)
-            links.send_object(AGGREGATOR, "done", {})
-            continue
-        began = time.perf_counter()
-        for name in task.hospitals:
-            links.send_object(name, "go", {})
-        outcome, moment = once(repeat)
-        for name in task.hospitals:
-            links.receive_object(name, "done")
-        seconds.append(time.perf_counter() - began)
-        opened.append(moment - began)
-    if not seconds:
-        return 0.0, 0.0, outcome
-    return statistics.median(seconds), statistics.median(opened), outcome
+        for way, once in ways.items():
+            links.set_phase(way)
+            for each in times.values():  # no more than one is held at a time
+                each.outcome = None
+            if links.name != AGGREGATOR:
+                links.receive_object(AGGREGATOR, "go")
+                times[way].outcome, _ = once(repeat)
+                links.send_object(AGGREGATOR, "done", {})
+                continue
+            began = time.perf_counter()
+            for name in task.hospitals:
+                links.send_object(name, "go", {})
+            times[way].outcome, moment = once(repeat)
+            for name in task.hospitals:
+                links.receive_object(name, "done")
+            times[way].seconds.append(time.perf_counter() - began)
+            times[way].opened.append(moment - began)
+    return times
 
 
 class _ClosedSum:
@@ -233,24 +263,44 @@ class _ClosedSum:
         self.shape = (task.size.parameters,)
         self.headroom, self.weight = MeanHeadroom(FixedPoint(24, 64.0), len(self.members)), 1 / len(self.members)
         quorum, closing = (2, 2) if task.left_out else (len(self.members), 0)
-        self.rules = Rules(AGGREGATOR, quorum, closing, _WAIT)
+        self.rules = Rules(AGGREGATOR, self.members, quorum, closing, _WAIT)
         self.starts = {name: links.key_fingerprint(name) for name in self.members}
+        self.unbound = UnboundSum(self.domain, self.members, AGGREGATOR, closing)
+        self.digest = ""
+
+    def _encoded(self) -> Private[torch.Tensor]:
+        return Private("update", self.headroom.encode(self.update, self.weight, "update"))
 
     def once(self, repeat: int) -> tuple[torch.Tensor, float]:
         """A round: the sum and the moment that it was opened, at the aggregator; the mean and 0 at a hospital."""
-        links, headroom = self.domain.links, self.headroom
-        agreed = AgreedSum(self.members, ("round", repeat), _ABOUT)
-        if links.name != AGGREGATOR:
-            encoded = Private("update", headroom.encode(self.update, self.weight, "update"))
-            contribute(self.domain, self.rules, agreed, encoded)
-            del encoded
-            return links.receive_tensor(AGGREGATOR, "mean", torch.float32, self.shape), 0.0
-        _, total = collect(self.domain, self.rules, agreed, self.starts, headroom.dtype, self.shape)
-        mean = headroom.decode(total, 1.0, torch.float32)
+        agreed = AgreedSum(self.members, ("round", repeat), _ABOUT, {"parameters": self.digest})
+        if self.domain.links.name != AGGREGATOR:
+            contribute(self.domain, self.rules, agreed, self._encoded())
+            mean = self._mean()
+            self.digest = tensor_digest(mean)
+            return mean, 0.0
+        _, total = collect(self.domain, self.rules, agreed, self.starts, self.headroom.dtype, self.shape)
+        mean, moment = self._reply(total)
+        self.digest = tensor_digest(mean)
+        return total, moment
+
+    def once_unbound(self, repeat: int) -> tuple[torch.Tensor, float]:
+        """The same without transcript and confirmation."""
+        if self.domain.links.name != AGGREGATOR:
+            self.unbound.contribute(repeat, self._encoded())
+            return self._mean(), 0.0
+        total = self.unbound.collect(repeat, self.headroom.dtype, self.shape)
+        return total, self._reply(total)[1]
+
+    def _reply(self, total: torch.Tensor) -> tuple[torch.Tensor, float]:
+        mean = self.headroom.decode(total, 1.0, torch.float32)
         moment = time.perf_counter()
         for name in self.members:
-            links.send_tensor(name, "mean", mean)
-        return total, moment
+            self.domain.links.send_tensor(name, "mean", mean)
+        return mean, moment
+
+    def _mean(self) -> torch.Tensor:
+        return self.domain.links.receive_tensor(AGGREGATOR, "mean", torch.float32, self.shape)
 
     def is_exact(self, total: torch.Tensor) -> bool:
         """Whether `total` is the sum of the updates that all know."""
@@ -262,17 +312,24 @@ class _ClosedSum:
 def _closed_sum(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
     with CrypTenRuntime(links, [*task.hospitals, AGGREGATOR], None, 24) as runtime:
         record = OpeningRecord(task.folder / f"{links.name}.jsonl", links.name)
-        part = _ClosedSum(runtime.domain(record), task, update)
+        part = _ClosedSum(runtime.domain(record, _signatory(task, links.name)), task, update)
         part.once(-1)  # the first round makes the seeds
-        links.set_phase("measured")
+        part.once_unbound(-1)
         held = _reset_peak()
-        seconds, opened, total = _timed(links, task, part.once)
+        times = _timed(links, task, {"unbound": part.once_unbound, "bound": part.once})
         memory = peak_memory() - held + update.numel() * _FLOAT
         links.set_phase("closed")
+    (seconds, opened), unbound = times["bound"].medians, times["unbound"].medians
     if links.name == AGGREGATOR:
-        return _Outcome(seconds, memory, opened, exact=part.is_exact(total))
-    sent = sum(peer.bytes_sent for peer in links.traffic["measured"].values())
-    return _Outcome(seconds, memory, opened, bytes=sent // task.size.repeats)
+        return _Outcome(seconds, memory, opened, *unbound, exact=part.is_exact(times["bound"].outcome))
+    sent = sum(peer.bytes_sent for peer in links.traffic["bound"].values())
+    return _Outcome(seconds, memory, bytes=sent // task.size.repeats)
+
+
+def _signatory(task: _Task, name: str) -> Signatory:
+    identities = {each: load_identity(task.folder / each, each) for each in task.names}
+    certificates = {each: x509.load_pem_x509_certificate(identities[each].certificate) for each in task.names}
+    return Signatory(identities[name], certificates.get)
 
 
 def _all_reduce(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
@@ -292,7 +349,7 @@ def _all_reduce(links: Links, task: _Task, update: torch.Tensor) -> _Outcome:
 
     once(-1)
     held = _reset_peak()
-    seconds, _, _ = _timed(links, task, once)
+    seconds, _ = _timed(links, task, {"plain": once})["plain"].medians
     return _Outcome(seconds, peak_memory() - held)
 
 
