@@ -71,8 +71,11 @@ class RoundCheck:
         from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
         links = domain.links.scoped(scope)
-        with CrypTenRuntime(links, list(world), DEALER, self.fraction_bits, self.ahead_bytes) as runtime:
-            yield NormCheck(self.test, self.parameters), runtime.domain(domain.record)
+        try:
+            with CrypTenRuntime(links, list(world), DEALER, self.fraction_bits, self.ahead_bytes) as runtime:
+                yield NormCheck(self.test, self.parameters), runtime.domain(domain.record)
+        finally:
+            links.end_scope()
 
 
 def check_of(
@@ -117,6 +120,8 @@ def _serve(links: Links, world: list[str], ahead_bytes: int) -> None:
         Dealer(links, world, ahead_bytes).serve()
     except MpcFlError as error:
         log.warning("a check ended without all its parties: %s", error)
+    finally:
+        links.end_scope()
 
 
 def end_checks(links: Links, config: Config) -> None:

@@ -7,8 +7,8 @@ ends only the waits for that one.
 What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its stream is read no further, so that it has
 to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
 waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
-circle nobody has paused, and no pause can be part of a deadlock. What then comes beyond `most` ends the link with the
-sender: no protocol has so much under way.
+circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
+with it ends after `patience`, unless something of it is taken: no protocol has so much under way.
 
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
 the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
@@ -30,6 +30,7 @@ from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
+_FRAMES_AHEAD = 4  # of the largest that this party has taken
 _SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
@@ -79,6 +80,7 @@ class Mailboxes:
         self._counter = counter
         self._boxes = {name: _Mailbox() for name in peers}
         self._ended_tags = EndedTags()
+        self._largest_taken = 0
         self._waiting = self._pausing = self._failures = 0  # threads that wait, readers that pause, failures so far
         self._changed = threading.Condition()
         self._started = False
@@ -119,25 +121,38 @@ class Mailboxes:
         raise ProtocolError("a greeting came twice", SAME_VERSION)
 
     def _keep(self, sender: str, frame: Frame) -> None:
-        bounds = self._tolerance.unread
         with self._changed:
             box = self._boxes[sender]
             if self._closing or frame.tag in self._ended_tags:
                 return
-            # A single frame may be as large as it likes: a protocol may be about to ask for it.
-            if box.inbox.unread > 0 and box.inbox.unread + memory_of(frame) > bounds.most:
-                raise ProtocolError(
-                    f"{sender} sent more than {bounds.most >> 20} MiB that nobody has asked for", SAME_VERSION
-                )
+            # One frame alone may be as large as it likes: a protocol may be about to ask for it.
+            alone = box.inbox.unread == 0
             box.inbox.put(frame)
             self._changed.notify_all()
-            start = box.starts
             self._pausing += 1
-            while box.inbox.unread > bounds.pause and not self._waiting and not self._closing:
-                if box.failure is not None or box.starts != start or self._interruption is not None:
-                    break
-                self._changed.wait(_SLICE)
-            self._pausing -= 1
+            try:
+                self._pause_reading(sender, alone)
+            finally:
+                self._pausing -= 1
+
+    def _pause_reading(self, sender: str, alone: bool) -> None:
+        """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
+        bounds, box = self._tolerance.unread, self._boxes[sender]
+        start, deadline = box.starts, None
+        while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
+            if box.failure is not None or box.starts != start:
+                return
+            if not self._waiting:
+                deadline = None
+            elif alone or box.inbox.unread <= max(bounds.most, _FRAMES_AHEAD * self._largest_taken):
+                return
+            elif deadline is None:
+                deadline = time.monotonic() + bounds.patience
+            elif time.monotonic() > deadline:
+                raise ProtocolError(
+                    f"{sender} sent {box.inbox.unread >> 20} MiB that nobody has asked for", SAME_VERSION
+                )
+            self._changed.wait(min(_SLICE, bounds.patience))
 
     def lose(self, peer: str, failure: MpcFlError, explained: bool = False) -> None:
         """Note why a peer is lost, and with a relay those behind it; the first reason stays."""
@@ -293,6 +308,7 @@ class Mailboxes:
             if waited:
                 self._await_message(sender, tag, began + seconds, seconds)
             frame = box.inbox.take(tag)
+            self._largest_taken = max(self._largest_taken, memory_of(frame))
             if self._pausing:
                 self._changed.notify_all()
             traffic = self._counter.of(sender)

@@ -48,19 +48,22 @@ class Unread:
     """Bytes of memory for what has arrived from one peer and nobody has taken (`mailboxes` says what happens then).
 
     An honest peer is ahead by what it sends without an answer: a summand, a model, two tensors of an exchange between all
-    (44 MB each for ResNet18, 1.2 GB for a network of 300 million parameters), and corrections of the dealer, which it counts
-    itself (`runtime.dealer_ahead_bytes`, 256 MiB unless said otherwise). `pause` is above what the dealer sends ahead, so
-    that it never waits for want of room; `most` is above all of it together. One frame alone is never too much, and beside
-    what is unread one more may be on its way (`frames.MAX_PAYLOAD`).
+    (44 MB each for ResNet18), and corrections of the dealer, which it counts itself (`runtime.dealer_ahead_bytes`, 256 MiB
+    unless said otherwise). `pause` is twice what the dealer sends ahead, so that it never waits for want of room; `most` is
+    above all of it together. For networks of hundreds of millions of parameters it grows: to four times the largest frame
+    that this party has taken. One frame alone is never too much, and beside what is unread one more may be on its way
+    (`frames.MAX_PAYLOAD`). `patience`: seconds that somebody who waits may need to take what has arrived, on a machine with
+    other things to do.
     """
 
     pause: int = 512 << 20
-    most: int = 4 << 30
+    most: int = 1 << 30
+    patience: float = 10.0
 
     @classmethod
     def with_dealer_ahead(cls, ahead_bytes: int) -> Unread:
         """Room for a dealer that sends so many bytes ahead of need."""
-        return cls(max(cls.pause, 2 * ahead_bytes), cls.most + ahead_bytes)
+        return cls(max(cls.pause, 2 * ahead_bytes), max(cls.most, 4 * ahead_bytes))
 
 
 @dataclass(frozen=True)
