@@ -33,6 +33,8 @@ class Peer:
 
     def forget_link(self) -> None:
         """Forget a link that is gone, so that the peer can connect anew. The caller holds the writer's lock."""
+        if self.conversation is not None:
+            self.conversation.cut()  # the other end may keep it open
         self.conversation, self.reader = None, FrameReader(greetings_only=True)
         self.writer.next_sequence = 0
         self.sealer = self.unsealer = None
