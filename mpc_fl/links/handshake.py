@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,10 @@ def greeting_digest(greeting: dict[str, Any]) -> str:
 def make_greeting(
     identity: Identity, agreement: Agreement, receiver: str, public_key: bytes, answers: str = ""
 ) -> dict[str, Any]:
-    """A signed greeting for `receiver`; `answers` is the digest of the greeting it answers, empty in a first one."""
+    """A signed greeting for `receiver`; `answers` is the digest of the greeting it answers, empty in a first one.
+
+    A nonce beside that makes it another one each time, also of the same start: what was said before is told from what is new.
+    """
     greeting: dict[str, Any] = {
         "name": identity.name,
         "to": receiver,
@@ -61,7 +65,7 @@ def make_greeting(
         "digest": agreement.digest,
         "task": agreement.task,
         "public_key": public_key.hex(),
-        "answers": answers,
+        "answers": f"{answers}:{secrets.token_hex(16)}",
         "certificate": identity.certificate.decode("ascii"),
     }
     return {**greeting, "signature": sign(identity, _PURPOSE, _canonical(greeting)).hex()}
@@ -99,7 +103,7 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
                 f"{sender} and {trusted.name} do not have the same {words}",
                 "give all parties the same file and version",
             )
-    if greeting["answers"] != answers:
+    if greeting["answers"].partition(":")[0] != answers:
         raise HandshakeError("the greeting answers another one")
     try:
         public_key = bytes.fromhex(greeting["public_key"])

@@ -12,11 +12,6 @@ from mpc_fl.errors import LinkError, SecrecyError
 from mpc_fl.links.handshake import Agreement, pairwise_key
 
 
-def fingerprint_of(public_key: bytes) -> str:
-    """SHA-256 of an X25519 public key, as hex."""
-    return hashlib.sha256(public_key).hexdigest()
-
-
 class PairwiseKeys:
     """One fresh key pair and what follows from it with each peer's. Its lock is held for itself alone."""
 
@@ -42,11 +37,14 @@ class PairwiseKeys:
         """SHA-256 of the public key of this party or of a peer, as hex; empty for a peer that was never connected."""
         with self._lock:
             key = self.public_key if party == self.name else self._peers.get(party)
-        return "" if key is None else fingerprint_of(key)
+        return "" if key is None else hashlib.sha256(key).hexdigest()
 
-    def sealing_key(self, peer: str, public_key: bytes, sender: str, receiver: str) -> bytes:
-        """32 secret bytes for the sealed chunks of one direction between this party and `peer`."""
-        purpose = f"sealed {sender}>{receiver}"
+    def sealing_key(self, peer: str, public_key: bytes, sender: str, receiver: str, greetings: str) -> bytes:
+        """32 secret bytes for the sealed chunks of one direction between this party and `peer`.
+
+        `greetings` says which two made the link: a link made anew counts its chunks from zero, under a key of its own.
+        """
+        purpose = f"sealed {sender}>{receiver} {greetings}"
         return pairwise_key(self._own, public_key, (self.name, peer), self._agreement, purpose)
 
     def seed(self, peer: str, purpose: str) -> Seed:

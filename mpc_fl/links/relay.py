@@ -20,7 +20,6 @@ from mpc_fl.errors import HandshakeError, LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
-from mpc_fl.links.keys import fingerprint_of
 from mpc_fl.links.mailboxes import Mailboxes, not_relayable
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
@@ -127,35 +126,38 @@ class Relay:
             raise not_relayable(origin.name)
         if sender is None or not sender.route.relayed:
             raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
-        answers = greeting_digest(sender.greeting or {}) if sender.route.how == "relay, first" else ""
+        said, first = greeting_digest(greeting), sender.route.how == "relay, first"
+        answered = greeting_digest(sender.greeting or {}) if first else ""
         try:
-            public_key = self._greeter.check(sender.name, greeting, answers)
-            self._require_new(sender, public_key)
-            sealing = self._sealing(sender.name, public_key)
+            public_key = self._greeter.check(sender.name, greeting, answered)
+            self._require_new(sender, said)
+            answer = None if first else self._greeter.greet(sender.name, said)
+            made_by = f"{answered} {said}" if answer is None else f"{said} {greeting_digest(answer)}"
+            sealing = self._sealing(sender.name, public_key, made_by)
         except HandshakeError as error:
             log.warning("refused a greeting of %s that came through %s: %s", sender.name, origin.name, error)
             return
-        if sender.route.how == "relay, second":
+        if answer is not None:
             if self._mailboxes.may_return(sender.name):
                 self._outgoing.begin_again(sender)
-            answer = self._greeter.greet(sender.name, greeting_digest(greeting))
             self._outgoing.put(origin, Kind.RELAY_GREETING, "", answer)
         sender.sealer, sender.unsealer = sealing
+        sender.greeted = said
         self._arrivals.accept(sender, public_key)
 
-    def _require_new(self, sender: Peer, public_key: bytes) -> None:
+    def _require_new(self, sender: Peer, said: str) -> None:
         """Raise `HandshakeError` for a genuine greeting that was said before, or by whom this party cannot take back."""
-        if self._greeter.keys.fingerprint(sender.name) == fingerprint_of(public_key):
+        if sender.greeted == said:
             raise HandshakeError(f"{sender.name} said that before")
         returns = sender.route.how == "relay, second" and self._mailboxes.may_return(sender.name)
         if self._mailboxes.connected(sender.name) and not returns:
             raise HandshakeError(f"{sender.name} is connected already")
 
-    def _sealing(self, peer: str, public_key: bytes) -> tuple[Sealer, Unsealer]:
-        """Raises `HandshakeError` for a public key of small order."""
+    def _sealing(self, peer: str, public_key: bytes, made_by: str) -> tuple[Sealer, Unsealer]:
+        """For a link that the greetings of these two digests made. Raises `HandshakeError` for a key of small order."""
         keys, mine = self._greeter.keys, self._name
-        sealer = Sealer(keys.sealing_key(peer, public_key, mine, peer), mine, peer)
-        return sealer, Unsealer(keys.sealing_key(peer, public_key, peer, mine), peer, mine)
+        sealer = Sealer(keys.sealing_key(peer, public_key, mine, peer, made_by), mine, peer)
+        return sealer, Unsealer(keys.sealing_key(peer, public_key, peer, mine, made_by), peer, mine)
 
     # ---- sealed chunks ---------------------------------------------------------------------------------------------
 
@@ -177,8 +179,7 @@ class Relay:
         if sender is None or not sender.route.relayed:
             raise ProtocolError("a sealed chunk came through the relay that was not expected", "restart the run")
         if sender.unsealer is None:
-            log.warning("%s sent a sealed chunk before its greeting", sender.name)
-            return
+            return  # of the link before, or of nobody who greeted
         if self._mailboxes.failure(sender.name) is not None or self._mailboxes.closed(sender.name):
             return
         try:

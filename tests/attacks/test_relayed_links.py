@@ -16,7 +16,7 @@ import torch
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import ProtocolError
-from mpc_fl.links.frames import Kind
+from mpc_fl.links.frames import Frame, Kind, Observer
 from tests.support.harness import free_ports, local_links
 
 pytestmark = pytest.mark.processes
@@ -24,8 +24,8 @@ FIRST, SECOND, THIRD, RELAY = NAMES = ["hospital-0", "hospital-1", "hospital-2",
 Party = Callable[[Any], Any]
 
 
-def _run(directory: Path, **parties: Party) -> dict[str, Any]:
-    """The parties by role name with underscores; what each returned or raised."""
+def _run(directory: Path, observer: Observer | None = None, **parties: Party) -> dict[str, Any]:
+    """The parties by name with underscores; what each returned or raised. `observer` is the aggregator's."""
     make_local_identities(NAMES, {name: directory / name for name in NAMES})
     ports = dict(zip([THIRD, RELAY], free_ports(2), strict=True))
     outcomes: dict[str, Any] = {}
@@ -33,7 +33,8 @@ def _run(directory: Path, **parties: Party) -> dict[str, Any]:
     def run(name: str, party: Party) -> None:
         try:
             tolerated = [hospital for hospital in NAMES[:3] if hospital != name]
-            with local_links(name, NAMES, ports, directory, relay=RELAY, tolerated=tolerated) as links:
+            options = {"relay": RELAY, "tolerated": tolerated, "observer": observer if name == RELAY else None}
+            with local_links(name, NAMES, ports, directory, **options) as links:
                 outcomes[name] = party(links)
         except Exception as error:  # noqa: BLE001 - the test looks at it
             outcomes[name] = error
@@ -137,3 +138,34 @@ def test_what_a_hospital_sends_through_the_relay_costs_nobody_the_relay(
         hospital_2=lambda links: _exchange(links, FIRST, 3), aggregator=relay,
     )  # fmt: skip
     assert outcome == {FIRST: [3, 3], SECOND: None, THIRD: 3, RELAY: 3}
+
+
+def test_a_relay_cannot_have_a_key_stream_used_twice(tmp_path: Path) -> None:
+    """It repeats the greeting that made the link of two hospitals: a link made anew by that would seal from number 0 again."""
+    recorded: list[Any] = []
+
+    def record(sender: str, frame: Frame) -> None:
+        if frame.kind == Kind.RELAY_GREETING and sender == SECOND:
+            recorded.append(frame.payload)
+
+    def first(links: Any) -> tuple[int, int]:
+        before = _exchange(links, SECOND, 1)
+        links.send_object(RELAY, "attack", {})
+        links.receive_object(RELAY, "done")
+        return before, _exchange(links, SECOND, 2)
+
+    def relay(links: Any) -> None:
+        links.receive_object(FIRST, "attack")
+        _put(links, FIRST, Kind.RELAY_GREETING, "", recorded[0])
+        links.send_object(FIRST, "done", {})
+        links.receive_object(SECOND, "enough")
+
+    def second(links: Any) -> tuple[int, int]:
+        numbers = _exchange(links, FIRST, 1), _exchange(links, FIRST, 2)
+        links.send_object(RELAY, "enough", {})
+        return numbers
+
+    outcome = _run(
+        tmp_path, record, hospital_0=first, hospital_1=second, hospital_2=lambda links: None, aggregator=relay
+    )  # fmt: skip
+    assert outcome == {FIRST: (1, 2), SECOND: (1, 2), THIRD: None, RELAY: None}
