@@ -241,6 +241,11 @@ class Mailboxes:
         with self._changed:
             return self._started and peer in self._tolerance.peers and not self._boxes[peer].closed
 
+    def came_back(self, peer: str) -> bool:
+        """Whether the peer has made its link anew."""
+        with self._changed:
+            return self._boxes[peer].starts > 0
+
     def awaits_return(self, peer: str) -> bool:
         """Whether this party would take the peer back, and does not end itself."""
         with self._changed:

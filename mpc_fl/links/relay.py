@@ -54,24 +54,24 @@ class Relay:
         self._counter = counter
         self._arrivals = arrivals
         self._lock = threading.Lock()
-        self._kept: dict[str, list[dict[str, Any]]] = {}
+        self._kept: dict[str, dict[str, dict[str, Any]]] = {}  # of each receiver, the last greeting of each sender
 
     # ---- when a link is made ---------------------------------------------------------------------------------------
 
     def after_connecting(self, peer: Peer) -> None:
         """A direct or relayed link was made: send what was kept for it, and greet those behind this party's relay."""
         with self._lock:
-            kept = self._kept.pop(peer.name, [])
-        for greeting in kept:
+            kept = self._kept.pop(peer.name, {})
+        for greeting in kept.values():
             self._tell(peer, greeting)
         if peer.name == self._relay:
             for other in self._peers.values():
                 if other.route.how == "relay, first":
                     self._greet_through(peer, other)
-        if self._relay == self._name and self._mailboxes.started:
-            # Those who greet it through this relay do not see that it came back.
+        if self._relay == self._name and self._mailboxes.came_back(peer.name):
+            # Those who greet it through this relay do not see that it came back, unless they have just greeted it.
             for other in self._peers.values():
-                if other is not peer and self._reachable(other):
+                if other is not peer and other.name not in kept and self._reachable(other):
                     self._tell(other, {"returned": peer.name})
 
     def _reachable(self, peer: Peer) -> bool:
@@ -113,10 +113,7 @@ class Relay:
         target = self._require_relayable(origin, greeting.get("name"), str(greeting.get("to")))
         with self._lock:
             if not self._mailboxes.connected(target.name):
-                kept = self._kept.setdefault(target.name, [])
-                if len(kept) >= len(self._peers):
-                    raise ProtocolError(f"{origin.name} sent too many greetings", "restart the run")
-                kept.append(greeting)
+                self._kept.setdefault(target.name, {})[origin.name] = greeting
                 return
         self._tell(target, greeting)
 
