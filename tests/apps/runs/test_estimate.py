@@ -66,7 +66,7 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
     assert re.search(r"^Headroom: 1\.0 bits to spare\.\nMemory: about 0\.\d GB per hospital\. The run can work\.$", said,
                      re.MULTILINE)  # fmt: skip
     said = command(capsys, monkeypatch, "estimate", DEMO, "--set", "privacy.mechanism=none")
-    assert "each hospital sends 0.7 MB in 47 messages, needs about 0." in said
+    assert "each hospital sends 0.7 MB in 36 messages, needs about 0." in said
     assert said.count("800 patients, no differential privacy") == 3
     assert "3.1 MB sent per party in 57 rounds" in said and "1.6 MB sent by the dealer" in said
 
