@@ -129,7 +129,7 @@ def _open_fixed_sum(
     if who != [plan.opener]:
         raise SecrecyError(f"the sum '{plan.name}' can be opened to {plan.opener} alone")
     among, tag = (*fixed.admitted, plan.opener), f"keys {plan.name}"
-    opening = Opening(what, why, tuple(part.shape), tuple(who), among, privacy)
+    opening = Opening(what, why, tuple(part.shape), tuple(who), among, privacy, plan.transcript)
     if isinstance(part, SummandMasks):
         keys = part.keys_for(fixed.admitted, fixed.smallest)
         domain.record.append(opening)

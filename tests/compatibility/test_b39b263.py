@@ -78,6 +78,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_reveal_ledger_verifies_at_all_its_holders(files: Path) -> None:
     found = verified(files / "run")
     assert found["ok"] and found["findings"] == [] and len(found["copies"]) == 4
+    assert found["version"] == 1 and found["quorum"] is None and "is of version 1" in found["notes"][0]
     assert found["openings"] == len(lines(files / "run" / "openings.jsonl")) == 6
     kinds = [block["kind"] for block in lines(files / "run" / "reveal_ledger.jsonl")]
     assert kinds[0] == "start" and kinds[-1] == "end" and found["blocks"] == len(kinds)
@@ -148,17 +149,18 @@ def test_the_model_gives_the_logits_that_it_gave(files: Path) -> None:
     assert torch.allclose(logits, torch.tensor(recorded["logits"], dtype=logits.dtype), atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.processes
-def test_an_interrupted_run_goes_on_to_its_end(copy: Path) -> None:
-    out = copy / "interrupted"
-    summary = mpc_fl("train", out.with_name("interrupted.failed") / "config.yaml", "--out", out, "--resume")
-    assert summary["rounds"] == 3 and list(summary["took_part"]) == ["0", "1", "2", "3"]
-    found, kinds = verified(out), [block["kind"] for block in lines(out / "reveal_ledger.jsonl")]
-    assert found["ok"] and "resume" in kinds and kinds[-1] == "end"
-    for name in HOSPITALS:
-        ledger = PrivacyLedger(out / "parties" / name / f"{name}-privacy.json", name)
-        assert [record["round"] for record in ledger.records()] == [1, 2, 3]
+def test_an_interrupted_run_is_not_gone_on_with_and_keeps_what_it_has(copy: Path) -> None:
+    """Its checkpoints and its ledger are of version 1, and no block of version 2 can follow one of version 1."""
+    out, kept = copy / "interrupted", copy / "interrupted.failed"
+    before = [(kept / "parties" / name / "reveal_ledger.jsonl").read_bytes() for name in HOSPITALS]
+    command = [sys.executable, "-m", "mpc_fl", "train", str(kept / "config.yaml"), "--out", str(out), "--resume"]
+    command += ["--set", "privacy.colluders=0"]  # its quorum of 2 protects against no more, which is refused since
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=REPOSITORY)
+    assert done.returncode != 0 and not out.exists()
+    assert "of another version" in done.stderr or "of version 1, which cannot be continued" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [(kept / "parties" / name / "reveal_ledger.jsonl").read_bytes() for name in HOSPITALS] == before
 
 
 # ---- certificates ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.config.config import parse_config, party_names
 from mpc_fl.errors import MpcFlError
 from tests.support.harness import SPAWN

@@ -1,7 +1,9 @@
-"""How many images a hospital may ask about, and how many sessions it may begin: a model owner's protection of its model.
+"""How many images hospitals may ask about, and how many sessions each may begin: a model owner's protection of its model.
 
 `UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
 offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
+Hospitals may pool their answers, so there are limits for each and for all together; a batch must be within all of them, which
+one lock decides and charges for all sessions.
 Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
 when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
 
@@ -29,11 +31,12 @@ USAGE_FILE = "usage.jsonl"
 
 @dataclass(frozen=True)
 class Quota:
-    """At most `most` images, or sessions, of one hospital within any `seconds`."""
+    """At most `most` images, or sessions, within any `seconds`: of one hospital, or of all hospitals together."""
 
     most: int
     seconds: float
     period: str  # in words, for the hospital
+    of_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,14 @@ class Charge:
 
 
 def quotas_of(config: Config) -> tuple[Quota, ...]:
-    """How many images the model owner lets each hospital ask about."""
+    """How many images the model owner lets each hospital, and all of them together, ask about."""
     serving = config.serving
-    return Quota(serving.images_per_day, 86400.0, "24 hours"), Quota(serving.images_per_minute, 60.0, "a minute")
+    return (
+        Quota(serving.images_per_day, 86400.0, "24 hours"),
+        Quota(serving.images_per_minute, 60.0, "a minute"),
+        Quota(serving.day_of_all, 86400.0, "24 hours", of_all=True),
+        Quota(serving.minute_of_all, 60.0, "a minute", of_all=True),
+    )
 
 
 def free_again(quota: Quota, charges: Sequence[Charge], images: int, now: float) -> float | None:
@@ -128,20 +136,27 @@ class UsageLedger:
         return [charge for charge in charges if charge.time + longest > self._clock()]
 
     def require(self, hospital: str, images: int = 1) -> None:
-        """Raise `RefusedError`, which says when to come back, when `images` are not within the limits now."""
-        now, charges = self._clock(), self._charges.get(hospital, [])
-        waits = [(free_again(quota, charges, images, now), quota) for quota in self._quotas]
+        """Raise `RefusedError` when `images` are not within the limits now: whose limit it is, and when to come back."""
+        with self._guard:
+            self._require(hospital, images)
+
+    def _require(self, hospital: str, images: int) -> None:
+        """The same, with the lock held: a session that begins and one that is charged see one state."""
+        now, own = self._clock(), self._charges.get(hospital, [])
+        every = [charge for charges in self._charges.values() for charge in charges]
+        waits = [(free_again(quota, every if quota.of_all else own, images, now), quota) for quota in self._quotas]
         late = [(again, quota) for again, quota in waits if again is not None]
         if late:
             again, quota = max(late, key=lambda item: item[0])
+            who = "all hospitals together" if quota.of_all else hospital
             raise RefusedError(
-                f"{hospital} may ask about {quota.most} images in {quota.period}", f"come back at {_moment(again)}"
+                f"{who} may ask about {quota.most} images in {quota.period}", f"come back at {_moment(again)}"
             )
 
     def charge(self, hospital: str, images: int) -> None:
         """Charge `images`, on the disk when this returns. Raises `RefusedError` when they are not within the limits."""
         with self._guard:
-            self.require(hospital, images)
+            self._require(hospital, images)
             now = self._clock()
             try:
                 append_json_line(self._path, {"time": now, "hospital": hospital, "images": images})

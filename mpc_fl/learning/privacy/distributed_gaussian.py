@@ -1,7 +1,7 @@
 """The distributed Gaussian mechanism: noise in parts, so that only a noised sum over all hospitals is ever opened.
 
 Each step, hospital i of n (Kairouz, Liu, Steinke, ICML 2021, with another rounding and another noise analysis):
-  1. samples its patients, each with probability q_i
+  1. samples its patients, each with the public probability q
   2. `add_patients`: clips every patient's gradient, rounds it to the grid, and adds up whole numbers
   3. `noised_share`: adds integer noise of variance v = sigma^2 / (n - t)
   4. shares the result; the sum over all hospitals is opened, and `mean_gradient` decodes it
@@ -39,7 +39,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -52,7 +52,7 @@ from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
 from mpc_fl.learning.privacy.accounting import LARGEST_NOISE_MULTIPLIER, SubsampledGaussian
 from mpc_fl.learning.privacy.discrete_gaussian import SMOOTHING, DiscreteGaussian, smoothing_distance
 
-_REFUSAL_BITS = 128
+REFUSAL_BITS = 128
 _FLOAT_MARGIN = 2.0**-20
 _FINE_GRID = 512  # B / sqrt(P) from which the grid costs less than 0.1 % of noise
 _COARSE_GRID = 50  # below, it would cost more than 1 %
@@ -68,24 +68,29 @@ def patients_bound(expected_patients: int) -> int:
     Chernoff: P[more than m] <= exp(-(m log(m / e) - (m - e))) for a sum of independent indicators of expectation <= e < m.
     """
     bound = expected_patients + 1
-    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < _REFUSAL_BITS * math.log(2):
+    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < REFUSAL_BITS * math.log(2):
         bound += 1
     return bound
 
 
 def step_total_variation(parameters: int, hospitals: int, colluders: int) -> float:
-    """How far one step is from a Gaussian release in total variation: noise, its rounding, and the refusal of step 2."""
+    """How far one step is from a Gaussian release in total variation.
+
+    Noise, its rounding, the refusal of step 2, and the bit that a check of the summand's norm opens: it is constant but for
+    two tails of 2^-128 (`aggregation.norm_bound`), counted whether or not there is a check.
+    """
     per_share = integer_noise.TOTAL_VARIATION + smoothing_distance(SMOOTHING)
     per_coordinate = (hospitals - colluders) * per_share + smoothing_distance(SMOOTHING)
-    return parameters * per_coordinate + 2.0**-_REFUSAL_BITS
+    return parameters * per_coordinate + 3 * 2.0**-REFUSAL_BITS
 
 
 @dataclass(frozen=True)
 class MechanismTerms:
     """What is agreed of a mechanism before its grid and its ring are chosen.
 
-    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (an upper bound), clipping
-    norm C, noise multiplier z (against the t).
+    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (a public upper bound),
+    clipping norm C, noise multiplier z (against the t). `divisor`: what a mean divides by for each hospital, public too;
+    None for `expected_patients`.
     """
 
     parameters: int
@@ -94,6 +99,7 @@ class MechanismTerms:
     expected_patients: int
     clipping_norm: float
     noise_multiplier: float
+    divisor: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -184,9 +190,7 @@ def plan_mechanism(terms: MechanismTerms, ring_bits: Literal[32, 64] = 32) -> Di
 def require_patients(mechanism: DistributedGaussian, count: int, who: str) -> None:
     """Raise `HeadroomError` if more patients were drawn than a step has room for (probability below 2^-128)."""
     if count > mechanism.patients_bound:
-        raise HeadroomError(
-            f"{who} drew more patients than a step has room for", "check that training.batch_size is the expectation"
-        )
+        raise HeadroomError(f"{who} drew more patients than a step has room for", "check privacy.largest_hospital")
 
 
 def add_patients(
@@ -269,7 +273,7 @@ def noised_share(
 
 
 def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch.Tensor:
-    """The opened sum (integers, shape (P,)) over s and the expected number of patients of all hospitals, float64 (P,).
+    """The opened sum (integers, shape (P,)) over s and the public divisor of all hospitals, float64 (P,).
 
     Raises `ProtocolError` for a sum that no run of the protocol can have.
     """
@@ -277,4 +281,5 @@ def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch
         raise ProtocolError("the opened sum of gradients has another shape or type", SAME_VERSION)
     if max(int(opened.max()), -int(opened.min())) > mechanism.largest_sum:
         raise ProtocolError("the opened sum of gradients exceeds its bound", "a hospital does not follow the protocol")
-    return opened.double() / (mechanism.scale * mechanism.hospitals * mechanism.expected_patients)
+    divisor = mechanism.expected_patients if mechanism.divisor is None else mechanism.divisor
+    return opened.double() / (mechanism.scale * mechanism.hospitals * divisor)

@@ -44,7 +44,7 @@ def _is_reserved(record: dict[str, Any]) -> bool:
     return record.get("released") is False
 
 
-def _without_reserved(records: list[dict[str, Any]], run: str | None) -> list[dict[str, Any]]:
+def _without_reserved(records: list[dict[str, Any]], run: str) -> list[dict[str, Any]]:
     """Without what `run` has reserved and not released: it is about to make that anew."""
     return [record for record in records if not (_is_reserved(record) and record.get("run") == run)]
 
@@ -70,7 +70,7 @@ class PrivacyLedger:
         `PrivacyBudgetError` for an unusable file, and for patients of whom a run without privacy released something:
         no epsilon can be certified for them any more.
         """
-        return self._noised(_without_reserved(self.records(), run))
+        return self._noised(self.records(run))
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """Epsilon of all that is charged; infinite once something was released without noise."""
@@ -88,9 +88,13 @@ class PrivacyLedger:
         if known - found:
             raise self._refusal("holds less than when the last checkpoint was written")
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self, run: str | None = None) -> list[dict[str, Any]]:
         """All records, none for a missing file: time, run, round, released, number (of a reservation), and either
-        noise_multiplier, sample_rate, steps, total_variation (if any) or mechanism: none."""
+        noise_multiplier, sample_rate, steps, total_variation (if any) or mechanism: none. With `run` as `spent`."""
+        records = self._read()
+        return records if run is None else _without_reserved(records, run)
+
+    def _read(self) -> list[dict[str, Any]]:
         try:
             content = json.loads(self.path.read_bytes())
         except FileNotFoundError:
@@ -132,7 +136,7 @@ class PrivacyLedger:
         file wait for each other.
         """
         with self._locked():
-            records = _without_reserved(self.records(), run)
+            records = self.records(run)
             self._require_room(records, event, round_number, budget)
             record = {**self._stamp(run, round_number), "released": not reserve, **asdict(event)}
             self._reserved = [(own, limit) for own, limit in self._reserved if own["run"] != run]
