@@ -12,6 +12,14 @@ SAME_VERSION = "run the same version everywhere"
 SAME_VERSION_AND_CONFIGURATION = "run the same version and configuration at every party"
 
 
+def printable(text: str, longest: int) -> str:
+    """At most so many characters of `text`, in one line, without what moves cursors, colours or reorders a terminal.
+
+    For all that another party said: it is shown, logged and told on.
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text[:longest].split()))
+
+
 class MpcFlError(Exception):
     """Base of all errors with a one-line message for the user.
 
@@ -21,8 +29,8 @@ class MpcFlError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, fix: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.fix = " ".join(fix.split())
+        self.what = printable(what, len(what))
+        self.fix = printable(fix, len(fix))
         super().__init__(f"{self.what}: {self.fix}" if self.fix else self.what)
 
     @property

@@ -7,13 +7,14 @@ public numbers, so it is covered by what the update was charged. With momentum a
 a round is linear in its steps' gradients:
 update = -sum over t of a_t g_t, g_t = (sum of m_t gradients clipped to C, plus z C times a standard normal vector) / b, where
 the weights a_t are the response of the optimizer to one gradient (`step_weights`), and m_t is the number of patients in
-step t, a sum of independent indicators of expectation b.
+step t, a sum of independent indicators of expectation e.
   signal: |.| <= (C / b) sum of |a_t| m_t, and by Bernstein's inequality this sum is at most
-          b sum |a_t| + sqrt(2 L b sum a_t^2) + L max |a_t| / 3 but for probability exp(-L)
+          e sum |a_t| + sqrt(2 L e sum a_t^2) + L max |a_t| / 3 but for probability exp(-L)
   noise:  normal with standard deviation (z C / b) sqrt(sum a_t^2) per coordinate; its norm is at most sqrt(P) + sqrt(2 L)
           of these but for probability exp(-L) (Laurent and Massart, Annals of Statistics 2000, lemma 1)
-with L = log(20000) for each. Both grow with 1/b, so b is that of the smallest hospital. Whatever model and data are, the
-bound holds; the noise alone of a large model is usually most of it, and then it is tight.
+with L = log(20000) for each. b is the configured batch size, and the expectation of m_t is at most that of the largest
+hospital there may be: the public sampling rate times its patients. Whatever model and data are, the bound holds; the noise
+alone of a large model is usually most of it, and then it is tight.
 
 Distributed noise (`distributed_gaussian`), one step, in grid units. A summand s + g holds only its hospital's part g of the noise,
 so a bit that depends on s would have to be charged as a release with noise z / sqrt(n - t): more than the whole step. So the
@@ -38,7 +39,9 @@ import math
 from mpc_fl.aggregation.sketch import BUCKETS
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError
+from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.privacy.distributed_gaussian import REFUSAL_BITS, DistributedGaussian
+from mpc_fl.learning.training.sampling import sampling_rate
 
 _LOG = math.log(2e4)  # of 1 / (half of 1e-4)
 _NEVER = REFUSAL_BITS * math.log(2)  # of 1 / (what an honest hospital with distributed noise may fail with)
@@ -70,8 +73,8 @@ def update_norm_bound(config: Config, parameters: int) -> float:
     """The bound for the update of a round with mechanism `local` or `none`, in the units of parameters.
 
     `aggregation.norm_bound` if it is set. Raises `ConfigError` where nothing public bounds an update: without noise and
-    clipping, with a noise multiplier that each hospital calibrates to what is left of its budget, or with no lower
-    bound on a hospital's patients.
+    clipping, with a noise multiplier that each hospital calibrates to what is left of its budget, or with no public
+    bounds on hospitals' patients.
     """
     settings, training = config.privacy, config.training
     if config.aggregation.norm_bound is not None:
@@ -83,15 +86,11 @@ def update_norm_bound(config: Config, parameters: int) -> float:
             "a norm check needs a noise multiplier that all know",
             "set privacy.noise_multiplier or aggregation.norm_bound",
         )
-    if settings.smallest_hospital is None:
-        raise ConfigError(
-            "a norm check needs to know how few patients a hospital may have",
-            "set privacy.smallest_hospital or aggregation.norm_bound",
-        )
-    batch = float(min(training.batch_size, settings.smallest_hospital))
+    sizes, divisor = public_sizes(config), training.batch_size
+    most = sampling_rate(config, sizes.smallest) * sizes.largest
     weights = step_weights(training.local_steps, training.learning_rate, training.momentum, training.proximal)
     deviation = settings.noise_multiplier * math.sqrt(sum(weight * weight for weight in weights))
-    in_clipping_norms = (_patients(batch, weights) + _noise(deviation, parameters)) / batch
+    in_clipping_norms = (_patients(most, weights) + _noise(deviation, parameters)) / divisor
     return _ROUNDING * settings.clipping_norm * in_clipping_norms
 
 

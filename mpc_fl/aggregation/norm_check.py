@@ -173,6 +173,8 @@ class _Hospital:
             self._steps()
         except _StoppedError:
             log.warning("the norm check of '%s' was stopped: a hospital was lost", self.plan.name)
+        finally:
+            self.links.end_scope()
 
     def _hear(self) -> dict[str, Any]:
         opener = self.plan.opener
@@ -286,6 +288,8 @@ class _Opener:
         except PeerLostError:
             broadcast(self.hospitals, lambda name: self.links.send_object(name, _TOLD, {"stopped": True}))
             raise
+        finally:
+            self.links.end_scope()
 
     def _tell_seed(self, **more: Any) -> bytes:
         seed = secrets.token_bytes(SEED_BYTES)

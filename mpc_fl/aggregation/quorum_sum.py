@@ -216,7 +216,10 @@ def collect(
         )
         if not plan.closing:
             return intake.from_all(about)
-        intake.take_summands(dict.fromkeys(plan.hospitals, intake.ready))
+        try:
+            intake.take_summands(dict.fromkeys(plan.hospitals, intake.ready))
+        finally:
+            intake.forget_late()
         present = intake.closed.present
         require_quorum(rules, present, hospitals, about.why)
         if rules.check is None or present == hospitals:
@@ -317,6 +320,11 @@ class _Intake:
                 log.warning("%s is left out of '%s': %s", name, self.why, error)
                 asked.discard(name)
                 del awaited[name]
+
+    def forget_late(self) -> None:
+        """What those that were left out still send: a summand each, which would stay in memory for good."""
+        for tag in (self.ready, self.summand):
+            self.domain.links.forget(tag)
 
     def _require_start(self, name: str) -> None:
         if self.domain.links.key_fingerprint(name) != self.starts[name]:

@@ -17,6 +17,9 @@ Reveal = Literal["logits", "label"]
 class AggregationSection(Section):
     """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
 
+    `weighted` opens the exact number of patients of all hospitals and weights their updates by their own: for mechanism
+    `none` alone, where null means it. With a mechanism that number is nobody's to know, and hospitals weigh the same.
+
     With `norm_check` each hospital proves that the L2 norm of its hidden update is within a bound before anything is opened;
     what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise; with distributed noise
     it cannot be lower.
@@ -25,7 +28,7 @@ class AggregationSection(Section):
     fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
     update_bound: Positive = 64.0
     count_bound: Count = 1 << 20
-    weighted: bool = True
+    weighted: bool | None = None
     norm_check: bool = False
     norm_bound: Positive | None = Field(
         default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"

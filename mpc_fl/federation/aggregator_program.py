@@ -29,9 +29,8 @@ from mpc_fl.federation.audit_trail import (
 from mpc_fl.federation.distribution import send_model
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
-from mpc_fl.federation.secure_evaluation import aggregator_evaluation
+from mpc_fl.federation.secure_evaluation import Evaluated, aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
-from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
@@ -59,9 +58,10 @@ class _Run:
         plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
         self.welcome(plan)
         aggregator_preparation(aggregator, domain, rules, attendance)
-        evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
-        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.digests)
-        self._conclude(0, plan.hospitals, evaluation, 0.0)
+        hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
+        signed = lead_signatures(self.ledger, domain.links, rules, hospitals, "round 0", aggregator.digests)
+        attendance.keep(signed)
+        self._conclude(0, hospitals, evaluation, 0.0)
 
     def welcome(self, plan: RoundPlan) -> None:
         """Newcomers get the global model; all sign who they are."""
@@ -91,7 +91,7 @@ class _Run:
         attendance.keep(signed)
         self._conclude(number, hospitals, evaluation, time.monotonic() - began)
 
-    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float) -> None:
+    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
         out = site_directory(self.aggregator.config)
         counts = None if evaluation is None else evaluation.to_json()
         line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}

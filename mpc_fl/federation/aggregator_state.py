@@ -14,7 +14,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.model_digests import ModelDigests
-from mpc_fl.federation.planning import headroom_of, mechanism_of
+from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import (
     flatten_parameters,
@@ -120,6 +120,7 @@ def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, to
 def prepare_aggregator(config: Config) -> Aggregator:
     """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
     headroom_of(config).require()
+    require_public_values(config)
     mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)

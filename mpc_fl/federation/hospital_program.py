@@ -103,7 +103,8 @@ def _round(
     out, about = site_directory(hospital.config), f"round {plan.number}"
     if plan.number == 0:
         hospital_preparation(hospital, domain, rules, plan.hospitals)
-        hospital_evaluation(hospital, domain, rules, plan.hospitals, plan)
+        if hospital_evaluation(hospital, domain, rules, plan.hospitals, plan) is None:
+            return "left out"
     else:
         result = hospital_round(hospital, domain, rules, plan, notify)
         if isinstance(result, str):

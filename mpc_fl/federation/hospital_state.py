@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,22 +16,31 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.model_digests import ModelDigests
-from mpc_fl.federation.planning import budget_of, features_run_name, headroom_of, mechanism_of, plan_release, run_name
+from mpc_fl.federation.planning import (
+    NOTHING_DONE,
+    Done,
+    budget_of,
+    evaluation_run_name,
+    features_run_name,
+    headroom_of,
+    mechanism_of,
+    plan_release,
+    run_name,
+    sample_rate_of,
+)
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
-from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
+from mpc_fl.learning.privacy.accounting import PrivacyBudget
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
 from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
 from mpc_fl.learning.training.process_group import TrainingGroup
-from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.roles import hospital_name
 
 
@@ -144,11 +154,12 @@ def join(
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
-    spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)
-    planned = plan_release(config, train.patient_count, spent, name, 0 if last is None else last.round)
+    spent, done = [], NOTHING_DONE
+    if config.privacy.mechanism != "none":
+        spent, done = ledger.spent(run=run_name(config)), _done(config, ledger, None if last is None else last.round)
+    planned = plan_release(config, train.patient_count, spent, name, done)
     noise = None if planned is None else planned.noise_multiplier
-    rate = sampling_rate(config, train.patient_count)
+    rate = sample_rate_of(config, train.patient_count)
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
@@ -164,11 +175,9 @@ def join(
     return hospital
 
 
-def _features_to_come(config: Config, ledger: PrivacyLedger) -> list[SubsampledGaussian]:
-    """What the normalisation of the inputs will spend, unless it has already."""
-    if config.data.normalise != "secure":
-        return []
-    if any(record.get("run") == features_run_name(config) for record in ledger.records()):
-        return []
-    event = plan_features(config).event()
-    return [] if event is None else [event]
+def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
+    """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
+    # What this run has reserved and not released never left, and will be replaced.
+    charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
+    names = (run_name(config), features_run_name(config), evaluation_run_name(config))
+    return Done(rounds, *(charged[name] for name in names))

@@ -52,10 +52,10 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
         buffers = domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
         load_flat_buffers(hospital.model, buffers)
         hospital.digests.take(statistics=buffers, normalisation=values)
-    if config.aggregation.weighted:
+    if config.counts_patients:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-        release = hospital.releasing(0) if config.privacy.mechanism == "none" else None
-        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count, release)
+        # Opened with mechanism none alone: what it shows of the patients is exact.
+        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count, hospital.releasing(0))
     calibrate_own(hospital.model, hospital.train.inputs, config)
 
 
@@ -80,7 +80,7 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
 
         broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
-    if config.aggregation.weighted:
+    if config.counts_patients:
         agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
         _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
         aggregator.patients = int(total)

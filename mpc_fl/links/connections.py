@@ -55,6 +55,7 @@ class Connections:
         self._lock = threading.Lock()
         self._server: StreamServer | None = None
         self._channels: list[Any] = []
+        self._parting: tuple[Kind, dict[str, Any]] | None = None
 
     # ---- making links ----------------------------------------------------------------------------------------------
 
@@ -134,6 +135,8 @@ class Connections:
             peer.reader = reader
         self._outgoing.put(peer, Kind.WELCOME, "", self._greeter.greet(name, greeting_digest(greeting)))
         self.accept(peer, public_key)
+        if self._parting is not None:
+            self._say_farewell(peer, *self._parting)
         return conversation
 
     def accept(self, peer: Peer, public_key: bytes) -> None:
@@ -170,7 +173,11 @@ class Connections:
             awaited = [peer.name for peer in self._peers.values() if peer.route.how == "await"]
             self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
         self._mailboxes.close()
-        self._say_farewell(error)
+        self._parting = parting_message(error)
+        # Through the relay first: its own link must still be open for that.
+        for peer in sorted(self._peers.values(), key=lambda peer: not peer.route.relayed):
+            if self._can_be_told(peer):
+                self._say_farewell(peer, *self._parting)
         talking = [
             peer.conversation
             for peer in self._peers.values()
@@ -186,12 +193,17 @@ class Connections:
         if self._server is not None:
             self._server.stop()
 
-    def _say_farewell(self, error: BaseException | None) -> None:
-        kind, payload = parting_message(error)
-        # Through the relay first: its own link must still be open for that.
-        for peer in sorted(self._peers.values(), key=lambda peer: not peer.route.relayed):
-            if self._mailboxes.alive(peer.name):
-                try:
-                    self._outgoing.put(peer, kind, "", payload, _FAREWELL)
-                except (LinkError, ProtocolError):
-                    log.info("%s could not be told that %s ends", peer.name, self._name)
+    def _can_be_told(self, peer: Peer) -> bool:
+        """Whether it is there, or may be: whom this party has greeted may have accepted that, its answer on the way.
+
+        Such a peer goes on already. Left without a word it would take this party for the one that failed.
+        """
+        if peer.conversation is None or peer.conversation.over or peer.route.how != "dial":
+            return self._mailboxes.alive(peer.name)
+        return self._mailboxes.failure(peer.name) is None and not self._mailboxes.closed(peer.name)
+
+    def _say_farewell(self, peer: Peer, kind: Kind, payload: dict[str, Any]) -> None:
+        try:
+            self._outgoing.put(peer, kind, "", payload, _FAREWELL)
+        except (LinkError, ProtocolError):
+            log.info("%s could not be told that %s ends", peer.name, self._name)

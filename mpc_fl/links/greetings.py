@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from mpc_fl.crypto.certificates import Identity
-from mpc_fl.errors import DisagreementError, HandshakeError
+from mpc_fl.errors import DisagreementError, HandshakeError, printable
 from mpc_fl.links.frames import FrameReader, Kind
 from mpc_fl.links.handshake import Agreement, check_greeting, make_greeting
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.mailboxes import Mailboxes
+
+_LONGEST_NAME = 64
 
 
 def first_greeting(reader: FrameReader, names: set[str], chunk: bytes) -> dict[str, Any]:
@@ -22,7 +24,8 @@ def first_greeting(reader: FrameReader, names: set[str], chunk: bytes) -> dict[s
         raise HandshakeError("the first frame is not a greeting")
     name = frame.payload.get("name")
     if not isinstance(name, str) or name not in names:
-        raise HandshakeError(f"the certificate of {', '.join(sorted(names)) or 'nobody'} was used as {name!r}")
+        used = printable(str(name), _LONGEST_NAME)
+        raise HandshakeError(f"the certificate of {', '.join(sorted(names)) or 'nobody'} was used as '{used}'")
     return frame.payload
 
 

@@ -12,21 +12,34 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core would write to the user's terminal
 
 import grpc  # noqa: E402
 
-from mpc_fl.crypto.certificates import Identity, host_name  # noqa: E402
-from mpc_fl.errors import HandshakeError, LinkError, MpcFlError, ProtocolError, RefusedError  # noqa: E402
+from mpc_fl.crypto.certificates import Identity, host_name, verify_certificate  # noqa: E402
+from mpc_fl.errors import (  # noqa: E402
+    HandshakeError,
+    IdentityError,
+    LinkError,
+    MpcFlError,
+    ProtocolError,
+    RefusedError,
+    printable,
+)
+from mpc_fl.links.places import Places, Refusals  # noqa: E402
 
 log = logging.getLogger(__name__)
 
 _METHOD = "/mpc_fl.Link/Send"
 _OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
+_BACKLOG = 1000  # streams that may queue for a thread: each is refused or admitted in milliseconds
+_LONGEST_DETAILS = 300
+_FOR_NOBODY = 2.0  # seconds that a party which ends stays for a peer that has taken nothing from it yet
 _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", 8 << 20),
     ("grpc.max_send_message_length", 8 << 20),
@@ -53,6 +66,8 @@ class Conversation:
         self._ended = ended
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(_OUTGOING_CHUNKS)
         self._over = threading.Event()
+        self._finishing = threading.Event()
+        self.reached = False  # whether a chunk has left: there was somebody to send it to
         self.refusal: MpcFlError | None = None
 
     @property
@@ -70,8 +85,9 @@ class Conversation:
 
     def finish(self) -> None:
         """Say that no chunk follows; those queued still leave."""
+        self._finishing.set()
         with contextlib.suppress(queue.Full):
-            self._outgoing.put(None, timeout=0.5)
+            self._outgoing.put_nowait(None)
 
     def chunks_to_send(self) -> Iterator[bytes]:
         """What gRPC sends: until `finish`, or until the stream is over."""
@@ -79,24 +95,32 @@ class Conversation:
             try:
                 chunk = self._outgoing.get(timeout=0.5)
             except queue.Empty:
-                if self._over.is_set():
+                if self._over.is_set() or self._finishing.is_set():
                     return
                 continue
             if chunk is None:
                 return
             yield chunk
+            self.reached = True
 
     def receive(self, chunks: Iterator[bytes]) -> None:
-        """Read to the end of the stream, on a thread of its own."""
+        """Read to the end of the stream, on a thread of its own. Whatever happens there, `ended` is told."""
         failure: MpcFlError | None = None
         try:
             wanted = True
             for chunk in chunks:  # read on after the last one: the call ends when both sides have finished
-                wanted = wanted and self._take(chunk)
+                if wanted and not self._take(chunk):
+                    wanted = False
+                    self.finish()  # the peer has said its last word, and stays until this side has ended, too
         except MpcFlError as error:
             failure = self.refusal = error
         except grpc.RpcError as error:
             failure = _explain(error)
+        except Exception as error:  # noqa: BLE001 - a thread that dies in silence leaves a link nobody reads
+            log.error("unexpected %s while reading a frame at %s", type(error).__name__, _place(error))
+            failure = self.refusal = ProtocolError(
+                f"unexpected {type(error).__name__} while reading a frame (a defect)"
+            )
         self._over.set()
         self._ended(failure)
 
@@ -109,10 +133,16 @@ class Conversation:
         return self._over.wait(seconds)
 
 
+def _place(error: BaseException) -> str:
+    """File and line: an error's message could quote what was received."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
+
+
 def _explain(error: grpc.RpcError) -> MpcFlError | None:
     """What the peer said when it refused us; None for every way in which a connection just breaks."""
     code = error.code() if isinstance(error, grpc.Call) else None
-    details = str(error.details() or "")[:300] if isinstance(error, grpc.Call) else ""
+    details = printable(str(error.details() or ""), _LONGEST_DETAILS) if isinstance(error, grpc.Call) else ""
     if code == grpc.StatusCode.PERMISSION_DENIED:
         return HandshakeError(details)
     if code == grpc.StatusCode.INVALID_ARGUMENT:
@@ -120,6 +150,15 @@ def _explain(error: grpc.RpcError) -> MpcFlError | None:
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return RefusedError(details)
     return None
+
+
+def _certificate_of(context: grpc.ServicerContext) -> tuple[str, bytes]:
+    """The name in the certificate at the other end of a stream, and the certificate as PEM."""
+    proven = context.auth_context()
+    names = [
+        printable(value.decode("utf-8", "replace"), _LONGEST_DETAILS) for value in proven.get("x509_common_name", [])
+    ]
+    return ", ".join(names), b"".join(proven.get("x509_pem_cert", []))
 
 
 # `admit(names in the client's certificate, first chunk)` returns this party's end, or raises to refuse the stream.
@@ -130,14 +169,17 @@ class StreamServer:
     """Serves one address. Raises `LinkError` when the port is in use or not allowed."""
 
     def __init__(self, identity: Identity, listen: str, admit: Admit, streams: int, greeting_timeout: float) -> None:
+        self._identity = identity
         self._admit = admit
+        self._places, self._refusals = Places(streams), Refusals(log)
         self._greeting_timeout = greeting_timeout
         self._stopping = threading.Event()
         credentials = grpc.ssl_server_credentials(
             [(identity.key, identity.certificate)], root_certificates=identity.authority, require_client_auth=True
         )
-        pool = futures.ThreadPoolExecutor(max_workers=streams, thread_name_prefix="link")
-        self._server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=streams)
+        threads = self._places.threads
+        pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="link")
+        self._server = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=threads + _BACKLOG)
         service, method = _METHOD.strip("/").split("/")
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
@@ -155,36 +197,51 @@ class StreamServer:
 
     def _serve(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """One incoming stream: admit or refuse it, then read on one thread and write on this one."""
-        names = {value.decode() for value in context.auth_context().get("x509_common_name", [])}
-        timer = threading.Timer(self._greeting_timeout, context.cancel)  # who says nothing holds no thread
-        timer.daemon = True
-        timer.start()
+        names, certificate = _certificate_of(context)
+        held = contextlib.ExitStack()
+        status, why = grpc.StatusCode.PERMISSION_DENIED, ""
         try:
-            conversation = self._admit(names, next(chunks, b""))
+            try:
+                verify_certificate(certificate, names, self._identity)  # TLS knows no revocation
+            except IdentityError as error:
+                raise HandshakeError(error.what, error.fix) from None
+            with self._places.silent(certificate, context.cancel, self._greeting_timeout):
+                greeting = next(chunks, b"")
+            held.enter_context(self._places.held(certificate))
+            conversation = self._admit({names}, greeting)
         except RefusedError as error:
-            log.info("%s was not served: %s", ", ".join(sorted(names)), error)
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        except (LinkError, ProtocolError) as error:
-            log.warning("refused a link from %s (%s): %s", context.peer(), ", ".join(sorted(names)), error)
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, error.what)
+            status, why = grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)
+        except MpcFlError as error:
+            why = error.what
         except grpc.RpcError:
-            log.warning("a link from %s (%s) sent no greeting", context.peer(), ", ".join(sorted(names)))
-            return
-        finally:
-            timer.cancel()
-        threading.Thread(target=conversation.receive, args=(chunks,), daemon=True, name="link-in").start()
-        yield from conversation.chunks_to_send()
-        # Ending the call now would drop what the peer still sends.
-        while not conversation.wait(0.5) and not self._stopping.is_set():
-            pass
+            status, why = grpc.StatusCode.DEADLINE_EXCEEDED, "it sent no greeting"
+        except Exception as error:  # noqa: BLE001 - gRPC would print it, with what was received
+            log.error("unexpected %s while admitting a link at %s", type(error).__name__, _place(error))
+            why = f"unexpected {type(error).__name__} (a defect)"
+        if why:
+            held.close()
+            self._refuse(context, names, status, why)
+        with held:
+            threading.Thread(target=conversation.receive, args=(chunks,), daemon=True, name="link-in").start()
+            yield from conversation.chunks_to_send()
+            # Ending the call now would drop what the peer still sends.
+            while not conversation.wait(0.5) and not self._stopping.is_set():
+                pass
         if conversation.refusal is not None:
-            log.warning("refused a frame from %s: %s", ", ".join(sorted(names)), conversation.refusal)
+            log.warning("refused a frame from %s: %s", names, conversation.refusal)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, conversation.refusal.what)
+
+    def _refuse(self, context: grpc.ServicerContext, names: str, status: grpc.StatusCode, why: str) -> NoReturn:
+        kind = f"refused a link ({names}): {why}"
+        self._refusals.count(kind, f"refused a link from {context.peer()} ({names}): {why}")
+        context.abort(status, why)
+        raise AssertionError("abort raises")
 
     def stop(self) -> None:
         """Cut all streams and free the port."""
         self._stopping.set()
         self._server.stop(grace=0.2).wait(2.0)
+        self._refusals.close()
 
 
 def dial(identity: Identity, peer: str, address: str, conversation: Conversation) -> grpc.Channel:
@@ -203,7 +260,8 @@ def dial(identity: Identity, peer: str, address: str, conversation: Conversation
 
 
 def wait_for_all(conversations: list[Conversation], seconds: float) -> None:
-    """Let queued chunks leave and peers end their side, for at most `seconds` in all."""
-    deadline = time.monotonic() + seconds
-    for conversation in conversations:
-        conversation.wait(max(0.0, deadline - time.monotonic()))
+    """Let queued chunks leave and peers end their side, for at most `seconds` in all; less where nobody ever listened."""
+    began = time.monotonic()
+    for conversation in sorted(conversations, key=lambda conversation: not conversation.reached):
+        stay = seconds if conversation.reached else min(seconds, _FOR_NOBODY)
+        conversation.wait(max(0.0, began + stay - time.monotonic()))

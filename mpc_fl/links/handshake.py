@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpc_fl import __version__
 from mpc_fl.crypto.certificates import Identity, sign, verify_certificate, verify_signature
-from mpc_fl.errors import DisagreementError, HandshakeError, IdentityError
+from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, IdentityError, printable
 
+# What parties say to each other, all protocols together. 2: sums are bound to a transcript that all in them confirm.
+PROTOCOL_VERSION = 2
+_VERSION = f"{__version__}, protocol {PROTOCOL_VERSION}"
+_LONGEST_VERSION = 40
 _PURPOSE = "mpc-fl greeting"
 _FIELDS = {"name", "to", "version", "session", "digest", "task", "public_key", "answers", "certificate", "signature"}
 
@@ -48,16 +53,19 @@ def greeting_digest(greeting: dict[str, Any]) -> str:
 def make_greeting(
     identity: Identity, agreement: Agreement, receiver: str, public_key: bytes, answers: str = ""
 ) -> dict[str, Any]:
-    """A signed greeting for `receiver`; `answers` is the digest of the greeting it answers, empty in a first one."""
+    """A signed greeting for `receiver`; `answers` is the digest of the greeting it answers, empty in a first one.
+
+    A nonce beside that makes it another one each time, also of the same start: what was said before is told from what is new.
+    """
     greeting: dict[str, Any] = {
         "name": identity.name,
         "to": receiver,
-        "version": __version__,
+        "version": _VERSION,
         "session": agreement.session,
         "digest": agreement.digest,
         "task": agreement.task,
         "public_key": public_key.hex(),
-        "answers": answers,
+        "answers": f"{answers}:{secrets.token_hex(16)}",
         "certificate": identity.certificate.decode("ascii"),
     }
     return {**greeting, "signature": sign(identity, _PURPOSE, _canonical(greeting)).hex()}
@@ -82,7 +90,12 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
         raise HandshakeError(error.what, error.fix) from None
     except ValueError:
         raise HandshakeError("the greeting is not signed by its sender") from None
-    mine = {"version": __version__, "session": agreement.session, "digest": agreement.digest, "task": agreement.task}
+    if greeting["version"] != _VERSION:
+        raise DisagreementError(
+            f"{sender} runs version {_spelled_out(greeting['version'])} and {trusted.name} version {_VERSION}",
+            SAME_VERSION,
+        )
+    mine = {"session": agreement.session, "digest": agreement.digest, "task": agreement.task}
     for key, value in mine.items():
         if greeting[key] != value:
             words = {"digest": "configuration"}.get(key, key)
@@ -90,7 +103,7 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
                 f"{sender} and {trusted.name} do not have the same {words}",
                 "give all parties the same file and version",
             )
-    if greeting["answers"] != answers:
+    if greeting["answers"].partition(":")[0] != answers:
         raise HandshakeError("the greeting answers another one")
     try:
         public_key = bytes.fromhex(greeting["public_key"])
@@ -98,6 +111,11 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
     except ValueError:
         raise HandshakeError("the greeting holds no valid public key") from None
     return public_key
+
+
+def _spelled_out(version: str) -> str:
+    """The version in a greeting, for an error. Before protocols had a number, it was that of the program alone."""
+    return printable(version if "protocol" in version else f"{version}, protocol 1", _LONGEST_VERSION)
 
 
 def pairwise_key(

@@ -202,8 +202,9 @@ class InMemoryLinks(Links):
                 return
             for watcher in self._network.watchers:
                 watcher(self.name, direction.receiver.name, frame)
-            if not direction.over and not direction.receiver._take(self.name, frame):
-                direction.over = True
+            if not direction.over:
+                with self._mailboxes.held_up():  # the receiver may let its senders wait
+                    direction.over = not direction.receiver._take(self.name, frame)
         except ProtocolError as error:
             log.warning("refused a frame from %s: %s", self.name, error)
             direction.over = True

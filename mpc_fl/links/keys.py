@@ -44,9 +44,12 @@ class PairwiseKeys:
             key = self.public_key if party == self.name else self._peers.get(party)
         return "" if key is None else hashlib.sha256(key).hexdigest()
 
-    def sealing_key(self, peer: str, public_key: bytes, sender: str, receiver: str) -> bytes:
-        """32 secret bytes for the sealed chunks of one direction between this party and `peer`."""
-        purpose = f"sealed {sender}>{receiver}"
+    def sealing_key(self, peer: str, public_key: bytes, sender: str, receiver: str, greetings: str) -> bytes:
+        """32 secret bytes for the sealed chunks of one direction between this party and `peer`.
+
+        `greetings` says which two made the link: a link made anew counts its chunks from zero, under a key of its own.
+        """
+        purpose = f"sealed {sender}>{receiver} {greetings}"
         return pairwise_key(self._own, public_key, (self.name, peer), self._agreement, purpose)
 
     def seed(self, peer: str, purpose: str) -> Seed:

@@ -163,6 +163,16 @@ class Links(abc.ABC):
         """Whether a message of `tag` from `sender` has arrived."""
         return self._mailboxes.waiting(sender, self._scope + tag)
 
+    def forget(self, tag: str) -> None:
+        """Nobody waits for messages of `tag` any more: what has arrived of it is dropped, and what still comes."""
+        self._mailboxes.forget(self._scope + tag)
+
+    def end_scope(self) -> None:
+        """`forget` all tags of this scope (`scoped`), which is not used again."""
+        if not self._scope:
+            raise ValueError("only a scope can end")
+        self._mailboxes.forget(self._scope)
+
     def key_fingerprint(self, party: str) -> str:
         """SHA-256 of the X25519 public key of a peer or of this party: it says which start of a process this is."""
         return self._keys.fingerprint(party)

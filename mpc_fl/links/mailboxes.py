@@ -4,37 +4,49 @@ Every change (a message, a loss, a peer that connected, an interruption) wakes a
 concerns them. Losing a party ends every wait, except that the loss of a tolerated one, once all have been connected,
 ends only the waits for that one.
 
+What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its stream is read no further, so that it has
+to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
+waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
+circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
+with it ends after `patience`, unless something of it is taken: no protocol has so much under way.
+
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
 the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError, printable
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.inbox import EndedTags, Inbox, memory_of
 from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
-_LONGEST_REASON, _LONGEST_NAME, _LONGEST_FIX = 300, 64, 100
+_LONGEST_REASON, _LONGEST_NAME = 300, 64
+_FRAMES_AHEAD = 4  # of the largest that this party has taken
+_SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
 @dataclass
 class _Mailbox:
-    """What has arrived from one peer and not been taken, by tag; whether it is there, has ended well, or is lost."""
+    """What has arrived from one peer and not been taken; whether it is there, has ended well, or is lost.
 
-    inbox: dict[str, collections.deque[Frame]] = field(
-        default_factory=lambda: collections.defaultdict(collections.deque)
-    )
+    A failure is `explained` when somebody said why; `noted` counts the failures of this party in their order.
+    """
+
+    inbox: Inbox = field(default_factory=Inbox)
     connected: bool = False
     closed: bool = False
     failure: MpcFlError | None = None
+    explained: bool = False
+    noted: int = 0
     starts: int = 0
 
 
@@ -56,13 +68,20 @@ class Mailboxes:
     """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly."""
 
     def __init__(
-        self, peers: Mapping[str, str | None], timeouts: Timeouts, tolerance: Tolerance, counter: TrafficCounter
+        self,
+        peers: Mapping[str, str | None],
+        timeouts: Timeouts,
+        tolerance: Tolerance,
+        counter: TrafficCounter,
     ) -> None:
         self._relays = dict(peers)
         self._timeouts = timeouts
         self._tolerance = tolerance
         self._counter = counter
         self._boxes = {name: _Mailbox() for name in peers}
+        self._ended_tags = EndedTags()
+        self._largest_taken = 0
+        self._waiting = self._pausing = self._failures = 0  # threads that wait, readers that pause, failures so far
         self._changed = threading.Condition()
         self._started = False
         self._closing = False
@@ -80,18 +99,17 @@ class Mailboxes:
     def file(self, sender: str, frame: Frame) -> bool:
         """Keep a message, or note how its sender ended; False after the last frame that matters.
 
-        Raises `ProtocolError` for a frame that has no place after the greetings.
+        Pauses, then, while too much of the sender is unread and this party computes. Raises `ProtocolError` for a frame
+        that has no place after the greetings, and for one too many.
         """
         if frame.kind in (Kind.TENSOR, Kind.OBJECT):
-            with self._changed:
-                self._boxes[sender].inbox[frame.tag].append(frame)
-                self._changed.notify_all()
+            self._keep(sender, frame)
             return True
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
-            reason = str(frame.payload.get("reason"))[:_LONGEST_REASON]
-            cause = str(frame.payload.get("cause") or sender)
-            fix = f"see the log of {cause}"[:_LONGEST_FIX]
-            self.lose(sender, PeerLostError(cause[:_LONGEST_NAME], f"{sender} stopped: {reason}", fix))
+            reason = printable(str(frame.payload.get("reason")), _LONGEST_REASON)
+            cause = printable(str(frame.payload.get("cause") or sender), _LONGEST_NAME)
+            failure = PeerLostError(cause, f"{sender} stopped: {reason}", f"see the log of {cause}")
+            self.lose(sender, failure, explained=True)
             return False
         if frame.kind == Kind.BYE:
             with self._changed:
@@ -102,13 +120,56 @@ class Mailboxes:
             raise not_relayable(sender)
         raise ProtocolError("a greeting came twice", SAME_VERSION)
 
-    def lose(self, peer: str, failure: MpcFlError) -> None:
+    def _keep(self, sender: str, frame: Frame) -> None:
+        with self._changed:
+            box = self._boxes[sender]
+            if self._closing or frame.tag in self._ended_tags:
+                return
+            # One frame alone may be as large as it likes: a protocol may be about to ask for it.
+            alone = box.inbox.unread == 0
+            box.inbox.put(frame)
+            self._changed.notify_all()
+            self._pausing += 1
+            try:
+                self._pause_reading(sender, alone)
+            finally:
+                self._pausing -= 1
+
+    def _pause_reading(self, sender: str, alone: bool) -> None:
+        """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
+        bounds, box = self._tolerance.unread, self._boxes[sender]
+        start, deadline = box.starts, None
+        while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
+            if box.failure is not None or box.starts != start:
+                return
+            if not self._waiting:
+                deadline = None
+            elif alone or box.inbox.unread <= max(bounds.most, _FRAMES_AHEAD * self._largest_taken):
+                return
+            elif deadline is None:
+                deadline = time.monotonic() + bounds.patience
+            elif time.monotonic() > deadline:
+                raise ProtocolError(
+                    f"{sender} sent {box.inbox.unread >> 20} MiB that nobody has asked for", SAME_VERSION
+                )
+            self._changed.wait(min(_SLICE, bounds.patience))
+
+    def lose(self, peer: str, failure: MpcFlError, explained: bool = False) -> None:
         """Note why a peer is lost, and with a relay those behind it; the first reason stays."""
         with self._changed:
             concerned = [box for name, box in self._boxes.items() if peer in (name, self._relays[name])]
             for box in concerned:
                 if not self._closing and not box.closed and box.failure is None:
-                    box.failure = failure
+                    self._failures += 1
+                    box.failure, box.explained, box.noted = failure, explained, self._failures
+            self._changed.notify_all()
+
+    def forget(self, tag: str) -> None:
+        """Drop what has arrived of a tag, or of a scope (that ends with a slash), and what still comes of it."""
+        with self._changed:
+            self._ended_tags.add(tag)
+            for box in self._boxes.values():
+                box.inbox.forget(tag)
             self._changed.notify_all()
 
     def lost(self, peer: str, how: str) -> PeerLostError:
@@ -128,11 +189,15 @@ class Mailboxes:
             box.starts += 1
             box.inbox.clear()
             box.connected = False
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """This party ends: whoever is lost from now on is no loss."""
+        """This party ends: whoever is lost from now on is no loss, and what is unread nobody will take."""
         with self._changed:
             self._closing = True
+            for box in self._boxes.values():
+                box.inbox.clear()
+            self._changed.notify_all()
 
     # ---- what connections ask --------------------------------------------------------------------------------------
 
@@ -176,12 +241,41 @@ class Mailboxes:
         with self._changed:
             return self._started and peer in self._tolerance.peers and not self._boxes[peer].closed
 
+    def came_back(self, peer: str) -> bool:
+        """Whether the peer has made its link anew."""
+        with self._changed:
+            return self._boxes[peer].starts > 0
+
     def awaits_return(self, peer: str) -> bool:
         """Whether this party would take the peer back, and does not end itself."""
         with self._changed:
             return self.may_return(peer) and not self._closing
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def _wait(self, seconds: float) -> None:
+        """Let go of the lock until something changes. Meanwhile no reader pauses."""
+        self._begin_to_wait()
+        try:
+            self._changed.wait(seconds)
+        finally:
+            self._waiting -= 1
+
+    def _begin_to_wait(self) -> None:
+        self._waiting += 1
+        if self._pausing and self._waiting == 1:
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Inside, a thread of this party waits for others in another way than here: no reader pauses."""
+        with self._changed:
+            self._begin_to_wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._waiting -= 1
 
     def await_all_connected(self) -> None:
         """Wait for all peers; with `resuming`, at the deadline tolerated ones may be missing.
@@ -204,7 +298,7 @@ class Mailboxes:
                         f"{', '.join(missing)} did not connect within {self._timeouts.connect:g} s",
                         "check that it runs and that its address is right",
                     )
-                self._changed.wait(remaining)
+                self._wait(remaining)
 
     def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
         """The next frame of `tag` from `sender`, awaited until `deadline` (of `time.monotonic`) or the receive timeout.
@@ -215,12 +309,13 @@ class Mailboxes:
         seconds = self._timeouts.receive if deadline is None else max(0.0, deadline - began)
         with self._changed:
             box = self._boxes[sender]
-            waited = not box.inbox[tag]
+            waited = tag not in box.inbox
             if waited:
                 self._await_message(sender, tag, began + seconds, seconds)
-            frame = box.inbox[tag].popleft()
-            if not box.inbox[tag]:
-                del box.inbox[tag]
+            frame = box.inbox.take(tag)
+            self._largest_taken = max(self._largest_taken, memory_of(frame))
+            if self._pausing:
+                self._changed.notify_all()
             traffic = self._counter.of(sender)
             traffic.bytes_received += frame.size
             traffic.messages_received += 1
@@ -232,7 +327,7 @@ class Mailboxes:
     def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
         box = self._boxes[sender]
         start = box.starts
-        while not box.inbox[tag]:
+        while tag not in box.inbox:
             self._raise_first_failure(sender)
             if box.starts != start:
                 raise self.lost(sender, "it started again")
@@ -245,7 +340,7 @@ class Mailboxes:
                     f"{sender} is late: nothing for '{tag}' within {seconds:.4g} s in phase '{self._counter.phase}'",
                     f"see the log of {sender}, or raise runtime.receive_timeout",
                 )
-            self._changed.wait(remaining)
+            self._wait(remaining)
 
     def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
         """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
@@ -254,17 +349,17 @@ class Mailboxes:
                 self._raise_first_failure()
                 for name, tag in tags.items():
                     box = self._boxes[name]
-                    if box.inbox.get(tag) or box.failure is not None or box.closed:
+                    if tag in box.inbox or box.failure is not None or box.closed:
                         return name
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return None
-                self._changed.wait(remaining)
+                self._wait(remaining)
 
     def await_change(self, seconds: float) -> None:
         """Wait until something arrives, is lost or connects, for at most `seconds`."""
         with self._changed:
-            self._changed.wait(seconds)
+            self._wait(seconds)
 
     def await_farewells(self, peers: Collection[str], gone: Callable[[str], bool]) -> None:
         """Stay, at most for the receive timeout, until of several peers each has ended or is `gone`."""
@@ -274,12 +369,12 @@ class Mailboxes:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return
-                self._changed.wait(min(remaining, 0.5))
+                self._wait(min(remaining, 0.5))
 
     def waiting(self, sender: str, tag: str) -> bool:
         """Whether a message of `tag` from `sender` has arrived."""
         with self._changed:
-            return bool(self._boxes[sender].inbox.get(tag))
+            return tag in self._boxes[sender].inbox
 
     def require_all(self) -> None:
         """Raise what a wait would raise now."""
@@ -293,11 +388,12 @@ class Mailboxes:
             self._changed.notify_all()
 
     def _raise_first_failure(self, awaited: str | None = None) -> None:
-        """A refused hand-shake explains more than the losses it causes, so it is reported first."""
+        """The failure that explains most: a refused hand-shake, then what a peer said, then who went in silence first."""
         if self._interruption is not None:
             raise self._interruption
         ignored = self._tolerance.peers - {awaited} if self._started else frozenset[str]()
-        failures = [box.failure for name, box in self._boxes.items() if box.failure is not None and name not in ignored]
-        failures.sort(key=lambda failure: isinstance(failure, PeerLostError))
-        if failures:
-            raise failures[0]
+        failed = [box for name, box in self._boxes.items() if box.failure is not None and name not in ignored]
+        failed.sort(key=lambda box: (isinstance(box.failure, PeerLostError), not box.explained, box.noted))
+        for box in failed:
+            assert box.failure is not None
+            raise box.failure

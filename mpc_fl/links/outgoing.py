@@ -52,20 +52,25 @@ class Outgoing:
         peer.writer.put(kind, tag, payload, write)
 
     def _queue(self, peer: Peer, chunk: bytes, deadline: float, greeting: bool) -> None:
-        while True:
-            failure = self._mailboxes.failure(peer.name)
-            if failure is not None and not greeting:
-                raise failure
-            if peer.conversation is None:
-                raise LinkError(f"{peer.name} is not connected", "connect before sending")
-            if peer.conversation.put(chunk, _LOOK) or self._mailboxes.closed(peer.name):
-                return
-            if time.monotonic() > deadline:
-                raise PeerLostError(
-                    peer.name,
-                    f"{peer.name} takes no data in phase '{self._counter.phase}'",
-                    f"see the log of {peer.name}",
-                )
+        if self._queued(peer, chunk, 0.0, greeting):
+            return
+        with self._mailboxes.held_up():  # whoever waits for room goes on reading, or two could wait for each other
+            while not self._queued(peer, chunk, _LOOK, greeting):
+                if time.monotonic() > deadline:
+                    raise PeerLostError(
+                        peer.name,
+                        f"{peer.name} takes no data in phase '{self._counter.phase}'",
+                        f"see the log of {peer.name}",
+                    )
+
+    def _queued(self, peer: Peer, chunk: bytes, seconds: float, greeting: bool) -> bool:
+        """Whether the peer's conversation took the chunk, or nobody needs it any more."""
+        failure = self._mailboxes.failure(peer.name)
+        if failure is not None and not greeting:
+            raise failure
+        if peer.conversation is None:
+            raise LinkError(f"{peer.name} is not connected", "connect before sending")
+        return self._mailboxes.closed(peer.name) or peer.conversation.put(chunk, seconds)
 
     def begin_again(self, peer: Peer) -> None:
         """Forget the link with a peer that starts again; until it has connected, sending to it fails."""

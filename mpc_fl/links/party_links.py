@@ -14,7 +14,7 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
-from mpc_fl.links.settings import Reach, Timeouts, Tolerance
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
 from mpc_fl.roles import AGGREGATOR, is_hospital
 
 
@@ -48,13 +48,14 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = (config.site.listen or addresses[name]) if name in addresses else None
+    unread = Unread.with_dealer_ahead(config.runtime.dealer_ahead_bytes)
     tolerated = [name for name in names if is_hospital(name)] if may_lose_hospitals(config) else []
     return NetworkLinks(
         load_identity(config.site.identity, name),
         Agreement(federation.session, config.digest(), config.task),
         Reach(listen, routes(name, names, addresses, relay), relay),
         Timeouts(config.runtime.connect_timeout, config.runtime.receive_timeout),
-        Tolerance(frozenset(tolerated), resuming=config.site.resume),
+        Tolerance(frozenset(tolerated), config.site.resume, unread),
         observer,
     )
 

@@ -19,7 +19,8 @@ class Peer:
     """The link with one peer. Its conversation is None while nobody dialled, and for a relayed peer.
 
     The writer's lock guards what sending needs (`conversation`, `sealer`, the next sequence); a reader belongs to the
-    thread that reads its conversation. `greeting` is the one that this party sent first, which an answer must refer to.
+    thread that reads its conversation. `greeting` is the one that this party sent first, which an answer must refer to;
+    `greeted` the digest of the peer's that was accepted last, through the relay.
     """
 
     name: str
@@ -28,11 +29,14 @@ class Peer:
     conversation: Conversation | None = None
     reader: FrameReader = field(default_factory=lambda: FrameReader(greetings_only=True))
     greeting: dict[str, Any] | None = None
+    greeted: str = ""
     sealer: Sealer | None = None
     unsealer: Unsealer | None = None
 
     def forget_link(self) -> None:
         """Forget a link that is gone, so that the peer can connect anew. The caller holds the writer's lock."""
+        if self.conversation is not None:
+            self.conversation.cut()  # the other end may keep it open
         self.conversation, self.reader = None, FrameReader(greetings_only=True)
         self.writer.next_sequence = 0
         self.sealer = self.unsealer = None

@@ -2,6 +2,10 @@
 
 One class for both roles: the relay passes on what its peers may send each other, the two ends check greetings end to end
 and seal all that follows (`sealing`), so that the relay reads and changes nothing.
+
+What one of two ends sends wrongly must not cost the other its link with the relay, nor a third party its own: the relay
+answers for who sent something, each end checks what it says. So a false greeting is refused and logged, as on a stream of
+its own, a link is made anew only for a greeting that was checked, and a sealed chunk that is wrong ends the link of those two.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mpc_fl.errors import LinkError, ProtocolError
+from mpc_fl.errors import HandshakeError, LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
@@ -50,28 +54,35 @@ class Relay:
         self._counter = counter
         self._arrivals = arrivals
         self._lock = threading.Lock()
-        self._kept: dict[str, list[dict[str, Any]]] = {}
+        self._kept: dict[str, dict[str, dict[str, Any]]] = {}  # of each receiver, the last greeting of each sender
 
     # ---- when a link is made ---------------------------------------------------------------------------------------
 
     def after_connecting(self, peer: Peer) -> None:
         """A direct or relayed link was made: send what was kept for it, and greet those behind this party's relay."""
         with self._lock:
-            kept = self._kept.pop(peer.name, [])
-        for greeting in kept:
-            self._outgoing.put(peer, Kind.RELAY_GREETING, "", greeting)
+            kept = self._kept.pop(peer.name, {})
+        for greeting in kept.values():
+            self._tell(peer, greeting)
         if peer.name == self._relay:
             for other in self._peers.values():
                 if other.route.how == "relay, first":
                     self._greet_through(peer, other)
-        if self._relay == self._name and self._mailboxes.started:
-            # Those who greet it through this relay do not see that it came back.
+        if self._relay == self._name and self._mailboxes.came_back(peer.name):
+            # Those who greet it through this relay do not see that it came back, unless they have just greeted it.
             for other in self._peers.values():
-                if other is not peer and self._reachable(other):
-                    self._outgoing.put(other, Kind.RELAY_GREETING, "", {"returned": peer.name})
+                if other is not peer and other.name not in kept and self._reachable(other):
+                    self._tell(other, {"returned": peer.name})
 
     def _reachable(self, peer: Peer) -> bool:
         return self._mailboxes.connected(peer.name) and self._mailboxes.failure(peer.name) is None
+
+    def _tell(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Send `peer` what concerns another. Its loss is reported where this party waits for it, not to the other."""
+        try:
+            self._outgoing.put(peer, Kind.RELAY_GREETING, "", message)
+        except LinkError:
+            log.info("a greeting for %s could not be passed on", peer.name)
 
     def _greet_through(self, relay: Peer, other: Peer) -> None:
         other.greeting = self._greeter.greet(other.name)
@@ -80,9 +91,9 @@ class Relay:
     # ---- greetings -------------------------------------------------------------------------------------------------
 
     def take_greeting(self, origin: Peer, greeting: Any) -> None:
-        """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first.
+        """At the relay: pass a greeting on. At its receiver: check it, answer it if it came first, or refuse it.
 
-        Raises `ProtocolError` for one that may not be relayed or was not expected, `HandshakeError` for a false one.
+        Raises `ProtocolError` for one that may not be relayed: then it is `origin` that sent it.
         """
         if origin.name == self._relay and set(greeting) == {"returned"}:
             self._greet_returned(origin, str(greeting["returned"]))
@@ -102,40 +113,55 @@ class Relay:
         target = self._require_relayable(origin, greeting.get("name"), str(greeting.get("to")))
         with self._lock:
             if not self._mailboxes.connected(target.name):
-                kept = self._kept.setdefault(target.name, [])
-                if len(kept) >= len(self._peers):
-                    raise ProtocolError(f"{origin.name} sent too many greetings", "restart the run")
-                kept.append(greeting)
+                self._kept.setdefault(target.name, {})[origin.name] = greeting
                 return
-        self._outgoing.put(target, Kind.RELAY_GREETING, "", greeting)
+        self._tell(target, greeting)
 
     def _answer_greeting(self, origin: Peer, greeting: dict[str, Any]) -> None:
         sender = self._peers.get(str(greeting.get("name")))
-        if sender is not None and sender.route.how == "relay, second" and self._mailboxes.may_return(sender.name):
-            self._outgoing.begin_again(sender)
-        expected = sender is not None and sender.route.relayed and origin.name == self._relay
-        if sender is None or not expected or self._mailboxes.connected(sender.name):
+        if origin.name != self._relay:
+            raise not_relayable(origin.name)
+        if sender is None or not sender.route.relayed:
             raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
-        if sender.route.how == "relay, first":
-            public_key = self._greeter.check(sender.name, greeting, greeting_digest(sender.greeting or {}))
-        else:
-            public_key = self._greeter.check(sender.name, greeting)
-            answer = self._greeter.greet(sender.name, greeting_digest(greeting))
+        said, first = greeting_digest(greeting), sender.route.how == "relay, first"
+        answered = greeting_digest(sender.greeting or {}) if first else ""
+        try:
+            public_key = self._greeter.check(sender.name, greeting, answered)
+            self._require_new(sender, said)
+            answer = None if first else self._greeter.greet(sender.name, said)
+            made_by = f"{answered} {said}" if answer is None else f"{said} {greeting_digest(answer)}"
+            sealing = self._sealing(sender.name, public_key, made_by)
+        except HandshakeError as error:
+            log.warning("refused a greeting of %s that came through %s: %s", sender.name, origin.name, error)
+            return
+        if answer is not None:
+            if self._mailboxes.may_return(sender.name):
+                self._outgoing.begin_again(sender)
             self._outgoing.put(origin, Kind.RELAY_GREETING, "", answer)
-        self._seal(sender, public_key)
+        sender.sealer, sender.unsealer = sealing
+        sender.greeted = said
         self._arrivals.accept(sender, public_key)
 
-    def _seal(self, peer: Peer, public_key: bytes) -> None:
+    def _require_new(self, sender: Peer, said: str) -> None:
+        """Raise `HandshakeError` for a genuine greeting that was said before, or by whom this party cannot take back."""
+        if sender.greeted == said:
+            raise HandshakeError(f"{sender.name} said that before")
+        returns = sender.route.how == "relay, second" and self._mailboxes.may_return(sender.name)
+        if self._mailboxes.connected(sender.name) and not returns:
+            raise HandshakeError(f"{sender.name} is connected already")
+
+    def _sealing(self, peer: str, public_key: bytes, made_by: str) -> tuple[Sealer, Unsealer]:
+        """For a link that the greetings of these two digests made. Raises `HandshakeError` for a key of small order."""
         keys, mine = self._greeter.keys, self._name
-        peer.sealer = Sealer(keys.sealing_key(peer.name, public_key, mine, peer.name), mine, peer.name)
-        peer.unsealer = Unsealer(keys.sealing_key(peer.name, public_key, peer.name, mine), peer.name, mine)
+        sealer = Sealer(keys.sealing_key(peer, public_key, mine, peer, made_by), mine, peer)
+        return sealer, Unsealer(keys.sealing_key(peer, public_key, peer, mine, made_by), peer, mine)
 
     # ---- sealed chunks ---------------------------------------------------------------------------------------------
 
     def take_sealed(self, origin: Peer, frame: Frame) -> None:
         """A sealed chunk: open it when it came from the relay, pass it on when this party is the relay.
 
-        Raises `ProtocolError` for one that may not be relayed, was not expected, or does not open.
+        Raises `ProtocolError` for one that may not be relayed: then it is `origin` that sent it.
         """
         assert isinstance(frame.payload, torch.Tensor)
         if origin.name != self._relay:
@@ -147,11 +173,19 @@ class Relay:
                 log.info("a sealed chunk for %s could not be passed on", target.name)
             return
         sender = self._peers.get(frame.tag)
-        if sender is None or sender.unsealer is None:
+        if sender is None or not sender.route.relayed:
             raise ProtocolError("a sealed chunk came through the relay that was not expected", "restart the run")
-        opened = sender.reader.feed(sender.unsealer.unseal(frame.payload.numpy().tobytes()))
-        if opened is not None:
-            self._arrivals.deliver(sender, opened)
+        if sender.unsealer is None:
+            return  # of the link before, or of nobody who greeted
+        if self._mailboxes.failure(sender.name) is not None or self._mailboxes.closed(sender.name):
+            return
+        try:
+            opened = sender.reader.feed(sender.unsealer.unseal(frame.payload.numpy().tobytes()))
+            if opened is not None:
+                self._arrivals.deliver(sender, opened)
+        except ProtocolError as error:
+            log.warning("refused a frame from %s that came through %s: %s", sender.name, origin.name, error)
+            self._mailboxes.lose(sender.name, ProtocolError(f"the link with {sender.name}: {error.what}", error.fix))
 
     def _require_relayable(self, origin: Peer, sender: Any, receiver: str) -> Peer:
         target = self._peers.get(receiver)

@@ -34,25 +34,49 @@ class Timeouts:
     """Seconds. `connect`: until all peers are there; `receive`: for one message, and for a peer to take one.
 
     A party that ends stays at most `linger` for its last messages to leave and its peers to end, `linger_after_error`
-    when it ends with an error.
+    when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
     """
 
     connect: float
     receive: float
     linger: float = 10.0
-    linger_after_error: float = 2.0
+    linger_after_error: float = 10.0
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Bytes of memory for what has arrived from one peer and nobody has taken (`mailboxes` says what happens then).
+
+    An honest peer is ahead by what it sends without an answer: a summand, a model, two tensors of an exchange between all
+    (44 MB each for ResNet18), and corrections of the dealer, which it counts itself (`runtime.dealer_ahead_bytes`, 256 MiB
+    unless said otherwise). `pause` is twice what the dealer sends ahead, so that it never waits for want of room; `most` is
+    above all of it together. For networks of hundreds of millions of parameters it grows: to four times the largest frame
+    that this party has taken. One frame alone is never too much, and beside what is unread one more may be on its way
+    (`frames.MAX_PAYLOAD`). `patience`: seconds that somebody who waits may need to take what has arrived, on a machine with
+    other things to do.
+    """
+
+    pause: int = 512 << 20
+    most: int = 1 << 30
+    patience: float = 10.0
+
+    @classmethod
+    def with_dealer_ahead(cls, ahead_bytes: int) -> Unread:
+        """Room for a dealer that sends so many bytes ahead of need."""
+        return cls(max(cls.pause, 2 * ahead_bytes), max(cls.most, 4 * ahead_bytes))
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Whose loss, once all have been connected, ends only the waits for them; they may come back.
+    """Whose loss, once all have been connected, ends only the waits for them; they may come back. What may stay unread.
 
     `resuming`: this party starts again in a run that goes on, where these may be missing.
     """
 
     peers: frozenset[str] = frozenset()
     resuming: bool = False
+    unread: Unread = Unread()
 
 
 NOBODY_LOST = Tolerance()
-LONGEST_GREETING = 30.0  # seconds that a stream may stay without a greeting, at whoever listens
+LONGEST_GREETING = 10.0  # seconds that a stream may stay without a greeting, at whoever listens

@@ -12,6 +12,8 @@ import re
 import sys
 import threading
 
+from mpc_fl.links.places import Refusals
+
 log = logging.getLogger(__name__)
 
 _GRPC_LINE = re.compile(rb"^[IWEF]\d{4} \d\d:\d\d:\d\d|^WARNING: All log messages before absl")
@@ -34,11 +36,13 @@ def log_refused_handshakes() -> None:
 
 
 def _read(reading: int, original: int) -> None:
+    refusals = Refusals(log)
     with os.fdopen(reading, "rb") as lines:
         for line in lines:
             refused = _REFUSED.search(line.strip()) if b"ssl_transport_security" in line else None
             if refused is not None:
                 reason = refused.group(1).decode("ascii", "replace").rsplit(":", 2)
-                log.warning("refused a TLS hand-shake: %s", ": ".join(part.strip() for part in reason[-2:]))
+                said = f"refused a TLS hand-shake: {': '.join(part.strip() for part in reason[-2:])}"
+                refusals.count(said, said)
             elif not _GRPC_LINE.match(line):
                 os.write(original, line)

@@ -52,6 +52,7 @@ SETTINGS: dict[str, Any] = {
         "sampling_seed": 5,
     },
     "privacy": {"mechanism": "none"},
+    "evaluation": {"every": 1},
     "federation": {"quorum": 2},
     "runtime": {"connect_timeout": 30.0, "receive_timeout": 60.0},
 }

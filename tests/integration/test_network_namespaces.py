@@ -144,7 +144,7 @@ def test_federation_over_separate_networks_with_hospitals_that_only_dial_out(
     counts = [(peer, count) for phase in traffic for peer, count in phase["peers"].items()]
     assert {peer for peer, count in counts if count["bytes_relayed"]} <= set(BEHIND_FIREWALL)
     openings = [json.loads(line) for line in (tmp_path / "aggregator" / "openings.jsonl").read_text().splitlines()]
-    assert len(openings) == 6 and all(opening["to"] == ["aggregator"] for opening in openings)
+    assert len(openings) == 5 and all(opening["to"] == ["aggregator"] for opening in openings)
 
 
 @pytest.mark.slow
@@ -177,8 +177,16 @@ def _wait_for_rounds(parties: dict[str, subprocess.Popen[str]], directory: Path)
 
 
 def _listening_ports(process: int) -> set[int]:
-    """Ports with a listener in the network namespace of `process` (state 0A in proc(5))."""
+    """Ports with a listener in the network namespace of `process` (state 0A in proc(5)), none before it is in its own.
+
+    `ip netns exec` is this very process first, still on the network of the machine; once it has left that it stays away.
+    """
     ports: set[int] = set()
+    try:
+        if Path(f"/proc/{process}/ns/net").readlink() == Path("/proc/self/ns/net").readlink():
+            return ports
+    except OSError:  # it has ended
+        return ports
     for table in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]

@@ -22,18 +22,19 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scipy import stats
 
+import mpc_fl
 from mpc_fl.crypto.authority import Authority, make_local_identities
 from mpc_fl.crypto.certificates import Identity, host_name, sign
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
-from mpc_fl.links import connections
+from mpc_fl.links import connections, handshake
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.sealing import Sealer, Unsealer
 from mpc_fl.links.settings import Reach, Timeouts
-from tests.support.harness import free_ports, local_links, run_parties
+from tests.support.harness import SPAWN, free_ports, local_links, run_parties
 
 pytestmark = pytest.mark.processes
 
@@ -292,7 +293,7 @@ Chunks = Callable[[Identity], list[bytes]]
         (lambda b: [_hello(b, to="c")], "made for another link"),
         (lambda b: [_hello(b, signature="00" * 70)], "does not verify"),
         (lambda b: [_hello(b, signature="zz")], "not signed"),
-        (lambda b: [_hello(b, version="0.0.0")], "same version"),
+        (lambda b: [_hello(b, version="0.0.0")], "b runs version 0.0.0, protocol 1 and a version .*, protocol 2"),
         (lambda b: [_hello(b, answers="ab" * 32)], "answers another"),
         (lambda b: [_hello(b, public_key="zz")], "no valid public key"),
         (lambda b: [_hello(b), b"garbage"], "truncated"),
@@ -387,7 +388,7 @@ def test_how_long_an_ending_party_stays_is_a_setting(
     for timeouts in (Timeouts(1.0, 1.0), Timeouts(1.0, 1.0, linger=0.25, linger_after_error=0.125)):
         links = NetworkLinks(identity, agreement, Reach(None, {}), timeouts)
         links.__enter__().__exit__(type(error), error, None)
-    assert stayed == ([10.0, 0.25] if error is None else [2.0, 0.125])
+    assert stayed == ([10.0, 0.25] if error is None else [10.0, 0.125])
 
 
 def test_an_unforeseen_error_does_not_cross_the_link(tmp_path: Path) -> None:
@@ -430,3 +431,70 @@ def test_a_late_party_is_named_with_the_phase(tmp_path: Path) -> None:
     finally:
         release.set()
         thread.join()
+
+
+def test_who_ends_before_it_reads_the_answer_to_its_greeting_is_heard(tmp_path: Path) -> None:
+    """'b' has greeted 'a', which goes on already, and fails before it has read the answer: 'a' hears why.
+
+    So it was when a party was killed at once after connecting: the third left without a word, and was blamed.
+    """
+    make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
+    ports = dict(zip(["a", "b"], free_ports(2), strict=True))
+    answered, ended = threading.Event(), threading.Event()
+
+    def hold_back(sender: str, frame: Any) -> None:
+        if frame.kind == Kind.WELCOME:
+            answered.set()
+            ended.wait(30)
+
+    links = local_links("b", ["a", "b"], ports, tmp_path, observer=hold_back)
+
+    def fail() -> None:
+        assert answered.wait(30)
+        links.interrupt(PeerLostError("c", "lost c in phase 'connect'"))
+
+    def leave() -> None:
+        try:
+            with pytest.raises(PeerLostError, match="lost c"), links:
+                pass
+        finally:
+            ended.set()
+
+    threads = [threading.Thread(target=fail), threading.Thread(target=leave)]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(PeerLostError, match="b stopped: lost c in phase 'connect'"):
+        with local_links("a", ["a", "b"], ports, tmp_path) as other:
+            other.receive_object("b", "never")
+    ended.set()
+    for thread in threads:
+        thread.join()
+
+
+def _older(directory: Path, ports: dict[str, int], results: Any) -> None:
+    """A party 'b' as it was before protocols had a number: it greets with the version of the program alone."""
+    handshake._VERSION = mpc_fl.__version__
+    try:
+        with local_links("b", ["a", "b"], ports, directory, connect_timeout=30.0):
+            results.put("connected")
+    except LinkError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("older_dials", [True, False])
+def test_a_party_of_an_older_protocol_is_refused_in_one_line_that_names_both(older_dials: bool, tmp_path: Path) -> None:
+    make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
+    ports = dict(zip("ab" if older_dials else "ba", free_ports(1), strict=False))
+    results = SPAWN.Queue()
+    older = SPAWN.Process(target=_older, args=(tmp_path, ports, results))
+    older.start()
+    version = mpc_fl.__version__
+    with pytest.raises(HandshakeError) as caught:
+        with local_links("a", ["a", "b"], ports, tmp_path, connect_timeout=30.0):
+            pass
+    if older_dials:
+        assert caught.value.what == f"b runs version {version}, protocol 1 and a version {version}, protocol 2"
+        assert f"a refused b: b runs version {version}, protocol 1" in results.get(timeout=60)
+    else:  # it refuses first, in its own words
+        assert "b refused a: a runs version" in caught.value.what or "not the same version" in caught.value.what
+    older.join()

@@ -27,7 +27,7 @@ from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.network import NetworkLinks
-from mpc_fl.links.settings import Reach, Timeouts, Tolerance
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
 
 # Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
 # and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
@@ -59,6 +59,7 @@ class Options:
     relay: str | None = None
     tolerated: Sequence[str] = ()
     resuming: bool = False
+    unread: Unread = Unread()
 
     @property
     def timeouts(self) -> Timeouts:
@@ -66,7 +67,7 @@ class Options:
 
     @property
     def tolerance(self) -> Tolerance:
-        return Tolerance(frozenset(self.tolerated), self.resuming)
+        return Tolerance(frozenset(self.tolerated), self.resuming, self.unread)
 
 
 def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> NetworkLinks:

@@ -43,7 +43,7 @@ from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
 from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
-from mpc_fl.learning.data.loading import load_images
+from mpc_fl.learning.data.loading import load_images, shared_patients
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
@@ -77,7 +77,7 @@ def train(
             checkpoint.unlink()
         rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
         hospitals = [name for name in party_names(config) if is_hospital(name)]
-        last = _last_rounds(directory, hospitals)
+        last, evaluated = _last_rounds(directory, hospitals), [line for line in rounds if line.evaluation is not None]
         summary = TrainingSummary(
             name=config.name,
             synthetic=config.data.source == "phantoms",
@@ -88,7 +88,9 @@ def train(
             seconds=round(time.monotonic() - began, 2),
             command=command,
             versions=versions(),
-            final=[line.evaluation for line in rounds if line.evaluation is not None][-1],
+            final=evaluated[-1].evaluation if evaluated else None,
+            evaluated_round=evaluated[-1].round if evaluated else None,
+            shared_patients=len(shared_patients(config).names),
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,

@@ -1,7 +1,7 @@
 """The distributed Gaussian mechanism: noise in parts, so that only a noised sum over all hospitals is ever opened.
 
 Each step, hospital i of n (Kairouz, Liu, Steinke, ICML 2021, with another rounding and another noise analysis):
-  1. samples its patients, each with probability q_i
+  1. samples its patients, each with the public probability q
   2. `add_patients`: clips every patient's gradient, rounds it to the grid, and adds up whole numbers
   3. `noised_share`: adds integer noise of variance v = sigma^2 / (n - t)
   4. shares the result; the sum over all hospitals is opened, and `mean_gradient` decodes it
@@ -39,7 +39,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -88,8 +88,9 @@ def step_total_variation(parameters: int, hospitals: int, colluders: int) -> flo
 class MechanismTerms:
     """What is agreed of a mechanism before its grid and its ring are chosen.
 
-    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (an upper bound), clipping
-    norm C, noise multiplier z (against the t).
+    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (a public upper bound),
+    clipping norm C, noise multiplier z (against the t). `divisor`: what a mean divides by for each hospital, public too;
+    None for `expected_patients`.
     """
 
     parameters: int
@@ -98,6 +99,7 @@ class MechanismTerms:
     expected_patients: int
     clipping_norm: float
     noise_multiplier: float
+    divisor: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,7 @@ def plan_mechanism(terms: MechanismTerms, ring_bits: Literal[32, 64] = 32) -> Di
 def require_patients(mechanism: DistributedGaussian, count: int, who: str) -> None:
     """Raise `HeadroomError` if more patients were drawn than a step has room for (probability below 2^-128)."""
     if count > mechanism.patients_bound:
-        raise HeadroomError(
-            f"{who} drew more patients than a step has room for", "check that training.batch_size is the expectation"
-        )
+        raise HeadroomError(f"{who} drew more patients than a step has room for", "check privacy.largest_hospital")
 
 
 def add_patients(
@@ -273,7 +273,7 @@ def noised_share(
 
 
 def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch.Tensor:
-    """The opened sum (integers, shape (P,)) over s and the expected number of patients of all hospitals, float64 (P,).
+    """The opened sum (integers, shape (P,)) over s and the public divisor of all hospitals, float64 (P,).
 
     Raises `ProtocolError` for a sum that no run of the protocol can have.
     """
@@ -281,4 +281,5 @@ def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch
         raise ProtocolError("the opened sum of gradients has another shape or type", SAME_VERSION)
     if max(int(opened.max()), -int(opened.min())) > mechanism.largest_sum:
         raise ProtocolError("the opened sum of gradients exceeds its bound", "a hospital does not follow the protocol")
-    return opened.double() / (mechanism.scale * mechanism.hospitals * mechanism.expected_patients)
+    divisor = mechanism.expected_patients if mechanism.divisor is None else mechanism.divisor
+    return opened.double() / (mechanism.scale * mechanism.hospitals * divisor)

@@ -1,0 +1,120 @@
+"""Streams of one certificate that say nothing, more than there are places: the genuine connect meanwhile, logs stay short."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from cryptography import x509
+
+from mpc_fl.crypto.authority import Authority
+from mpc_fl.crypto.certificates import Identity, host_name
+from mpc_fl.crypto.identity_files import write_identity
+from tests.support.harness import free_ports, local_links
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.processes
+NAMES = ["hospital-0", "hospital-1", "aggregator"]
+TARGET = NAMES[0]
+STREAMS = 160
+
+
+class SilentStreams:
+    """Dials `TARGET` with `identity` until told to stop, so that `STREAMS` streams are there which say nothing."""
+
+    def __init__(self, identity: Identity, port: int) -> None:
+        credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
+        options = [("grpc.ssl_target_name_override", host_name(TARGET)), ("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [grpc.secure_channel(f"127.0.0.1:{port}", credentials, options) for _ in range(4)]
+        self._stop = threading.Event()
+        self.ended: list[str] = []  # how streams ended
+        self._threads = [threading.Thread(target=self._dial, args=(n,), daemon=True) for n in range(STREAMS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _say_nothing(self) -> Iterator[bytes]:
+        self._stop.wait()
+        yield from ()
+
+    def _dial(self, number: int) -> None:
+        while not self._stop.is_set():
+            call = self._channels[number % 4].stream_stream("/mpc_fl.Link/Send")(
+                self._say_nothing(), wait_for_ready=True
+            )
+            try:
+                for _ in call:
+                    pass
+            except grpc.RpcError as error:
+                self.ended.append(f"{error.code().name}: {error.details()}")
+            self._stop.wait(0.5)
+
+    def stop(self) -> None:
+        self._stop.set()
+        for channel in self._channels:
+            channel.close()
+        for thread in self._threads:
+            thread.join(10)
+
+
+def _exchange(links: Any, peer: str) -> int:
+    links.send_tensor(peer, "hello", torch.arange(4))
+    return int(links.receive_tensor(peer, "hello", torch.int64, (4,)).sum())
+
+
+@pytest.mark.parametrize("whose", ["revoked", "hospital-2"])
+def test_silent_streams_of_one_certificate_keep_nobody_out(
+    whose: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a revoked certificate, and with a valid one of a hospital that takes no part."""
+    caplog.set_level(logging.INFO, "mpc_fl")
+    authority = Authority(datetime.timedelta(hours=1))
+    identities = {name: authority.issue(name) for name in [*NAMES, "hospital-2"]}
+    identities["revoked"] = authority.issue("hospital-1")
+    now = datetime.datetime.now(datetime.timezone.utc)
+    serial = x509.load_pem_x509_certificate(identities["revoked"].certificate).serial_number
+    for name in NAMES:
+        write_identity(identities[name], tmp_path / name)
+        listed = authority.revocation_list({serial: now}, 1, now + datetime.timedelta(hours=1))
+        (tmp_path / name / "federation.crl").write_bytes(listed)
+    ports = dict(zip(NAMES, free_ports(3), strict=True))
+    outcome: dict[str, Any] = {}
+
+    def party(name: str, peers: list[str], connect_timeout: float) -> None:
+        try:
+            with local_links(name, NAMES, ports, tmp_path, connect_timeout=connect_timeout) as links:
+                outcome[name] = [_exchange(links, peer) for peer in peers]
+        except Exception as error:  # noqa: BLE001 - the test looks at it
+            outcome[name] = error
+
+    target = threading.Thread(target=party, args=(TARGET, NAMES[1:], 120.0))
+    target.start()
+    with contextlib.closing(_Stopping(SilentStreams(identities[whose], ports[TARGET]))) as attack:
+        # Most of the streams have come, and been turned away in one way or another.
+        eventually(lambda: len(attack.streams.ended) >= STREAMS - 20, 60.0, "the attack is under way")
+        genuine = [threading.Thread(target=party, args=(name, [TARGET], 20.0)) for name in NAMES[1:]]
+        for thread in genuine:
+            thread.start()
+        for thread in [*genuine, target]:
+            thread.join(150)
+    assert outcome == {TARGET: [6, 6], "hospital-1": [6], "aggregator": [6]}
+    if whose == "revoked":
+        assert all(said.startswith("PERMISSION_DENIED") and "revoked" in said for said in attack.streams.ended[:100])
+    about = [record for record in caplog.records if record.name.endswith("grpc_streams") and "link" in record.message]
+    assert 1 <= len(about) < 30, [record.message for record in about]
+    assert any("in all" in record.message for record in about), "they are counted"
+
+
+class _Stopping:
+    def __init__(self, streams: SilentStreams) -> None:
+        self.streams = streams
+
+    def close(self) -> None:
+        self.streams.stop()

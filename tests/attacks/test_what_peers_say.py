@@ -1,0 +1,77 @@
+"""What a peer says reaches errors, and so terminals and logs, in one bounded line that moves no cursor and hides nothing."""
+
+from __future__ import annotations
+
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.errors import LinkError, PeerLostError, ProtocolError, printable
+from mpc_fl.links.frames import Kind
+from mpc_fl.links.in_memory import InMemoryLinks
+from tests.support.harness import free_ports, local_links, run_parties_in_memory
+
+pytestmark = pytest.mark.processes
+# Clears the screen, writes over the line before, rings, reorders, ends the line, hides in a C1 control.
+HOSTILE = "\x1b[2J\x1b[1A\rall is well\x07 \u202etxt.exe\nmpc-fl: finished\x9b31m\u2028\ud800"
+
+
+def _require_harmless(text: str) -> None:
+    assert text.isprintable() and len(text) < 600, repr(text)
+    text.encode()
+
+
+def test_the_reason_of_a_party_that_stops() -> None:
+    def party(links: InMemoryLinks) -> Any:
+        if links.name == "b":
+            links.receive_object("a", "ready")
+            links.send_frame("a", Kind.ABORT, "", {"reason": HOSTILE + "x" * 100_000, "cause": HOSTILE + "y" * 100_000})
+            return None
+        links.send_object("b", "ready", {})
+        with pytest.raises(PeerLostError, match="b stopped: ") as caught:
+            links.receive_object("b", "never")
+        return caught.value
+
+    error = run_parties_in_memory(party, ["a", "b"])["a"]
+    for said in (str(error), error.what, error.fix, error.peer):
+        _require_harmless(said)
+    assert "all is well" in error.what and len(error.peer) <= 64
+
+
+def test_the_reason_of_a_party_that_refuses(tmp_path: Path) -> None:
+    """A certified party whose server answers every greeting with this."""
+    make_local_identities(["a", "b"], {name: tmp_path / name for name in "ab"})
+    ports = dict(zip("ab", free_ports(2), strict=True))
+    identity = load_identity(tmp_path / "a", "a")
+
+    def refuse(chunks: Any, context: grpc.ServicerContext) -> Any:
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, HOSTILE.replace("\ud800", "") + "x" * 4_000)
+        yield b""
+
+    credentials = grpc.ssl_server_credentials(
+        [(identity.key, identity.certificate)], root_certificates=identity.authority, require_client_auth=True
+    )
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    handler = grpc.stream_stream_rpc_method_handler(refuse)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mpc_fl.Link", {"Send": handler}),))
+    server.add_secure_port(f"127.0.0.1:{ports['a']}", credentials)
+    server.start()
+    try:
+        with pytest.raises(LinkError, match="a refused b: ") as caught:
+            with local_links("b", ["a", "b"], ports, tmp_path, connect_timeout=30.0):
+                pass
+    finally:
+        server.stop(0)
+    _require_harmless(str(caught.value))
+    assert "all is well" in caught.value.what
+
+
+def test_every_error_is_one_harmless_line() -> None:
+    error = ProtocolError(f"b sent {HOSTILE}", f"do not {HOSTILE}")
+    _require_harmless(str(error))
+    assert printable("a\tb\n c", 100) == "a b c" and printable("ä€π", 2) == "ä€"

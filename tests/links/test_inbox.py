@@ -1,0 +1,239 @@
+"""What is unread: reckoned, dropped with its tag or scope, bounded by waiting senders and by refusal (both kinds of links)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.errors import LinkError, ProtocolError
+from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.inbox import EndedTags, Inbox, memory_of
+from mpc_fl.links.links import Links
+from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.settings import Timeouts, Tolerance, Unread
+from mpc_fl.links.traffic import TrafficCounter
+from tests.links.test_conformance import KINDS, NetworkWorld, World
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.processes
+NAMES = ["a", "b", "c"]
+MIB = 1 << 20
+SMALL = Unread(pause=4 * MIB, most=64 * MIB, patience=1.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _identities(tmp_path_factory: pytest.TempPathFactory) -> None:
+    NetworkWorld.directory = tmp_path_factory.mktemp("identities")
+    make_local_identities(NAMES, {name: NetworkWorld.directory / name for name in NAMES})
+
+
+@pytest.fixture(params=list(KINDS))
+def world(request: pytest.FixtureRequest) -> type[World]:
+    return KINDS[request.param]
+
+
+def _frame(tag: str, size: int = 8) -> Frame:
+    return Frame(Kind.TENSOR, tag, 0, torch.zeros(size, dtype=torch.uint8), size)
+
+
+def _unread(links: Links, peer: str) -> int:
+    return links._mailboxes._boxes[peer].inbox.unread
+
+
+def test_what_is_taken_or_forgotten_takes_no_memory() -> None:
+    inbox = Inbox()
+    for tag in ("sum 1", "check/a", "check/b/c", "sum 1", "checked"):
+        inbox.put(_frame(tag, 100))
+    assert inbox.unread == 5 * memory_of(_frame("", 100))
+    assert inbox.take("sum 1").tag == "sum 1" and "sum 1" in inbox
+    inbox.forget("sum 1")
+    inbox.forget("check/")
+    assert "sum 1" not in inbox and "check/b/c" not in inbox and "checked" in inbox
+    assert inbox.unread == memory_of(_frame("", 100))
+    inbox.clear()
+    assert inbox.unread == 0 and "checked" not in inbox
+
+
+def test_a_json_object_is_reckoned_with_what_python_makes_of_it() -> None:
+    assert memory_of(Frame(Kind.OBJECT, "", 0, {}, 1000)) > 25 * 1000
+
+
+def test_ended_tags_are_the_last_few_thousand() -> None:
+    ended = EndedTags()
+    assert "anything" not in ended
+    ended.add("scope/")
+    ended.add("tag")
+    assert "scope/x" in ended and "scope/x/y" in ended and "tag" in ended
+    assert "scope" not in ended and "tag/x" not in ended and "other/scope/x" not in ended
+    for number in range(5000):
+        ended.add(f"sum {number}")
+    assert "sum 4999" in ended and "tag" not in ended and len(ended._ended) == 4096
+
+
+def test_late_frames_of_an_ended_scope_are_dropped(world: type[World]) -> None:
+    def send(links: Links) -> None:
+        links.scoped("check").send_tensor("b", "early", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_tensor("b", "summand 1", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_object("b", "sent", {})
+        links.receive_object("b", "ended")
+        links.scoped("check").send_tensor("b", "late", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_tensor("b", "summand 1", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_object("b", "sent", {})
+
+    def receive(links: Links) -> list[int]:
+        links.receive_object("a", "sent")
+        before = _unread(links, "a")
+        links.scoped("check").end_scope()
+        links.forget("summand 1")
+        after = _unread(links, "a")
+        links.send_object("a", "ended", {})
+        links.receive_object("a", "sent")
+        return [before // MIB, after, _unread(links, "a")]
+
+    assert world(["a", "b"]).meet(a=send, b=receive) == {"a": None, "b": [2, 0, 0]}
+
+
+def test_a_party_that_has_ended_keeps_nothing(world: type[World]) -> None:
+    def send(links: Links) -> None:
+        links.send_tensor("b", "never taken", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_object("b", "sent", {})
+
+    kept: list[Links] = []
+
+    def receive(links: Links) -> None:
+        links.receive_object("a", "sent")
+        assert _unread(links, "a") > MIB
+        kept.append(links)
+
+    assert world(["a", "b"]).meet(a=send, b=receive) == {"a": None, "b": None}
+    assert _unread(kept[0], "a") == 0
+
+
+def test_a_party_that_computes_lets_its_senders_wait(world: type[World]) -> None:
+    """Nothing is lost by that: it takes all in the end."""
+
+    def send(links: Links) -> None:
+        for number in range(40):
+            links.send_tensor("b", "number", torch.full((MIB,), number, dtype=torch.uint8))
+
+    def receive(links: Links) -> Any:
+        eventually(lambda: _unread(links, "a") > SMALL.pause, 60.0, "more is unread than makes a reader pause")
+        most = _unread(links, "a")
+        got = [int(links.receive_tensor("a", "number", torch.uint8, (MIB,))[0]) for _ in range(40)]
+        return most <= SMALL.pause + 2 * MIB, got == list(range(40))
+
+    world_of_two = world(["a", "b"], unread=SMALL)
+    assert world_of_two.meet(a=send, b=receive) == {"a": None, "b": (True, True)}
+
+
+def test_two_that_send_each_other_more_than_they_keep_unread_both_end(world: type[World]) -> None:
+    """Whoever waits for room goes on reading."""
+
+    def party(links: Links) -> int:
+        for _ in range(40):
+            links.send_tensor(links.peers[0], "much", torch.zeros(MIB, dtype=torch.uint8))
+        return sum(links.receive_tensor(links.peers[0], "much", torch.uint8, (MIB,)).numel() for _ in range(40)) // MIB
+
+    assert world(["a", "b"], unread=SMALL).meet(a=party, b=party) == {"a": 40, "b": 40}
+
+
+def test_who_waits_for_another_reads_on(world: type[World]) -> None:
+    """a waits for b, b for c, and c sends a much that a takes last: no party pauses for ever."""
+
+    def first(links: Links) -> int:
+        links.receive_object("b", "go")
+        return sum(links.receive_tensor("c", "much", torch.uint8, (MIB,)).numel() for _ in range(40)) // MIB
+
+    def second(links: Links) -> None:
+        links.receive_object("c", "sent")
+        links.send_object("a", "go", {})
+
+    def third(links: Links) -> None:
+        for _ in range(40):
+            links.send_tensor("a", "much", torch.zeros(MIB, dtype=torch.uint8))
+        links.send_object("b", "sent", {})
+
+    assert world(NAMES, unread=SMALL).meet(a=first, b=second, c=third) == {"a": 40, "b": None, "c": None}
+
+
+@pytest.mark.parametrize("kind", ["tensors", "objects"])
+def test_who_sends_what_nobody_asks_for_is_refused(world: type[World], kind: str) -> None:
+    def flood(links: Links) -> str:
+        links.receive_object("b", "ready")
+        try:
+            for _ in range(100_000):
+                if kind == "tensors":
+                    links.send_tensor("b", "flood", torch.zeros(MIB, dtype=torch.uint8))
+                else:
+                    links.send_object("b", "flood", {"nested": [[]] * 10_000})
+        except (LinkError, ProtocolError) as error:
+            return type(error).__name__
+        return "all was taken"
+
+    def receive(links: Links) -> Any:
+        links.send_object("a", "ready", {})
+        with pytest.raises(ProtocolError, match="the link with a: a sent 6[4-9] MiB that nobody has asked for"):
+            links.receive_object("a", "never")
+        return _unread(links, "a") <= SMALL.most + 2 * MIB
+
+    outcome = world(["a", "b"], unread=SMALL).meet(a=flood, b=receive)
+    assert outcome["b"] is True and outcome["a"] in ("PeerLostError", "ProtocolError"), outcome
+
+
+def test_one_frame_may_be_larger_than_what_is_kept_unread(world: type[World]) -> None:
+    size = 80 * MIB
+
+    def send(links: Links) -> None:
+        links.send_tensor("b", "model", torch.zeros(size, dtype=torch.uint8))
+        links.send_object("b", "after", {})
+
+    def receive(links: Links) -> int:
+        got = links.receive_tensor("a", "model", torch.uint8, (size,)).numel()
+        links.receive_object("a", "after")
+        return got
+
+    assert world(["a", "b"], unread=SMALL).meet(a=send, b=receive) == {"a": None, "b": size}
+
+
+def test_a_dealer_ahead_of_need_never_waits_for_room() -> None:
+    for ahead in (1 << 20, 256 << 20, 8 << 30):
+        unread = Unread.with_dealer_ahead(ahead)
+        assert unread.pause >= 2 * ahead and unread.most >= 2 * unread.pause
+
+
+def test_the_first_of_those_that_went_in_silence_is_named_and_whoever_was_told_before_all() -> None:
+    peers = dict.fromkeys(NAMES)
+    boxes = Mailboxes(peers, Timeouts(1.0, 1.0), Tolerance(), TrafficCounter("work"))
+    for name in NAMES:
+        boxes.connect(name)
+    boxes.lose("c", boxes.lost("c", "the link ended without a farewell"))
+    boxes.lose("a", boxes.lost("a", "the link ended without a farewell"))
+    with pytest.raises(LinkError, match="lost c "):
+        boxes.require_all()
+    boxes.file("b", Frame(Kind.ABORT, "", 1, {"reason": "lost c in phase 'work'", "cause": "c"}, 10))
+    with pytest.raises(LinkError, match="b stopped: lost c "):
+        boxes.require_all()
+
+
+def test_a_reader_that_fails_ends_the_link_with_a_reason(tmp_path: Path) -> None:
+    """An observer stands for any code that fails on a reader's thread; its message could quote what was received."""
+
+    def fails(sender: str, frame: Frame) -> None:
+        if frame.kind == Kind.OBJECT:
+            raise ValueError("value 123456")
+
+    def receive(links: Links) -> str:
+        with pytest.raises(ProtocolError, match="the link with a: unexpected ValueError") as caught:
+            links.receive_object("a", "word")
+        return str(caught.value)
+
+    class Observed(NetworkWorld):
+        def links(self, name: str, elsewhere: bool = False, **more: Any) -> Links:
+            return super().links(name, elsewhere, **({"observer": fails} if name == "b" else {}), **more)
+
+    outcome = Observed(["a", "b"]).meet(a=lambda links: links.send_object("b", "word", {}), b=receive)
+    assert "123456" not in outcome["b"]

@@ -1,0 +1,67 @@
+"""Links through a relay when parties come and come back; what an adversary tries with them is in `tests/attacks/`."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.links.frames import Frame, Kind
+from tests.support.harness import free_ports, local_links
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.processes
+NAMES = ["a", "b", "relay"]
+
+
+@pytest.mark.parametrize("last", ["a", "b"])
+def test_whoever_connects_last_has_not_come_back(last: str, tmp_path: Path) -> None:
+    """The relay takes part itself, and may go on before it has told the others about the last that connected.
+
+    Told that it came back they would greet it once more, and the link that they have with it would be none.
+    """
+    make_local_identities(NAMES, {name: tmp_path / name for name in NAMES})
+    ports = dict(zip(["relay"], free_ports(1), strict=True))
+    told: list[str] = []
+    outcome: dict[str, Any] = {}
+
+    def watch(sender: str, frame: Frame) -> None:
+        if frame.kind == Kind.RELAY_GREETING and isinstance(frame.payload, dict) and "returned" in frame.payload:
+            told.append(str(frame.payload["returned"]))
+
+    relay = local_links("relay", NAMES, ports, tmp_path, relay="relay", tolerated="ab")
+    boxes = relay._mailboxes
+    connect, first_is_there = boxes.connect, threading.Event()
+
+    def connect_and_let_it_go_on(peer: str) -> None:
+        connect(peer)
+        first_is_there.set()
+        if boxes.connected("a") and boxes.connected("b"):
+            eventually(lambda: boxes.started, 30.0, "the relay goes on")
+
+    boxes.connect = connect_and_let_it_go_on  # type: ignore[method-assign]
+
+    def party(name: str) -> None:
+        peer = "b" if name == "a" else "a"
+        if name == last:
+            assert first_is_there.wait(30)
+        options = {"relay": "relay", "tolerated": [peer], "observer": watch}
+        with local_links(name, NAMES, ports, tmp_path, **options) as links:
+            for number in range(3):
+                links.send_tensor(peer, "number", torch.tensor([number]))
+            outcome[name] = [int(links.receive_tensor(peer, "number", torch.int64, (1,))) for _ in range(3)]
+            links.send_object("relay", "enough", {})
+
+    threads = [threading.Thread(target=party, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    with relay:
+        for name in "ab":
+            relay.receive_object(name, "enough")
+    for thread in threads:
+        thread.join()
+    assert outcome == {"a": [0, 1, 2], "b": [0, 1, 2]} and not told
