@@ -230,6 +230,7 @@ def test_a_budget_that_is_spent_stops_an_evaluation_before_it_is_made(
     ledger.charge(SubsampledGaussian(0.3, 1.0, 10), run="another", round_number=1)
     made: list[Private[torch.Tensor]] = []
     monkeypatch.setattr(secure_evaluation, "encode_confusion", lambda *_: made.append(_[0]))
+    plan = RoundPlan(1, 0, HOSPITALS, {}, (), 4, False)
     with pytest.raises(PrivacyBudgetError, match="would raise epsilon"):
-        secure_evaluation._noised(hospital, planned(config), torch.zeros(len(hospital.test), 3), 1, 0)
+        secure_evaluation._noised(hospital, planned(config), torch.zeros(len(hospital.test), 3), plan)
     assert made == [] and len(ledger.records()) == 1
