@@ -190,7 +190,9 @@ class PrivacySection(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     clipping_norm: Positive = 1.0
     noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
-    accountant: Literal["rdp", "prv"] = "rdp"
+    accountant: Literal["pld", "rdp", "prv"] = Field(
+        default="pld", description="pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PrivacySection:

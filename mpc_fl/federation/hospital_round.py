@@ -123,9 +123,8 @@ def _local_steps(
     # sends the new global model.
     seen = sum_terms(config, plan.weight_total, hospital.digests)
     agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number), seen)
-    release = hospital.ledger.release if hospital.noise_multiplier is not None else None
     try:
-        admitted = contribute(domain, rules, agreed, encoded, release)
+        admitted = contribute(domain, rules, agreed, encoded, hospital.releasing(number))
     except SumLostError as error:
         log.warning("%s", error)
         return "void"

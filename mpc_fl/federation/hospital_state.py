@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +35,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
-from mpc_fl.learning.privacy.accounting import PrivacyBudget, epsilon_of
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
@@ -93,17 +96,24 @@ class Hospital:
             self.normalisation = normalisation
 
     def epsilon(self) -> float | None:
-        """Epsilon spent on these patients so far, all runs in the ledger together."""
+        """Epsilon spent on these patients so far, all runs in the ledger together; None where none holds any more."""
         if self.config.privacy.mechanism == "none":
             return None
-        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
+        epsilon = self.ledger.epsilon(self.budget.delta, self.budget.accountant)
+        return epsilon if math.isfinite(epsilon) else None
+
+    def releasing(self, round_number: int) -> Callable[[], None]:
+        """What enters into the privacy ledger that something of the patients leaves now, before its first byte does."""
+        if self.config.privacy.mechanism != "none":
+            return self.ledger.release
+        run = run_name(self.config)
+        return functools.partial(self.ledger.charge_unprotected, run=run, round_number=round_number)
 
     def checkpoint(self, directory: Path, number: int) -> None:
         """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
-        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.state()
         save_checkpoint(
             directory,
-            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": spent}),
+            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": self.ledger.state()}),
             self.config.run_digest(),
         )
 
@@ -117,8 +127,7 @@ class Hospital:
         saved = load_checkpoint(directory, self.config.run_digest(), number, _wrong_facts)
         if saved is None:
             return
-        if self.config.privacy.mechanism != "none":
-            self.ledger.require(saved.facts["privacy accountant"])
+        self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
 
@@ -145,7 +154,7 @@ def join(
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    spent, done = [], NOTHING_DONE
+    spent, done = list[SubsampledGaussian](), NOTHING_DONE
     if config.privacy.mechanism != "none":
         spent, done = ledger.spent(run=run_name(config)), _done(config, ledger, None if last is None else last.round)
     planned = plan_release(config, train.patient_count, spent, name, done)
@@ -160,15 +169,15 @@ def join(
         hospital.mechanism = mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
-        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
+        if wanted == "auto":
+            wanted = choose_per_sample_method(model, config.data.input_shape, mechanism=hospital.mechanism)
+        hospital.method = wanted
     return hospital
 
 
 def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
-    records = ledger.records()
-    if records and records[-1].get("released") is False and records[-1].get("run") == run_name(config):
-        records = records[:-1]  # it never left, and will be replaced
+    records = ledger.records(run=run_name(config))  # without what never left and will be made anew
     charged = Counter(record.get("run") for record in records)
     names = (run_name(config), features_run_name(config), evaluation_run_name(config))
     return Done(rounds, *(charged[name] for name in names))

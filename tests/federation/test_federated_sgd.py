@@ -139,7 +139,7 @@ def test_the_mechanism_is_public_and_calibrated_for_the_smallest_hospital() -> N
     config = _config(noise_multiplier=None, smallest_hospital=30, epsilon=8.0)
     released = plan_release(config, 30, [], "hospital-0")
     assert released is not None
-    assert 7.9 < epsilon_of([released], 1e-3, "rdp") <= 8.0
+    assert 7.9 < epsilon_of([released], 1e-3) <= 8.0
     # The rate is that of the smallest hospital everywhere: how many patients there are is nobody's to see.
     assert plan_release(config, 60, [], "hospital-1") == released
     mechanism = mechanism_of(config)

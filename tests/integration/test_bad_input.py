@@ -498,7 +498,7 @@ def assert_failed(run: Run, site: Site, arguments: list[object], pattern: str) -
     assert not [line for line in lines[:-1] if "/" not in line.split()[-2]], "before it only progress bars"
     (failed,) = site.results.iterdir()
     kept = {path.name for path in failed.iterdir()}
-    ledgers = {f"hospital-{rank}-privacy.json" for rank in range(2)}
+    ledgers = {f"hospital-{rank}-privacy.sqlite3" for rank in range(2)}
     assert failed.name == "run.failed" and {"config.yaml", "logs"} <= kept
     assert kept <= {"config.yaml", "logs", "federation.crt", "parties", "session", *ledgers}
     # After the evaluation before round 1 there is what it takes to go on; no model, no results.
@@ -537,7 +537,7 @@ def test_an_update_beyond_the_headroom(site: Site, run: Run) -> None:
 @pytest.mark.processes
 def test_a_privacy_budget_spent_by_earlier_runs(site: Site, run: Run) -> None:
     """Only hospital-1 has spent it; the ledger is untouched by the run that was refused."""
-    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.json", "hospital-1")
+    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.sqlite3", "hospital-1")
     ledger.charge(SubsampledGaussian(0.5, 1.0, 50), run="earlier", round_number=1)
     pattern = (
         r"hospital-1 failed: hospital-1: privacy budget already spent: epsilon \S+ of 8 at delta 0\.01: stop here.*"
