@@ -2,9 +2,9 @@
 
     python benchmarks/norm_check.py [--parameters 11178051] [--hospitals 3] [--rounds 7] [--seeds 2000] [--json]
 
-All parties run on this machine with one thread each: hospitals, aggregator, dealer, over mutual TLS. A round is: hospitals encode
+All parties run on this machine with one thread each: hospitals and aggregator, over mutual TLS. A round is: hospitals encode
 their update (noise off), mask and send it; the aggregator takes all, gets the keys, opens and decodes the sum. In the
-same rounds, between sending and opening, every update is checked: fold, compare on shares, open one bit each. `round`
+same rounds, between sending and opening, every update is checked: fold, prove, verify, open one bit each. `round`
 and `check` are the aggregator's seconds (median over the rounds, one more warms up), `ratio` is the median of their ratios
 within each round. In every other round one hospital boosts its update ten times.
 
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from mpc_fl.aggregation.norm_bound import in_grid_units
-from mpc_fl.aggregation.norm_check import NormCheck, NormTest, prepare_norm_check
+from mpc_fl.aggregation.norm_check import NormCheck
+from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.aggregation.sketch import SignHash
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.audit.opening_record import OpeningRecord
@@ -40,39 +41,32 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
-from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-from mpc_fl.sharing.dealer import Dealer
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 
-AGGREGATOR, DEALER = "aggregator", "dealer"
+AGGREGATOR = "aggregator"
 DEVIATION = 0.01  # of the updates' coordinates: noise of a usual run
 HEADROOM = MeanHeadroom(FixedPoint(24, 64.0), 3)
 
 
 def party(name: str, names: list[str], addresses: dict[str, str], folder: str, options: Any, results: Any) -> None:
-    """One process: a hospital, the aggregator or the dealer."""
+    """One process: a hospital or the aggregator."""
     torch.set_num_threads(1)
-    world, hospitals = names[:-1], tuple(names[:-2])
+    hospitals = tuple(names[:-1])
     agreement = Agreement("norm check", "benchmark", "train")
     identity = load_identity(Path(folder) / name, name)
     with NetworkLinks(identity, agreement, Reach.of(name, names, addresses), Timeouts(60.0, 120.0)) as links:
-        if name == DEALER:
-            Dealer(links, world).serve()
-            return
-        with CrypTenRuntime(links, world, DEALER, 0) as runtime:
-            domain = runtime.domain(OpeningRecord(Path(folder) / f"{name}.jsonl", name))
-            bound = in_grid_units(1.01 * DEVIATION * options.parameters**0.5, 24, options.parameters)
-            check = NormCheck(NormTest(bound, 32), options.parameters)
-            measured = []
-            for number in range(options.rounds + 1):
-                prepare_norm_check(domain, check.test, len(hospitals))
-                plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing)
-                if name == AGGREGATOR:
-                    measured.append(aggregate(domain, check, plan, number))
-                else:
-                    contribute(domain, check, plan, number)
+        domain = SecretDomain(links, names, OpeningRecord(Path(folder) / f"{name}.jsonl", name))
+        bound = in_grid_units(1.01 * DEVIATION * options.parameters**0.5, 24, options.parameters)
+        check = NormCheck(NormTest(bound, 32), options.parameters)
+        measured = []
+        for number in range(options.rounds + 1):
+            plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing, "seen alike")
             if name == AGGREGATOR:
-                results.put(measured[1:])
+                measured.append(aggregate(domain, check, plan, number))
+            else:
+                contribute(domain, check, plan, number)
+        if name == AGGREGATOR:
+            results.put(measured[1:])
 
 
 def contribute(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: int) -> None:
@@ -81,10 +75,10 @@ def contribute(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: in
     update = DEVIATION * torch.randn(check.parameters)
     if number % 2 and links.name == plan.hospitals[1]:
         update *= 10
-    links.send_object(AGGREGATOR, "ready", {})
+    masks = SummandMasks(plan, links.name, (check.parameters,), domain.sum_seed)
+    links.send_object(AGGREGATOR, "ready", {"keys": masks.commitments()})
     links.receive_object(AGGREGATOR, "begin")
     encoded = Private("update", HEADROOM.encode(update, 1.0, "update"))
-    masks = SummandMasks(plan, links.name, (check.parameters,), domain.sum_seed)
     links.send_tensor(AGGREGATOR, "summand", masks.masked(encoded))
     check.at_hospital(domain, masks, links.receive_object(AGGREGATOR, "word"))
     admitted = tuple(links.receive_object(AGGREGATOR, "fixed")["hospitals"])
@@ -100,11 +94,11 @@ def aggregate(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: int
         for name in plan.hospitals:
             links.send_object(name, tag, values)
 
+    closed = ClosedSum(plan, torch.int32, (check.parameters,), keep=True)
     for name in plan.hospitals:
-        links.receive_object(name, "ready")
+        closed.commitments.take(name, links.receive_object(name, "ready").get("keys"))
     began = time.perf_counter()
     say("begin")
-    closed = ClosedSum(plan, torch.int32, (check.parameters,), keep=True)
     for name in plan.hospitals:
         closed.take(name, links.receive_tensor(name, "summand", torch.int32, (check.parameters,)))
     links.set_phase(f"check {number}")
@@ -122,6 +116,7 @@ def aggregate(domain: SecretDomain, check: NormCheck, plan: SumPlan, number: int
         "check": stop - start,
         "right": passed == tuple(name for name in plan.hospitals if not (number % 2 and name == plan.hospitals[1])),
         "bytes_received": sum(one.bytes_received for one in traffic),
+        "bytes_sent": sum(one.bytes_sent for one in traffic),
         "waits": sum(one.waits for one in traffic),
     }
 
@@ -163,7 +158,7 @@ def fold_milliseconds(parameters: int) -> float:
 
 def measure(options: Any) -> list[dict[str, Any]]:
     """All rounds of one session."""
-    names = [f"hospital-{rank}" for rank in range(options.hospitals)] + [AGGREGATOR, DEALER]
+    names = [f"hospital-{rank}" for rank in range(options.hospitals)] + [AGGREGATOR]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -205,6 +200,7 @@ def main() -> None:
         "ratio": statistics.median(one["check"] / one["round"] for one in measured),
         "all_decided_rightly": all(one["right"] for one in measured),
         "bytes_to_aggregator_in_check": measured[-1]["bytes_received"],
+        "bytes_from_aggregator_in_check": measured[-1]["bytes_sent"],
         "waits_of_aggregator_in_check": measured[-1]["waits"],
         "fold_milliseconds": fold,
         "rates": rates(options.seeds),

@@ -25,6 +25,7 @@ import torch
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.federation.global_model import calibrate_own
+from mpc_fl.federation.planning import sample_rate_of
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.phantoms import public_phantoms
@@ -34,7 +35,6 @@ from mpc_fl.learning.models.evaluation import Evaluation, decode_evaluation, enc
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, calibrate_noise_multiplier
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
-from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.learning.training.server_optimizers import server_optimizer
 
 LOCAL_STEPS = 10
@@ -74,7 +74,7 @@ def noise_for(config: Config, patients: int) -> float | None:
         return None
     steps = training.rounds * training.local_steps
     return calibrate_noise_multiplier(
-        PrivacyBudget(settings.epsilon, settings.delta), sampling_rate(config, patients), steps
+        PrivacyBudget(settings.epsilon, settings.delta), sample_rate_of(config, patients), steps
     )
 
 
@@ -92,7 +92,8 @@ def simulate(config: Config, division: str) -> list[Evaluation]:
     if division == "scanners":
         data = [from_own_scanner(item, rank, number) for rank, item in enumerate(data)]
         held_out = [from_own_scanner(item, rank, number) for rank, item in enumerate(held_out)]
-    counts = torch.tensor([patients.patient_count for patients in data], dtype=torch.float64)
+    weighted = config.counts_patients
+    counts = torch.tensor([patients.patient_count if weighted else 1 for patients in data], dtype=torch.float64)
     noises = [noise_for(config, patients.patient_count) for patients in data]
     central = build_model(config)
     calibrate_batchnorm(central, public_phantoms(64, config))
@@ -105,7 +106,7 @@ def simulate(config: Config, division: str) -> list[Evaluation]:
     for number in range(1, config.training.rounds + 1):
         updates, own = [], []
         for rank, (model, patients, noise) in enumerate(zip(hospitals, data, noises, strict=True)):
-            rate = sampling_rate(config, patients.patient_count)
+            rate = sample_rate_of(config, patients.patient_count)
             seed = (config.training.sampling_seed or 0) * 1000 + rank
             training = LocalTraining(config, noise, rate, seed, "vmap")
             local = train_locally(model, patients, training, number, noise_seeds[rank])

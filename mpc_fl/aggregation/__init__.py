@@ -5,6 +5,6 @@ rounds or models: `federation` says what is summed and when.
 
 Begin with `quorum_sum`: who is in a sum and when it is opened, after the masks of `sharing.closed_sum`; `rules` holds what all
 agree on before, `words` how the aggregator leads. Then the check: `norm_bound`, how long an honest update can be;
-`norm_limits`, what that means for a `sketch`; `norm_check`, the protocol on shares; `norm_check_session`, which makes a CrypTen
-world for it, only when a check runs.
+`norm_limits`, what that means for a `sketch`; `norm_proof`, what a hospital proves of its sketch, over a `prime_field`;
+`norm_check`, the protocol that sends it; `norm_plan`, which check a configuration asks for.
 """

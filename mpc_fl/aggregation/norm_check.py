@@ -1,260 +1,374 @@
-"""Is each hidden update within its norm bound? Decided on shares; one bit per hospital is opened, to one party.
+"""Is each hidden update within its norm bound? Each hospital proves it to all others; one bit of each is opened.
 
-Input: sketches V_i (`sketch`, M buckets) of the updates of n hospitals, additively shared over Z_2^k, k = 32 or 64: the
-opener folds the y_i it was sent, every other hospital the masks it has in common with i, hospital i itself has share zero.
-So what is checked is what the sum is made of (`closed_sum`). T is the bound in grid units. For every i:
-  1. all send hospital i their shares of V_i: nothing it could not compute itself from its summand and its masks
-  2. i shares u_i, V_i divided by 2^s and rounded, over Z_2^64. A zero-share hides it, nothing is sent
-  3. squares of u_i with the dealer's tuples; their sum is F_i (Beaver opens u_i - r, which fixes u_i)
-  4. the opener draws K = 40 public vectors p over {-1, 0, 1} (1/4, 1/2, 1/4)
-  5. comparisons on shares: |<p, u_i>| <= R and |<p, V_i - 2^s u_i>| <= R' modulo 2^k for every p, and F_i <= A
-  6. every comparison that failed lets a random shared word through; their exclusive or is opened to the opener alone. It is
-     zero if none failed, and otherwise uniform (zero with probability 2^-64), whichever failed: one bit
+Sketches V_i (`sketch`, M buckets) of the updates of the n hospitals U of a closed sum are shared over Z_2^k, k = 32 or 64: the
+opener folds the y_i it was sent, every other hospital the masks that it has in common with i (`closed_sum`). These
+are all shares: hospital i has none, and what is checked is what the sum is made of. For every i in U, at the same time:
+  1. the opener tells a public seed of the sketch, drawn when all y_i are fixed. i computes V_i from its update. If its
+     squares add up to more than A (`norm_limits`), i says so, and is left out
+  2. i proves to the opener and the other hospitals that they add up to at most A (`norm_proof`, its steps 2 to 6): in three
+     messages to the opener, the other verifiers expand their shares from seeds they have in common with i. Between them the
+     opener draws public numbers, as late as the proof demands
+  3. the opener draws a point, every verifier answers to it (step 8), the opener accepts or not (step 9)
+  4. the opener names those not accepted. To each of these that proved it gives the answers of its verifiers: i knows all their
+     shares, and says whose answer is not what it must be
 
-Who learns what. The opener learns for each hospital whether its update is within the bound; hospital i learns its own V_i,
-which it could compute; the dealer learns shapes; nobody learns anything else.
+Who learns what. The opener, and in the end all, learn of each hospital whether its update is within the bound. Nobody learns
+anything else: see below. No dealer takes part.
 
-Why i says what V_i is. Squares need a larger ring than the shares have. CrypTen's division by 2^s is wrong with probability
-|V| / 2^32 per bucket for shares lifted from Z_2^32 by multiplying by 2^32: among thousands of buckets one would often fail an
-honest update. Conversion to bits and back is exact and costs many times the bytes. So i supplies u_i, and steps 4 and 5 check
-it. If a bucket of u_i is not within 2 R (modulo 2^64), or one of V_i - 2^s u_i not within 2 R' (modulo 2^k), then each p
-finds it with probability 1/2, because p without this bucket cannot be within R together with p plus it or p minus it. A lie
-passes with probability 2^-39. Within 2 R the squares cannot wrap: M (2 R)^2 < 2^63 is proven when the test is planned.
+Security, against a hospital that deviates. It passes with a sketch above A with probability below 2^-38, whatever
+it sends, as long as the opener and the other n-1 hospitals follow the protocol: it holds no share of what is evaluated
+about it. *Two hospitals together can pass*: the masks that hide a summand are known to these two alone, so what
+the sum is made of is what both say. A hospital that answers falsely about i has i refused, and no more: i learns
+who it was, the log of i and that of the opener name both, as nobody else can know which of them deviates. It
+cannot have i left out without being named, and cannot be named with i unless i deviates.
 
-An honest hospital with |x| <= T passes. F has mean at most T^2 and variance at most 2 T^4 / M; with A for T^2 (1 + margin),
-margin = sqrt(2400 / M), it is refused with probability below 1/1201 by Cantelli's inequality, whatever x is (below 1e-9 for
-spread ones: the margin is 17 standard deviations). s is the largest with which u still has about 19 bits, so rounding
-adds sqrt(M) / 2 of 2^19. R and R' are six times the norm that must pass: exceeded with probability below
-2 exp(-36) per vector (|p|, 0 with 1/2, is sub-Gaussian of variance 1/2).
+Secrecy, against the opener and up to n - 2 hospitals that deviate together. Shares of V_i at the other hospital j are masks
+that only i and j know, and so are the key streams from which j expands its share of the proof. Their labels hold a hash of
+all that the opener has told until then: told different things, i and j expand different shares, and what is opened
+is uniform. Verifiers answer once for each check; told different points they answer with shares that do not fit together, and
+an answer alone is uniform. U is the whole of the closed sum, at least two hospitals: without one, its masks would be missing
+(a sum that somebody did not come to begins again), and alone with the opener i would give it everything.
+So an honest hospital within the bound opens a constant. How likely it is beyond, whatever its data: `norm_bound`.
 
-A vector with |x| >= 10 T is caught with probability above 0.99, also when it makes sums wrap: what passes has a centred
-V of norm below 1.34 T, 1.8 T^2 squared, see `sketch`. Between T and 1.34 T either may happen.
+An honest hospital with |x| <= T passes but for a probability below 1/1201. |V|^2 has mean at most T^2 and variance at most
+2 T^4 / M; A is T^2 (1 + margin), margin = sqrt(2400 / M) (Cantelli). For spread ones it is below 1e-9: the margin is 17
+standard deviations. A vector with |x| >= 10 T is caught with probability above 0.99, also when it makes sums wrap: what passes
+has a centred V of norm at most 1.25 T, see `sketch`. Between T and 1.25 T either may happen.
 
-Security. Semi-honest parties, except that a hospital may choose x_i as it likes before the hash is drawn and u_i after.
-Messages are Beaver's openings (uniform), step 1, and one bit per hospital: that its update is within the bound, which holds
-of honest ones, up to the probabilities above. The dealer sees shapes. The opener must not tell the seed to a hospital before
-its summand is fixed. Not covered: a hospital that changes its shares within the computation; CrypTen's shares carry no MACs.
-
-Rounds and bytes, N = n + 1 parties: 12 rounds and log N to the base 3/2, less one, about (14 for N = 4, 17 for N = 10). Sent to
-every other party: 8 n M + 1288 n (24 + 2 N); to each other hospital k/8 M more (step 1). From the dealer to the last party:
-8 n M + 1288 n (12 + N).
+Rounds and bytes: seven messages between each hospital and the opener, one after the other and the first word apart,
+four from the hospital; none between hospitals. A hospital sends 16 bytes for every element of its proof (M carries, the
+bits, 66 values of polynomials) and for every answer: 16 (M + bits + 66) + 16 (n - 1) (M / 16 + bits / 16 + 3), where bits are
+some 2400 to 3000 (`ProofSize`).
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpc_fl.aggregation.norm_limits import NormTest
+from mpc_fl.aggregation.norm_proof import (
+    Point,
+    ProofSize,
+    Transcript,
+    VerifierShare,
+    Witness,
+    accepted,
+    answers_of,
+    bits_of,
+    centred_sketch,
+    draw_point,
+    draw_projections,
+    draw_weights,
+    products_of,
+    square_sum,
+    whole_numbers,
+)
+from mpc_fl.aggregation.prime_field import PRIME, Vector, from_words, to_words, zeros
 from mpc_fl.aggregation.sketch import SEED_BYTES, SignHash
-from mpc_fl.crypto.secrecy import Shared
-from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError, SecrecyError
+from mpc_fl.aggregation.words import broadcast
+from mpc_fl.audit.opening_record import Opening
+from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, PeerLostError, ProtocolError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
-from mpc_fl.sharing.correlated_randomness import Request
-from mpc_fl.sharing.crypten_parts import crypten, mpc_tensor_from_share, ring_share_of
-from mpc_fl.sharing.crypten_runtime import CrypTenDomain
-from mpc_fl.sharing.dry_run import record_requests, shape_share
-from mpc_fl.sharing.opening import open_to
+from mpc_fl.sharing.opening import SecretDomain
 
-PROJECTIONS = 40
+log = logging.getLogger(__name__)
+
 _WHAT = "whether each update is within its norm bound"
-
-
-def projections(seed: bytes, buckets: int) -> torch.Tensor:
-    """The public vectors p of step 4, int64 of shape (K, buckets), values -1, 0 and 1."""
-    words = Seed(seed).stream("projections").words(PROJECTIONS * buckets, np.uint8)
-    values = (words & 1).astype(np.int64) - (words >> 1 & 1)
-    return torch.from_numpy(values.reshape(PROJECTIONS, buckets))
-
-
-def _negative(values: torch.Tensor) -> Any:
-    """Whether int64 shares hold negative values: `BinarySharedTensor` of their shape, 1 or 0 in bit 0.
-
-    CrypTen's conversion to bits adds the parties' shares in pairs, 7 rounds for each level. Here they are reduced three
-    to two without carrying, one round for each level, and two are added in the end (Wallace 1964). The result is exact.
-    """
-    words = crypten.mpc.primitives.BinarySharedTensor
-    count = crypten.communicator.get().get_world_size()
-    rest = words.stack([words(values, src=rank) for rank in range(count)])
-    while rest.size(0) > 2:
-        third = rest.size(0) // 3
-        a, b, c = (rest[part * third : (part + 1) * third] for part in range(3))
-        majority = ((a ^ c) & (b ^ c)) ^ c
-        total = a ^ b ^ c
-        total.share = torch.cat([total.share, majority.share << 1, rest.share[3 * third :]])
-        rest = total
-    return (rest[0] + rest[1] if count > 1 else rest[0]) >> 63 & 1
-
-
-def _verdict(
-    test: NormTest,
-    u: torch.Tensor,
-    folded: torch.Tensor,
-    first: bool,
-    draw: Callable[[], torch.Tensor],
-    random_words: Callable[[tuple[int, ...]], torch.Tensor],
-) -> Any:
-    """Steps 3 to 6 on shares u (int64) and V, shape (n, M): an `MPCTensor` of n words. `first`: this is rank 0."""
-    # 3. Squares.
-    squares = crypten.mpc.primitives.beaver.square(mpc_tensor_from_share(u, 0)._tensor).share.sum(1, keepdim=True)
-    # 4. and 5. What must not be negative. V - 2^s u in Z_2^k, lifted to Z_2^64; rank 0 adds what is public.
-    vectors = draw().t()
-    lift = 64 - test.ring_bits
-    dropped = (folded.long() << lift) - (u << (lift + test.dropped_bits))
-    of_kept, of_dropped = u @ vectors, dropped @ vectors
-    values = torch.cat([of_kept, -of_kept, of_dropped, -of_dropped, -squares], dim=1)
-    if first:
-        ranges = [test.range_of_kept] * (2 * PROJECTIONS) + [test.range_of_dropped << lift] * (2 * PROJECTIONS)
-        values = values + torch.tensor([*ranges, test.largest_square_sum])
-    failed = _negative(values)
-    # 6. The bit of each failed comparison becomes a word of ones, and lets a word through that nobody knows.
-    failed.share = -(failed.share & 1)
-    words = crypten.mpc.primitives.BinarySharedTensor.from_shares(random_words(tuple(failed.share.shape)), precision=0)
-    let_through = (failed & words).share
-    total = let_through[:, 0]
-    for column in range(1, let_through.size(1)):
-        total = total ^ let_through[:, column]
-    return crypten.mpc.MPCTensor.from_shares(total, precision=0, ptype=crypten.mpc.binary)
-
-
-@functools.lru_cache(maxsize=64)
-def requests_of(test: NormTest, candidates: int, parties: int) -> tuple[Request, ...]:
-    """What the check of so many candidates among so many computing parties asks of the dealer, in order."""
-    shape = (candidates, test.buckets)
-
-    def computation() -> Any:
-        share = shape_share(shape, 0).share
-        vectors = torch.zeros(PROJECTIONS, test.buckets, dtype=torch.int64)
-        return _verdict(test, share, share, True, lambda: vectors, lambda size: shape_share(size, 0).share)
-
-    return tuple(record_requests(computation, parties, 0))
-
-
-def _program(domain: CrypTenDomain, test: NormTest, candidates: int) -> str:
-    """The name of the dealer's program for this check, which is declared if it was not."""
-    client = domain.runtime.dealer_client
-    if client is None:
-        raise SecrecyError("a norm check needs a dealer: it multiplies shares")
-    name = f"norm check {candidates} {test.buckets}"
-    if not client.declares(name):
-        client.declare(name, requests_of(test, candidates, len(domain.runtime.world)))
-    return name
-
-
-def prepare_norm_check(domain: CrypTenDomain, test: NormTest, candidates: int) -> None:
-    """Let the dealer make the tuples of the next check ahead of need. All parties of the world must call it alike."""
-    name = _program(domain, test, candidates)
-    assert domain.runtime.dealer_client is not None
-    domain.runtime.dealer_client.prepare(name)
-
-
-def norm_check(
-    domain: CrypTenDomain, test: NormTest, folded: torch.Tensor, candidates: Sequence[str], opener: str, why: str
-) -> list[bool] | None:
-    """For each candidate whether its update is within the bound, at `opener`; `None` elsewhere.
-
-    `folded` is this party's shares of all sketches, shape (candidates, buckets), of the test's dtype, rows in the order of
-    `candidates`, which belong to the world as the opener does. All parties of the world call this alike; the runtime needs a
-    dealer. One opening is recorded, of shape (candidates,). Raises `ProtocolError` for shares of another shape,
-    `SecrecyError` without a dealer, `PeerLostError` when a party or the dealer is gone or late.
-    """
-    runtime, links = domain.runtime, domain.runtime.links
-    shape = (len(candidates), test.buckets)
-    if folded.shape != shape or folded.dtype != test.dtype or not candidates:
-        raise ProtocolError(
-            "shares of sketches have another shape or ring than their check", SAME_VERSION_AND_CONFIGURATION
-        )
-    if not {*candidates, opener} <= set(runtime.world):
-        raise ProtocolError("a norm check names parties outside of its world", SAME_VERSION_AND_CONFIGURATION)
-    name = _program(domain, test, len(candidates))
-    # 1. To each candidate its own sketch.
-    for row, candidate in enumerate(candidates):
-        if candidate != links.name:
-            links.send_tensor(candidate, "own sketch", folded[row])
-    u = runtime.zero_share(shape)
-    if links.name in candidates:
-        row = candidates.index(links.name)
-        own = folded[row].clone()
-        for other in runtime.world:
-            if other != links.name:
-                own += links.receive_tensor(other, "own sketch", test.dtype, (test.buckets,))
-        # 2.
-        u[row] += test.kept(own)
-
-    def draw() -> torch.Tensor:
-        if links.name == opener:
-            drawn = secrets.token_bytes(SEED_BYTES)
-            for other in runtime.world:
-                if other != opener:
-                    links.send_tensor(other, "projections", torch.frombuffer(bytearray(drawn), dtype=torch.uint8))
-        else:
-            received = links.receive_tensor(opener, "projections", torch.uint8, (SEED_BYTES,))
-            drawn = received.numpy().tobytes()
-        return projections(drawn, test.buckets)
-
-    # 3. to 6.
-    assert runtime.dealer_client is not None
-    with runtime.dealer_client.program(name), torch.no_grad():
-        verdict = _verdict(test, u, folded, runtime.rank == 0, draw, lambda size: runtime.elements(size, 64))
-    opened = open_to(domain, Shared(_WHAT, ring_share_of(verdict)), [opener], why)
-    return None if opened is None else [float(word) == 0 for word in opened]
+_PROOF, _ANSWERS, _TOLD, _ACCUSED = "proof", "answers", "told", "accused"  # tags of messages
 
 
 @dataclass(frozen=True)
 class NormCheck:
-    """The check of the summands of a closed sum, for vectors of `parameters` elements.
-
-    The world of the runtime must be those whose summands came, and the opener; `norm_check_session` makes it for each sum.
-    """
+    """The check of the summands of a closed sum, for vectors of `parameters` elements (`rules.Check`)."""
 
     test: NormTest
     parameters: int
 
-    def at_opener(self, domain: CrypTenDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
-        """Draw the hash, tell it, fold the summands that came; returns the hospitals that passed. They must be kept."""
-        candidates, seed = closed.present, secrets.token_bytes(SEED_BYTES)
-        say_check(hospitals=list(candidates), sketch=seed.hex())
-        sign_hash = SignHash(seed, self.parameters, self.test.buckets)
-        folded = torch.stack([sign_hash.fold(closed.summands[name].reshape(-1)) for name in candidates])
-        passed = self._run(domain, folded, candidates, closed.plan.opener, closed.plan.name)
-        assert passed is not None
-        return [name for name, within in zip(candidates, passed, strict=True) if within]
+    def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
+        """Prove what this hospital's summand is, and verify the proofs of the others.
 
-    def at_hospital(self, domain: CrypTenDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
-        """Fold the masks this hospital has in common with each other one, and take part."""
-        candidates, seed = word.get("hospitals"), word.get("sketch")
-        if (
-            not isinstance(candidates, list)
-            or not isinstance(seed, str)
-            or not set(candidates) <= {*masks.plan.hospitals}
-        ):
+        Raises `ProtocolError` for an opener that leads another check than that of the whole sum, `PeerLostError` when it is
+        lost. Returns when it says that another hospital is lost.
+        """
+        seed = _seed_in(word, "sketch", masks.plan.opener)
+        if word.get("hospitals") != list(masks.plan.hospitals) or len(masks.plan.hospitals) < 2:
             raise ProtocolError(
-                f"{masks.plan.opener} began a check without hospitals or seed", SAME_VERSION_AND_CONFIGURATION
+                f"{masks.plan.opener} began a norm check of other hospitals than those of the sum",
+                SAME_VERSION_AND_CONFIGURATION,
             )
-        try:
-            sign_hash = SignHash(bytes.fromhex(seed), self.parameters, self.test.buckets)
-        except ValueError:
-            raise ProtocolError(
-                f"{masks.plan.opener} began a check without a seed", SAME_VERSION_AND_CONFIGURATION
-            ) from None
-        folded = torch.zeros(len(candidates), self.test.buckets, dtype=self.test.dtype)
-        for row, name in enumerate(candidates):
-            if name != masks.me:  # its own share is zero: it cannot show the check anything but what it sent
-                # What i added to its summand is taken away here.
-                shares = ((stream, not added) for stream, added in masks.shared_masks(name))
-                folded[row] = sign_hash.fold_masks(shares, self.test.dtype)
-        self._run(domain, folded, candidates, masks.plan.opener, masks.plan.name)
+        _Hospital(self, domain, masks, seed).run()
 
-    def _run(
-        self, domain: CrypTenDomain, folded: torch.Tensor, candidates: Sequence[str], opener: str, name: str
-    ) -> list[bool] | None:
-        if set(domain.runtime.world) != {*candidates, opener}:
-            raise ProtocolError("a norm check needs a world of those whose summands came", "begin the sum again")
-        return norm_check(domain, self.test, folded, list(candidates), opener, f"norm check of '{name}'")
+    def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
+        """Lead the check of the summands that came, which must be kept; returns the hospitals that passed.
+
+        Raises `PeerLostError` for a hospital of the sum that is missing, lost, late or sends nonsense.
+        """
+        for name in closed.plan.hospitals:
+            if name not in closed.present:  # its masks are in the other summands
+                raise PeerLostError(name, f"{name} did not come to a sum whose norms are checked")
+        seed = secrets.token_bytes(SEED_BYTES)
+        say_check(hospitals=list(closed.plan.hospitals), sketch=seed.hex())
+        return _Opener(self, domain, closed, seed).run()
+
+
+def _seed_in(word: Mapping[str, Any], key: str, opener: str) -> bytes:
+    text = word.get(key)
+    try:
+        seed = bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        seed = b""
+    if len(seed) != SEED_BYTES:
+        raise ProtocolError(f"{opener} led a norm check without a seed", SAME_VERSION_AND_CONFIGURATION)
+    return seed
+
+
+def _about(hospitals: Sequence[str], opener: str, name: str) -> Opening:
+    return Opening(_WHAT, f"norm check of '{name}'", (len(hospitals),), (opener,), (*hospitals, opener))
+
+
+class _StoppedError(Exception):
+    """The opener said that the check ends here."""
+
+
+class _Hospital:
+    """One check at a hospital: `proof` is its own, `verified` are those of the others."""
+
+    def __init__(self, check: NormCheck, domain: SecretDomain, masks: SummandMasks, seed: bytes) -> None:
+        plan = masks.plan
+        self.test, self.domain, self.plan, self.me = check.test, domain, plan, masks.me
+        self.links = domain.links.scoped(f"check {plan.name}")
+        self.told = Transcript(plan.hospitals)
+        self.told_first = self.told.add(seed)
+        self.size = ProofSize(check.test, len(plan.hospitals))
+        sign_hash = SignHash(seed, check.parameters, check.test.buckets)
+        others = [name for name in plan.hospitals if name != self.me]
+        pairs = {name: self.links.pairwise_seed(name, "norm check") for name in others}
+        self.of_opener: list[Vector] = []  # its share of this hospital's proof
+        self.proof = Witness(self.size, {name: pair.derive("proof", self.me) for name, pair in pairs.items()})
+        self.verified = {name: Witness(self.size, {name: pair.derive("proof", name)}) for name, pair in pairs.items()}
+        # What i added to its summand, a verifier takes away. The opener's share is the sketch of what it was sent.
+        dtype = self.test.dtype
+        self.shares = {
+            name: sign_hash.fold_masks(((stream, not added) for stream, added in masks.shared_masks(name)), dtype)
+            for name in others
+        }
+        of_mine = {
+            name: sign_hash.fold_masks(((stream, not added) for stream, added in masks.own_masks(name)), dtype)
+            for name in others
+        }
+        rest = sign_hash.fold(masks.encoded.inside_protocol().reshape(-1))
+        for share in of_mine.values():
+            rest = rest - share
+        self.shares_of_mine = {name: whole_numbers(share) for name, share in {**of_mine, plan.opener: rest}.items()}
+
+    def run(self) -> None:
+        """All steps."""
+        try:
+            self._steps()
+        except _StoppedError:
+            log.warning("the norm check of '%s' was stopped: a hospital was lost", self.plan.name)
+        finally:
+            self.links.end_scope()
+
+    def _hear(self) -> dict[str, Any]:
+        opener = self.plan.opener
+        try:
+            told = self.links.receive_object(opener, _TOLD)
+        except PeerLostError:
+            if not self.links.alive(opener):
+                raise
+            told = self.links.receive_object(opener, _TOLD)  # it may itself have waited for a hospital that is silent
+        if told.get("stopped") is True:
+            raise _StoppedError
+        return told
+
+    def _expand(self, part: str, told: str, rows: Sequence[str]) -> None:
+        self.proof.expand(part, told)
+        for name, witness in self.verified.items():
+            if name in rows:
+                witness.expand(part, told)
+
+    def _share(self, values: Vector, place: int) -> None:
+        """Share the next piece of the proof: the opener gets what the others' key streams do not add up to."""
+        share = (values - self.proof.total(place)) % PRIME
+        self.of_opener.append(share)
+        self.links.send_tensor(self.plan.opener, _PROOF, to_words(share))
+
+    def _steps(self) -> None:
+        opener, size = self.plan.opener, self.size
+        # 1. and 2.
+        self._expand("carries", self.told_first, self.plan.hospitals)
+        sketch, carries = centred_sketch(self.test, list(self.shares_of_mine.values()))
+        within = square_sum(sketch) <= self.test.largest_square_sum
+        if within:
+            self._share(carries % PRIME, 0)
+        else:
+            self.links.send_tensor(opener, _PROOF, to_words(zeros(0)))
+        told = self._hear()
+        seed, rows = _seed_in(told, "seed", opener), told.get("rows")
+        if not isinstance(rows, list) or not set(rows) <= {*self.plan.hospitals} or (self.me in rows and not within):
+            raise ProtocolError(f"{opener} led a norm check of unknown proofs", SAME_VERSION_AND_CONFIGURATION)
+        projections = draw_projections(seed, self.test.buckets)
+        self._expand("bits", self.told.add(seed, rows), rows)
+        proves = self.me in rows
+        first_row = self.proof.total(2)
+        if proves:
+            bits = bits_of(size, projections, sketch, carries)
+            self._share(bits, 1)
+            self.of_opener.append(zeros(size.columns))  # of row 0
+        seed = _seed_in(self._hear(), "seed", opener)
+        weights = draw_weights(seed, size)
+        self._expand("products", self.told.add(seed), rows)
+        if proves:
+            self._share(products_of(size, weights, sketch, bits, first_row), 3)
+        # 3.
+        point = draw_point(_seed_in(self._hear(), "seed", opener))
+        answers = [
+            answers_of(size, projections, weights, point, self._verifier_share(name, witness), False)
+            for name, witness in self.verified.items()
+            if name in rows
+        ]
+        self.domain.record.append(_about(self.plan.hospitals, opener, self.plan.name))
+        self.links.send_tensor(opener, _ANSWERS, _stacked(answers, size))
+        # 4.
+        failed = self._hear().get("failed")
+        if isinstance(failed, list) and self.me in failed and proves:
+            self._accuse(projections, weights, point)
+
+    def _verifier_share(self, name: str, witness: Witness) -> VerifierShare:
+        return VerifierShare.of(self.test, whole_numbers(self.shares[name]), witness.shares[name])
+
+    def _accuse(self, projections: Any, weights: Vector, point: Point) -> None:
+        """Step 4 at a hospital that proved and was not accepted: who answered something else than it had to?"""
+        opener, size, accused = self.plan.opener, self.size, []
+        verifiers = [*self.verified, opener]
+        given = self.links.receive_tensor(opener, _ANSWERS, torch.int64, (len(verifiers), size.answers, 2))
+        for name, words in zip(verifiers, given, strict=True):
+            witness = self.of_opener if name == opener else self.proof.shares[name]
+            share = VerifierShare.of(self.test, self.shares_of_mine[name], witness)
+            expected = answers_of(size, projections, weights, point, share, name == opener)
+            if not torch.equal(to_words(expected), words):
+                accused.append(name)
+        log.warning(
+            "the proof of this hospital that its update is within its norm bound was not accepted: %s",
+            f"false answers of {', '.join(accused)}" if accused else "all answers are right, so the proof is wrong",
+        )
+        self.links.send_object(opener, _ACCUSED, {"hospitals": accused})
+
+
+def _stacked(answers: Sequence[Vector], size: ProofSize) -> torch.Tensor:
+    words = [to_words(answer) for answer in answers]
+    return torch.stack(words) if words else torch.zeros(0, size.answers, 2, dtype=torch.int64)
+
+
+class _Opener:
+    """One check at the opener, a verifier of all proofs."""
+
+    def __init__(self, check: NormCheck, domain: SecretDomain, closed: ClosedSum, seed: bytes) -> None:
+        self.test, self.domain, self.plan = check.test, domain, closed.plan
+        self.hospitals = closed.plan.hospitals
+        self.links = domain.links.scoped(f"check {closed.plan.name}")
+        self.size = ProofSize(check.test, len(self.hospitals))
+        sign_hash = SignHash(seed, check.parameters, check.test.buckets)
+        self.shares = {
+            name: whole_numbers(sign_hash.fold(closed.summands[name].reshape(-1))) for name in self.hospitals
+        }
+        self.proofs: dict[str, list[Vector]] = {name: [] for name in self.hospitals}
+
+    def run(self) -> list[str]:
+        """All steps; when a hospital is lost, the others are told that the check ends."""
+        try:
+            return self._steps()
+        except PeerLostError:
+            broadcast(self.hospitals, lambda name: self.links.send_object(name, _TOLD, {"stopped": True}))
+            raise
+        finally:
+            self.links.end_scope()
+
+    def _tell_seed(self, **more: Any) -> bytes:
+        seed = secrets.token_bytes(SEED_BYTES)
+        self._tell(seed=seed.hex(), **more)
+        return seed
+
+    def _tell(self, **told: Any) -> None:
+        for name in self.hospitals:
+            self.links.send_object(name, _TOLD, told)
+
+    def _take(self, name: str, tag: str, shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """A tensor of one of these shapes; a hospital that sends anything else counts as lost."""
+        try:
+            words = self.links.receive_tensor(name, tag, torch.int64, None)
+        except ProtocolError as error:
+            raise PeerLostError(name, error.what, error.fix) from None
+        if tuple(words.shape) not in shapes:
+            raise PeerLostError(name, f"{name} sent something else than its part of a norm check")
+        return words
+
+    def _elements(self, name: str, words: torch.Tensor) -> Vector:
+        try:
+            return from_words(words, name)
+        except ProtocolError as error:
+            raise PeerLostError(name, error.what, error.fix) from None
+
+    def _take_part(self, name: str, count: int) -> None:
+        self.proofs[name].append(self._elements(name, self._take(name, _PROOF, [(count, 2)])))
+
+    def _steps(self) -> list[str]:
+        size = self.size
+        # 1. and 2.
+        rows = []
+        for name in self.hospitals:
+            words = self._take(name, _PROOF, [(0, 2), (self.test.buckets, 2)])
+            if len(words):
+                rows.append(name)
+                self.proofs[name].append(self._elements(name, words))
+            else:
+                log.warning("%s says that its update is beyond its norm bound", name)
+        projections = draw_projections(self._tell_seed(rows=rows), self.test.buckets)
+        for name in rows:
+            self._take_part(name, size.bits)
+            self.proofs[name].append(zeros(size.columns))  # of row 0
+        weights = draw_weights(self._tell_seed(), size)
+        for name in rows:
+            self._take_part(name, size.products)
+        # 3.
+        self.domain.record.append(_about(self.hospitals, self.plan.opener, self.plan.name))
+        point = draw_point(self._tell_seed())
+        answers: dict[str, dict[str, torch.Tensor]] = {name: {} for name in rows}
+        for verifier in self.hospitals:
+            verified = [name for name in rows if name != verifier]
+            given = self._take(verifier, _ANSWERS, [(len(verified), size.answers, 2)])
+            for name, words in zip(verified, given, strict=True):
+                self._elements(verifier, words)
+                answers[name][verifier] = words
+        passed = []
+        for name in rows:
+            share = VerifierShare.of(self.test, self.shares[name], self.proofs[name])
+            answers[name][self.plan.opener] = to_words(answers_of(size, projections, weights, point, share, first=True))
+            if accepted(size, weights, [from_words(words, "a verifier") for words in answers[name].values()]):
+                passed.append(name)
+        # 4.
+        failed = [name for name in rows if name not in passed]
+        self._tell(failed=failed)
+        for name in failed:
+            self.links.send_tensor(name, _ANSWERS, torch.stack(list(answers[name].values())))
+        for name in failed:
+            self._hear_accusation(name, list(answers[name]))
+        return passed
+
+    def _hear_accusation(self, name: str, verifiers: Sequence[str]) -> None:
+        accused = self.links.receive_object(name, _ACCUSED).get("hospitals")
+        named = [each for each in verifiers if isinstance(accused, list) and each in accused]
+        log.warning(
+            "the proof of %s that its update is within its norm bound was not accepted: %s",
+            name,
+            f"it says that {', '.join(named)} answered falsely; it or they deviate"
+            if named
+            else "it blames nobody else, so it deviates",
+        )

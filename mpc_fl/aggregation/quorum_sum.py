@@ -5,7 +5,8 @@ hospital may be left out (closing masks):
   1. each hospital sees that U may be summed over, computes the transcript T of all it was told (`transcript`), masks its
      summand under T and is ready, committed to its keys; the aggregator takes the summands, two at a time so that it never
      holds more, until the deadline of the sum. From the first byte of its summand on a hospital counts it as released
-  2. with a check: the word "check" starts the check of the norms, on shares of what the aggregator holds (`norm_check`)
+  2. with a check: the word "check" starts the check of the norms of what the aggregator holds (`norm_check`). It needs all
+     of U: if somebody has not come, the word "again" names who has, and all begin at 1, with fresh masks and another T
   3. the word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`). Each
      hospital of V sees that V may be opened and signs (T, V), once
   4. the aggregator checks the signatures, records the opening and returns them all with the word "confirmed"
@@ -14,10 +15,9 @@ hospital may be left out (closing masks):
 Where nobody may be left out (no closing masks) V is U: hospitals are ready with their signature over (T, U), and steps 4
 and 5 come before the summands, which take the place of the keys.
 
-A loss in step 1 leaves the hospital out. A loss during the check makes the sum begin again at 1 with the word "again", with
-fresh masks and a T of its own: nobody had confirmed anything. A loss after step 3 makes the sum void (the word "void";
-`SumLostError`): its V was signed and may not be signed anew for the same summands, so these are made anew. In a sum without
-closing masks a loss ends the run.
+A loss in step 1 leaves the hospital out. A loss from step 2 on makes the sum void (the word "void"; `SumLostError`): a V that
+was signed may not be signed anew for the same summands, and what some have recorded and others not has to be settled
+first, so the summands are made anew. In a sum without closing masks a loss ends the run.
 
 All words of the aggregator to one hospital come in one order under one tag (`words`), so that a hospital which was late
 finds in them what it has missed.
@@ -79,6 +79,7 @@ def contribute(
 ) -> tuple[str, ...]:
     """At a hospital of U: add `encoded` (int32 or int64, of any shape) to the sum; returns V, perhaps without this hospital.
 
+    Without a check in the rules `encoded` itself is masked, to save its memory, and is of no use to the caller afterwards.
     Nobody learns the summand; the aggregator learns the sum over V. `before_summand` is called before the first byte of a
     summand leaves: from then on it counts as released, whatever becomes of the sum. Raises `PeerLostError` when the
     aggregator is lost or late, `SumLostError` when the sum is void, `ProtocolError` for a U or V that may not be summed over
@@ -96,9 +97,11 @@ def contribute(
         again = part.until_fixed(encoded)
         if again is None:
             return part.admitted
+        if not set(again) < set(hospitals):
+            raise ProtocolError(f"{plan.opener} began a sum again without leaving anybody out", SAME_VERSION)
+        if links.name not in again:
+            return again
         hospitals = again
-        if links.name not in hospitals:
-            return hospitals
     raise ProtocolError("a sum began again too often", SAME_VERSION)
 
 
@@ -135,9 +138,11 @@ class _Part:
             self._send(summand)
             word = next_word(links, plan.opener, ("check", "fixed", "again"))
         del summand
-        while word["word"] == "check":
+        if word["word"] == "check":
             self._take_part_in_check(word)
-            word = next_word(links, plan.opener, ("check", "fixed", "again"))
+            word = next_word(links, plan.opener, ("fixed", "void"))
+        if word["word"] == "void":
+            raise self._void()
         self.admitted = names_in(word, "hospitals")
         if word["word"] == "again":
             return self.admitted
@@ -184,7 +189,7 @@ class _Part:
         except PeerLostError as error:
             if error.peer == opener:
                 raise
-            log.warning("%s; waiting for the sum to begin again", error)
+            log.warning("%s; the sum is void", error)
 
 
 # ---- at the aggregator -------------------------------------------------------------------------------------------------
@@ -218,28 +223,24 @@ def collect(
             intake.forget_late()
         present = intake.closed.present
         require_quorum(rules, present, hospitals, about.why)
-        if rules.check is None:
+        if rules.check is None or present == hospitals:
             break
-        try:
+        log.warning("'%s' begins again without %s", about.why, ", ".join(set(hospitals) - set(present)))
+        say(links, hospitals, "again", hospitals=list(present))
+        hospitals = present
+    told_void = present
+    try:
+        if rules.check is not None:
             passed = rules.check.at_opener(domain, intake.closed, functools.partial(say, links, present, "check"))
             present = tuple(name for name in present if name in passed)
             require_quorum(rules, present, hospitals, about.why)
-            break
-        except PeerLostError as error:
-            left = tuple(name for name in present if name != error.peer and links.alive(name))
-            log.warning("%s; the sum begins again without it", error)
-            require_quorum(rules, left, hospitals, about.why)
-            say(links, hospitals, "again", hospitals=list(left))
-            hospitals = left
-    else:
-        raise SumLostError(f"'{about.why}' lost a party in every attempt", "see the logs of the hospitals")
-    say(links, hospitals, "fixed", hospitals=list(present))
-    try:
+        say(links, hospitals, "fixed", hospitals=list(present))
+        told_void = present
         signatures = intake.confirmations(present, "confirm")
         told = functools.partial(say, links, present, "confirmed", signatures=signatures)
         return present, intake.open(about, present, told)
     except PeerLostError as error:
-        say(links, present, "void")
+        say(links, told_void, "void")
         raise SumLostError(f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew") from None
 
 

@@ -1,7 +1,7 @@
 """What all parties of a run agree on about its sums: the rules of all, what is known of one, and the quorum.
 
 `Rules` hold for every sum of a run, `AgreedSum` says which sum is meant, `Description` what the records of its opening
-say. A `Check` may leave hospitals out before anything is opened; `norm_check_session.RoundCheck` is one.
+say. A `Check` may leave hospitals out before anything is opened; `norm_check.NormCheck` is one.
 """
 
 from __future__ import annotations

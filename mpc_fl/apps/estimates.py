@@ -18,7 +18,10 @@ class NoPrivacy:
 
 @dataclass(frozen=True)
 class PlannedPrivacy:
-    """What the patients of a hospital will have spent when all rounds are done, `epsilon` of `target_epsilon`."""
+    """What the patients of a hospital will have spent when all rounds are done, `epsilon` of `target_epsilon`.
+
+    `epsilon_with_spare`: if as many rounds are lost and made anew as `privacy.spare_rounds` allows.
+    """
 
     hospital: str
     patients: int
@@ -26,6 +29,7 @@ class PlannedPrivacy:
     steps: int
     noise_multiplier: float
     epsilon: float
+    epsilon_with_spare: float
     target_epsilon: float
     delta: float
 

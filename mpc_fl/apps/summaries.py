@@ -37,6 +37,9 @@ class Scores:
 
     `confusion` (classes, classes) counts, rows are true classes. `scores` (classes, 2, bins): histograms of each class's
     predicted probability among other records and its own. `reliability`: records, mean confidence, share right by bin.
+
+    With `noise`, the standard deviation of each of its counts, it has neither: patients were counted, not records, and the
+    confusion matrix alone was opened.
     """
 
     records: int
@@ -46,7 +49,7 @@ class Scores:
     balanced_accuracy: float
     class_counts: list[int] | None = None
     confusion: list[list[int]]
-    scores: list[list[list[int]]]
+    scores: list[list[list[int]]] | None = None
     auc: list[float | None] | None = None
     auc_macro: float | None = None
     auc_resolution: float | None = None
@@ -54,6 +57,7 @@ class Scores:
     brier_by_class: list[float] | None = None
     calibration_error: float | None = None
     reliability: list[tuple[int, float | None, float | None]] | None = None
+    noise: float | None = None
 
     @property
     def largest_share(self) -> float:
@@ -76,7 +80,11 @@ class PrivacySpent:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went."""
+    """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
+
+    `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
+    are also training patients by name.
+    """
 
     KIND: ClassVar[str] = "train"
 
@@ -93,6 +101,8 @@ class TrainingSummary:
     privacy: list[PrivacySpent]
     took_part: dict[str, list[str]] | None = None
     lost: list[str] | None = None
+    evaluated_round: int | None = None
+    shared_patients: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -144,6 +154,7 @@ class DiagnosisSummary:
     KIND: ClassVar[str] = "infer"
     hospital: ClassVar[str] = HOSPITAL
     refused: ClassVar[None] = None
+    revealed: ClassVar[None] = None
 
     name: str
     synthetic: bool
@@ -169,7 +180,10 @@ class DiagnosisSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedDiagnosisSummary:
-    """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered."""
+    """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered.
+
+    `revealed` is what that opens: 'label' or 'logits'.
+    """
 
     KIND: ClassVar[str] = "ask"
     skipped_files: ClassVar[None] = None
@@ -185,6 +199,7 @@ class ServedDiagnosisSummary:
     command: str
     versions: dict[str, str]
     refused: str | None = None
+    revealed: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -7,9 +7,28 @@ After the openings of a round, each party with its own record of them, one of th
   4. the leader keeps the block with all signatures, then sends the signatures to all
   5. each party checks every signature over its own block, and keeps it
 
-So nobody, the leader included, can have two parties sign different histories. The leader keeps a block before it sends
-it: its ledger is never behind another's, and a party that lacks blocks after a crash gets them from there (`catch_up`).
-What was begun and not signed is signed by whoever is left (`settle`). Every wait has the deadline of the links.
+The leader keeps a block before it sends it: its ledger is never behind another's, and a party that lacks blocks after a
+crash gets them from there (`catch_up`). What was begun and not signed is signed by whoever is left (`settle`).
+
+Security, against a leader that deviates (it opens sums, too) and parties that pool with it. A party signs nothing but
+blocks that it made from its own record, that count (`ledger_audit.shortfalls`: a quorum of hospitals among its parties, and
+all who learned what was opened), and each that it keeps is signed by all its parties. So the leader alone, or with fewer
+than the quorum, extends nobody's ledger, neither by signing nor by blocks that it says others signed (`catch_up`). Nor can
+it make an honest party forget: a block without an opening that the party recorded is refused (`RevealLedger.add`), in
+`settle` the leader's record must begin with the party's own, and a party signs under the quorum of its own configuration. It can
+give two sets of parties two blocks of one number: hospitals that are said to be lost sign later without them. Each set
+needs a quorum, so above half of the hospitals no fork goes on; `ledger verify` finds any where copies are compared, and
+names who signed both.
+
+Why no honest run refuses. A closed sum is recorded by its opener, which leads here, before it returns the confirmations
+without which no other party records it (`quorum_sum`): so the leader's record is never behind. Who was lost and comes back
+gets blocks that hold what it had begun, with the same digest, since all describe an opening alike. When all crash, `settle`
+takes the longest record, and each begins with all shorter ones, since all record in one order. Openings of shares are recorded
+by each party by itself; one that is ahead of the leader there is heard in `settle`, which comes after every restart.
+A party whose disk forgot records may be refused: it is then right that the run stops.
+
+Whatever is received is bounded before it is kept: lists by their length, blocks by their number and each by its signatures.
+Every wait has the deadline of the links; a number of blocks that is false ends with the first that does not come or count.
 """
 
 from __future__ import annotations
@@ -19,7 +38,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from mpc_fl.audit.ledger_file import OPENINGS_FILE, RevealLedger, now
+from mpc_fl.audit.ledger_audit import shortfalls
+from mpc_fl.audit.ledger_file import RevealLedger, now
+from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import (
     Block,
     Chain,
@@ -34,10 +55,13 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto.certificates import verify_certificate
-from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, SAME_VERSION_AND_CONFIGURATION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 
 T = TypeVar("T")
+_MOST_BLOCKS = 1 << 20  # of a run
+_MOST_PENDING = 1 << 12  # openings since the last block
+_LONGEST_CERTIFICATE = 1 << 14  # characters of PEM
 _COMPARE = f"nothing more is opened; compare {OPENINGS_FILE} at the parties"
 
 
@@ -58,13 +82,14 @@ class CoSigners:
         """All but the leader."""
         return [name for name in self.parties if name != self.leader]
 
-    def begin(self, session: str, configuration: str, resumed: bool = False) -> Block:
+    def begin(self, session: str, configuration: str, quorum: int, resumed: bool = False) -> Block:
         """Start the ledger of a run, or go on with it (`resumed`), once all parties are connected.
 
-        All get the certificates of all and sign who they are. When a run goes on, each also gets the blocks it lacks, and
-        what had been begun and not signed by all is settled; if the run had ended, its last block is returned and nothing
-        added. Raises `ProtocolError` when a party's ledger is not the beginning of the leader's or not all resume,
-        `IdentityError` for a certificate that is not valid, `MpcFlError` when a new run finds the ledger of an earlier one.
+        All get the certificates of all and sign who they are, and how many hospitals make a block count (`quorum`, of the
+        configuration). When a run goes on, each also gets the blocks it lacks, and what had been begun and not signed by all
+        is settled; if the run had ended, its last block is returned and nothing added. Raises `ProtocolError` when a party's
+        ledger is not the beginning of the leader's or has another quorum, or not all resume, `IdentityError` for a
+        certificate that is not valid, `MpcFlError` when a new run finds the ledger of an earlier one.
         """
         ledger = self.ledger
         if ledger.blocks and not resumed:
@@ -73,11 +98,13 @@ class CoSigners:
         if set(certificates) != set(self.parties):
             raise ProtocolError(f"{self.leader} sent other certificates than those of the parties", SAME_VERSION)
         for name in self.parties:
-            verify_certificate(str(certificates[name]).encode(), name, ledger.identity)
-        self.catch_up("begin")
+            if not isinstance(certificates[name], str) or len(certificates[name]) > _LONGEST_CERTIFICATE:
+                raise ProtocolError(f"{self.leader} sent no certificate of {name}", SAME_VERSION)
+            verify_certificate(certificates[name].encode(), name, ledger.identity)
+        self.catch_up("begin", None if resumed else 0, quorum)
         if ledger.chain.ended:
             return ledger.blocks[-1]
-        members = Members(session, configuration, fingerprint(ledger.authority), certificates)
+        members = Members(session, configuration, fingerprint(ledger.authority), certificates, quorum)
         if not ledger.blocks:
             return self.sign("start", "the run begins", members=members)
         block = self.sign("resume", "the run goes on", members=members)
@@ -114,10 +141,13 @@ class CoSigners:
         (`ledger_file.tensor_digest`), by name. `about` says which round and attempt; it differs from call to call, so that
         a message of a failed attempt is never taken for one of the next. Raises `ProtocolError` naming the party whose
         record differs, at the leader (the others hear it as the leader's reason); `PeerLostError` when a party is lost or
-        late. With `tolerant` all that are left get that error, nothing is signed, and they may sign without the lost party.
+        late. A block that would not count is signed by nobody. With `tolerant` all that are left get that error, nothing is
+        signed, and they may sign without the lost party.
         """
         # 1. Make and sign the block.
         draft = self.ledger.draft(kind, about, self.parties, values, members)
+        for finding in shortfalls(self.ledger.chain, draft):
+            raise ProtocolError(f"a block of the reveal ledger would not count: {finding.line}", "nothing was signed")
         own, tag = sign_block(draft, self.ledger.identity, now()), f"ledger {draft.number} {kind} {about}"
         if self.links.name != self.leader:
             return self._follow(draft, own, tag)
@@ -128,10 +158,12 @@ class CoSigners:
         self.links.send_object(self.leader, tag, {"claim": _claim(draft), "signature": to_json(own)})
         answer = self.links.receive_object(self.leader, tag)
         if "lost" in answer:
-            raise PeerLostError(str(answer["lost"])[:64], f"{self.leader} lost a party before all had signed")
-        signatures = _parsed(_list_of(signature_from), self.leader, answer.get("signatures"))
+            if answer["lost"] not in self._others:
+                raise ProtocolError(f"{self.leader} says that a party is lost which does not sign", SAME_VERSION)
+            raise PeerLostError(answer["lost"], f"{self.leader} lost {answer['lost']} before all had signed")
+        signatures = _parsed(_list_of(signature_from, len(self.parties)), self.leader, answer.get("signatures"))
         block = replace(draft, signatures=tuple(signatures))
-        self.ledger.add(block)
+        self.ledger.add(block, self.leader)
         return block
 
     def _lead(self, draft: Block, own: Signature, tag: str, tolerant: bool) -> Block:
@@ -151,29 +183,36 @@ class CoSigners:
             raise ProtocolError(difference, _COMPARE)
         signed = {name: _parsed(signature_from, name, item.get("signature")) for name, item in received.items()}
         block = replace(draft, signatures=tuple({**signed, self.leader: own}[name] for name in self.parties))
-        self.ledger.add(block)
+        self.ledger.add(block, "those who signed it")
         signatures = [to_json(signature) for signature in block.signatures]
         self._send_to_all(self._others, tag, {"signatures": signatures}, tolerant)
         return block
 
-    def catch_up(self, about: str) -> None:
+    def catch_up(self, about: str, most: int | None = None, quorum: int | None = None) -> None:
         """Give every party the blocks it lacks, from the leader's ledger; `about` differs from call to call.
 
-        Raises `ProtocolError` when a party's ledger is not the beginning of the leader's, or a block is not signed by all.
+        A party takes at most `most` of them, and none that counts by another quorum than its own, if given. Raises
+        `ProtocolError` when a party's ledger is not the beginning of the leader's, or a block is not signed by all, does not
+        count or leaves out what this party began.
         """
         ledger, links, leader, tag = self.ledger, self.links, self.leader, f"ledger catch up {about}"
         if links.name != leader:
             links.send_object(leader, tag, {"blocks": ledger.chain.blocks, "seal": ledger.chain.seal})
             count = links.receive_object(leader, tag).get("blocks")
-            if not isinstance(count, int):
-                raise ProtocolError(f"{leader} sent no number of blocks", SAME_VERSION)
+            if type(count) is not int or not 0 <= count <= (_MOST_BLOCKS if most is None else most):
+                raise ProtocolError(f"{leader} sent no number of blocks that this ledger can lack", SAME_VERSION)
             for _ in range(count):
-                ledger.add(_parsed(block_from, leader, links.receive_object(leader, tag)))
+                block = _parsed(block_from, leader, links.receive_object(leader, tag))
+                if quorum is not None and block.members is not None:
+                    _require_quorum(block.members.quorum, quorum)
+                ledger.add(block, leader)
             return
+        if quorum is not None and ledger.chain.quorum:
+            _require_quorum(ledger.chain.quorum, quorum)
         for name in self._others:
             at = links.receive_object(name, tag)
             count = at.get("blocks")
-            if not isinstance(count, int) or not self._has_seal(count, at.get("seal")):
+            if type(count) is not int or not self._has_seal(count, at.get("seal")):
                 raise ProtocolError(
                     f"the reveal ledger of {name} is not the beginning of that of {leader}",
                     "compare the two; if one is of an earlier run, choose another directory for this run",
@@ -191,9 +230,9 @@ class CoSigners:
         """After a party was lost: sign what was opened, or begun to be, since the last block; `None` when nothing was.
 
         `parties` are those that are left. They may have come to different points of one sequence of openings; the longest
-        record is signed as "abandoned", and `among` of its openings still names the lost party. No opening can be missing:
-        it needs the shares of all, its opener is one of them, and each records it first. Raises `ProtocolError` naming a
-        party whose record is not a beginning of the longest one.
+        record is signed as "abandoned", and `among` of its openings still names the lost party. No opening of theirs can be
+        missing. Who began less writes down what it signs. Raises `ProtocolError` naming a party whose record is not a
+        beginning of the longest one.
         """
         self.catch_up(about)
         ledger, links, leader, tag = self.ledger, self.links, self.leader, f"ledger settle {about}"
@@ -208,9 +247,7 @@ class CoSigners:
             for name, record in {leader: ledger.pending, **records}.items():
                 _require_beginning(record, agreed, name)
             self._send_to_all(self._others, tag, {"pending": [to_json(opening) for opening in agreed]})
-        if not ledger.continues(agreed):
-            raise ProtocolError("openings to settle do not continue the reveal ledger", "compare the reveal ledgers")
-        ledger.pending = list(agreed)
+        ledger.adopt(agreed)
         return self.sign("abandoned", about) if agreed else None
 
     def _send_to_all(self, names: Sequence[str], tag: str, value: dict[str, Any], tolerant: bool = False) -> None:
@@ -255,14 +292,25 @@ def _first_difference(common: Mapping[str, Any], other: Mapping[str, Any]) -> st
     for part, word in (("openings", "opening "), ("values", "the value of ")):
         for name in [*common[part], *other[part]]:
             if common[part].get(name) != other[part].get(name):
-                return f"{word}{str(name)[:100]}"
+                return f"{word}{name[:100]}" if name.isprintable() else f"{word}a name that cannot be printed"
     return "the ledger before it or the parties"
 
 
 def _require_beginning(record: Sequence[ChainedOpening], longest: Sequence[ChainedOpening], name: str) -> None:
     for index, opening in enumerate(record):
-        if index >= len(longest) or opening != longest[index]:
+        if index >= len(longest):
+            raise ProtocolError(
+                f"{name} leaves out opening {opening.number}, which was begun ({opening.why})", _COMPARE
+            )
+        if opening != longest[index]:
             raise ProtocolError(f"{name} recorded opening {opening.number} otherwise than another party", _COMPARE)
+
+
+def _require_quorum(said: int, own: int) -> None:
+    if said != own:
+        raise ProtocolError(
+            f"the reveal ledger counts by a quorum of {said}, not {own}", SAME_VERSION_AND_CONFIGURATION
+        )
 
 
 # ---- messages ----------------------------------------------------------------------------------------------------------
@@ -275,9 +323,9 @@ def _parsed(parse: Callable[[Any], T], sender: str, value: Any) -> T:
         raise ProtocolError(f"{sender} sent something else than a part of the reveal ledger", SAME_VERSION) from None
 
 
-def _list_of(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
+def _list_of(parse: Callable[[Any], T], most: int) -> Callable[[Any], list[T]]:
     def parse_list(value: Any) -> list[T]:
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) > most:
             raise ValueError("no list")
         return [parse(item) for item in value]
 
@@ -285,4 +333,4 @@ def _list_of(parse: Callable[[Any], T]) -> Callable[[Any], list[T]]:
 
 
 def _openings(message: Mapping[str, Any], sender: str) -> list[ChainedOpening]:
-    return _parsed(_list_of(opening_from), sender, message.get("pending"))
+    return _parsed(_list_of(opening_from, _MOST_PENDING), sender, message.get("pending"))

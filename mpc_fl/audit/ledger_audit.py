@@ -1,7 +1,8 @@
 """Checking a reveal ledger: what was edited, removed, added, exchanged or signed by somebody else, and where.
 
 `extend` checks one block against all before it. A party applies it to every block before it keeps it, an audit to every
-line of a file; the audit then compares the copies of several parties. Certificates may have expired since: each must
+line of a file; the audit then compares the copies of several parties. What each party recorded besides is compared with
+the ledger by `record_audit`. Certificates may have expired since: each must
 have been valid when its holder signed, by the time in the signature. This module is pure.
 """
 
@@ -27,7 +28,7 @@ from mpc_fl.audit.reveal_ledger import (
     moment_of,
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, host_name
-from mpc_fl.roles import role_of
+from mpc_fl.roles import is_hospital, role_of
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,12 @@ def extend(chain: Chain, block: Block, authority: x509.Certificate) -> tuple[Cha
     if block.members is not None:
         certificates, introduced = _certificates(block, block.members, authority)
     signed = list(_signatures(chain, block, certificates))
+    short = list(shortfalls(chain, block))
     # What was not signed by all gives no reason to believe its number.
     believed = not signed or block.number == chain.blocks
     repeated = believed and block.number < chain.blocks
     number, digest, opened = (chain.openings, chain.opening_digest, []) if repeated else check_openings(chain, block)
-    findings = [*_order(chain, block), *opened, *introduced, *signed]
+    findings = [*_order(chain, block), *short, *opened, *introduced, *signed]
     seal = block.seal()
     times = [moment_of(signature) for signature in block.signatures]
     return Chain(
@@ -77,6 +79,8 @@ def extend(chain: Chain, block: Block, authority: x509.Certificate) -> tuple[Cha
         max([*times, *([] if chain.signed_until is None else [chain.signed_until])], default=None),
         chain.ended or block.kind == "end",
         not findings,
+        chain.version or block.version,
+        chain.quorum or (block.members.quorum if block.members else 0),
     ), findings
 
 
@@ -90,11 +94,34 @@ def _order(chain: Chain, block: Block) -> Iterator[Finding]:
         yield Finding(f"does not follow block {here - 1}: one of the two was exchanged", here)
     if chain.ended:
         yield Finding("comes after the end of the run", here)
+    if chain.version not in (None, block.version):
+        yield Finding(f"is of version {block.version} of the ledger, and those before it of {chain.version}", here)
     introduces = block.kind in ("start", "resume")
     if (block.kind == "start") != (here == 0) or introduces != (block.members is not None):
         yield Finding(f"cannot be a block '{block.kind}'", here)
     if introduces and block.openings:
         yield Finding(f"holds openings, which a block '{block.kind}' cannot", here)
+
+
+def shortfalls(chain: Chain, block: Block) -> Iterator[Finding]:
+    """What keeps a block from counting whoever signed it: too few hospitals, or an opener that is no party of it.
+
+    The aggregator, or whoever else opens, could else sign a history alone. A block of version 1 counts without this.
+    """
+    if block.version == 1:
+        return
+    here, said = block.number, 0 if block.members is None else block.members.quorum
+    if block.members is not None and chain.quorum not in (0, said):
+        yield Finding(f"changes the quorum from {chain.quorum} to {said}", here)
+    least = max(2, chain.quorum or said)
+    hospitals = [party for party in block.parties if is_hospital(party)]
+    if len(hospitals) < least:
+        names = f"{', '.join(hospitals)} alone" if hospitals else "no hospital"
+        yield Finding(f"is signed by {names}: a block counts with {least} hospitals or more", here)
+    for opening in block.openings:
+        for party in opening.to:
+            if party not in block.parties:
+                yield Finding("learned what was opened and is no party of the block", here, opening.number, party)
 
 
 def check_openings(chain: Chain, block: Block) -> tuple[int, str, list[Finding]]:
@@ -103,7 +130,7 @@ def check_openings(chain: Chain, block: Block) -> tuple[int, str, list[Finding]]
     linked, findings = chain.sound and block.number == chain.blocks, list[Finding]()
     for opening in block.openings:
         here = opening.number
-        if opening.computed_digest() != opening.digest:
+        if opening.computed_digest(block.version) != opening.digest:
             findings.append(Finding("was edited: its digest does not fit", block.number, here))
             number, digest, linked = number + 1, opening.digest, False
             continue
@@ -182,7 +209,7 @@ def _signatures(chain: Chain, block: Block, certificates: Mapping[str, x509.Cert
         party, certificate, moment = signature.party, certificates.get(signature.party), moment_of(signature)
         if certificate is None or party not in block.parties:
             continue
-        if not is_genuine(content, signature, certificate):
+        if not is_genuine(content, signature, certificate, block.version):
             false.append(party)
         elif not certificate.not_valid_before_utc <= moment <= certificate.not_valid_after_utc:
             yield Finding(f"its certificate was not valid when it signed, {signature.time}", here, party=party)
@@ -253,6 +280,9 @@ class Copy:
     content: bytes
 
 
+_OLD = "the ledger is of version 1: no quorum of hospitals had to sign a block, and no opening says what its parties agreed on"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What an audit of all copies found; `reference` is the copy that the others were compared with."""
@@ -274,11 +304,12 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
     readings = [(copy, read[copy.content]) for copy in copies]
     best, reference = max(readings, key=lambda item: (not item[1].findings, len(item[1].lines)))
     findings = [replace(finding, copy=copy.where) for copy, reading in readings for finding in reading.findings]
-    notes = []
+    notes = [_OLD] if reference.chain.version == 1 else []
     for copy, reading in readings:
         difference = _difference(reference, reading, copy.owner)
         if difference is not None and difference[1]:
-            findings.append(replace(difference[0], copy=copy.where, what=f"{difference[0].what} in {best.where}"))
+            what = f"{difference[0].what} in {best.where}{_signed_twice(reference, reading, difference[0])}"
+            findings.append(replace(difference[0], copy=copy.where, what=what))
         elif difference is not None:
             notes.append(f"{copy.where} ends earlier: {copy.owner} took no part in the blocks after it")
     if not reference.chain.ended:
@@ -307,6 +338,16 @@ def _difference(reference: Reading, other: Reading, owner: str | None) -> tuple[
             opening = _first_other_opening(reference.blocks[number], other.blocks[number])
             return Finding("is not the same as", number, opening), True
     return None
+
+
+def _signed_twice(reference: Reading, other: Reading, difference: Finding) -> str:
+    """Who signed two histories, where two sound copies differ: a fork, and whoever leads the signing made it."""
+    at = difference.block
+    if at is None or reference.findings or other.findings or at >= min(len(reference.blocks), len(other.blocks)):
+        return ""
+    one, two = reference.blocks[at], other.blocks[at]
+    both = [] if one is None or two is None else [party for party in one.parties if party in two.parties]
+    return f": two histories, signed both by {', '.join(both)}" if both else ""
 
 
 def _first_other_opening(reference: Block | None, other: Block | None) -> int | None:

@@ -4,6 +4,9 @@ Two files, both only grow. `openings.jsonl` gets an opening before a share of it
 when all its parties have signed it. Both are on the disk when the call returns. A party that is killed at any moment finds
 there what it has recorded and not yet signed. A last line that a crash cut off is removed when the ledger is opened again:
 such an opening was never followed by a share, and such a block is with the leader (`co_signing`).
+
+An opening that this party recorded is never dropped. It is signed, or it stays pending; a block that does neither is
+refused (`RevealLedger.add`), whoever signed it. `co_signing` says why no honest run comes to that.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from pathlib import Path
 import torch
 from cryptography import x509
 
-from mpc_fl.audit.ledger_audit import check_openings, extend, read_ledger
-from mpc_fl.audit.opening_record import Opening
+from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, read_ledger
+from mpc_fl.audit.ledger_versions import VERSION
+from mpc_fl.audit.opening_record import OPENINGS_FILE, Opening
 from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
     Block,
+    Chain,
     ChainedOpening,
     Members,
     chain_opening,
@@ -33,19 +38,21 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
+from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import to_disk
 
 log = logging.getLogger(__name__)
-
-OPENINGS_FILE = "openings.jsonl"
 
 
 class RevealLedger:
     """One party's ledger: `blocks` signed by all, and `pending`, the openings recorded since the last of them."""
 
     def __init__(self, directory: Path, identity: Identity) -> None:
-        """Open the ledger in a party's directory, or start one. Raises `MpcFlError` when the one there was changed."""
+        """Open the ledger in a party's directory, or start one.
+
+        Raises `MpcFlError` when the one there, or what this party recorded besides, was changed or is of another version.
+        """
         self.identity = identity
         self.authority = x509.load_pem_x509_certificate(identity.authority)
         self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
@@ -55,27 +62,42 @@ class RevealLedger:
             raise MpcFlError(
                 f"the reveal ledger {self.path} was changed: {reading.findings[0].line}", "restore it from a backup"
             )
+        if reading.chain.version not in (None, VERSION):
+            raise MpcFlError(
+                f"{self.path} is a reveal ledger of version {reading.chain.version}, which cannot be continued",
+                "start the run anew in another directory; `mpc-fl ledger verify` still checks this one",
+            )
         self.chain = reading.chain
         self.blocks = [block for block in reading.blocks if block is not None]
-        self.pending: list[ChainedOpening] = []
-        for line in _whole_lines(self.openings_path).splitlines():
-            opening = self._recalled(line)
-            if self.continues([*self.pending, opening]):
-                self.pending.append(opening)
+        self.pending = self._recalled()
 
-    def _recalled(self, line: bytes) -> ChainedOpening:
+    def _recalled(self) -> list[ChainedOpening]:
+        """What this party recorded and no block holds yet. Raises `MpcFlError` when it does not follow the blocks."""
+        signed = {opening.digest for block in self.blocks for opening in block.openings}
+        recorded = [self._recorded(line) for line in _whole_lines(self.openings_path).splitlines()]
+        pending = [opening for opening in recorded if opening.digest not in signed]
+        findings = _following(self.chain, pending)
+        if findings:
+            raise MpcFlError(
+                f"{self.openings_path} does not fit the reveal ledger: {findings[0].line}", "restore both from a backup"
+            )
+        return pending
+
+    def _recorded(self, line: bytes) -> ChainedOpening:
         try:
             fields = json.loads(line)
-            return opening_from({name: fields[name] for name in ChainedOpening.__dataclass_fields__})
+            opening = opening_from({name: fields[name] for name in ChainedOpening.__dataclass_fields__})
         except (ValueError, TypeError, KeyError, RecursionError):
             raise MpcFlError(
                 f"{self.openings_path} is damaged or of another version", "restore it, or choose another directory"
             ) from None
+        if opening.computed_digest() != opening.digest:
+            raise MpcFlError(f"opening {opening.number} in {self.openings_path} was edited", "restore it from a backup")
+        return opening
 
     def continues(self, openings: Sequence[ChainedOpening]) -> bool:
         """Whether these openings, not signed yet, follow the signed ones."""
-        block = Block(self.chain.blocks, "abandoned", "", (), tuple(openings), {}, None, self.chain.seal)
-        return not check_openings(self.chain, block)[2]
+        return not _following(self.chain, openings)
 
     def append(self, opening: Opening) -> ChainedOpening:
         """Record an opening; it is on the disk when this returns, and only then may a share of it leave.
@@ -89,10 +111,25 @@ class RevealLedger:
             recorded = chain_opening(self.chain, self.pending, opening)
         except ValueError:
             raise ProtocolError("an opening cannot be described", "this is a defect of the program") from None
-        line = {"time": round(now().timestamp(), 3), "party": self.identity.name, **to_json(recorded)}
-        _append(self.openings_path, json.dumps(line, allow_nan=False).encode() + b"\n")
-        self.pending.append(recorded)
+        self._record(recorded)
         return recorded
+
+    def adopt(self, openings: Sequence[ChainedOpening]) -> None:
+        """Record also what only other parties began, so that this one signs nothing that it did not write down.
+
+        `openings` begin with the pending ones. Raises `ProtocolError` when they do not, or do not follow the signed ones.
+        """
+        mine = len(self.pending)
+        if list(openings[:mine]) != self.pending or not self.continues(openings):
+            raise ProtocolError("openings to settle do not continue the reveal ledger", "compare the reveal ledgers")
+        for opening in openings[mine:]:
+            log.warning("opening %d (%s) was begun by other parties and not here", opening.number, opening.why)
+            self._record(opening)
+
+    def _record(self, opening: ChainedOpening) -> None:
+        line = {"time": round(now().timestamp(), 3), "party": self.identity.name, **to_json(opening)}
+        _append(self.openings_path, json.dumps(line, allow_nan=False).encode() + b"\n")
+        self.pending.append(opening)
 
     def draft(
         self,
@@ -107,33 +144,51 @@ class RevealLedger:
         number, seal = self.chain.blocks, self.chain.seal
         return Block(number, kind, about, tuple(parties), openings, dict(values or {}), members, seal)
 
-    def add(self, block: Block) -> None:
-        """Check a signed block and keep it.
+    def add(self, block: Block, sender: str = "somebody") -> None:
+        """Check a signed block, which came from `sender`, and keep it.
 
-        Raises `ProtocolError` when it does not continue this ledger or is not signed by all its parties.
+        Raises `ProtocolError` when it does not continue this ledger, does not count (`ledger_audit.shortfalls`), is not
+        signed by all its parties, or leaves out an opening that this party began: one that is neither in it nor can be in
+        a later block.
         """
         chain, findings = extend(self.chain, block, self.authority)
         early = [item for item in block.signatures if moment_of(item) > now() + CLOCK_SKEW]
         if findings or early:
             what = findings[0].line if findings else f"the clock of {early[0].party} is ahead, {early[0].time}"
-            raise ProtocolError(f"a block of the reveal ledger was refused: {what}", "compare the reveal ledgers")
-        _append(self.path, encode_block(block))
-        self.chain = chain
-        self.blocks.append(block)
+            raise ProtocolError(
+                f"a block of the reveal ledger from {sender} was refused: {what}", "compare the reveal ledgers"
+            )
         signed = {opening.digest for opening in block.openings}
-        self.pending = [opening for opening in self.pending if opening.digest not in signed]
-        if not self.continues(self.pending):
-            for opening in self.pending:
-                # Whoever opens records it too, and signs: so its shares cannot have been complete.
-                log.warning("opening %d (%s) was begun here and by no other party", opening.number, opening.why)
-            self.pending = []
+        pending = [opening for opening in self.pending if opening.digest not in signed]
+        if pending and (chain.ended or _following(chain, pending)):
+            left_out = pending[0]
+            raise ProtocolError(
+                f"block {block.number} of the reveal ledger from {sender} leaves out opening {left_out.number}, which this "
+                f"party began ({left_out.why})",
+                f"nothing more is opened; compare {OPENINGS_FILE} at the parties",
+            )
+        _append(self.path, encode_block(block))
+        self.chain, self.pending = chain, pending
+        self.blocks.append(block)
+
+    def signed_value(self, about: str, name: str) -> str | None:
+        """The digest of a value in the last block about a step, also one of its later attempts; `None` without one."""
+        for block in reversed(self.blocks):
+            if name in block.values and (block.about == about or block.about.startswith(f"{about} (")):
+                return block.values[name]
+        return None
+
+
+def _following(chain: Chain, openings: Sequence[ChainedOpening]) -> list[Finding]:
+    """What keeps openings that are not signed yet from following the signed ones; nothing if they do."""
+    block = Block(chain.blocks, "abandoned", "", (), tuple(openings), {}, None, chain.seal)
+    return check_openings(chain, block)[2]
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor that all parties have: its dtype, its shape, its bytes as they lie in memory."""
-    data = tensor.detach().contiguous().reshape(-1)
+    """SHA-256 of a tensor that all parties have: its dtype, its shape, its bytes in row order."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(data.view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
 
 

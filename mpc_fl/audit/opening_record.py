@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+OPENINGS_FILE = "openings.jsonl"
 Scalar = str | int | float | bool | None
 
 
@@ -22,7 +23,8 @@ class Opening:
 
     `what` names the value, `why` the step of the protocol; `shape` is that of the tensor, empty for a single number. `to`
     are the parties that learn it, `among` those whose shares make it up. `privacy` is what all may know of the privacy
-    that it spends.
+    that it spends. `transcript` (64 hex digits) is the digest of what the parties of a closed sum agreed on before it, `None`
+    for an opening of shares.
     """
 
     what: str
@@ -31,6 +33,7 @@ class Opening:
     to: tuple[str, ...]
     among: tuple[str, ...]
     privacy: Mapping[str, Scalar] | None = None
+    transcript: str | None = None
 
 
 class Record(Protocol):

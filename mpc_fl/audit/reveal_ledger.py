@@ -13,6 +13,10 @@ of its own privacy ledger). `values` of a block holds digests of values that eve
 the new global model: a signature then also says that the party holds the same one.
 
 Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`certificates`).
+A block counts only with the signatures of all its parties, among them everybody who learned what it opened and a quorum of
+hospitals, so nobody signs a history alone (version 2; `ledger_versions`). A sum's `transcript` is the digest of what all its
+parties agreed on.
+
 What signatures cannot show: an opening that all parties of a block left out together, or a time that a party's clock had
 wrong. This module makes blocks, `ledger_audit` checks them (both are pure), `ledger_file` keeps a party's copy,
 `co_signing` has a block signed by all.
@@ -21,7 +25,6 @@ wrong. This module makes blocks, `ledger_audit` checks them (both are pure), `le
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,11 +35,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
+from mpc_fl.audit.ledger_versions import FORMATS, VERSION, canonical, content_of, fields_of, sha256, version_of
 from mpc_fl.audit.opening_record import Opening, Scalar
 from mpc_fl.crypto.certificates import Identity, sign, verify_signature
 from mpc_fl.errors import IdentityError
 
-FORMAT = "mpc-fl reveal ledger 1"
 LEDGER_FILE = "reveal_ledger.jsonl"
 KINDS = ("start", "resume", "openings", "abandoned", "end")
 _NOTHING = "0" * 64
@@ -55,19 +58,24 @@ class ChainedOpening(Opening):
     previous: str
     digest: str = ""
 
-    def computed_digest(self) -> str:
-        """SHA-256 of everything but `digest`."""
-        return _sha256("opening", {name: value for name, value in vars(self).items() if name != "digest"})
+    def computed_digest(self, version: int = VERSION) -> str:
+        """SHA-256 of everything but `digest`, in a version of the ledger."""
+        return sha256("opening", content_of(self, version, without=("digest",)), version)
 
 
 @dataclass(frozen=True)
 class Members:
-    """Who the parties are from this block on: session, configuration digest, authority (SHA-256), certificates (PEM)."""
+    """Who the parties are from this block on: session, configuration digest, authority (SHA-256), certificates (PEM).
+
+    `quorum` is the fewest hospitals whose signatures make a block count, the same throughout a run. A ledger of version 1
+    has none: it is 0 there.
+    """
 
     session: str
     configuration: str
     authority: str
     certificates: Mapping[str, str]
+    quorum: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,41 +104,37 @@ class Block:
     members: Members | None
     previous: str
     signatures: tuple[Signature, ...] = ()
+    version: int = VERSION
 
     def content_digest(self) -> str:
         """SHA-256 of everything but the signatures: what they sign."""
-        return _sha256("block", {name: value for name, value in vars(self).items() if name != "signatures"})
+        return sha256("block", content_of(self, self.version, without=("signatures",)), self.version)
 
     def seal(self) -> str:
         """SHA-256 of the whole block: what the next one refers to."""
-        return _sha256("sealed block", vars(self))
+        return sha256("sealed block", content_of(self, self.version), self.version)
 
 
-# ---- canonical text ----------------------------------------------------------------------------------------------------
-
-
-def _canonical(value: Any) -> bytes:
-    """JSON in the one form that the ledger accepts; dataclasses are written as objects."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=vars).encode("ascii")
-
-
-def _sha256(kind: str, value: Any) -> str:
-    return hashlib.sha256(_canonical([FORMAT, kind, value])).hexdigest()
+# ---- text -----------------------------------------------------------------------------------------------------------------
 
 
 def encode_block(block: Block) -> bytes:
     """The line of a block, with its newline."""
-    return _canonical(block) + b"\n"
+    return canonical(block, block.version) + b"\n"
 
 
 def to_json(item: ChainedOpening | Block | Signature) -> dict[str, Any]:
-    """A JSON object for a link or a file; `opening_from`, `block_from` and `signature_from` read it back."""
-    value: dict[str, Any] = json.loads(_canonical(item))
+    """A JSON object for a link or a file; `opening_from`, `block_from` and `signature_from` read it back.
+
+    A block is written in its own version, all else in this one.
+    """
+    version = item.version if isinstance(item, Block) else VERSION
+    value: dict[str, Any] = json.loads(canonical(item, version))
     return value
 
 
-def _object(value: Any, kind: type) -> Mapping[str, Any]:
-    if not isinstance(value, dict) or set(value) != set(kind.__dataclass_fields__):  # type: ignore[attr-defined]
+def _object(value: Any, kind: type, version: int) -> Mapping[str, Any]:
+    if not isinstance(value, dict) or set(value) != fields_of(kind, version):
         raise ValueError(f"no {kind.__name__}")
     return value
 
@@ -177,10 +181,10 @@ def _scalar(value: Any) -> Scalar:
     return value if value is None or isinstance(value, (bool, int, float)) else _text(value)
 
 
-def opening_from(value: Any) -> ChainedOpening:
+def opening_from(value: Any, version: int = VERSION) -> ChainedOpening:
     """An opening from JSON. Raises `ValueError` when it is none; its digest is not checked."""
-    item = _object(value, ChainedOpening)
-    privacy = item["privacy"]
+    item = _object(value, ChainedOpening, version)
+    privacy, transcript = item["privacy"], item.get("transcript")
     return ChainedOpening(
         number=_count(item["number"]),
         what=_text(item["what"]),
@@ -189,6 +193,7 @@ def opening_from(value: Any) -> ChainedOpening:
         to=_texts(item["to"]),
         among=_texts(item["among"]),
         privacy=None if privacy is None else {name: _scalar(entry) for name, entry in _mapping(privacy).items()},
+        transcript=None if transcript is None else _digest(transcript),
         previous=_digest(item["previous"]),
         digest=_digest(item["digest"]),
     )
@@ -196,7 +201,7 @@ def opening_from(value: Any) -> ChainedOpening:
 
 def signature_from(value: Any) -> Signature:
     """A signature from JSON. Raises `ValueError` when it is none; it is not verified."""
-    item = _object(value, Signature)
+    item = _object(value, Signature, VERSION)
     signature = Signature(_text(item["party"]), _text(item["time"]), _text(item["signature"]))
     if not _TIME.fullmatch(signature.time):
         raise ValueError("no time")
@@ -204,17 +209,21 @@ def signature_from(value: Any) -> Signature:
     return signature
 
 
-def _members_from(value: Any) -> Members:
-    item = _object(value, Members)
+def _members_from(value: Any, version: int) -> Members:
+    item = _object(value, Members, version)
     certificates = _mapping(item["certificates"])
     if not all(isinstance(certificate, str) for certificate in certificates.values()):
         raise ValueError("no certificate")
-    return Members(_text(item["session"]), _text(item["configuration"]), _digest(item["authority"]), certificates)
+    quorum = _count(item["quorum"]) if "quorum" in item else 0
+    return Members(
+        _text(item["session"]), _text(item["configuration"]), _digest(item["authority"]), certificates, quorum
+    )
 
 
 def block_from(value: Any) -> Block:
     """A block from JSON. Raises `ValueError` when it is none; neither digests nor signatures are checked."""
-    item = _object(value, Block)
+    version = version_of(value)
+    item = _object(value, Block, version)
     if item["kind"] not in KINDS:
         raise ValueError("no kind of block")
     return Block(
@@ -222,11 +231,12 @@ def block_from(value: Any) -> Block:
         item["kind"],
         _text(item["about"]),
         _texts(item["parties"]),
-        tuple(opening_from(opening) for opening in _list(item["openings"])),
+        tuple(opening_from(opening, version) for opening in _list(item["openings"])),
         {name: _digest(digest) for name, digest in _mapping(item["values"]).items()},
-        None if item["members"] is None else _members_from(item["members"]),
+        None if item["members"] is None else _members_from(item["members"], version),
         _digest(item["previous"]),
         tuple(signature_from(signature) for signature in _list(item["signatures"])),
+        version,
     )
 
 
@@ -245,7 +255,10 @@ def moment_of(signature: Signature) -> datetime.datetime:
 
 @dataclass(frozen=True)
 class Chain:
-    """What the next block has to continue: the state of a ledger after its last block."""
+    """What the next block has to continue: the state of a ledger after its last block.
+
+    `version` is that of all its blocks, `None` before the first; `quorum` the one they all count by, 0 as long as none is known.
+    """
 
     blocks: int = 0
     seal: str = _NOTHING
@@ -255,6 +268,8 @@ class Chain:
     signed_until: datetime.datetime | None = None
     ended: bool = False
     sound: bool = True
+    version: int | None = None
+    quorum: int = 0
 
 
 def chain_opening(chain: Chain, pending: Sequence[ChainedOpening], opening: Opening) -> ChainedOpening:
@@ -267,12 +282,13 @@ def chain_opening(chain: Chain, pending: Sequence[ChainedOpening], opening: Open
 def sign_block(block: Block, identity: Identity, moment: datetime.datetime) -> Signature:
     """This party's signature. Raises `IdentityError` when the identity holds no usable key."""
     time = time_text(moment)
-    signature = sign(identity, FORMAT, _signed_message(block.content_digest(), identity.name, time))
+    message = _signed_message(block.content_digest(), identity.name, time)
+    signature = sign(identity, FORMATS[block.version], message)
     return Signature(identity.name, time, _unique(signature).hex())
 
 
 def _signed_message(content_digest: str, party: str, time: str) -> bytes:
-    return _canonical([content_digest, party, time])
+    return canonical([content_digest, party, time], VERSION)
 
 
 def _unique(signature: bytes) -> bytes:
@@ -281,12 +297,12 @@ def _unique(signature: bytes) -> bytes:
     return encode_dss_signature(r, min(s, _ORDER - s))
 
 
-def is_genuine(content_digest: str, signature: Signature, certificate: x509.Certificate) -> bool:
-    """Whether the holder of `certificate` made this signature over a block's content."""
+def is_genuine(content_digest: str, signature: Signature, certificate: x509.Certificate, version: int) -> bool:
+    """Whether the holder of `certificate` made this signature over the content of a block of this version."""
     message = _signed_message(content_digest, signature.party, signature.time)
     try:
         der = bytes.fromhex(signature.signature)
-        verify_signature(certificate, FORMAT, message, der)
+        verify_signature(certificate, FORMATS[version], message, der)
         return _unique(der).hex() == signature.signature
     except (IdentityError, ValueError):
         return False

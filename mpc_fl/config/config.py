@@ -1,8 +1,8 @@
 """The configuration of a run: one YAML file, validated, completed with defaults, saved with the run.
 
-Sections follow the protocol: `data`, `model`, `training`, `privacy`, `aggregation`, `inference`, `runtime` are the same
-at every party and enter the digest that parties compare at the hand-shake; `federation` says who takes part and where;
-`serving` is the model owner's own matter; `site` holds what differs from machine to machine (paths) and never leaves it.
+Sections follow the protocol: `data`, `model`, `training`, `privacy`, `evaluation`, `aggregation`, `inference`, `runtime` are
+the same at every party and enter the digest that parties compare at the hand-shake; `federation` says who takes part and
+where; `serving` is the model owner's own matter; `site` holds what differs from machine to machine (paths) and never leaves it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
-from mpc_fl.config.learning import DataSection, ModelSection, PrivacySection, TrainingSection
-from mpc_fl.config.protocols import AggregationSection, InferenceSection, ServingSection
+from mpc_fl.config.learning import DataSection, EvaluationSection, ModelSection, PrivacySection, TrainingSection
+from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
@@ -33,6 +33,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
     privacy: PrivacySection = PrivacySection()
+    evaluation: EvaluationSection = EvaluationSection()
     aggregation: AggregationSection = AggregationSection()
     inference: InferenceSection = InferenceSection()
     serving: ServingSection = ServingSection()
@@ -43,10 +44,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         training, distributed = self.training, self.privacy.mechanism == "distributed"
-        if self.task == "serve" and self.inference.batch_size > min(
-            self.serving.images_per_minute, self.serving.images_per_day
-        ):
-            raise ValueError("inference.batch_size exceeds serving.images_per_minute or images_per_day; lower it")
+        if self.task == "serve" and self.inference.batch_size > self.serving.largest_batch:
+            raise ValueError(
+                "inference.batch_size exceeds serving.images_per_minute or images_per_day, or that of all; lower it"
+            )
         if distributed and self.strategy not in ("fedsgd", "fedadam", "fedyogi"):
             raise ValueError(
                 f"privacy.mechanism distributed opens every gradient, training.strategy {self.strategy} has none to open; use "
@@ -63,15 +64,23 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
-        colluders, quorum = self.privacy.colluders or 0, self.federation.quorum_size
-        if self.task == "train" and colluders > quorum - 2:
-            raise ValueError(
-                f"a summand is masked by the other hospitals of its sum, so a quorum of {quorum} protects it against the "
-                f"aggregator and {quorum - 2} hospitals, not against privacy.colluders={colluders}; raise federation.quorum"
-            )
         if training.local_normalisation and self.model.architecture == "mlp":
             raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
+        if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
+            raise ValueError(
+                "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
+            )
         return self
+
+    @property
+    def counts_patients(self) -> bool:
+        """Whether the exact number of patients of all hospitals is opened, and updates are weighted by their own."""
+        return self.privacy.mechanism == "none" and self.aggregation.weighted is not False
+
+    def evaluates(self, number: int) -> bool:
+        """Whether sums of evaluation are opened after round `number`, 0 for before the first one."""
+        every = self.evaluation.every
+        return number in (0, self.training.rounds) or (every is not None and number % every == 0)
 
     @property
     def strategy(self) -> Strategy:
@@ -82,6 +91,15 @@ class Config(Section):
     def noise_colluders(self) -> int:
         """How many hospitals may take their own part out of distributed noise: at least one, which knows its part."""
         return 1 if self.privacy.colluders is None else max(1, self.privacy.colluders)
+
+    @property
+    def reveal(self) -> Reveal:
+        """What a diagnosis opens to the hospital: what is configured; else the label alone where a model owner serves.
+
+        A model owner of one diagnosis (`mpc-fl infer`, `mpc-fl party`) starts it by hand, for one hospital, and has compared
+        the configuration with it: there null means logits, which either engine opens.
+        """
+        return self.inference.reveal or ("label" if self.task == "serve" else "logits")
 
     def digest(self) -> str:
         """SHA-256 over everything parties must agree on (all but `site` and `serving`), as hex."""
@@ -156,7 +174,7 @@ def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
         hospitals = hospital_names(config.federation.hospitals)
-        return [*hospitals, AGGREGATOR, *([DEALER] if config.aggregation.norm_check else [])]
+        return [*hospitals, AGGREGATOR]
     if config.task == "serve":  # hospitals come and go
         return [DEALER, MODEL_OWNER]
     return [HOSPITAL, MODEL_OWNER, *([DEALER] if config.inference.dealer else [])]

@@ -58,6 +58,9 @@ class DataSection(Section):
     `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
     `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
+
+    `shared_patients` says what becomes of a test patient who is by name also a training patient, at any hospital whose
+    names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
 
     source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
@@ -69,6 +72,7 @@ class DataSection(Section):
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()
     subset: SubsetSection = SubsetSection()
+    shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
     normalise: Literal["none", "secure"] = "none"
     normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
 
@@ -160,8 +164,11 @@ class PrivacySection(Section):
 
     `local`: each hospital adds the full noise itself, once per local step. `distributed`: every step is a secure sum, and
     each hospital adds its part of the noise of that sum, so that it holds against `colluders` hospitals that take out
-    theirs. All then need one noise multiplier: set it, or `smallest_hospital`, a public lower bound on the training
-    patients of every hospital, to have it calibrated.
+    theirs.
+
+    Neighbouring data sets differ in one patient, so no hospital's number of patients may set what is released. All of it
+    follows from public figures: every hospital has from `smallest_hospital` to `largest_hospital` training patients. Each
+    of them is drawn with probability training.batch_size / smallest_hospital (at most 1), wherever the patient is.
     """
 
     mechanism: Literal["local", "distributed", "none"] = "local"
@@ -169,15 +176,41 @@ class PrivacySection(Section):
         default=None,
         description="hospitals that may pool with the aggregator, at most federation.quorum - 2; null: 1, or 0 below that",
     )
-    smallest_hospital: Count | None = None
+    smallest_hospital: Count | None = Field(
+        default=None,
+        description="public lower bound on the training patients of every hospital; needed with a mechanism, of phantoms known",
+    )
+    largest_hospital: Count | None = Field(
+        default=None, description="public upper bound on them; null: four times smallest_hospital, of phantoms known"
+    )
+    spare_rounds: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="rounds that may be lost and made anew within the budget: what was sent stays charged"
+    )
     epsilon: Positive = 8.0
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     clipping_norm: Positive = 1.0
     noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
-    accountant: Literal["rdp", "prv"] = "rdp"
+    accountant: Literal["pld", "rdp", "prv"] = Field(
+        default="pld", description="pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PrivacySection:
-        if self.mechanism == "distributed" and self.noise_multiplier is None and self.smallest_hospital is None:
-            raise ValueError("distributed noise needs noise_multiplier, or smallest_hospital to calibrate it")
+        smallest, largest = self.smallest_hospital, self.largest_hospital
+        if largest is not None and (smallest is None or smallest > largest):
+            raise ValueError("largest_hospital needs a smallest_hospital that does not exceed it")
         return self
+
+
+class EvaluationSection(Section):
+    """Evaluation on the test patients of all hospitals together: only sums over hospitals are opened.
+
+    Without `noise_multiplier` their counts are exact, and known to the aggregator: the confusion matrix, histograms of
+    predicted probabilities, and what calibration needs. With it the confusion matrix alone is opened, in patients, with
+    noise of so many times what one test patient can move; every hospital charges that to its privacy ledger.
+    """
+
+    every: Count | None = Field(
+        default=None, description="rounds between two evaluations; null: before the first round and after the last one"
+    )
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None

@@ -11,18 +11,24 @@ from pydantic import Field, model_validator
 
 from mpc_fl.config.section import Count, Positive, Section
 
+Reveal = Literal["logits", "label"]
+
 
 class AggregationSection(Section):
     """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
 
-    With `norm_check` the L2 norm of each hidden update is held against a bound before anything is opened, on shares and
-    with the dealer; what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise.
+    `weighted` opens the exact number of patients of all hospitals and weights their updates by their own: for mechanism
+    `none` alone, where null means it. With a mechanism that number is nobody's to know, and hospitals weigh the same.
+
+    With `norm_check` each hospital proves that the L2 norm of its hidden update is within a bound before anything is opened;
+    what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise; with distributed noise
+    it cannot be lower.
     """
 
     fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
     update_bound: Positive = 64.0
     count_bound: Count = 1 << 20
-    weighted: bool = True
+    weighted: bool | None = None
     norm_check: bool = False
     norm_bound: Positive | None = Field(
         default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"
@@ -32,14 +38,18 @@ class AggregationSection(Section):
 class InferenceSection(Section):
     """Encrypted inference between one hospital and a model owner.
 
-    `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` label opens the
-    class alone to the hospital (engine fast). `fill` stores as many batches in the parties' pools (site.pool) instead of
-    diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are evaluated
-    at the same time (engine fast): more images a second, more memory.
+    `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` says what is opened
+    to the hospital: the class alone (label, engine fast) or logits, from which a hospital that deviates takes the last layer's
+    weights (`config.Config.reveal` says what null means). `fill` stores as many batches in the parties' pools (site.pool)
+    instead of diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are
+    evaluated at the same time (engine fast): more images a second, more memory.
     """
 
     engine: Literal["reference", "fast"] = "reference"
-    reveal: Literal["logits", "label"] = "logits"
+    reveal: Reveal | None = Field(
+        default=None,
+        description="null: of a model owner that stays up (serve) the label, else logits; at a hospital what that reveals",
+    )
     fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
     batch_size: Count = 1
     at_once: Annotated[int, Field(ge=1, le=16)] = 1
@@ -61,7 +71,9 @@ class InferenceSection(Section):
 
 
 class ServingSection(Section):
-    """What a model owner that stays up (`mpc-fl serve`) grants each hospital; no other party needs to know.
+    """What a model owner that stays up (`mpc-fl serve`) grants each hospital and all together; no other party needs to know.
+
+    Hospitals may pool answers, so what all of them ask is bounded too (`..._of_all`), by default to what two may ask.
 
     Its dealer has `sessions` and `sessions_per_minute` of its own. `pool_batches` are kept for each hospital (site.pool).
 
@@ -71,9 +83,30 @@ class ServingSection(Section):
 
     images_per_day: Count = Field(default=200, description="of one hospital within any 24 hours")
     images_per_minute: Count = Field(default=20, description="of one hospital within any 60 seconds")
+    images_per_day_of_all: Count | None = Field(
+        default=None, description="of all hospitals together within any 24 hours; null: twice images_per_day"
+    )
+    images_per_minute_of_all: Count | None = Field(
+        default=None, description="of all hospitals together within any 60 seconds; null: twice images_per_minute"
+    )
     sessions: Count = Field(default=16, description="hospitals that may be connected at once; as many may fill pools")
     sessions_per_minute: Count = Field(default=30, description="that one hospital may begin within any 60 seconds")
     pool_batches: Count = Field(default=100, description="that one hospital may have stored at the model owner")
     turns: Count = 2
     patience: Positive = 15.0
     deadline: Positive = 60.0
+
+    @property
+    def day_of_all(self) -> int:
+        """Images of all hospitals together within any 24 hours."""
+        return self.images_per_day_of_all or 2 * self.images_per_day
+
+    @property
+    def minute_of_all(self) -> int:
+        """Images of all hospitals together within any 60 seconds."""
+        return self.images_per_minute_of_all or 2 * self.images_per_minute
+
+    @property
+    def largest_batch(self) -> int:
+        """Images that a batch may have at most: more would never be within all limits."""
+        return min(self.images_per_day, self.images_per_minute, self.day_of_all, self.minute_of_all)

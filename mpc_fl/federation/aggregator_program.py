@@ -6,11 +6,11 @@ all sign after it is `audit_trail`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
 
-from mpc_fl.aggregation.norm_check_session import end_checks
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
@@ -18,13 +18,19 @@ from mpc_fl.errors import SumLostError
 from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
-from mpc_fl.federation.audit_trail import begin_ledger, lead_signatures, open_ledger, sign_end, signatory_of
+from mpc_fl.federation.audit_trail import (
+    begin_ledger,
+    lead_signatures,
+    open_ledger,
+    sign_end,
+    signatory_of,
+    signed_model,
+)
 from mpc_fl.federation.distribution import send_model
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
-from mpc_fl.federation.secure_evaluation import aggregator_evaluation
+from mpc_fl.federation.secure_evaluation import Evaluated, aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
-from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
@@ -52,9 +58,10 @@ class _Run:
         plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
         self.welcome(plan)
         aggregator_preparation(aggregator, domain, rules, attendance)
-        evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
-        lead_signatures(self.ledger, domain.links, rules, plan.hospitals, "round 0", aggregator.digests)
-        self._conclude(0, plan.hospitals, evaluation, 0.0)
+        hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
+        signed = lead_signatures(self.ledger, domain.links, rules, hospitals, "round 0", aggregator.digests)
+        attendance.keep(signed)
+        self._conclude(0, hospitals, evaluation, 0.0)
 
     def welcome(self, plan: RoundPlan) -> None:
         """Newcomers get the global model; all sign who they are."""
@@ -84,7 +91,7 @@ class _Run:
         attendance.keep(signed)
         self._conclude(number, hospitals, evaluation, time.monotonic() - began)
 
-    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluation | None, seconds: float) -> None:
+    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
         out = site_directory(self.aggregator.config)
         counts = None if evaluation is None else evaluation.to_json()
         line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
@@ -97,10 +104,9 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
     out, rules = site_directory(config), sum_rules(config)
     hospitals = tuple(name for name in party_names(config) if is_hospital(name))
     aggregator = prepare_aggregator(config)
-    resumed = config.site.resume and aggregator.resume(out)
-    links = connect(config, AGGREGATOR, observer)
+    links, ledger = connect(config, AGGREGATOR, observer), open_ledger(config, AGGREGATOR)
+    resumed = config.site.resume and aggregator.resume(out, functools.partial(signed_model, ledger))
     with links, training_runtime(links, config) as runtime:
-        ledger = open_ledger(config, AGGREGATOR)
         domain = runtime.domain(ledger, signatory_of(ledger))
         attendance = Attendance(links, rules, hospitals)
         led = _Run(aggregator, domain, ledger, rules, attendance, notify)
@@ -118,5 +124,4 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
         sign_end(ledger, links, plan.hospitals, aggregator)
         save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
         announce_end(links, plan.hospitals, config.training.rounds)
-        end_checks(links, config)
     write_traffic(links, out)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.model_digests import ModelDigests
-from mpc_fl.federation.planning import headroom_of, mechanism_of
+from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
+from mpc_fl.learning.models.parameters import (
+    flatten_parameters,
+    join_parts,
+    load_flat_parameters,
+    shared_coordinates,
+    trainable_parameters,
+)
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
 
@@ -66,28 +74,53 @@ class Aggregator:
         facts = {"patients": self.patients, "weight total": self.weight_total}
         save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config.run_digest())
 
-    def resume(self, directory: Path) -> bool:
-        """Go back to the last checkpoint; False when there is none."""
-        saved = load_checkpoint(directory, self.config.run_digest())
+    def resume(self, directory: Path, signed: Callable[[int], str | None]) -> bool:
+        """Go back to the last checkpoint that holds the global model which all signed; False when there is none.
+
+        `signed(round)` is the digest of that model. Raises `MpcFlError` when no checkpoint is what it should be.
+        """
+
+        def wrong(saved: Checkpoint) -> str | None:
+            return self._wrong(saved, signed(saved.round))
+
+        saved = load_checkpoint(directory, self.config.run_digest(), check=wrong)
         if saved is None:
             return False
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-        for name, value in saved.tensors.items():
-            if name == "normalisation":
-                self.normalisation = Normalisation.of_tensor(value)
-            else:
-                part, _, rest = name.partition(".")
-                parts[part][rest] = value
-        self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state(parts["optimizer"])
-        self.round, self.patients = saved.round, int(saved.facts["patients"])
-        self.weight_total = int(saved.facts["weight total"])
+        self.model.load_state_dict(_part(saved, "model"))
+        self.optimizer.load_state(_part(saved, "optimizer"))
+        if "normalisation" in saved.tensors:
+            self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"])
+        self.round, self.patients, self.weight_total = saved.round, saved.facts["patients"], saved.facts["weight total"]
         return True
+
+    def _wrong(self, saved: Checkpoint, signed: str | None) -> str | None:
+        """What is wrong with a checkpoint that is whole, given the digest of the model that all signed for its round."""
+        state, forms = _part(saved, "model"), _forms(self.model.state_dict())
+        if _forms(state) != forms:
+            return "holds another network"
+        patients, total = saved.facts.get("patients"), saved.facts.get("weight total")
+        if type(patients) is not int or type(total) is not int or patients < 0 or total < 1 or total & (total - 1):
+            return "holds numbers of patients that cannot be"
+        parameters = [state[name].reshape(-1).float() for name, _ in trainable_parameters(self.model)]
+        if tensor_digest(torch.cat(parameters)[self.coordinates]) != signed:
+            return f"holds another global model than all parties signed after round {saved.round}"
+        return None
+
+
+def _part(saved: Checkpoint, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of one part of a checkpoint, by their names in it."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): value for name, value in saved.tensors.items() if name.startswith(prefix)}
+
+
+def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (value.dtype, value.shape) for name, value in state.items()}
 
 
 def prepare_aggregator(config: Config) -> Aggregator:
     """The aggregator before the first round. Raises `HeadroomError` when sums could wrap."""
     headroom_of(config).require()
+    require_public_values(config)
     mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)

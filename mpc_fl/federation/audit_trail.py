@@ -30,7 +30,7 @@ def begin_ledger(
     """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack."""
     links.set_phase("reveal ledger")
     signers = CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR)
-    signers.begin(config.federation.session, config.digest(), resumed)
+    signers.begin(config.federation.session, config.digest(), config.federation.quorum_size, resumed)
 
 
 def lead_signatures(
@@ -92,6 +92,20 @@ def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], sta
         written = model_file(state.model, state.config, state.normalisation)
         same["model.safetensors"] = hashlib.sha256(written).hexdigest()
     CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
+
+
+def signed_model(ledger: RevealLedger, number: int) -> str | None:
+    """The digest of the global parameters that all signed last after round `number`; `None` when they have not."""
+    return ledger.signed_value(f"round {number}", "global model")
+
+
+def require_signed_model(ledger: RevealLedger, number: int, held: ModelDigests) -> None:
+    """At a hospital that joins: it was given the global model that all signed after round `number`. Raises `ProtocolError`."""
+    if signed_model(ledger, number) != held.parameters:
+        raise ProtocolError(
+            f"{AGGREGATOR} sent another global model than all parties signed after round {number}",
+            "nothing was sent to it; compare the reveal ledgers, and the aggregator's checkpoints with its ledger",
+        )
 
 
 def signatory_of(ledger: RevealLedger) -> Signatory:

@@ -4,14 +4,20 @@ A party keeps those of its last two rounds: a hospital writes its own before it 
 have signed, so that whatever round the aggregator goes on from, every hospital that took part in it has its state too.
 A checkpoint holds opened values, public ones, and at a hospital what never leaves it anyway (its own normalisation
 layers, its privacy accountant). Seeds and masks are never in it: a process that starts again makes them anew.
+
+A file holds the SHA-256 of its tensors and facts. That finds damage, not somebody who computes it again: the parameters of the
+global model are therefore held against the digest that all parties signed for the round (`audit_trail`). Of what is not what it
+should be the checkpoint before it is taken; where all are damaged the run stops.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +26,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.errors import MpcFlError
 from mpc_fl.files import written_whole
 
-_FORMAT = "mpc-fl checkpoint 1"
+log = logging.getLogger(__name__)
+
+_FORMAT = "mpc-fl checkpoint 2"
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _KEPT = 2
+_ANEW = "remove the directory and start the run anew"
 
 
 @dataclass(frozen=True)
@@ -37,39 +47,72 @@ class Checkpoint:
     facts: Mapping[str, Any]
 
 
+class _DamagedError(MpcFlError):
+    """A checkpoint that is not what was written; one before it may be."""
+
+
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, digest: str) -> None:
     """Write a checkpoint whole or not at all, then remove those before the last two. `digest` is the configuration's."""
     facts = {"format": _FORMAT, "round": checkpoint.round, "configuration": digest, "facts": dict(checkpoint.facts)}
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
+    said = {**facts, "sha256": _sha256(facts, tensors)}
     with written_whole(directory / f"checkpoint-{checkpoint.round}.safetensors") as temporary:
-        temporary.write_bytes(save(tensors, metadata={"mpc-fl": json.dumps(facts)}))
+        temporary.write_bytes(save(tensors, metadata={"mpc-fl": json.dumps(said)}))
     for path, number in _checkpoints(directory):
         if number <= checkpoint.round - _KEPT or number > checkpoint.round:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def load_checkpoint(directory: Path, digest: str, number: int | None = None) -> Checkpoint | None:
-    """The checkpoint of round `number`, by default the last one; `None` when there is none.
+def load_checkpoint(
+    directory: Path, digest: str, number: int | None = None, check: Callable[[Checkpoint], str | None] | None = None
+) -> Checkpoint | None:
+    """The checkpoint of round `number`, by default the last one that is whole; `None` when there is none.
 
-    Raises `MpcFlError` for a file that is damaged or of another configuration.
+    `check` says what is wrong with one beside, if anything. One that is damaged, or that `check` refuses, is passed over with a
+    warning. Raises `MpcFlError` when none is left, and for a file of another version or configuration.
     """
     found = [(path, known) for path, known in _checkpoints(directory) if number is None or known == number]
-    if not found:
-        return None
-    path, known = max(found, key=lambda item: item[1])
-    fix = "remove the directory and start the run anew"
+    last: MpcFlError | None = None
+    for path, known in sorted(found, key=lambda item: item[1], reverse=True):
+        try:
+            checkpoint = _read(path, known, digest)
+            wrong = None if check is None else check(checkpoint)
+            if wrong is None:
+                return checkpoint
+            last = last or MpcFlError(f"the checkpoint {path} {wrong}", _ANEW)
+        except _DamagedError as error:
+            last = last or error
+        log.warning("%s is not what was written after round %d; the one before it is looked for", path, known)
+    if last is not None:
+        raise last
+    return None
+
+
+def _read(path: Path, number: int, digest: str) -> Checkpoint:
+    """A checkpoint that is whole. Raises `_DamagedError`, or `MpcFlError` for another version or configuration."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("mpc-fl", "{}"))
+            said = json.loads((file.metadata() or {}).get("mpc-fl", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
     except (SafetensorError, OSError, ValueError, RecursionError):
-        raise MpcFlError(f"the checkpoint {path} is damaged", fix) from None
-    if not isinstance(facts, dict) or facts.get("format") != _FORMAT or facts.get("round") != known:
-        raise MpcFlError(f"the checkpoint {path} is of another version", fix)
+        raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW) from None
+    if not isinstance(said, dict) or said.get("format") != _FORMAT:
+        raise MpcFlError(f"the checkpoint {path} is of another version", _ANEW)
+    facts = {name: value for name, value in said.items() if name != "sha256"}
+    if said.get("sha256") != _sha256(facts, tensors) or facts.get("round") != number:
+        raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW)
     if facts.get("configuration") != digest:
         raise MpcFlError(f"the checkpoint {path} is of another configuration", "resume with the configuration it had")
-    return Checkpoint(known, tensors, facts["facts"])
+    if not isinstance(facts.get("facts"), dict):
+        raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW)
+    return Checkpoint(number, tensors, facts["facts"])
+
+
+def _sha256(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    """Of all that a checkpoint holds: facts, and names, types, shapes and bytes of tensors."""
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps([dict(facts), digests], sort_keys=True).encode()).hexdigest()
 
 
 def _checkpoints(directory: Path) -> list[tuple[Path, int]]:

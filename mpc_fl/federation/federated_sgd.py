@@ -101,6 +101,7 @@ def hospital_steps(
         load_flat_parameters(working, stepped)
         step_done(step + 1, steps)
     _copy_parameters(working, hospital.model)
+    hospital.digests.take(parameters=hospital.shared_parameters)  # in the order that is signed and sent to newcomers
     kept = Steps(losses / used if used else float("nan"), clipped / used if used else 0.0, steps, method)
     return hospitals, kept
 
@@ -125,6 +126,7 @@ def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
         send_global(links, aggregator.digests, hospitals, parameters)
     load_flat_parameters(working, parameters)
     _copy_parameters(working, aggregator.model)
+    aggregator.digests.take(parameters=aggregator.shared_parameters)
     return hospitals
 
 

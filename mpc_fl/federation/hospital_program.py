@@ -12,7 +12,14 @@ from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, await_end, await_keys
-from mpc_fl.federation.audit_trail import begin_ledger, open_ledger, sign_end, sign_round, signatory_of
+from mpc_fl.federation.audit_trail import (
+    begin_ledger,
+    open_ledger,
+    require_signed_model,
+    sign_end,
+    sign_round,
+    signatory_of,
+)
 from mpc_fl.federation.distribution import receive_model
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_round import hospital_round
@@ -38,7 +45,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
     patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
     notify("load data", 1, 1)
-    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.json", name)
+    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3", name)
     hospital = join(config, rank, patients, held_out, privacy_ledger, out)
     links = connect(config, name, observer)
     with (
@@ -82,6 +89,8 @@ def _begin(hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, plan:
         hospital.resume(out, plan.number - 1)
         keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
     begin_ledger(ledger, links, config, plan.hospitals, plan.resumed)
+    if hospital.name in plan.newcomers and plan.number > 0:
+        require_signed_model(ledger, plan.number - 1, hospital.digests)
 
 
 def _round(
@@ -94,7 +103,8 @@ def _round(
     out, about = site_directory(hospital.config), f"round {plan.number}"
     if plan.number == 0:
         hospital_preparation(hospital, domain, rules, plan.hospitals)
-        hospital_evaluation(hospital, domain, rules, plan.hospitals, plan)
+        if hospital_evaluation(hospital, domain, rules, plan.hospitals, plan) is None:
+            return "left out"
     else:
         result = hospital_round(hospital, domain, rules, plan, notify)
         if isinstance(result, str):

@@ -10,9 +10,12 @@ Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one
   6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger
 
-Weights. The total number of training patients N is opened once, over all hospitals. Hospital i's weight is its number
-over N', the public power of two above N, so that the sum of weighted updates is a mean and needs no headroom for counts.
-A round that somebody misses opens no sum of counts of its own: its difference to N would be the absent hospital's.
+Weights. With a privacy mechanism all hospitals weigh the same, and no number of patients is opened. Their steps divide by
+the same public batch size and draw at the same public rate, so a hospital with more patients steps further: each patient
+counts alike. Without a mechanism the total number of training patients N is opened once, over all hospitals. Hospital i's
+weight is its number over N', the public power of two above N, so that the sum of weighted updates is a mean and needs no
+headroom for counts. A round that somebody misses opens no sum of counts of its own: its difference to N would be the
+absent hospital's.
 """
 
 from __future__ import annotations
@@ -69,6 +72,8 @@ def hospital_round(
     # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
     evaluation_began = time.monotonic()
     own = hospital_evaluation(hospital, domain, rules, hospitals, plan)
+    if own is None:
+        return "left out"
     notify("evaluation", number, rounds)
     return {
         "round": number,
@@ -110,7 +115,7 @@ def _local_steps(
 
     # 3. Encode in the ring; the weight is as secret as the update.
     links.set_phase(f"round {number} aggregation")
-    count = hospital.train.patient_count if config.aggregation.weighted else 1
+    count = hospital.train.patient_count if config.counts_patients else 1
     label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
@@ -118,9 +123,8 @@ def _local_steps(
     # sends the new global model.
     seen = sum_terms(config, plan.weight_total, hospital.digests)
     agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number), seen)
-    release = hospital.ledger.release if hospital.noise_multiplier is not None else None
     try:
-        admitted = contribute(domain, rules, agreed, encoded, release)
+        admitted = contribute(domain, rules, agreed, encoded, hospital.releasing(number))
     except SumLostError as error:
         log.warning("%s", error)
         return "void"

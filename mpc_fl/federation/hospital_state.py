@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,22 +16,31 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.model_digests import ModelDigests
-from mpc_fl.federation.planning import budget_of, features_run_name, headroom_of, mechanism_of, plan_release, run_name
+from mpc_fl.federation.planning import (
+    NOTHING_DONE,
+    Done,
+    budget_of,
+    evaluation_run_name,
+    features_run_name,
+    headroom_of,
+    mechanism_of,
+    plan_release,
+    run_name,
+    sample_rate_of,
+)
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
-from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, epsilon_of
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
 from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
 from mpc_fl.learning.training.process_group import TrainingGroup
-from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.roles import hospital_name
 
 
@@ -83,32 +96,45 @@ class Hospital:
             self.normalisation = normalisation
 
     def epsilon(self) -> float | None:
-        """Epsilon spent on these patients so far, all runs in the ledger together."""
+        """Epsilon spent on these patients so far, all runs in the ledger together; None where none holds any more."""
         if self.config.privacy.mechanism == "none":
             return None
-        return epsilon_of(self.ledger.spent(), self.budget.delta, self.budget.accountant)
+        epsilon = self.ledger.epsilon(self.budget.delta, self.budget.accountant)
+        return epsilon if math.isfinite(epsilon) else None
+
+    def releasing(self, round_number: int) -> Callable[[], None]:
+        """What enters into the privacy ledger that something of the patients leaves now, before its first byte does."""
+        if self.config.privacy.mechanism != "none":
+            return self.ledger.release
+        run = run_name(self.config)
+        return functools.partial(self.ledger.charge_unprotected, run=run, round_number=round_number)
 
     def checkpoint(self, directory: Path, number: int) -> None:
         """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
-        spent = [] if self.config.privacy.mechanism == "none" else self.ledger.state()
         save_checkpoint(
             directory,
-            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": spent}),
+            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": self.ledger.state()}),
             self.config.run_digest(),
         )
 
     def resume(self, directory: Path, number: int) -> None:
         """Go back to this hospital's own layers after round `number`, if it has kept them.
 
-        Raises `PrivacyBudgetError` when its privacy ledger lacks a release that it held then.
+        The shared parameters come from the aggregator and are held against what all signed (`audit_trail`). Raises
+        `MpcFlError` when what was kept is not what it should be, `PrivacyBudgetError` when the privacy ledger lacks a
+        release that it held then.
         """
-        saved = load_checkpoint(directory, self.config.run_digest(), number)
+        saved = load_checkpoint(directory, self.config.run_digest(), number, _wrong_facts)
         if saved is None:
             return
-        if self.config.privacy.mechanism != "none":
-            self.ledger.require(saved.facts["privacy accountant"])
+        self.ledger.require(saved.facts["privacy accountant"])
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, saved.tensors)
+
+
+def _wrong_facts(saved: Checkpoint) -> str | None:
+    spent = saved.facts.get("privacy accountant")
+    return None if isinstance(spent, list) else "holds no state of a privacy accountant"
 
 
 def last_round(config: Config, directory: Path) -> int:
@@ -128,11 +154,12 @@ def join(
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    spent = [] if config.privacy.mechanism == "none" else ledger.spent(run=run_name(config))
-    spent += [] if config.privacy.mechanism == "none" else _features_to_come(config, ledger)
-    planned = plan_release(config, train.patient_count, spent, name, 0 if last is None else last.round)
+    spent, done = list[SubsampledGaussian](), NOTHING_DONE
+    if config.privacy.mechanism != "none":
+        spent, done = ledger.spent(run=run_name(config)), _done(config, ledger, None if last is None else last.round)
+    planned = plan_release(config, train.patient_count, spent, name, done)
     noise = None if planned is None else planned.noise_multiplier
-    rate = sampling_rate(config, train.patient_count)
+    rate = sample_rate_of(config, train.patient_count)
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
@@ -142,15 +169,15 @@ def join(
         hospital.mechanism = mechanism_of(config)
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
-        hospital.method = choose_per_sample_method(model, config.data.input_shape) if wanted == "auto" else wanted
+        if wanted == "auto":
+            wanted = choose_per_sample_method(model, config.data.input_shape, mechanism=hospital.mechanism)
+        hospital.method = wanted
     return hospital
 
 
-def _features_to_come(config: Config, ledger: PrivacyLedger) -> list[SubsampledGaussian]:
-    """What the normalisation of the inputs will spend, unless it has already."""
-    if config.data.normalise != "secure":
-        return []
-    if any(record.get("run") == features_run_name(config) for record in ledger.records()):
-        return []
-    event = plan_features(config).event()
-    return [] if event is None else [event]
+def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
+    """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
+    records = ledger.records(run=run_name(config))  # without what never left and will be made anew
+    charged = Counter(record.get("run") for record in records)
+    names = (run_name(config), features_run_name(config), evaluation_run_name(config))
+    return Done(rounds, *(charged[name] for name in names))

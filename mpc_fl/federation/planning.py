@@ -6,19 +6,23 @@ run may release of a hospital's patients (`plan_release`), with noise of its own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from mpc_fl.aggregation.norm_check_session import check_of
+from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.errors import HeadroomError, PrivacyBudgetError
+from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
+from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.privacy.accounting import (
+    ROUNDING,
     PrivacyBudget,
     SubsampledGaussian,
     calibrate_noise_multiplier,
@@ -33,7 +37,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 )
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.links import Links
-from mpc_fl.roles import AGGREGATOR, DEALER, hospital_names
+from mpc_fl.roles import AGGREGATOR, hospital_names
 from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
 
 
@@ -44,8 +48,17 @@ def headroom_of(config: Config) -> MeanHeadroom:
 
 
 def sum_rules(config: Config) -> Rules:
-    """How the sums of a training run are made: closing masks only where a hospital may be left out of one."""
-    federation = config.federation
+    """How the sums of a training run are made: closing masks only where a hospital may be left out of one.
+
+    Raises `ConfigError` for a quorum that does not hide a summand from as many colluding hospitals as are configured.
+    """
+    federation, colluders = config.federation, config.privacy.colluders or 0
+    if colluders > federation.quorum_size - 2:
+        raise ConfigError(
+            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from the "
+            f"aggregator with {federation.quorum_size - 2} hospitals, not with privacy.colluders={colluders}",
+            "raise federation.quorum, or lower privacy.colluders",
+        )
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
     closing = config.noise_colluders + 1 if may_leave_out else 0
     seconds = federation.round_timeout or config.runtime.receive_timeout
@@ -70,26 +83,99 @@ def budget_of(config: Config) -> PrivacyBudget:
     return PrivacyBudget(config.privacy.epsilon, config.privacy.delta, config.privacy.accountant)
 
 
+@dataclass(frozen=True)
+class Done:
+    """How far a run has come, by a hospital's last checkpoint and its privacy ledger.
+
+    `rounds`: the last one that is complete, None before the sums that come before the first. `charged`, `features` and
+    `evaluations`: how many rounds, sums of features and sums of evaluation were charged, those that were lost among them.
+    """
+
+    rounds: int | None = None
+    charged: int = 0
+    features: int = 0
+    evaluations: int = 0
+
+
+NOTHING_DONE = Done()
+
+
+def _to_come(left: int, planned: int, charged: int) -> int:
+    """How many releases are left of a kind, with what is unspent of those that may be lost."""
+    return max(left, planned - charged)
+
+
+def rounds_to_come(config: Config, done: Done = NOTHING_DONE) -> int:
+    """Rounds that a run may still charge: those it lacks, and the spare ones that were not lost yet."""
+    rounds = config.training.rounds
+    return _to_come(max(1, rounds - (done.rounds or 0)), rounds + config.privacy.spare_rounds, done.charged)
+
+
+def releases_beside_steps(config: Config, done: Done = NOTHING_DONE) -> list[SubsampledGaussian]:
+    """What a run may still charge besides rounds: sums of features and of noised evaluation, from public values alone."""
+    spare, events = config.privacy.spare_rounds, list[SubsampledGaussian]()
+    features = plan_features(config).event() if config.data.normalise == "secure" else None
+    if features is not None:
+        times = _to_come(int(done.rounds is None), 1 + min(1, spare), done.features)
+        events += [features] * (times if done.rounds is None else 0)
+    evaluation = plan_noised_evaluation(config)
+    if evaluation is not None:
+        numbers = [number for number in range(config.training.rounds + 1) if config.evaluates(number)]
+        left = [number for number in numbers if done.rounds is None or number > done.rounds]
+        times = _to_come(len(left), len(numbers) + spare, done.evaluations)
+        events += [evaluation.event(times)] if times else []
+    return events
+
+
+def sample_rate_of(config: Config, patients: int) -> float:
+    """Probability with which a step takes a patient of a hospital with so many: with a mechanism the same at all.
+
+    Raises `ConfigError` where nothing public says how small hospitals may be.
+    """
+    private = config.privacy.mechanism != "none"
+    return sampling_rate(config, public_sizes(config).smallest if private else patients)
+
+
+def require_public_values(config: Config) -> None:
+    """Raise `ConfigError` where a run with a privacy mechanism would take a hospital's number of patients for a public one."""
+    if config.privacy.mechanism == "none":
+        return
+    if config.aggregation.weighted:
+        raise ConfigError(
+            "aggregation.weighted would open the exact number of patients, which one patient more or less changes",
+            "leave it null: with a privacy mechanism hospitals weigh the same",
+        )
+    public_sizes(config)
+
+
 def plan_release(
-    config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str, rounds_done: int = 0
+    config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str, done: Done = NOTHING_DONE
 ) -> SubsampledGaussian | None:
     """What the rest of the run will release of a hospital's patients; `None` without differential privacy.
 
-    The noise multiplier is the configured one, or the smallest with which the run fits what `spent` leaves of the budget.
-    Raises `PrivacyBudgetError` when nothing is left, the run does not fit or delta is too large, `HeadroomError` for more
-    patients than sums have room for. Messages begin with `who`.
+    Sampling rate and noise follow from public values: the noise multiplier is the configured one, or the smallest with which
+    the run, its spare rounds, and what is opened besides fit what `spent` leaves of the budget. The number of `patients` is
+    held against public bounds and against delta; it enters nothing that is released. Raises `PrivacyBudgetError` when
+    nothing is left, the run does not fit, delta is too large, or a bound does not hold, `HeadroomError` for more patients
+    than sums have room for, `ConfigError` where a public figure is missing. Messages begin with `who`.
     """
     if patients > config.aggregation.count_bound:
         raise HeadroomError(f"{who} has more patients than aggregation.count_bound", "raise aggregation.count_bound")
-    settings, past = config.privacy, list(spent)
+    settings = config.privacy
     if settings.mechanism == "none":
         return None
+    require_public_values(config)
     check_delta(settings.delta, patients, who)
-    rate = sampling_rate(config, patients)
-    steps = max(1, config.training.rounds - rounds_done) * config.training.local_steps
-    noise = settings.noise_multiplier
-    if patients < (settings.smallest_hospital or 0):
+    sizes = public_sizes(config)
+    if patients < sizes.smallest:
         raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
+    if patients > sizes.largest:
+        raise PrivacyBudgetError(
+            f"{who} has more patients than privacy.largest_hospital, {sizes.largest}", "raise that bound"
+        )
+    past = [*spent, *releases_beside_steps(config, done)]
+    rate, steps = sample_rate_of(config, patients), rounds_to_come(config, done) * config.training.local_steps
+    noise = settings.noise_multiplier
     if settings.mechanism == "distributed":
         planned = mechanism_of(config).event(rate, steps)
         noise = planned.noise_multiplier
@@ -98,7 +184,7 @@ def plan_release(
             noise = calibrate_noise_multiplier(budget_of(config), rate, steps, past, who)
         planned = SubsampledGaussian(noise, rate, steps)
     total = epsilon_of([*past, planned], settings.delta, settings.accountant)
-    if total > settings.epsilon:
+    if total > settings.epsilon + ROUNDING:
         raise PrivacyBudgetError(
             f"{who}: {steps} steps with noise multiplier {noise:g} would bring epsilon to {total:.3f}, beyond the budget of "
             f"{settings.epsilon:g}",
@@ -110,6 +196,11 @@ def plan_release(
 def features_run_name(config: Config) -> str:
     """How a privacy ledger names what the normalisation of the inputs spends."""
     return f"{run_name(config)} features"
+
+
+def evaluation_run_name(config: Config) -> str:
+    """How a privacy ledger names what noised evaluation spends."""
+    return f"{run_name(config)} evaluation"
 
 
 def run_name(config: Config) -> str:
@@ -132,7 +223,7 @@ def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGa
     """The mechanism of a run with distributed noise, from public values alone and so the same at all parties.
 
     It is for P `parameters`, by default those of the configured network.
-    A noise multiplier that is not configured is calibrated for the sampling rate of the smallest hospital there may be.
+    A noise multiplier that is not configured is calibrated for a whole run, its spare rounds, and what is opened besides.
     The ring is Z_2^32 where headroom allows it, else Z_2^64. Raises `HeadroomError` or `PrivacyBudgetError`.
     """
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
@@ -140,16 +231,15 @@ def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGa
         parameters = len(flatten_parameters(build_model(config)))
     # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
     absent = config.noise_colluders + hospitals - config.federation.quorum_size
+    sizes, rate = public_sizes(config), sample_rate_of(config, 0)
     noise = settings.noise_multiplier
     if noise is None:
-        assert settings.smallest_hospital is not None  # the configuration demands it
-        rate = min(1.0, training.batch_size / settings.smallest_hospital)
         distance = step_total_variation(parameters, hospitals, absent)
-        steps = training.rounds * training.local_steps
-        features = plan_features(config).event() if config.data.normalise == "secure" else None
-        before = [] if features is None else [features]
-        noise = calibrate_noise_multiplier(budget_of(config), rate, steps, before, "the federation", distance)
-    terms = MechanismTerms(parameters, hospitals, absent, training.batch_size, settings.clipping_norm, noise)
+        steps, beside = rounds_to_come(config) * training.local_steps, releases_beside_steps(config)
+        noise = calibrate_noise_multiplier(budget_of(config), rate, steps, beside, "the federation", distance)
+    most = math.ceil(rate * sizes.largest)
+    divisor = training.batch_size
+    terms = MechanismTerms(parameters, hospitals, absent, most, settings.clipping_norm, noise, divisor=divisor)
     try:
         return plan_mechanism(terms, ring_bits=32)
     except HeadroomError:
@@ -173,5 +263,5 @@ def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
 
 def training_runtime(links: Links, config: Config) -> CrypTenRuntime:
     """CrypTen over all parties of a training run that are there at its start."""
-    world = [name for name in party_names(config) if name != DEALER and (name == links.name or links.alive(name))]
+    world = [name for name in party_names(config) if name == links.name or links.alive(name)]
     return CrypTenRuntime(links, world, None, config.aggregation.fraction_bits)

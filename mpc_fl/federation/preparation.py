@@ -43,17 +43,19 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
             run = features_run_name(config)
             ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
         encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
-        release = None if event is None else ledger.release
-        contribute(domain, rules, AgreedSum(hospitals, ("features",), _FEATURES, seen()), encoded, release)
+        contribute(
+            domain, rules, AgreedSum(hospitals, ("features",), _FEATURES, seen()), encoded, hospital.releasing(0)
+        )
         values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.features))
         hospital.normalise(Normalisation.of_tensor(values))
         buffers = flatten_buffers(hospital.model)
         buffers = domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
         load_flat_buffers(hospital.model, buffers)
         hospital.digests.take(statistics=buffers, normalisation=values)
-    if config.aggregation.weighted:
+    if config.counts_patients:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count)
+        release = hospital.releasing(0) if config.privacy.mechanism == "none" else None
+        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count, release)
     calibrate_own(hospital.model, hospital.train.inputs, config)
 
 
@@ -78,7 +80,7 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
 
         broadcast(hospitals, send)
     aggregator.patients = config.federation.hospitals
-    if config.aggregation.weighted:
+    if config.counts_patients:
         agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
         _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
         aggregator.patients = int(total)

@@ -32,7 +32,7 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
     `UnsupportedLayerError` names the layer; `ModelError` says what else is wrong with `model`; `ConfigError`: the label
     alone shall be opened by an engine that opens logits.
     """
-    if config.inference.engine != "fast" and config.inference.reveal == "label":
+    if config.inference.engine != "fast" and config.reveal == "label":
         raise ConfigError("inference.reveal=label needs inference.engine=fast", "set the engine, or reveal logits")
     if model is None:
         from mpc_fl.learning.models.architectures import build_model
@@ -50,16 +50,16 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
 
 def request_diagnoses(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
     """The hospital's side of a session: one `Diagnosis` per record of `images`."""
-    images = as_the_model_takes_them(config, images, links)
+    inputs = as_the_model_takes_them(config, images, links)
     if config.inference.engine == "fast":
         from mpc_fl.inference.fast import diagnosis as fast
 
-        return fast.ask(config, images, links, record, notify)
+        return fast.ask(config, inputs, links, record, notify)
     from mpc_fl.inference.reference import diagnosis as reference
 
     graph = reference.public_graph(config)
     with reference.runtime_of(config, links) as runtime:
-        return reference.ask(config, graph, images, runtime.domain(record), notify)
+        return reference.ask(config, graph, inputs.records, runtime.domain(record), notify)
 
 
 def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:

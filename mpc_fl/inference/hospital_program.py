@@ -13,7 +13,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import RefusedError
 from mpc_fl.inference.diagnosis import request_diagnoses, require_supported
 from mpc_fl.inference.fast.diagnosis import fill_pool
-from mpc_fl.inference.results import write_results
+from mpc_fl.inference.results import require_no_doubt, write_results
 from mpc_fl.inference.serving.client import ask_service, fill_from_service, links_to_service
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.loading import load_images
@@ -24,7 +24,10 @@ from mpc_fl.roles import HOSPITAL
 
 
 def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -> None:
-    """Get class probabilities for this hospital's images; neither image nor result leaves it in the clear."""
+    """Get class probabilities for this hospital's images; neither image nor result leaves it in the clear.
+
+    Raises `ProtocolError` when an image got no result, once all is over and the other results are written.
+    """
     out, name = site_directory(config), HOSPITAL
     images = load_images(config.site.images, config, config.inference.limit)
     require_supported(config)
@@ -35,12 +38,14 @@ def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -
         results = request_diagnoses(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_results(config, images, results, out)
     write_traffic(links, out)
+    require_no_doubt(results)
 
 
 def ask(config: Config, name: str, notify: Notify, observer: Observer | None = None) -> None:
     """Get class probabilities for this hospital's images from a model owner that stays up.
 
-    Raises `RefusedError`, which says when to come back, once what was answered until then is written.
+    Raises `RefusedError`, which says when to come back, once what was answered until then is written; `ProtocolError` when
+    an image got no result.
     """
     out = site_directory(config)
     images = load_images(config.site.images, config, config.inference.limit)
@@ -60,6 +65,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
     )
     write_results(config, answered, results, out)
     write_traffic(links, out)
+    require_no_doubt(results)
     if refusal is not None:
         raise RefusedError(f"{count} of {len(images)} images were answered; {refusal.what}", refusal.fix)
 

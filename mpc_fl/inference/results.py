@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mpc_fl.config.config import Config
+from mpc_fl.errors import ProtocolError
 from mpc_fl.files import finite, write_text, written_whole
 from mpc_fl.learning.data.dataset import Dataset
 
@@ -19,16 +20,24 @@ class Diagnosis:
     """The hospital's result for one image, and the seconds its batch took per image.
 
     `logits`, float (classes,), is None where inference.reveal opens the label alone; `predicted` is the class's index.
+    `doubt` says why what was opened is no result, where it is none. The hospital keeps that to itself while the session
+    lasts: a batch asked for again, or an error, would tell the model owner something that is true of the image.
     """
 
     logits: torch.Tensor | None
     seconds: float
     predicted: int
+    doubt: str | None = None
 
     @classmethod
-    def of(cls, logits: torch.Tensor, seconds: float) -> Diagnosis:
+    def of(cls, logits: torch.Tensor, seconds: float, doubt: str | None = None) -> Diagnosis:
         """From opened logits (classes,)."""
-        return cls(logits, seconds, int(logits.argmax()))
+        return cls(logits, seconds, int(logits.argmax()), doubt)
+
+    @classmethod
+    def of_label(cls, label: int, classes: int, seconds: float) -> Diagnosis:
+        """From an opened label, which is one of the `classes` unless somebody deviated."""
+        return cls(None, seconds, label, None if label < classes else "its label is none of the classes")
 
     @property
     def probabilities(self) -> torch.Tensor | None:
@@ -41,9 +50,14 @@ def _rounded(values: torch.Tensor | None) -> list[float] | None:
 
 
 def write_results(config: Config, images: Dataset, results: list[Diagnosis], out: Path) -> None:
-    """Write the hospital's results and, for its own report, its images (both readable by this user only)."""
+    """Write the hospital's results and, for its own report, its images (both readable by this user only).
+
+    Images with a doubtful result have none, see `require_no_doubt`.
+    """
     lines = []
     for index, result in enumerate(results):
+        if result.doubt is not None:
+            continue
         line = {
             "index": index,
             "name": images.names[index],
@@ -58,4 +72,19 @@ def write_results(config: Config, images: Dataset, results: list[Diagnosis], out
         pixels = (images.inputs * 255).round().clamp(0, 255).to(torch.uint8)
         with written_whole(out / "images.safetensors") as temporary:
             save_file({"images": pixels.contiguous()}, temporary)
-    write_text(out / "results.jsonl", "\n".join(lines) + "\n")
+    write_text(out / "results.jsonl", "".join(line + "\n" for line in lines))
+
+
+def require_no_doubt(results: list[Diagnosis]) -> None:
+    """Say, once the session has ended as all sessions end, which images have no result. Raises `ProtocolError`.
+
+    The message holds no value that was opened.
+    """
+    doubtful = [index for index, result in enumerate(results) if result.doubt is not None]
+    if doubtful:
+        others = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+        raise ProtocolError(
+            f"image {doubtful[0] + 1} of {len(results)}{others} got no result: {results[doubtful[0]].doubt}; by chance, or "
+            "because the model owner did not compute with the agreed model",
+            "the other results are written; asking about this image again soon tells the model owner that this happened",
+        )

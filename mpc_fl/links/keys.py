@@ -28,6 +28,11 @@ class PairwiseKeys:
         """This party's X25519 public key, 32 bytes."""
         return self._own.public_key().public_bytes_raw()
 
+    @property
+    def session(self) -> str:
+        """The session that these keys are for."""
+        return self._agreement.session
+
     def learn(self, peer: str, public_key: bytes) -> None:
         """Keep a peer's public key, checked by the caller; one that came back has another."""
         with self._lock:

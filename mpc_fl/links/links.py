@@ -74,6 +74,11 @@ class Links(abc.ABC):
         return links
 
     @property
+    def session(self) -> str:
+        """The name of the session that this party and its peers have agreed on."""
+        return self._keys.session
+
+    @property
     def peers(self) -> list[str]:
         """Names of the peers, in the order given."""
         return self._mailboxes.peers

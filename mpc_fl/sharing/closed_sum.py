@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
@@ -109,19 +110,28 @@ class SummandMasks:
             for owner, partner in ((me, other), (other, me)):
                 if partner in plan.partners(owner):
                     self._seeds["closing", owner, partner] = pair.derive("closing", owner)
+        self._encoded: Private[torch.Tensor] | None = None
         self._given = False
 
     def commitments(self) -> list[str]:
         """Of every key of this hospital its SHA-256 as hex, in the order of `SumPlan.keys_known_to`."""
         return [_commitment(self._seeds[key].reveal_for_transport()) for key in self.plan.keys_known_to(self.me)]
 
+    @property
+    def encoded(self) -> Private[torch.Tensor]:
+        """x_i, for a check that this hospital proves something about. Raises `SecrecyError` when it was masked in place."""
+        if self._encoded is None:
+            raise SecrecyError(f"the summand of '{self.plan.name}' was not kept without its masks")
+        return self._encoded
+
     def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
         """Step 1, where an update is masked: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else.
 
-        Once per sum. `in_place` masks x_i itself, to save its memory.
+        Once per sum. `in_place` masks x_i itself, to save its memory, unless it is a view that is not contiguous.
         """
         summand = encoded.inside_protocol()
-        summand = summand if in_place and summand.is_contiguous() else summand.clone().contiguous()
+        self._encoded = None if in_place else encoded
+        summand = summand if in_place and summand.is_contiguous() else own_copy(summand)
         for (kind, owner, partner), seed in self._seeds.items():
             if owner == self.me:
                 _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
@@ -135,6 +145,13 @@ class SummandMasks:
         zero = self._seeds["zero", self.me, hospital]
         yield zero.again().stream("mask"), self.plan.adds(hospital, self.me)
         closing = self._seeds.get(("closing", hospital, self.me))
+        if closing is not None:
+            yield closing.again().stream("mask"), True
+
+    def own_masks(self, partner: str) -> Iterator[tuple[Stream, bool]]:
+        """As `shared_masks`: the masks of this hospital's own summand that `partner` knows too."""
+        yield self._seeds["zero", self.me, partner].again().stream("mask"), self.plan.adds(self.me, partner)
+        closing = self._seeds.get(("closing", self.me, partner))
         if closing is not None:
             yield closing.again().stream("mask"), True
 

@@ -1,46 +1,38 @@
-"""The norm check among real parties with a dealer: on summands masked as they are summed, one bit per hospital."""
+"""The norm check among real parties: on summands masked as they are summed, one bit per hospital."""
 
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from mpc_fl.errors import ProtocolError
-from tests.support.harness import run_parties
+from mpc_fl.aggregation.norm_check import NormCheck
+from mpc_fl.aggregation.norm_limits import NormTest
+from mpc_fl.aggregation.norm_proof import ProofSize
+from mpc_fl.aggregation.quorum_sum import collect, contribute
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
+from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.sharing.closed_sum import SummandMasks
+from tests.support.checked_sums import (
+    AGGREGATOR,
+    BOUND,
+    BUCKETS,
+    PARAMETERS,
+    Said,
+    checked_sum,
+    domain_of,
+    hospitals_of,
+    update,
+)
+from tests.support.harness import run_parties, run_parties_in_memory
+from tests.support.signatories import signatories
 
-HOSPITALS = [f"hospital-{rank}" for rank in range(3)]
-WORLD = [*HOSPITALS, "aggregator"]
-
-
-def hospitals_of(count: int) -> list[str]:
-    return [f"hospital-{rank}" for rank in range(count)]
-
-
-PARAMETERS, BUCKETS = 20_000, 1024
-BLOCK = BUCKETS // 2
-BOUND = 2.0**19  # no bit is dropped: squares are those of the buckets themselves
-ROUGH = 2.0**26  # seven bits are
-
-
-def update(kind: str, bound: float, number: int) -> torch.Tensor:
-    """An encoded update, int64; a hospital's secret that this test knows."""
-    normal = torch.randn(PARAMETERS, generator=torch.Generator().manual_seed(number)).double()
-    if kind in ("honest", "long"):
-        return (normal / normal.norm() * bound * (1 if kind == "honest" else 10)).round().long()
-    x = torch.zeros(PARAMETERS, dtype=torch.int64)
-    if kind == "half of the ring":  # would vanish if signs were all the hash had
-        x[: 2 * BLOCK] = -(2**31)
-    elif kind in ("squares wrap", "squares vanish"):  # in Z_2^64 the squares of four buckets, of one, add up to 0
-        x[:4] = 2**31
-        x[0] = 2**32 if kind == "squares vanish" else 2**31
-    return x
-
-
+ROUGH = 2.0**26
 # Summands of one sum each: which bits must be opened.
 SUMS: dict[str, tuple[float, list[str], list[bool]]] = {
     "honest": (BOUND, ["honest", "honest", "honest"], [True, True, True]),
@@ -48,152 +40,136 @@ SUMS: dict[str, tuple[float, list[str], list[bool]]] = {
     "wrapping sketch": (BOUND, ["half of the ring", "honest", "honest"], [False, True, True]),
     "wrapping squares": (BOUND, ["honest", "squares wrap", "honest"], [True, False, True]),
     "coarse": (ROUGH, ["honest", "long", "half of the ring"], [True, False, False]),
-    # The last hospital sends too long an update, and then says in the check that its sketch was another one.
-    "lie: zero": (BOUND, ["honest", "honest", "long"], [True, True, False]),
-    "lie: a multiple of the ring": (BOUND, ["honest", "honest", "squares wrap"], [True, True, False]),
-    "lie: half of it": (ROUGH, ["honest", "honest", "long"], [True, True, False]),
 }
 ONLY_64 = {"vanishing squares": (BOUND, ["squares vanish", "honest", "honest"], [False, True, True])}
-
-
-def _told(name: str, truly: Any, test: Any, sketch: torch.Tensor) -> torch.Tensor:
-    u = truly(test, sketch)
-    if name == "lie: zero":
-        return torch.zeros_like(u)
-    if name == "lie: half of it":
-        return u // 2
-    return torch.where(u != 0, 2**32 + u, u)  # equal modulo 2^32, and its squares vanish where u is 2^31
-
-
-def check_sums(links: Any, directory: str, ring_bits: int, count: int, prepared: bool) -> Any:
-    from mpc_fl.aggregation.norm_check import NormCheck, prepare_norm_check
-    from mpc_fl.aggregation.norm_limits import NormTest
-    from mpc_fl.audit.opening_record import OpeningRecord
-    from mpc_fl.crypto.secrecy import Private
-    from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
-    from mpc_fl.sharing.crypten_runtime import CrypTenRuntime
-    from mpc_fl.sharing.dealer import Dealer
-
-    hospitals = hospitals_of(count)
-    world = [*hospitals, "aggregator"]
-    if links.name == "dealer":
-        dealer = Dealer(links, world)
-        dealer.serve()
-        return dealer.ahead
-    results: dict[str, Any] = {}
-    with CrypTenRuntime(links, world, "dealer", 16) as runtime:
-        domain = runtime.domain(OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name))
-        dtype = torch.int32 if ring_bits == 32 else torch.int64
-        for number, (name, (bound, kinds, _)) in enumerate(sums_of(ring_bits).items()):
-            test = NormTest(bound, ring_bits, BUCKETS)  # type: ignore[arg-type]
-            check = NormCheck(test, PARAMETERS)
-            if prepared:
-                prepare_norm_check(domain, test, len(hospitals))
-            plan = SumPlan(tuple(hospitals), "aggregator", ("sum", name), 1)
-            links.set_phase(name)
-            if links.name == "aggregator":
-                closed = ClosedSum(plan, dtype, (PARAMETERS,), keep=True)
-                for hospital in hospitals:
-                    closed.take(hospital, links.receive_tensor(hospital, "summand", dtype, (PARAMETERS,)))
-
-                def say(**values: Any) -> None:
-                    for hospital in hospitals:
-                        links.send_object(hospital, "word", values)
-
-                results[name] = check.at_opener(domain, closed, say)
-            else:
-                mine = hospitals.index(links.name)
-                x = update([*kinds, *["honest"] * count][mine], bound, 10 * number + mine).to(dtype)
-                masks = SummandMasks(plan, links.name, (PARAMETERS,), domain.sum_seed)
-                links.send_tensor("aggregator", "summand", masks.masked(Private("update", x)))
-                word = links.receive_object("aggregator", "word")
-                if name.startswith("lie") and links.name == hospitals[2]:
-                    told = partial(_told, name, NormTest.kept)
-                    NormTest.kept = lambda test, sketch, told=told: told(test, sketch)  # type: ignore[assignment, misc]
-                    check.at_hospital(domain, masks, word)
-                    NormTest.kept = told.args[1]  # type: ignore[method-assign]
-                else:
-                    check.at_hospital(domain, masks, word)
-        traffic = links.traffic["honest"]
-        results["bytes"] = {peer: count.bytes_sent for peer, count in traffic.items()}
-    return results
 
 
 def sums_of(ring_bits: int) -> dict[str, tuple[float, list[str], list[bool]]]:
     return SUMS | (ONLY_64 if ring_bits == 64 else {})
 
 
+def check_sums(links: Any, directory: str, ring_bits: Literal[32, 64], count: int) -> Any:
+    domain, results = domain_of(links, directory, count), dict[str, Any]()
+    for number, (name, (bound, kinds, _)) in enumerate(sums_of(ring_bits).items()):
+        test = NormTest(bound, ring_bits, BUCKETS)
+        links.set_phase(name)
+        x = None
+        if links.name != AGGREGATOR:
+            mine = hospitals_of(count).index(links.name)
+            x = update([*kinds, *["honest"] * count][mine], bound, 10 * number + mine)
+        results[name] = checked_sum(domain, name, test, x)
+    results["bytes"] = {peer: each.bytes_sent for peer, each in links.traffic["honest"].items()}
+    return results
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(("ring_bits", "count", "prepared"), [(32, 3, True), (64, 5, False)])
+@pytest.mark.parametrize(("ring_bits", "count"), [(32, 3), (64, 5), (32, 2)])
 def test_long_updates_are_caught_and_one_bit_per_hospital_is_opened(
-    ring_bits: int, count: int, prepared: bool, tmp_path: Path
+    ring_bits: Literal[32, 64], count: int, tmp_path: Path
 ) -> None:
-    """Refused honest updates are rarer than 1e-9 here, passed ones that are too long than 2^-39 (lies) or 1e-6 (long)."""
+    """Refused honest updates are rarer than 1e-9 here, passed ones that are too long than 1e-6."""
     hospitals = hospitals_of(count)
-    world = [*hospitals, "aggregator"]
-    results = run_parties(
-        check_sums, [*world, "dealer"], tmp_path, str(tmp_path), ring_bits, count, prepared, timeout=180
-    )
+    world = [*hospitals, AGGREGATOR]
+    results = run_parties(check_sums, world, tmp_path, str(tmp_path), ring_bits, count, timeout=180)
     expected = sums_of(ring_bits)
     for name, (_, _, bits) in expected.items():
-        assert results["aggregator"][name] == [who for who, bit in zip(hospitals, [*bits, True, True]) if bit], name  # noqa: B905
-    records = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in world]
-    for record in records:
+        said = dict(zip(hospitals_of(5), [*bits, True, True], strict=True))
+        assert results[AGGREGATOR][name] == [who for who in hospitals if said[who]], name
+    for party in world:
+        record = [json.loads(line) for line in (tmp_path / f"{party}.jsonl").read_text().splitlines()]
         assert [(opening["shape"], opening["to"], opening["among"]) for opening in record] == [
-            ([count], ["aggregator"], world)
+            ([count], [AGGREGATOR], world)
         ] * len(expected)
         assert [opening["why"] for opening in record] == [f"norm check of 'sum {name}'" for name in expected]
         assert {opening["what"] for opening in record} == {"whether each update is within its norm bound"}
-    assert (results["dealer"] > 0) == prepared
-    # Bytes as the docstring of `norm_check` says; at most 300 for the frame of each message.
-    stated = count * 8 * BUCKETS + 1288 * count * (24 + 2 * len(world))
+    # Bytes as the docstring of `norm_check` says, beside the summand; at most 300 for the frame of each message.
+    size = ProofSize(NormTest(BOUND, ring_bits, BUCKETS), count)
+    stated = 16 * (BUCKETS + size.bits + 66) + 16 * (count - 1) * (size.columns + 3)
     for name in hospitals:
-        for other in hospitals:
-            if other != name:
-                assert 0 <= results[name]["bytes"][other] - stated - ring_bits // 8 * BUCKETS < 16 * 300, results[name]
+        assert 0 <= results[name]["bytes"][AGGREGATOR] - stated - ring_bits // 8 * PARAMETERS < 5 * 300
+        assert not any(sent for peer, sent in results[name]["bytes"].items() if peer != AGGREGATOR)
 
 
-def test_shares_of_another_form_and_parties_out_of_the_world_are_refused(tmp_path: Path) -> None:
+def _one_party_late(links: Any, directory: str, signatory: dict[str, Signatory]) -> Any:
+    """A closed sum with a check to which hospital 1 sends nothing: its masks are in the other summands."""
+    count = 3
+    domain, test = domain_of(links, directory, count), NormTest(BOUND, 32, BUCKETS)
+    domain.signatory = signatory[links.name]
+    hospitals = tuple(hospitals_of(count))
+    rules = Rules(AGGREGATOR, hospitals, 2, 1, 4.0, NormCheck(test, PARAMETERS))
+    agreed = AgreedSum(hospitals, ("update", 1), Description("mean update", "round 1"))
+    if links.name == AGGREGATOR:
+        starts = {name: links.key_fingerprint(name) for name in hospitals}
+        return collect(domain, rules, agreed, starts, torch.int32, (PARAMETERS,))[0]
+    if links.name == "hospital-1":
+        while links.receive_object(AGGREGATOR, "word")["word"] != "again":
+            pass
+        return "left out"
+    x = update("honest", BOUND, int(links.name[-1])).int()
+    return contribute(domain, rules, agreed, Private("update", x))
+
+
+def test_a_sum_that_somebody_did_not_come_to_begins_again_before_its_norms_are_checked(tmp_path: Path) -> None:
+    """Else the masks in common with it would hide the sketches from the check, and all would be refused."""
+    names = [*hospitals_of(3), AGGREGATOR]
+    results = run_parties_in_memory(_one_party_late, names, str(tmp_path), signatories(names, tmp_path / "identities"))
+    assert results["hospital-1"] == "left out"
+    assert {results[name] for name in ("hospital-0", "hospital-2", AGGREGATOR)} == {("hospital-0", "hospital-2")}
+
+
+def _silent(links: Any, directory: str) -> Any:
+    """Hospital 2 stops within the check; the others hear that the check ends, and wait for what comes next."""
+    domain, test, said = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS), Said()
+    if links.name == "hospital-2":
+        links.send_tensor(AGGREGATOR, "summand", torch.zeros(PARAMETERS, dtype=torch.int32))
+        links.receive_object(AGGREGATOR, "word")
+        return None
+    x = None if links.name == AGGREGATOR else update("honest", BOUND, 1)
+    try:
+        return checked_sum(domain, "a", test, x) or [line for line in said.lines if "stopped" in line]
+    except PeerLostError as error:
+        return error.peer
+
+
+@pytest.mark.processes
+def test_a_hospital_lost_within_the_check_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    results = run_parties(_silent, [*hospitals_of(3), AGGREGATOR], tmp_path, str(tmp_path), tolerated=hospitals_of(3))
+    assert results[AGGREGATOR] == "hospital-2"
+    stopped = ["the norm check of 'sum a' was stopped: a hospital was lost"]
+    assert results["hospital-0"] == results["hospital-1"] == stopped
+
+
+def test_a_check_of_others_than_those_of_the_sum_is_refused() -> None:
+    """With fewer hospitals the masks of those that are missing would be, alone a hospital would give all to the opener."""
     from types import SimpleNamespace
 
-    from mpc_fl.aggregation.norm_check import NormCheck, norm_check
-    from mpc_fl.aggregation.norm_limits import NormTest
-
-    runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)
-    domain: Any = SimpleNamespace(runtime=runtime, links=runtime.links)
-    test = NormTest(1000.0, 32, BUCKETS)
-    good = torch.zeros(3, BUCKETS, dtype=torch.int32)
-    for shares in (good[:2], good[:, 1:], good.long()):
-        with pytest.raises(ProtocolError, match="another shape"):
-            norm_check(domain, test, shares, HOSPITALS, "aggregator", "test")
-    with pytest.raises(ProtocolError, match="outside of its world"):
-        norm_check(domain, test, good, ["hospital-0", "hospital-1", "stranger"], "aggregator", "test")
-    masks: Any = SimpleNamespace(plan=SimpleNamespace(hospitals=tuple(HOSPITALS), opener="aggregator"), me="hospital-0")
+    hospitals, seed = hospitals_of(3), "00" * 32
+    masks: Any = SimpleNamespace(plan=SimpleNamespace(hospitals=tuple(hospitals), opener=AGGREGATOR), me="hospital-0")
+    check, nowhere = NormCheck(NormTest(1000.0, 32, BUCKETS), PARAMETERS), SimpleNamespace()
     for word in (
         {},
-        {"hospitals": HOSPITALS},
-        {"hospitals": ["x"], "sketch": "00" * 32},
-        {"hospitals": HOSPITALS, "sketch": "zz"},
+        {"hospitals": hospitals},
+        {"hospitals": hospitals, "sketch": "zz"},
+        {"hospitals": hospitals, "sketch": "00"},
+        {"hospitals": ["x"], "sketch": seed},
+        {"hospitals": hospitals[:1], "sketch": seed},
+        {"hospitals": hospitals[:2], "sketch": seed},
+        {"hospitals": [*hospitals, "hospital-3"], "sketch": seed},
     ):
-        with pytest.raises(ProtocolError, match="began a check"):
-            NormCheck(test, PARAMETERS).at_hospital(domain, masks, word)
+        with pytest.raises(ProtocolError, match=r"began a norm check|led a norm check"):
+            check.at_hospital(nowhere, masks, word)  # type: ignore[arg-type]
+    masks.plan.hospitals = ("hospital-0",)
+    with pytest.raises(ProtocolError, match="began a norm check"):
+        check.at_hospital(nowhere, masks, {"hospitals": ["hospital-0"], "sketch": seed})  # type: ignore[arg-type]
 
 
-def test_without_a_dealer_nothing_is_checked() -> None:
-    from types import SimpleNamespace
-
-    from mpc_fl.aggregation.norm_check import norm_check
-    from mpc_fl.aggregation.norm_limits import NormTest
+def test_a_summand_that_was_masked_in_place_cannot_be_checked() -> None:
+    from mpc_fl.crypto.stream_cipher import Seed
     from mpc_fl.errors import SecrecyError
+    from mpc_fl.sharing.closed_sum import SumPlan
 
-    runtime = SimpleNamespace(links=SimpleNamespace(name="hospital-0"), world=WORLD, dealer_client=None)
-    domain: Any = SimpleNamespace(runtime=runtime)
-    with pytest.raises(SecrecyError, match="needs a dealer"):
-        norm_check(
-            domain,
-            NormTest(1000.0, 32, BUCKETS),
-            torch.zeros(3, BUCKETS, dtype=torch.int32),
-            HOSPITALS,
-            "aggregator",
-            "",
-        )
+    plan = SumPlan(("hospital-0", "hospital-1"), AGGREGATOR, ("sum",), 0, "seen alike")
+    masks = SummandMasks(plan, "hospital-0", (4,), lambda _: Seed.from_system())
+    masks.masked(Private("update", torch.zeros(4, dtype=torch.int32)), in_place=True)
+    with pytest.raises(SecrecyError, match="was not kept"):
+        _ = masks.encoded

@@ -28,7 +28,7 @@ FINAL: dict[str, Any] = {
     "records": 4, "accuracy": 0.75, "accuracy_low": 0.3, "accuracy_high": 0.95, "balanced_accuracy": 0.75,
     "class_counts": [2, 2], "confusion": [[2, 0], [1, 1]], "scores": [[[1, 1], [0, 2]], [[2, 0], [1, 1]]],
     "auc": [0.75, None], "auc_macro": 0.75, "auc_resolution": 0.1, "brier": 0.4, "brier_by_class": [0.2, 0.2],
-    "calibration_error": 0.1, "reliability": [[0, None, None], [4, 0.8, 0.75]],
+    "calibration_error": 0.1, "reliability": [[0, None, None], [4, 0.8, 0.75]], "noise": None,
 }  # fmt: skip
 PRIVACY: dict[str, Any] = {
     "hospital": "hospital-0", "epsilon": 7.5, "delta": 0.0001, "noise_multiplier": 1.25, "target_epsilon": 8,
@@ -43,6 +43,7 @@ TRAIN: dict[str, Any] = {
     "hospitals": ["hospital-0", "hospital-1"], "skipped_files": 1, "seconds": 61.5, "command": "mpc-fl train c.yaml",
     "versions": {"python": "3.11.9"}, "final": FINAL, "privacy": [PRIVACY],
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
+    "evaluated_round": 2, "shared_patients": 0,
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
@@ -53,7 +54,7 @@ INFER: dict[str, Any] = {
 ASK: dict[str, Any] = {
     "kind": "ask", "name": "demo", "hospital": "hospital-2", "synthetic": False, "images": 1, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
-    "refused": "come back tomorrow", "results": [RESULT],
+    "refused": "come back tomorrow", "revealed": "logits", "results": [RESULT],
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
     made = [
         TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)]}),
         DiagnosisSummary(**shared, skipped_files=0, comparison=Comparison(None, True, 0.01)),
-        ServedDiagnosisSummary(**shared, hospital="hospital-2", refused=ASK["refused"]),
+        ServedDiagnosisSummary(**shared, hospital="hospital-2", refused=ASK["refused"], revealed="logits"),
     ]
     assert [json.dumps(summary.to_json()) for summary in made] == [json.dumps(kind) for kind in (TRAIN, INFER, ASK)]
 
@@ -82,7 +83,7 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
 def test_scores_are_those_that_an_evaluation_writes() -> None:
     counts = Evaluation(
         torch.tensor([[2, 0], [1, 1]]),
-        torch.zeros(2, 2, 50, dtype=torch.int64),
+        torch.zeros(2, 2, 20, dtype=torch.int64),
         torch.zeros(3, 10, dtype=torch.int64),
         torch.zeros(2, dtype=torch.int64),
     ).to_json()
@@ -93,7 +94,7 @@ def test_absences_are_the_hospitals_that_a_round_did_without() -> None:
     assert TrainingSummary.from_json(TRAIN).absences() == {"1": ["hospital-1"]}
 
 
-@pytest.mark.parametrize("key", ["skipped_files", "final", "took_part", "lost"])
+@pytest.mark.parametrize("key", ["skipped_files", "final", "took_part", "lost", "evaluated_round", "shared_patients"])
 def test_a_training_of_an_earlier_version_is_read(key: str) -> None:
     summary = TrainingSummary.from_json({name: value for name, value in TRAIN.items() if name != key})
     assert getattr(summary, key) is None

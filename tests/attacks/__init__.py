@@ -1,1 +1,1 @@
-"""Programs that deviate against unmodified honest ones: they get nothing, and the honest say who it was."""
+"""Each module is one kind of attacker: a deviating party against unmodified honest ones, and what it does not get."""

@@ -17,7 +17,8 @@ def test_a_line_is_the_same_byte_for_byte(tmp_path: Path, monkeypatch: pytest.Mo
     record.append(Opening("sum", "why", (), ("aggregator",), ("hospital-0",), {"mechanism": "local", "epsilon": 8.0}))
     assert (tmp_path / "new" / "openings.jsonl").read_text() == (
         '{"number": 1, "time": 1790000000.123, "party": "hospital-0", "what": "logits", "why": "result of batch 0", '
-        '"shape": [2, 3], "to": ["hospital-0"], "among": ["hospital-0", "model-owner"], "privacy": null}\n'
+        '"shape": [2, 3], "to": ["hospital-0"], "among": ["hospital-0", "model-owner"], "privacy": null, "transcript": null}\n'
         '{"number": 2, "time": 1790000000.123, "party": "hospital-0", "what": "sum", "why": "why", '
-        '"shape": [], "to": ["aggregator"], "among": ["hospital-0"], "privacy": {"mechanism": "local", "epsilon": 8.0}}\n'
+        '"shape": [], "to": ["aggregator"], "among": ["hospital-0"], '
+        '"privacy": {"mechanism": "local", "epsilon": 8.0}, "transcript": null}\n'
     )

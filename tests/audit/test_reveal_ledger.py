@@ -43,11 +43,12 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import MpcFlError, ProtocolError
 from tests.support.harness import run_parties
+from tests.support.views import LAYOUTS
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
 BEGAN = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)
-MODEL = "5" * 64
+MODEL, TRANSCRIPT = "5" * 64, "7" * 64
 
 
 @functools.cache
@@ -60,10 +61,10 @@ def identity(name: str) -> Identity:
     return authority().issue(name, 10 * DAY)
 
 
-def members(**other: Identity) -> Members:
+def members(parties: Sequence[str] = PARTIES, quorum: int = 2, **other: Identity) -> Members:
     """Keyword names have underscores: `hospital_1=...` puts another certificate in the place of hospital-1's."""
-    certificates = {name: other.get(name.replace("-", "_"), identity(name)).certificate.decode() for name in PARTIES}
-    return Members("session", "c" * 64, fingerprint(authority().certificate), certificates)
+    certificates = {name: other.get(name.replace("-", "_"), identity(name)).certificate.decode() for name in parties}
+    return Members("session", "c" * 64, fingerprint(authority().certificate), certificates, quorum)
 
 
 def signed(block: Block, moment: datetime.datetime = BEGAN, signers: Sequence[Identity] | None = None) -> Block:
@@ -71,22 +72,27 @@ def signed(block: Block, moment: datetime.datetime = BEGAN, signers: Sequence[Id
     return dataclasses.replace(block, signatures=tuple(sign_block(block, one, moment) for one in own))
 
 
-def describe(chain: Chain, pending: Sequence[ChainedOpening], why: str) -> ChainedOpening:
+def describe(
+    chain: Chain, pending: Sequence[ChainedOpening], why: str, parties: Sequence[str] = PARTIES
+) -> ChainedOpening:
     privacy = {"mechanism": "local", "epsilon at most": 8.0}
-    return chain_opening(chain, pending, Opening("sum of updates", why, (5, 2), ("aggregator",), PARTIES, privacy))
+    opening = Opening("sum of updates", why, (5, 2), ("aggregator",), tuple(parties), privacy, TRANSCRIPT)
+    return chain_opening(chain, pending, opening)
 
 
-def make_ledger(rounds: int = 3, openings: int = 3, moment: datetime.datetime = BEGAN) -> list[Block]:
+def make_ledger(
+    rounds: int = 3, openings: int = 3, moment: datetime.datetime = BEGAN, parties: Sequence[str] = PARTIES
+) -> list[Block]:
     """A genuine ledger: the start, one block per round, the end."""
     chain, blocks = Chain(), list[Block]()
     for number in range(rounds + 2):
         kind = {0: "start", rounds + 1: "end"}.get(number, "openings")
         opened: list[ChainedOpening] = []
         for index in range(openings if kind == "openings" else 0):
-            opened.append(describe(chain, opened, f"round {number}: part {index}"))
+            opened.append(describe(chain, opened, f"round {number}: part {index}", parties))
         values = {"global model": MODEL} if kind == "openings" else {}
-        introduced = members() if kind == "start" else None
-        block = Block(number, kind, f"block {number}", PARTIES, tuple(opened), values, introduced, chain.seal)
+        introduced = members(parties) if kind == "start" else None
+        block = Block(number, kind, f"block {number}", tuple(parties), tuple(opened), values, introduced, chain.seal)
         blocks.append(signed(block, moment))
         chain, findings = extend(chain, blocks[-1], authority().certificate)
         assert not findings
@@ -362,10 +368,11 @@ def test_copies_are_compared() -> None:
 
 
 def test_a_lost_party_may_lack_what_it_did_not_sign() -> None:
-    blocks = make_ledger(1, 1)[:2]
+    all_of_them = ("hospital-0", "hospital-1", "hospital-2", "aggregator")
+    blocks = make_ledger(1, 1, parties=all_of_them)[:2]
     chain = read_ledger(text(blocks), authority().certificate).chain
-    begun = describe(chain, [], "round 2, attempt 1")
-    rest = ("hospital-0", "aggregator")
+    begun = describe(chain, [], "round 2, attempt 1", all_of_them)
+    rest = ("hospital-0", "hospital-2", "aggregator")
     for kind, opened in (("abandoned", (begun,)), ("end", ())):
         blocks.append(signed(Block(chain.blocks, kind, kind, rest, opened, {}, None, chain.seal)))
         chain, found = extend(chain, blocks[-1], authority().certificate)
@@ -400,6 +407,92 @@ def test_garbage_is_named_by_its_line() -> None:
     ):
         found = findings_of(b"".join([*good[:2], garbage, *good[3:]]))
         assert (found[0].block, found[0].what) == (2, "line 3 is damaged or was edited: it is no block")
+
+
+# ---- the quorum, and versions ------------------------------------------------------------------------------------------
+
+
+def in_version_1(blocks: Sequence[Block]) -> list[Block]:
+    """The same history as a program of version 1 wrote and signed it."""
+    chain, old = Chain(), list[Block]()
+    for block in blocks:
+        opened: list[ChainedOpening] = []
+        last = chain.opening_digest
+        for opening in block.openings:
+            bare = dataclasses.replace(opening, transcript=None, previous=last)
+            opened.append(dataclasses.replace(bare, digest=bare.computed_digest(1)))
+            last = opened[-1].digest
+        introduced = None if block.members is None else dataclasses.replace(block.members, quorum=0)
+        old.append(signed(dataclasses.replace(
+            block, openings=tuple(opened), members=introduced, previous=chain.seal, signatures=(), version=1)))  # fmt: skip
+        chain, found = extend(chain, old[-1], authority().certificate)
+        assert not found
+    return old
+
+
+def test_a_ledger_of_version_1_verifies_as_what_it_was_and_is_not_continued(tmp_path: Path) -> None:
+    old = in_version_1(make_ledger())
+    assert b"version" not in text(old) and b"quorum" not in text(old) and b"transcript" not in text(old)
+    verdict = audit(text(old))
+    assert verdict.findings == () and "is of version 1: no quorum of hospitals had to sign" in verdict.notes[0]
+    assert [block_from(json.loads(line)) for line in text(old).splitlines()] == old
+    for content in (text(old[:-1]), text(old)):
+        (tmp_path / LEDGER_FILE).write_bytes(content)
+        with pytest.raises(MpcFlError, match="is a reveal ledger of version 1, which cannot be continued") as refused:
+            RevealLedger(tmp_path, identity("aggregator"))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_ledger_is_of_one_version_throughout() -> None:
+    new = make_ledger(1, 1)
+    old = in_version_1(new)
+    for first, then in ((new, old), (old, new)):
+        found = findings_of(text([*first[:2], *then[2:]]))
+        assert any(f"is of version {then[0].version} of the ledger" in finding.what for finding in found)
+    # Nor can one be taken for the other by leaving the fields away.
+    bare = lines()
+    for block in bare:
+        del block["version"]
+        for opening in block["openings"]:
+            del opening["transcript"]
+    del bare[0]["members"]["quorum"]
+    assert {finding.block for finding in findings_of(written(bare)) if "is not what its parties signed" in finding.what}
+    bare = lines()
+    bare[1]["version"] = 3
+    assert findings_of(written(bare))[0].what == "line 2 is damaged or was edited: it is no block"
+
+
+def test_a_block_counts_with_a_quorum_of_hospitals_and_whoever_learned_something() -> None:
+    def said(parties: Sequence[str], quorum: int = 2, to: Sequence[str] = ("aggregator",)) -> list[str]:
+        everybody = ("hospital-0", "hospital-1", "hospital-2", "aggregator")
+        start = signed(Block(0, "start", "", everybody, (), {}, members(everybody, quorum), Chain().seal))
+        chain, found = extend(Chain(), start, authority().certificate)
+        assert not found
+        opened = chain_opening(chain, [], Opening("sum", "why", (), tuple(to), tuple(parties)))
+        block = signed(Block(1, "openings", "", tuple(parties), (opened,), {}, None, chain.seal))
+        return [finding.line for finding in extend(chain, block, authority().certificate)[1]]
+
+    assert said(("hospital-0", "hospital-2", "aggregator")) == []
+    assert said(("hospital-0", "aggregator")) == [
+        "block 1: is signed by hospital-0 alone: a block counts with 2 hospitals or more"]  # fmt: skip
+    assert said(("aggregator",), quorum=0) == [
+        "block 1: is signed by no hospital: a block counts with 2 hospitals or more"]  # fmt: skip
+    assert said(("hospital-0", "hospital-2", "aggregator"), quorum=3) == [
+        "block 1: is signed by hospital-0, hospital-2 alone: a block counts with 3 hospitals or more"]  # fmt: skip
+    assert said(("hospital-0", "hospital-1"), to=("hospital-0", "aggregator")) == [
+        "block 1, opening 1, aggregator: learned what was opened and is no party of the block"]  # fmt: skip
+
+
+def test_a_resumed_run_keeps_its_quorum() -> None:
+    blocks = make_ledger(1, 1)[:2]
+    chain = read_ledger(text(blocks), authority().certificate).chain
+    for quorum, what in (
+        (2, []),
+        (3, ["block 2: changes the quorum from 2 to 3"]),
+        (0, ["block 2: changes the quorum from 2 to 0"]),
+    ):
+        block = signed(Block(2, "resume", "", PARTIES, (), {}, members(quorum=quorum), chain.seal))
+        assert [finding.line for finding in extend(chain, block, authority().certificate)[1]] == what
 
 
 # ---- a party's copy ----------------------------------------------------------------------------------------------------
@@ -443,15 +536,64 @@ def test_what_was_recorded_and_not_signed_survives_a_crash(tmp_path: Path) -> No
     assert [json.loads(line)["number"] for line in (tmp_path / "openings.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-def test_what_nobody_else_began_is_dropped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_block_that_leaves_out_what_was_begun_here_is_refused(tmp_path: Path) -> None:
+    """Format 1 dropped the pending opening and logged a warning: whoever signs blocks could erase it."""
     ledger = begun(tmp_path)
-    record(ledger, "lost attempt")
+    first = record(ledger, "round 1: begun here")
     other = describe(ledger.chain, [], "another attempt")
-    with caplog.at_level(logging.WARNING):
-        ledger.add(signed(Block(1, "openings", "", PARTIES, (other,), {}, None, ledger.chain.seal)))
-    assert ledger.pending == [] and "by no other party" in caplog.text
-    assert record(ledger, "next").number == 2
-    assert [opening.why for opening in RevealLedger(tmp_path, identity("aggregator")).pending] == ["next"]
+    before = (tmp_path / LEDGER_FILE).read_bytes()
+    words = r"block 1 .* from aggregator leaves out opening 1, which this party began \(round 1: begun here\)"
+    for kind, opened in (("openings", (other,)), ("abandoned", (other,)), ("end", ())):
+        block = signed(Block(1, kind, "", PARTIES, opened, {}, None, ledger.chain.seal))
+        with pytest.raises(ProtocolError, match=words):
+            ledger.add(block, "aggregator")
+    assert ledger.pending == [first] and (tmp_path / LEDGER_FILE).read_bytes() == before
+    ledger.add(signed(Block(1, "resume", "", PARTIES, (), {}, members(), ledger.chain.seal)), "aggregator")
+    assert ledger.pending == [first], "a block without openings leaves it for the next one"
+    assert RevealLedger(tmp_path, identity("aggregator")).pending == [first]
+    ledger.add(signed(Block(2, "abandoned", "", PARTIES, (first,), {}, None, ledger.chain.seal)), "aggregator")
+    assert ledger.pending == []
+
+
+def test_what_others_began_is_written_down_before_it_is_signed(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    mine = record(ledger, "round 1")
+    theirs = describe(ledger.chain, [mine], "round 1, second")
+    with pytest.raises(ProtocolError, match="do not continue"):
+        ledger.adopt([theirs])
+    ledger.adopt([mine, theirs])
+    assert ledger.pending == [mine, theirs] == RevealLedger(tmp_path, identity("aggregator")).pending
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: [lines[0], lines[1].replace("round 2", "round 9")], "opening 2 in .* was edited"),
+        (lambda lines: [lines[0], "{}\n"], "is damaged or of another version"),
+        (lambda lines: [lines[0], *lines[2:]], "does not fit the reveal ledger: .*opening 2 is missing before it"),
+        (lambda lines: [*lines, lines[2]], "does not fit the reveal ledger: .*comes again"),
+    ],
+)
+def test_a_record_that_was_changed_is_not_used(
+    change: Callable[[list[str]], list[str]], words: str, tmp_path: Path
+) -> None:
+    ledger = begun(tmp_path)
+    record(ledger, "round 1")
+    ledger.add(signed(ledger.draft("openings", "round 1", PARTIES)))
+    record(ledger, "round 2")
+    record(ledger, "round 3")
+    path = tmp_path / "openings.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(MpcFlError, match=words):
+        RevealLedger(tmp_path, identity("aggregator"))
+
+
+def test_the_last_value_that_was_signed_for_a_step_is_found(tmp_path: Path) -> None:
+    ledger = begun(tmp_path)
+    for about, model in (("round 1", "1"), ("round 2", "2"), ("round 2 (1)", "3"), ("round 20", "4")):
+        ledger.add(signed(ledger.draft("openings", about, PARTIES, {"global model": model * 64})))
+    found = [ledger.signed_value(f"round {number}", "global model") for number in (1, 2, 20, 3)]
+    assert found == ["1" * 64, "3" * 64, "4" * 64, None]
 
 
 def test_a_copy_that_was_changed_is_not_used(tmp_path: Path) -> None:
@@ -490,14 +632,23 @@ def test_the_digest_of_a_tensor_tells_values_shapes_and_types_apart() -> None:
     assert tensor_digest(strided) == tensor_digest(strided.clone(memory_format=torch.contiguous_format))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_digest_of_a_view_is_that_of_its_elements(name: str) -> None:
+    view = LAYOUTS[name](torch.arange(24.0).reshape(4, 6))
+    assert tensor_digest(view) == tensor_digest(torch.tensor(view.tolist()).reshape(view.shape))
+
+
 # ---- the protocol ------------------------------------------------------------------------------------------------------
+
+
+FOUR = ("hospital-0", "hospital-1", "hospital-2", "aggregator")
 
 
 def _whole_story(links: Any, directory: str) -> bytes:
     """Two rounds, a restart in which hospital-1 lacks a block and all have unsigned openings, a lost hospital, the end."""
     from mpc_fl.audit.co_signing import CoSigners
 
-    parties, leader, out = list(PARTIES), "aggregator", Path(directory) / links.name
+    parties, leader, out = list(FOUR), "aggregator", Path(directory) / links.name
     own = load_identity(out, links.name)
     ledger = RevealLedger(out, own)
 
@@ -505,7 +656,7 @@ def _whole_story(links: Any, directory: str) -> bytes:
         ledger.append(Opening("sum of updates", why, (4, 3), (leader,), tuple(parties), {"mechanism": "local"}))
 
     signers = CoSigners(ledger, links, parties, leader)
-    signers.begin("session", "c" * 64)
+    signers.begin("session", "c" * 64, 2)
     for number in (1, 2):
         opened(f"round {number}")
         opened(f"round {number} (divisor)")
@@ -519,13 +670,13 @@ def _whole_story(links: Any, directory: str) -> bytes:
         content = ledger.path.read_bytes().splitlines(keepends=True)
         ledger.path.write_bytes(b"".join(content[:-1]) + content[-1][:100])
     ledger = RevealLedger(out, own)
-    CoSigners(ledger, links, parties, leader).begin("another session", "c" * 64, resumed=True)
+    CoSigners(ledger, links, parties, leader).begin("another session", "c" * 64, 2, resumed=True)
     assert ledger.pending == [] and ledger.blocks[-1].kind == "abandoned"
 
     # hospital-1 is lost in the repeated round, the others go on without it.
     opened("round 3, attempt 2")
     if links.name != "hospital-1":
-        rest = ["hospital-0", "aggregator"]
+        rest = ["hospital-0", "hospital-2", "aggregator"]
         signers = CoSigners(ledger, links, rest, leader)
         signers.settle("round 3, attempt 2")
         assert signers.settle("nothing since") is None
@@ -536,28 +687,28 @@ def _whole_story(links: Any, directory: str) -> bytes:
         # A restart when all is done adds nothing.
         ledger = RevealLedger(out, own)
         signers = CoSigners(ledger, links, rest, leader)
-        assert signers.begin("third session", "c" * 64, resumed=True) == last
+        assert signers.begin("third session", "c" * 64, 2, resumed=True) == last
         with pytest.raises(MpcFlError, match="is the ledger of an earlier run"):
-            signers.begin("session", "c" * 64)
+            signers.begin("session", "c" * 64, 2)
     return ledger.path.read_bytes()
 
 
 def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Path) -> None:
-    results = run_parties(_whole_story, list(PARTIES), tmp_path, str(tmp_path))
-    assert results["hospital-0"] == results["aggregator"]
+    results = run_parties(_whole_story, list(FOUR), tmp_path, str(tmp_path))
+    assert results["hospital-0"] == results["hospital-2"] == results["aggregator"]
     trusted = load_identity(tmp_path / "aggregator", "aggregator")
     root = ledger_commands._authority(tmp_path / "aggregator" / "federation.crt")
-    copies = [Copy(name, name, results[name]) for name in PARTIES]
+    copies = [Copy(name, name, results[name]) for name in FOUR]
     verdict = verify_copies(copies, root, BEGAN)
     assert trusted.name == "aggregator" and verdict.findings == ()
     assert verdict.notes == ("hospital-1 ends earlier: hospital-1 took no part in the blocks after it",)
     kinds = [(block.kind, len(block.openings), len(block.parties)) for block in verdict.reference.blocks if block]
     assert kinds == [
-        ("start", 0, 3), ("openings", 2, 3), ("openings", 2, 3), ("resume", 0, 3), ("abandoned", 2, 3),
-        ("abandoned", 1, 2), ("end", 1, 2),
+        ("start", 0, 4), ("openings", 2, 4), ("openings", 2, 4), ("resume", 0, 4), ("abandoned", 2, 4),
+        ("abandoned", 1, 3), ("end", 1, 3),
     ]  # fmt: skip
     lost = verdict.reference.blocks[5]
-    assert lost is not None and lost.openings[0].among == PARTIES and lost.openings[0].why == "round 3, attempt 2"
+    assert lost is not None and lost.openings[0].among == FOUR and lost.openings[0].why == "round 3, attempt 2"
 
 
 def _one_differs(links: Any, directory: str) -> None:
@@ -565,7 +716,7 @@ def _one_differs(links: Any, directory: str) -> None:
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
     signers = CoSigners(ledger, links, PARTIES, "aggregator")
-    signers.begin("session", "c" * 64)
+    signers.begin("session", "c" * 64, 2)
     opener = links.name if links.name == "hospital-1" else "aggregator"
     ledger.append(Opening("sum", "round 1", (3,), ("aggregator",), PARTIES))
     ledger.append(Opening("sum", "round 1", (1,), (opener,), PARTIES))
@@ -586,7 +737,7 @@ def _one_starts_anew(links: Any, directory: str) -> None:
 
     ledger = RevealLedger(Path(directory) / links.name, load_identity(Path(directory) / links.name, links.name))
     signers = CoSigners(ledger, links, PARTIES, "aggregator")
-    signers.begin("session", "c" * 64, resumed=links.name != "hospital-0")
+    signers.begin("session", "c" * 64, 2, resumed=links.name != "hospital-0")
 
 
 def test_who_starts_anew_while_others_resume_is_named(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ CLASSES = ("normal", "bacterial", "viral")
 SETTINGS: dict[str, Any] = {
     "data": {"source": "images", "image_size": 8, "classes": list(CLASSES)},
     "training": {"rounds": 1, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
-    "privacy": {"delta": 0.01},
+    "privacy": {"delta": 0.01, "smallest_hospital": 12},
     "federation": {"hospitals": 2},
 }
 
@@ -232,13 +232,17 @@ def test_images_to_diagnose(site: Site, run: Run) -> None:
     [
         (["aggregation.update_bound=1e13"], HeadroomError, "needs 67.2 bits and the ring has 63"),
         (["aggregation.count_bound=3"], HeadroomError, "hospital-0 has more patients than aggregation.count_bound"),
+        (["privacy.smallest_hospital=null"], ConfigError, "privacy.smallest_hospital is not set"),
+        (["privacy.smallest_hospital=13"], PrivacyBudgetError, "hospital-0 has fewer patients than privacy.smallest"),
+        (["privacy.smallest_hospital=2"], PrivacyBudgetError, "hospital-0 has more patients than privacy.largest"),
+        (["aggregation.weighted=true"], ConfigError, "would open the exact number of patients"),
         (["privacy.delta=0.1"], PrivacyBudgetError, "hospital-0: delta 0.1 is not below 1/12"),
         (
             ["privacy.epsilon=1e-3", "privacy.delta=1e-6"],
             PrivacyBudgetError,
             "hospital-0: privacy budget already spent",
         ),
-        (["privacy.noise_multiplier=0.3"], PrivacyBudgetError, "hospital-0: 1 steps with noise multiplier 0.3 would"),
+        (["privacy.noise_multiplier=0.3"], PrivacyBudgetError, "hospital-0: 2 steps with noise multiplier 0.3 would"),
         (
             ["model.architecture=resnet19"],
             ModelError,
@@ -494,7 +498,7 @@ def assert_failed(run: Run, site: Site, arguments: list[object], pattern: str) -
     assert not [line for line in lines[:-1] if "/" not in line.split()[-2]], "before it only progress bars"
     (failed,) = site.results.iterdir()
     kept = {path.name for path in failed.iterdir()}
-    ledgers = {f"hospital-{rank}-privacy.json" for rank in range(2)}
+    ledgers = {f"hospital-{rank}-privacy.sqlite3" for rank in range(2)}
     assert failed.name == "run.failed" and {"config.yaml", "logs"} <= kept
     assert kept <= {"config.yaml", "logs", "federation.crt", "parties", "session", *ledgers}
     # After the evaluation before round 1 there is what it takes to go on; no model, no results.
@@ -533,7 +537,7 @@ def test_an_update_beyond_the_headroom(site: Site, run: Run) -> None:
 @pytest.mark.processes
 def test_a_privacy_budget_spent_by_earlier_runs(site: Site, run: Run) -> None:
     """Only hospital-1 has spent it; the ledger is untouched by the run that was refused."""
-    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.json", "hospital-1")
+    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.sqlite3", "hospital-1")
     ledger.charge(SubsampledGaussian(0.5, 1.0, 50), run="earlier", round_number=1)
     pattern = (
         r"hospital-1 failed: hospital-1: privacy budget already spent: epsilon \S+ of 8 at delta 0\.01: stop here.*"

@@ -24,6 +24,8 @@ from cryptography import x509
 
 from mpc_fl.aggregation.norm_check import NormCheck
 from mpc_fl.audit.ledger_audit import Copy, verify_copies
+from mpc_fl.audit.opening_record import OPENINGS_FILE
+from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
@@ -34,6 +36,7 @@ from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.learning.models.parameters import shared_coordinates
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.support.harness import SPAWN
 
 pytestmark = pytest.mark.processes
@@ -49,6 +52,7 @@ SETTINGS: dict[str, Any] = {
         "sampling_seed": 5,
     },
     "privacy": {"mechanism": "none"},
+    "evaluation": {"every": 1},
     "federation": {"quorum": 2},
     "runtime": {"connect_timeout": 30.0, "receive_timeout": 60.0},
 }
@@ -98,8 +102,8 @@ def die_once_round_1_is_signed() -> None:
 
     sign_round = hospital.sign_round
 
-    def sign_and_die(ledger: Any, links: Any, about: str, shared: torch.Tensor) -> None:
-        sign_round(ledger, links, about, shared)
+    def sign_and_die(ledger: Any, links: Any, rules: Any, about: str, held: Any) -> None:
+        sign_round(ledger, links, rules, about, held)
         if about == "round 1":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,6 +187,10 @@ class Site:
         lost = [Copy(name, name, (self.party(name) / LEDGER_FILE).read_bytes()) for name in ALL if name not in names]
         verdict = verify_copies([*copies, *lost], root, datetime.datetime.now(datetime.timezone.utc))
         assert not verdict.findings, verdict.findings
+        records = [
+            RecordCopy(name, name, (self.party(name) / OPENINGS_FILE).read_bytes()) for name in (*ALL, "aggregator")
+        ]
+        assert not any(verify_records(records, verdict.reference)), "what was begun is signed, and the other way about"
 
 
 ALL = ("hospital-0", "hospital-1", "hospital-2")
@@ -271,6 +279,29 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(victim: str, p
         site.verify("aggregator", *ALL)
 
 
+def test_a_run_goes_on_from_the_round_before_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """One flipped bit of a parameter was another model, and every ledger verified."""
+    complete = {"federation": {"quorum": None}}
+    with Site(tmp_path / "whole", **complete) as site:
+        site.start_all()
+        assert set(site.await_words(4).values()) == {"finished"}
+        expected = site.parameters("aggregator")
+    with Site(tmp_path / "damaged", **complete) as site:
+        site.start_all(aggregator="round 3 aggregation")
+        site.await_death("aggregator")
+        site.await_words(3)
+        path = site.party("aggregator") / "checkpoint-2.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1  # the exponent of a parameter, float32
+        path.write_bytes(content)
+        site.start_all(resume=True)
+        assert site.await_words(4) == dict.fromkeys(party_names(site.config), "finished")
+        for name in party_names(site.config):
+            assert torch.equal(site.parameters(name), expected), name
+        assert sorted(site.rounds) == list(range(ROUNDS + 1))
+        site.verify("aggregator", *ALL)
+
+
 def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -> None:
     """FedBN and secure normalisation through whole runs; what is each hospital's own is never sent."""
     changes: dict[str, dict[str, Any]] = {
@@ -311,14 +342,13 @@ def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_privacy_ledger_that_forgot(tmp_path: Path) -> None:
     with Site(tmp_path, privacy={"mechanism": "local", "noise_multiplier": 2.0, "delta": 1e-3}) as site:
-        ledger = site.party("hospital-0") / "hospital-0-privacy.json"
+        ledger = PrivacyLedger(site.party("hospital-0") / "hospital-0-privacy.sqlite3", "hospital-0")
         site.start_all(aggregator="round 3 aggregation")
         site.await_death("aggregator")
         site.await_words(3)
-        content = json.loads(ledger.read_text())
         state = load_checkpoint(site.party("hospital-0"), site.config.run_digest())
-        assert state is not None and state.facts["privacy accountant"] == content["records"][:2]
-        ledger.unlink()
+        assert state is not None and state.facts["privacy accountant"] == ledger.records()[:2]
+        ledger.path.unlink()
         site.start_all(resume=True)
         words = site.await_words(4)
         assert "holds less than when the last checkpoint was written" in words["hospital-0"], words
@@ -332,7 +362,7 @@ def test_distributed_noise_with_a_lost_hospital(tmp_path: Path) -> None:
         site.await_death("hospital-1")
         assert set(site.await_words(3).values()) == {"finished"}
         assert [len(line["hospitals"]) for line in site.rounds.values()] == [3, 3, 2, 2]
-        records = json.loads((site.party("hospital-0") / "hospital-0-privacy.json").read_text())["records"]
+        records = PrivacyLedger(site.party("hospital-0") / "hospital-0-privacy.sqlite3", "hospital-0").records()
         assert [record["round"] for record in records] == [1, 2, 3] and all(record["released"] for record in records)
 
 
@@ -346,7 +376,7 @@ def test_a_boosted_update_is_left_out_and_the_ledger_says_so(tmp_path: Path) -> 
     """Hospital 2 sends ten times what it learned, in round 2."""
     with Site(tmp_path, **CHECKED) as site:
         site.start_all(boosting="hospital-2")
-        assert set(site.await_words(5).values()) == {"finished"}
+        assert set(site.await_words(4).values()) == {"finished"}
         assert {n: tuple(line["hospitals"]) for n, line in site.rounds.items()} == {
             0: ALL, 1: ALL, 2: ("hospital-0", "hospital-1"), 3: ALL
         }  # fmt: skip
@@ -362,7 +392,7 @@ def test_a_hospital_lost_in_the_check_makes_the_sum_begin_again(tmp_path: Path) 
     with Site(tmp_path, **CHECKED) as site:
         site.start_all(dies_in_check="hospital-1")
         site.await_death("hospital-1")
-        assert set(site.await_words(4).values()) == {"finished"}
+        assert set(site.await_words(3).values()) == {"finished"}
         assert [len(line["hospitals"]) for line in site.rounds.values()] == [3, 2, 2, 2]
         site.verify("aggregator", "hospital-0", "hospital-2")
 

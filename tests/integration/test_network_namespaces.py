@@ -144,7 +144,7 @@ def test_federation_over_separate_networks_with_hospitals_that_only_dial_out(
     counts = [(peer, count) for phase in traffic for peer, count in phase["peers"].items()]
     assert {peer for peer, count in counts if count["bytes_relayed"]} <= set(BEHIND_FIREWALL)
     openings = [json.loads(line) for line in (tmp_path / "aggregator" / "openings.jsonl").read_text().splitlines()]
-    assert len(openings) == 6 and all(opening["to"] == ["aggregator"] for opening in openings)
+    assert len(openings) == 5 and all(opening["to"] == ["aggregator"] for opening in openings)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ WITHOUT_CRYPTEN = (
     "mpc_fl.sharing.dealer",
     "mpc_fl.aggregation.quorum_sum",
     "mpc_fl.inference.fast.diagnosis",
-    "mpc_fl.aggregation.norm_check_session",  # before a check runs
+    "mpc_fl.aggregation.norm_plan",
 )
 
 

@@ -96,6 +96,11 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
         if summary.synthetic:
             say("Data: SYNTHETIC phantoms, not patients.")
         _say_diagnoses(summary)
+        say(
+            "Opened: the label alone."
+            if summary.revealed == "label"
+            else "Opened: logits, by the model owner's choice."
+        )
         say(f"Report: {out / 'report.html'}")
     if summary.refused:
         raise RefusedError(summary.refused)
@@ -116,7 +121,10 @@ def serve(
 ) -> None:
     """Keep a model owner up that answers any hospital of the federation, until Ctrl-C.
 
-    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask. With
+    Hospitals get the label alone. Logits, which give a model away faster, are your choice: --set inference.reveal=logits.
+    Hospitals take turns batch by batch; serving.images_per_day and serving.images_per_minute bound what each may ask,
+    serving.images_per_day_of_all and serving.images_per_minute_of_all what all of them may. Both sides sign a receipt of
+    each batch; mpc-fl ledger verify OUT reads them. With
     --set site.pool=DIR each hospital may keep batches made ahead here (mpc-fl dealer fill --server). Without
     --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
     """
@@ -126,6 +134,8 @@ def serve(
     settings = configure(config, overrides, model=model, identity=identity, out=out)
 
     def tell(federation: Path) -> None:
+        what = "the label alone" if settings.with_values(task="serve").reveal == "label" else "LOGITS, as configured"
+        say(f"Hospitals get {what}.")
         say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / HOSPITAL / 'identity'} --out DIR")
 
     if role not in (MODEL_OWNER, DEALER):

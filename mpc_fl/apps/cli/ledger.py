@@ -7,7 +7,7 @@ import glob
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from cryptography import x509
@@ -17,6 +17,10 @@ from rich.text import Text
 
 from mpc_fl.apps.cli.options import AsJson, Command, Group, output_console, print_json, say
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
+from mpc_fl.audit.opening_record import OPENINGS_FILE
+from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
+from mpc_fl.audit.receipts import RECEIPTS_FILE
+from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, fingerprint, to_json
 from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
 from mpc_fl.errors import MpcFlError
@@ -52,6 +56,11 @@ def verify(
 ) -> None:
     """Check that nobody changed the reveal ledger: edits, removals, additions, exchanges, foreign signatures.
 
+    What each party recorded (openings.jsonl beside its copy) is compared with
+    it: an opening that was begun and signed nowhere is a finding. A block
+    counts only if a quorum of hospitals signed it. Receipts of diagnoses by a
+    model owner that stays up (receipts.jsonl) are checked too.
+
     Needs the ledger and the authority's certificate, nothing else. Prints one
     line per finding and ends with exit status 1 if there is one. Whoever could
     exchange RUN_DIR could exchange its certificate too: give the one that you
@@ -59,20 +68,35 @@ def verify(
     """
     given = authority is not None
     root = _authority(authority or run_dir / ROOT_FILE)
-    found = _find(run_dir) + [Copy(str(path), None, _read(path)) for path in copies or []]
-    if not found:
+    given_copies = [Copy(str(path), None, _read(path)) for path in copies or []]
+    found = _find(run_dir) + [copy for copy in given_copies if not are_receipts(copy.content)]
+    receipts = _find(run_dir, RECEIPTS_FILE) + [copy for copy in given_copies if are_receipts(copy.content)]
+    if not found and not receipts:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
+    checked = _check_receipts(receipts, root, said=not as_json)
+    if not found:
+        if as_json:
+            print_json({**checked, "authority_sha256": fingerprint(root), "authority_given": given})
+        if checked["receipt_findings"]:
+            raise typer.Exit(1)
+        return
     verdict = verify_copies(found, root, datetime.datetime.now(datetime.timezone.utc))
-    findings = [*verdict.findings, *_changed_files(run_dir, verdict)]
+    unsigned, notes = verify_records(_records(run_dir), verdict.reference)
+    findings = [*verdict.findings, *unsigned, *_changed_files(run_dir, verdict)]
+    notes = [*verdict.notes, *notes]
+    version, quorum = verdict.reference.chain.version or 1, verdict.reference.chain.quorum
     blocks = [block for block in verdict.reference.blocks if block is not None]
     openings = sum(len(block.openings) for block in blocks)
     where = [copy.where for copy in found]
     if as_json:
         print_json(
             {
-                "ok": not findings,
+                **checked,
+                "ok": not findings and checked["ok"],
                 "findings": [{**asdict(finding), "line": finding.line} for finding in findings],
-                "notes": list(verdict.notes),
+                "notes": notes,
+                "version": version,
+                "quorum": quorum or None,
                 "blocks": len(blocks),
                 "openings": openings,
                 "copies": where,
@@ -81,7 +105,7 @@ def verify(
             }
         )
     else:
-        for text in [*(finding.line for finding in findings), *(f"Note: {note}." for note in verdict.notes)]:
+        for text in [*(finding.line for finding in findings), *(f"Note: {note}." for note in notes)]:
             say(text)
         say(f"{len(where)} {_plural(len(where), 'copy', 'copies')}: {', '.join(where)}.")
         say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
@@ -89,9 +113,32 @@ def verify(
             say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
         else:
             signed = f"{openings} {_plural(openings, 'opening', 'openings')} in {len(blocks)} blocks"
-            say(f"The reveal ledger verifies: {signed}, every block signed by all its parties, from start to end.")
-    if findings:
+            all_of = "all its parties" + (f", {quorum} hospitals or more" if quorum else "")
+            say(f"The reveal ledger verifies: {signed}, every block signed by {all_of}, from start to end.")
+    if findings or checked["receipt_findings"]:
         raise typer.Exit(1)
+
+
+def _check_receipts(files: list[Copy], root: x509.Certificate, said: bool) -> dict[str, Any]:
+    """Check files of receipts, alone and against each other; the verdict for JSON, said in words too if that is asked for."""
+    checked = {file.where: check_lines(file.content, root) for file in files}
+    findings = [
+        f"{where}, line {trouble.line}: {trouble.what}" for where, of in checked.items() for trouble in of.troubles
+    ]
+    findings += compare({where: of.entries for where, of in checked.items()})
+    last = {entry.receipt.session: entry.receipt for of in checked.values() for entry in of.entries if entry.receipt}
+    images = sum(receipt.images for receipt in last.values())
+    for finding in findings if said else ():
+        say(finding)
+    if said and files:
+        what = (
+            f"{images} {_plural(images, 'image', 'images')} in {len(last)} {_plural(len(last), 'session', 'sessions')}"
+        )
+        ends = (
+            f"do NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}" if findings else "verify"
+        )
+        say(f"The receipts in {', '.join(checked)} {ends}: {what}, signed by hospital and model owner.")
+    return {"ok": not findings, "receipt_findings": findings, "sessions": len(last), "images": images}
 
 
 @app.command(cls=Command)
@@ -133,6 +180,8 @@ def _print_block(console: Console, block: Block) -> None:
         for opening in block.openings:
             table.add_row(*(Text(cell) for cell in _cells(opening, block)))
         console.print(table)
+        for line in _agreed_on(block):
+            console.print(Text(f"  {line}"))
     for name, digest in block.values.items():
         console.print(Text(f"  All hold the same {name}, SHA-256 {digest}"))
     signers = [signature.party for signature in block.signatures]
@@ -141,6 +190,17 @@ def _print_block(console: Console, block: Block) -> None:
         Text(f"  Signed by {', '.join(signers) or 'nobody'}" + (f"; NOT by {', '.join(unsigned)}" * bool(unsigned)))
     )
     console.print()
+
+
+def _agreed_on(block: Block) -> list[str]:
+    """What the parties of each opening had agreed on before it, as far as the ledger's version holds it."""
+    if block.version == 1:
+        return []
+    without = [str(opening.number) for opening in block.openings if opening.transcript is None]
+    lines = [
+        f"{item.number}: all in it agreed on SHA-256 {item.transcript}" for item in block.openings if item.transcript
+    ]
+    return [*lines, *([f"No transcript: {', '.join(without)} (opened from shares)"] if without else [])]
 
 
 def _cells(opening: ChainedOpening, block: Block) -> list[str]:
@@ -166,14 +226,24 @@ def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
     ]
 
 
-def _find(run_dir: Path) -> list[Copy]:
+def _find(run_dir: Path, name: str = LEDGER_FILE) -> list[Copy]:
     """The copies in a run's directory: its own, then those of its parties."""
     copies = []
-    for path in [run_dir / LEDGER_FILE, *sorted(run_dir.glob(f"parties/*/{LEDGER_FILE}"))]:
+    for path in [run_dir / name, *sorted(run_dir.glob(f"parties/*/{name}"))]:
         if path.is_file():
             owner = None if path.parent == run_dir else path.parent.name
             copies.append(Copy(str(path.relative_to(run_dir)), owner, _read(path)))
     return copies
+
+
+def _records(run_dir: Path) -> list[RecordCopy]:
+    """The records of openings beside the copies in a run's directory."""
+    records = []
+    for copy in _find(run_dir):
+        path = run_dir / Path(copy.where).with_name(OPENINGS_FILE)
+        where = str(path.relative_to(run_dir))
+        records.append(RecordCopy(where, copy.owner, _read(path) if path.is_file() else None))
+    return records
 
 
 def _blocks(copy: Copy) -> list[Block]:

@@ -15,6 +15,7 @@ from mpc_fl.apps.cli.options import (
     Overrides,
     command_line,
     configure,
+    error_console,
     gigabytes,
     print_json,
     privacy_words,
@@ -22,12 +23,13 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import DataError, MpcFlError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
+    from mpc_fl.learning.data.loading import SharedPatients
 
 
 def train(
@@ -53,6 +55,7 @@ def train(
         from mpc_fl.apps.runs import local_runs as run
 
         _preflight(settings)
+        _say_shared_patients(settings, as_json)
         with progress_bars() as progress:
             summary = run.train(settings, out, command_line(), progress, resume, starter)
     if as_json:
@@ -71,10 +74,14 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     if final is not None:
+        counted = "test records" if final.noise is None else f"test patients, counted with noise of {final.noise:.1f}"
+        after = "" if summary.evaluated_round in (None, summary.rounds) else f" after round {summary.evaluated_round}"
         say(
-            f"Accuracy {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
-            f"on {final.records} test records; chance {chance:.1%}."
+            f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
+            f"on {final.records} {counted}; chance {chance:.1%}."
         )
+    else:
+        say("No evaluation was opened: hospitals were absent.")
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
@@ -100,8 +107,9 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found.to_json()})
+        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names)})
         return
+    _say_shared_patients(settings, False)
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
@@ -134,6 +142,28 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     say(f"  {inference.comparisons:,} comparisons, {inference.multiplications:,} secret multiplications")
 
 
+def _shared_patients(config: Config) -> SharedPatients:
+    from mpc_fl.learning.data.loading import shared_patients
+
+    return shared_patients(config)
+
+
+def _refuse_shared_patients(config: Config) -> None:
+    """Raise `DataError` naming them, where the configuration says so."""
+    found = _shared_patients(config) if config.data.shared_patients == "refuse" else None
+    if found is not None and found.names:
+        raise DataError(found.described, "part the patients, or set data.shared_patients to leave_out or keep")
+
+
+def _say_shared_patients(config: Config, as_json: bool) -> None:
+    """Name test patients that train somewhere, and say what becomes of them; on standard error beside JSON."""
+    found = _shared_patients(config)
+    if found.names:
+        become = "they stay in the test set" if config.data.shared_patients == "keep" else "left out of the test set"
+        text = f"{found.described}; {become} (data.shared_patients)."
+        error_console().print(text, highlight=False) if as_json else say(text)
+
+
 def _preflight(config: Config) -> TrainingEstimate:
     """Everything that can be refused before a process starts. Raises the error the run would raise."""
     from mpc_fl.apps.runs.estimate import estimate_training
@@ -141,6 +171,7 @@ def _preflight(config: Config) -> TrainingEstimate:
     from mpc_fl.learning.data.loading import patients_per_hospital
 
     headroom_of(config).require()
+    _refuse_shared_patients(config)
     return estimate_training(config, patients_per_hospital(config))
 
 

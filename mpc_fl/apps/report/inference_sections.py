@@ -14,8 +14,10 @@ from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
 from mpc_fl.apps.report.run_files import Run, each, missing, skipped
 from mpc_fl.apps.rows import PlaintextReference, read_object, read_rows
 from mpc_fl.apps.summaries import ImageResult
+from mpc_fl.audit.receipts import RECEIPTS_FILE
 
 _MOST_IMAGES = 24
+_RECEIPTS = "Hospital and model owner signed a receipt of each batch. Check them with mpc-fl ledger verify RUN_DIR."
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ def diagnosis(run: Run) -> Markup:
         facts.append(("Same classes as plaintext", "yes" if comparison.classes_agree else "no", remark))
         if comparison.largest_logit_difference is not None:
             facts.append(("Largest logit difference", plain(comparison.largest_logit_difference), "to plaintext"))
+    if summary.revealed:
+        remark = (
+            "the model owner reveals nothing else" if summary.revealed == "label" else "by the model owner's choice"
+        )
+        facts.append(("Opened", "the label alone" if summary.revealed == "label" else "logits", remark))
     facts += skipped(summary)
     results = summary.results or [image.result for image in _all(run)[0]]
     known = [result for result in results if result.label >= 0]
@@ -79,7 +86,12 @@ def diagnosis(run: Run) -> Markup:
         right = sum(result.label == result.predicted for result in known)
         facts.append(("Right", f"{right} of {len(known)}", "images whose true class is known"))
     refused = summary.refused
-    return Markup(tiles(facts) + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else ""))
+    signed = (run.directory / f"parties/{run.hospital}/{RECEIPTS_FILE}").is_file()
+    return Markup(
+        tiles(facts)
+        + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else "")
+        + (paragraph(_RECEIPTS, "soft") if signed else "")
+    )
 
 
 def images(run: Run) -> Markup:

@@ -12,6 +12,8 @@ from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
 from mpc_fl.apps.summaries import Scores
 from mpc_fl.errors import DataError
 
+_NOT_OPENED = "with evaluation.noise_multiplier the confusion matrix alone is opened"
+
 
 def _evaluated(run: Run) -> list[tuple[int, Scores]]:
     """The rounds after which the global model was evaluated. Raises `DataError` when there is none."""
@@ -35,8 +37,9 @@ def result(run: Run) -> Markup:
     worst, delta = max(spent, key=lambda pair: pair[0], default=(None, None))
     remark = f"per patient, at delta = {delta:g}" if spent else "no differential privacy"
     interval = f"95 % interval {percent(final.accuracy_low)} to {percent(final.accuracy_high)}"
+    counted = "test records" if final.noise is None else f"test patients, counted with noise of {final.noise:.1f}"
     facts: list[tuple[str, object, str]] = [
-        ("Accuracy", percent(final.accuracy), f"{interval}; {final.records} test records"),
+        ("Accuracy", percent(final.accuracy), f"{interval}; {final.records} {counted}"),
         ("Balanced accuracy", percent(final.balanced_accuracy), "mean over classes of the share found"),
         ("Chance level", percent(max(largest, guess)), f"largest class {percent(largest)}; 1/classes {percent(guess)}"),
         ("Epsilon, largest of all hospitals", plain(worst) if spent else "none", remark),
@@ -46,18 +49,45 @@ def result(run: Run) -> Markup:
     ]
     better = final.accuracy_low > max(largest, guess)
     text = f"""The {"whole interval lies" if better else "interval does not lie"} above the chance level: the model is
-    {"better" if better else "not shown to be better"} than naming the largest class. The interval is Wilson's; it takes
-    test records as independent and is too narrow where patients have several records."""
-    return Markup(tiles(facts) + paragraph(text))
+    {"better" if better else "not shown to be better"} than naming the largest class. {_interval_words(final)}"""
+    return Markup(tiles(facts) + paragraph(text) + _caveats(run))
+
+
+def _interval_words(final: Scores) -> str:
+    if final.noise is not None:
+        return "The interval holds what was drawn of patients and the noise of the counts."
+    return """The interval is Wilson's; it takes test records as independent and is too narrow where patients have several
+    records."""
+
+
+def _caveats(run: Run) -> Markup:
+    """Of which round the result is where it is not the last, and what became of test patients that train."""
+    summary, text = run.training, ""
+    if summary.evaluated_round not in (None, summary.rounds):
+        text += paragraph(
+            f"The result is that after round {summary.evaluated_round}: no evaluation was opened after the last one, "
+            "because hospitals were absent.",
+            "warning",
+        )
+    if summary.shared_patients:
+        kept = (run.config.get("data") or {}).get("shared_patients") == "keep"
+        become = (
+            "They stayed in the test set, so accuracy may be too high" if kept else "They were left out of the test set"
+        )
+        text += paragraph(
+            f"{summary.shared_patients} test patients are also training patients by name. {become}.", "warning"
+        )
+    return Markup(text)
 
 
 def global_curve(run: Run) -> Markup:
-    """Accuracy of the global model by round."""
+    """Accuracy of the global model, after the rounds whose evaluation was opened."""
     evaluated = _evaluated(run)
     rounds, scores = [number for number, _ in evaluated], [found for _, found in evaluated]
     values = "; ".join(f"round {number}: {percent(found.accuracy)}" for number, found in evaluated)
     caption = """Accuracy and balanced accuracy of the global model on the test records of all hospitals together, with
-    the 95 % Wilson interval of the accuracy. Round 0 is the initial model. Only the sums over hospitals were opened."""
+    its 95 % interval, after the rounds that evaluation.every says. Round 0 is the initial model. Only sums over hospitals were
+    opened: exact ones, unless evaluation.noise_multiplier is set."""
     figure = figures.global_curve(rounds, scores, scores[-1].largest_share)
     return plot(figure, f"Accuracy by round. {values}.", caption)
 
@@ -91,7 +121,7 @@ def by_class(run: Run) -> Markup:
     final = _final(run)
     confusion, scores = final.confusion, final.scores
     names = run.classes(len(confusion))
-    areas = [plain(figures.area_under_curve(*pair), ".3f") for pair in scores]
+    areas = [plain(figures.area_under_curve(*pair), ".3f") for pair in scores] if scores else ["n/a"] * len(names)
     rows = _class_rows(names, confusion, areas)
     matrix = figures.confusion_matrix(names, confusion)
     found = "; ".join(f"{row[0]}: {row[2]}" for row in rows)
@@ -99,13 +129,17 @@ def by_class(run: Run) -> Markup:
     if matrix is not None:
         caption = "Confusion matrix of the final model: counts, and percent of the true class (row)."
         counts = plot(matrix, f"Confusion matrix. Found of each class: {found}.", caption)
+    roc = _roc_curves(names, areas, scores) if scores else missing(f"ROC curves: {_NOT_OPENED}")
+    head = ("Class", "Records", "Sensitivity", "Specificity", "Precision", "AUC")
+    return Markup(counts + roc + table("Each class versus the rest, final model, all hospitals.", head, rows, 5))
+
+
+def _roc_curves(names: list[str], areas: list[str], scores: list[list[list[int]]]) -> Markup:
     alt = "ROC curves. " + "; ".join(f"{name}: AUC {area}" for name, area in zip(names, areas, strict=True))
     caption = f"""ROC curves, one class versus the rest (at most eight are drawn). Curves and AUC come from
     {len(scores[0][0])}-bin histograms of the predicted probabilities, summed over hospitals: no hospital shows single
     scores. Scores in one bin count as ties."""
-    roc = plot(figures.roc_curves(names, scores), alt, caption)
-    head = ("Class", "Records", "Sensitivity", "Specificity", "Precision", "AUC")
-    return Markup(counts + roc + table("Each class versus the rest, final model, all hospitals.", head, rows, 5))
+    return plot(figures.roc_curves(names, scores), alt, caption)
 
 
 def _class_rows(names: list[str], confusion: list[list[int]], areas: list[str]) -> list[tuple[object, ...]]:
@@ -122,6 +156,8 @@ def _class_rows(names: list[str], confusion: list[list[int]], areas: list[str]) 
 def calibration(run: Run) -> Markup:
     """Whether the model is as sure as it is right."""
     final = _final(run)
+    if final.noise is not None:
+        return missing(f"calibration: {_NOT_OPENED}")
     if final.reliability is None:
         return missing("calibration was not recorded by the version that made this run")
     facts = [
@@ -152,6 +188,7 @@ def privacy(run: Run) -> Markup:
     elif (run.config.get("training") or {}).get("sampling_seed") is not None:
         text = "The sampling order came from a fixed seed: epsilon does not hold against anyone who knows that seed."
         parts += paragraph(text, "warning")
+    parts += _guarantee(run)
     parts += _epsilon_by_round(lines, [entry.target_epsilon for entry in entries])
     rows = []
     for entry in entries:
@@ -162,6 +199,26 @@ def privacy(run: Run) -> Markup:
     head = ("Hospital", "Mechanism", "Epsilon", "Target", "Delta", "Noise multiplier", "Clipped")
     text = "Privacy of each hospital. Clipped: share of the per-patient gradients clipped in the last round."
     return Markup(parts + notes + table(text, head, rows, 5))
+
+
+def _guarantee(run: Run) -> Markup:
+    """What (epsilon, delta) means in this run and what it does not cover, where there is noise."""
+    settings, evaluation = run.config.get("privacy") or {}, run.config.get("evaluation") or {}
+    if settings.get("mechanism") not in ("local", "distributed") or "spare_rounds" not in settings:
+        return Markup("")  # none, or a version that drew and divided by counts
+    shared = """With local noise a patient known to k hospitals has at most k times epsilon and delta."""
+    if settings["mechanism"] == "distributed":
+        shared = """A patient known to k hospitals may be in one sum k times, under the noise for once: as if the noise multiplier
+        were k times smaller."""
+    noise = evaluation.get("noise_multiplier")
+    tested = f"""Evaluation carries noise of {noise} times what one test patient can move, and is in epsilon."""
+    if noise is None:
+        tested = "Evaluation opened exact sums of counts over hospitals: no epsilon covers test patients."
+    text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one patient, with all records,
+    was among a hospital's training patients or not. Sampling, divisors, weights and noise follow from public figures, and no
+    number of patients was opened. Not guaranteed: that public bounds on hospitals' sizes are hidden, or who took part. {shared}
+    {tested} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""
+    return Markup(paragraph(text))
 
 
 def _epsilon_by_round(lines: dict[str, list[HospitalRound]], targets: list[float]) -> str:

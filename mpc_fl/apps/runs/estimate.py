@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
-from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, sum_rules
+from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
+from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, releases_beside_steps, sum_rules
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
@@ -86,17 +88,21 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
     shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
-    counts, hospitals, headroom = evaluation_length(classes), config.federation.hospitals, headroom_of(config)
+    noised, hospitals, headroom = plan_noised_evaluation(config), config.federation.hospitals, headroom_of(config)
+    counts = evaluation_length(classes) if noised is None else noised.length
+    evaluations = sum(config.evaluates(number) for number in range(rounds + 1))
     # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
     sums, ring_bits = 1, headroom.ring_bits
     if config.privacy.mechanism == "distributed":
         sums, ring_bits = config.training.local_steps, mechanism_of(config).ring_bits
-    before = [_WORD] if config.aggregation.weighted else []
+    before = [_WORD] if config.counts_patients else []
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
-    opened = len(before) + rounds * (sums + 1) + 1
-    keys = KEY_BYTES * 2 * min(sum_rules(config).closing, hospitals - 1)
-    up = sum(before) + rounds * (sums * ring_bits // 8 * shared + _WORD * counts) + _WORD * counts + opened * keys
+    opened = len(before) + rounds * sums + evaluations
+    closing = min(sum_rules(config).closing, hospitals - 1)
+    keys = KEY_BYTES * 2 * closing
+    messages = 4 if closing else 2  # ready and summand; signature and keys with closing masks
+    up = sum(before) + rounds * sums * ring_bits // 8 * shared + evaluations * _WORD * counts + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
     signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
     return TrainingEstimate(
@@ -104,7 +110,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         rounds=rounds,
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
-        messages_per_hospital=1 + 3 * opened + signed,  # it announces itself; ready, summand and keys of each sum
+        messages_per_hospital=1 + messages * opened + signed,  # it announces itself
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
@@ -135,15 +141,19 @@ def _privacy(config: Config, rank: int, patients: int) -> NoPrivacy | PlannedPri
     planned = plan_release(config, patients, [], name)
     if planned is None:
         return NoPrivacy(name, patients)
+    steps, settings = config.training.rounds * config.training.local_steps, config.privacy
+    without_loss = releases_beside_steps(config.with_values(privacy={"spare_rounds": 0}))
+    events = [*without_loss, replace(planned, steps=steps)]
     return PlannedPrivacy(
         hospital=name,
         patients=patients,
         sampling_rate=planned.sample_rate,
-        steps=planned.steps,
+        steps=steps,
         noise_multiplier=planned.noise_multiplier,
-        epsilon=epsilon_of([planned], config.privacy.delta, config.privacy.accountant),
-        target_epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
+        epsilon=epsilon_of(events, settings.delta, settings.accountant),
+        epsilon_with_spare=epsilon_of([*releases_beside_steps(config), planned], settings.delta, settings.accountant),
+        target_epsilon=settings.epsilon,
+        delta=settings.delta,
     )
 
 
@@ -169,7 +179,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
     from mpc_fl.inference.fast.preprocessing.cost import cost_of, multiply_adds
     from mpc_fl.inference.fast.quantization.calibration import calibrate
 
-    size, reveal = config.inference.batch_size, config.inference.reveal
+    size, reveal = config.inference.batch_size, config.reveal
     records = _public_records(config)
     network = calibrate(initial_model(config), records).network
     found = cost_of(network, size, reveal)

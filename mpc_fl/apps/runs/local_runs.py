@@ -30,18 +30,20 @@ from mpc_fl.apps.summaries import (
     TrainingSummary,
 )
 from mpc_fl.apps.typed_json import typed
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deployment import SiteSection
 from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.certificates import ROOT_FILE
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
-from mpc_fl.inference.serving.service_links import require_servable
+from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
-from mpc_fl.learning.data.loading import load_images
+from mpc_fl.learning.data.loading import load_images, shared_patients
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
@@ -75,7 +77,7 @@ def train(
             checkpoint.unlink()
         rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
         hospitals = [name for name in party_names(config) if is_hospital(name)]
-        last = _last_rounds(directory, hospitals)
+        last, evaluated = _last_rounds(directory, hospitals), [line for line in rounds if line.evaluation is not None]
         summary = TrainingSummary(
             name=config.name,
             synthetic=config.data.source == "phantoms",
@@ -86,7 +88,9 @@ def train(
             seconds=round(time.monotonic() - began, 2),
             command=command,
             versions=versions(),
-            final=[line.evaluation for line in rounds if line.evaluation is not None][-1],
+            final=evaluated[-1].evaluation if evaluated else None,
+            evaluated_round=evaluated[-1].round if evaluated else None,
+            shared_patients=len(shared_patients(config).names),
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,
@@ -191,6 +195,8 @@ def serve(
         make_local_identities(names, directories, hours=_SERVICE_HOURS)
     addresses = config.federation.addresses or local_addresses(servers, config.runtime.first_port)
     config = config.with_values(federation={"addresses": addresses})
+    root = load_identity(directories[servers[0]], servers[0]).authority
+    write_text(directory / ROOT_FILE, root.decode("ascii"))  # to verify receipts with
     nowhere = {name: SiteSection().model_dump()[name] for name in config.site.model_dump()}
     write_text(directory / "federation.yaml", config.with_values(site=nowhere).to_yaml())
 
@@ -214,6 +220,9 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
     name = asking_hospital(config)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
+        write_text(
+            directory / ROOT_FILE, identity_of(config, name).authority.decode("ascii")
+        )  # to verify receipts with
         own = directory / "parties" / name
         config = config.with_values(site={"out": str(own)})
         began, refused = time.monotonic(), None
@@ -235,6 +244,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
             command=command,
             versions=versions(),
             refused=refused,
+            revealed=("label" if results[0].logits is None else "logits") if results else None,
             results=results,
         )
         _conclude(directory, summary)
@@ -250,7 +260,7 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
     logits = predict(model, normalised(images, load_normalisation(config.site.model, config)).inputs, chunk=1)
     seconds = (time.monotonic() - began) / len(images.inputs)
     write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
-    opened = config.inference.reveal == "logits"
+    opened = config.reveal == "logits"
     encrypted = torch.tensor([result.logits for result in results]) if opened else None
     predicted = torch.tensor([result.predicted for result in results])
     return Comparison(

@@ -33,7 +33,7 @@ _TRAINING = (
     "mpc_fl.federation.hospital_program",
     "mpc_fl.federation.aggregator_program",
 )
-_PRIVACY = ("opacus.accountants", "opacus.grad_sample")
+_PRIVACY = ("opacus.grad_sample",)
 _DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
 _FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")

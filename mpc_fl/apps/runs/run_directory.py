@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpc_fl.audit.ledger_file import OPENINGS_FILE
+from mpc_fl.audit.opening_record import OPENINGS_FILE
+from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
@@ -56,28 +57,33 @@ def _resumable(directory: Path) -> bool:
 
 
 def _keep_logs(partial: Path, failed: Path) -> None:
-    """Logs and configuration, and what was revealed until then: each party's reveal ledger, with the certificate."""
+    """Logs and configuration, and what was revealed until then: reveal ledgers and receipts, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
-    logs = partial / "logs"
+    logs, receipts = partial / "logs", list(partial.rglob(RECEIPTS_FILE))
     if _resumable(partial):
         for half in partial.rglob(".*.partial"):  # a party was ended while it wrote a file (`files.written_whole`)
             half.unlink()
         partial.rename(failed)
         return
-    if logs.is_dir() and any(logs.iterdir()):
+    if receipts or (logs.is_dir() and any(logs.iterdir())):
         failed.mkdir(parents=True)
-        logs.rename(failed / "logs")
+        if logs.is_dir():
+            logs.rename(failed / "logs")
         if (partial / "config.yaml").is_file():
             (partial / "config.yaml").rename(failed / "config.yaml")
-        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE) for path in partial.rglob(name)]:
+        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE, RECEIPTS_FILE) for path in partial.rglob(name)]:
             kept = failed / path.relative_to(partial)
             kept.parent.mkdir(parents=True, exist_ok=True)
             path.rename(kept)
-        for path in [partial / ROOT_FILE, *partial.glob(f"parties/*/identity/{ROOT_FILE}")]:
+        for path in [
+            partial / ROOT_FILE,
+            *partial.glob(f"parties/*/{ROOT_FILE}"),
+            *partial.glob(f"parties/*/identity/{ROOT_FILE}"),
+        ]:
             if path.is_file():
                 path.replace(failed / ROOT_FILE)
         # What a failed run released stays released: its privacy ledgers are kept.
-        for ledger in partial.glob("parties/*/*-privacy.json"):
+        for ledger in partial.glob("parties/*/*-privacy.*"):  # with the journal of one that was being written
             ledger.rename(failed / ledger.name)
     shutil.rmtree(partial, ignore_errors=True)
 

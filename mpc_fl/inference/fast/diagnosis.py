@@ -18,15 +18,14 @@ from torch import nn
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, ProtocolError
-from mpc_fl.inference.fast.network import IntegerModel, Network
-from mpc_fl.inference.fast.online.hospital_session import HospitalSession
+from mpc_fl.inference.fast.network import RING_BITS, IntegerModel, Network
+from mpc_fl.inference.fast.online.hospital_session import AskingGate, HospitalSession
 from mpc_fl.inference.fast.online.owner_session import BatchGate, OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.preprocessing.pool import Purpose
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate
-from mpc_fl.inference.inputs import calibration_images
+from mpc_fl.inference.inputs import ModelInputs, calibration_images
 from mpc_fl.inference.results import Diagnosis
-from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
@@ -54,7 +53,7 @@ def pool_of(
             raise ConfigError(f"{party} has no place for a pool", "set site.pool to a directory")
         return nullcontext()
     purpose: Purpose = "fill" if filling else "use"
-    return kind(directory, party, counterpart, purpose, inference.batch_size, inference.reveal)
+    return kind(directory, party, counterpart, purpose, inference.batch_size, config.reveal)
 
 
 # ---- model owner ---------------------------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def answering_session(
 ) -> OwnerSession:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
     inference = config.inference
-    terms = SessionTerms(inference.reveal, inference.batch_size, inference.at_once)
+    terms = SessionTerms(config.reveal, inference.batch_size, inference.at_once)
     return OwnerSession(domain, hospital, model, terms, pool, gate)
 
 
@@ -91,15 +90,17 @@ def answer(config: Config, model: nn.Module, normalisation: Normalisation | None
 # ---- hospital ------------------------------------------------------------------------------------------------------
 
 
-def asking_session(config: Config, links: Links, record: Record, pool: HospitalPool | None) -> HospitalSession:
+def asking_session(
+    config: Config, links: Links, record: Record, pool: HospitalPool | None, gate: AskingGate | None = None
+) -> HospitalSession:
     """The session of the hospital whose links these are; the model owner's part is `answering_session`."""
-    return HospitalSession(session_domain(links, links.name, record), config.inference.reveal, pool)
+    return HospitalSession(session_domain(links, links.name, record), config.reveal, pool, gate)
 
 
-def ask(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
-    """The hospital's side of one diagnosis: a `Diagnosis` per record of `images`."""
+def ask(config: Config, inputs: ModelInputs, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
+    """The hospital's side of one diagnosis: a `Diagnosis` per record of `inputs`."""
     with pool_of(config, HospitalPool, HOSPITAL, MODEL_OWNER, filling=False) as pool:
-        return list(diagnose_batches(config, images, asking_session(config, links, record, pool), notify))
+        return list(diagnose_batches(config, inputs, asking_session(config, links, record, pool), notify))
 
 
 def fill_pool(config: Config, links: Links, record: Record, notify: Notify) -> None:
@@ -119,11 +120,15 @@ def fill_with(config: Config, session: HospitalSession, notify: Notify) -> None:
     session.finish()
 
 
-def diagnose_batches(config: Config, images: Dataset, session: HospitalSession, notify: Notify) -> Iterator[Diagnosis]:
-    """One `Diagnosis` per record of `images`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
+def diagnose_batches(
+    config: Config, inputs: ModelInputs, session: HospitalSession, notify: Notify
+) -> Iterator[Diagnosis]:
+    """One `Diagnosis` per record of `inputs`, batch by batch; the session ends with the last. Raises `ProtocolError`."""
     _require_agreed(config, session.network)
-    count = len(images.inputs)
-    batches = images.inputs.split(config.inference.batch_size) if count else ()  # torch splits nothing into one part
+    _require_room(session.network, inputs.largest)
+    images = inputs.records.inputs
+    count = len(images)
+    batches = images.split(config.inference.batch_size) if count else ()  # torch splits nothing into one part
     for start in range(0, len(batches), config.inference.at_once):
         group = batches[start : start + config.inference.at_once]
         notify("encrypted inference", start * config.inference.batch_size, count)
@@ -133,8 +138,8 @@ def diagnose_batches(config: Config, images: Dataset, session: HospitalSession, 
         opened = torch.cat(session.diagnose_together(group))
         seconds = (time.monotonic() - began) / len(opened)
         for row in opened:
-            if config.inference.reveal == "label":
-                yield Diagnosis(None, seconds, int(row))
+            if config.reveal == "label":
+                yield Diagnosis.of_label(int(row), len(config.data.classes), seconds)
             else:
                 yield Diagnosis.of(row.float(), seconds)
     notify("encrypted inference", count, count)
@@ -147,4 +152,13 @@ def _require_agreed(config: Config, network: Network) -> None:
     if shapes != (tuple(config.data.input_shape), (len(config.data.classes),)):
         raise ProtocolError(
             "the model owner's network has other inputs or classes", "give both parties one configuration"
+        )
+
+
+def _require_room(network: Network, largest: float) -> None:
+    """The model owner's scale must leave room for every input that can be, whatever the images are."""
+    if not largest / network.values[network.input].scale < 1 << (RING_BITS - 1):
+        raise ProtocolError(
+            f"the model owner's network has no room for inputs up to {largest:g}",
+            "ask it to calibrate with inputs of the configured range; nothing was sent of any image",
         )

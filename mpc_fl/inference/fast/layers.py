@@ -49,9 +49,12 @@ class Linear(Layer):
 
 @dataclass(frozen=True)
 class ReLU(Layer):
-    """max(x, 0), or with `ceiling` (an integer > 0 at the input's scale) min(max(x, 0), ceiling). shift is 0."""
+    """max(x, 0), or with `ceiling` min(max(x, 0), m) with an m that S alone knows (`IntegerWeights.ceilings`). shift is 0.
 
-    ceiling: int | None = None
+    `ceiling` is True or None: pools of earlier versions are bound to a description that says null where there is none.
+    """
+
+    ceiling: bool | None = None
 
 
 @dataclass(frozen=True)

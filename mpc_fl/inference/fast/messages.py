@@ -8,9 +8,12 @@ them alike. Nothing here is secret; shares and masked values travel as tensors.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError
 from mpc_fl.inference.fast.layers import KINDS, Layer
 from mpc_fl.inference.fast.network import Network, Reveal, Value
@@ -22,6 +25,7 @@ WEIGHTS = "masked weights"
 _KINDS = {kind.__name__: kind for kind in KINDS}
 _LARGEST = 1 << 28  # elements of a value or of a layer's weights
 _LARGEST_BATCH = 1024
+_LARGEST_SCALE = 2.0**64  # of a value, or one over it: 32 bits of any scale are finite numbers
 
 
 def describe(network: Network) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     if default is None:
-        return value is None or type(value) is int
+        return value is None or value is True
     return type(value) is type(default)
 
 
@@ -63,7 +67,8 @@ def _layer(entry: dict[str, Any]) -> Layer:
 def _value(entry: dict[str, Any]) -> Value:
     shape, bits, scale = tuple(entry["shape"]), entry["bits"], float(entry["scale"])
     whole = all(type(size) is int and size > 0 for size in shape) and type(bits) is int
-    if not whole or len(shape) not in (1, 3) or math.prod(shape) > _LARGEST or not 0 < scale < math.inf:
+    possible = 1 / _LARGEST_SCALE <= scale <= _LARGEST_SCALE
+    if not whole or len(shape) not in (1, 3) or math.prod(shape) > _LARGEST or not possible:
         raise ValueError("value")
     return Value(shape, bits, scale)
 
@@ -77,8 +82,24 @@ def network_from(description: dict[str, Any]) -> Network:
             str(description["input"]),
             str(description["output"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, ModelError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ModelError):
         raise ProtocolError("the description of the network is not valid", SAME_VERSION) from None
+
+
+def network_digest(network: Network) -> str:
+    """SHA-256, as hex, of the public network: what pools and the hospital's masks are bound to. Class names of `layers`
+    enter it."""
+    return hashlib.sha256(json.dumps(describe(network), sort_keys=True).encode()).hexdigest()
+
+
+def hospital_seed(root: Seed, network: Network) -> Seed:
+    """From the seed that the hospital and the dealer have in common, that of all masks for `network`.
+
+    Each of the two derives it from the network that *it* was told. A model owner that tells them different ones would get
+    corrections in which one network's masks hide what belongs to the other's, and could read the hospital's masks off
+    them; so it gets corrections of masks that the hospital does not use. It costs no message.
+    """
+    return root.derive("network", network_digest(network))
 
 
 def correction_tag(number: int) -> str:

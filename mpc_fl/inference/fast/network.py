@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -114,7 +114,7 @@ def _check(network: Network, layer: Layer, known: set[str]) -> None:
         require(2 <= layer.weight_bits <= RING_BITS, "its weights have no possible width")
     if isinstance(layer, layers.ReLU):
         require(gate and output.bits in (bits, RING_BITS), "ReLU needs a narrow input and shift 0")
-        require(layer.ceiling is None or 0 < layer.ceiling < 1 << (bits - 2), "its ceiling is out of range")
+        require(layer.ceiling in (None, True), "its ceiling is not said to be or not to be")
     elif isinstance(layer, layers.SignExtend):
         require(gate and output.bits == RING_BITS, "sign extension goes from narrow to wide")
     elif isinstance(layer, layers.MaxPool):
@@ -176,10 +176,29 @@ def _windows(
 
 @dataclass(frozen=True, repr=False)
 class IntegerWeights:
-    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret."""
+    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret.
+
+    `ceilings` are those of ReLUs that have one, by output, at the input's scale: what calibration saw shows in them.
+    """
 
     weights: Mapping[str, torch.Tensor]
     biases: Mapping[str, torch.Tensor]
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+
+    def require_fitting(self, network: Network) -> None:
+        """Every layer of `network` has what it needs. Raises `ModelError`."""
+        for layer in network.layers:
+            if isinstance(layer, (Convolution, Linear)):
+                fits = tuple(self.biases[layer.output].shape) == (layer.weight_shape[0],)
+            elif isinstance(layer, layers.ReLU) and layer.ceiling:
+                # Differences from the ceiling must fit the gate.
+                fits = 0 < self.ceilings.get(layer.output, 0) < 1 << (network.values[layer.inputs[0]].bits - 2)
+            else:
+                continue
+            if not fits:
+                raise ModelError(
+                    f"layer '{layer.path}' has no bias of its size, or no ceiling", "this is a defect of calibration"
+                )
 
 
 @dataclass(frozen=True)
@@ -191,17 +210,31 @@ class IntegerModel:
 
 
 def encode(network: Network, records: torch.Tensor) -> torch.Tensor:
-    """Float records (N, ...) as elements of the network's input, int32: what the hospital masks, and what an owner emulates.
+    """Float records (N, ...) as elements of the network's input, int32: what an owner emulates.
 
     Raises `HeadroomError` for records of another shape, NaN, infinity and values that do not fit 32 bits.
     """
-    value = network.values[network.input]
-    if tuple(records.shape[1:]) != value.shape:
-        raise HeadroomError(f"records have shape {tuple(records.shape[1:])}, not {value.shape}", "resize them")
-    scaled = torch.round(records.double() / value.scale)
+    scaled = _scaled(network, records)
     if not bool((scaled.abs() < 1 << (RING_BITS - 1)).all()):  # false for NaN
         raise HeadroomError("a record has values that are not finite or do not fit the ring", "check the image")
     return scaled.to(torch.int32)
+
+
+def encode_silently(network: Network, records: torch.Tensor) -> torch.Tensor:
+    """The same for what the hospital masks: no value of a record decides whether a session goes on.
+
+    What does not fit becomes the nearest element that does, NaN zero: the model owner chose the scale, and an error would
+    tell it about the record. Raises `HeadroomError` for records of another shape alone, which is public.
+    """
+    most = (1 << (RING_BITS - 1)) - 1
+    return _scaled(network, records).nan_to_num_(nan=0.0).clamp_(-most, most).to(torch.int32)
+
+
+def _scaled(network: Network, records: torch.Tensor) -> torch.Tensor:
+    value = network.values[network.input]
+    if tuple(records.shape[1:]) != value.shape:
+        raise HeadroomError(f"records have shape {tuple(records.shape[1:])}, not {value.shape}", "resize them")
+    return torch.round(records.double() / value.scale)
 
 
 def channels_last(shape: tuple[int, ...], records: int) -> tuple[int, ...]:

@@ -11,11 +11,14 @@ Per batch of images:
   6. the logits are opened to the hospital alone
 
 Who learns what. The hospital learns its logits, architecture and shapes; the model owner shapes, the number and sizes of
-batches and timing, also when a batch is repeated, which looks like any other; the dealer shapes and timing.
+batches and timing; the dealer shapes and timing.
 
 Security. Shares of image and weights are masked by the pairwise seed of the two parties, every opened intermediate is
-masked by a triple (Beaver, CRYPTO 1991), the logits reach only the hospital, refreshed by a zero-share. Semi-honest, and
-the dealer colludes with neither.
+masked by a triple (Beaver, CRYPTO 1991), the logits reach only the hospital, refreshed by a zero-share. The dealer colludes
+with neither. What the hospital sends is masked by draws that it has in common with the dealer alone, each used once, so it is
+uniform to the model owner whatever that one sends; and number, order and ending of messages follow from sizes alone. So there
+is no step after the logits: a batch in which a truncation failed is not repeated, since a model can be made so that its
+logits exceed the bound when something is true of the image. The hospital says so to its own user, when all is over.
 
 Rounds and bytes. Those of the layers, which `network.cost` counts from shapes before a run; sharing weights and images sends
 nothing, the logits are 8 bytes each and one round. The dealer's bytes are stated in `sharing.dealer`.
@@ -35,7 +38,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.inference.reference.cost import module_with
-from mpc_fl.inference.reference.network import EncryptedGraph, OnLayer, build_graph, check_logits, run_layers
+from mpc_fl.inference.reference.network import EncryptedGraph, OnLayer, build_graph, run_layers, within_bound
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.models.architectures import build_model
@@ -50,7 +53,6 @@ from mpc_fl.sharing.dry_run import record_requests, shape_share
 from mpc_fl.sharing.opening import open_to
 
 _MODEL_OWNER_RANK = 1
-_ATTEMPTS = 2  # of one batch
 
 
 def runtime_of(config: Config, links: Links) -> CrypTenRuntime:
@@ -97,8 +99,8 @@ def ask(
 ) -> list[Diagnosis]:
     """The hospital's side: one `Diagnosis` per record of `images`.
 
-    A batch whose logits show a failed truncation is repeated once with fresh randomness; to the model owner it looks
-    like any other batch. Raises `ProtocolError` if the repetition fails too, `PeerLostError` for a lost party.
+    An image whose logits show a failed truncation has a `doubt`; to the model owner it looks like any other. Raises
+    `PeerLostError` for a lost party.
     """
     links = domain.links
     count, size = len(images.inputs), config.inference.batch_size
@@ -118,32 +120,22 @@ def ask(
         def layer_done(index: int, total: int, _name: str, done: int = start, width: int = len(batch)) -> None:
             notify("encrypted inference", done * total + index * width, count * total)
 
-        logits = _ask_batch(config, encrypted, batch, following, domain, layer_done)
+        links.send_object(MODEL_OWNER, "batch", {"size": len(batch), "next": following})
+        logits = _evaluate(encrypted, batch, following, domain, layer_done)
+        assert logits is not None
         seconds = (time.monotonic() - began) / len(batch)
-        results += [Diagnosis.of(row.float(), seconds) for row in logits]
+        certain = within_bound(logits, config.inference.logit_bound).tolist()
+        results += [
+            Diagnosis.of(row.float(), seconds, None if held else _beyond(config))
+            for row, held in zip(logits, certain, strict=True)
+        ]
     links.send_object(MODEL_OWNER, "batch", {"size": 0, "next": 0})
     return results
 
 
-def _ask_batch(
-    config: Config,
-    graph: EncryptedGraph,
-    batch: torch.Tensor,
-    following: int,
-    domain: CrypTenDomain,
-    on_layer: OnLayer,
-) -> torch.Tensor:
-    for attempt in range(_ATTEMPTS):
-        domain.links.send_object(MODEL_OWNER, "batch", {"size": len(batch), "next": following})
-        logits = _evaluate(graph, batch, following, domain, on_layer)
-        assert logits is not None
-        try:
-            check_logits(logits, config.inference.logit_bound)
-            return logits
-        except ProtocolError:
-            if attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("unreachable")
+def _beyond(config: Config) -> str:
+    bound = config.inference.logit_bound
+    return f"a logit lies beyond inference.logit_bound={bound:g}, as when a fixed-point truncation failed"
 
 
 def answer(config: Config, graph: EncryptedGraph, domain: CrypTenDomain) -> int:

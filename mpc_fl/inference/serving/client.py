@@ -15,22 +15,29 @@ the hospital diagnoses; then only batches that were there when the diagnosis beg
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from mpc_fl.audit.opening_record import Record
+from mpc_fl.audit.receipt_file import ReceiptFile
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, IdentityError, PeerLostError, RefusedError
 from mpc_fl.inference.fast.diagnosis import asking_session, diagnose_batches, fill_with, pool_of
+from mpc_fl.inference.fast.messages import network_digest
+from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
 from mpc_fl.inference.inputs import as_the_model_takes_them
 from mpc_fl.inference.results import Diagnosis
+from mpc_fl.inference.serving.receipt_exchange import HospitalReceipts
 from mpc_fl.inference.serving.service_links import REFUSED, identity_of, require_servable, session_links
 from mpc_fl.inference.serving.visits import TASK, Visit, service_digest
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
+from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, MODEL_OWNER, is_hospital
 
@@ -77,14 +84,12 @@ def ask_service(
     """
     found: list[Diagnosis] = []
     try:
-        with (
-            _explained(links),
-            pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling=False) as pool,
-        ):
-            images = as_the_model_takes_them(config, images, links)
-            hospital = asking_session(config, links, record, pool)
-            for diagnosis in diagnose_batches(config, images, hospital, notify):
-                found.append(diagnosis)  # kept also when the next batch is refused
+        with _explained(links):
+            config, receipts = _met(config, links, record)
+            inputs = as_the_model_takes_them(config, images, links)
+            with _session(config, links, receipts, filling=False) as session:
+                for diagnosis in diagnose_batches(config, inputs, session, notify):
+                    found.append(diagnosis)  # kept also when the next batch is refused
     except RefusedError as error:
         if not found:
             raise
@@ -98,8 +103,29 @@ def fill_from_service(config: Config, links: Links, record: Record, notify: Noti
     Raises `RefusedError` when the model owner keeps no more (what was stored until then stays), `PoolError` when the two halves
     do not belong together.
     """
-    with _explained(links), pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling=True) as pool:
-        fill_with(config, asking_session(config, links, record, pool), notify)
+    with _explained(links):
+        config, receipts = _met(config, links, record)
+        with _session(config, links, receipts, filling=True) as session:
+            fill_with(config, session, notify)
+
+
+def _met(config: Config, links: Links, record: Record) -> tuple[Config, HospitalReceipts]:
+    """The configuration with what the model owner reveals, and what keeps this session's receipts.
+
+    Raises `RefusedError` where the configuration asks for something else.
+    """
+    identity = identity_of(config, links.name)
+    receipts = HospitalReceipts(links, identity, ReceiptFile(site_directory(config), identity), record)
+    return config.with_values(inference={"reveal": receipts.meet(config.inference.reveal)}), receipts
+
+
+@contextlib.contextmanager
+def _session(config: Config, links: Links, receipts: HospitalReceipts, filling: bool) -> Iterator[HospitalSession]:
+    """The session, with this hospital's pool while it lasts. Raises `PoolError`, `ProtocolError` for another network."""
+    with pool_of(config, HospitalPool, links.name, MODEL_OWNER, filling) as pool:
+        session = asking_session(config, links, receipts.record, pool, receipts)
+        receipts.require_network(network_digest(session.network))
+        yield session
 
 
 class _explained:

@@ -1,7 +1,8 @@
 """The gate of one session: before each batch the model owner waits for its hospital's turn and charges its quota.
 
 `SessionGate` joins what `turns` decides (whose batch is next) with what `quota` decides (how many images a hospital may ask
-about), and keeps a session to its purpose: one that diagnoses fills no pool, and the other way round.
+about), and keeps a session to its purpose: one that diagnoses fills no pool, and the other way round. `SignedGate` adds that
+nothing goes on without the receipt of what was before (`receipt_exchange`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterator
 
 from mpc_fl.errors import ProtocolError, RefusedError
 from mpc_fl.inference.serving.quota import UsageLedger
+from mpc_fl.inference.serving.receipt_exchange import OwnerReceipts
 from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit
 
 
 class SessionGate:
-    """What `OwnerSession` asks before each batch of one session (`BatchGate`).
+    """Turns and limits of one session's batches.
 
     `check` raises when there is nobody to wait for any more; the model owner keeps `pool_batches` for each hospital.
     """
@@ -65,3 +67,36 @@ class SessionGate:
         """What was begun has been answered, or stored."""
         self._turns.end(self._visit)
         self._has_turn = False
+
+
+class SignedGate:
+    """What `OwnerSession` asks at each batch of one session (`BatchGate`): receipts first, then turns and limits."""
+
+    def __init__(self, gate: SessionGate, receipts: OwnerReceipts) -> None:
+        self._gate, self._receipts = gate, receipts
+
+    def begin(self, records: int) -> None:
+        """Raises `RefusedError` for a receipt that was not signed, and as `SessionGate.begin`."""
+        self._receipts.require_signed()
+        self._gate.begin(records)
+
+    def ready(self, images: int, dealt: bool) -> None:
+        """The receipt of this batch is proposed. Raises `ProtocolError` when the dealer did not sign."""
+        self._receipts.ready(images, dealt)
+
+    def answer(self) -> None:
+        """Raises `RefusedError` for a receipt that was not signed."""
+        self._receipts.require_signed()
+
+    def end(self) -> None:
+        """As `SessionGate.end`."""
+        self._gate.end()
+
+    def store(self, stored: int) -> None:
+        """Raises `RefusedError` for a receipt that was not signed, and as `SessionGate.store`."""
+        self._receipts.require_signed()
+        self._gate.store(stored)
+
+    def finish(self) -> None:
+        """The closing receipt."""
+        self._receipts.close()

@@ -41,11 +41,14 @@ class Visit:
 
 
 def service_digest(config: Config) -> str:
-    """SHA-256, as hex, of what a hospital and a standing model owner must agree on. Their images are their own matter."""
+    """SHA-256, as hex, of what a hospital and a standing model owner must agree on. Their images are their own matter.
+
+    What is revealed is the model owner's choice: it tells it when a session begins (`receipt_exchange`).
+    """
     inference, data = config.inference, config.data
     shared = {
         "inputs": [list(data.input_shape), list(data.classes), data.normalise],
-        "inference": [inference.engine, inference.reveal, inference.batch_size],
+        "inference": [inference.engine, inference.batch_size],
         "model": config.model.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

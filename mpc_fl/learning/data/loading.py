@@ -11,15 +11,18 @@ import numpy as np
 import torch
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import DataError
+from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
-from mpc_fl.learning.data.phantoms import make_phantoms
+from mpc_fl.learning.data.phantoms import make_phantoms, phantom_labels
 from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
 log = logging.getLogger(__name__)
+
+_LARGEST_OVER_SMALLEST = 4  # where privacy.largest_hospital is not set
+_NAMED = 5  # patients that a message names
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def _index(config: Config, split: Split) -> _Index:
         phantoms = make_phantoms(count, len(config.data.classes), config.data.image_size, config.seed, split)
         names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
         inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
-        return _Index(phantoms.labels, [str(patient) for patient in phantoms.patients], names, arrays=inputs)
+        # No phantom of one split is one of another, and so are their names.
+        return _Index(phantoms.labels, [f"{split}-{patient}" for patient in phantoms.patients], names, arrays=inputs)
     if source == "images":
         labels, files = [], []
         for label, folder in _class_folders(_data_path(config) / split, config):
@@ -118,16 +122,102 @@ def _patients_of_hospitals(index: _Index, config: Config) -> list[list[str]]:
     for patient, label in zip(index.patients, index.labels.tolist(), strict=True):
         first_label.setdefault(patient, label)
     keys = list(first_label)
-    labels = np.array([first_label[key] for key in keys])
+    parts = _divided(np.array([first_label[key] for key in keys]), config)
+    return [[keys[i] for i in part] for part in parts]
+
+
+def _divided(labels: np.ndarray, config: Config) -> list[np.ndarray]:
+    """Numbers of each hospital's patients, from their classes, int (patients,)."""
     hospitals, method = config.federation.hospitals, config.data.partition.method
     if method == "none":
         (whole,) = partition_equal(labels, 1, config.seed)
-        parts = [whole] * hospitals
-    elif method == "equal":
-        parts = partition_equal(labels, hospitals, config.seed)
-    else:
-        parts = partition_dirichlet(labels, hospitals, config.data.partition.alpha, config.seed)
-    return [[keys[i] for i in part] for part in parts]
+        return [whole] * hospitals
+    if method == "equal":
+        return partition_equal(labels, hospitals, config.seed)
+    return partition_dirichlet(labels, hospitals, config.data.partition.alpha, config.seed)
+
+
+@dataclass(frozen=True)
+class PublicSizes:
+    """Public bounds on the training patients of every hospital."""
+
+    smallest: int
+    largest: int
+
+
+def public_sizes(config: Config) -> PublicSizes:
+    """What all parties may know of hospitals' sizes: what is configured, or of phantoms, which are made from public numbers.
+
+    Raises `ConfigError` where neither says it.
+    """
+    smallest, largest = config.privacy.smallest_hospital, config.privacy.largest_hospital
+    if smallest is None:
+        if config.data.source != "phantoms":
+            raise ConfigError(
+                "privacy.smallest_hospital is not set: sampling and noise must follow from a public figure, never from the "
+                "number of a hospital's patients",
+                "set it to what all hospitals may publish as the fewest training patients that any of them has",
+            )
+        labels = phantom_labels(config.data.phantoms.train_patients, len(config.data.classes), config.seed, "train")
+        sizes = [len(part[: config.data.subset.train_patients]) for part in _divided(labels, config)]
+        return PublicSizes(max(1, min(sizes)), max(1, *sizes))
+    if largest is None:
+        largest = max(smallest, min(_LARGEST_OVER_SMALLEST * smallest, config.aggregation.count_bound))
+    return PublicSizes(smallest, largest)
+
+
+@dataclass(frozen=True)
+class SharedPatients:
+    """Test patients that are by name also training patients, in order, `of` so many test patients."""
+
+    names: tuple[str, ...]
+    of: int
+
+    @property
+    def described(self) -> str:
+        """Some words with the first names; empty when there is none."""
+        if not self.names:
+            return ""
+        more = f" and {len(self.names) - _NAMED} more" if len(self.names) > _NAMED else ""
+        return f"{len(self.names)} of {self.of} test patients are also training patients by name: " + (
+            ", ".join(self.names[:_NAMED]) + more
+        )
+
+
+def shared_patients(config: Config) -> SharedPatients:
+    """Which test patients train somewhere, as far as names at hand say: of all hospitals that share one data folder.
+
+    Tables are divided by patient, archives and phantoms number the records of each split anew: none is shared there.
+    Raises `DataError` like `load_hospital`.
+    """
+    if config.data.source != "images":
+        return SharedPatients((), 0)
+    index, limit = _index(config, "train"), config.data.subset.train_patients
+    training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
+    testing = dict.fromkeys(_index(config, "test").patients)
+    return SharedPatients(tuple(sorted(name for name in testing if name in training)), len(testing))
+
+
+def _index_of(config: Config, split: Split) -> _Index:
+    """The records of a split; tests are made without those that train, unless `data.shared_patients` says otherwise."""
+    index, rule = _index(config, split), config.data.shared_patients
+    shared = shared_patients(config) if split == "test" and rule != "keep" else SharedPatients((), 0)
+    if not shared.names:
+        return index
+    if rule == "refuse" or len(shared.names) == shared.of:
+        raise DataError(
+            f"{len(shared.names)} of {shared.of} test patients are also training patients by name",
+            "`mpc-fl check` names them; part the patients, or set data.shared_patients to leave_out or keep",
+        )
+    log.info("%d of %d test patients are also training patients by name: left out", len(shared.names), shared.of)
+    names = set(shared.names)
+    kept = [row for row, patient in enumerate(index.patients) if patient not in names]
+    return _Index(
+        index.labels[kept],
+        [index.patients[row] for row in kept],
+        [index.names[row] for row in kept],
+        [index.files[row] for row in kept],
+    )
 
 
 def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> list[str]:
@@ -149,7 +239,7 @@ def load_hospital(config: Config, rank: int, split: Split) -> Dataset:
     An unreadable file is skipped and counted. Raises `DataError` for missing folders, an empty class, a hospital without
     patients, images of a wrong size, labels beyond the classes, or when every file is unreadable.
     """
-    index = _index(config, split)
+    index = _index_of(config, split)
     position = {key: number for number, key in enumerate(_own_patients(index, config, rank, split))}
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
@@ -256,7 +346,7 @@ def patients_per_hospital(config: Config) -> list[int]:
     counts: list[int] = []
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
-        index = _index(config, split)
+        index = _index_of(config, split)
         for rank in range(config.federation.hospitals):
             own = _own_patients(index, config, rank, split)
             if split == "train":

@@ -10,7 +10,20 @@ from dataclasses import dataclass
 
 import torch
 
+from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
+
+# What `tables.scale_features` gives is no larger in magnitude: with reference ranges, and the log of the largest float64.
+_LARGEST_RANGED_FEATURE = 2.0
+_LARGEST_FEATURE = 710.0
+
+
+def range_of_inputs(config: Config) -> tuple[float, float]:
+    """Between which two numbers every input of such a configuration lies before it is normalised, whatever the data."""
+    if not config.data.is_table:
+        return 0.0, 1.0
+    largest = _LARGEST_FEATURE if config.data.table.reference_ranges is None else _LARGEST_RANGED_FEATURE
+    return -largest, largest
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,27 @@ def make_phantoms(patients: int, classes: int, size: int, seed: int, split: Spli
 
     Raises `DataError` for other than 2 or 3 classes.
     """
+    owner, label_of, draw = _drawn_patients(patients, classes, seed, split)
+    labels = label_of[owner]
+    pieces = [_draw_images(labels[start : start + _CHUNK], size, draw) for start in range(0, len(labels), _CHUNK)]
+    return Phantoms(np.concatenate(pieces), labels.astype(np.int64), owner.astype(np.int64))
+
+
+def phantom_labels(patients: int, classes: int, seed: int, split: Split) -> np.ndarray:
+    """The class of each patient of `make_phantoms`, int64 (patients,), without drawing images. Raises `DataError`."""
+    return _drawn_patients(patients, classes, seed, split)[1]
+
+
+def _drawn_patients(
+    patients: int, classes: int, seed: int, split: Split
+) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+    """Owner of each record, class of each patient, and the generator that draws their images next."""
     if not 2 <= classes <= 3:
         raise DataError(f"phantoms have 2 or 3 classes, not {classes}", "set data.classes to two or three names")
     draw = generator(seed, _SPLIT_KEY[split])
     twice = draw.random(patients) < 0.2
     owner = np.repeat(np.arange(patients), 1 + twice)
-    label_of = draw.permutation(np.arange(patients) % classes)
-    labels = label_of[owner]
-    pieces = [_draw_images(labels[start : start + _CHUNK], size, draw) for start in range(0, len(labels), _CHUNK)]
-    return Phantoms(np.concatenate(pieces), labels.astype(np.int64), owner.astype(np.int64))
+    return owner, draw.permutation(np.arange(patients) % classes), draw
 
 
 def _bell(distance: np.ndarray, softness: float) -> np.ndarray:

@@ -4,7 +4,7 @@ A hospital counts its own test records (`evaluate_locally`), the counts become o
 the sum of these vectors says about all hospitals together is read from it (`decode_evaluation`): class counts, confusion
 matrix, ROC and AUC, calibration, Brier score. No hospital's own number is needed for any of them.
 
-Resolution. Counts are exact. Predicted probabilities enter as histograms of 50 bins and as sums of whole multiples of
+Resolution. Counts are exact. Predicted probabilities enter as histograms of 20 bins and as sums of whole multiples of
 2^-10, no finer than the results need: a bin may hold a single patient, whose probability the sum then shows.
 - AUC: two scores in one bin count as a tie. That moves it by at most half the share of pairs that meet in a bin
   (`area_resolution`), because scores in different bins keep their order.
@@ -25,7 +25,7 @@ from torch import nn
 from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 
-SCORE_BINS = 50
+SCORE_BINS = 20
 RELIABILITY_BINS = 10
 CALIBRATION_BITS = 10
 EVALUATION_CHUNK = 64  # records at a time
@@ -37,7 +37,7 @@ _UNIT = float(1 << CALIBRATION_BITS)
 class Evaluation:
     """Counts of one evaluation over `confusion.sum()` records, all int64.
 
-    `confusion` (classes, classes), rows are true classes. `scores` (classes, 2, 50): for each class the histogram of its
+    `confusion` (classes, classes), rows are true classes. `scores` (classes, 2, 20): for each class the histogram of its
     predicted probability among records of other classes (0) and of the class itself (1). `reliability` (3, 10): by the
     predicted class's probability, how many records, how many of them right, and the sum of that probability in units of
     2^-10. `squared_errors` (classes,): sum over records of (probability of the class - [it is the class])^2, in 2^-10.
@@ -136,6 +136,7 @@ class Evaluation:
             "brier_by_class": [round(score, 5) for score in self.brier_scores],
             "calibration_error": round(self.calibration_error, 5),
             "reliability": [[count, _rounded(mean), _rounded(right)] for count, mean, right in self.reliability_bins],
+            "noise": None,
         }
 
 
@@ -215,7 +216,7 @@ def _fixed(values: torch.Tensor) -> torch.Tensor:
 
 
 def evaluation_length(classes: int) -> int:
-    """Elements of an encoded evaluation: 9 + 300 + 30 + 3 for three classes."""
+    """Elements of an encoded evaluation: 9 + 120 + 30 + 3 for three classes."""
     return classes * classes + 2 * classes * SCORE_BINS + 3 * RELIABILITY_BINS + classes
 
 

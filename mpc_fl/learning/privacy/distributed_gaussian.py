@@ -1,7 +1,7 @@
 """The distributed Gaussian mechanism: noise in parts, so that only a noised sum over all hospitals is ever opened.
 
 Each step, hospital i of n (Kairouz, Liu, Steinke, ICML 2021, with another rounding and another noise analysis):
-  1. samples its patients, each with probability q_i
+  1. samples its patients, each with the public probability q
   2. `add_patients`: clips every patient's gradient, rounds it to the grid, and adds up whole numbers
   3. `noised_share`: adds integer noise of variance v = sigma^2 / (n - t)
   4. shares the result; the sum over all hospitals is opened, and `mean_gradient` decodes it
@@ -14,9 +14,11 @@ grid units. It then has an L2 norm of at most s C + sqrt(P) / 2 <= B with the sc
 of a hospital consists of whole numbers and is exact, adding or removing one patient moves it by exactly that patient's
 rounded gradient: the L2 sensitivity is B. To round the sum of a hospital instead would move it by up to s C + sqrt(P),
 besides what the order of floating-point additions does to the other patients' digits (Casacuberta et al., CCS 2022),
-which no formula covers. Conditional random rounding (Kairouz et al., section 4) has a smaller bound for coarse grids;
-here B >= 50 sqrt(P), so it could win less than 1 %, for one random number per patient and parameter. Norms are taken in
-float64, with a relative error below 2^-20 for up to 2^30 parameters, and the scale leaves room for that.
+which no formula covers. For that a patient's gradient must come out the same, bit for bit, whoever else is drawn:
+`per_sample_gradients.rounded_sum` sees to it. Conditional random rounding (Kairouz et al., section 4) has a smaller
+bound for coarse grids; here B >= 50 sqrt(P), so it could win less than 1 %, for one random number per patient and
+parameter. Norms are taken in float64, with a relative error below 2^-20 for up to 2^30 parameters, and the scale leaves
+room for that.
 
 Noise. Let sigma^2 = (z B)^2 + 5. By the lemma of `discrete_gaussian`, the sum of n - t shares has the law N_Z(0, sigma^2) up to
 2^-140 per share (v >= 10, so g >= 5). The same lemma with an integral for one sum (Peikert, CRYPTO 2010) shows that
@@ -34,9 +36,10 @@ patients are drawn with probability below 2^-128, whatever their data; the step 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -49,12 +52,13 @@ from mpc_fl.learning.privacy import discrete_gaussian as integer_noise
 from mpc_fl.learning.privacy.accounting import LARGEST_NOISE_MULTIPLIER, SubsampledGaussian
 from mpc_fl.learning.privacy.discrete_gaussian import SMOOTHING, DiscreteGaussian, smoothing_distance
 
-_REFUSAL_BITS = 128
+REFUSAL_BITS = 128
 _FLOAT_MARGIN = 2.0**-20
 _FINE_GRID = 512  # B / sqrt(P) from which the grid costs less than 0.1 % of noise
 _COARSE_GRID = 50  # below, it would cost more than 1 %
 _LARGEST_PARAMETERS, _LARGEST_PATIENTS = 1 << 30, 1 << 24  # so m B < 2^53: exact in float64
 _BLOCK = 1 << 18  # gradient elements rounded at a time
+_NORM_BLOCK = 1 << 16  # squares added up at a time, in each row
 
 
 @functools.lru_cache
@@ -64,24 +68,29 @@ def patients_bound(expected_patients: int) -> int:
     Chernoff: P[more than m] <= exp(-(m log(m / e) - (m - e))) for a sum of independent indicators of expectation <= e < m.
     """
     bound = expected_patients + 1
-    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < _REFUSAL_BITS * math.log(2):
+    while bound * math.log(bound / expected_patients) - (bound - expected_patients) < REFUSAL_BITS * math.log(2):
         bound += 1
     return bound
 
 
 def step_total_variation(parameters: int, hospitals: int, colluders: int) -> float:
-    """How far one step is from a Gaussian release in total variation: noise, its rounding, and the refusal of step 2."""
+    """How far one step is from a Gaussian release in total variation.
+
+    Noise, its rounding, the refusal of step 2, and the bit that a check of the summand's norm opens: it is constant but for
+    two tails of 2^-128 (`aggregation.norm_bound`), counted whether or not there is a check.
+    """
     per_share = integer_noise.TOTAL_VARIATION + smoothing_distance(SMOOTHING)
     per_coordinate = (hospitals - colluders) * per_share + smoothing_distance(SMOOTHING)
-    return parameters * per_coordinate + 2.0**-_REFUSAL_BITS
+    return parameters * per_coordinate + 3 * 2.0**-REFUSAL_BITS
 
 
 @dataclass(frozen=True)
 class MechanismTerms:
     """What is agreed of a mechanism before its grid and its ring are chosen.
 
-    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (an upper bound), clipping
-    norm C, noise multiplier z (against the t).
+    `parameters` P, `hospitals` n, `colluders` t < n, `expected_patients` per hospital and step (a public upper bound),
+    clipping norm C, noise multiplier z (against the t). `divisor`: what a mean divides by for each hospital, public too;
+    None for `expected_patients`.
     """
 
     parameters: int
@@ -90,6 +99,7 @@ class MechanismTerms:
     expected_patients: int
     clipping_norm: float
     noise_multiplier: float
+    divisor: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -180,9 +190,7 @@ def plan_mechanism(terms: MechanismTerms, ring_bits: Literal[32, 64] = 32) -> Di
 def require_patients(mechanism: DistributedGaussian, count: int, who: str) -> None:
     """Raise `HeadroomError` if more patients were drawn than a step has room for (probability below 2^-128)."""
     if count > mechanism.patients_bound:
-        raise HeadroomError(
-            f"{who} drew more patients than a step has room for", "check that training.batch_size is the expectation"
-        )
+        raise HeadroomError(f"{who} drew more patients than a step has room for", "check privacy.largest_hospital")
 
 
 def add_patients(
@@ -195,7 +203,9 @@ def add_patients(
     before clipping, float64 (rows,), the hospital's own. A gradient that is not finite counts as zero: otherwise one
     patient could spoil the sum. Raises `ValueError` for other shapes or dtypes.
 
-    The bound on sensitivity needs rows that depend on their own patient alone, bit for bit.
+    What a row adds depends on that row alone, bit for bit: all but the norm is computed element by element, and squares are
+    added in pairs, element by element too. A sum over a dimension would be ordered by the number of rows, their place
+    in memory and the number of threads. The rows themselves are the caller's matter (`per_sample_gradients.rounded_sum`).
     """
     rows = [gradient.detach().reshape(len(gradient), math.prod(gradient.shape[1:])) for gradient in gradients]
     sizes = [row.shape[1] for row in rows]
@@ -206,11 +216,7 @@ def add_patients(
     width = max(1, _BLOCK // max(1, len(rows[0])))
 
     # 1. Norms. A float32 squared is exact in float64, and no sum of squares overflows.
-    squares = torch.zeros(len(rows[0]), dtype=torch.float64)
-    for row in rows:
-        for block in row.split(width, dim=1):
-            squares += block.double().square_().sum(dim=1)
-    norms = squares.sqrt()
+    norms = _sums_of_squares(rows).sqrt()
     finite = torch.isfinite(norms)
     factors = mechanism.scale * (mechanism.clipping_norm / norms).clamp(max=1.0)
     if not bool(finite.all()):
@@ -221,6 +227,30 @@ def add_patients(
         for block, place in zip(row.split(width, dim=1), part.split(width), strict=True):
             place += block.double().mul_(factors.unsqueeze(1)).round_().sum(dim=0).to(total.dtype)
     return norms
+
+
+def _sums_of_squares(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of each row of several tensors together, float64 (rows,): added element by element, in an order that the tensors' numbers
+    of columns alone decide."""
+    total, waiting, columns = torch.zeros(len(rows[0]), dtype=torch.float64), list[torch.Tensor](), 0
+    for block in itertools.chain.from_iterable(row.split(_NORM_BLOCK, dim=1) for row in rows):
+        if waiting and columns + block.shape[1] > _NORM_BLOCK:
+            total += _added_in_pairs(torch.cat(waiting, dim=1))
+            waiting, columns = [], 0
+        waiting.append(block.double().square_())
+        columns += block.shape[1]
+    return total + _added_in_pairs(torch.cat(waiting, dim=1))
+
+
+def _added_in_pairs(squares: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of (rows, columns), which it overwrites."""
+    if not squares.shape[1]:
+        return squares.sum(dim=1)
+    while (columns := squares.shape[1]) > 1:
+        half = (columns + 1) // 2
+        squares[:, : columns - half] += squares[:, half:]
+        squares = squares[:, :half]
+    return squares[:, 0]
 
 
 def noised_share(
@@ -243,7 +273,7 @@ def noised_share(
 
 
 def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch.Tensor:
-    """The opened sum (integers, shape (P,)) over s and the expected number of patients of all hospitals, float64 (P,).
+    """The opened sum (integers, shape (P,)) over s and the public divisor of all hospitals, float64 (P,).
 
     Raises `ProtocolError` for a sum that no run of the protocol can have.
     """
@@ -251,4 +281,5 @@ def mean_gradient(mechanism: DistributedGaussian, opened: torch.Tensor) -> torch
         raise ProtocolError("the opened sum of gradients has another shape or type", SAME_VERSION)
     if max(int(opened.max()), -int(opened.min())) > mechanism.largest_sum:
         raise ProtocolError("the opened sum of gradients exceeds its bound", "a hospital does not follow the protocol")
-    return opened.double() / (mechanism.scale * mechanism.hospitals * mechanism.expected_patients)
+    divisor = mechanism.expected_patients if mechanism.divisor is None else mechanism.divisor
+    return opened.double() / (mechanism.scale * mechanism.hospitals * divisor)

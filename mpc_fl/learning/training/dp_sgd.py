@@ -1,8 +1,9 @@
 """One round of local training with differential privacy: DP-SGD (Abadi et al., CCS 2016), patient by patient.
 
 Each step draws patients independently with the sampling rate, takes one record of each, clips every patient's gradient
-to the clipping norm, sums, adds Gaussian noise, divides by the expected number of patients, and steps. The sum moves by
-at most the clipping norm when one patient is added or removed, whatever their data: the unit of privacy is the patient.
+to the clipping norm, sums, adds Gaussian noise, divides by the configured batch size, and steps. The sum moves by at most
+the clipping norm when one patient is added or removed, whatever their data: the unit of privacy is the patient. Nothing
+else of a step depends on how many patients there are: the rate is public (`federation.planning`), and so is the divisor.
 
 Opacus's optimizer does noise, scale and step; its generator is replaced by the project's stream cipher. Layers that
 draw at random (dropout, stochastic depth) are off, BatchNorm keeps its statistics: every network trains in evaluation
@@ -129,7 +130,6 @@ def _private_steps(
     sgd: torch.optim.SGD,
     training: LocalTraining,
     method: Method,
-    expected_patients: float,
     noise_stream: Callable[[int], Stream],
 ) -> TakeStep:
     """Steps that clip every patient's gradient and add noise, of `noise_stream` for each parameter anew."""
@@ -141,7 +141,7 @@ def _private_steps(
         sgd,
         noise_multiplier=noise_multiplier,
         clipping_norm=norm,
-        expected_batch_size=expected_patients,
+        expected_batch_size=training.config.training.batch_size,
         noise_stream=noise_stream,
     )
 
@@ -221,9 +221,9 @@ def train_locally(
         take_step = _plain_steps(working, sgd, training)
     else:
         method = _method_of(training, working, tuple(data.inputs.shape[1:]))
-        expected = training.sample_rate * len(data.records_of_patient)
-        take_step = _private_steps(working, sgd, training, method, expected,
-                                   lambda index: noise_seed.stream("dp noise", round_number, step, index))  # fmt: skip
+        take_step = _private_steps(
+            working, sgd, training, method, lambda index: noise_seed.stream("dp noise", round_number, step, index)
+        )
     if training.group is not None:
         training.group.begin_round(working, event is not None)
 

@@ -7,6 +7,7 @@ is fastest depends on the network, so `choose_per_sample_method` measures; tests
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
@@ -24,6 +25,7 @@ Method = Literal["vmap", "loop", "hooks"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _VMAP_BYTES = 1 << 30
 _HOOKS_PARAMETERS = 1_000_000
+_PLACES = 16  # of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty
 
 
 class ClippedSum(NamedTuple):
@@ -168,13 +170,46 @@ def rounded_sum(
     mechanism: DistributedGaussian,
     method: Method = "loop",
 ) -> RoundedSum:
-    """Clip each record's gradient, round it to the mechanism's grid, and add up exactly; see `clipped_sum`."""
+    """Clip each record's gradient, round it to the mechanism's grid, and add up exactly; see `clipped_sum`.
+
+    What a record adds depends on that record alone, bit for bit, whoever else is in the batch and in whatever order: else
+    removing one patient would move digits of others, and the sum by more than its sensitivity. The kernels of matrix products
+    and convolutions round differently by number of rows, place in the batch and alignment in memory. So all of these are
+    the same for a record wherever it occurs: batches have one size, empty places hold zeros, every batch lies in memory
+    of its own, and a record's place is read from its own content (`_batches`). Rows do not mix: each number of a record's
+    gradient is computed from that record and the parameters, by a program that depends on shapes and threads alone.
+    (`loop` has batches of one.) Norms and losses are in the order of the records.
+    """
     total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
-    norms, losses = [torch.empty(0, dtype=torch.float64)], [torch.empty(0)]
-    for gradients, values in _IMPLEMENTATIONS[method](model, loss, inputs, labels) if len(inputs) else iter(()):
-        norms.append(add_patients(mechanism, total, gradients))
-        losses.append(values)
-    return RoundedSum(total, torch.cat(norms), torch.cat(losses))
+    norms, losses = torch.zeros(len(inputs), dtype=torch.float64), torch.zeros(len(inputs))
+    for places, records in _batches(inputs, 1 if method == "loop" else _PLACES):
+        batch = inputs.new_zeros(1 if method == "loop" else _PLACES, *inputs.shape[1:])
+        batch[places], batch_labels = inputs[records], labels.new_zeros(len(batch))
+        batch_labels[places] = labels[records]
+        first = 0
+        for gradients, values in _IMPLEMENTATIONS[method](model, loss, batch, batch_labels):
+            within = (places >= first) & (places < first + len(values))
+            own, who = places[within] - first, records[within]
+            if len(own):
+                norms[who] = add_patients(mechanism, total, [gradient[own] for gradient in gradients])
+                losses[who] = values[own]
+            first += len(values)
+    return RoundedSum(total, norms, losses)
+
+
+def _batches(inputs: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of at most `size` records that have different places: the places, and which records, int64 (N,) each.
+
+    A record's place is a digest of its content, so it is the same in every batch and for every other data set.
+    """
+    waiting: list[list[int]] = [[] for _ in range(size)]
+    for number, record in enumerate(inputs):
+        digest = hashlib.blake2b(record.contiguous().numpy().tobytes(), digest_size=8).digest() if size > 1 else b""
+        waiting[int.from_bytes(digest, "little") % size].append(number)
+    while any(waiting):
+        taken = [(place, numbers.pop()) for place, numbers in enumerate(waiting) if numbers]
+        places, records = torch.tensor(taken, dtype=torch.int64).unbind(1)
+        yield places, records
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -185,20 +220,28 @@ def working_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model).eval()  # `loop` needs no rewriting
 
 
-def choose_per_sample_method(model: nn.Module, input_shape: tuple[int, ...], batch_size: int = 32) -> Method:
-    """The fastest method for this model and batch size on this machine, measured on blank records of `input_shape`.
+def choose_per_sample_method(
+    model: nn.Module, input_shape: tuple[int, ...], batch_size: int = 32, mechanism: DistributedGaussian | None = None
+) -> Method:
+    """The fastest method for this model and batch size on this machine, measured on plain records of `input_shape`.
+
+    With `mechanism` for sums that are rounded to its grid (`rounded_sum`), else for `clipped_sum`.
 
     Measures 2 to 32 records, as many as `loop` does in about 0.2 s. Left out are methods that cannot handle the model,
     `hooks` above a million parameters, and `vmap` where these gradients exceed 1 GB. The clock decides about speed
-    only: all methods give the same sum up to rounding.
+    only: all methods give the same sum up to rounding, and of each what a record adds to a rounded sum is its own.
     """
     working = working_copy(model)
     size = sum(parameter.numel() for _, parameter in trainable_parameters(working))
 
     def seconds(method: Method, count: int) -> float:
         inputs, labels = torch.zeros(count, *input_shape), torch.zeros(count, dtype=torch.int64)
+        inputs.reshape(count, -1)[:] = torch.arange(count).unsqueeze(1) / count  # all alike would share one place
         start = time.perf_counter()
-        clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method)
+        if mechanism is None:
+            clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method)
+        else:
+            rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
         return time.perf_counter() - start
 
     seconds("loop", 1)  # first calls are slower

@@ -24,7 +24,7 @@ DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 SMALL = {
     "data": {"source": "images", "image_size": 8},
     "training": {"rounds": 3, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
-    "privacy": {"delta": 0.01},
+    "privacy": {"delta": 0.01, "smallest_hospital": 9},
     "federation": {"hospitals": 2},
     "inference": {"batch_size": 2},
 }
@@ -44,12 +44,13 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_check_and_estimate_for_machines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     checked = json.loads(command(capsys, monkeypatch, "check", DEMO, "--json"))
     estimated = json.loads(command(capsys, monkeypatch, "estimate", DEMO, "--json"))
-    assert checked == {"ok": True, **estimated["training"]}
+    assert checked == {"ok": True, **estimated["training"], "shared_patients": []}
     training, inference = estimated["training"], estimated["inference"]
     assert training["parameters"] == 22_499 and training["headroom_bits_spare"] > 0
     assert [line["patients"] for line in training["privacy"]] == [800, 800, 800]
     for line in training["privacy"]:
-        assert 7.9 < line["epsilon"] <= line["target_epsilon"] == 8.0 and line["noise_multiplier"] > 1
+        assert 7.9 < line["epsilon_with_spare"] <= line["target_epsilon"] == 8.0 and line["noise_multiplier"] > 1
+        assert 7 < line["epsilon"] < 7.9  # without a round that is lost and made anew
     for key in ("bytes_sent_per_hospital", "bytes_sent_by_aggregator", "messages_per_hospital"):
         assert training[key] > 0
     for key in ("bytes_per_party", "bytes_sent_by_dealer", "rounds", "comparisons", "multiplications"):
@@ -60,12 +61,12 @@ def test_check_and_estimate_for_machines(capsys: pytest.CaptureFixture[str], mon
 def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     said = command(capsys, monkeypatch, "check", DEMO)
     assert re.search(
-        r"^hospital-2: 800 training patients, epsilon 7\.99 with noise multiplier 2\.\d+$", said, re.MULTILINE
+        r"^hospital-2: 800 training patients, epsilon 7\.\d\d with noise multiplier 2\.\d+$", said, re.MULTILINE
     )
     assert re.search(r"^Headroom: 1\.0 bits to spare\.\nMemory: about 0\.\d GB per hospital\. The run can work\.$", said,
                      re.MULTILINE)  # fmt: skip
     said = command(capsys, monkeypatch, "estimate", DEMO, "--set", "privacy.mechanism=none")
-    assert "each hospital sends 0.7 MB in 68 messages, needs about 0." in said
+    assert "each hospital sends 0.7 MB in 36 messages, needs about 0." in said
     assert said.count("800 patients, no differential privacy") == 3
     assert "3.1 MB sent per party in 57 rounds" in said and "1.6 MB sent by the dealer" in said
 

@@ -18,30 +18,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpc_fl.audit.receipt_file import ReceiptFile
+from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, ProtocolError, RefusedError
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER
-from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
+from mpc_fl.inference.fast.preprocessing.pool import open_pool
 from mpc_fl.inference.serving.gate import SessionGate
-from mpc_fl.inference.serving.quota import USAGE_FILE, Charge, Quota, SessionRate, UsageLedger, free_again
+from mpc_fl.inference.serving.quota import Charge, Quota, SessionRate, UsageLedger, free_again, quotas_of
+from mpc_fl.inference.serving.service_records import RECORDS_FILE, open_records
 from mpc_fl.inference.serving.turns import Rota, Turns
 from mpc_fl.inference.serving.visits import Visit, service_digest
 from mpc_fl.learning.data.loading import load_images
-from mpc_fl.learning.data.phantoms import public_phantoms
-from mpc_fl.learning.models.architectures import build_model
-from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.model_file import load_model, save_model
+from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import Route
 from mpc_fl.links.settings import Reach, Timeouts
-from tests.support.harness import SPAWN, free_ports, interruptible
+from mpc_fl.roles import MODEL_OWNER
+from tests.support.harness import SPAWN, interruptible
+from tests.support.served import HOSPITALS, Service, asking_party, configuration, make_service_directory
 
 # ---- whose batch is next -----------------------------------------------------------------------------------------------
 
-HOSPITALS = ["hospital-0", "hospital-1", "hospital-2"]
 VISITS = [Visit(name) for name in HOSPITALS]
 
 
@@ -139,32 +140,58 @@ def test_no_window_ever_holds_more_than_the_limit(asked: list[tuple[int, int]], 
 )
 def test_what_was_asked_counts_after_a_restart(tmp_path: Path, quotas: list[Quota], period: str) -> None:
     moment = 1_800_000_000.0
-    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
-    ledger.charge("hospital-0", 3)
-    with pytest.raises(MpcFlError, match="another process is serving"):
-        UsageLedger(tmp_path, quotas)
-    ledger.close()
-    with (tmp_path / USAGE_FILE).open("a") as file:
-        file.write('{"time": 18000000')  # the crash cut a line off
+    with open_records(tmp_path, MODEL_OWNER) as records:
+        UsageLedger(records, quotas, lambda: moment).charge("hospital-0", 3)
     moment += quotas[0].seconds - 1
-    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
-    with pytest.raises(RefusedError, match=f"may ask about 3 images in {period}: come back at 2027-"):
-        ledger.charge("hospital-0", 1)
-    ledger.charge("hospital-1", 1)
-    moment += 1
-    ledger.charge("hospital-0", 3)
-    ledger.close()
-    ledger = UsageLedger(tmp_path, quotas, lambda: moment)
-    with pytest.raises(RefusedError):
-        ledger.require("hospital-0")
-    ledger.close()
+    with open_records(tmp_path, MODEL_OWNER) as records:
+        ledger = UsageLedger(records, quotas, lambda: moment)
+        with pytest.raises(RefusedError, match=f"may ask about 3 images in {period}: come back at 2027-"):
+            ledger.charge("hospital-0", 1)
+        ledger.charge("hospital-1", 1)
+        moment += 1
+        ledger.charge("hospital-0", 3)
+    with open_records(tmp_path, MODEL_OWNER) as records:
+        with pytest.raises(RefusedError):
+            UsageLedger(records, quotas, lambda: moment).require("hospital-0")
 
 
-def test_a_damaged_record_of_usage_frees_nobody(tmp_path: Path) -> None:
-    (tmp_path / USAGE_FILE).write_text('{"time": 1, "hospital": "hospital-0", "images": -5}\n')
-    for _ in range(2):
-        with pytest.raises(MpcFlError, match="is damaged"):
-            UsageLedger(tmp_path, [Quota(3, 60, "a minute")])
+def test_all_hospitals_together_have_a_limit_that_no_race_and_no_restart_exceeds(tmp_path: Path) -> None:
+    moment = 1_800_000_000.0
+    quotas = quotas_of(Config().with_values(serving={"images_per_day": 30, "images_per_minute": 20}))
+    assert [(quota.most, quota.of_all) for quota in quotas] == [(30, False), (20, False), (60, True), (40, True)]
+    records, barrier = open_records(tmp_path, MODEL_OWNER), threading.Barrier(6)
+    ledger = UsageLedger(records, quotas, lambda: moment)
+    granted, refused = list[str](), list[str]()
+
+    def ask(name: str) -> None:
+        barrier.wait(30)
+        for _ in range(15):
+            try:
+                ledger.charge(name, 1)
+                granted.append(name)
+            except RefusedError as error:
+                refused.append(str(error))
+
+    sessions = [threading.Thread(target=ask, args=(f"hospital-{number % 3}",)) for number in range(6)]
+    for session in sessions:
+        session.start()
+    for session in sessions:
+        session.join(60)
+    assert len(granted) == 40 and max(map(granted.count, set(granted))) <= 20
+    assert "all hospitals together may ask about 40 images in a minute: come back at 2027-01-15 08:01:01 UTC" in refused
+    records.close()
+    moment += 59
+    with open_records(tmp_path, MODEL_OWNER) as records:
+        ledger = UsageLedger(records, quotas, lambda: moment)
+        with pytest.raises(RefusedError, match="all hospitals together may ask about 40 images in a minute"):
+            ledger.charge("hospital-7", 1)
+        moment += 1
+        ledger.charge("hospital-7", 20)
+        moment += 60
+        with pytest.raises(
+            RefusedError, match="all hospitals together may ask about 60 images in 24 hours: come back at 2027-01-16"
+        ):
+            ledger.charge("hospital-8", 1)
 
 
 def test_names_of_sessions() -> None:
@@ -177,23 +204,25 @@ def test_names_of_sessions() -> None:
     assert Visit.of_session(f"hospital-0/use-{digits}") is None
 
 
-def test_a_hospital_that_hammers_begins_a_bounded_number_of_sessions() -> None:
-    moment = 1_800_000_000.0
-    rate = SessionRate(2, lambda: moment)
-    begun = []
-    for _ in range(600):  # five minutes
-        try:
-            rate.begin("hospital-0")
-            begun.append(moment)
-        except RefusedError as error:
-            assert "may begin 2 sessions in a minute: come back at 2027-" in str(error)
-        moment += 0.5
+def test_a_hospital_that_hammers_begins_a_bounded_number_of_sessions_and_a_restart_frees_none(tmp_path: Path) -> None:
+    moment, begun = 1_800_000_000.0, []
+    for _ in range(10):  # the server starts again each half minute
+        with open_records(tmp_path, MODEL_OWNER) as records:
+            rate = SessionRate(records, 2, lambda: moment)  # noqa: B023 - used in this turn of the loop alone
+            for _ in range(60):
+                try:
+                    rate.begin("hospital-0")
+                    begun.append(moment)
+                except RefusedError as error:
+                    assert "may begin 2 sessions in a minute: come back at 2027-" in str(error)
+                moment += 0.5
+            rate.begin("hospital-1")
     assert [moment - 1_800_000_000.0 for moment in begun] == [n * 60.0 + k for n in range(5) for k in (0.0, 0.5)]
-    rate.begin("hospital-1")
 
 
 def test_a_session_does_what_it_is_for_within_one_turn(tmp_path: Path) -> None:
-    usage, turns = UsageLedger(tmp_path, [Quota(3, 60, "a minute")]), Turns(1, 1e9)
+    records = open_records(tmp_path, MODEL_OWNER)
+    usage, turns = UsageLedger(records, [Quota(3, 60, "a minute")]), Turns(1, 1e9)
     asking, filling = (
         SessionGate(visit, turns, usage, 5, lambda: None) for visit in (VISITS[0], Visit("hospital-0", "fill"))
     )
@@ -213,7 +242,7 @@ def test_a_session_does_what_it_is_for_within_one_turn(tmp_path: Path) -> None:
     assert not turns._rota.holding
     with pytest.raises(RefusedError, match="may ask about 3 images"), asking.session():
         asking.begin(1)
-    usage.close()
+    records.close()
 
 
 def test_a_batch_must_be_within_the_limits() -> None:
@@ -224,52 +253,6 @@ def test_a_batch_must_be_within_the_limits() -> None:
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------------
-
-Trigger = tuple[str, int] | None  # the first frame of a tag that begins so makes the hospital send itself a signal
-
-
-def _served_party(name: str, values: dict[str, Any], told: Any) -> None:
-    from parties import dealer, model_owner
-
-    torch.set_num_threads(1)
-    program, config = model_owner if name == "model-owner" else dealer, parse_config(values, name)
-
-    def observe(sender: str, frame: Any) -> None:
-        if frame.tag.startswith("correction "):
-            with ((config.site.out or Path()) / "corrections").open("a") as file:
-                file.write(f"{sender}\n")
-
-    program.run(config, 0, lambda phase, done, total: told.put((name, phase)), observe)
-
-
-def _asking_party(name: str, values: dict[str, Any], told: Any, barrier: Any, trigger: Trigger, before: Any) -> None:
-    from mpc_fl.inference import hospital_program as hospital
-
-    torch.set_num_threads(1)
-
-    def notify(phase: str, done: int, total: int) -> None:
-        if phase == "connect" and barrier is not None:
-            barrier.wait(60)
-
-    stopped = threading.Event()
-
-    def observe(sender: str, frame: Any) -> None:
-        if trigger is not None and frame.tag.startswith(trigger[0]) and not stopped.is_set():
-            stopped.set()  # one that goes on is not stopped again
-            before.put((name, "about to stop"))
-            before.close()
-            before.join_thread()
-            os.kill(os.getpid(), trigger[1])
-
-    config = parse_config(values, name)
-    try:
-        (hospital.fill_from_server if config.inference.fill else hospital.ask)(config, name, notify, observe)
-        told.put((name, ""))
-    except MpcFlError as error:
-        told.put((name, str(error)))
-    told.close()
-    told.join_thread()
-    os._exit(0)  # threads of a lost link must not keep the process
 
 
 def _false_party(kind: str, values: dict[str, Any], told: Any) -> None:
@@ -292,103 +275,10 @@ def _false_party(kind: str, values: dict[str, Any], told: Any) -> None:
     os._exit(0)
 
 
-class Service:
-    """Model owner and dealer as processes, hospitals that ask them."""
-
-    def __init__(self, directory: Path, serving: dict[str, Any], pools: Path | None = None) -> None:
-        self.directory, self.told, self.pools = directory, SPAWN.Queue(), pools
-        self.before = SPAWN.Queue()  # of what is told just before a signal
-        ports = free_ports(2)
-        addresses = {"model-owner": f"127.0.0.1:{ports[0]}", "dealer": f"127.0.0.1:{ports[1]}"}
-        self.config = configuration().with_values(serving=serving, federation={"addresses": addresses})
-        self.servers, self.asking = [], list[Any]()
-        for name in addresses:
-            site = {"model": str(directory / "model.safetensors"), "out": str(directory / name)}
-            site |= {} if pools is None else {"pool": str(pools / "served")}
-            values = self.values(name, **site)
-            self.servers.append(SPAWN.Process(target=_served_party, args=(name, values, self.told), name=name))
-        for process in self.servers:
-            process.start()
-        ready = set[str]()
-        while len(ready) < len(self.servers):
-            name, phase = self.told.get(timeout=60)
-            ready.update({name} if phase == "serving" else ())
-
-    def values(self, name: str, inference: dict[str, Any] | None = None, **site: str) -> dict[str, Any]:
-        site = {"identity": str(self.directory / name), "out": str(self.directory / name), **site}
-        return self.config.with_values(site=site, inference=inference or {}).model_dump(mode="json")
-
-    def begin(
-        self, name: str, images: int, out: str, barrier: Any = None, trigger: Trigger = None, fill: int = 0
-    ) -> Any:
-        site = {} if self.pools is None else {"pool": str(self.pools / "asking")}
-        values = self.values(name, {"limit": images or None, "fill": fill}, out=str(self.directory / out), **site)
-        process = SPAWN.Process(
-            target=_asking_party, args=(name, values, self.told, barrier, trigger, self.before), name=name
-        )
-        process.start()
-        self.asking.append(process)
-        return process
-
-    def ask(self, name: str, images: int, out: str) -> tuple[str, list[dict[str, Any]]]:
-        """The line of the error, and results."""
-        self.begin(name, images, out).join(60)
-        return self.told.get(timeout=60)[1], self.results(out)
-
-    def fill(self, name: str, batches: int) -> str:
-        """The line of the error."""
-        self.begin(name, 0, f"fill-{name}", fill=batches).join(60)
-        return str(self.told.get(timeout=60)[1])
-
-    def halves(self, name: str) -> list[Pool]:
-        """Those of a hospital and of the model owner."""
-        assert self.pools is not None
-        paths = self.pools / "asking" / name / "model-owner", self.pools / "served" / "model-owner" / name
-        return [open_pool(path, None) for path in paths]
-
-    def left(self, name: str) -> list[int]:
-        """Places of batches that both halves have; they agree on what was used."""
-        mine, theirs = self.halves(name)
-        assert (mine.numbers, mine.next) == (theirs.numbers, theirs.next)
-        return mine.numbers
-
-    def corrections(self) -> int:
-        """Messages of the dealer to the model owner that carried corrections."""
-        path = self.directory / "model-owner" / "corrections"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    def results(self, out: str) -> list[dict[str, Any]]:
-        path = self.directory / out / "results.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def charged(self) -> list[str]:
-        lines = (self.directory / "model-owner" / USAGE_FILE).read_text().splitlines()
-        return [json.loads(line)["hospital"] for line in lines]
-
-    def end(self, number: int) -> list[int | None]:
-        for process in self.servers:
-            if process.exitcode is None:
-                os.kill(process.pid, number)
-        for process in self.servers:
-            process.join(30)
-        return [process.exitcode for process in self.servers]
-
-
-def configuration() -> Config:
-    return Config().with_values(
-        task="serve", data={"image_size": 16}, inference={"engine": "fast"}, runtime={"connect_timeout": 20.0}
-    )
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp("service")
-    names = [*HOSPITALS, "model-owner", "dealer", "aggregator"]
-    make_local_identities(names, {name: path / name for name in names})
-    config = configuration()
-    model = build_model(config)
-    calibrate_batchnorm(model, public_phantoms(32, config))
-    save_model(path / "model.safetensors", model.eval(), config, None)
+    make_service_directory(path, configuration())
     return path
 
 
@@ -396,13 +286,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(directory: Path) -> Iterator[Callable[..., Service]]:
     started: list[Service] = []
 
-    def start(pools: Path | None = None, **serving: Any) -> Service:
+    def start(pools: Path | None = None, reveal: str | None = None, **serving: Any) -> Service:
         serving = {"images_per_minute": 1000, "images_per_day": 1000, "turns": 1, "patience": 600.0, **serving}
-        started.append(Service(directory, serving, pools))
+        started.append(Service(directory, configuration(), serving, pools, reveal))
         return started[-1]
 
-    for name in (USAGE_FILE, "corrections"):
-        (directory / "model-owner" / name).unlink(missing_ok=True)
+    for name in (RECORDS_FILE, "corrections", RECEIPTS_FILE):
+        for party in ("model-owner", "dealer"):
+            (directory / party / name).unlink(missing_ok=True)
     yield start
     for item in started:
         for process in item.asking:
@@ -435,7 +326,7 @@ def test_hospitals_take_turns_and_a_wrong_certificate_gets_none(
     make_local_identities(["hospital-0"], {"hospital-0": tmp_path / "stranger"})
     served.config = served.config.with_values(runtime={"connect_timeout": 2.0})
     values = served.values("hospital-0", {"limit": 1}, identity=str(tmp_path / "stranger"), out=str(tmp_path / "none"))
-    process = SPAWN.Process(target=_asking_party, args=("hospital-0", values, served.told, None, None, None))
+    process = SPAWN.Process(target=asking_party, args=("hospital-0", values, served.told, None, None, None))
     process.start()
     assert "did not connect within 2 s" in served.told.get(timeout=60)[1]
     process.join(30)
@@ -456,6 +347,21 @@ def test_limits_survive_the_death_of_the_server(service: Callable[..., Service])
     assert line.startswith("hospital-0 may ask about 3 images in 24 hours: come back at 20") and not results
     line, results = served.ask("hospital-1", 1, "not limited")
     assert (line, len(results)) == ("", 1)
+
+
+@pytest.mark.processes
+def test_two_servers_of_one_model_owner_share_its_limits(service: Callable[..., Service], directory: Path) -> None:
+    limits = {"images_per_day": 3, "images_per_day_of_all": 5}
+    one, other = service(**limits), service(**limits)
+    assert (one.ask("hospital-0", 2, "of one")[0], len(one.results("of one"))) == ("", 2)
+    line, results = other.ask("hospital-0", 2, "of the other")
+    assert line.startswith("1 of 2 images were answered; hospital-0 may ask about 3 images in 24 hours")
+    line, results = one.ask("hospital-1", 3, "of one again")
+    assert len(results) == 2 and "all hospitals together may ask about 5 images in 24 hours" in line
+    assert one.charged() == ["hospital-0"] * 3 + ["hospital-1"] * 2
+    receipts = ReceiptFile(directory / "model-owner", load_identity(directory / "model-owner", MODEL_OWNER))
+    assert receipts.path.is_file()  # of both servers, and its lines follow each other
+    assert [served.end(signal.SIGTERM) for served in (one, other)] == [[0, 0]] * 2
 
 
 @pytest.mark.processes
@@ -505,7 +411,7 @@ def largest_error(directory: Path, results: list[dict[str, Any]], asked: int) ->
 
 @pytest.mark.processes
 def test_a_served_hospital_uses_its_pool(service: Callable[..., Service], directory: Path, tmp_path: Path) -> None:
-    served = service(tmp_path, pool_batches=3, images_per_day=4)
+    served = service(tmp_path, reveal="logits", pool_batches=3, images_per_day=4)
     assert served.fill("hospital-1", 5) == (
         "the model owner keeps 3 batches for hospital-1, no more than 3: come back when some are used"
     )

@@ -18,7 +18,7 @@ from mpc_fl.errors import DataError
 from mpc_fl.learning.data import loading as data
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import WrongSizeError
-from mpc_fl.learning.data.loading import load_hospital, load_images, patients_per_hospital
+from mpc_fl.learning.data.loading import load_hospital, load_images, patients_per_hospital, shared_patients
 from mpc_fl.learning.data.partition import patient_of
 from mpc_fl.learning.data.tables import Split
 
@@ -45,7 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _config(root: Path | None, hospitals: int = 3, partition: Any = None, subset: Any = None, **more: Any) -> Config:
-    values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, **more}
+    # The folder has the same patients in both splits; `test_a_test_patient_who_trains_...` are about that.
+    values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, "shared_patients": "keep", **more}
     config = Config().with_values(
         data={**values, "partition": partition or {}, "subset": subset or {}},
         federation={"hospitals": hospitals},
@@ -239,6 +240,65 @@ def test_hidden_entries_and_other_files_are_left_aside(folder: Path) -> None:
     (folder / "train" / "ill" / "sub.png").mkdir()
     part = load_hospital(_config(folder), 0, "train")
     assert part.names == before and part.skipped == 0
+
+
+def _shared_folder(folder: Path) -> Path:
+    """As `folder`, but of its test patients only three ill and two well ones are by name also training patients."""
+    for split in ("test",):
+        for path in (folder / split / "ill").iterdir():
+            number = int(path.name.split("_")[0].removeprefix("person"))
+            if number >= 3:
+                path.rename(path.with_name(path.name.replace(f"person{number}_", f"person{100 + number}_")))
+        for path in (folder / split / "well").iterdir():
+            number = int(path.name[3:7])
+            if number >= 2:
+                path.rename(path.with_name(f"IM-{1000 + number}-0001.png"))
+    return folder
+
+
+SHARED = ("IM-0000", "IM-0001", "person0", "person1", "person2")
+
+
+def test_a_test_patient_who_trains_anywhere_is_found_and_left_out(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that another hospital trains with: names of all hospitals are in one folder here."""
+    config = _config(_shared_folder(folder), shared_patients="leave_out")
+    found = shared_patients(config)
+    assert found.names == SHARED and found.of == 27
+    assert found.described == (
+        "5 of 27 test patients are also training patients by name: IM-0000, IM-0001, person0, person1, person2"
+    )
+    with caplog.at_level(logging.INFO):
+        tests = [_patients(load_hospital(config, rank, "test")) for rank in range(3)]
+    trains = [_patients(load_hospital(config, rank, "train")) for rank in range(3)]
+    assert not set.union(*tests) & set.union(*trains) and sum(map(len, tests)) == 27 - 5
+    assert "5 of 27 test patients" in caplog.text and "person1" not in caplog.text, "no patient is named in a log"
+    crossed = [rank for rank in range(3) for name in SHARED if name in trains[rank]]
+    assert len(set(crossed)) > 1, "hospitals share them, not one alone"
+
+
+def test_those_who_train_may_be_kept_or_the_run_refused(folder: Path) -> None:
+    _shared_folder(folder)
+    kept = _config(folder, shared_patients="keep")
+    assert sum(load_hospital(kept, rank, "test").patient_count for rank in range(3)) == 27
+    assert shared_patients(kept).names == SHARED
+    refused = _config(folder, shared_patients="refuse")
+    _fails(lambda: load_hospital(refused, 0, "test"), "5 of 27 test patients", "names them", "leave_out or keep")
+    _fails(lambda: patients_per_hospital(refused), "5 of 27 test patients")
+
+
+def test_tests_of_training_patients_alone_are_refused(folder: Path) -> None:
+    """All patients of the folder are in both splits."""
+    config = _config(folder, shared_patients="leave_out")
+    _fails(lambda: load_hospital(config, 0, "test"), "27 of 27 test patients are also training patients")
+
+
+def test_patients_beyond_the_subset_do_not_train(folder: Path) -> None:
+    _shared_folder(folder)
+    config = _config(folder, subset={"train_patients": 1}, shared_patients="leave_out")
+    trains = {name for rank in range(3) for name in _patients(load_hospital(config, rank, "train"))}
+    assert len(trains) == 3 and set(shared_patients(config).names) == trains & set(SHARED)
 
 
 def test_hospitals_without_patients(folder: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 from mpc_fl.inference.fast import layers
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_owner, truncate
 from mpc_fl.inference.fast.kernels.pooling import max_pool, maximum, sum_pool
-from mpc_fl.inference.fast.network import RING_BITS, Network, channels_last, label_bits
+from mpc_fl.inference.fast.network import RING_BITS, IntegerWeights, Network, channels_last, label_bits
 from mpc_fl.inference.fast.online.comparison import compare
 from mpc_fl.inference.fast.preprocessing.correlations import (
     HospitalCorrelations,
@@ -82,12 +82,16 @@ class EvaluationLink:
 
 
 class _PartyEvaluation(ABC):
-    """What both parties do alike. `first` is true at the hospital alone: it adds public constants."""
+    """What both parties do alike. `first` is true at the hospital alone: it adds public constants.
+
+    `ceilings` of ReLUs are the model owner's, by the layer's output; the hospital has none.
+    """
 
     first: ClassVar[bool]
 
     def __init__(self, network: Network, link: EvaluationLink, gates: OneTime[GateMaterial]) -> None:
         self.network, self.link, self.gates = network, link, gates
+        self.ceilings: Mapping[str, int] = {}
         self.on_truncation: OnTruncation | None = None
         self.chain = MessageChain()
 
@@ -151,8 +155,8 @@ class _PartyEvaluation(ABC):
         flat = share.reshape(-1)
         if layer.ceiling is None:
             return self._gate(layer.output, flat).reshape(share.shape)
-        # min(relu(x), m) = relu(x) - relu(x - m), both in one gate
-        below = flat - np.uint32(layer.ceiling) if self.first else flat
+        # min(relu(x), m) = relu(x) - relu(x - m), both in one gate. S alone knows m.
+        below = flat if self.first else flat - np.uint32(self.ceilings[layer.output])
         both = np.concatenate([flat, below & np.uint32((1 << bits) - 1)])
         above, excess = self._gate(layer.output, both).reshape(2, -1)
         above -= excess
@@ -221,7 +225,7 @@ class HospitalEvaluation(_PartyEvaluation):
 
 
 class OwnerEvaluation(_PartyEvaluation):
-    """S's side of one evaluation, which uses up `correlations`. `weights` and `biases` are by the layer's output."""
+    """S's side of one evaluation, which uses up `correlations`. `weights` are those of `integers`, ready to use."""
 
     first = False
 
@@ -231,10 +235,11 @@ class OwnerEvaluation(_PartyEvaluation):
         link: EvaluationLink,
         correlations: OwnerCorrelations,
         weights: Mapping[str, LinearMap],
-        biases: Mapping[str, torch.Tensor],
+        integers: IntegerWeights,
     ) -> None:
         super().__init__(network, link, correlations.gates)
-        self._products, self._weights, self._biases = correlations.products, weights, biases
+        self._products, self._weights, self._biases = correlations.products, weights, integers.biases
+        self.ceilings = integers.ceilings
         self._masked: dict[str, torch.Tensor] = {}
         self._readers: Counter[str] = Counter()
 

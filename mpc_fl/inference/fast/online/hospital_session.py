@@ -10,9 +10,13 @@ Per group of prepared batches, online:
      of the images and of every value that linear layers read C sends E, its share less a fresh part of A
   5. the logits, or with reveal = "label" only the index of the largest, are opened to C alone (`opening.open_to`), in order
 
-Security. Semi-honest parties, D colludes with neither. To S everything it receives is uniform: E, masked openings,
-corrections. To C: F, masked openings, and the opened result. D receives the network and numbers of records. See the modules
-named for the arguments; the number and sizes of messages depend on public values alone.
+Security. D colludes with neither. To S everything it receives is uniform, whatever S itself sends: E is masked by A, C's part of
+every opening by C's part of the gate's masks, each drawn by C for one use, and what D sends S is masked by other draws of C's.
+C and D draw them from a seed that is bound to the network each was told (`messages.hospital_seed`). The number, order and
+sizes of C's messages and how it ends depend on public values alone: C cuts off what does not fit, opens the result to itself,
+and asks for nothing again. So an S that deviates can spoil results and learns nothing of an image (timing apart). A D that
+deviates receives networks and numbers of records, no more. To a semi-honest C: F, masked openings, and the opened result are
+uniform but for the result. See the modules named for the arguments.
 
 Steps 2 and 3 may have been done before: with a pool both parties take batches from their disks, see `party_pools`.
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,8 +37,8 @@ import torch
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, SecrecyError
 from mpc_fl.inference.fast.kernels.linear import LinearMap, linear_maps
-from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS, network_from
-from mpc_fl.inference.fast.network import Reveal, encode, label_bits
+from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, SEED, STEP, WEIGHTS, hospital_seed, network_from
+from mpc_fl.inference.fast.network import Reveal, encode_silently, label_bits
 from mpc_fl.inference.fast.online.evaluation import EvaluationLink, HospitalEvaluation, OnTruncation, as_channels_last
 from mpc_fl.inference.fast.online.shared_steps import at_once, open_result
 from mpc_fl.inference.fast.preprocessing.batch_place import FIRST_NUMBER, POOL, Place
@@ -57,6 +62,16 @@ class _HospitalBatch:
     correlations: HospitalCorrelations
 
 
+class AskingGate(Protocol):
+    """What C tells before it goes on with a session, the other side of `owner_session.BatchGate`; each may raise to end it."""
+
+    def ready(self, images: int, dealt: bool) -> None:
+        """S says that a batch is ready, made by the dealer or not; 0 images: it was stored. Nothing of an image was sent."""
+
+    def finish(self) -> None:
+        """S was told that no batch follows."""
+
+
 class HospitalSession:
     """C's side of a session. `prepare` batches ahead, then `diagnose` them in the same order, then `finish`.
 
@@ -64,8 +79,14 @@ class HospitalSession:
     takes part.
     """
 
-    def __init__(self, domain: SecretDomain, reveal: Reveal = "logits", pool: HospitalPool | None = None) -> None:
-        self._domain, self._links, self._reveal = domain, domain.links, reveal
+    def __init__(
+        self,
+        domain: SecretDomain,
+        reveal: Reveal = "logits",
+        pool: HospitalPool | None = None,
+        gate: AskingGate | None = None,
+    ) -> None:
+        self._domain, self._links, self._reveal, self._gate = domain, domain.links, reveal, gate
         links = domain.links
         links.set_phase("model")
         description = links.receive_object(MODEL_OWNER, NETWORK)
@@ -76,7 +97,9 @@ class HospitalSession:
         self._masked_weights: dict[str, LinearMap] | None = None
         if pool is None or not pool.meet(links, self.network, description.get(POOL)):
             self._receive_masked_weights()
-        self._root = links.pairwise_seed(DEALER, SEED) if DEALER in links.peers else None
+        self._root: Seed | None = None
+        if DEALER in links.peers:
+            self._root = hospital_seed(links.pairwise_seed(DEALER, SEED), self.network)
         self._prepared: deque[_HospitalBatch] = deque()
         self._announced = 0
         self.sequential_messages = 0
@@ -110,12 +133,18 @@ class HospitalSession:
             place = pool.propose()
             links.send_object(MODEL_OWNER, STEP, {"step": "take", **place.message()})
             links.receive_object(MODEL_OWNER, READY)  # before it is used up here: S may refuse
+            self._ready(pool.records, dealt=False)
             correlations = pool.take(self.network, place)
             self._prepared.append(_HospitalBatch(FIRST_NUMBER + place.number, records, pool.records, correlations))
             return
         number, _, correlations = self._made_by_dealer("prepare", records)
         self._prepared.append(_HospitalBatch(number, records, records, correlations))
         links.receive_object(MODEL_OWNER, READY)
+        self._ready(records, dealt=True)
+
+    def _ready(self, images: int, dealt: bool) -> None:
+        if self._gate is not None:
+            self._gate.ready(images, dealt)
 
     def _made_by_dealer(
         self, step: str, records: int, place: Place | None = None
@@ -146,13 +175,15 @@ class HospitalSession:
             place = pool.new_place()
             _, seed, correlations = self._made_by_dealer("fill", records, place)
             links.receive_object(MODEL_OWNER, READY)  # before it takes room here: S may refuse to keep more
+            self._ready(0, dealt=True)
             pool.put(place, self.network, seed, correlations)
             stored(done + 1)
 
     def diagnose(self, records: torch.Tensor) -> torch.Tensor:
         """The logits (N, K), float64, of float records (N, C, H, W); with reveal = "label" the classes (N,), int64.
 
-        Raises `SecrecyError` when no batch of this size is prepared, `HeadroomError` for records that do not fit.
+        Raises `SecrecyError` when no batch of this size is prepared, `HeadroomError` for records of another shape. Values
+        beyond the network's input are cut off without a word: what S sees must not depend on them.
         """
         return self.diagnose_together([records])[0]
 
@@ -183,7 +214,7 @@ class HospitalSession:
         """C's share of the images is all of them, encoded; what it sends of it is masked first (`evaluation`)."""
         if size > len(records):  # batches of a pool have one size
             records = torch.cat([records, records.new_zeros(size - len(records), *records.shape[1:])])
-        return as_channels_last(encode(self.network, records).numpy().view(np.uint32))
+        return as_channels_last(encode_silently(self.network, records).numpy().view(np.uint32))
 
     def _evaluate(self, evaluation: HospitalEvaluation, share: np.ndarray) -> np.ndarray:
         """Step 4."""
@@ -204,3 +235,5 @@ class HospitalSession:
     def finish(self) -> None:
         """Tell the others that no batch follows. Batches prepared and not used are dropped."""
         self._announce("finish", 0)
+        if self._gate is not None:
+            self._gate.finish()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import SAME_VERSION, ModelError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, ProtocolError, RefusedError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
 from mpc_fl.inference.fast.messages import (
     BATCH,
@@ -56,11 +56,20 @@ class BatchGate(Protocol):
     def begin(self, records: int) -> None:
         """Before the offline work of a batch that will be evaluated, made by the dealer or from a pool."""
 
+    def ready(self, images: int, dealt: bool) -> None:
+        """A batch is ready, and the hospital is told so next: made by the dealer or not; 0 images: it was stored."""
+
+    def answer(self) -> None:
+        """Before batches that are ready are evaluated."""
+
     def end(self) -> None:
         """All batches begun have been answered."""
 
     def store(self, stored: int) -> None:
         """Before one more batch is put into a pool that holds `stored`; `end` follows."""
+
+    def finish(self) -> None:
+        """The hospital asks for nothing more."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class OwnerSession:
         self.network, integers = model.network, model.weights.inside_protocol()
         self.on_truncation: OnTruncation | None = None
         self._root = self._share_model(integers)
-        self._weights, self._biases = linear_maps(self.network, integers.weights), integers.biases
+        self._weights, self._integers = linear_maps(self.network, integers.weights), integers
         self._prepared: deque[_OwnerBatch] = deque()
         self._announced = 0
         self._warm: set[int] = set()
@@ -101,9 +110,7 @@ class OwnerSession:
     def _share_model(self, integers: IntegerWeights) -> Seed | None:
         """Step 1; the seed in common with the dealer, if one takes part."""
         network, pool, links = self.network, self._pool, self._links
-        for layer in network.linear_layers:
-            if tuple(integers.biases[layer.output].shape) != (layer.weight_shape[0],):
-                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
+        integers.require_fitting(network)
         links.set_phase("model")
         offered = {} if pool is None else pool.offer(network, integers)
         links.send_object(self._hospital, NETWORK, {**describe(network), **offered})
@@ -157,6 +164,8 @@ class OwnerSession:
                     batch_from(message, self._announced)
                     if DEALER in links.peers:
                         links.send_object(DEALER, BATCH, message)
+                    if self._gate is not None:
+                        self._gate.finish()
                     return evaluated
                 case _:
                     raise ProtocolError("the hospital asked for what was not agreed", SAME_VERSION)
@@ -164,6 +173,11 @@ class OwnerSession:
     def _agreed_size(self, message: dict[str, Any]) -> int:
         """Records of the batch that the hospital announces next."""
         records, reveal = batch_from(message, self._announced)
+        if reveal != self._terms.reveal and self._gate is not None:
+            raise RefusedError(
+                f"this model owner reveals {self._terms.reveal}, and the hospital asked for {reveal}",
+                f"set inference.reveal={self._terms.reveal}",
+            )
         if reveal != self._terms.reveal or not 1 <= records <= self._terms.largest_batch:
             raise ProtocolError(
                 "the hospital asked for a batch or result not agreed", "check inference.reveal and inference.batch_size"
@@ -205,6 +219,7 @@ class OwnerSession:
         pool.put(Place.from_message(message), self.network, seed, corrections)
         if self._gate is not None:
             self._gate.end()
+            self._gate.ready(0, dealt=True)
         self._links.send_object(self._hospital, READY, {"number": number})
 
     def _made_by_dealer(
@@ -233,6 +248,8 @@ class OwnerSession:
             for name, piece in plan.pieces.items():
                 if isinstance(piece, LinearProduct):
                     self._weights[name](torch.zeros(plan.masks[piece.value], dtype=torch.int32))
+        if self._gate is not None:
+            self._gate.ready(records, dealt=number < FIRST_NUMBER)
         self._links.send_object(self._hospital, READY, {"number": number})
 
     def _evaluate(self, numbers: Any) -> int:
@@ -240,6 +257,8 @@ class OwnerSession:
         batches = list(self._prepared)[: len(numbers) if isinstance(numbers, list) else 0]
         if not batches or [batch.number for batch in batches] != numbers:
             raise ProtocolError("the hospital asked for a batch not prepared", SAME_VERSION)
+        if self._gate is not None:
+            self._gate.answer()
         for _ in batches:
             self._prepared.popleft()
         links = self._links
@@ -247,7 +266,7 @@ class OwnerSession:
 
         def evaluation_of(batch: _OwnerBatch) -> Callable[[], np.ndarray]:
             link = EvaluationLink(links, self._hospital, batch.number)
-            evaluation = OwnerEvaluation(self.network, link, batch.correlations, self._weights, self._biases)
+            evaluation = OwnerEvaluation(self.network, link, batch.correlations, self._weights, self._integers)
             evaluation.on_truncation = self.on_truncation
             share = empty_share(self.network, batch.records)
             if self._terms.reveal == "label":

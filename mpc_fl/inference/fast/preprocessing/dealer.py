@@ -6,25 +6,43 @@ weights, and knows all masks: it must not collude with either party, and must no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.inference.fast.kernels.linear import linear_maps, weight_masks
-from mpc_fl.inference.fast.messages import BATCH, MASK_SEED, NETWORK, SEED, batch_from, correction_tag, network_from
+from mpc_fl.inference.fast.messages import (
+    BATCH,
+    MASK_SEED,
+    NETWORK,
+    SEED,
+    batch_from,
+    correction_tag,
+    hospital_seed,
+    network_from,
+)
+from mpc_fl.inference.fast.network import Network
 from mpc_fl.inference.fast.preprocessing.correlations import corrections_of, correlation_plan
 from mpc_fl.links.links import Links
 
 
-def deal(links: Links, hospital: str, owner: str) -> int:
+def _uncounted(network: Network, records: int) -> None:
+    """Of a single diagnosis nobody signs a count."""
+
+
+def deal(links: Links, hospital: str, owner: str, making: Callable[[Network, int], object] = _uncounted) -> int:
     """Serve batches until the hospital is done; returns their number.
 
-    Both must announce the same batches in the same order. Raises `ProtocolError` if they do not.
+    Both must announce the same batches in the same order. Raises `ProtocolError` if they do not. `making` is told the network
+    and the records of each batch before its corrections leave.
     """
     links.set_phase("offline")
     description = links.receive_object(owner, NETWORK)
     network = network_from(description)
-    hospital_root, owner_root = links.pairwise_seed(hospital, SEED), links.pairwise_seed(owner, SEED)
+    hospital_root = hospital_seed(links.pairwise_seed(hospital, SEED), network)
+    owner_root = links.pairwise_seed(owner, SEED)
     if MASK_SEED in description:  # B is that of a pool
         mask_seed = Seed(links.receive_tensor(owner, MASK_SEED, torch.uint8, (32,)).numpy().tobytes())
     else:
@@ -39,7 +57,8 @@ def deal(links: Links, hospital: str, owner: str) -> int:
         if records == 0:
             return number
         plan = correlation_plan(network, records, reveal)
-        hospital_seed, owner_seed = hospital_root.derive("batch", number), owner_root.derive("batch", number)
-        for _, correction in corrections_of(plan, hospital_seed, owner_seed, masks):
+        making(network, records)
+        seeds = hospital_root.derive("batch", number), owner_root.derive("batch", number)
+        for _, correction in corrections_of(plan, *seeds, masks):
             links.send_tensor(owner, correction_tag(number), torch.from_numpy(correction))
         number += 1

@@ -39,7 +39,7 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PoolError, ProtocolError
-from mpc_fl.inference.fast.messages import describe
+from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.network import IntegerWeights, Network, Reveal
 from mpc_fl.inference.fast.preprocessing.batch_place import MOST_BATCHES, POOL, Place
 from mpc_fl.inference.fast.preprocessing.correlations import (
@@ -276,7 +276,7 @@ class OwnerPool(_PartyPool):
         self._require_fitting(network)
         if self._pool is not None:
             kept = self._pool.model().inside_protocol()
-            if len(kept) != 64 or not hmac.compare_digest(kept[32:].tobytes(), _digest_of_weights(integers)):
+            if len(kept) != 64 or not hmac.compare_digest(kept[32:].tobytes(), weights_digest(integers)):
                 # Under the same B, the difference of two models would show.
                 raise PoolError(f"the pool at {self.directory} is for another model", "fill another site.pool")
         return {POOL: self._word()}
@@ -292,7 +292,7 @@ class OwnerPool(_PartyPool):
 
     def keep(self, links: Links, network: Network, integers: IntegerWeights, mask_seed: Seed) -> None:
         """Begin a pool with the seed of B, which masks these weights and no others."""
-        content = mask_seed.reveal_for_transport() + _digest_of_weights(integers)
+        content = mask_seed.reveal_for_transport() + weights_digest(integers)
         self._create(links, network, np.frombuffer(content, dtype=np.uint8))
 
     def mask_seed(self) -> Seed:
@@ -333,15 +333,13 @@ def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     return {name: piece.reshape(shape) for (name, shape), piece in pieces}
 
 
-def network_digest(network: Network) -> str:
-    """SHA-256, as hex, of the public network: what a pool is bound to. Class names of `layers` enter it."""
-    return hashlib.sha256(json.dumps(describe(network), sort_keys=True).encode()).hexdigest()
-
-
-def _digest_of_weights(integers: IntegerWeights) -> bytes:
+def weights_digest(integers: IntegerWeights) -> bytes:
+    """SHA-256 of integer weights, biases and ceilings. A secret of the model owner's: who guesses a model could compare."""
     digest = hashlib.sha256()
     for tensors in (integers.weights, integers.biases):
         for name in sorted(tensors):
             digest.update(name.encode() + str(tuple(tensors[name].shape)).encode())
             digest.update(tensors[name].contiguous().numpy().tobytes())
+    if integers.ceilings:  # nothing is added without: pools of earlier versions stay those of their models
+        digest.update(json.dumps(integers.ceilings, sort_keys=True).encode())
     return digest.digest()

@@ -12,7 +12,8 @@ the N calibration images:
 
 These hold for images like the calibration images: ranges of phantoms say little about X-rays (docs/fast_arithmetic.md has
 figures). `self_check` tells for any image that the model owner may look at. Scales are public: they show each layer's
-largest value up to a factor of two, and by the balance of bits about how large its weights are.
+largest value up to a factor of two, and by the balance of bits about how large its weights are. Nothing else that calibration
+found is public (`docs/protocols/diagnosis_fast.md`, what the public network shows).
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ too, and those that read them are divided by it (Nagel et al., ICCV 2019, sectio
                 its own largest value, and half of what the layer's largest channel holds
 
 Values that sums or pools connect have their factors in common; those of the input and of the logits are 1, and concatenation
-and ceilings (ReLU6) leave one for all channels. Factors are part of the owner's weights: public scales stay powers of two.
+and ceilings (ReLU6) leave one for all channels. Factors are part of the owner's weights, and so are the ceilings that they
+multiply: public scales stay powers of two.
 """
 
 from __future__ import annotations

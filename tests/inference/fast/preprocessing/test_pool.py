@@ -29,7 +29,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, PoolError, SecrecyError
 from mpc_fl.inference import diagnosis
 from mpc_fl.inference.fast import diagnosis as fast_diagnosis
-from mpc_fl.inference.fast.messages import READY
+from mpc_fl.inference.fast.messages import READY, network_digest
 from mpc_fl.inference.fast.network import Network
 from mpc_fl.inference.fast.preprocessing import batch_place, party_pools, pool, sealed_file
 from mpc_fl.inference.fast.preprocessing.pool import Pool, Terms, create_pool, open_pool
@@ -513,7 +513,7 @@ def test_the_command_line_fills_and_infers(tmp_path: Path) -> None:
 
 def test_a_pool_for_something_else_is_refused(tmp_path: Path) -> None:
     network = small_network()
-    fitting = dataclasses.replace(TERMS, network=party_pools.network_digest(network), records=4)
+    fitting = dataclasses.replace(TERMS, network=network_digest(network), records=4)
     filled(tmp_path / "hospital-0" / "model-owner", 1, fitting)
     small = dataclasses.replace(network, output="flat")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
 from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
 from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
-from mpc_fl.inference.fast.network import encode
+from mpc_fl.inference.fast.messages import describe
+from mpc_fl.inference.fast.network import encode, encode_silently
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check, stress_records
 from mpc_fl.inference.fast.quantization.emulation import Emulator, truncate
 from mpc_fl.inference.fast.quantization.risk import Range
@@ -358,6 +360,44 @@ def test_weights_are_private() -> None:
     assert all(tensor.dtype == torch.int32 for tensor in (*integers.weights.values(), *integers.biases.values()))
 
 
+def capped(factor: float) -> Calibration:
+    """A network with ReLU6, calibrated on data of which the brightest is `factor` times as bright."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU6(), nn.Conv2d(8, 8, 3, groups=8), nn.Hardtanh(0.0, 3.7), nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, 3),
+    ).eval()  # fmt: skip
+    return calibrate(model, factor * images(8, 22))
+
+
+def test_the_public_plan_shows_powers_of_two_alone() -> None:
+    """Data that differ by less than their power of two give one and the same public network, byte for byte."""
+    one, other = capped(1.0), capped(1.03)
+    assert one.ranges[0].largest != other.ranges[0].largest
+    assert describe(one.network) == describe(other.network)
+    # What differs is the owner's: the ceilings, too.
+    secret = [each.weights.inside_protocol().ceilings for each in (one, other)]
+    assert len(secret[0]) == 2 and secret[0] != secret[1]
+
+
+@pytest.mark.parametrize("make", [lambda: capped(1.0), lambda: calibrate(every_shape(), images(16, 37))])
+def test_every_public_number_is_architecture_or_a_power_of_two(make: Callable[[], Calibration]) -> None:
+    network = make().network
+    for value in network.values.values():
+        # 2^-e / d, d of windows (9 and 7 pixels squared) and grey levels alone.
+        mantissa = math.frexp(1 / value.scale)[0]
+        windows = {math.frexp(float(levels * 9**nines * 49**sevens))[0]
+                   for levels in (1, 255) for nines in (0, 1, 2) for sevens in (0, 1)}  # fmt: skip
+        assert any(mantissa == pytest.approx(each, rel=1e-12) for each in windows)
+    for layer in describe(network)["layers"]:
+        assert set(layer) <= {"kind", "path", "inputs", "output", "shift", "ceiling", "weight_bits", "multipliers",
+                              "multiplier", "constant", "weight_shape", "stride", "padding", "dilation", "groups",
+                              "kernel"}  # fmt: skip
+        multipliers = [layer.get("multiplier", 1), *layer.get("multipliers", ())]
+        assert all(number.bit_count() == 1 for number in multipliers) and layer.get("constant", 0) == 0
+        assert layer.get("ceiling") in (None, True) and layer.get("weight_bits", 16) in (16, 24, 32)
+
+
 def test_the_public_width_of_weights_holds() -> None:
     for precision in (Precision(), Precision(8, 18)):
         calibration = calibrate(every_shape(), images(8, 37), precision)
@@ -391,6 +431,13 @@ def test_impossible_precisions_and_records_are_refused() -> None:
     network = calibrate(every_shape(), images(4, 37)).network
     with pytest.raises(HeadroomError, match="shape"):
         encode(network, images(1, 36))
+    # The hospital's are cut off instead: an error would tell the model owner, who chose the scale.
+    assert encode_silently(network, images(2, 37)).equal(encode(network, images(2, 37)))
+    most, record = (1 << 31) - 1, torch.zeros(1, 3, 37, 37)
+    record[0, :, 0, 0] = torch.tensor([math.inf, -1e30, math.nan])
+    assert encode_silently(network, record)[0, :, 0, 0].tolist() == [most, -most, 0]
+    with pytest.raises(HeadroomError, match="shape"):
+        encode_silently(network, images(1, 36))
     for bad in (math.nan, math.inf, 1e9):
         with pytest.raises(HeadroomError, match="not finite"):
             encode(network, torch.full((1, 3, 37, 37), bad))

@@ -1,0 +1,242 @@
+"""A hospital, or the aggregator, that deviates in a norm check, against others that run the program unchanged.
+
+Hospital 2 sends an update ten times as long as allowed and changes whatever it sends, or adds offsets to all shares
+that it holds. (Before, every hospital held a share of what was computed of itself: an offset to it let any update pass.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpc_fl.aggregation import norm_check
+from mpc_fl.aggregation.norm_check import NormCheck
+from mpc_fl.aggregation.norm_limits import NormTest
+from mpc_fl.aggregation.norm_proof import Transcript
+from mpc_fl.aggregation.prime_field import PRIME, Vector
+from mpc_fl.errors import MpcFlError
+from tests.support.checked_sums import (
+    AGGREGATOR,
+    BOUND,
+    BUCKETS,
+    PARAMETERS,
+    Said,
+    checked_sum,
+    domain_of,
+    hospitals_of,
+    update,
+)
+from tests.support.harness import run_parties, run_parties_in_memory
+
+WORLD = [*hospitals_of(3), AGGREGATOR]
+DEVIATING = "hospital-2"
+OFFSETS = [1, 2**32, 2**63, 2**64, PRIME // 2, PRIME - 1]
+
+
+def _say_that_it_is_within() -> None:
+    norm_check.square_sum = lambda sketch: 0
+
+
+def _add_to_what(name: str) -> Callable[[int], None]:
+    """Let a function of `norm_check` that makes a vector add an offset to every element of it."""
+
+    def deviate(offset: int) -> None:
+        original = getattr(norm_check, name)
+
+        def changed(*arguments: Any, **named: Any) -> Any:
+            return (original(*arguments, **named) + offset) % PRIME
+
+        setattr(norm_check, name, changed)
+
+    return deviate
+
+
+def _add_to_sketch(offset: int) -> None:
+    original = norm_check.centred_sketch
+
+    def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
+        sketch, carries = original(test, shares)
+        return sketch + offset, carries
+
+    norm_check.centred_sketch = changed
+
+
+def _add_to_carries(offset: int) -> None:
+    original = norm_check.centred_sketch
+
+    def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
+        sketch, carries = original(test, shares)
+        return sketch - (offset << test.ring_bits), carries + offset
+
+    norm_check.centred_sketch = changed
+
+
+def _claim_another_sketch(offset: int) -> None:
+    """All it proves is true of a sketch that is as short as its own divided by `offset`."""
+    original = norm_check.centred_sketch
+
+    def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
+        sketch, carries = original(test, shares)
+        return sketch // (offset + 10), carries
+
+    norm_check.centred_sketch = changed
+
+
+DEVIATIONS: dict[str, Callable[[int], None]] = {
+    "its proof": lambda offset: None,
+    "its sketch": _add_to_sketch,
+    "another sketch": _claim_another_sketch,
+    "its carries": _add_to_carries,
+    "its bits": _add_to_what("bits_of"),
+    "its products": _add_to_what("products_of"),
+}
+EVERYWHERE = ("its sketch", "its bits", "its products")
+
+
+def deviate(links: Any, directory: str) -> Any:
+    """One sum for every way and offset; who passed, at the aggregator."""
+    domain, test, passed = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS), dict[str, Any]()
+    kept = dict(vars(norm_check))
+    ways = [(name, [deviation]) for name, deviation in DEVIATIONS.items()]
+    for way, deviations in [*ways, ("everywhere", [DEVIATIONS[name] for name in EVERYWHERE])]:
+        for offset in OFFSETS:
+            if links.name == DEVIATING:
+                _say_that_it_is_within()
+                for deviation in deviations:
+                    deviation(offset)
+            x = None if links.name == AGGREGATOR else update("long" if links.name == DEVIATING else "honest", BOUND, 7)
+            passed[f"{way} + {offset}"] = checked_sum(domain, f"{way} {offset}", test, x)
+            vars(norm_check).update(kept)
+    return passed
+
+
+@pytest.mark.processes
+def test_no_offset_lets_a_large_update_pass(tmp_path: Path) -> None:
+    """42 attempts, each with a chance below 2^-38; the others pass in all of them."""
+    results = run_parties(deviate, WORLD, tmp_path, str(tmp_path), timeout=300)
+    assert len(results[AGGREGATOR]) == len(OFFSETS) * (len(DEVIATIONS) + 1)
+    assert {tuple(passed) for passed in results[AGGREGATOR].values()} == {("hospital-0", "hospital-1")}
+
+
+def shift_answers(links: Any, directory: str, offset: int) -> Any:
+    """Hospital 2 adds an offset to its answers, which are all about others, and sends a large update itself."""
+    domain, test, said = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS), Said()
+    if links.name == DEVIATING:
+        _say_that_it_is_within()
+        _add_to_what("answers_of")(offset)
+    x = None if links.name == AGGREGATOR else update("long" if links.name == DEVIATING else "honest", BOUND, 7)
+    return checked_sum(domain, "a", test, x), said.lines
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("offset", [1, PRIME // 2])
+def test_whoever_answers_falsely_about_others_is_named_and_does_not_pass(offset: int, tmp_path: Path) -> None:
+    results = run_parties(shift_answers, WORLD, tmp_path, str(tmp_path), offset)
+    passed, said = results[AGGREGATOR]
+    assert passed == []  # what remains: others can be refused. They, and the aggregator, learn by whom
+    for name in ("hospital-0", "hospital-1"):
+        assert (
+            f"the proof of {name} that its update is within its norm bound was not accepted: it says that {DEVIATING} "
+            + ("answered falsely; it or they deviate")
+            in said
+        )
+        assert any(f"false answers of {DEVIATING}" in line for line in results[name][1]), results[name]
+    # Its own proof: it can accuse others too. Nobody else knows whether that is true, so the line names both.
+    assert any(line.startswith(f"the proof of {DEVIATING}") for line in said)
+
+
+# -- the aggregator
+
+
+class TwoTruths(NormCheck):
+    """An aggregator that tells hospital 1 another seed in one of its words (0: of the sketch, 1 to 3 as they come)."""
+
+    which = 0
+    answers: list[Any] = []
+
+    def at_opener(self, domain: Any, closed: Any, say_check: Any) -> list[str]:
+        links, told = domain.links, [0]
+
+        def say(**word: Any) -> None:
+            for name in WORLD[:-1]:
+                other = {**word, "sketch": "77" * 32} if self.which == 0 and name == "hospital-1" else word
+                links.send_object(name, "word", other)
+
+        def tell(opener: Any, **word: Any) -> None:
+            told[0] += 1
+            for name in WORLD[:-1]:
+                lie = told[0] == self.which and name == "hospital-1"
+                opener.links.send_object(name, "told", {**word, "seed": "77" * 32} if lie else word)
+
+        take = norm_check.accepted
+
+        def accepted(size: Any, weights: Vector, answers: Any) -> bool:
+            TwoTruths.answers.append(sum(answers[1:], answers[0]) % PRIME)
+            return take(size, weights, answers)
+
+        norm_check._Opener._tell, norm_check.accepted = tell, accepted
+        return super().at_opener(domain, closed, say)
+
+
+def told_two_truths(links: Any, directory: str, which: int) -> Any:
+    domain, test = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS)
+    TwoTruths.which, TwoTruths.answers = which, []
+    x = None if links.name == AGGREGATOR else update("honest", BOUND, 7)
+    passed = checked_sum(domain, "a", test, x, TwoTruths)
+    return passed, TwoTruths.answers
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_an_aggregator_that_tells_two_truths_gets_noise(which: int, tmp_path: Path) -> None:
+    """Hospital 1 was told something else, so its shares and answers fit to nothing: all that is opened of a row is uniform.
+
+    Its own row has no answer of it: where the point alone differs, the others' answers are those of an honest check.
+    """
+    results = run_parties(told_two_truths, WORLD, tmp_path, str(tmp_path), which)
+    passed, answers = results[AGGREGATOR]
+    assert passed == (["hospital-1"] if which == 3 else [])
+    assert len(answers) == 3
+    for total in (answers[0], answers[2], *(answers[1:2] if which < 3 else [])):
+        values = total.tolist()
+        assert len(set(values)) == len(values) and 0 not in values
+        halves = sum(value > PRIME // 2 for value in values) / len(values)
+        assert abs(halves - 0.5) < 6 / (4 * len(values)) ** 0.5
+
+
+def asked_twice(links: Any, directory: str) -> Any:
+    """An aggregator that begins the check of one sum again, to have a second answer about the same proofs."""
+    from mpc_fl.crypto.secrecy import Private
+    from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+
+    domain, test = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS)
+    if links.name == AGGREGATOR:
+        passed = checked_sum(domain, "a", test, None)
+        for name in WORLD[:-1]:
+            links.send_object(name, "word", {"hospitals": WORLD[:-1], "sketch": "11" * 32})
+        return passed
+    plan = SumPlan(tuple(WORLD[:-1]), AGGREGATOR, ("sum", "a"), 1, "seen alike")
+    masks = SummandMasks(plan, links.name, (PARAMETERS,), domain.sum_seed)
+    links.send_tensor(AGGREGATOR, "summand", masks.masked(Private("update", update("honest", BOUND, 3).int())))
+    check = NormCheck(test, PARAMETERS)
+    check.at_hospital(domain, masks, links.receive_object(AGGREGATOR, "word"))
+    try:
+        check.at_hospital(domain, masks, links.receive_object(AGGREGATOR, "word"))
+    except MpcFlError as error:
+        return type(error).__name__
+    return "answered twice"
+
+
+def test_the_proofs_of_one_sum_are_answered_for_once(tmp_path: Path) -> None:
+    results = run_parties_in_memory(asked_twice, WORLD, str(tmp_path))
+    assert {results[name] for name in WORLD[:-1]} == {"SecrecyError"}
+
+
+def test_shares_are_bound_to_all_that_was_told() -> None:
+    first, second = Transcript(["a", "b"]), Transcript(["a", "b"])
+    assert first.add(bytes(32)) == second.add(bytes(32))
+    assert first.add(bytes(32), ["a"]) != second.add(bytes(32), ["a", "b"])
+    assert first.add(bytes(32)) != second.add(bytes(32))
