@@ -499,7 +499,7 @@ def assert_failed(run: Run, site: Site, arguments: list[object], pattern: str) -
     assert not [line for line in lines[:-1] if "/" not in line.split()[-2]], "before it only progress bars"
     (failed,) = site.results.iterdir()
     kept = {path.name for path in failed.iterdir()}
-    ledgers = {f"hospital-{rank}-privacy.sqlite3" for rank in range(2)}
+    ledgers = {f"hospital-{rank}-privacy.sqlite3{end}" for rank in range(2) for end in ("", "-journal")}
     assert failed.name == "run.failed" and {"config.yaml", "logs"} <= kept
     assert kept <= {"config.yaml", "logs", "federation.crt", "parties", "session", *ledgers}
     # After the evaluation before round 1 there is what it takes to go on; no model, no results.

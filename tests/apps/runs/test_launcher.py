@@ -58,10 +58,11 @@ def end_of(processes: list[psutil.Process], began: float, record: Record) -> Non
 # what it takes to go on.
 KEPT_OF_A_FAILED_RUN = {
     *("config.yaml", "logs", "federation.crt", "parties", "session"),
-    *(f"hospital-{rank}-privacy.sqlite3" for rank in range(3)),
+    # With the journal of one that was being written: whoever opens it next undoes that.
+    *(f"hospital-{rank}-privacy.sqlite3{end}" for rank in range(3) for end in ("", "-journal")),
 }
 KEPT_OF_A_PARTY = re.compile(
-    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.sqlite3"
+    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.sqlite3(-journal)?"
 )
 
 
