@@ -6,6 +6,7 @@ What can be refused before processes start is; the rest arises in a party, which
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -544,3 +545,25 @@ def test_a_privacy_budget_spent_by_earlier_runs(site: Site, run: Run) -> None:
     )
     assert_failed(run, site, site.train("--ledger", ledger.path.parent), pattern)
     assert len(ledger.records()) == 1
+
+
+@pytest.mark.processes
+def test_no_epsilon_is_certified_for_patients_whose_data_a_run_released_without_noise(site: Site, run: Run) -> None:
+    """Both runs keep their ledgers in one folder. On the old code the first left none, the second said epsilon 8."""
+    ledgers = site.root / "ledgers"
+    status, said, complained = run(site.train("--ledger", ledgers, "--set", "privacy.mechanism=none"))
+    assert status == 0, complained
+    assert said.count("NO differential privacy (privacy.mechanism: none)") == 2
+    for name in ("hospital-0", "hospital-1"):
+        ledger = PrivacyLedger(ledgers / f"{name}-privacy.json", name)
+        assert [record["mechanism"] for record in ledger.records()] == ["none"]
+        assert ledger.epsilon(0.01) == math.inf
+    before = {path: path.read_bytes() for path in ledgers.glob("*.json")}
+    again = ["train", site.config, "--data", site.data, "--out", site.results / "again", "--ledger", ledgers]
+    status, _, complained = run(again)
+    pattern = (
+        r"hospital-([01]) failed: hospital-\1: run \S.* released data of these patients without noise on \S+, so no epsilon "
+        r"can be certified for them any more: begin another privacy ledger for other patients"
+    )
+    assert status != 0 and re.search(pattern, complained), complained
+    assert {path: path.read_bytes() for path in ledgers.glob("*.json")} == before

@@ -89,7 +89,12 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
                 f"noise multiplier {spent.noise_multiplier:.3f}."
             )
         else:
-            say(f"{spent.hospital}: NO differential privacy (privacy.mechanism: none).")
+            why = (
+                "privacy.mechanism: none"
+                if spent.mechanism == "none"
+                else "a run without privacy released these patients' data"
+            )
+            say(f"{spent.hospital}: NO differential privacy ({why}).")
     for name in summary.hospitals:
         missed = [number for number, absent in rounds_missed.items() if name in absent]
         if missed:

@@ -34,6 +34,8 @@ def result(run: Run) -> Markup:
     final, summary = _final(run), run.training
     largest, guess = final.largest_share, 1 / len(final.confusion)
     spent = [(entry.epsilon, entry.delta) for entry in summary.privacy if entry.epsilon is not None]
+    if len(spent) < len(summary.privacy):
+        spent = []  # for the patients of one hospital none holds, so there is no largest one
     worst, delta = max(spent, key=lambda pair: pair[0], default=(None, None))
     remark = f"per patient, at delta = {delta:g}" if spent else "no differential privacy"
     interval = f"95 % interval {percent(final.accuracy_low)} to {percent(final.accuracy_high)}"

@@ -34,6 +34,7 @@ RDP_ORDERS: tuple[float, ...] = (*_OPACUS_ORDERS, 80, 96, 128, 192, 256, 512, 10
 LARGEST_NOISE_MULTIPLIER = 1e3
 _CALIBRATION_TOLERANCE = 1e-3
 ROUNDING = 1e-9
+_SPREAD_OF_BOUNDS = 3e-4  # of epsilon
 _SET_ASIDE = 2.0**-20
 
 
@@ -172,7 +173,8 @@ def calibrate_noise_multiplier(
 ) -> float:
     """Smallest noise multiplier (up to 0.1 %) with which `steps` more steps and `spent` compose to at most the budget.
 
-    By bisection; the returned value itself has been checked against the accountant. Raises `PrivacyBudgetError`,
+    By bisection; the returned value itself has been checked against the accountant. It stays below the budget by more than
+    upper bounds of nearly equal compositions differ, so that the run is not refused on its way. Raises `PrivacyBudgetError`,
     beginning with `who`, if the events already spent leave nothing.
     """
     past = list(spent)
@@ -185,8 +187,9 @@ def calibrate_noise_multiplier(
     advice = "stop here, or agree on a larger privacy.epsilon with the patients' representatives"
     if before >= budget.epsilon:
         raise PrivacyBudgetError(_spent_message(who, before, budget), advice)
+    target = budget.epsilon * (1 - _SPREAD_OF_BOUNDS)
     high = 1.0
-    while total(high) > budget.epsilon:
+    while total(high) > target:
         high *= 2
         if high > LARGEST_NOISE_MULTIPLIER:
             message = (
@@ -195,11 +198,11 @@ def calibrate_noise_multiplier(
             )
             raise PrivacyBudgetError(message, advice)
     low = high / 2
-    while low > 1e-3 and total(low) <= budget.epsilon:
+    while low > 1e-3 and total(low) <= target:
         high, low = low, low / 2
     while high - low > _CALIBRATION_TOLERANCE * high:
         middle = (low + high) / 2
-        if total(middle) <= budget.epsilon:
+        if total(middle) <= target:
             high = middle
         else:
             low = middle

@@ -26,6 +26,7 @@ FIRST_FORMAT = "mpc-fl privacy ledger 1"  # without numbers of reservations, and
 
 _ENTRIES = ChainedTable("entries", (("entry", str), ("reservation", str), ("record", str)))
 _SCHEMA = Schema(0x6D706350, ((_ENTRIES, TAKEN_OVER),), RESTORE)  # "mpcP"
+_PATIENCE = 120.0  # seconds: while it is locked, another run may compute its epsilon
 
 Record = dict[str, Any]
 
@@ -76,7 +77,7 @@ def opened(path: Path, who: str, writing: bool) -> Iterator[LedgerRows]:
 
     A ledger in JSON, of an earlier version, that lies beside it is taken over first. Raises `StorageError`.
     """
-    with Database(path, _SCHEMA, who) as database:
+    with Database(path, _SCHEMA, who, _PATIENCE) as database:
         earlier, rows = earlier_path(path), ChainedRows(database, _ENTRIES)
 
         def enter(transaction: Transaction, content: bytes) -> None:
