@@ -1,7 +1,8 @@
 """mpc-fl: hospitals learn together and diagnose together on secret-shared tensors.
 
-Ten packages; each uses only those before it:
+Eleven packages; each uses only those before it:
 
+    database      what must survive a crash and be shared by processes, in chained rows
     config        one validated YAML file
     crypto        secrets, randomness, fixed-point numbers, certificates
     links         frames over mutually authenticated streams between parties

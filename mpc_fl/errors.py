@@ -65,6 +65,15 @@ class PoolError(DataError):
         return "its pool of correlations cannot be used"
 
 
+class StorageError(MpcFlError):
+    """A database of this party cannot be used: damaged, another's, locked, not writable, or its disk is full."""
+
+    @property
+    def for_peers(self) -> str:
+        """Without names of files."""
+        return "its records cannot be read or written now"
+
+
 class ModelError(MpcFlError):
     """A model file or architecture cannot be used."""
 

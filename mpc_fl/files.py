@@ -39,11 +39,12 @@ def to_disk(written: IO[Any] | Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, mode: int = 0o600, durable: bool = False) -> Iterator[Path]:
+def written_whole(path: Path, mode: int = 0o600, durable: bool = False, once: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it when the block succeeds, remove it when it fails.
 
     Readers see the old file or the new one, never a part. With `durable` the new one is on the disk in the end, and a
-    crash of the machine at any moment leaves one of the two (`to_disk`). Raises `MpcFlError` when it cannot be written.
+    crash of the machine at any moment leaves one of the two (`to_disk`). With `once` a file that another process put
+    there meanwhile stays, and the new one is dropped. Raises `MpcFlError` when it cannot be written.
     """
     import tempfile  # with what it imports itself, the help of the command line need not wait for it
 
@@ -57,7 +58,11 @@ def written_whole(path: Path, mode: int = 0o600, durable: bool = False) -> Itera
         os.chmod(temporary, mode)
         if durable:
             to_disk(temporary)
-        os.replace(temporary, path)
+        if once:
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
         if durable:
             to_disk(path.parent)
     except OSError as error:

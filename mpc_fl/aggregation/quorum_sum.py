@@ -79,6 +79,7 @@ def contribute(
 ) -> tuple[str, ...]:
     """At a hospital of U: add `encoded` (int32 or int64, of any shape) to the sum; returns V, perhaps without this hospital.
 
+    Without a check in the rules `encoded` itself is masked, to save its memory, and is of no use to the caller afterwards.
     Nobody learns the summand; the aggregator learns the sum over V. `before_summand` is called before the first byte of a
     summand leaves: from then on it counts as released, whatever becomes of the sum. Raises `PeerLostError` when the
     aggregator is lost or late, `SumLostError` when the sum is void, `ProtocolError` for a U or V that may not be summed over

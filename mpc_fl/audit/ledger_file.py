@@ -38,6 +38,7 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
+from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import to_disk
 
@@ -185,10 +186,9 @@ def _following(chain: Chain, openings: Sequence[ChainedOpening]) -> list[Finding
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor that all parties have: its dtype, its shape, its bytes as they lie in memory."""
-    data = tensor.detach().contiguous().reshape(-1)
+    """SHA-256 of a tensor that all parties have: its dtype, its shape, its bytes in row order."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(data.view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor).numpy().data)
     return digest.hexdigest()
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from mpc_fl.crypto.memory_layout import elements_overlap
 from mpc_fl.errors import SecrecyError
 
 Label = str | int
@@ -118,10 +119,11 @@ class Stream:
         return torch.from_numpy(values.reshape(shape))
 
     def add_to(self, total: torch.Tensor) -> None:
-        """Add a uniform ring element to each element of `total` in place (int64 or int32, contiguous, any shape).
+        """Add a uniform ring element to each element of `total` in place (int64 or int32, any shape, also a view).
 
-        The elements are those `ring_elements` (int64) or `words` (int32) would draw. Raises `ValueError` for a tensor
-        of another dtype or layout.
+        The elements are those `ring_elements` (int64) or `words` (int32) would draw, in row order however `total` lies in
+        memory; one that is not contiguous costs a copy. Raises `ValueError` for another dtype, or when elements of `total`
+        lie in one place (`expand`): they would all get the last one's mask.
         """
         self._combine_into(total, np.add)
 
@@ -134,11 +136,14 @@ class Stream:
         self._combine_into(total, np.bitwise_xor)
 
     def _combine_into(self, total: torch.Tensor, operation: Callable[..., object]) -> None:
-        if total.dtype not in _ACCUMULATED or not total.is_contiguous():
-            raise ValueError("masks go into contiguous int64 or int32 tensors only")
-        elements = total.detach().numpy().reshape(-1)
+        if total.dtype not in _ACCUMULATED or elements_overlap(total):
+            raise ValueError("masks go into int64 or int32 tensors only, each element in a place of its own")
+        elements = total.detach().numpy()
+        in_row_order = elements.reshape(-1)  # a view where the layout allows, else a copy
         for where, mask in self._pieces(elements.size, elements.dtype.type):
-            operation(elements[where], mask, out=elements[where])
+            operation(in_row_order[where], mask, out=in_row_order[where])
+        if not np.may_share_memory(in_row_order, elements):
+            elements[...] = in_row_order.reshape(elements.shape)
 
     def below(self, bound: int, count: int) -> np.ndarray:
         """`count` integers uniform in 0 .. bound-1 as int64, by rejection (no modulo bias)."""

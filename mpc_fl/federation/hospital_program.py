@@ -45,7 +45,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
     patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
     notify("load data", 1, 1)
-    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.json", name)
+    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3", name)
     hospital = join(config, rank, patients, held_out, privacy_ledger, out)
     links = connect(config, name, observer)
     with (

@@ -35,7 +35,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
-from mpc_fl.learning.privacy.accounting import PrivacyBudget
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
@@ -154,7 +154,7 @@ def join(
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
     last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    spent, done = [], NOTHING_DONE
+    spent, done = list[SubsampledGaussian](), NOTHING_DONE
     if config.privacy.mechanism != "none":
         spent, done = ledger.spent(run=run_name(config)), _done(config, ledger, None if last is None else last.round)
     planned = plan_release(config, train.patient_count, spent, name, done)
@@ -177,7 +177,7 @@ def join(
 
 def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
-    # What this run has reserved and not released never left, and will be replaced.
-    charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
+    records = ledger.records(run=run_name(config))  # without what never left and will be made anew
+    charged = Counter(record.get("run") for record in records)
     names = (run_name(config), features_run_name(config), evaluation_run_name(config))
     return Done(rounds, *(charged[name] for name in names))

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.links.traffic import TrafficCounter
 
@@ -83,7 +84,7 @@ Observer = Callable[[str, Frame], None]
 
 
 def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Iterator[bytes]:
-    """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent as they lie in memory.
+    """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent in row order, also views.
 
     Bytes are sent like a uint8 tensor.
     """
@@ -91,11 +92,9 @@ def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Itera
     if len(encoded_tag) > MAX_TAG:
         raise ProtocolError("a frame tag is too long", "this is a defect of the program")
     if isinstance(payload, torch.Tensor):
-        array = payload.detach().contiguous()
-        if array.dtype not in _CODE_OF or array.dim() > MAX_DIMENSIONS:
-            raise ProtocolError(f"tensors of {array.dtype} cannot be sent", "this is a defect of the program")
-        code, shape = _CODE_OF[array.dtype], tuple(array.shape)
-        body = array.reshape(-1).view(torch.uint8).numpy().data if array.numel() else memoryview(b"")
+        if payload.dtype not in _CODE_OF or payload.dim() > MAX_DIMENSIONS:
+            raise ProtocolError(f"tensors of {payload.dtype} cannot be sent", "this is a defect of the program")
+        code, shape, body = _CODE_OF[payload.dtype], tuple(payload.shape), bytes_of(payload).numpy().data
     elif isinstance(payload, bytes):
         code, shape, body = _CODE_OF[torch.uint8], (len(payload),), memoryview(payload)
     else:

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
@@ -126,11 +127,11 @@ class SummandMasks:
     def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
         """Step 1, where an update is masked: y_i of the shape and dtype (int32 or int64) of x_i, uniform to everybody else.
 
-        Once per sum. `in_place` masks x_i itself, to save its memory.
+        Once per sum. `in_place` masks x_i itself, to save its memory, unless it is a view that is not contiguous.
         """
         summand = encoded.inside_protocol()
         self._encoded = None if in_place else encoded
-        summand = summand if in_place and summand.is_contiguous() else summand.clone().contiguous()
+        summand = summand if in_place and summand.is_contiguous() else own_copy(summand)
         for (kind, owner, partner), seed in self._seeds.items():
             if owner == self.me:
                 _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))

@@ -7,18 +7,20 @@ travel as JSON, never as pickle, and only plain values.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed import ReduceOp
 
+from mpc_fl.crypto.memory_layout import elements_overlap, own_copy
 from mpc_fl.errors import ProtocolError
 from mpc_fl.links.links import Links
 
 log = logging.getLogger(__name__)
 
-_TAG = "crypten"
+_TAG, _POINT_TO_POINT = "crypten", "crypten point to point"
 Size = Sequence[int]
 
 
@@ -33,7 +35,12 @@ class _Request:
 
 
 class LinksCollectives:
-    """The methods of CrypTen's `Communicator` over `Links`: a complete graph of encrypted streams between ranks."""
+    """The methods of CrypTen's `Communicator` over `Links`: a complete graph of encrypted streams between ranks.
+
+    Tensors may be views of any layout, parameters, without elements or 0-d. What is given is sent in row order and stays
+    as it is; what is returned is contiguous and no part of what was given. `broadcast` and `irecv` alone write into the
+    tensor that they are given, as CrypTen means them to, and refuse one whose elements lie in one place.
+    """
 
     BYTES_PER_ELEMENT = 8
 
@@ -43,6 +50,7 @@ class LinksCollectives:
         self._rank = world.index(links.name)
         self._others = [name for name in world if name != links.name]
         self._name = links.name
+        self._pending: dict[int, deque[tuple[_Request, torch.Tensor]]] = {rank: deque() for rank in range(len(world))}
         self.reset_communication_stats()
 
     # -- identity
@@ -64,21 +72,33 @@ class LinksCollectives:
     def get_distributed_backend(self) -> str:
         return "mpc-fl links"
 
-    # -- point to point
+    # -- point to point: between two ranks, in the order of the calls, whatever is waited for first
     def send(self, tensor: torch.Tensor, dst: int) -> None:
-        self._links.send_tensor(self._world[dst], _TAG, tensor)
+        self._links.send_tensor(self._world[dst], _POINT_TO_POINT, tensor)
 
     def recv(self, tensor: torch.Tensor, src: int | None = None) -> torch.Tensor:
-        if src is None:
-            raise ProtocolError("a receive must name its sender", "pass src")
-        return self._links.receive_tensor(self._world[src], _TAG, tensor.dtype, tensor.shape)
+        source = _named(src)
+        self._complete(source)
+        return self._links.receive_tensor(self._world[source], _POINT_TO_POINT, tensor.dtype, tensor.shape)
 
     def isend(self, tensor: torch.Tensor, dst: int) -> _Request:
         self.send(tensor, dst)
         return _Request(lambda: None)
 
     def irecv(self, tensor: torch.Tensor, src: int | None = None) -> _Request:
-        return _Request(lambda: tensor.copy_(self.recv(tensor, src)))
+        source = _named(src)
+        _require_places(tensor)
+        request = _Request(lambda: self._complete(source, request))
+        self._pending[source].append((request, tensor))
+        return request
+
+    def _complete(self, source: int, last: _Request | None = None) -> None:
+        """Receive what `irecv` has asked `source` for and not received yet: up to the request `last`, or all."""
+        pending = self._pending[source]
+        while pending if last is None else any(request is last for request, _ in pending):
+            _, tensor = pending.popleft()
+            sender = self._world[source]
+            _write(tensor, self._links.receive_tensor(sender, _POINT_TO_POINT, tensor.dtype, tensor.shape))
 
     # -- collectives
     def scatter(
@@ -88,7 +108,7 @@ class LinksCollectives:
             for rank, name in enumerate(self._world):
                 if rank != src:
                     self._links.send_tensor(name, _TAG, scatter_list[rank])
-            return scatter_list[src]
+            return own_copy(scatter_list[src])
         shape = size if size is not None else scatter_list[self._rank].shape
         return self._links.receive_tensor(self._world[src], _TAG, torch.int64, shape)
 
@@ -96,43 +116,53 @@ class LinksCollectives:
         if dst != self._rank:
             self._links.send_tensor(self._world[dst], _TAG, tensor)
             return [None]
-        return [
-            tensor if name == self._links.name else self._links.receive_tensor(name, _TAG, tensor.dtype, tensor.shape)
-            for name in self._world
-        ]
+        return self._beside_those_of_others(own_copy(tensor))
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        for name in self._others:
-            self._links.send_tensor(name, _TAG, tensor)
-        return [
-            tensor if name == self._links.name else self._links.receive_tensor(name, _TAG, tensor.dtype, tensor.shape)
-            for name in self._world
-        ]
+        self._send_to_others(tensor)
+        return self._beside_those_of_others(own_copy(tensor))
 
     def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         if batched:
             return self._batched(input, lambda flat: self.all_reduce(flat, op))
-        return _combine(self.all_gather(input.contiguous()), op)
+        self._send_to_others(input)
+        return _combine(self._beside_those_of_others(input.detach().contiguous()), op)
 
     def reduce(self, input: Any, dst: int, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         if batched:
-            return self._batched(input, lambda flat: self.reduce(flat, dst, op))
-        gathered = self.gather(input.contiguous(), dst)
-        return None if dst != self._rank else _combine([part for part in gathered if part is not None], op)
+            reduced = self._batched(input, lambda flat: self.reduce(flat, dst, op))
+            return reduced if dst == self._rank else None
+        if dst != self._rank:
+            self._links.send_tensor(self._world[dst], _TAG, input)
+            return None
+        return _combine(self._beside_those_of_others(input.detach().contiguous()), op)
 
     def broadcast(self, input: Any, src: int, group: Any = None, batched: bool = False) -> Any:
         if batched:
             return [self.broadcast(part, src) for part in input]
         if src == self._rank:
-            for name in self._others:
-                self._links.send_tensor(name, _TAG, input)
+            self._send_to_others(input)
         else:
-            input.copy_(self._links.receive_tensor(self._world[src], _TAG, input.dtype, input.shape))
+            _require_places(input)
+            _write(input, self._links.receive_tensor(self._world[src], _TAG, input.dtype, input.shape))
         return input
 
+    def _send_to_others(self, tensor: torch.Tensor) -> None:
+        for name in self._others:
+            self._links.send_tensor(name, _TAG, tensor)
+
+    def _beside_those_of_others(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """One tensor of each rank, in order: `own` as it is, and what the others send."""
+        return [
+            own if name == self._links.name else self._links.receive_tensor(name, _TAG, own.dtype, own.shape)
+            for name in self._world
+        ]
+
     def _batched(self, tensors: list[torch.Tensor], reduce: Callable[[torch.Tensor], torch.Tensor | None]) -> Any:
-        """One message for several tensors: fewer frames, the same bytes."""
-        flat = reduce(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        """One message for several tensors of one dtype: fewer frames, the same bytes."""
+        if len({tensor.dtype for tensor in tensors}) != 1:
+            return [reduce(tensor) for tensor in tensors]
+        flat = reduce(torch.cat([tensor.detach().reshape(-1) for tensor in tensors]))
         if flat is None:
             return None
         pieces = flat.split([tensor.numel() for tensor in tensors])
@@ -170,6 +200,22 @@ class LinksCollectives:
             "bytes": sum(count.bytes_sent for count in traffic),
             "time": sum(count.seconds_waited for count in traffic),
         }
+
+
+def _named(src: int | None) -> int:
+    if src is None:
+        raise ProtocolError("a receive must name its sender", "pass src")
+    return src
+
+
+def _require_places(tensor: torch.Tensor) -> None:
+    if elements_overlap(tensor):
+        raise ProtocolError("a tensor whose elements lie in one place cannot take what is received", "clone it first")
+
+
+def _write(tensor: torch.Tensor, received: torch.Tensor) -> None:
+    """Overwrite the elements of a tensor, also of a parameter or a view of one, outside of autograd."""
+    tensor.detach().copy_(received)
 
 
 def _combine(parts: list[torch.Tensor], operation: Any) -> torch.Tensor:
@@ -211,7 +257,10 @@ def _from_json(message: dict[str, Any]) -> Any:
 
 
 class ShapeCollectives:
-    """Stands for a world of `parties` in a dry run: nothing is sent, every collective returns tensors of its shape."""
+    """Stands for a world of `parties` in a dry run: nothing is sent, every collective returns tensors of its shape.
+
+    They are laid out as those of `LinksCollectives`, because what CrypTen may do with a view depends on its strides.
+    """
 
     def __init__(self, parties: int) -> None:
         self._parties = parties
@@ -223,13 +272,13 @@ class ShapeCollectives:
         return 0
 
     def gather(self, tensor: torch.Tensor, dst: int) -> list[torch.Tensor]:
-        return [tensor] * self._parties
+        return [own_copy(tensor) for _ in range(self._parties)]
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        return [tensor] * self._parties
+        return [own_copy(tensor) for _ in range(self._parties)]
 
     def all_reduce(self, input: Any, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
-        return [part.clone() for part in input] if batched else input.clone()
+        return [own_copy(part) for part in input] if batched else own_copy(input)
 
     def reduce(self, input: Any, dst: int, op: Any = ReduceOp.SUM, batched: bool = False) -> Any:
         return self.all_reduce(input, op, batched)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from mpc_fl import compatibility
+from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.errors import ProtocolError, SecrecyError
 from mpc_fl.sharing.correlated_randomness import Request, ordered_options
@@ -221,12 +222,15 @@ def crypten_with(
 
 
 def mpc_tensor_from_share(share: torch.Tensor, fraction_bits: int) -> Any:
-    """A CrypTen arithmetic tensor whose share at this party is the int64 tensor `share`."""
-    return MPCTensor.from_shares(share, precision=fraction_bits)
+    """A CrypTen arithmetic tensor whose share at this party is a copy of `share`, int64: CrypTen computes in place."""
+    return MPCTensor.from_shares(own_copy(share), precision=fraction_bits)
 
 
 def ring_share_of(tensor: Any) -> RingShare:
-    """This party's int64 share of an `MPCTensor`, to be opened; an arithmetic one adds up, a binary one by exclusive or."""
+    """This party's int64 share of an `MPCTensor`, to be opened; an arithmetic one adds up, a binary one by exclusive or.
+
+    It is the tensor's own memory, of any layout; `open_to` leaves it as it is.
+    """
     inner = tensor._tensor
     scale = inner.encoder.scale
     fraction_bits = 0 if scale == 1 else int(math.log2(scale))

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from mpc_fl.audit.opening_record import Opening, Record, Scalar
+from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.signatory import Signatory
@@ -153,10 +154,10 @@ def _open_fixed_sum(
 def _open_share(
     domain: SecretDomain, what: str, share: RingShare, who: list[str], why: str, privacy: Mapping[str, Scalar] | None
 ) -> torch.Tensor | None:
-    """Steps 1 to 3 of shares. The share of the caller stays as it is."""
+    """Steps 1 to 3 of shares. The share of the caller stays as it is, and may be a view; nothing returned is part of it."""
     links, elements = domain.links, share.elements
     domain.record.append(Opening(what, why, tuple(elements.shape), tuple(who), tuple(domain.world), privacy))
-    refreshed = elements.clone()
+    refreshed = own_copy(elements)
     domain.zero_shares.add_zero_share(refreshed, exclusive_or=share.exclusive_or)
     for name in who:
         if name != links.name:

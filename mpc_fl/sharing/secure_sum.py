@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from mpc_fl.audit.opening_record import Scalar
+from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.ring import FixedPoint, Headroom, RingShare
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.sharing.opening import SecretDomain, open_to
@@ -35,12 +36,13 @@ def secure_sum(
     """This party's share of the sum of all parties' tensors of one shape, `fraction_bits` kept with it; steps 2 and 3.
 
     `encoded` is int64 for a sum over Z_2^64, or int32 for one over Z_2^32, which only the zero-share of `open_to` masks.
-    `what` names the sum, alike at all parties: they sign it when it is opened. Nothing is sent, nobody learns anything.
+    It stays as it is. `what` names the sum, alike at all parties: they sign it when it is opened. Nothing is sent, nobody
+    learns anything.
     """
-    elements = encoded.inside_protocol()
-    if elements.dtype == torch.int64:
-        elements = elements + domain.zero_shares.zero_share(elements.shape)
-    return Shared(what, RingShare(elements, fraction_bits))
+    share = own_copy(encoded.inside_protocol())
+    if share.dtype == torch.int64:
+        domain.zero_shares.add_zero_share(share)
+    return Shared(what, RingShare(share, fraction_bits))
 
 
 @dataclass(frozen=True, repr=False)

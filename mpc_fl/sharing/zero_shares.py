@@ -47,7 +47,7 @@ class ZeroShares:
         return share
 
     def add_zero_share(self, share: torch.Tensor, *, exclusive_or: bool = False) -> None:
-        """Refresh a share, int64 or int32 of any shape, with this party's share of zero, in place.
+        """Refresh a share, int64 or int32 of any shape, also a view, with this party's share of zero, in place.
 
         To whoever sees the result it is uniform given the sum (or exclusive or) of all parties' shares.
         """

@@ -32,7 +32,7 @@ from mpc_fl.learning.data.loading import load_images
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.links.links import Links
 from tests.support.harness import SPAWN
-from tests.support.served import HOSPITALS, Service, configuration, make_service_directory
+from tests.support.served import HOSPITALS, Service, charges, configuration, make_service_directory
 
 FEATURES = 64  # inputs of the last layer of a network for images of 8 x 8
 COPIES = FEATURES + 1
@@ -155,9 +155,7 @@ def _deviate(served: Service, name: str, kind: str, images: int, **more: Any) ->
 
 
 def _images_charged(served: Service) -> list[tuple[str, int]]:
-    path = served.directory / "model-owner" / "usage.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(line["hospital"], line["images"]) for line in lines]
+    return charges(served.directory / "model-owner")
 
 
 def _openings(served: Service) -> int:

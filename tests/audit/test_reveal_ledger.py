@@ -43,6 +43,7 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import MpcFlError, ProtocolError
 from tests.support.harness import run_parties
+from tests.support.views import LAYOUTS
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
 BEGAN = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
@@ -629,6 +630,12 @@ def test_the_digest_of_a_tensor_tells_values_shapes_and_types_apart() -> None:
     assert len({tensor_digest(tensor) for tensor in zeros}) == 5
     strided = torch.arange(6.0).reshape(2, 3).T
     assert tensor_digest(strided) == tensor_digest(strided.clone(memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_digest_of_a_view_is_that_of_its_elements(name: str) -> None:
+    view = LAYOUTS[name](torch.arange(24.0).reshape(4, 6))
+    assert tensor_digest(view) == tensor_digest(torch.tensor(view.tolist()).reshape(view.shape))
 
 
 # ---- the protocol ------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
+from tests.support.views import views
 
 FALSE_ALARM = 1e-7
 
@@ -69,10 +70,43 @@ def test_masks_combined_in_place_are_those_drawn_alone(shape: tuple[int, ...], d
         assert torch.equal(total, expected), name
 
 
-@pytest.mark.parametrize("total", [torch.zeros(4), torch.zeros(4, dtype=torch.int16), torch.zeros(4, 4).long().t()[1:]])
-def test_masks_go_into_contiguous_integers_only(total: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="contiguous"):
+@settings(max_examples=200, deadline=None)
+@given(views())
+def test_masks_go_into_views_in_row_order_and_nowhere_else(view: torch.Tensor) -> None:
+    """Both ends of a mask see the order of elements alone, however these lie in memory."""
+    base = view if view._base is None else view._base
+    draw = np.int64 if view.dtype == torch.int64 else np.int32
+    mask = torch.from_numpy(Seed(bytes(32)).stream("x").words(view.numel(), draw)).reshape(view.shape)
+    for name, expected in (("add_to", view + mask), ("subtract_from", view - mask), ("exclusive_or_into", view ^ mask)):
+        start, elements = base.clone(), view.clone()
+        getattr(Seed(bytes(32)).stream("x"), name)(view)
+        assert torch.equal(view, expected), name
+        view.copy_(elements)
+        assert torch.equal(base, start), f"{name} changed what lies beside the view"
+
+
+def test_masks_go_into_a_view_of_many_pieces() -> None:
+    base = torch.zeros(3, 2**18 + 1, dtype=torch.int64)
+    Seed(bytes(32)).stream("x").add_to(base.t())
+    mask = torch.from_numpy(Seed(bytes(32)).stream("x").words(base.numel(), np.int64)).reshape(-1, 3)
+    assert torch.equal(base, mask.t())
+
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        torch.zeros(4),
+        torch.zeros(4, dtype=torch.int16),
+        torch.zeros(4).long().expand(3, 4),
+        torch.arange(6).unfold(0, 3, 1),
+    ],
+    ids=["float", "16 bits", "expanded", "overlapping windows"],
+)
+def test_masks_go_into_integers_with_a_place_for_each_only(total: torch.Tensor) -> None:
+    before = total.clone()
+    with pytest.raises(ValueError, match="masks go into int64 or int32"):
         Seed.from_system().stream("x").add_to(total)
+    assert torch.equal(total, before)
 
 
 def test_a_label_is_used_once_among_threads() -> None:

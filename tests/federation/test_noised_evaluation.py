@@ -18,10 +18,12 @@ from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError, ProtocolError
+from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import RoundPlan
-from mpc_fl.federation.hospital_state import Hospital, join
+from mpc_fl.federation.hospital_state import join
 from mpc_fl.federation.noised_evaluation import (
     EvaluationPlan,
     NoisedEvaluation,
@@ -39,6 +41,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import add_patients
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.sharing.opening import SecretDomain
 from tests.support.harness import run_parties_in_memory
+from tests.support.signatories import signatories
 
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")
 
@@ -158,28 +161,31 @@ def test_evaluation_is_opened_before_the_first_round_and_after_the_last_unless_m
 
 def run_evaluation(config: Config, number: int, directory: Path) -> dict[str, Any]:
     """At all parties; hospitals are prepared before, since what traces networks cannot run in threads."""
-    hospitals = {}
+    parties: dict[str, Any] = {"aggregator": prepare_aggregator(config)}
     for rank, name in enumerate(HOSPITALS):
         train, test = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
-        hospitals[name] = join(config, rank, train, test, PrivacyLedger(directory / f"{name}.json", name))
-    return run_parties_in_memory(evaluation, [*HOSPITALS, "aggregator"], str(directory), config, number, hospitals)
+        parties[name] = join(config, rank, train, test, PrivacyLedger(directory / f"{name}.json", name))
+    names = [*HOSPITALS, "aggregator"]
+    signatory = signatories(names, directory / "identities")
+    return run_parties_in_memory(evaluation, names, str(directory), number, parties, signatory)
 
 
 def evaluation(
-    links: Any, directory: str, config: Config, number: int, hospitals: dict[str, Hospital]
+    links: Any, directory: str, number: int, parties: dict[str, Any], signatory: dict[str, Signatory]
 ) -> dict[str, Any]:
     """An evaluation at one party: what was opened, what the ledger held when the summand was made, and the result."""
     path = Path(directory) / f"{links.name}.jsonl"
     record = OpeningRecord(path, links.name)
-    domain, rules = SecretDomain(links, [*HOSPITALS, "aggregator"], record), Rules("aggregator", 3, 0, 60.0)
+    domain = SecretDomain(links, [*HOSPITALS, "aggregator"], record, signatory=signatory[links.name])
+    rules = Rules("aggregator", HOSPITALS, 3, 0, 60.0)
     starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+    plan = RoundPlan(number, 0, HOSPITALS, starts, (), 4, False)
     if links.name == "aggregator":
-        plan = RoundPlan(number, 0, HOSPITALS, starts, (), 4, False)
-        found = aggregator_evaluation(config, domain, rules, HOSPITALS, plan)
+        _, found = aggregator_evaluation(parties[links.name], domain, rules, HOSPITALS, plan)
         lines = path.read_text().splitlines() if path.exists() else []
         return {"found": found, "lines": lines}
-    hospital = hospitals[links.name]
-    own = hospital_evaluation(hospital, domain, rules, HOSPITALS, number, 0)
+    hospital = parties[links.name]
+    own = hospital_evaluation(hospital, domain, rules, HOSPITALS, plan)
     return {"own": own, "charged": hospital.ledger.records()}
 
 
@@ -224,6 +230,7 @@ def test_a_budget_that_is_spent_stops_an_evaluation_before_it_is_made(
     ledger.charge(SubsampledGaussian(0.3, 1.0, 10), run="another", round_number=1)
     made: list[Private[torch.Tensor]] = []
     monkeypatch.setattr(secure_evaluation, "encode_confusion", lambda *_: made.append(_[0]))
+    plan = RoundPlan(1, 0, HOSPITALS, {}, (), 4, False)
     with pytest.raises(PrivacyBudgetError, match="would raise epsilon"):
-        secure_evaluation._noised(hospital, planned(config), torch.zeros(len(hospital.test), 3), 1, 0)
+        secure_evaluation._noised(hospital, planned(config), torch.zeros(len(hospital.test), 3), plan)
     assert made == [] and len(ledger.records()) == 1

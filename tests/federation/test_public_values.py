@@ -132,7 +132,8 @@ def preparation(
     """The sums before the first round at one party: what was opened, and what the aggregator takes weights from."""
     path = Path(directory) / f"{links.name}.jsonl"
     record = OpeningRecord(path, links.name)
-    domain, rules = SecretDomain(links, [*HOSPITALS, "aggregator"], record), Rules("aggregator", 3, 0, 60.0)
+    domain = SecretDomain(links, [*HOSPITALS, "aggregator"], record)
+    rules = Rules("aggregator", tuple(HOSPITALS), 3, 0, 60.0)
     if links.name == "aggregator":
         attendance = Attendance(links, rules, HOSPITALS)
         attendance.members, attendance.starts = HOSPITALS, {name: links.key_fingerprint(name) for name in HOSPITALS}

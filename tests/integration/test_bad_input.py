@@ -499,7 +499,7 @@ def assert_failed(run: Run, site: Site, arguments: list[object], pattern: str) -
     assert not [line for line in lines[:-1] if "/" not in line.split()[-2]], "before it only progress bars"
     (failed,) = site.results.iterdir()
     kept = {path.name for path in failed.iterdir()}
-    ledgers = {f"hospital-{rank}-privacy.json" for rank in range(2)}
+    ledgers = {f"hospital-{rank}-privacy.sqlite3" for rank in range(2)}
     assert failed.name == "run.failed" and {"config.yaml", "logs"} <= kept
     assert kept <= {"config.yaml", "logs", "federation.crt", "parties", "session", *ledgers}
     # After the evaluation before round 1 there is what it takes to go on; no model, no results.
@@ -538,7 +538,7 @@ def test_an_update_beyond_the_headroom(site: Site, run: Run) -> None:
 @pytest.mark.processes
 def test_a_privacy_budget_spent_by_earlier_runs(site: Site, run: Run) -> None:
     """Only hospital-1 has spent it; the ledger is untouched by the run that was refused."""
-    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.json", "hospital-1")
+    ledger = PrivacyLedger(site.root / "ledgers" / "hospital-1-privacy.sqlite3", "hospital-1")
     ledger.charge(SubsampledGaussian(0.5, 1.0, 50), run="earlier", round_number=1)
     pattern = (
         r"hospital-1 failed: hospital-1: privacy budget already spent: epsilon \S+ of 8 at delta 0\.01: stop here.*"
@@ -554,11 +554,11 @@ def test_no_epsilon_is_certified_for_patients_whose_data_a_run_released_without_
     status, said, complained = run(site.train("--ledger", ledgers, "--set", "privacy.mechanism=none"))
     assert status == 0, complained
     assert said.count("NO differential privacy (privacy.mechanism: none)") == 2
-    for name in ("hospital-0", "hospital-1"):
-        ledger = PrivacyLedger(ledgers / f"{name}-privacy.json", name)
-        assert [record["mechanism"] for record in ledger.records()] == ["none"]
-        assert ledger.epsilon(0.01) == math.inf
-    before = {path: path.read_bytes() for path in ledgers.glob("*.json")}
+    names = ("hospital-0", "hospital-1")
+    kept = [PrivacyLedger(ledgers / f"{name}-privacy.sqlite3", name) for name in names]
+    before = [ledger.records() for ledger in kept]
+    assert [[record["mechanism"] for record in records] for records in before] == [["none"], ["none"]]
+    assert [ledger.epsilon(0.01) for ledger in kept] == [math.inf, math.inf]
     again = ["train", site.config, "--data", site.data, "--out", site.results / "again", "--ledger", ledgers]
     status, _, complained = run(again)
     pattern = (
@@ -566,4 +566,4 @@ def test_no_epsilon_is_certified_for_patients_whose_data_a_run_released_without_
         r"can be certified for them any more: begin another privacy ledger for other patients"
     )
     assert status != 0 and re.search(pattern, complained), complained
-    assert {path: path.read_bytes() for path in ledgers.glob("*.json")} == before
+    assert [ledger.records() for ledger in kept] == before

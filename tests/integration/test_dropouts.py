@@ -36,6 +36,7 @@ from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.learning.models.parameters import shared_coordinates
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.support.harness import SPAWN
 
 pytestmark = pytest.mark.processes
@@ -341,14 +342,13 @@ def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_privacy_ledger_that_forgot(tmp_path: Path) -> None:
     with Site(tmp_path, privacy={"mechanism": "local", "noise_multiplier": 2.0, "delta": 1e-3}) as site:
-        ledger = site.party("hospital-0") / "hospital-0-privacy.json"
+        ledger = PrivacyLedger(site.party("hospital-0") / "hospital-0-privacy.sqlite3", "hospital-0")
         site.start_all(aggregator="round 3 aggregation")
         site.await_death("aggregator")
         site.await_words(3)
-        content = json.loads(ledger.read_text())
         state = load_checkpoint(site.party("hospital-0"), site.config.run_digest())
-        assert state is not None and state.facts["privacy accountant"] == content["records"][:2]
-        ledger.unlink()
+        assert state is not None and state.facts["privacy accountant"] == ledger.records()[:2]
+        ledger.path.unlink()
         site.start_all(resume=True)
         words = site.await_words(4)
         assert "holds less than when the last checkpoint was written" in words["hospital-0"], words
@@ -362,7 +362,7 @@ def test_distributed_noise_with_a_lost_hospital(tmp_path: Path) -> None:
         site.await_death("hospital-1")
         assert set(site.await_words(3).values()) == {"finished"}
         assert [len(line["hospitals"]) for line in site.rounds.values()] == [3, 3, 2, 2]
-        records = json.loads((site.party("hospital-0") / "hospital-0-privacy.json").read_text())["records"]
+        records = PrivacyLedger(site.party("hospital-0") / "hospital-0-privacy.sqlite3", "hospital-0").records()
         assert [record["round"] for record in records] == [1, 2, 3] and all(record["released"] for record in records)
 
 

@@ -8,11 +8,12 @@ import struct
 import psutil
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpc_fl.errors import ProtocolError
 from mpc_fl.links.frames import CHUNK_BYTES, MAX_GREETING, FrameReader, Kind, encode_frame
+from tests.support.views import LAYOUTS, in_row_order, views
 
 DTYPES = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64]
 
@@ -25,6 +26,31 @@ def test_tensors_arrive_as_sent(dtype: torch.dtype, shape: list[int], tag: str, 
     assert frames[-1] is not None and frames[-1].tag == tag
     assert isinstance(frames[-1].payload, torch.Tensor)
     assert frames[-1].payload.dtype == dtype and torch.equal(frames[-1].payload, tensor)
+
+
+@settings(max_examples=300, deadline=None)
+@given(views(DTYPES, overlapping=True))
+def test_views_arrive_in_row_order(view: torch.Tensor) -> None:
+    reader = FrameReader()
+    frames = [reader.feed(chunk) for chunk in encode_frame(Kind.TENSOR, "view", 0, view)]
+    assert frames[-1] is not None and isinstance(frames[-1].payload, torch.Tensor)
+    assert frames[-1].payload.dtype == view.dtype and torch.equal(frames[-1].payload, in_row_order(view))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_layout_arrives_as_it_is(name: str, dtype: torch.dtype) -> None:
+    view = LAYOUTS[name](torch.arange(24).reshape(4, 6).to(dtype))
+    frame = FrameReader().feed(b"".join(encode_frame(Kind.TENSOR, "view", 0, view)))
+    assert frame is not None and isinstance(frame.payload, torch.Tensor)
+    assert frame.payload.shape == view.shape and torch.equal(frame.payload, view)
+
+
+def test_parameters_and_negated_views_can_be_sent() -> None:
+    for tensor in (torch.nn.Parameter(torch.ones(2, 3)).t(), torch.tensor([1 + 2j]).conj().imag):
+        frame = FrameReader().feed(next(encode_frame(Kind.TENSOR, "x", 0, tensor)))
+        assert frame is not None and isinstance(frame.payload, torch.Tensor)
+        assert torch.equal(frame.payload, tensor.detach()) and not frame.payload.requires_grad
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])

@@ -15,6 +15,7 @@ from typing import Any
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.config.config import parse_config, party_names
 from mpc_fl.errors import MpcFlError
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.support.harness import SPAWN
 
 Deviation = Callable[[Path], None]
@@ -98,8 +99,7 @@ class Federation:
 
     def charges(self, name: str) -> list[dict[str, Any]]:
         """The records of a hospital's privacy ledger that count as released."""
-        path = self.party(name) / f"{name}-privacy.json"
-        records = json.loads(path.read_text())["records"] if path.exists() else []
+        records = PrivacyLedger(self.party(name) / f"{name}-privacy.sqlite3", name).records()
         return [record for record in records if record["released"]]
 
     def openings(self, name: str) -> list[dict[str, Any]]:

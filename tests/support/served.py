@@ -12,13 +12,15 @@ import torch
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.database.chained_rows import ChainedRows
 from mpc_fl.errors import MpcFlError
 from mpc_fl.inference.fast.preprocessing.pool import Pool, open_pool
-from mpc_fl.inference.serving.quota import USAGE_FILE
+from mpc_fl.inference.serving.service_records import RECORDS_FILE, USAGE, open_records
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.roles import MODEL_OWNER
 from tests.support.harness import SPAWN, free_ports
 
 HOSPITALS = ["hospital-0", "hospital-1", "hospital-2"]
@@ -68,6 +70,18 @@ def asking_party(name: str, values: dict[str, Any], told: Any, barrier: Any, tri
     told.close()
     told.join_thread()
     os._exit(0)  # threads of a lost link must not keep the process
+
+
+def charges(directory: Path) -> list[tuple[str, int]]:
+    """Hospital and images of each batch that a model owner charged, also while it serves."""
+    if not (directory / RECORDS_FILE).exists():
+        return []
+    with open_records(directory, MODEL_OWNER) as records:
+        rows, found = ChainedRows(records, USAGE), list[tuple[str, int]]()
+        with records.reading() as transaction:
+            for row in rows.read(transaction):
+                found.append((str(row.values[1]), int(row.values[2])))
+    return found
 
 
 class Service:
@@ -147,8 +161,8 @@ class Service:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def charged(self) -> list[str]:
-        lines = (self.directory / "model-owner" / USAGE_FILE).read_text().splitlines()
-        return [json.loads(line)["hospital"] for line in lines]
+        """Whose batches were charged, in their order."""
+        return [hospital for hospital, _ in charges(self.directory / "model-owner")]
 
     def end(self, number: int) -> list[int | None]:
         for process in self.servers:

@@ -83,7 +83,7 @@ def _keep_logs(partial: Path, failed: Path) -> None:
             if path.is_file():
                 path.replace(failed / ROOT_FILE)
         # What a failed run released stays released: its privacy ledgers are kept.
-        for ledger in partial.glob("parties/*/*-privacy.json"):
+        for ledger in partial.glob("parties/*/*-privacy.*"):  # with the journal of one that was being written
             ledger.rename(failed / ledger.name)
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.receipt_exchange import DealerReceipts
 from mpc_fl.inference.serving.service_links import require_servable, session_links, standing_party
+from mpc_fl.inference.serving.service_records import open_records
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
@@ -52,8 +53,10 @@ def serve_correlations(
 ) -> None:
     """The dealer: deal in every session of a hospital with the model owner until `until` returns or raises."""
     require_servable(config)
-    party, serving = standing_party(config, DEALER), config.serving
-    admission = Admission(frozenset({MODEL_OWNER}), serving.sessions, SessionRate(serving.sessions_per_minute))
-    with ServiceFront(party, admission, DealerService(config, party.identity, site_directory(config), observer)):
-        notify("serving", 1, 1)
-        until()
+    party, out, serving = standing_party(config, DEALER), site_directory(config), config.serving
+    with open_records(out, DEALER) as records:
+        rate = SessionRate(records, serving.sessions_per_minute)
+        admission = Admission(frozenset({MODEL_OWNER}), serving.sessions, rate)
+        with ServiceFront(party, admission, DealerService(config, party.identity, out, observer)):
+            notify("serving", 1, 1)
+            until()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mpc_fl.crypto.certificates import Identity
-from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError
+from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError, StorageError
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.visits import TASK, Visit
 from mpc_fl.links.frames import FrameReader
@@ -130,8 +130,12 @@ class ServiceFront:
             raise RefusedError(f"a session of {visit} goes on already", "come back when it has ended")
         if len(alike) >= self._admission.sessions:
             raise RefusedError(f"{len(alike)} hospitals are being served", "come back in a minute")
-        links = self._service.make_links(visit, agreement)
-        self._admission.rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
+        try:
+            links = self._service.make_links(visit, agreement)
+            self._admission.rate.begin(visit.hospital)  # what was refused before costs a greeting, no session
+        except StorageError as error:
+            log.error("no session of %s can begin: %s", visit, error)
+            raise RefusedError(f"{self._identity.name}: {error.for_peers}", "come back later") from None
         thread = threading.Thread(target=self._run, args=(agreement.session,), name=agreement.session, daemon=True)
         self._sessions[agreement.session] = session = _Session(visit, links, thread)
         thread.start()

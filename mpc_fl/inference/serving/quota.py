@@ -3,7 +3,7 @@
 `UsageLedger` bounds model extraction (Tramèr et al., USENIX Security 2016): every batch is charged, on the disk, before its
 offline work begins and so before its answer can leave. A crash can waste a hospital's images and never give any back.
 Hospitals may pool their answers, so there are limits for each and for all together; a batch must be within all of them, which
-one lock decides and charges for all sessions.
+one transaction decides and charges for all sessions of all processes that share the records (`service_records`).
 Windows slide: a day is the last 24 hours, so that no midnight lets twice the quota through. What is stored in a pool is charged
 when it is taken out; `SessionRate` and the places of a pool bound what else a hospital can cost.
 
@@ -12,21 +12,19 @@ when it is taken out; `SessionRate` and the places of a pool bound what else a h
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
-import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import MpcFlError, RefusedError
-from mpc_fl.files import append_json_line, read_json_lines, to_disk, written_whole
+from mpc_fl.database.chained_rows import ChainedRows, Row
+from mpc_fl.database.database import Database
+from mpc_fl.errors import RefusedError
+from mpc_fl.inference.serving.service_records import SESSIONS, USAGE
 
-USAGE_FILE = "usage.jsonl"
+# Seconds that rows are kept, twice their longest window: a clock that ran ahead and was put back frees nothing within them.
+_USAGE_KEPT, _SESSIONS_KEPT = 2 * 86400.0, 2 * 60.0
 
 
 @dataclass(frozen=True)
@@ -80,70 +78,25 @@ def _moment(seconds: float) -> str:
 
 
 class UsageLedger:
-    """Charges of all hospitals: `usage.jsonl` in `directory`, one line per batch, in the order in which batches began.
+    """Charges of all hospitals, in the order in which batches began. Threads, and processes of one model owner, share them.
 
-    Raises `MpcFlError` when the file is damaged (then nobody knows what was used) or another process has it. Threads may
-    share it.
+    Raises `StorageError` when the records are damaged (then nobody knows what was used) or cannot be read or written.
     """
 
-    def __init__(self, directory: Path, quotas: Sequence[Quota], clock: Callable[[], float] = time.time) -> None:
-        self._path, self._quotas, self._clock = directory / USAGE_FILE, tuple(quotas), clock
-        self._guard, self._open = threading.Lock(), contextlib.ExitStack()
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = self._open.enter_context((directory / f"{USAGE_FILE}.lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._open.close()
-            raise MpcFlError(
-                f"another process is serving in {directory}", "end it, or choose another directory"
-            ) from None
-        try:
-            self._charges = self._read()
-        except BaseException:
-            self._open.close()
-            raise
-
-    def close(self) -> None:
-        """Let another process serve in this directory."""
-        self._open.close()
-
-    def _read(self) -> dict[str, list[Charge]]:
-        """What counts still; the file is rewritten without the rest and without a line that a crash cut off."""
-        found: dict[str, list[Charge]] = {}
-        try:
-            for line in read_json_lines(self._path):
-                charge = Charge(float(line["time"]), int(line["images"]))
-                if charge.images < 1:
-                    raise ValueError
-                found.setdefault(str(line["hospital"]), []).append(charge)
-        except (ValueError, KeyError, TypeError):
-            raise MpcFlError(
-                f"{self._path} is damaged", "restore it; deleting it lets every hospital begin again"
-            ) from None
-        found = {hospital: self._counting(charges) for hospital, charges in found.items()}
-        lines = sorted(
-            ((charge.time, hospital, charge.images) for hospital, charges in found.items() for charge in charges)
-        )
-        keys = ("time", "hospital", "images")
-        text = "".join(json.dumps(dict(zip(keys, line, strict=True))) + "\n" for line in lines)
-        with written_whole(self._path, durable=True) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        return found
-
-    def _counting(self, charges: Sequence[Charge]) -> list[Charge]:
-        longest = max(quota.seconds for quota in self._quotas)
-        return [charge for charge in charges if charge.time + longest > self._clock()]
+    def __init__(self, records: Database, quotas: Sequence[Quota], clock: Callable[[], float] = time.time) -> None:
+        self._records, self._quotas, self._clock = records, tuple(quotas), clock
+        self._rows = ChainedRows(records, USAGE)
 
     def require(self, hospital: str, images: int = 1) -> None:
         """Raise `RefusedError` when `images` are not within the limits now: whose limit it is, and when to come back."""
-        with self._guard:
-            self._require(hospital, images)
+        with self._records.reading() as transaction:
+            self._require(self._rows.read(transaction), hospital, images)
 
-    def _require(self, hospital: str, images: int) -> None:
-        """The same, with the lock held: a session that begins and one that is charged see one state."""
-        now, own = self._clock(), self._charges.get(hospital, [])
-        every = [charge for charges in self._charges.values() for charge in charges]
+    def _require(self, rows: Sequence[Row], hospital: str, images: int) -> None:
+        now = self._clock()
+        charges = [(str(by), Charge(float(at), int(count))) for at, by, count in (row.values for row in rows)]
+        every = [charge for _, charge in charges]
+        own = [charge for by, charge in charges if by == hospital]
         waits = [(free_again(quota, every if quota.of_all else own, images, now), quota) for quota in self._quotas]
         late = [(again, quota) for again, quota in waits if again is not None]
         if late:
@@ -155,37 +108,50 @@ class UsageLedger:
 
     def charge(self, hospital: str, images: int) -> None:
         """Charge `images`, on the disk when this returns. Raises `RefusedError` when they are not within the limits."""
-        with self._guard:
-            self._require(hospital, images)
+        if images < 1:
+            raise ValueError("at least one image is charged")
+        with self._records.writing() as transaction:
+            rows = self._rows.read(transaction)
+            self._require(rows, hospital, images)
             now = self._clock()
-            try:
-                append_json_line(self._path, {"time": now, "hospital": hospital, "images": images})
-                to_disk(self._path)
-            except OSError as error:
-                raise MpcFlError(f"cannot write {self._path}: {error.strerror}", "check the free space") from None
-            self._charges[hospital] = [*self._counting(self._charges.get(hospital, [])), Charge(now, images)]
+            self._rows.forget(transaction, _outdated(rows, now - _USAGE_KEPT))
+            self._rows.append(transaction, now, hospital, images)
 
 
 class SessionRate:
-    """At most `sessions` new sessions of each hospital within any 60 seconds, of both kinds together. Threads may share it.
+    """At most `sessions` new sessions of each hospital within any 60 seconds, of both kinds together.
 
-    Kept in memory: a session costs work, not knowledge, so nothing is lost with a restart.
+    Threads, and processes of one party, share the count; it outlives them.
     """
 
-    def __init__(self, sessions: int, clock: Callable[[], float] = time.time) -> None:
-        self._quota, self._clock = Quota(sessions, 60.0, "a minute"), clock
-        self._begun: dict[str, list[Charge]] = {}
-        self._guard = threading.Lock()
+    def __init__(self, records: Database, sessions: int, clock: Callable[[], float] = time.time) -> None:
+        self._records, self._quota, self._clock = records, Quota(sessions, 60.0, "a minute"), clock
+        self._rows = ChainedRows(records, SESSIONS)
 
     def begin(self, hospital: str) -> None:
-        """A session of `hospital` begins. Raises `RefusedError`, which says when to come back; that costs nothing."""
-        with self._guard:
+        """A session of `hospital` begins. Raises `RefusedError`, which says when to come back; that costs nothing.
+
+        Raises `StorageError` when the records cannot be used.
+        """
+        with self._records.reading() as transaction:  # one that hammers makes nobody wait for the disk
+            self._require(self._rows.read(transaction), hospital)
+        with self._records.writing() as transaction:
+            rows = self._rows.read(transaction)
+            self._require(rows, hospital)
             now = self._clock()
-            begun = [charge for charge in self._begun.get(hospital, []) if charge.time + self._quota.seconds > now]
-            again = free_again(self._quota, begun, 1, now)
-            if again is not None:
-                raise RefusedError(
-                    f"{hospital} may begin {self._quota.most} sessions in {self._quota.period}",
-                    f"come back at {_moment(again)}",
-                )
-            self._begun[hospital] = [*begun, Charge(now, 1)]
+            self._rows.forget(transaction, _outdated(rows, now - _SESSIONS_KEPT))
+            self._rows.append(transaction, now, hospital)
+
+    def _require(self, rows: Sequence[Row], hospital: str) -> None:
+        begun = [Charge(float(at), 1) for at, by in (row.values for row in rows) if by == hospital]
+        again = free_again(self._quota, begun, 1, self._clock())
+        if again is not None:
+            raise RefusedError(
+                f"{hospital} may begin {self._quota.most} sessions in {self._quota.period}",
+                f"come back at {_moment(again)}",
+            )
+
+
+def _outdated(rows: Sequence[Row], before: float) -> int:
+    """How many of the oldest rows began before a moment."""
+    return next((number for number, row in enumerate(rows) if float(row.values[0]) >= before), len(rows))

@@ -30,6 +30,7 @@ from mpc_fl.inference.serving.gate import SessionGate, SignedGate
 from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, quotas_of
 from mpc_fl.inference.serving.receipt_exchange import OwnerReceipts, ServedTerms
 from mpc_fl.inference.serving.service_links import REFUSED, require_servable, session_links, standing_party
+from mpc_fl.inference.serving.service_records import open_records
 from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -103,7 +104,7 @@ def commitment_to(model: ServedModel, directory: Path) -> str:
     path = directory / COMMITMENT_KEY
     try:
         if not path.exists():
-            with written_whole(path, durable=True) as temporary:
+            with written_whole(path, durable=True, once=True) as temporary:  # processes that share it have one
                 temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
         key = path.read_bytes()
     except OSError as error:
@@ -145,23 +146,23 @@ def _fits(pool: OwnerPool, model: ServedModel) -> bool:
 class ModelService:
     """The model owner's `Service`: what all sessions share are the model, turns, the usage of each hospital and the record.
 
-    `directory` holds usage and record, for one process at a time; close it. Raises `MpcFlError` when another has it.
+    `directory` holds receipts and what was opened. Several processes may share it, and the usage.
     """
 
     def __init__(
-        self, config: Config, identity: Identity, model: ServedModel, directory: Path, observer: Observer | None = None
+        self,
+        config: Config,
+        identity: Identity,
+        model: ServedModel,
+        directory: Path,
+        usage: UsageLedger,
+        observer: Observer | None = None,
     ) -> None:
         self._config, self._identity, self._model, self._observer = config, identity, model, observer
-        self._usage = UsageLedger(directory, quotas_of(config))
+        self._usage = usage
         self._turns = Turns(config.serving.turns, config.serving.patience)
         self._receipts = ReceiptFile(directory, identity)
         self._record = _OneByOne(OpeningRecord(directory / "openings.jsonl", MODEL_OWNER))
-
-    def __enter__(self) -> ModelService:
-        return self
-
-    def __exit__(self, *_unused: object) -> None:
-        self._usage.close()
 
     def make_links(self, visit: Visit, agreement: Agreement) -> NetworkLinks:
         """Raises `RefusedError` for a hospital whose quota is used up, and for a pool that is not kept."""
@@ -187,8 +188,9 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     model = replace(model, commitment=commitment_to(model, out))
     say_what_is_revealed(config, model)
     notify("load model", 1, 1)
-    admission = Admission(frozenset(), serving.sessions, SessionRate(serving.sessions_per_minute))
-    with ModelService(config, party.identity, model, out, observer) as service:
-        with ServiceFront(party, admission, service):
+    with open_records(out, MODEL_OWNER) as records:
+        usage, rate = UsageLedger(records, quotas_of(config)), SessionRate(records, serving.sessions_per_minute)
+        service = ModelService(config, party.identity, model, out, usage, observer)
+        with ServiceFront(party, Admission(frozenset(), serving.sessions, rate), service):
             notify("serving", 1, 1)
             until()

@@ -1,4 +1,4 @@
-"""A hospital's ledger of all releases from its patients, over all runs, in a JSON file on its own disk.
+"""A hospital's ledger of all releases from its patients, over all runs, in a database on its own disk.
 
 A release is reserved before anything that depends on patients is computed, and marked as released before the first byte of
 it leaves. What is marked is never replaced. A release without noise is entered before it leaves, as what it is: from then on
@@ -10,10 +10,7 @@ that another process took for abandoned, and replaced, is entered again when it 
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,8 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mpc_fl.errors import PrivacyBudgetError
-from mpc_fl.files import to_disk
+from mpc_fl.errors import PrivacyBudgetError, StorageError
 from mpc_fl.learning.privacy.accounting import (
     ROUNDING,
     Accountant,
@@ -34,9 +30,8 @@ from mpc_fl.learning.privacy.accounting import (
     Unprotected,
     epsilon_of,
 )
+from mpc_fl.learning.privacy.ledger_rows import RESTORE, LedgerRows, event_of, has_ledger, opened
 
-_LEDGER_FORMAT = "mpc-fl privacy ledger 2"
-_FIRST_FORMAT = "mpc-fl privacy ledger 1"  # without numbers of reservations, and without runs that have no privacy
 _UNPROTECTED = {"mechanism": "none"}
 
 
@@ -44,22 +39,26 @@ def _is_reserved(record: dict[str, Any]) -> bool:
     return record.get("released") is False
 
 
-def _without_reserved(records: list[dict[str, Any]], run: str) -> list[dict[str, Any]]:
-    """Without what `run` has reserved and not released: it is about to make that anew."""
-    return [record for record in records if not (_is_reserved(record) and record.get("run") == run)]
+def _reserved_by(records: list[dict[str, Any]], run: str | None) -> list[dict[str, Any]]:
+    """What `run` has reserved and not released: it is about to make that anew."""
+    return [record for record in records if run is not None and _is_reserved(record) and record.get("run") == run]
 
 
 class PrivacyLedger:
-    """One hospital's record of every release made from its patients, in a JSON file.
+    """One hospital's record of every release made from its patients: the database `path`, which ends in `.sqlite3`.
 
     A record is written, and is on the disk, before the release it stands for: a crash in between costs budget, never
     privacy. A file that cannot be read, was cut short or edited, or belongs to another hospital is refused, and never
-    replaced by an empty one. Deleting the file resets the budget; only the hospital itself can do that.
+    replaced by an empty one. Deleting the file resets the budget, and so does an older copy of it, unless a checkpoint
+    (`require`) or this object has read further; only the hospital itself can do that.
+
+    A ledger of an earlier version has the same name but for its end, `.json`, and is taken over (`ledger_rows`).
     """
 
     def __init__(self, path: Path, who: str) -> None:
-        self.path = path
+        self.path = path.with_suffix(".sqlite3")
         self.who = who
+        self._read_to: tuple[int, str] | None = None  # number and digest of the last entry that this object has read
         self._charged = False
         self._reserved: list[tuple[dict[str, Any], PrivacyBudget | None]] = []
 
@@ -91,31 +90,12 @@ class PrivacyLedger:
     def records(self, run: str | None = None) -> list[dict[str, Any]]:
         """All records, none for a missing file: time, run, round, released, number (of a reservation), and either
         noise_multiplier, sample_rate, steps, total_variation (if any) or mechanism: none. With `run` as `spent`."""
-        records = self._read()
-        return records if run is None else _without_reserved(records, run)
-
-    def _read(self) -> list[dict[str, Any]]:
-        try:
-            content = json.loads(self.path.read_bytes())
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise self._refusal(error.strerror or "cannot be read") from None
-        except ValueError:
-            raise self._refusal("is not JSON") from None
-        if not isinstance(content, dict) or content.get("format") not in (_LEDGER_FORMAT, _FIRST_FORMAT):
-            raise self._refusal("is not of this format")
-        records = content.get("records")
-        if not isinstance(records, list) or content.get("sha256") != self._digest(content.get("hospital"), records):
-            raise self._refusal("does not match its checksum")
-        if content["hospital"] != self.who:
-            raise self._refusal(f"belongs to {content['hospital']}")
-        for record in records:
-            self._event(record)
-        if content["format"] == _FIRST_FORMAT:
-            # Programs of that time sent before they marked: what they reserved may have left.
-            records = [{**record, "released": True} if _is_reserved(record) else record for record in records]
-        return records
+        with self._explained():
+            if self._read_to is None and not has_ledger(self.path):
+                return []  # and none is made
+        with self._opened(writing=False) as ledger:
+            reserved = _reserved_by(ledger.records, run)
+            return [record for record in ledger.records if record not in reserved]
 
     def charge(
         self,
@@ -135,26 +115,28 @@ class PrivacyLedger:
         no epsilon holds any more (`spent`), and if the file is unusable or cannot be written. Processes that share the
         file wait for each other.
         """
-        with self._locked():
-            records = self.records(run)
-            self._require_room(records, event, round_number, budget)
-            record = {**self._stamp(run, round_number), "released": not reserve, **asdict(event)}
-            self._reserved = [(own, limit) for own, limit in self._reserved if own["run"] != run]
-            if reserve:
-                record["number"] = uuid.uuid4().hex
-                self._reserved.append((record, budget))
-            self._write([*records, record])
-            self._charged = True
+        record = {**self._stamp(run, round_number), "released": not reserve, **asdict(event)}
+        if reserve:
+            record["number"] = uuid.uuid4().hex
+        with self._opened(writing=True) as ledger:
+            replaced = _reserved_by(ledger.records, run)
+            left = [known for known in ledger.records if known not in replaced]
+            self._require_room(left, event, round_number, budget)
+            for known in replaced:
+                ledger.replace(known["number"])
+            ledger.charge(record)
+        self._reserved = [(own, limit) for own, limit in self._reserved if own["run"] != run]
+        self._reserved += [(record, budget)] if reserve else []
+        self._charged = True
 
     def charge_unprotected(self, *, run: str, round_number: int) -> None:
         """Record durably that `run` releases something of its patients without noise; call this before it leaves.
 
         One record for a run is enough. From then on `epsilon` is infinite, and `spent` and `charge` refuse.
         """
-        with self._locked():
-            records = self.records()
-            if not any(isinstance(self._event(known), Unprotected) and known["run"] == run for known in records):
-                self._write([*records, {**self._stamp(run, round_number), "released": True, **_UNPROTECTED}])
+        with self._opened(writing=True) as ledger:
+            if not any(isinstance(self._event(known), Unprotected) and known["run"] == run for known in ledger.records):
+                ledger.charge({**self._stamp(run, round_number), "released": True, **_UNPROTECTED})
 
     def release(self) -> None:
         """Mark what this object has reserved as released, durably: to be called before the first byte of it leaves.
@@ -167,18 +149,16 @@ class PrivacyLedger:
             raise PrivacyBudgetError(f"{self.who}: nothing was charged for this release", "report this as a fault")
         if not self._reserved:
             return
-        with self._locked():
-            records = self.records()
+        with self._opened(writing=True) as ledger:
+            known, counted = {record.get("number") for record in ledger.records}, list(ledger.records)
             for own, budget in self._reserved:
-                released = {**own, "released": True}
-                places = [place for place, known in enumerate(records) if known.get("number") == own["number"]]
-                if places:
-                    records[places[0]] = released
+                if own["number"] in known:
+                    ledger.release(own["number"])
                 else:
-                    self._require_room(records, self._noised([own])[0], own["round"], budget)
-                    records.append(released)
-            self._write(records)
-            self._reserved = []
+                    self._require_room(counted, self._noised([own])[0], own["round"], budget)
+                    ledger.charge({**own, "released": True})
+                    counted.append(own)
+        self._reserved = []
 
     def _require_room(
         self, records: list[dict[str, Any]], event: SubsampledGaussian, number: int, budget: PrivacyBudget | None
@@ -214,48 +194,31 @@ class PrivacyLedger:
         return {"time": time, "run": run, "round": round_number}
 
     def _refusal(self, reason: str) -> PrivacyBudgetError:
-        return PrivacyBudgetError(
-            f"{self.who}: privacy ledger {self.path} {reason}",
-            "restore it from a backup; without it the budget spent is unknown, so nothing is released",
-        )
+        return PrivacyBudgetError(f"{self.who}: privacy ledger {self.path} {reason}", RESTORE)
 
     def _event(self, record: Any) -> Event:
         try:
-            if record.get("mechanism") == "none" and {"run", "time"} <= record.keys():
-                return Unprotected()
-            distance = record.get("total_variation", 0.0)  # ledgers of version 0.1 have none
-            return SubsampledGaussian(record["noise_multiplier"], record["sample_rate"], record["steps"], distance)
-        except (KeyError, TypeError, AttributeError, PrivacyBudgetError):
+            return event_of(record)
+        except ValueError:
             raise self._refusal("has a record that is not an event") from None
 
-    @staticmethod
-    def _digest(hospital: Any, records: list[Any]) -> str:
-        return hashlib.sha256(json.dumps([hospital, records], sort_keys=True).encode()).hexdigest()
+    @contextmanager
+    def _opened(self, writing: bool) -> Iterator[LedgerRows]:
+        """The ledger as it is, which others cannot write while this one is `writing`. What it enters is on the disk at the end."""
+        with self._explained(), opened(self.path, self.who, writing) as ledger:
+            if self._read_to is not None:
+                number, digest = self._read_to
+                if len(ledger.entries) < number or ledger.entries[number - 1].digest != digest:
+                    raise self._refusal("holds less than when this program read it before")
+            for record in ledger.records:
+                self._event(record)
+            if ledger.entries:
+                self._read_to = ledger.entries[-1].number, ledger.entries[-1].digest
+            yield ledger
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _explained(self) -> Iterator[None]:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path.with_name(self.path.name + ".lock"), "w")  # noqa: SIM115
-        except OSError as error:
-            raise self._refusal(f"cannot be written: {error.strerror}") from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released with the file, also if the process dies
             yield
-
-    def _write(self, records: list[dict[str, Any]]) -> None:
-        digest = self._digest(self.who, records)
-        lines = ",\n".join(json.dumps(record) for record in records)
-        text = (
-            f'{{"format": {json.dumps(_LEDGER_FORMAT)}, "hospital": {json.dumps(self.who)}, '
-            f'"sha256": "{digest}", "records": [\n{lines}\n]}}\n'
-        )
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                to_disk(file)
-            os.replace(temporary, self.path)
-            to_disk(self.path.parent)
-        except OSError as error:
-            raise self._refusal(f"cannot be written: {error.strerror}") from None
+        except StorageError as error:
+            raise PrivacyBudgetError(f"{self.who}: privacy ledger {error.what}", error.fix) from None

@@ -6,11 +6,10 @@ Every test waits for an event of the run (a progress report, a file) and then fo
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -59,10 +58,10 @@ def end_of(processes: list[psutil.Process], began: float, record: Record) -> Non
 # what it takes to go on.
 KEPT_OF_A_FAILED_RUN = {
     *("config.yaml", "logs", "federation.crt", "parties", "session"),
-    *(f"hospital-{rank}-privacy.json" for rank in range(3)),
+    *(f"hospital-{rank}-privacy.sqlite3" for rank in range(3)),
 }
 KEPT_OF_A_PARTY = re.compile(
-    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.json(\.lock)?"
+    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.sqlite3"
 )
 
 
@@ -139,21 +138,21 @@ def test_a_party_that_raises_is_named_though_another_hangs(tmp_path: Path, recor
         if (party, phase) != ("hospital-1", "training") or done < 3:
             return False
         # Hold the ledger until hospital-1 waits for it, and so needs nothing of hospital-0 to come to what is in it.
-        lock = directory / "hospital-1-privacy.json.lock"
-        held, parties = os.open(lock, os.O_RDWR), running_parties()
-        fcntl.flock(held, fcntl.LOCK_EX)
-        waits = lambda: str(lock) in [file.path for file in parties["hospital-1"].open_files()]  # noqa: E731
+        ledger, parties = directory / "hospital-1-privacy.sqlite3", running_parties()
+        held = sqlite3.connect(ledger, isolation_level=None)
+        held.execute("BEGIN EXCLUSIVE")
+        waits = lambda: str(ledger) in [file.path for file in parties["hospital-1"].open_files()]  # noqa: E731
         eventually(waits, 60.0, "hospital-1 comes to its ledger")
         parties["hospital-0"].suspend()
-        (directory / "hospital-1-privacy.json").write_text("damaged")
-        os.close(held)
+        ledger.write_text("damaged")
+        held.close()
         return True
 
     message = failing_run(tmp_path / "run", values, strike, record_property)
-    ledger = tmp_path / "run.partial" / "parties" / "hospital-1" / "hospital-1-privacy.json"
-    assert message.startswith(f"hospital-1 failed: hospital-1: privacy ledger {ledger} is not JSON: restore it")
+    ledger = tmp_path / "run.partial" / "parties" / "hospital-1" / "hospital-1-privacy.sqlite3"
+    assert message.startswith(f"hospital-1 failed: hospital-1: privacy ledger {ledger} is damaged or was edited")
     log = (tmp_path / "run.failed" / "logs" / "hospital-1.log").read_text()
-    assert "is not JSON" in log.splitlines()[-1] and "Traceback" not in log
+    assert "is damaged or was edited" in log.splitlines()[-1] and "Traceback" not in log
 
 
 # ---- the launcher is stopped -------------------------------------------------------------------------------------------

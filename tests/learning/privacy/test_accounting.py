@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import resource
 from pathlib import Path
 
 import dp_accounting
@@ -25,6 +25,7 @@ from mpc_fl.learning.privacy.accounting import (
     check_delta,
     epsilon_of,
 )
+from mpc_fl.learning.privacy.ledger_rows import checksum
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 DELTA = 1e-4
@@ -221,7 +222,7 @@ def test_ledger_remembers_across_processes(ledger: PrivacyLedger) -> None:
     again = PrivacyLedger(ledger.path, "hospital-1")
     assert again.spent() == EVENTS
     assert [(record["run"], record["round"]) for record in again.records()] == [("phantoms", 0), ("phantoms", 1)]
-    assert sum(line.startswith('{"time"') for line in ledger.path.read_text().splitlines()) == 2
+    assert list(ledger.path.parent.iterdir()) == [ledger.path] and ledger.path.stat().st_mode & 0o777 == 0o600
 
 
 @settings(max_examples=10, deadline=None)
@@ -240,9 +241,9 @@ def test_a_ledger_of_before_distances_were_recorded_is_read(ledger: PrivacyLedge
     """The file as version 0.1.0 wrote it, and the next record beside it."""
     record = {"time": "2026-01-01T00:00:00+00:00", "run": "phantoms", "round": 1}
     record |= {"noise_multiplier": 1.0, "sample_rate": 0.16, "steps": 25}
-    digest = PrivacyLedger._digest("hospital-1", [record])
+    digest = checksum("hospital-1", [record])
     ledger.path.parent.mkdir(parents=True)
-    ledger.path.write_text(
+    ledger.path.with_suffix(".json").write_text(
         f'{{"format": "mpc-fl privacy ledger 1", "hospital": "hospital-1", "sha256": "{digest}", "records": [\n'
         f"{json.dumps(record)}\n]}}\n"
     )
@@ -280,48 +281,75 @@ def test_charge_stops_before_the_budget_is_exceeded(ledger: PrivacyLedger) -> No
     assert ledger.path.read_bytes() == before
 
 
-def _edited(path: Path) -> str:
-    content = json.loads(path.read_text())
-    content["records"][0]["steps"] = 1
-    return json.dumps(content)
+def _edited(path: Path) -> bytes:
+    content = path.read_bytes()
+    assert content.count(b'"steps": 25') == 1
+    return content.replace(b'"steps": 25', b'"steps": 01')
 
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda path: path.read_text()[:-40],
-        lambda path: "",
-        lambda path: "[]",
-        lambda path: "{}",
-        lambda path: '{"format": "mpc-fl privacy ledger 1", "records": []}',
-        _edited,
-    ],
-    ids=["cut", "empty", "list", "mapping", "no checksum", "edited"],
+    [lambda path: path.read_bytes()[:-4096], lambda path: b"", lambda path: b"{}", _edited],
+    ids=["cut", "empty", "JSON", "edited"],
 )
 def test_damaged_ledger_is_refused_and_kept(ledger: PrivacyLedger, damage) -> None:  # type: ignore[no-untyped-def]
     ledger.charge(EVENTS[0], run="phantoms", round_number=0)
-    text = damage(ledger.path)
-    ledger.path.write_text(text)
-    with pytest.raises(PrivacyBudgetError, match="restore it from a backup"):
+    content = damage(ledger.path)
+    ledger.path.write_bytes(content)
+    with pytest.raises(
+        PrivacyBudgetError, match="hospital-1: privacy ledger .* is damaged.*: restore it from a backup"
+    ):
         ledger.spent()
     with pytest.raises(PrivacyBudgetError, match="restore it from a backup"):
         ledger.charge(EVENTS[0], run="phantoms", round_number=1)
-    assert ledger.path.read_text() == text
+    assert ledger.path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "is not of this format"),
+        ("{}", "is not of this format"),
+        ('{"format": "mpc-fl privacy ledger 1", "records": []}', "does not match its checksum"),
+        (
+            f'{{"format": "mpc-fl privacy ledger 2", "hospital": "hospital-1", "records": [{{}}], '
+            f'"sha256": "{checksum("hospital-1", [{}])}"}}',
+            "has a record that is not an event",
+        ),
+        (
+            f'{{"format": "mpc-fl privacy ledger 2", "hospital": "hospital-2", "records": [], '
+            f'"sha256": "{checksum("hospital-2", [])}"}}',
+            "belongs to hospital-2",
+        ),
+    ],
+)
+def test_a_damaged_ledger_of_an_earlier_version_is_refused_and_kept(
+    ledger: PrivacyLedger, content: str, reason: str
+) -> None:
+    earlier = ledger.path.with_suffix(".json")
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text(content)
+    for attempt in (ledger.spent, ledger.spent, lambda: ledger.charge(EVENTS[0], run="phantoms", round_number=1)):
+        with pytest.raises(PrivacyBudgetError, match=f"hospital-1: privacy ledger .*privacy.json {reason}"):
+            attempt()
+    assert earlier.read_text() == content
 
 
 def test_ledger_of_another_hospital_is_refused(ledger: PrivacyLedger) -> None:
     ledger.charge(EVENTS[0], run="phantoms", round_number=0)
-    with pytest.raises(PrivacyBudgetError, match="belongs to hospital-1"):
+    with pytest.raises(PrivacyBudgetError, match="belongs to .hospital-1., not to hospital-2"):
         PrivacyLedger(ledger.path, "hospital-2").spent()
 
 
-def test_interrupted_write_leaves_the_old_ledger(ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_ledger(ledger: PrivacyLedger) -> None:
     ledger.charge(EVENTS[0], run="phantoms", round_number=0)
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(PrivacyBudgetError, match="No space left"):
-        ledger.charge(EVENTS[1], run="phantoms", round_number=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(PrivacyBudgetError, match=r"reading or writing .* failed: .*ulimit -f"):
+            ledger.charge(EVENTS[1], run="phantoms", round_number=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert ledger.spent() == EVENTS[:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from mpc_fl.errors import PrivacyBudgetError
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, epsilon_of
+from mpc_fl.learning.privacy.ledger_rows import checksum
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 DELTA = 1e-4
@@ -174,12 +176,68 @@ def test_a_ledger_of_version_1_is_read_and_what_it_reserved_stays(tmp_path: Path
         for number in (1, 2)
     ]
     content = {"format": "mpc-fl privacy ledger 1", "hospital": "hospital-0", "records": records}
-    ledger.path.write_text(json.dumps({**content, "sha256": PrivacyLedger._digest("hospital-0", records)}))
+    earlier = tmp_path / "privacy.json"
+    earlier.write_text(json.dumps({**content, "sha256": checksum("hospital-0", records)}))
     assert [event.steps for event in ledger.spent(run="a")] == [1, 2]
     ledger.charge(EVENT, run="a", round_number=2, reserve=True)
     assert [event.steps for event in ledger.spent()] == [1, 2, 5]
-    assert json.loads(ledger.path.read_text())["format"] == "mpc-fl privacy ledger 2"
     ledger.require(records[:1])
+    [kept] = tmp_path.glob("privacy.json.taken-over-*")
+    assert json.loads(kept.read_text())["records"] == records
+    assert json.loads(earlier.read_text()) == {"moved to": "privacy.sqlite3"}  # which version 1 refuses to read
+    ledger.release()
+    assert [record["released"] for record in ledger_at(tmp_path).records()] == [True] * 3
+
+
+def test_a_ledger_of_version_2_is_taken_over_with_what_it_reserved(tmp_path: Path) -> None:
+    stamp = {"time": "2026-01-01T00:00:00+00:00", "round": 1}
+    noised = {"noise_multiplier": 2.0, "sample_rate": 0.25, "steps": 1, "total_variation": 0.0}
+    records = [
+        {**stamp, "run": "a", "released": True, **noised, "number": "1" * 32},
+        {**stamp, "run": "b", "released": False, **noised, "number": "2" * 32},
+    ]
+    content = {"format": "mpc-fl privacy ledger 2", "hospital": "hospital-0", "records": records}
+    (tmp_path / "privacy.json").write_text(json.dumps({**content, "sha256": checksum("hospital-0", records)}))
+    ledger = ledger_at(tmp_path)
+    assert ledger.records() == records and ledger.records("b") == records[:1] and ledger.state() == records[:1]
+    ledger.charge(EVENT, run="b", round_number=2, reserve=True)
+    assert [event.steps for event in ledger.spent()] == [1, 5]
+
+
+def test_a_ledger_that_was_put_back_while_a_run_uses_it_is_refused(tmp_path: Path) -> None:
+    ledger = ledger_at(tmp_path)
+    ledger.charge(EVENT, run="a", round_number=1)
+    before = ledger.path.read_bytes()
+    ledger.charge(EVENT, run="a", round_number=2)
+    assert len(ledger.records()) == 2
+    ledger.path.write_bytes(before)
+    for attempt in (ledger.records, lambda: ledger.charge(EVENT, run="a", round_number=3)):
+        with pytest.raises(PrivacyBudgetError, match="holds less than when this program read it before"):
+            attempt()
+    assert ledger.path.read_bytes() == before
+    ledger.path.unlink()
+    with pytest.raises(PrivacyBudgetError, match="holds less than"):
+        ledger.records()
+
+
+def test_two_hundred_mutations_never_lower_what_is_spent(tmp_path: Path) -> None:
+    ledger, chosen = ledger_at(tmp_path), random.Random(13)
+    for number in range(40):
+        ledger.charge(SubsampledGaussian(2.0 + number, 0.25, 5), run="a", round_number=number, reserve=number % 2 == 0)
+        ledger.release()
+    content, spent, refused = ledger.path.read_bytes(), ledger.spent(), 0
+    places = [place for place, byte in enumerate(content) if byte]
+    for number in range(200):
+        place, length = chosen.choice(places), chosen.choice([1, 8, 200])
+        inserted = b"" if number % 2 else chosen.randbytes(length)
+        changed = content[:place] + inserted + content[place + length * (number % 3 > 0) :]
+        ledger.path.write_bytes(changed)
+        try:
+            assert ledger_at(tmp_path).spent() == spent, (number, place)
+        except PrivacyBudgetError as error:
+            assert "hospital-0: privacy ledger" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 150
 
 
 HAMMER = """

@@ -1,0 +1,79 @@
+"""CrypTen's own tests (release 0.4.1) on this project's runtime: two parties and a dealer over real links.
+
+All pass but those that are named here with the reason, and those that CrypTen skips itself. Three classes are slow, because they
+go through many sizes of convolutions. Tests of what needs a network, a graphic card or ONNX are left out as modules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.crypten_suite import run_tests
+from tests.support.harness import run_parties
+
+pytestmark = pytest.mark.processes
+
+WORLD = ["party-0", "party-1"]
+
+PLAIN_VALUES = "only plain values are sent between parties, never pickled objects"
+ZERO_SHARES = "it looks into CrypTen's generators of zero-shares, which are replaced"
+TORCH_LOAD = "CrypTen 0.4.1 loads pickled tensors, which torch refuses since 2.6"
+ONNX_SCRIPT = "torch exports to ONNX with a library that is not installed"
+
+# class: names of tests left out, and why
+NOT_FOR_US: dict[str, dict[str, str]] = {
+    "test_communicator.TestCommunicatorMultiProcess": {
+        "test_broadcast_obj": PLAIN_VALUES,
+        "test_send_recv_obj": PLAIN_VALUES,
+        "test_logging": "traffic is counted by the links, in bytes that were sent",
+    },
+    "test_crypten.TestCrypten": {
+        "test_plaintext_save_load_from_party": PLAIN_VALUES,
+        "test_plaintext_save_load_module_from_party": TORCH_LOAD,
+        "test_save_load": TORCH_LOAD,
+        "test_manual_seeds": ZERO_SHARES,
+        "test_przs_generators": ZERO_SHARES,
+    },
+    "test_mpc.TestTFP": {
+        "test_from_shares": ZERO_SHARES,
+        "test_tuple_cache": "tuples are never kept in files",
+    },
+    "test_nn.TestTFP": {
+        "test_from_shares": ZERO_SHARES,
+        "test_state_dict": TORCH_LOAD,
+        "test_pytorch_modules": ONNX_SCRIPT,
+        "test_tutorial_modules": ONNX_SCRIPT,
+    },
+}
+# class: how many of its tests pass
+PASSING = {
+    "test_communicator.TestCommunicatorMultiProcess": 15,
+    "test_arithmetic.TestArithmetic": 34,
+    "test_autograd.TestTFP": 9,
+    "test_binary.TestBinary": 21,
+    "test_crypten.TestCrypten": 8,
+    "test_debug.TestDebug": 4,
+    "test_distributions.TestTFP": 3,
+    "test_optim.TestTFP": 1,
+    "test_nn.TestTFP": 19,
+    "test_mpc.TestTFP": 76,
+    "test_gradients.TestTFP": 0,
+}
+SLOW = ("test_arithmetic.TestArithmetic", "test_mpc.TestTFP", "test_gradients.TestTFP")
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PASSING]
+)
+def test_the_tests_of_crypten_pass(where: str, tmp_path: Path) -> None:
+    module, test_case = where.split(".")
+    left_out = list(NOT_FOR_US.get(where, {}))
+    results = run_parties(
+        run_tests, [*WORLD, "dealer"], tmp_path, str(tmp_path), WORLD, module, test_case, left_out, timeout=1800
+    )
+    for party in WORLD:
+        for name, outcome in results[party].items():
+            assert not outcome.startswith("failed"), f"{where}.{name} at {party}: {outcome}"
+        assert list(results[party].values()).count("passed") == PASSING[where]
