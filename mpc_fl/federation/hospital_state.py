@@ -177,7 +177,7 @@ def join(
 
 def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
-    records = ledger.records(run=run_name(config))  # without what never left and will be made anew
-    charged = Counter(record.get("run") for record in records)
+    # What this run has reserved and not released never left, and will be replaced.
+    charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
     names = (run_name(config), features_run_name(config), evaluation_run_name(config))
     return Done(rounds, *(charged[name] for name in names))

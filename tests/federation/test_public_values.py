@@ -6,6 +6,7 @@ be the same with one patient less, and only noised sums may show the difference.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
@@ -43,6 +45,7 @@ from mpc_fl.learning.training import dp_sgd
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.sharing.opening import SecretDomain
 from tests.support.harness import run_parties_in_memory
+from tests.support.signatories import signatories
 
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")
 MECHANISMS = ("local", "distributed")
@@ -127,12 +130,18 @@ def test_a_mean_gradient_is_divided_by_the_public_batch_size() -> None:
 
 
 def preparation(
-    links: Any, directory: str, config: Config, hospitals: dict[str, Hospital], aggregator: Aggregator
+    links: Any,
+    directory: str,
+    config: Config,
+    hospitals: dict[str, Hospital],
+    aggregator: Aggregator,
+    signatory: dict[str, Signatory],
 ) -> tuple[list[str], Any]:
     """The sums before the first round at one party: what was opened, and what the aggregator takes weights from."""
     path = Path(directory) / f"{links.name}.jsonl"
     record = OpeningRecord(path, links.name)
-    domain, rules = SecretDomain(links, [*HOSPITALS, "aggregator"], record), Rules("aggregator", 3, 0, 60.0)
+    domain = SecretDomain(links, [*HOSPITALS, "aggregator"], record, signatory=signatory[links.name])
+    rules = Rules("aggregator", tuple(HOSPITALS), 3, 0, 60.0)
     if links.name == "aggregator":
         attendance = Attendance(links, rules, HOSPITALS)
         attendance.members, attendance.starts = HOSPITALS, {name: links.key_fingerprint(name) for name in HOSPITALS}
@@ -150,15 +159,18 @@ def _opened(path: Path) -> list[str]:
 def test_no_number_of_patients_is_opened_with_a_mechanism(mechanism: str, tmp_path: Path) -> None:
     config = configured(mechanism)
     hospitals = {name: hospital_of(config, 20 + 7 * rank, tmp_path / name, rank) for rank, name in enumerate(HOSPITALS)}
-    results = run_parties_in_memory(
-        preparation, [*HOSPITALS, "aggregator"], str(tmp_path), config, hospitals, prepare_aggregator(config)
-    )
+    names, aggregator = [*HOSPITALS, "aggregator"], prepare_aggregator(config)
+    signatory = signatories(names, tmp_path / "identities")
+    results = run_parties_in_memory(preparation, names, str(tmp_path), config, hospitals, aggregator, signatory)
     counted = {len(opened) for opened, _ in results.values()}
     patients, weight_total, factor = results["aggregator"][1]
     if mechanism == "none":
         assert counted == {1} and patients == 20 + 27 + 34 and weight_total == 128
     else:
         assert counted == {0} and patients == 3 and weight_total == 4 and factor == 4 / 2
+    # An exact number of patients is a release without noise, and enters every ledger as that.
+    spent = {hospital.ledger.epsilon(1e-3) for hospital in hospitals.values()}
+    assert spent == {math.inf if mechanism == "none" else 0.0}
 
 
 def test_exact_weights_with_a_mechanism_are_refused() -> None:
