@@ -212,7 +212,9 @@ class _Hospital:
             self.links.send_tensor(opener, _PROOF, to_words(zeros(0)))
         told = self._hear()
         seed, rows = _seed_in(told, "seed", opener), told.get("rows")
-        if not isinstance(rows, list) or not set(rows) <= {*self.plan.hospitals} or (self.me in rows and not within):
+        if not isinstance(rows, list) or not all(name in self.plan.hospitals for name in rows):
+            raise ProtocolError(f"{opener} led a norm check of unknown proofs", SAME_VERSION_AND_CONFIGURATION)
+        if len(set(rows)) != len(rows) or (self.me in rows and not within):
             raise ProtocolError(f"{opener} led a norm check of unknown proofs", SAME_VERSION_AND_CONFIGURATION)
         projections = draw_projections(seed, self.test.buckets)
         self._expand("bits", self.told.add(seed, rows), rows)

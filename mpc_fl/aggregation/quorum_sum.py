@@ -133,7 +133,7 @@ class _Part:
         # Only a check can make the sum begin again, and need the summand without these masks.
         summand = self.masks.masked(encoded, in_place=self.rules.check is None)
         links.send_object(plan.opener, f"ready {plan.name}", {"keys": self.masks.commitments()})
-        word = next_word(links, plan.opener, ("send", "check", "fixed", "again"))
+        word = next_word(links, plan.opener, ("send", "fixed", "again"))  # a check comes when the summand has been sent
         if word["word"] == "send":
             self._send(summand)
             word = next_word(links, plan.opener, ("check", "fixed", "again"))

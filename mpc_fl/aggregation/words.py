@@ -35,11 +35,10 @@ def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
 def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[str, Any]:
     """The aggregator's next word to this hospital. Raises `ProtocolError` when it is none of the expected ones."""
     word = links.receive_object(aggregator, _WORD)
-    if word.get("word") not in expected:
-        raise ProtocolError(
-            f"{aggregator} said '{str(word.get('word'))[:40]}' instead of {' or '.join(sorted(expected))}",
-            SAME_VERSION,
-        )
+    said = word.get("word")
+    if not isinstance(said, str) or said not in expected:
+        shown = f"'{said[:40]}'" if isinstance(said, str) else "something else"
+        raise ProtocolError(f"{aggregator} said {shown} instead of {' or '.join(sorted(expected))}", SAME_VERSION)
     return word
 
 

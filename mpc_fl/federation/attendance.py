@@ -55,6 +55,8 @@ class RoundPlan:
         numbers = [word.get(key) for key in ("number", "attempt", "weight_total")]
         if not isinstance(starts, dict) or set(starts) != set(hospitals) or any(type(n) is not int for n in numbers):
             raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
+        if not all(isinstance(start, str) and len(start) == 64 for start in starts.values()):
+            raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
         resumed = word.get("resumed") is True
         return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], resumed)  # type: ignore[arg-type]
 
@@ -64,6 +66,7 @@ class PlansFollowed:
     """A hospital's view of the plans it was sent: none comes twice, and none is taken up that the rules do not allow.
 
     `round_of` is the last one that this start of the hospital took up; `kept` the last round of which it has a checkpoint.
+    `behind` says that it has missed the model of the round before, so that it must be given the model again.
     """
 
     rules: Rules
@@ -71,6 +74,7 @@ class PlansFollowed:
     largest_total: int
     kept: int = -1
     round_of: tuple[int, int] = (-1, 0)
+    behind: bool = True
 
     def follow(self, plan: RoundPlan, me: str) -> None:
         """Take up a plan, or raise `ProtocolError` before anything follows from it.
@@ -86,14 +90,16 @@ class PlansFollowed:
             what = (
                 f"planned round {plan.number} (attempt {plan.attempt}) after round {max(self.kept, self.round_of[0])}"
             )
-        elif not 0 <= plan.attempt < len(self.rules.hospitals):
+        elif not 0 <= plan.attempt < (len(self.rules.hospitals) if plan.number else 1):
             what = f"began round {plan.number} anew too often"
         elif not set(plan.newcomers) <= set(plan.hospitals):
             what = "named newcomers that take no part"
+        elif self.behind and me not in plan.newcomers:
+            what = f"did not give {me} the model of the round before"
         elif total < 1 or total & (total - 1) or total > self.largest_total:
             what = "sent a total of weights that cannot be"
         else:
-            self.round_of = plan.round_of
+            self.round_of, self.behind = plan.round_of, False
             return
         raise ProtocolError(f"{opener} {what}", f"{opener} does not follow the protocol; nothing was sent to it")
 
@@ -107,6 +113,8 @@ def announce(links: Links, aggregator: str, hospitals: tuple[str, ...]) -> None:
 def await_keys(links: Links, plan: RoundPlan, seconds: float) -> None:
     """At a hospital: wait until it holds the keys of the plan's starts of all others. Raises `PeerLostError`."""
     deadline = time.monotonic() + seconds
+    if plan.starts[links.name] != links.key_fingerprint(links.name):
+        raise ProtocolError(f"the aggregator planned with another start of {links.name} than this one", SAME_VERSION)
     for name in plan.hospitals:
         while links.key_fingerprint(name) != plan.starts[name]:
             if time.monotonic() > deadline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpc_fl.aggregation.words import broadcast
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import SAME_VERSION, DataError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests
@@ -13,6 +13,7 @@ from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import (
     flatten_buffers,
     flatten_parameters,
+    join_parts,
     load_flat_buffers,
     load_flat_parameters,
 )
@@ -36,17 +37,27 @@ def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> 
 
 
 def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
-    """A hospital's side of `send_model`, so that all start bit for bit alike."""
+    """A hospital's side of `send_model`, so that all start bit for bit alike.
+
+    Only what all have in common is taken, and bound to the sums to come: own layers are never the aggregator's to choose.
+    Raises `ProtocolError` for a normalisation that cannot be, or is another than before.
+    """
     parameters, buffers = flatten_parameters(hospital.model), flatten_buffers(hospital.model)
-    load_flat_parameters(
-        hospital.model, links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
-    )
+    received = links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
+    shared = received[hospital.coordinates]
+    load_flat_parameters(hospital.model, join_parts(shared, parameters, hospital.coordinates))
     statistics = links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
     load_flat_buffers(hospital.model, statistics)
     hospital.digests.take(parameters=hospital.shared_parameters, statistics=statistics)
     if normalised:
-        values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, None)
-        normalisation = Normalisation.of_tensor(values)
+        shape = (2, hospital.config.data.input_shape[0])
+        values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, shape)
+        try:
+            normalisation = Normalisation.of_tensor(values)
+        except DataError as error:
+            raise ProtocolError(
+                f"{AGGREGATOR} sent a normalisation that cannot be: {error.what}", SAME_VERSION
+            ) from None
         if hospital.normalisation not in (None, normalisation):
             raise ProtocolError(
                 f"{AGGREGATOR} sent another normalisation of inputs than before", "it does not follow the protocol"

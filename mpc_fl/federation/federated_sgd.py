@@ -94,9 +94,11 @@ def hospital_steps(
             hospitals = contribute(domain, rules, agreed, share, hospital.ledger.release)
         except SumLostError as error:
             log.warning("%s", error)
-            return "void"
+            hospitals = ()
         if links.name not in hospitals:
-            return "left out"
+            # The steps so far are dropped: what the next sum is bound to must be the model that this hospital has.
+            hospital.digests.take(parameters=hospital.shared_parameters)
+            return "left out" if hospitals else "void"
         stepped = receive_global(links, hospital.digests, mechanism.parameters)
         load_flat_parameters(working, stepped)
         step_done(step + 1, steps)

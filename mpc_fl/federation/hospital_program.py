@@ -11,6 +11,7 @@ from mpc_fl.aggregation.rules import Missed, Rules
 from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.config import Config, party_names
+from mpc_fl.errors import ProtocolError
 from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, await_end, await_keys
 from mpc_fl.federation.audit_trail import (
     begin_ledger,
@@ -58,9 +59,13 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         plans = PlansFollowed(rules, config.training.rounds, largest_weight_total(config), last_round(config, out))
         notify("connect", 1, 1)
         announce(links, AGGREGATOR, hospitals)
+        waits = (config.training.rounds + 2) * len(hospitals)  # one for each plan that it may miss
         while True:
             word = next_word(links, AGGREGATOR, ("plan", "wait"))
             if word["word"] == "wait":
+                waits -= 1
+                if waits < 0:
+                    raise ProtocolError(f"{AGGREGATOR} kept {name} waiting for ever", "it does not follow the protocol")
                 links.await_change(1.0)
                 announce(links, AGGREGATOR, hospitals)
                 continue
@@ -71,7 +76,9 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
                 _begin(hospital, domain, ledger, plan)
             if plan.number > config.training.rounds:
                 break
-            if _round(hospital, domain, ledger, rules, plan, notify) == "left out":
+            missed = _round(hospital, domain, ledger, rules, plan, notify)
+            plans.behind = missed is not None
+            if missed == "left out":
                 announce(links, AGGREGATOR, hospitals)
         sign_end(ledger, links, plan.hospitals, hospital)
         await_end(links, config.training.rounds)

@@ -43,9 +43,8 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
             run = features_run_name(config)
             ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
         encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
-        contribute(
-            domain, rules, AgreedSum(hospitals, ("features",), _FEATURES, seen()), encoded, hospital.releasing(0)
-        )
+        agreed = AgreedSum(hospitals, ("features",), _FEATURES, seen())
+        _require_all(hospitals, contribute(domain, rules, agreed, encoded, hospital.releasing(0)))
         values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.features))
         hospital.normalise(Normalisation.of_tensor(values))
         buffers = flatten_buffers(hospital.model)
@@ -55,8 +54,17 @@ def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules,
     if config.counts_patients:
         count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
         # Opened with mechanism none alone: what it shows of the patients is exact.
-        contribute(domain, rules, AgreedSum(hospitals, ("patients",), _PATIENTS, seen()), count, hospital.releasing(0))
+        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
+        _require_all(hospitals, contribute(domain, rules, agreed, count, hospital.releasing(0)))
     calibrate_own(hospital.model, hospital.train.inputs, config)
+
+
+def _require_all(hospitals: tuple[str, ...], admitted: tuple[str, ...]) -> None:
+    if admitted != hospitals:
+        raise ProtocolError(
+            f"{AGGREGATOR} left a hospital out of a sum over all of them",
+            "it does not follow the protocol; start again",
+        )
 
 
 def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: Rules, attendance: Attendance) -> None:

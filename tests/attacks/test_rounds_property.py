@@ -191,7 +191,7 @@ class Rounds(RuleBasedStateMachine):
 
     def _plan(self, links: Links, name: str, it: Told, _got: _Got) -> None:
         starts = dict.fromkeys(it.hospitals, "0" * 64)
-        values = {"starts": starts, "newcomers": [], "weight_total": 8, "resumed": False}
+        values = {"starts": starts, "newcomers": [name], "weight_total": 8, "resumed": False}
         say(links, [name], "plan", number=it.number, attempt=it.attempt, hospitals=it.hospitals, **values)
         links.send_object(name, "model", {"model": it.model})
 
