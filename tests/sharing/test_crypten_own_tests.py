@@ -6,6 +6,7 @@ go through many sizes of convolutions. Tests of what needs a network, a graphic 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,20 @@ PASSING = {
     "test_mpc.TestTFP": 76,
     "test_gradients.TestTFP": 54,
 }
-SLOW = ("test_arithmetic.TestArithmetic", "test_mpc.TestTFP", "test_gradients.TestTFP")
+SLOW = ("test_arithmetic.TestArithmetic",)
+# Ten minutes and more on two cores, so nobody runs them by the way.
+LONG = ("test_mpc.TestTFP", "test_gradients.TestTFP")
 
 
-@pytest.mark.parametrize(
-    "where", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PASSING]
-)
+def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    if name in LONG:
+        asked = os.environ.get("MPC_FL_LONG_TESTS")
+        reason = "takes over ten minutes; set MPC_FL_LONG_TESTS=1 to run it"
+        return pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.skipif(not asked, reason=reason)
+    return (pytest.mark.slow,) if name in SLOW else ()
+
+
+@pytest.mark.parametrize("where", [pytest.param(name, marks=_marks(name)) for name in PASSING])
 def test_the_tests_of_crypten_pass(where: str, tmp_path: Path) -> None:
     module, test_case = where.split(".")
     left_out = list(NOT_FOR_US.get(where, {}))
