@@ -92,6 +92,16 @@ class Config(Section):
         """How many hospitals may take their own part out of distributed noise: at least one, which knows its part."""
         return 1 if self.privacy.colluders is None else max(1, self.privacy.colluders)
 
+    def absent_noise(self, quorum: int | None = None) -> int:
+        """Of how many hospitals the noise may not be in a sum over `quorum` of them, `federation.quorum` by default: colluders and
+        the missing. With `local` noise nobody relies on anybody else's; without noise there is none to be missing.
+        """
+        hospitals = self.federation.hospitals
+        missing = hospitals - (self.federation.quorum_size if quorum is None else quorum)
+        return {"none": 0, "local": hospitals - 1, "distributed": self.noise_colluders + missing}[
+            self.privacy.mechanism
+        ]
+
     @property
     def reveal(self) -> Reveal:
         """What a diagnosis opens to the hospital: what is configured; else the label alone where a model owner serves.

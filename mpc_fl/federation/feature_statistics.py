@@ -110,12 +110,10 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
         raise PrivacyBudgetError(f"a quorum of {quorum} among {hospitals} hospitals cannot be", "correct the quorum")
     features = config.data.input_shape[0]
     classes = len(config.data.classes)
-    # Whose noise may not be there: colluders and the missing. With `local` noise nobody relies on anybody else's.
-    absent = {"none": 0, "local": hospitals - 1, "distributed": config.noise_colluders + hospitals - quorum}[kind]
     terms = MechanismTerms(
         parameters=classes + 2 * features,
         hospitals=hospitals,
-        colluders=absent,
+        colluders=config.absent_noise(quorum),
         expected_patients=config.aggregation.count_bound,
         clipping_norm=vector_norm(features),
         noise_multiplier=1.0 if kind == "none" else config.data.normalise_noise_multiplier,

@@ -124,10 +124,7 @@ def plan_noised_evaluation(config: Config) -> EvaluationPlan | None:
     )
     if noise is None:
         return None
-    # Whose noise may not be there: colluders and the missing. With `local` noise nobody relies on anybody else's.
-    local = config.privacy.mechanism == "local"
-    absent = hospitals - 1 if local else config.noise_colluders + hospitals - config.federation.quorum_size
-    terms = MechanismTerms(classes**2, hospitals, absent, config.aggregation.count_bound, 1.0, noise)
+    terms = MechanismTerms(classes**2, hospitals, config.absent_noise(), config.aggregation.count_bound, 1.0, noise)
     mechanism = plan_mechanism(terms, ring_bits=64)
     if mechanism.largest_sum >= EXACT_IN_FLOAT64:
         raise HeadroomError("noised evaluation counts do not fit 53 bits", "lower aggregation.count_bound")

@@ -229,8 +229,7 @@ def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGa
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
     if parameters is None:
         parameters = len(flatten_parameters(build_model(config)))
-    # Whose noise may not be in a sum: that of colluders, and of hospitals that are absent.
-    absent = config.noise_colluders + hospitals - config.federation.quorum_size
+    absent = config.absent_noise()
     sizes, rate = public_sizes(config), sample_rate_of(config, 0)
     noise = settings.noise_multiplier
     if noise is None:
