@@ -24,7 +24,7 @@ from mpc_fl.federation.audit_trail import (
 from mpc_fl.federation.distribution import receive_model
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_round import hospital_round
-from mpc_fl.federation.hospital_state import Hospital, join, last_round
+from mpc_fl.federation.hospital_state import Hospital, join
 from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
 from mpc_fl.federation.preparation import hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
@@ -56,7 +56,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     ):
         ledger = open_ledger(config, name)
         domain = runtime.domain(ledger, signatory_of(ledger))
-        plans = PlansFollowed(rules, config.training.rounds, largest_weight_total(config), last_round(config, out))
+        plans = PlansFollowed(rules, config.training.rounds, largest_weight_total(config), hospital.kept_round)
         notify("connect", 1, 1)
         announce(links, AGGREGATOR, hospitals)
         waits = (config.training.rounds + 2) * len(hospitals)  # one for each plan that it may miss

@@ -64,6 +64,7 @@ class Hospital:
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
     digests: ModelDigests = field(default_factory=ModelDigests)
+    kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -137,12 +138,6 @@ def _wrong_facts(saved: Checkpoint) -> str | None:
     return None if isinstance(spent, list) else "holds no state of a privacy accountant"
 
 
-def last_round(config: Config, directory: Path) -> int:
-    """The last round of which this hospital has a checkpoint that it goes on from, -1 without one."""
-    last = load_checkpoint(directory, config.run_digest()) if config.site.resume else None
-    return -1 if last is None else last.round
-
-
 def join(
     config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger, directory: Path | None = None
 ) -> Hospital:
@@ -163,6 +158,7 @@ def join(
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
+    hospital.kept_round = -1 if last is None else last.round
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
