@@ -48,13 +48,13 @@ from mpc_fl.audit.reveal_ledger import (
     Members,
     Signature,
     block_from,
-    fingerprint,
     opening_from,
     sign_block,
     signature_from,
     to_json,
 )
 from mpc_fl.crypto.certificates import verify_certificate
+from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import SAME_VERSION, SAME_VERSION_AND_CONFIGURATION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 

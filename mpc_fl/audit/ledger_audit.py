@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 from cryptography import x509
-from cryptography.x509.oid import NameOID
 
 from mpc_fl.audit.reveal_ledger import (
     Block,
@@ -23,12 +22,12 @@ from mpc_fl.audit.reveal_ledger import (
     Members,
     block_from,
     encode_block,
-    fingerprint,
-    is_genuine,
+    is_signed,
     moment_of,
 )
-from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, host_name
-from mpc_fl.roles import is_hospital, role_of
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, is_of_party
+from mpc_fl.crypto.signatory import fingerprint
+from mpc_fl.roles import is_hospital
 
 
 @dataclass(frozen=True)
@@ -164,28 +163,13 @@ def _certificates(
         try:
             certificate = x509.load_pem_x509_certificate(certificate_pem.encode("ascii"))
             certificate.verify_directly_issued_by(authority)
-            if _names(certificate, name):
+            if is_of_party(certificate, name):
                 known[name] = certificate
             else:
                 findings.append(Finding("the certificate is another party's", here, party=name))
         except UNSOUND:
             findings.append(Finding("the certificate is not one of this authority's", here, party=name))
     return known, findings
-
-
-def _names(certificate: x509.Certificate, name: str) -> bool:
-    """Whether it is the certificate of a party of this name. Raises one of `UNSOUND` for a missing extension."""
-    subject, extensions = certificate.subject, certificate.extensions
-    names = [item.value for item in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    roles = [item.value for item in subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
-    alternatives = list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    return (
-        names == [name]
-        and roles == [role_of(name)]
-        and alternatives == [x509.DNSName(host_name(name))]
-        and not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        and extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
-    )
 
 
 def _signatures(chain: Chain, block: Block, certificates: Mapping[str, x509.Certificate]) -> Iterator[Finding]:
@@ -209,7 +193,7 @@ def _signatures(chain: Chain, block: Block, certificates: Mapping[str, x509.Cert
         party, certificate, moment = signature.party, certificates.get(signature.party), moment_of(signature)
         if certificate is None or party not in block.parties:
             continue
-        if not is_genuine(content, signature, certificate, block.version):
+        if not is_signed(content, signature, certificate, block.version):
             false.append(party)
         elif not certificate.not_valid_before_utc <= moment <= certificate.not_valid_after_utc:
             yield Finding(f"its certificate was not valid when it signed, {signature.time}", here, party=party)

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.x509.oid import NameOID
 
 from mpc_fl.audit.receipts import NOTHING, DealerCount, Entry, Receipt, entry_from, is_sealed, is_signed
-from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, host_name
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, is_of_party
+from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.roles import DEALER, MODEL_OWNER
 
 # ---- one file ----------------------------------------------------------------------------------------------------------
@@ -93,10 +92,10 @@ class _Check:
             try:
                 certificate = x509.load_pem_x509_certificate(certificate_pem.encode("ascii"))
                 certificate.verify_directly_issued_by(self._authority)
-                if not _names(certificate, name):
+                if not is_of_party(certificate, name):
                     yield f"the certificate of {name} is another party's"
                     continue
-                self._certificates[certificate.fingerprint(hashes.SHA256()).hex()] = (name, certificate)
+                self._certificates[fingerprint(certificate)] = (name, certificate)
             except UNSOUND:
                 yield f"the certificate of {name} is not one of this authority's"
 
@@ -114,8 +113,8 @@ class _Check:
             yield f"{name} did not sign it"
         for name in entry.signatures.keys() - signed.keys():
             yield f"{name} signed it and is no party of it"
-        for name, (what, fingerprint) in signed.items():
-            certificate = self._certificate(name, fingerprint)
+        for name, (what, printed) in signed.items():
+            certificate = self._certificate(name, printed)
             if certificate is None:
                 yield f"there is no certificate of {name}, so its signature proves nothing"
             elif name in entry.signatures and not is_signed(what, entry.signatures[name], certificate):
@@ -175,19 +174,6 @@ def _steps(last: Receipt | None, receipt: Receipt) -> Iterator[str]:
         yield f"{receipt.openings} openings after {last.batches} batches, {last.openings} before"
     elif last.time and receipt.moment < last.moment - CLOCK_SKEW:
         yield f"it was signed before it, {receipt.time}"
-
-
-def _names(certificate: x509.Certificate, name: str) -> bool:
-    """Whether it is a party's of this name. Raises one of `UNSOUND` for a missing extension."""
-    subject = [item.value for item in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
-    extensions = certificate.extensions
-    alternatives = list(extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
-    return (
-        subject == [name]
-        and alternatives == [x509.DNSName(host_name(name))]
-        and not extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        and extensions.get_extension_for_class(x509.KeyUsage).value.digital_signature
-    )
 
 
 # ---- several parties' files --------------------------------------------------------------------------------------------

@@ -25,12 +25,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from mpc_fl.audit.opening_record import Opening
-from mpc_fl.crypto.certificates import Identity, sign, verify_signature
-from mpc_fl.errors import IdentityError
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.signatory import fingerprint, is_genuine, sign_statement
 from mpc_fl.roles import is_hospital
 
 FORMAT, COUNT_FORMAT, LINE_FORMAT = "mpc-fl receipt 1", "mpc-fl dealer count 1", "mpc-fl line of receipts 1"
@@ -44,7 +42,6 @@ _DIGEST, _NAME, _TIME = (
     re.compile(r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"),
 )
 _SIGNATURE, _LARGEST = re.compile(r"([0-9a-f]{2}){8,80}"), 1 << 48
-_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
 
 T = TypeVar("T")
 
@@ -140,7 +137,7 @@ class Entry:
 
     def sealed(self, identity: Identity) -> Entry:
         """With the keeper's signature over all of it. Raises `IdentityError` when the identity holds no usable key."""
-        return replace(self, seal=_signed(identity, LINE_FORMAT, {**asdict(self), "seal": ""}))
+        return replace(self, seal=sign_statement(identity, LINE_FORMAT, _canonical({**asdict(self), "seal": ""})))
 
 
 def opened_with(opened: tuple[int, str], opening: Opening) -> tuple[int, str]:
@@ -149,35 +146,30 @@ def opened_with(opened: tuple[int, str], opening: Opening) -> tuple[int, str]:
     return opened[0] + 1, _digest_of([opened[1], described])
 
 
-def time_text(moment: datetime.datetime) -> str:
-    """A moment as receipts hold it."""
-    return moment.astimezone(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def fingerprint_of(certificate_pem: bytes) -> str:
     """SHA-256 of a certificate, as hex. Raises one of `UNSOUND` when it is none."""
-    return x509.load_pem_x509_certificate(certificate_pem).fingerprint(hashes.SHA256()).hex()
+    return fingerprint(x509.load_pem_x509_certificate(certificate_pem))
 
 
 def sign_receipt(receipt: Receipt, identity: Identity) -> str:
     """A side's signature, as hex. Raises `IdentityError` when the identity holds no usable key."""
-    return _signed(identity, FORMAT, asdict(receipt))
+    return sign_statement(identity, FORMAT, _canonical(asdict(receipt)))
 
 
 def sign_count(count: DealerCount, identity: Identity) -> str:
     """The dealer's signature, as hex. Raises `IdentityError` when the identity holds no usable key."""
-    return _signed(identity, COUNT_FORMAT, asdict(count))
+    return sign_statement(identity, COUNT_FORMAT, _canonical(asdict(count)))
 
 
 def is_sealed(entry: Entry, certificate: x509.Certificate) -> bool:
     """Whether the holder of `certificate` wrote this line."""
-    return _genuine(certificate, LINE_FORMAT, {**asdict(entry), "seal": ""}, entry.seal)
+    return is_genuine(certificate, LINE_FORMAT, _canonical({**asdict(entry), "seal": ""}), entry.seal)
 
 
 def is_signed(what: Receipt | DealerCount, signature: object, certificate: x509.Certificate) -> bool:
     """Whether the holder of `certificate` signed this."""
     purpose = FORMAT if isinstance(what, Receipt) else COUNT_FORMAT
-    return isinstance(signature, str) and _genuine(certificate, purpose, asdict(what), signature)
+    return is_genuine(certificate, purpose, _canonical(asdict(what)), signature)
 
 
 def _canonical(value: object) -> bytes:
@@ -186,25 +178,6 @@ def _canonical(value: object) -> bytes:
 
 def _digest_of(value: object) -> str:
     return hashlib.sha256(_canonical(value)).hexdigest()
-
-
-def _unique(signature: bytes) -> bytes:
-    """Of (r, s) and (r, -s), which ECDSA both accepts, the smaller one: else a signature could be exchanged unseen."""
-    r, s = decode_dss_signature(signature)
-    return encode_dss_signature(r, min(s, _ORDER - s))
-
-
-def _signed(identity: Identity, purpose: str, value: object) -> str:
-    return _unique(sign(identity, purpose, _canonical(value))).hex()
-
-
-def _genuine(certificate: x509.Certificate, purpose: str, value: object, signature: str) -> bool:
-    try:
-        der = bytes.fromhex(signature)
-        verify_signature(certificate, purpose, _canonical(value), der)
-        return _unique(der).hex() == signature
-    except (IdentityError, ValueError):
-        return False
 
 
 # ---- from JSON ---------------------------------------------------------------------------------------------------------

@@ -32,13 +32,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from mpc_fl.audit.ledger_versions import FORMATS, VERSION, canonical, content_of, fields_of, sha256, version_of
 from mpc_fl.audit.opening_record import Opening, Scalar
-from mpc_fl.crypto.certificates import Identity, sign, verify_signature
-from mpc_fl.errors import IdentityError
+from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.signatory import is_genuine, sign_statement, time_text
 
 LEDGER_FILE = "reveal_ledger.jsonl"
 KINDS = ("start", "resume", "openings", "abandoned", "end")
@@ -46,8 +44,6 @@ _NOTHING = "0" * 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"2[0-9]{3}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\+00:00")
 _LONGEST_TEXT = 1000
-# The order of the group of P-256 (SP 800-186, section 3.2.1.3).
-_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,11 +236,6 @@ def block_from(value: Any) -> Block:
     )
 
 
-def time_text(moment: datetime.datetime) -> str:
-    """A moment as signatures hold it."""
-    return moment.astimezone(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
 def moment_of(signature: Signature) -> datetime.datetime:
     """When it was made, by the clock of its party."""
     return datetime.datetime.fromisoformat(signature.time)
@@ -283,31 +274,14 @@ def sign_block(block: Block, identity: Identity, moment: datetime.datetime) -> S
     """This party's signature. Raises `IdentityError` when the identity holds no usable key."""
     time = time_text(moment)
     message = _signed_message(block.content_digest(), identity.name, time)
-    signature = sign(identity, FORMATS[block.version], message)
-    return Signature(identity.name, time, _unique(signature).hex())
+    return Signature(identity.name, time, sign_statement(identity, FORMATS[block.version], message))
 
 
 def _signed_message(content_digest: str, party: str, time: str) -> bytes:
     return canonical([content_digest, party, time], VERSION)
 
 
-def _unique(signature: bytes) -> bytes:
-    """Of (r, s) and (r, -s), which ECDSA both accepts, the smaller one: else a signature could be exchanged unseen."""
-    r, s = decode_dss_signature(signature)
-    return encode_dss_signature(r, min(s, _ORDER - s))
-
-
-def is_genuine(content_digest: str, signature: Signature, certificate: x509.Certificate, version: int) -> bool:
+def is_signed(content_digest: str, signature: Signature, certificate: x509.Certificate, version: int) -> bool:
     """Whether the holder of `certificate` made this signature over the content of a block of this version."""
     message = _signed_message(content_digest, signature.party, signature.time)
-    try:
-        der = bytes.fromhex(signature.signature)
-        verify_signature(certificate, FORMATS[version], message, der)
-        return _unique(der).hex() == signature.signature
-    except (IdentityError, ValueError):
-        return False
-
-
-def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate, as hex."""
-    return certificate.fingerprint(hashes.SHA256()).hex()
+    return is_genuine(certificate, FORMATS[version], message, signature.signature)

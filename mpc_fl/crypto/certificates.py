@@ -112,6 +112,18 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
     return certificate
 
 
+def is_of_party(certificate: x509.Certificate, name: str) -> bool:
+    """Whether a certificate is that of a party of this name, whenever it is or was valid; who issued it is not checked.
+
+    Raises one of `UNSOUND` for a missing extension.
+    """
+    try:
+        _check_fields(certificate, name)
+    except IdentityError:
+        return False
+    return True
+
+
 def _check_fields(certificate: x509.Certificate, name: str) -> None:
     """Name, role, key and permitted use. Raises `IdentityError`, or one of `UNSOUND` for a missing extension."""
     extensions = certificate.extensions

@@ -30,13 +30,13 @@ from mpc_fl.audit.reveal_ledger import (
     Members,
     chain_opening,
     encode_block,
-    fingerprint,
     sign_block,
     to_json,
 )
 from mpc_fl.config.config import party_names
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import Kind
 from tests.integration.test_dropouts import Site

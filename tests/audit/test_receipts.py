@@ -26,11 +26,11 @@ from mpc_fl.audit.receipts import (
     receipt_from,
     sign_count,
     sign_receipt,
-    time_text,
 )
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.signatory import time_text
 from mpc_fl.errors import MpcFlError
 
 NAMES = ["hospital-0", "hospital-1", "model-owner", "dealer"]

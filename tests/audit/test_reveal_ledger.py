@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from mpc_fl.apps.cli import ledger as ledger_commands
-from mpc_fl.audit import reveal_ledger
 from mpc_fl.audit.ledger_audit import Copy, Finding, extend, read_ledger, verify_copies
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.audit.opening_record import Opening
@@ -34,13 +33,14 @@ from mpc_fl.audit.reveal_ledger import (
     block_from,
     chain_opening,
     encode_block,
-    fingerprint,
     sign_block,
     to_json,
 )
+from mpc_fl.crypto import signatory
 from mpc_fl.crypto.authority import Authority, pem
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, ProtocolError
 from tests.support.harness import run_parties
 from tests.support.views import LAYOUTS
@@ -350,7 +350,7 @@ def test_the_other_form_of_a_signature_is_found_even_in_the_last_block() -> None
     blocks = make_ledger(1, 1)
     first, *rest = blocks[-1].signatures
     r, s = decode_dss_signature(bytes.fromhex(first.signature))
-    twin = dataclasses.replace(first, signature=encode_dss_signature(r, reveal_ledger._ORDER - s).hex())
+    twin = dataclasses.replace(first, signature=encode_dss_signature(r, signatory._ORDER - s).hex())
     blocks[-1] = dataclasses.replace(blocks[-1], signatures=(twin, *rest))
     assert [finding.party for finding in findings_of(text(blocks))] == ["hospital-0"]
 

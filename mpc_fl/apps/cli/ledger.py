@@ -21,8 +21,9 @@ from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
-from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, fingerprint, to_json
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, to_json
 from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
+from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError
 
 app = typer.Typer(

@@ -44,9 +44,9 @@ from mpc_fl.audit.receipts import (
     receipt_from,
     sign_count,
     sign_receipt,
-    time_text,
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, verify_certificate
+from mpc_fl.crypto.signatory import time_text
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError, RefusedError
 from mpc_fl.inference.fast.network import Reveal
 from mpc_fl.links.links import Links
