@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,7 @@ from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import Kind
 from tests.integration.test_dropouts import Site
+from tests.support.deviating import run_and_report
 from tests.support.harness import SPAWN, run_parties_in_memory
 
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")
@@ -362,21 +362,14 @@ def test_pending_openings_from_a_peer_are_bounded(directory: Path) -> None:
 
 def _party(name: str, values: dict[str, Any], results: Any, deviation: str) -> None:
     """One party as its site runs it; the aggregator deviates by the function of this module of that name."""
-    from mpc_fl.apps.runs.party_process import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import set_up_log
     from mpc_fl.config.config import parse_config
 
     config = parse_config(values, name)
     set_up_log(config.site.log)
     if name == "aggregator":
         globals()[deviation]()
-    try:
-        run_party(name, config, lambda *_: None)
-    except MpcFlError as error:
-        results.put((name, str(error)))
-        results.close()
-        results.join_thread()
-        os._exit(error.exit_code)
-    results.put((name, "finished"))
+    run_and_report(name, config, results)
 
 
 def forget_round_2() -> None:

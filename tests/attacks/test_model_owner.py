@@ -137,7 +137,7 @@ def run_programs(directory: Path, pictures: list[int]) -> tuple[list[Any], dict[
     for process in processes:
         process.join(timeout=180)
     told = directory / f"{HOSPITAL}.told"
-    frames = torch.load(directory / "frames.pt", weights_only=False)
+    frames = torch.load(directory / "frames.pt", weights_only=True)
     codes = {process.name: process.exitcode for process in processes}
     return frames, codes, told.read_text() if told.exists() else ""
 

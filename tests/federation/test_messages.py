@@ -71,7 +71,7 @@ def _run(config: Config, directory: Path) -> dict[str, Any]:
     for process in processes:
         process.join(timeout=180)
         assert process.exitcode == 0, process.name
-    return {name: torch.load(directory / f"{name}.pt", weights_only=False) for name in party_names(config)}
+    return {name: torch.load(directory / f"{name}.pt", weights_only=True) for name in party_names(config)}
 
 
 @pytest.fixture(scope="module")

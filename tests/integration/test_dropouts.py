@@ -29,7 +29,6 @@ from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
-from mpc_fl.errors import MpcFlError
 from mpc_fl.federation.checkpoint import load_checkpoint
 from mpc_fl.files import read_json_lines
 from mpc_fl.learning.data.loading import load_hospital
@@ -37,6 +36,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.learning.models.parameters import shared_coordinates
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+from tests.support.deviating import run_and_report
 from tests.support.harness import SPAWN
 
 pytestmark = pytest.mark.processes
@@ -64,7 +64,7 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
 
     An aggregator waits in round 4 until `awaited` has announced itself again.
     """
-    from mpc_fl.apps.runs.party_process import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import set_up_log
     from mpc_fl.links.links import Links
 
     enter_phase = Links.set_phase
@@ -87,14 +87,7 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
         NormCheck.at_hospital = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     config = parse_config(values, name)
     set_up_log(config.site.log)
-    try:
-        run_party(name, config, lambda *_: None)
-    except MpcFlError as error:
-        results.put((name, str(error)))
-        results.close()
-        results.join_thread()
-        os._exit(error.exit_code)
-    results.put((name, "finished"))
+    run_and_report(name, config, results)
 
 
 def die_once_round_1_is_signed() -> None:

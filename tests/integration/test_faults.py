@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mpc_fl.config.config import Config, parse_config, party_names
-from mpc_fl.errors import MpcFlError
+from tests.support.deviating import run_and_report
 from tests.support.harness import SPAWN
 
 pytestmark = pytest.mark.processes
@@ -43,7 +43,7 @@ IN_EVERY_TEST_RUN = {("train", "hospital-1", "round 1 aggregation"), ("infer", "
 
 def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, results: Any) -> None:
     """One party as its site runs it; the victim dies by SIGKILL on entering `phase`."""
-    from mpc_fl.apps.runs.party_process import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import set_up_log
     from mpc_fl.links.links import Links
 
     config = parse_config(values, name)
@@ -59,14 +59,7 @@ def _run_party(name: str, values: dict[str, Any], victim: str, phase: str, resul
 
         Links.set_phase = die_in_phase  # type: ignore[method-assign]
     set_up_log(config.site.log)
-    try:
-        run_party(name, config, lambda *_: None)
-    except MpcFlError as error:
-        results.put((name, str(error)))
-        results.close()
-        results.join_thread()  # os._exit would drop what is still queued
-        os._exit(error.exit_code)
-    results.put((name, "finished"))
+    run_and_report(name, config, results)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpc_fl.audit.opening_record import OPENINGS_FILE
-from mpc_fl.config.config import parse_config, party_names
+from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.errors import MpcFlError
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.support.harness import SPAWN
@@ -34,24 +34,33 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def run_and_report(name: str, config: Config, results: Any) -> None:
+    """Run a party's program in this process as its site does, say how it ended, and exit as it would."""
+    from mpc_fl.apps.runs.party_process import run_party
+
+    try:
+        run_party(name, config, lambda *_: None)
+    except MpcFlError as error:
+        code, said = error.exit_code, str(error)
+    except Exception as error:  # noqa: BLE001 - a defect, or a deviating party, which may end as it likes
+        code, said = 1, f"{type(error).__name__}: {error}"
+    else:
+        code, said = 0, "finished"
+    results.put((name, said))
+    if code:
+        results.close()
+        results.join_thread()  # os._exit would drop what is still queued
+        os._exit(code)
+
+
 def _party(name: str, values: dict[str, Any], deviation: Deviation | None, evidence: Path, results: Any) -> None:
-    from mpc_fl.apps.runs.party_process import run_party, set_up_log
+    from mpc_fl.apps.runs.party_process import set_up_log
 
     config = parse_config(values, name)
     set_up_log(config.site.log)
     if deviation is not None:
         deviation(evidence)
-    code, said = 0, "finished"
-    try:
-        run_party(name, config, lambda *_: None)
-    except MpcFlError as error:
-        code, said = error.exit_code, str(error)
-    except Exception as error:  # noqa: BLE001 - a deviating party may end as it likes
-        code, said = 1, f"{type(error).__name__}: {error}"
-    results.put((name, said))
-    results.close()
-    results.join_thread()  # os._exit would drop what is still queued
-    os._exit(code)
+    run_and_report(name, config, results)
 
 
 class Federation:
