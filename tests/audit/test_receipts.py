@@ -46,18 +46,20 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
     return {name: load_identity(path / name, name) for name in NAMES}
 
 
+NOW = time_text(datetime.datetime.now(datetime.timezone.utc))  # once: files of one session hold the same times
+
+
 def write(directory: Path, identities: dict[str, Identity], keeper: str, batches: int = 3, lost: int = 0) -> bytes:
     """The file of `keeper` after a session of `batches` that was closed; the last `lost` lines were not written."""
     keeping = ReceiptFile(directory, identities[keeper])
     hospital, owner, dealer = (identities[name] for name in ("hospital-0", "model-owner", "dealer"))
-    now = time_text(datetime.datetime.now(datetime.timezone.utc))
     session, prints = "hospital-0/" + "1" * 32, [fingerprint_of(one.certificate) for one in (hospital, owner)]
     certificates = {one.name: one.certificate for one in (hospital, owner, dealer)}
     receipt, opened = Receipt(session, 0, prints[0], prints[1], "label", "a" * 64, "b" * 64), (0, NOTHING)
-    count = DealerCount(session, 0, 0, "a" * 64, fingerprint_of(dealer.certificate), now)
+    count = DealerCount(session, 0, 0, "a" * 64, fingerprint_of(dealer.certificate), NOW)
     for number in range(batches + 1):
         closing = number == batches
-        receipt = replace(receipt.closed(opened) if closing else receipt.after_batch(2, True, opened), time=now)
+        receipt = replace(receipt.closed(opened) if closing else receipt.after_batch(2, True, opened), time=NOW)
         if not closing:
             count = replace(count, batches=count.batches + 1, records=count.records + 2)
             opened = opened_with(opened, OPENING)
@@ -163,8 +165,7 @@ def test_what_was_signed_again_by_one_side_alone_is_found(tmp_path: Path, identi
     ],
 )
 def test_what_is_no_receipt_is_refused(name: str, value: object) -> None:
-    now = time_text(datetime.datetime.now(datetime.timezone.utc))
-    good = asdict(Receipt("hospital-0/" + "1" * 32, 1, *["c" * 64] * 2, "label", "a" * 64, "b" * 64, time=now))  # type: ignore[arg-type]
+    good = asdict(Receipt("hospital-0/" + "1" * 32, 1, *["c" * 64] * 2, "label", "a" * 64, "b" * 64, time=NOW))  # type: ignore[arg-type]
     assert receipt_from(good).number == 1
     with pytest.raises(ValueError):
         receipt_from({**good, name: value})

@@ -82,8 +82,11 @@ def failing_run(out: Path, values: dict[str, object], strike: Callable[[str, str
     struck: list[tuple[float, list[psutil.Process]]] = []
 
     def progress(party: str, phase: str, done: int, total: int) -> None:
-        if not struck and strike(party, phase, done):
-            struck.append((time.monotonic(), list(running_parties().values())))
+        if struck:
+            return
+        processes = list(running_parties().values())  # before: who lost the process it was forked from is no child any more
+        if strike(party, phase, done):
+            struck.append((time.monotonic(), processes))
 
     with pytest.raises(RunFailedError) as failure:
         train(parse_config(values, "test"), out, "test", progress)
