@@ -36,10 +36,16 @@ class PlannedPrivacy:
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Of a training run. Bytes and messages are those of the whole run, memory is the peak of the largest hospital."""
+    """Of a training run. Bytes and messages are those of the whole run, memory is the peak of the largest hospital.
+
+    `connecting_seconds` until all parties are connected, started at once: on this machine, or each on its own where they have
+    addresses; `connecting_deadline` ends the wait for those that are not there.
+    """
 
     parameters: int
     rounds: int
+    connecting_seconds: float
+    connecting_deadline: float
     bytes_sent_per_hospital: int
     bytes_sent_by_aggregator: int
     messages_per_hospital: int

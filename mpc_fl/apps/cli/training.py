@@ -137,6 +137,11 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
     say(f"  each hospital sends {sent:,.1f} MB in {training.messages_per_hospital} messages, needs {memory} of memory")
     say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
+    took, deadline = training.connecting_seconds, training.connecting_deadline
+    where = "each on a machine of its own" if settings.federation.addresses else "all on this machine"
+    say(
+        f"  connecting takes about {took:.1f} s with {where}; the run waits {deadline:.0f} s at most for all to be there"
+    )
     for line in training.privacy:
         say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
     say(f"Encrypted inference, a batch of {inference.batch}:")

@@ -10,6 +10,7 @@ An engine is imported when its cost is asked for: a run of training, which is es
 from __future__ import annotations
 
 import copy
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.links.settings import connect_seconds
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
@@ -46,6 +48,7 @@ _FLOAT = 4
 _IDLE_BYTES = 460 << 20
 _IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
+_LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
 
 
@@ -108,6 +111,8 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     return TrainingEstimate(
         parameters=parameters,
         rounds=rounds,
+        connecting_seconds=_connecting(config),
+        connecting_deadline=round(connect_seconds(config.runtime.connect_timeout, hospitals + 1), 1),
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
         messages_per_hospital=1 + messages * opened + signed,  # it announces itself
@@ -115,6 +120,14 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
     )
+
+
+def _connecting(config: Config) -> float:
+    """Seconds until all are connected: what their links take of this machine's cores, or of a machine of its own each."""
+    hospitals = config.federation.hospitals
+    if config.federation.addresses:
+        return round(_LINK_SECONDS * hospitals / 2, 2)
+    return round(_LINK_SECONDS * (hospitals + 1) * hospitals / 2 / (os.cpu_count() or 1), 2)
 
 
 def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:

@@ -55,6 +55,7 @@ def test_check_and_estimate_for_machines(capsys: pytest.CaptureFixture[str], mon
         assert training[key] > 0
     for key in ("bytes_per_party", "bytes_sent_by_dealer", "rounds", "comparisons", "multiplications"):
         assert inference[key] > 0
+    assert 0 < training["connecting_seconds"] < training["connecting_deadline"] == 60.1
     assert 4e8 < training["memory_bytes_per_hospital"] < 2e9 and 4e8 < inference["memory_bytes_per_party"] < 2e9
 
 
@@ -67,6 +68,7 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
                      re.MULTILINE)  # fmt: skip
     said = command(capsys, monkeypatch, "estimate", DEMO, "--set", "privacy.mechanism=none")
     assert "each hospital sends 0.7 MB in 36 messages, needs about 0." in said
+    assert re.search(r"connecting takes about \d\.\d s with all on this machine; the run waits 60 s at most", said)
     assert said.count("800 patients, no differential privacy") == 3
     assert "3.1 MB sent per party in 57 rounds" in said and "1.6 MB sent by the dealer" in said
 
