@@ -29,6 +29,7 @@ Trigger = tuple[str, int] | None  # the first frame of a tag that begins so make
 
 
 def served_party(name: str, values: dict[str, Any], told: Any) -> None:
+    from mpc_fl.apps.runs.party_process import set_up_log
     from parties import dealer, model_owner
 
     torch.set_num_threads(1)
@@ -39,6 +40,7 @@ def served_party(name: str, values: dict[str, Any], told: Any) -> None:
             with ((config.site.out or Path()) / "corrections").open("a") as file:
                 file.write(f"{sender}\n")
 
+    set_up_log(config.site.log)
     program.run(config, 0, lambda phase, done, total: told.put((name, phase)), observe)
 
 
@@ -100,18 +102,35 @@ class Service:
         ports = free_ports(2)
         addresses = {"model-owner": f"127.0.0.1:{ports[0]}", "dealer": f"127.0.0.1:{ports[1]}"}
         self.config = config.with_values(serving=serving, federation={"addresses": addresses})
-        self.servers, self.asking = [], list[Any]()
+        self.reveal, self.servers, self.asking = reveal, list[Any](), list[Any]()
         for name in addresses:
-            site = {"model": str(directory / "model.safetensors"), "out": str(directory / name)}
-            site |= {} if pools is None else {"pool": str(pools / "served")}
-            values = self.values(name, {} if reveal is None else {"reveal": reveal}, **site)
-            self.servers.append(SPAWN.Process(target=served_party, args=(name, values, self.told), name=name))
-        for process in self.servers:
-            process.start()
-        ready = set[str]()
-        while len(ready) < len(self.servers):
+            self._begin_to_serve(name)
+        self._await_serving(set(addresses))
+
+    def _begin_to_serve(self, name: str) -> None:
+        site = {"model": str(self.directory / "model.safetensors"), "out": str(self.directory / name)}
+        site |= {"log": str(self.directory / name / "log")}
+        site |= {} if self.pools is None else {"pool": str(self.pools / "served")}
+        values = self.values(name, {} if self.reveal is None else {"reveal": self.reveal}, **site)
+        self.servers.append(SPAWN.Process(target=served_party, args=(name, values, self.told), name=name))
+        self.servers[-1].start()
+
+    def _await_serving(self, awaited: set[str]) -> None:
+        while awaited:
             name, phase = self.told.get(timeout=60)
-            ready.update({name} if phase == "serving" else ())
+            awaited -= {name} if phase == "serving" else set()
+
+    def start_party(self, name: str) -> None:
+        """Start one again that was ended; return when it serves."""
+        self._begin_to_serve(name)
+        self._await_serving({name})
+
+    def end_party(self, name: str, number: int) -> None:
+        """End one of the two with a signal."""
+        (process,) = [process for process in self.servers if process.name == name]
+        self.servers.remove(process)
+        os.kill(process.pid, number)
+        process.join(30)
 
     def values(self, name: str, inference: dict[str, Any] | None = None, **site: str) -> dict[str, Any]:
         site = {"identity": str(self.directory / name), "out": str(self.directory / name), **site}

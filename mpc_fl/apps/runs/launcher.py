@@ -46,9 +46,11 @@ class _Party:
 @dataclass
 class _Watch:
     """All parties; `start` starts one, `spare` is how many hospitals the run can do without, `restarts` how often each of
-    them is started again. `lost` are those that were lost, in order, as often as they were."""
+    them is started again. `lost` are those that were lost, in order, as often as they were. Parties of a task that is
+    `endless` have finished only if somebody else told them to."""
 
     start: Callable[[str, bool], _Party]
+    endless: bool = False
     spare: int = 0
     restarts: int = 0
     parties: list[_Party] = field(default_factory=list)
@@ -73,6 +75,7 @@ class _Watch:
     def failures(self) -> list[_Party]:
         """Parties that failed, without hospitals that the run can do without."""
         failed = [party for party in self.parties if party.error is not None or self._died(party)]
+        failed += [party for party in self.parties if self.endless and party.finished]
         return [party for party in failed if not (is_hospital(party.name) and self.spare > 0)]
 
     def do_without(self, progress: Progress) -> None:
@@ -137,7 +140,7 @@ def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStar
         process = starter.start(name, values)
         return _Party(name, process, process.pipe)
 
-    watch = _Watch(start)
+    watch, failures = _Watch(start, endless=config.task == "serve"), list[_Party]()
     if may_lose_hospitals(config):
         watch.spare = config.federation.hospitals - config.federation.quorum_size
         watch.restarts = config.runtime.restarts
@@ -148,7 +151,7 @@ def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStar
         if any(party.process.lost for party in failures):
             raise starter.failure()
     finally:
-        _end_all(watch.parties)
+        _end_all(watch.parties, _cause(failures) if watch.endless and failures else None)
     if failures:
         raise _explain(failures)
     return watch.lost
@@ -179,10 +182,11 @@ def _watch(watch: _Watch, progress: Progress) -> list[_Party]:
             return []
 
 
-def _end_all(parties: list[_Party]) -> None:
+def _end_all(parties: list[_Party], because: _Party | None) -> None:
+    """End those that are left; `because` of one that ended, which they are told: their sessions shall hear of it."""
     deadline = time.monotonic() + TERMINATE_GRACE
     for party in parties:
-        if not party.finished:
+        if not party.finished and not (because is not None and _told(party, because)):
             party.process.signal(signal.SIGTERM)
     for party in parties:
         if party.process.pid is not None:  # else it was not even forked
@@ -193,18 +197,43 @@ def _end_all(parties: list[_Party]) -> None:
         party.pipe.close()
 
 
-def _explain(failures: list[_Party]) -> RunFailedError:
-    """The cause: a party's own error, or else its death, before losses that others report; then the earliest."""
+def _told(party: _Party, because: _Party) -> bool:
+    """Tell a party that it shall stop because another has ended; False when it does not listen any more."""
+    if party is because:
+        return False
+    try:
+        party.pipe.send_bytes(json.dumps({"ended": because.name, "how": _how(because)}).encode())
+    except OSError:
+        return False
+    return True
+
+
+def _cause(failures: list[_Party]) -> _Party:
+    """A party that failed by itself, or else one that died, before those that report losses; then the earliest."""
     own = [party for party in failures if party.blames is None and party.error is not None]
     dead = [party for party in failures if party.error is None]
-    first = min(own or dead or failures, key=lambda party: party.failed_at)
-    if first.error is not None:
-        return RunFailedError(f"{first.name} failed: {first.error}")
-    code, stopped = first.process.exitcode, "all other parties were stopped"
+    return min(own or dead or failures, key=lambda party: party.failed_at)
+
+
+def _how(party: _Party) -> str:
+    """How a party ended, as all may know it: what it said itself could describe its site."""
+    if party.error is not None:
+        return f"{party.name} failed"
+    if party.finished:
+        return f"{party.name} was told to stop (SIGTERM)"
+    code = party.process.exitcode
     assert code is not None, "only a process that has ended fails without a word"
-    if code == -signal.SIGKILL:
+    return f"{party.name} was killed by signal {-code}" if code < 0 else f"{party.name} ended with exit status {code}"
+
+
+def _explain(failures: list[_Party]) -> RunFailedError:
+    first, stopped = _cause(failures), "all other parties were stopped"
+    if first.error is not None:
+        return RunFailedError(f"{_how(first)}: {first.error}")
+    if first.finished:
         return RunFailedError(
-            f"{first.name} was killed by signal 9", f"{stopped}; the system does that too when memory runs out"
+            _how(first), "none serves without the other, so both were stopped; start mpc-fl serve again"
         )
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
-    return RunFailedError(f"{first.name} {how}", stopped)
+    if first.process.exitcode == -signal.SIGKILL:
+        return RunFailedError(_how(first), f"{stopped}; the system does that too when memory runs out")
+    return RunFailedError(_how(first), stopped)

@@ -1,8 +1,9 @@
 """A party's process: one role's program, its log, and how it ends.
 
 At a site the command line runs it (`run_alone`). On one machine the launcher has it forked (`party_process`), with one pipe
-between the two, in JSON: the launcher sends name and configuration, then nothing; the party sends progress and the final
-word. A party whose pipe breaks ends itself, so that no orphan outlives a killed launcher.
+between the two, in JSON: the launcher sends name and configuration, then nothing but which other party has ended, where this one
+shall not serve on without it; the party sends progress and the final word. A party whose pipe breaks ends itself, so that no
+orphan outlives a killed launcher.
 """
 
 from __future__ import annotations
@@ -35,10 +36,15 @@ _LOCK_PATIENCE = 0.1
 
 
 def _end_with_launcher(pipe: Connection) -> None:
-    """The launcher has told everything: the pipe becomes readable only when it is gone."""
-    while not pipe.poll(None):
-        pass
-    os._exit(ORPHANED)
+    """All that the launcher may still say is why a party that serves without end shall stop; else it is gone."""
+    while True:
+        try:
+            told = json.loads(pipe.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(ORPHANED)
+        from mpc_fl.inference.serving.stopping import stop_because
+
+        stop_because(PeerLostError(told["ended"], told["how"], f"see the log of {told['ended']}"))
 
 
 def set_up_log(path: Path | None) -> None:

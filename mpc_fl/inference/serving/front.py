@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mpc_fl.crypto.certificates import Identity
-from mpc_fl.errors import HandshakeError, MpcFlError, RefusedError, StorageError
+from mpc_fl.errors import HandshakeError, MpcFlError, PeerLostError, RefusedError, StorageError
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.visits import TASK, Visit
 from mpc_fl.links.frames import FrameReader
@@ -85,22 +85,24 @@ class ServiceFront:
         self._party, self._identity, self._admission, self._service = party, party.identity, admission, service
         self._sessions: dict[str, _Session] = {}
         self._guard, self._closing = threading.Lock(), False
+        self._away: set[str] = set()  # parties that all sessions need and that the last one did without
 
     def __enter__(self) -> ServiceFront:
         streams = _STREAMS_PER_SESSION * _PURPOSES * self._admission.sessions + _SPARE_STREAMS
         self._server = StreamServer(self._identity, self._party.listen, self._admit, streams, LONGEST_GREETING)
         return self
 
-    def __exit__(self, *_unused: object) -> None:
-        self.close(2.5)
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        shut_down = MpcFlError(f"{self._identity.name} is being shut down")
+        self.close(2.5, error if isinstance(error, MpcFlError) else shut_down)
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float, why: MpcFlError) -> None:
         """End all sessions within about `seconds`, their peers knowing why, and free the address."""
         with self._guard:
             self._closing = True
             sessions = list(self._sessions.values())
         for session in sessions:
-            session.links.interrupt(MpcFlError(f"{self._identity.name} is being shut down"))
+            session.links.interrupt(why)
         deadline = time.monotonic() + seconds
         for session in sessions:
             session.thread.join(max(0.0, deadline - time.monotonic()))
@@ -147,6 +149,7 @@ class ServiceFront:
         log.info("a session of %s begins (%s)", session.visit, name)
         try:
             with session.links:
+                self._all_there(session)
                 try:
                     self._service.serve(session.links, session.visit)
                 finally:
@@ -154,9 +157,29 @@ class ServiceFront:
             log.info("the session of %s has ended (%s)", session.visit, name)
         except MpcFlError as error:
             log.warning("the session of %s ended (%s): %s", session.visit, name, error)
+            self._miss(session, error)
         except Exception as error:  # noqa: BLE001 - a defect in one session must not end others; its message could be secret
             log.error("the session of %s ended (%s): unexpected %s", session.visit, name, type(error).__name__)
         finally:
             with self._guard:
                 session.ended = True
                 del self._sessions[name]
+
+    def _all_there(self, session: _Session) -> None:
+        with self._guard:
+            back = self._away.intersection(session.links.peers)
+            self._away -= back
+        for name in back:
+            log.warning("%s is back", name)
+
+    def _miss(self, session: _Session, error: MpcFlError) -> None:
+        """Say it when what ended a session will end those to come, too: the party that none can do without is gone."""
+        if not isinstance(error, PeerLostError) or error.peer not in session.links.peers:
+            return
+        if error.peer == session.visit.hospital:
+            return
+        with self._guard:
+            new = error.peer not in self._away
+            self._away.add(error.peer)
+        if new:
+            log.error("%s is away: no session can be served until it is back (%s)", error.peer, error.what)
