@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from cryptography import x509
 
 from mpc_fl.crypto.authority import Authority
 from mpc_fl.crypto.certificates import Identity, host_name
-from mpc_fl.crypto.identity_files import write_identity
+from mpc_fl.crypto.identity_files import load_identity, write_identity
 from tests.support.harness import free_ports, local_links
+from tests.support.served import Service, configuration, make_service_directory
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.processes
@@ -28,11 +30,11 @@ STREAMS = 160
 
 
 class SilentStreams:
-    """Dials `TARGET` with `identity` until told to stop, so that `STREAMS` streams are there which say nothing."""
+    """Dials `target` with `identity` until told to stop, so that `STREAMS` streams are there which say nothing."""
 
-    def __init__(self, identity: Identity, port: int) -> None:
+    def __init__(self, identity: Identity, port: int, target: str = TARGET) -> None:
         credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-        options = [("grpc.ssl_target_name_override", host_name(TARGET)), ("grpc.use_local_subchannel_pool", 1)]
+        options = [("grpc.ssl_target_name_override", host_name(target)), ("grpc.use_local_subchannel_pool", 1)]
         self._channels = [grpc.secure_channel(f"127.0.0.1:{port}", credentials, options) for _ in range(4)]
         self._stop = threading.Event()
         self.ended: list[str] = []  # how streams ended
@@ -46,14 +48,16 @@ class SilentStreams:
 
     def _dial(self, number: int) -> None:
         while not self._stop.is_set():
-            call = self._channels[number % 4].stream_stream("/mpc_fl.Link/Send")(
-                self._say_nothing(), wait_for_ready=True
-            )
             try:
+                call = self._channels[number % 4].stream_stream("/mpc_fl.Link/Send")(
+                    self._say_nothing(), wait_for_ready=True
+                )
                 for _ in call:
                     pass
             except grpc.RpcError as error:
                 self.ended.append(f"{error.code().name}: {error.details()}")
+            except ValueError:  # the channel was closed just before
+                assert self._stop.is_set()
             self._stop.wait(0.5)
 
     def stop(self) -> None:
@@ -110,6 +114,28 @@ def test_silent_streams_of_one_certificate_keep_nobody_out(
     about = [record for record in caplog.records if record.name.endswith("grpc_streams") and "link" in record.message]
     assert 1 <= len(about) < 30, [record.message for record in about]
     assert any("in all" in record.message for record in about), "they are counted"
+
+
+@pytest.mark.parametrize("target", ["model-owner", "dealer"])
+def test_a_service_that_is_flooded_serves_a_hospital_meanwhile(target: str, tmp_path: Path) -> None:
+    """Model owner and dealer as processes of their own; streams that say nothing, with the certificate of another hospital."""
+    make_service_directory(tmp_path, configuration())
+    service = Service(tmp_path, configuration(), {"images_per_minute": 1000})
+    port = int(service.config.federation.addresses[target].rpartition(":")[2])
+    attacker = load_identity(tmp_path / "hospital-2", "hospital-2")
+    try:
+        with contextlib.closing(_Stopping(SilentStreams(attacker, port, target))) as attack:
+            eventually(lambda: len(attack.streams.ended) >= STREAMS - 20, 60.0, "the attack is under way")
+            for number in range(2):
+                line, results = service.ask("hospital-1", 2, f"meanwhile-{number}")
+                assert (line, len(results)) == ("", 2)
+        assert service.end(signal.SIGTERM) == [0, 0]
+    finally:
+        for process in service.asking:
+            process.kill()
+        service.end(signal.SIGKILL)
+    about = [line for line in (tmp_path / target / "log").read_text().splitlines() if "link" in line]
+    assert 1 <= len(about) < 40, about
 
 
 class _Stopping:

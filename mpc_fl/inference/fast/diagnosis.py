@@ -75,8 +75,20 @@ def answering_session(
 ) -> OwnerSession:
     """The model owner's part of a session with `hospital`, as the configuration agrees to."""
     inference = config.inference
-    terms = SessionTerms(config.reveal, inference.batch_size, inference.at_once)
+    terms = SessionTerms(
+        config.reveal, inference.batch_size, inference.at_once, _most_records(config, pool is not None)
+    )
     return OwnerSession(domain, hospital, model, terms, pool, gate)
+
+
+def _most_records(config: Config, in_whole_batches: bool) -> int | None:
+    """Of a single diagnosis: `inference.limit`, and with a pool whole batches of it. A server has quotas of its own."""
+    inference = config.inference
+    if inference.limit is None or config.task != "infer":
+        return None
+    if in_whole_batches:
+        return -(-inference.limit // inference.batch_size) * inference.batch_size
+    return inference.limit
 
 
 def answer(config: Config, model: nn.Module, normalisation: Normalisation | None, links: Links, record: Record) -> int:

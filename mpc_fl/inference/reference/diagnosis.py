@@ -149,7 +149,7 @@ def answer(config: Config, graph: EncryptedGraph, domain: CrypTenDomain) -> int:
         raise ProtocolError("the hospital announced batches of a size not agreed", "check inference.batch_size")
     _declare_batches(config, graph, sizes, domain)
     encrypted = graph.encrypt(src=_MODEL_OWNER_RANK)
-    batches = 0
+    batches = records = 0
     while True:
         message = links.receive_object(HOSPITAL, "batch")
         size, following = message.get("size"), message.get("next")
@@ -157,7 +157,11 @@ def answer(config: Config, graph: EncryptedGraph, domain: CrypTenDomain) -> int:
             raise ProtocolError("the hospital announced a batch of a size not agreed", "check inference.batch_size")
         if size == 0:
             return batches
-        batches += 1
+        batches, records = batches + 1, records + size
+        if config.inference.limit is not None and records > config.inference.limit:
+            raise ProtocolError(
+                f"the hospital asked about more than {config.inference.limit} images", "raise inference.limit at both"
+            )
         links.set_phase(f"batch {batches}")
         _evaluate(encrypted, torch.zeros(size, *config.data.input_shape), following, domain, None)
 

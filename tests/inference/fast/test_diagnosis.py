@@ -67,7 +67,10 @@ def run(directory: Path, **inference: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("inference", [{"engine": "fast"}, {"engine": "fast", "at_once": 2}, {"engine": "reference"}])
+@pytest.mark.parametrize(
+    "inference",
+    [{"engine": "fast"}, {"engine": "fast", "at_once": 2, "limit": 5}, {"engine": "reference", "limit": 5}],
+)
 def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_path: Path) -> None:
     lines = run(tmp_path, **inference)
     with torch.no_grad():
@@ -75,6 +78,15 @@ def test_both_engines_give_the_plaintext_logits(inference: dict[str, Any], tmp_p
     assert float((torch.tensor([line["logits"] for line in lines]) - plain).abs().max()) < 0.02
     assert [line["predicted"] for line in lines] == plain.argmax(1).tolist()
     assert all(abs(sum(line["probabilities"]) - 1) < 1e-5 for line in lines)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engine", ["fast", "reference"])
+def test_the_model_owner_of_one_diagnosis_answers_no_more_than_its_limit(engine: str, tmp_path: Path) -> None:
+    """The hospital here asks about five images, whatever was agreed."""
+    with pytest.raises(AssertionError, match="ProtocolError: the hospital asked about more than 3 images"):
+        run(tmp_path, engine=engine, limit=3)
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 @pytest.mark.processes

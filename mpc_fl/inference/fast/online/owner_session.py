@@ -74,11 +74,15 @@ class BatchGate(Protocol):
 
 @dataclass(frozen=True)
 class SessionTerms:
-    """What a model owner agrees to: what is revealed, records of a batch, batches prepared at the same time; at most so many."""
+    """What a model owner agrees to: what is revealed, records of a batch, batches prepared at the same time; at most so many.
+
+    `records` in the whole session; None where something else bounds them, or nothing does.
+    """
 
     reveal: Reveal = "logits"
     largest_batch: int = 64
     at_once: int = 1
+    records: int | None = None
 
 
 class OwnerSession:
@@ -104,7 +108,7 @@ class OwnerSession:
         self._root = self._share_model(integers)
         self._weights, self._integers = linear_maps(self.network, integers.weights), integers
         self._prepared: deque[_OwnerBatch] = deque()
-        self._announced = 0
+        self._announced = self._records = 0
         self._warm: set[int] = set()
 
     def _share_model(self, integers: IntegerWeights) -> Seed | None:
@@ -189,6 +193,11 @@ class OwnerSession:
         if len(self._prepared) >= self._terms.at_once:
             raise ProtocolError(
                 "the hospital asked for a batch or result not agreed: for too many at once", "check inference.at_once"
+            )
+        self._records += records
+        if self._terms.records is not None and self._records > self._terms.records:
+            raise ProtocolError(
+                f"the hospital asked about more than {self._terms.records} images", "raise inference.limit at both"
             )
         if self._gate is not None:
             self._gate.begin(records)
