@@ -187,10 +187,10 @@ def _preflight(config: Config) -> TrainingEstimate:
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:
     """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
-    from mpc_fl.apps.runs.estimate import available_memory
+    from mpc_fl.apps.runs.estimate import available_memory, memory_here
 
     parties = 1 if config.federation.addresses else config.federation.hospitals + 1
-    needed, available = parties * found.memory_bytes_per_hospital, available_memory()
+    needed, available = memory_here(config, found.memory_bytes_per_hospital), available_memory()
     if available is not None and needed > available:
         raise MpcFlError(
             f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "

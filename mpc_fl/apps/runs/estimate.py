@@ -2,7 +2,8 @@
 
 Bytes are those of tensors; frames and control messages add about 100 bytes each, signatures of the reveal ledger and
 greetings about 1.5 KB. Memory is a model of what the programs hold, with constants fitted to measured peaks (`VmHWM` of
-parties, in their logs): right within a factor of two, for a decision between a laptop and a server.
+parties, in their logs): right within a factor of two, for a decision between a laptop and a server. Parties on one machine are
+forked from one process, and need what that has imported once.
 
 An engine is imported when its cost is asked for: a run of training, which is estimated before it starts, needs neither.
 """
@@ -27,6 +28,7 @@ from mpc_fl.apps.estimates import (
     ReferenceInferenceEstimate,
     TrainingEstimate,
 )
+from mpc_fl.apps.runs.party_starter import modules_to_share
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
@@ -44,8 +46,10 @@ from mpc_fl.sharing.closed_sum import KEY_BYTES
 
 _WORD = 8
 _FLOAT = 4
-# Fitted: an idle party; words per element of the widest layer that a comparison on shares holds.
+# Fitted: an idle party, and what of that is its own where parties are forked from one process (measured: 32 to 80 MB); words per
+# element of the widest layer that a comparison on shares holds.
 _IDLE_BYTES = 460 << 20
+_IDLE_BYTES_OF_ITS_OWN = 100 << 20
 _IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
@@ -168,6 +172,16 @@ def _privacy(config: Config, rank: int, patients: int) -> NoPrivacy | PlannedPri
         target_epsilon=settings.epsilon,
         delta=settings.delta,
     )
+
+
+def memory_here(config: Config, bytes_per_hospital: int) -> int:
+    """Bytes that the parties of a training run on this machine need together: all, or one where they have addresses."""
+    if config.federation.addresses:
+        return bytes_per_hospital
+    parties = config.federation.hospitals + 1
+    if not modules_to_share(config):
+        return parties * bytes_per_hospital
+    return _IDLE_BYTES + parties * (bytes_per_hospital - _IDLE_BYTES + _IDLE_BYTES_OF_ITS_OWN)
 
 
 def available_memory() -> int | None:

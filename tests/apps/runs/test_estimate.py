@@ -76,15 +76,29 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
 def test_check_refuses_what_memory_cannot_hold(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1 << 29)
     monkeypatch.setattr(sys, "argv", ["mpc-fl", "check", str(DEMO), "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said, complained = capsys.readouterr()
     assert ended.value.code == 1 and json.loads(said)["ok"] is False
     assert re.fullmatch(
-        r"mpc-fl: 4 parties need about \d\.\d GB of memory together, 1\.1 GB are available: use fewer .*\n", complained
+        r"mpc-fl: 4 parties need about \d\.\d GB of memory together, 0\.5 GB are available: use fewer .*\n", complained
     )
+
+
+def test_parties_that_share_their_imports_need_them_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "available_memory", lambda: 16 << 30)
+    monkeypatch.setattr(estimate, "modules_to_share", lambda config: ("torch",))
+    many = ["--set", "federation.hospitals=64", "--set", "privacy.mechanism=none"]
+    assert "The run can work." in command(capsys, monkeypatch, "check", DEMO, *many)
+    monkeypatch.setattr(estimate, "modules_to_share", lambda config: ())  # as on other systems than Linux
+    monkeypatch.setattr(sys, "argv", ["mpc-fl", "check", str(DEMO), *many])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "65 parties need about 3" in capsys.readouterr().err
 
 
 def test_a_network_that_does_not_take_the_images(
