@@ -32,10 +32,9 @@ _TRAINING = (
     "parties.aggregator",
     "mpc_fl.federation.hospital_program",
     "mpc_fl.federation.aggregator_program",
+    "torch._dynamo",  # the first step of an optimizer, or of vmap, imports torch's compiler, which takes a second
 )
 _PRIVACY = ("opacus.grad_sample",)
-# A step of torch's optimizers imports its compiler, which takes a second; Opacus does so when it is imported.
-_WITHOUT_PRIVACY = ("torch._dynamo",)
 _DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
 _FAST = ("mpc_fl.inference.fast.diagnosis", "mpc_fl.inference.fast.preprocessing.dealer")
@@ -52,7 +51,7 @@ def modules_to_share(config: Config) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     if config.task == "train":
-        return (*_EVERY_ROLE, *_TRAINING, *(_WITHOUT_PRIVACY if config.privacy.mechanism == "none" else _PRIVACY))
+        return (*_EVERY_ROLE, *_TRAINING, *(() if config.privacy.mechanism == "none" else _PRIVACY))
     programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
     return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 
