@@ -22,6 +22,8 @@ from mpc_fl.config.section import Section, Strategy
 from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
 
+_SECONDS_PER_LINK = 0.02
+
 
 class Config(Section):
     """A complete configuration. Build it with `loading.load_config` or `parse_config`."""
@@ -193,3 +195,13 @@ def party_names(config: Config) -> list[str]:
 def may_lose_hospitals(config: Config) -> bool:
     """Whether a training run goes on when it loses a hospital."""
     return config.task == "train" and config.federation.quorum_size < config.federation.hospitals
+
+
+def connect_seconds(config: Config) -> float:
+    """Seconds until all parties must be there: `runtime.connect_timeout`, and 20 ms for each pair of parties.
+
+    A link costs its two ends 12 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
+    the same two cores: 65 of them have 2,080 links.
+    """
+    parties = len(party_names(config))
+    return config.runtime.connect_timeout + _SECONDS_PER_LINK * parties * (parties - 1) / 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.config.config import Config, may_lose_hospitals, party_names
+from mpc_fl.config.config import Config, connect_seconds, may_lose_hospitals, party_names
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
@@ -14,7 +14,7 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
-from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread, connect_seconds
+from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
 from mpc_fl.roles import AGGREGATOR, is_hospital
 
 
@@ -54,7 +54,7 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         load_identity(config.site.identity, name),
         Agreement(federation.session, config.digest(), config.task),
         Reach(listen, routes(name, names, addresses, relay), relay),
-        Timeouts(connect_seconds(config.runtime.connect_timeout, len(names)), config.runtime.receive_timeout),
+        Timeouts(connect_seconds(config), config.runtime.receive_timeout),
         Tolerance(frozenset(tolerated), config.site.resume, unread),
         observer,
     )

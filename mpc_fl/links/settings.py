@@ -43,15 +43,6 @@ class Timeouts:
     linger_after_error: float = 10.0
 
 
-def connect_seconds(configured: float, parties: int) -> float:
-    """Seconds until all of so many parties must be there: the configured ones, and 20 ms for each pair of parties.
-
-    A link costs its two ends 12 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
-    the same two cores: 65 of them have 2,080 links.
-    """
-    return configured + _SECONDS_PER_LINK * parties * (parties - 1) / 2
-
-
 @dataclass(frozen=True)
 class Unread:
     """Bytes of memory for what has arrived from one peer and nobody has taken (`mailboxes` says what happens then).
@@ -88,5 +79,4 @@ class Tolerance:
 
 
 NOBODY_LOST = Tolerance()
-_SECONDS_PER_LINK = 0.02
 LONGEST_GREETING = 10.0  # seconds that a stream may stay without a greeting, at whoever listens

@@ -29,7 +29,7 @@ from mpc_fl.apps.estimates import (
     TrainingEstimate,
 )
 from mpc_fl.apps.runs.party_starter import modules_to_share
-from mpc_fl.config.config import Config
+from mpc_fl.config.config import Config, connect_seconds
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
@@ -40,7 +40,6 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import epsilon_of
-from mpc_fl.links.settings import connect_seconds
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
@@ -116,7 +115,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         parameters=parameters,
         rounds=rounds,
         connecting_seconds=_connecting(config),
-        connecting_deadline=round(connect_seconds(config.runtime.connect_timeout, hospitals + 1), 1),
+        connecting_deadline=round(connect_seconds(config), 1),
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
         messages_per_hospital=1 + messages * opened + signed,  # it announces itself

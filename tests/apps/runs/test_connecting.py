@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpc_fl.links.settings import connect_seconds
+from mpc_fl.config.config import Config, connect_seconds
 
 BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "connecting.py"
 
@@ -25,5 +25,7 @@ def test_sixty_four_hospitals_connect_within_the_default_deadlines() -> None:
 
 
 def test_the_deadline_grows_with_the_links() -> None:
-    assert connect_seconds(60.0, 3) == pytest.approx(60.06)
-    assert connect_seconds(60.0, 65) == pytest.approx(101.6)
+    config = Config().with_values(runtime={"connect_timeout": 30.0})
+    assert connect_seconds(config.with_values(federation={"hospitals": 3})) == pytest.approx(30.12)
+    assert connect_seconds(config.with_values(federation={"hospitals": 64})) == pytest.approx(71.6)
+    assert connect_seconds(config.with_values(task="infer")) == pytest.approx(30.06)
