@@ -18,17 +18,20 @@ from collections.abc import Callable, Iterator
 
 from mpc_fl.errors import RefusedError
 
-_SILENT_EACH, _SILENT = 3, 16  # streams without a greeting: of one certificate, and in all
+_SILENT_EACH, _SILENT = 3, 16  # streams without a greeting: of one certificate, and in all at least
 _ANSWERING = 8  # threads that always remain to refuse others
 _KINDS = 100  # of refusals that are told apart
 
 
 class Places:
-    """The places for `streams` admitted streams, and those beside them for streams that have not greeted."""
+    """The places for `streams` admitted streams, and those beside them for streams that have not greeted.
+
+    Of the latter there are half as many, so that all peers of a large federation may come at once.
+    """
 
     def __init__(self, streams: int) -> None:
-        self.threads = streams + _SILENT + _ANSWERING
-        self._streams = streams
+        self._streams, self._silent_places = streams, max(_SILENT, streams // 2)
+        self.threads = streams + self._silent_places + _ANSWERING
         self._lock = threading.Lock()
         self._tickets = itertools.count()
         self._silent: dict[int, tuple[bytes, Callable[[], object]]] = {}
@@ -60,7 +63,7 @@ class Places:
             counts = collections.Counter(other for other, _ in self._silent.values())
             if counts[certificate] > _SILENT_EACH:
                 greedy = certificate
-            elif len(self._silent) > _SILENT:
+            elif len(self._silent) > self._silent_places:
                 greedy = counts.most_common(1)[0][0]
             else:
                 return ends

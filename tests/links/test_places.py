@@ -37,6 +37,14 @@ def test_of_many_certificates_the_greediest_makes_room() -> None:
     assert ended == ["0.0"]
 
 
+def test_all_peers_of_a_large_federation_may_come_at_once() -> None:
+    places, ended = Places(2 * 64 + 4), list[int]()
+    with contextlib.ExitStack() as streams:
+        for peer in range(64):
+            streams.enter_context(places.silent(bytes([peer]), lambda peer=peer: ended.append(peer), LONG))
+    assert not ended
+
+
 def test_no_certificate_holds_all_places() -> None:
     places = Places(8)
     with contextlib.ExitStack() as streams:
