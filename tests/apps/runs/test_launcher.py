@@ -233,7 +233,9 @@ def test_a_launcher_stopped_while_parties_start(command: Command, record_propert
     command.launcher.terminate()
     assert command.launcher.wait(TO_END) == 128 + signal.SIGTERM
     end_of(processes, began, record_property)
-    assert command.said == "mpc-fl: interrupted by SIGTERM: nothing was left running\n"
+    # One that was quick may have told of its data before.
+    assert command.said.splitlines()[-1] == "mpc-fl: interrupted by SIGTERM: nothing was left running"
+    assert "Traceback" not in command.said
     assert not command.out.exists() and not command.out.with_name("run.partial").exists()
 
 
