@@ -64,8 +64,16 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
-        if training.local_normalisation and self.model.architecture == "mlp":
-            raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
+        if training.local_normalisation and self.model.architecture in ("mlp", "linear"):
+            raise ValueError(
+                f"the {self.model.architecture} has no normalisation layers; set training.local_normalisation to false"
+            )
+        if training.average_last is not None and training.average_last > self.global_models:
+            raise ValueError(
+                f"a run has {self.global_models} global models; set training.average_last to no more than that"
+            )
+        if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
+            raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
@@ -86,6 +94,12 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def global_models(self) -> int:
+        """How many global models a run makes: one after every sum of updates or gradients."""
+        steps = self.training.local_steps if self.privacy.mechanism == "distributed" else 1
+        return self.training.rounds * steps
 
     @property
     def noise_colluders(self) -> int:

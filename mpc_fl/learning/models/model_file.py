@@ -8,7 +8,6 @@ as it was, so encryption costs nothing more, and zero padding stays exact, which
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,11 @@ _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and 
 
 def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, Any]:
     """What a model file says about its network and, if it has them, the constants of its inputs."""
-    constants = {} if normalisation is None else {"normalisation_of_inputs": asdict(normalisation)}
+    constants: dict[str, Any] = {}
+    if normalisation is not None:
+        constants["normalisation_of_inputs"] = {"mean": normalisation.mean, "deviation": normalisation.deviation}
+    if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
+        constants["features"] = config.data.features.model_dump(mode="json")
     return {
         **constants,
         "format": _FORMAT,
@@ -67,9 +70,9 @@ def load_model(path: Path, config: Config) -> nn.Module:
     """
     description, tensors = _read_described(path)
     retrain, expected = _RETRAIN, describe(config)
-    for key in ("classes", "architecture", "normalisation", "input_shape"):
-        if description.get(key) != expected[key]:
-            found, wanted = _shown(key, description.get(key)), _shown(key, expected[key])
+    for key in ("classes", "architecture", "normalisation", "input_shape", "features"):
+        if description.get(key) != expected.get(key):
+            found, wanted = _shown(key, description.get(key)), _shown(key, expected.get(key))
             raise ModelError(
                 f"model file {path} has {found}, the configuration {wanted}",
                 "use the configuration the model was trained with",
@@ -107,7 +110,7 @@ def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -
         return None
     try:
         mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
-        normalisation = Normalisation(tuple(mean), tuple(deviation))
+        normalisation = Normalisation(tuple(mean), tuple(deviation), to_norm_1=config.data.features is not None)
     except (TypeError, ValueError, LookupError, OverflowError, DataError):
         raise ModelError(f"model file {path} has a normalisation of inputs that cannot be", _RETRAIN) from None
     if len(normalisation.mean) != config.data.input_shape[0]:
