@@ -174,12 +174,8 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
     training: dict[str, Any] = {"strategy": "fedsgd", "rounds": rounds * steps, "local_steps": 1}
     if mechanism == "distributed":
         training = {"rounds": rounds, "local_steps": steps}
-    if epsilon is not None and epsilon <= 2:  # a small clipping norm is better where noise is large
-        scale = 3.0
-        training["learning_rate"] = config.training.learning_rate * scale
-        clipping = config.privacy.clipping_norm / scale
-    else:
-        clipping = config.privacy.clipping_norm
+    # A small clipping norm is better where noise is large.
+    clipping = config.privacy.clipping_norm / (3.0 if epsilon is not None and epsilon < 4 else 1.0)
     smallest = patients // 10 * 10  # a public lower bound, not the number itself
     privacy: dict[str, Any] = {"mechanism": mechanism, "clipping_norm": clipping, "smallest_hospital": smallest}
     privacy["largest_hospital"] = 2 * smallest
