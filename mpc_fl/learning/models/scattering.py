@@ -14,6 +14,7 @@ Before: the image is brought to mean 0 and deviation 1 by itself. After: average
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -61,8 +62,10 @@ def _lowest(transform: torch.Tensor, halvings: int) -> torch.Tensor:
 
 def _sampled(transform: torch.Tensor, halvings: int) -> torch.Tensor:
     """The Fourier transform (..., n, n) of every 2^halvings-th pixel of each row and column of what has `transform`."""
-    steps, size = 1 << halvings, transform.shape[-1] >> halvings
-    return transform.unflatten(-1, (steps, size)).unflatten(-3, (steps, size)).mean(dim=(-4, -2))
+    steps = 1 << halvings
+    for dim in (-2, -1):
+        transform = functools.reduce(torch.add, transform.chunk(steps, dim))  # several times faster than a sum over two axes
+    return transform / steps**2
 
 
 def _magnitudes(transform: torch.Tensor, wavelets: torch.Tensor, halvings: int) -> torch.Tensor:
