@@ -72,6 +72,8 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
+        if self.data.normalise == "weights" and self.model.initial_weights is None:
+            raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
             raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":

@@ -109,6 +109,8 @@ class DataSection(Section):
     `normalise: secure` takes the mean over patients off them (`mean` in `federation.feature_statistics`), and brings them to
     norm 1 again.
 
+    `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
+
     `shared_patients` says what becomes of a test patient who is by name also a training patient, at any hospital whose
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
@@ -124,7 +126,7 @@ class DataSection(Section):
     features: FeatureSection | None = None
     subset: SubsetSection = SubsetSection()
     shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
-    normalise: Literal["none", "secure"] = "none"
+    normalise: Literal["none", "secure", "weights"] = "none"
     normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
 
     @model_validator(mode="after")

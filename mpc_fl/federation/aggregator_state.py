@@ -12,7 +12,7 @@ from torch import nn
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.global_model import initial_model, normalisation_of_weights
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -129,4 +129,5 @@ def prepare_aggregator(config: Config) -> Aggregator:
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     average = IterateAverage(config.training.average_last, config.global_models)
-    return Aggregator(config, model, mechanism, server_optimizer(config), average, coordinates)
+    optimizer, normalisation = server_optimizer(config), normalisation_of_weights(config)
+    return Aggregator(config, model, mechanism, optimizer, average, coordinates, normalisation=normalisation)

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError, ModelError
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.model_file import constants_of
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weights_store import load
 
@@ -42,6 +44,27 @@ def initial_model(config: Config) -> nn.Module:
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
     return set_trainable(model, config.training.trainable)
+
+
+def normalisation_of_weights(config: Config) -> Normalisation | None:
+    """How inputs are scaled for the initial weights, where `data.normalise` says so; else None.
+
+    Raises `ModelError` for weights that do not say it, or say it of other inputs.
+    """
+    if config.data.normalise != "weights":
+        return None
+    assert config.model.initial_weights is not None  # `Config` saw to it
+    _, description = load(config.model.initial_weights, config.site.weights)
+    try:
+        constants = constants_of(description)
+    except DataError:
+        constants = None
+    if constants is None or len(constants.mean) != config.data.channels:
+        raise ModelError(
+            f"the weights {config.model.initial_weights[:12]} do not say how {config.data.channels} channels are scaled",
+            "set data.normalise to none or secure",
+        )
+    return constants
 
 
 def calibrate_on_public_images(model: nn.Module, config: Config, normalisation: Normalisation | None) -> None:

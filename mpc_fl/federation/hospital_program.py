@@ -97,7 +97,8 @@ def _begin(hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, plan:
     config, links, out = hospital.config, domain.links, site_directory(hospital.config)
     if hospital.name in plan.newcomers:
         links.set_phase("distribution")
-        receive_model(hospital, links, config.data.normalise == "secure" and plan.number > 0)
+        normalise = config.data.normalise
+        receive_model(hospital, links, normalise == "weights" or (normalise == "secure" and plan.number > 0))
         calibrate_own(hospital.model, hospital.train.inputs, config)
         hospital.resume(out, plan.number - 1)
         keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)

@@ -23,18 +23,19 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.config.learning import FEATURE_CONSTANT, FeatureSection
-from mpc_fl.errors import ModelError
+from mpc_fl.errors import DataError, ModelError
 from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
 from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.model_file import constants_of
 from mpc_fl.learning.models.weights_store import load
 
 Progress = Callable[[int, int], None]
 
-# What weights expect of pixels in [0, 1]: (pixel - mean) / deviation of each channel.
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SCALES = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
+# What weights expect of pixels in [0, 1] that do not say it themselves.
+_IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _IMAGENET_CLASSES = 1000
 _EXTRACTORS_KEPT = 2
 
@@ -47,7 +48,7 @@ class FeatureExtractor:
     size: int
     channels: int
     mirror: bool
-    scale: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    scale: Normalisation | None = None
 
     @torch.no_grad()
     def records(self, images: torch.Tensor, progress: Progress | None = None) -> torch.Tensor:
@@ -71,8 +72,7 @@ class FeatureExtractor:
             image = image.expand(channels, -1, -1)
         views = torch.stack([image, image.flip(-1)]) if self.mirror else image[None]
         if self.scale is not None:
-            mean, deviation = (torch.tensor(values).reshape(1, -1, 1, 1) for values in self.scale)
-            views = (views - mean) / deviation
+            views = self.scale.apply(views)
         try:
             outputs = self.network(views.contiguous(memory_format=torch.channels_last)).flatten(1)
         except (RuntimeError, ValueError, AssertionError):
@@ -124,7 +124,10 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
         raise ModelError(
             f"{features.extractor} gives {size} features, {features.size} are configured", "correct data.features.count"
         )
-    scale = _SCALES.get(features.extractor, _IMAGENET)
+    try:
+        scale = constants_of(description) or _IMAGENET
+    except DataError:
+        raise ModelError(f"the weights {features.weights[:12]} say nothing usable of their inputs", "import them again") from None
     network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return FeatureExtractor(network, size, 3, features.mirror, scale)
 

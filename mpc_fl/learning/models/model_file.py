@@ -24,6 +24,7 @@ from mpc_fl.learning.models.architectures import build_model
 
 _FORMAT = "mpc-fl model 1"
 _RETRAIN = "give a model.safetensors written by mpc-fl train"
+_CONSTANTS = "normalisation_of_inputs"
 _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and equal models shall be equal files
 
 
@@ -31,7 +32,7 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
     """What a model file says about its network and, if it has them, the constants of its inputs."""
     constants: dict[str, Any] = {}
     if normalisation is not None:
-        constants["normalisation_of_inputs"] = {"mean": normalisation.mean, "deviation": normalisation.deviation}
+        constants[_CONSTANTS] = as_json(normalisation)
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
         constants["features"] = config.data.features.model_dump(mode="json")
     return {
@@ -47,9 +48,9 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
 def model_file(model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> bytes:
     """The content of a model file: all parameters and buffers with the description of the architecture.
 
-    `normalisation` is that of the inputs it was trained on, needed with `data.normalise: secure` and only then.
+    `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there.
     """
-    if (normalisation is not None) != (config.data.normalise == "secure"):
+    if (normalisation is not None) != (config.data.normalise != "none"):
         raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
     return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation))})
@@ -98,9 +99,26 @@ def load_normalisation(path: Path, config: Config) -> Normalisation | None:
     return _normalisation_of(_read_described(path)[0], path, config)
 
 
+def as_json(normalisation: Normalisation) -> dict[str, Any]:
+    """A normalisation as descriptions hold it, under `normalisation_of_inputs`."""
+    return {"mean": list(normalisation.mean), "deviation": list(normalisation.deviation)}
+
+
+def constants_of(description: dict[str, Any], to_norm_1: bool = False) -> Normalisation | None:
+    """What a description says that inputs are normalised with; None where it says nothing. Raises `DataError`."""
+    constants = description.get(_CONSTANTS)
+    if constants is None:
+        return None
+    try:
+        mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
+    except (TypeError, ValueError, LookupError, OverflowError):
+        raise DataError("a description has a normalisation of inputs that cannot be") from None
+    return Normalisation(tuple(mean), tuple(deviation), to_norm_1)
+
+
 def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -> Normalisation | None:
-    constants = description.get("normalisation_of_inputs")
-    if (constants is not None) != (config.data.normalise == "secure"):
+    constants = description.get(_CONSTANTS)
+    if (constants is not None) != (config.data.normalise != "none"):
         found = "no" if constants is None else "a"
         raise ModelError(
             f"model file {path} has {found} normalisation of inputs, data.normalise is '{config.data.normalise}'",
@@ -109,11 +127,10 @@ def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -
     if constants is None:
         return None
     try:
-        mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
-        normalisation = Normalisation(tuple(mean), tuple(deviation), to_norm_1=config.data.features is not None)
-    except (TypeError, ValueError, LookupError, OverflowError, DataError):
+        normalisation = constants_of(description, to_norm_1=config.data.features is not None)
+    except DataError:
         raise ModelError(f"model file {path} has a normalisation of inputs that cannot be", _RETRAIN) from None
-    if len(normalisation.mean) != config.data.input_shape[0]:
+    if normalisation is None or len(normalisation.mean) != config.data.input_shape[0]:
         raise ModelError(f"model file {path} normalises inputs of another shape", _RETRAIN)
     return normalisation
 

