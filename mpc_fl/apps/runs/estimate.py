@@ -36,6 +36,7 @@ from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
+from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
