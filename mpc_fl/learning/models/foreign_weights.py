@@ -32,6 +32,7 @@ LARGEST_FILE = 2 << 30  # bytes, of a file and of the tensors in it
 _KINDS = "give a safetensors file or a torch checkpoint that holds a state_dict"
 _NESTS = ("state_dict", "model")
 _PREFIXES = ("module.", "model.", "backbone.")
+_STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"  # of BatchNorm: it says how long a network was trained, and is not used
 # torchvision's files of DenseNet are older than its names: `denselayer1.norm.1` is `denselayer1.norm1`.
 _OLD_DENSENET = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", re.ASCII)
@@ -190,9 +191,10 @@ def fit_weights(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Fitted
     faults = {"missing": missing, "left over": surplus, "of another shape": shapes}
     if any(faults.values()):
         said = "; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names)
-        raise ModelError(
-            f"the weights do not fit {type(model).__name__} ({said})", "give weights of this model.architecture"
-        )
+        fix = "give weights of this model.architecture"
+        if not missing and not shapes and all(name.endswith(_STATISTICS) for name in surplus):
+            fix = "set model.normalisation=frozen, which keeps the statistics of BatchNorm"
+        raise ModelError(f"the weights do not fit {type(model).__name__} ({said})", fix)
     loaded = {name: given[name] for name in wanted if name in given}
     _require_usable(loaded, own)
     with torch.no_grad():

@@ -64,7 +64,9 @@ def _sampled(transform: torch.Tensor, halvings: int) -> torch.Tensor:
     """The Fourier transform (..., n, n) of every 2^halvings-th pixel of each row and column of what has `transform`."""
     steps = 1 << halvings
     for dim in (-2, -1):
-        transform = functools.reduce(torch.add, transform.chunk(steps, dim))  # several times faster than a sum over two axes
+        transform = functools.reduce(
+            torch.add, transform.chunk(steps, dim)
+        )  # several times faster than a sum over two axes
     return transform / steps**2
 
 

@@ -20,7 +20,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models import foreign_weights
 from mpc_fl.learning.models.architectures import build_model
-from mpc_fl.learning.models.batch_norm import FrozenBatchNorm2d
+from mpc_fl.learning.models.batch_norm import FrozenBatchNorm2d, with_group_norm
 from mpc_fl.learning.models.efficientnet_lite import efficientnet_lite0
 from mpc_fl.learning.models.foreign_weights import Fitted, fit_weights, head_names, own_names, read_weights, weights_in
 
@@ -248,6 +248,13 @@ def test_frozen_batchnorm_takes_the_statistics_of_the_file() -> None:
     state["module.bn1.running_mean"].fill_(0.25)
     fit_weights(model, state)
     assert isinstance(model.bn1, FrozenBatchNorm2d) and bool((model.bn1.running_mean == 0.25).all())
+
+
+def test_statistics_that_group_normalisation_has_no_place_for() -> None:
+    given = weights()
+    message = refusal(lambda: fit_weights(with_group_norm(Network()), given))
+    assert "left over: 'bn1.running_mean', 'bn1.running_var'" in message
+    assert message.endswith("set model.normalisation=frozen, which keeps the statistics of BatchNorm")
 
 
 def test_names_that_torchvision_had_for_densenet() -> None:
