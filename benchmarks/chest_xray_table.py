@@ -84,7 +84,9 @@ def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
     rows = torch.cat([dataset.records_of_patient[patient] for patient in patients])
     number = {patient: position for position, patient in enumerate(patients)}
     owners = torch.tensor([number[int(patient)] for patient in dataset.patients[rows]])
-    return Dataset(dataset.inputs[rows], dataset.labels[rows], owners, tuple(dataset.names[row] for row in rows.tolist()))
+    return Dataset(
+        dataset.inputs[rows], dataset.labels[rows], owners, tuple(dataset.names[row] for row in rows.tolist())
+    )
 
 
 def divided(dataset: Dataset, hospitals: int, seed: int) -> list[Dataset]:
@@ -126,7 +128,10 @@ def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Modul
     for number in range(1, config.training.rounds + 1):
         mean = torch.zeros(len(flatten_parameters(model)), dtype=torch.float64)
         for data, planned, seed in zip(hospitals, release, seeds, strict=True):
-            noise, rate = None if planned is None else planned.noise_multiplier, sample_rate_of(config, data.patient_count)
+            noise, rate = (
+                None if planned is None else planned.noise_multiplier,
+                sample_rate_of(config, data.patient_count),
+            )
             training = LocalTraining(config, noise, rate, None, "hooks")
             mean += train_locally(model, data, training, number, seed).update.double() / len(hospitals)
         stepped = optimizer.step(flatten_parameters(model), -mean)
@@ -144,9 +149,7 @@ def with_distributed_noise(config: Config, hospitals: list[Dataset]) -> torch.nn
         total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
         for data, seed in zip(hospitals, seeds, strict=True):
             rows = sample_patients(data.records_of_patient, rate, seed.stream("sampling", position))
-            sums = rounded_sum(
-                working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, "vmap"
-            )
+            sums = rounded_sum(working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, "vmap")
             share = noised_share(mechanism, Private("gradients", sums.total), seed.derive("noise", position))
             total += share.inside_protocol()
         stepped = optimizer.step(parameters, mean_gradient(mechanism, total.long()))
@@ -234,10 +237,12 @@ def interval(results: Sequence[Result], test: Dataset) -> list[tuple[float, floa
 
 def line(results: Sequence[Result], test: Dataset) -> str:
     first, found = results[0], interval(results, test)
-    cells = [
-        f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})" if name.endswith("accuracy") else f"{mean:.3f} ({low:.3f} to {high:.3f})"
-        for name, (mean, low, high) in zip(FIGURES, found, strict=True)
-    ]
+    cells = []
+    for name, (mean, low, high) in zip(FIGURES, found, strict=True):
+        if name.endswith("accuracy"):
+            cells.append(f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+        else:
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
     spent = "none" if first.spent is None else f"{max(result.spent or 0.0 for result in results):.2f}"
     seconds = sum(result.seconds for result in results) / len(results)
     return f"| {first.features} | {ROWS[first.row]} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"

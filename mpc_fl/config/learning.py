@@ -160,11 +160,13 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `resnet18`, or any torchvision classifier.
+    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, or any
+    torchvision classifier by name (`resnet18`).
 
     `initial_weights` (as `mpc-fl model import` prints them) are those of a network trained elsewhere, its last layer aside where
     that has other classes. `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (those of
-    `initial_weights`, else calibrated on public synthetic images; free under encryption), `group` uses GroupNorm (costs inverse square roots under encryption).
+    `initial_weights`, else calibrated on public synthetic images; free under encryption), `group` uses GroupNorm (costs
+    inverse square roots under encryption).
     """
 
     architecture: str = "small_cnn"

@@ -154,7 +154,9 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
 
 
 def patient_vectors(plan: FeaturePlan, data: PatientRecords) -> torch.Tensor:
-    """One row per patient, float32 (patients, k + 2d), or (patients, k + d) of the mean alone; inputs beyond the bounds are clipped to them, NaN to the lower one.
+    """One row per patient, float32 (patients, k + 2d), or (patients, k + d) of the mean alone.
+
+    Inputs beyond the bounds are clipped to them, NaN to the lower one.
 
     A patient's records count as one: their values, squares and classes are averaged.
     """

@@ -14,12 +14,11 @@ from torch import nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError, ModelError
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.foreign_weights import fit_weights
-from mpc_fl.learning.models.model_file import constants_of
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weights_store import load
 
@@ -56,7 +55,7 @@ def normalisation_of_weights(config: Config) -> Normalisation | None:
     assert config.model.initial_weights is not None  # `Config` saw to it
     _, description = load(config.model.initial_weights, config.site.weights)
     try:
-        constants = constants_of(description)
+        constants = Normalisation.from_json(description.get(CONSTANTS))
     except DataError:
         constants = None
     if constants is None or len(constants.mean) != config.data.channels:

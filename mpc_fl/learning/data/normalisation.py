@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
 
+CONSTANTS = "normalisation_of_inputs"  # where descriptions of model files have them
 # What `tables.scale_features` gives is no larger in magnitude: with reference ranges, and the log of the largest float64.
 _LARGEST_RANGED_FEATURE = 2.0
 _LARGEST_FEATURE = 710.0
@@ -57,6 +59,19 @@ class Normalisation:
         if self.to_norm_1:
             scaled[:, :-1] = torch.nn.functional.normalize(scaled[:, :-1], dim=1)
         return scaled
+
+    def to_json(self) -> dict[str, list[float]]:
+        """As descriptions of files hold it, under `CONSTANTS`."""
+        return {"mean": list(self.mean), "deviation": list(self.deviation)}
+
+    @classmethod
+    def from_json(cls, values: Any, to_norm_1: bool = False) -> Normalisation:
+        """Inverse of `to_json`. Raises `DataError` for what cannot be constants."""
+        try:
+            mean, deviation = ([float(value) for value in values[key]] for key in ("mean", "deviation"))
+        except (TypeError, ValueError, LookupError, OverflowError):
+            raise DataError("a normalisation of inputs that cannot be") from None
+        return cls(tuple(mean), tuple(deviation), to_norm_1)
 
     def tensor(self) -> torch.Tensor:
         """Means and deviations as a message, float64 (2, d)."""

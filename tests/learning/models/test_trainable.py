@@ -12,7 +12,9 @@ from mpc_fl.learning.models.trainable import set_trainable
 
 
 def network() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3, bias=False), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3, bias=False), nn.Linear(4, 3)
+    )
 
 
 @pytest.mark.parametrize(
