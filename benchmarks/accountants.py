@@ -17,7 +17,7 @@ from mpc_fl.config.loading import load_config
 from mpc_fl.federation.planning import rounds_to_come, sample_rate_of
 from mpc_fl.learning.privacy.accounting import Accountant, PrivacyBudget, calibrate_noise_multiplier
 
-CONFIGURATIONS = ("demo", "breast_cancer", "chest_xray_small", "chest_xray")
+CONFIGURATIONS = ("demo", "breast_cancer", "chest_xray_small", "chest_xray_resnet18", "chest_xray")
 
 
 def measure(name: str, epsilon: float) -> dict[str, Any]:

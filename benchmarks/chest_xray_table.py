@@ -1,21 +1,14 @@
-"""What federation and its noise cost on real chest X-rays: central, one hospital alone, federated, with either noise.
+"""Accuracy on real chest X-rays against epsilon: what hospitals reach together and alone, with a linear layer on public features.
 
-    nice python benchmarks/chest_xray_table.py --data DIR --set training.batch_size=128 --out docs/chest_xray_table.md
+    nice python benchmarks/chest_xray_table.py --data DIR --out docs/chest_xray_table.md
 
-DIR/{train,test}/<class>/ as for `mpc-fl train`. Every row trains the same network from the same initial weights, takes the
-same number of steps in all, and is tested on the same records, those of all hospitals. Federated rows are real runs of
-`mpc-fl train`, a process per party; the others train in this process, with the library's own local training. The seed sets
-division, initial weights and sampling; noise always comes from the system, so rows with noise repeat only up to noise.
+DIR/{train,test}/<class>/ as for `mpc-fl train`. Rows: all patients in one place (`central`), one hospital by itself (`alone`), and
+the federation with either noise. The patient is the unit of privacy, and the mean of the features is charged as in a run
+(`plan_release`). Everything is computed in this process by the functions that hospitals and aggregator call, without masks:
+masks cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of the noise. Features are computed once.
 
-Patients per step: training.batch_size at each hospital; `central` draws as many from all patients as the hospitals do
-together. Learning rate: every row takes the best of a short list (`--rates`, with noise `--private-rates`) on a fifth of the
-training patients, kept aside for that alone, at the first seed; then it trains on all. Rows without noise choose with a third
-of the patients per step, to save time. No test record has a part in it. The choice itself is not private: epsilon covers
-the training that follows.
-
-Interval over seeds: Wilson's for the mean accuracy with every test record counted once, however many seeds there are. It
-covers the choice of test records, not that of training patients. Differences are paired: record by record, with records
-of one patient counted as one cluster.
+The seed divides the patients; noise comes from the system. Intervals: both seeds and test patients are drawn anew (2,000 times,
+a patient's records together), so they cover the choice of either.
 """
 
 from __future__ import annotations
@@ -24,77 +17,66 @@ import argparse
 import datetime
 import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
 from mpc_fl.apps.runs.run_directory import versions
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ModelError
+from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.planning import mechanism_of, plan_release, releases_beside_steps, sample_rate_of
 from mpc_fl.files import write_json, write_text
-from mpc_fl.learning.data.dataset import Dataset
-from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital
-from mpc_fl.learning.data.partition import partition_equal, patient_of
-from mpc_fl.learning.models.evaluation import evaluate_locally, predict
-from mpc_fl.learning.models.model_file import load_model
+from mpc_fl.learning.data.dataset import Dataset, normalised
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.data.partition import partition_equal
+from mpc_fl.learning.models.evaluation import predict
+from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
+from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
-from mpc_fl.learning.training.sampling import sampling_rate
+from mpc_fl.learning.training.iterate_average import IterateAverage
+from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.sampling import sample_patients
+from mpc_fl.learning.training.server_optimizers import server_optimizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-KEPT_ASIDE = 5  # one patient in this many decides on a learning rate
+CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml"}
 ROWS = {
-    "central": "central, no privacy",
+    "central": "central",
     "alone": "one hospital alone (mean of all)",
-    "federated": "federated, no noise",
     "local": "federated, local noise",
     "distributed": "federated, distributed noise",
-    "central-private": "central, differentially private",
 }
-PRIVATE, EXTRA = ("local", "distributed", "central-private"), "central-private"
-PAIRS = (("federated", "alone"), ("central", "federated"), ("distributed", "local"), ("federated", "distributed"))
+RESAMPLES = 2000
+FIGURES = ("accuracy", "balanced accuracy", "macro AUC", "MCC")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row at one seed: figures of the evaluation, and for each test record the share of models that are right."""
+    """One row at one seed: probabilities (M, records, classes) of its M models, and epsilon of what was released."""
 
+    features: str
     row: str
-    seed: int
-    figures: dict[str, float]
-    correct: torch.Tensor
     epsilon: float | None
-    rate: float
+    seed: int
+    spent: float | None
     seconds: float
+    probabilities: torch.Tensor
 
 
 # ---- data --------------------------------------------------------------------------------------------------------------
-
-
-def together(config: Config) -> Config:
-    """All patients in one place: no division, as many patients per step as the hospitals have together, one round."""
-    training = config.training
-    steps, batch = training.rounds * training.local_steps, training.batch_size * config.federation.hospitals
-    return config.with_values(
-        data={"partition": {"method": "none"}}, training={"rounds": 1, "local_steps": steps, "batch_size": batch}
-    )
-
-
-def by_itself(config: Config) -> Config:
-    """One hospital with all steps in one round."""
-    training = config.training
-    return config.with_values(training={"rounds": 1, "local_steps": training.rounds * training.local_steps})
 
 
 def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
@@ -102,288 +84,218 @@ def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
     rows = torch.cat([dataset.records_of_patient[patient] for patient in patients])
     number = {patient: position for position, patient in enumerate(patients)}
     owners = torch.tensor([number[int(patient)] for patient in dataset.patients[rows]])
-    names = tuple(dataset.names[row] for row in rows.tolist())
-    return replace(dataset, inputs=dataset.inputs[rows], labels=dataset.labels[rows], patients=owners, names=names)
+    return Dataset(
+        dataset.inputs[rows], dataset.labels[rows], owners, tuple(dataset.names[row] for row in rows.tolist())
+    )
 
 
-def kept_aside(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Training patients without every fifth, and those."""
+def divided(dataset: Dataset, hospitals: int, seed: int) -> list[Dataset]:
+    """Patients over hospitals, as a run with this seed divides them."""
     labels = torch.stack([dataset.labels[records[0]] for records in dataset.records_of_patient]).numpy()
-    aside, *rest = [part.tolist() for part in partition_equal(labels, KEPT_ASIDE, seed)]
-    return restricted(dataset, [patient for part in rest for patient in part]), restricted(dataset, aside)
+    return [restricted(dataset, part.tolist()) for part in partition_equal(labels, hospitals, seed)]
+
+
+def records(config: Config) -> tuple[Dataset, Dataset]:
+    """Records of all patients in one place: training and test."""
+    whole = config.with_values(data={"partition": {"method": "none"}})
+    sets = []
+    for split in ("train", "test"):
+        began = time.monotonic()
+        sets.append(as_records(load_hospital(whole, 0, split), whole))
+        say(f"{config.name}: features of {len(sets[-1])} {split} images in {time.monotonic() - began:.0f} s")
+    return sets[0], sets[1]
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
 
 
-def trained(config: Config, data: Dataset, noise: float | None = None, rank: int = 0) -> torch.nn.Module:
-    """Rounds of local training by one party alone."""
-    return averaged(config, [data], noise, rank)
+def centred(config: Config, hospitals: list[Dataset], test: Dataset) -> tuple[list[Dataset], Dataset]:
+    """All records less the noised mean of the training patients' features."""
+    if config.data.normalise == "none":
+        return hospitals, test
+    plan = plan_features(config)
+    parts = [encode_features(plan, data, Seed.from_system()).inside_protocol() for data in hospitals]
+    normalisation = decode_features(plan, torch.stack(parts).sum(dim=0)).normalisation
+    return [normalised(data, normalisation) for data in hospitals], normalised(test, normalisation)
 
 
-def averaged(
-    config: Config, hospitals: Sequence[Dataset], noise: float | None = None, rank: int = 0
-) -> torch.nn.Module:
-    """Federated averaging of hospitals in this process, in the clear, weighted by patients."""
-    model, noise_seeds = initial_model(config), [Seed.from_system() for _ in hospitals]
-    total = sum(data.patient_count for data in hospitals)
+def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Module:
+    """Rounds of one step at every hospital, each with its own noise or none; the mean is stepped along."""
+    model, optimizer = initial_model(config), server_optimizer(config)
+    average = IterateAverage(config.training.average_last, config.global_models)
+    release = [plan_release(config, data.patient_count, [], "a hospital") for data in hospitals]
+    seeds = [Seed.from_system() for _ in hospitals]
     for number in range(1, config.training.rounds + 1):
-        mean = torch.zeros_like(flatten_parameters(model))
-        for index, data in enumerate(hospitals):
-            sampling_seed, rate = config.seed * 1000 + rank + index, sampling_rate(config, data.patient_count)
-            training = LocalTraining(config, noise, rate, sampling_seed)
-            local = train_locally(model, data, training, number, noise_seeds[index])
-            if float(local.update.abs().max()) > config.aggregation.update_bound:  # a hospital would refuse to send it
-                raise ModelError("an update exceeds aggregation.update_bound", "lower training.learning_rate")
-            mean += local.update * (data.patient_count / total)
-        load_flat_parameters(model, flatten_parameters(model) + mean)
+        mean = torch.zeros(len(flatten_parameters(model)), dtype=torch.float64)
+        for data, planned, seed in zip(hospitals, release, seeds, strict=True):
+            noise, rate = (
+                None if planned is None else planned.noise_multiplier,
+                sample_rate_of(config, data.patient_count),
+            )
+            training = LocalTraining(config, noise, rate, None, "hooks")
+            mean += train_locally(model, data, training, number, seed).update.double() / len(hospitals)
+        stepped = optimizer.step(flatten_parameters(model), -mean)
+        load_flat_parameters(model, average.take(stepped, number - 1))
     return model
 
 
-def accuracy(model: torch.nn.Module, data: Dataset) -> float:
-    return float((predict(model, data.inputs).argmax(1) == data.labels).double().mean())
+def with_distributed_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Module:
+    """Every step a sum of clipped gradients to which each hospital has added its part of the noise."""
+    model, optimizer, mechanism = initial_model(config), server_optimizer(config), mechanism_of(config)
+    average, working = IterateAverage(config.training.average_last, config.global_models), working_copy(model)
+    seeds, parameters = [Seed.from_system() for _ in hospitals], flatten_parameters(model)
+    rate = sample_rate_of(config, 0)
+    for position in range(config.global_models):
+        total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
+        for data, seed in zip(hospitals, seeds, strict=True):
+            rows = sample_patients(data.records_of_patient, rate, seed.stream("sampling", position))
+            sums = rounded_sum(working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, "vmap")
+            share = noised_share(mechanism, Private("gradients", sums.total), seed.derive("noise", position))
+            total += share.inside_protocol()
+        stepped = optimizer.step(parameters, mean_gradient(mechanism, total.long()))
+        parameters = average.take(stepped, position)
+        load_flat_parameters(working, parameters)
+    load_flat_parameters(model, parameters)
+    return model
 
 
-def choose_rates(config: Config, row: str, rates: Sequence[float]) -> dict[str, float]:
-    """Accuracy of each rate on patients kept aside, for one row.
-
-    Sums are taken in the clear. Distributed noise on the sum of n hospitals of which t may collude is that of one place
-    with n / (n - t) times the variance.
-    """
-    number, privacy, training = config.federation.hospitals, config.privacy, config.training
-    config = config.with_values(training={"sampling_seed": config.seed}, privacy={"mechanism": "none"})
-    if row in PRIVATE:
-        config = config.with_values(privacy={"mechanism": "local"})
-    else:
-        config = config.with_values(training={"batch_size": max(1, training.batch_size // number)})
-    if row == "alone":
-        config = by_itself(config)
-    if row in ("central", "distributed", EXTRA):
-        config = together(config)
-    places = number if row in ("federated", "local") else 1
-    splits = [kept_aside(load_hospital(config, rank, "train"), config.seed) for rank in range(places)]
-    noise = None
-    if row in PRIVATE:
-        rate = max(sampling_rate(config, fit.patient_count) for fit, _ in splits)
-        budget, steps = PrivacyBudget(privacy.epsilon, privacy.delta), training.rounds * training.local_steps
-        noise = calibrate_noise_multiplier(budget, rate, steps)
-        if row == "distributed":
-            noise *= math.sqrt(number / (number - privacy.colluders))
-    found = {}
-    for rate in rates:
-        try:
-            model = averaged(config.with_values(training={"learning_rate": rate}), [fit for fit, _ in splits], noise)
-            right = sum(accuracy(model, aside) * len(aside) for _, aside in splits)
-            found[f"{rate:g}"] = right / sum(len(aside) for _, aside in splits)
-        except ModelError:  # it diverged
-            found[f"{rate:g}"] = 0.0
-        print(f"rate {rate:g}, {row}: {found[f'{rate:g}']:.1%} of records kept aside", file=sys.stderr, flush=True)
-    return found
+def spent_by(config: Config, patients: int) -> float | None:
+    """Epsilon of one patient over all that a run releases, lost rounds not among it."""
+    planned = plan_release(config, patients, [], "a hospital")
+    if planned is None:
+        return None
+    steps = config.training.rounds * config.training.local_steps
+    lost = config.with_values(privacy={"spare_rounds": 0})
+    events = [*releases_beside_steps(lost), type(planned)(planned.noise_multiplier, planned.sample_rate, steps)]
+    return epsilon_of(events, config.privacy.delta, config.privacy.accountant)
 
 
-# ---- rows --------------------------------------------------------------------------------------------------------------
-
-
-def evaluated(model: torch.nn.Module, test: Dataset) -> tuple[dict[str, Any], torch.Tensor]:
-    """Figures, and which records are right, float64 (records,)."""
-    probabilities = torch.softmax(predict(model, test.inputs), dim=1)
-    return evaluate_locally(probabilities, test.labels).to_json(), (probabilities.argmax(1) == test.labels).double()
-
-
-def in_this_process(row: str, config: Config, test: Dataset) -> tuple[list[dict[str, Any]], torch.Tensor, float | None]:
-    """The rows without federation."""
-    if row == "alone":
-        config = by_itself(config)
-        hospitals = range(config.federation.hospitals)
-        models = [trained(config, load_hospital(config, rank, "train"), rank=rank) for rank in hospitals]
-        results = [evaluated(model, test) for model in models]
-        correct = torch.stack([right for _, right in results]).mean(dim=0)
-        return [figures for figures, _ in results], correct, None
-    config, noise, epsilon = together(config), None, None
-    data = load_hospital(config, 0, "train")
-    if config.privacy.mechanism != "none":
-        rate, steps = sampling_rate(config, data.patient_count), config.training.local_steps
-        noise = calibrate_noise_multiplier(PrivacyBudget(config.privacy.epsilon, config.privacy.delta), rate, steps)
-    model = trained(config, data, noise)
-    if noise is not None:
-        epsilon = epsilon_of([SubsampledGaussian(noise, rate, steps)], config.privacy.delta)
-    figures, correct = evaluated(model, test)
-    return [figures], correct, epsilon
-
-
-def in_real_processes(config: Config, test: Dataset) -> tuple[list[dict[str, Any]], torch.Tensor, float | None]:
-    """The federated rows, by the command a user gives. Its figures are those opened from the hospitals' secure sum."""
-    with tempfile.TemporaryDirectory() as directory:
-        write_text(Path(directory) / "config.yaml", config.to_yaml())
-        command = [sys.executable, "-m", "mpc_fl", "train", f"{directory}/config.yaml", "--json"]
-        command += ["--data", str(config.site.data), "--out", f"{directory}/run"]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=3600)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        summary = json.loads(done.stdout)
-        _, correct = evaluated(load_model(Path(directory) / "run" / "model.safetensors", config), test)
-    spent = [line["epsilon"] for line in summary["privacy"] if line["epsilon"] is not None]
-    return [summary["final"]], correct, max(spent) if spent else None
-
-
-def measure(row: str, config: Config, seed: int, rate: float, smallest: int) -> Result:
-    """Train and evaluate one row at one seed."""
-    began = time.monotonic()
-    mechanism = {"local": "local", "distributed": "distributed", "central-private": "local"}.get(row, "none")
-    config = config.with_values(
-        seed=seed,
-        training={"learning_rate": rate, "sampling_seed": seed},
-        privacy={"mechanism": mechanism, "smallest_hospital": smallest},
+def configured(config: Config, row: str, epsilon: float | None, patients: int) -> Config:
+    """The settings of a row: who adds the noise, and for whom it is enough."""
+    mechanism = "none" if epsilon is None else "distributed" if row == "distributed" else "local"
+    rounds, steps = config.training.rounds, config.training.local_steps
+    training: dict[str, Any] = {"strategy": "fedsgd", "rounds": rounds * steps, "local_steps": 1}
+    if mechanism == "distributed":
+        training = {"rounds": rounds, "local_steps": steps}
+    # A small clipping norm is better where noise is large.
+    clipping = config.privacy.clipping_norm / (3.0 if epsilon is not None and epsilon < 4 else 1.0)
+    smallest = patients // 10 * 10  # a public lower bound, not the number itself
+    privacy: dict[str, Any] = {"mechanism": mechanism, "clipping_norm": clipping, "smallest_hospital": smallest}
+    privacy["largest_hospital"] = 2 * smallest
+    if epsilon is not None:
+        privacy["epsilon"] = epsilon
+    noise = config.data.normalise_noise_multiplier * 8 / (epsilon or 8)
+    return config.with_values(
+        training={**training, "batch_size": smallest}, privacy=privacy, data={"normalise_noise_multiplier": noise}
     )
-    test = load_hospital(together(config), 0, "test")
-    if row in ("federated", "local", "distributed"):
-        evaluations, correct, epsilon = in_real_processes(config, test)
-    else:
-        evaluations, correct, epsilon = in_this_process(row, config, test)
-    names = ("accuracy", "balanced_accuracy", "auc_macro")
-    figures = {name: sum(item[name] for item in evaluations) / len(evaluations) for name in names}
-    return Result(row, seed, figures, correct, epsilon, rate, time.monotonic() - began)
+
+
+def measure(
+    features: str, row: str, config: Config, epsilon: float | None, seed: int, data: tuple[Dataset, Dataset]
+) -> Result:
+    """Train and evaluate one row at one seed."""
+    began, (train, test) = time.monotonic(), data
+    hospitals = divided(train, config.federation.hospitals, seed)
+    groups = {"central": [[train]], "alone": [[hospital] for hospital in hospitals]}.get(row, [hospitals])
+    found, spent = [], None
+    for group in groups:
+        patients = min(hospital.patient_count for hospital in group)
+        own = configured(config, row, epsilon, patients)
+        inputs, held_out = centred(own, group, test)
+        train_with = with_distributed_noise if own.privacy.mechanism == "distributed" else with_local_noise
+        found.append(torch.softmax(predict(train_with(own, inputs), held_out.inputs), dim=1))
+        spent = spent_by(own, patients)
+    return Result(features, row, epsilon, seed, spent, time.monotonic() - began, torch.stack(found))
 
 
 # ---- statistics and text -----------------------------------------------------------------------------------------------
 
 
-def wilson(share: float, records: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval (Wilson, JASA 1927) of a share of `records`, which need not be a whole number of them."""
-    centre = (share + z * z / (2 * records)) / (1 + z * z / records)
-    half = z * math.sqrt(share * (1 - share) / records + z * z / (4 * records * records)) / (1 + z * z / records)
-    return centre - half, centre + half
+def figures_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    """The `FIGURES` of one model, probabilities (N, classes)."""
+    predicted = probabilities.argmax(axis=1)
+    area = roc_auc_score(labels, probabilities / probabilities.sum(axis=1, keepdims=True), multi_class="ovr")
+    accuracy = float((predicted == labels).mean())
+    return accuracy, balanced_accuracy_score(labels, predicted), area, matthews_corrcoef(labels, predicted)
 
 
-def paired_difference(first: torch.Tensor, second: torch.Tensor, patients: torch.Tensor) -> tuple[float, float, float]:
-    """Mean of first - second over records with its 95 % interval; records of one patient are one cluster."""
-    difference = first - second
-    mean = float(difference.mean())
-    deviations = torch.zeros(int(patients.max()) + 1, dtype=torch.float64).index_add_(0, patients, difference - mean)
-    half = 1.96 * float(deviations.square().sum().sqrt()) / len(difference)
-    return mean, mean - half, mean + half
+def interval(results: Sequence[Result], test: Dataset) -> list[tuple[float, float, float]]:
+    """Mean of each figure over seeds and models, with a 95 % interval over seeds and test patients (bootstrap)."""
+    labels, rows = test.labels.numpy(), [records.numpy() for records in test.records_of_patient]
+    by_seed = [result.probabilities.numpy() for result in results]
+    means = np.mean([[figures_of(model, labels) for model in models] for models in by_seed], axis=(0, 1))
+    draw, drawn = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        models = by_seed[draw.integers(len(by_seed))]
+        model = models[draw.integers(len(models))]
+        chosen = np.concatenate([rows[patient] for patient in draw.integers(len(rows), size=len(rows))])
+        if len(np.unique(labels[chosen])) == len(np.unique(labels)):
+            drawn.append(figures_of(model[chosen], labels[chosen]))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return list(zip(means, low, high, strict=True))
 
 
-def line(result: Result, seed: str, records: int) -> str:
-    low, high = wilson(result.figures["accuracy"], records)
-    epsilon = "none" if result.epsilon is None else f"{result.epsilon:.2f}"
-    accuracies = (
-        f"{result.figures['accuracy']:.1%} | {low:.1%} to {high:.1%} | {result.figures['balanced_accuracy']:.1%}"
-    )
-    return (
-        f"| {ROWS[result.row]} | {seed} | {accuracies} | {result.figures['auc_macro']:.3f} | {epsilon} "
-        f"| {result.rate:g} | {result.seconds:.0f} |"
-    )
+def line(results: Sequence[Result], test: Dataset) -> str:
+    first, found = results[0], interval(results, test)
+    cells = []
+    for name, (mean, low, high) in zip(FIGURES, found, strict=True):
+        if name.endswith("accuracy"):
+            cells.append(f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+        else:
+            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
+    spent = "none" if first.spent is None else f"{max(result.spent or 0.0 for result in results):.2f}"
+    seconds = sum(result.seconds for result in results) / len(results)
+    return f"| {first.features} | {ROWS[first.row]} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
-def over_seeds(results: Sequence[Result]) -> Result:
-    """Means over the seeds of one row; the largest epsilon."""
-    count = len(results)
-    figures = {name: sum(item.figures[name] for item in results) / count for name in results[0].figures}
-    correct = torch.stack([item.correct for item in results]).mean(dim=0)
-    epsilons = [item.epsilon for item in results if item.epsilon is not None]
-    seconds = sum(item.seconds for item in results) / count
-    return Result(results[0].row, -1, figures, correct, max(epsilons) if epsilons else None, results[0].rate, seconds)
-
-
-def table(results: Sequence[Result], test: Dataset) -> list[str]:
-    """Each seed and the mean over seeds of each row, then paired differences."""
-    head = "row | seed | accuracy | 95 % interval | balanced accuracy | macro AUC | epsilon | learning rate | seconds"
-    lines, means = [f"| {head} |", "|" + " --- |" * 9], {}
-    for row in ROWS:
-        own = [item for item in results if item.row == row]
-        lines += [line(item, str(item.seed), len(test)) for item in own]
-        if own:
-            means[row] = over_seeds(own)
-        if len(own) > 1:
-            lines.append(line(means[row], f"mean of {len(own)}", len(test)))
-    lines += ["", "| difference in accuracy, points | mean of seeds | 95 % interval, paired |", "| --- | --- | --- |"]
-    for first, second in PAIRS:
-        seeds = {item.seed for item in results if item.row == first} & {
-            item.seed for item in results if item.row == second
-        }
-        if seeds:
-            one, other = (
-                over_seeds([item for item in results if item.row == row and item.seed in seeds])
-                for row in (first, second)
-            )
-            mean, low, high = paired_difference(one.correct, other.correct, test.patients)
-            lines.append(
-                f"| {ROWS[first]}, minus {ROWS[second]} | {100 * mean:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} |"
-            )
-    return lines
-
-
-def settings(config: Config, test: Dataset, sizes: Sequence[int], found: dict[str, dict[str, float]]) -> list[str]:
-    """What was run, on what."""
-    training, privacy = config.training, config.privacy
-    size = "x".join(map(str, config.data.input_shape))
-    known = {patient_of(name) for name in load_hospital(together(config), 0, "train").names}
-    shared = len({patient_of(name) for name in test.names} & known)
-    steps = training.rounds * training.local_steps
-    rates = "; ".join(
-        f"{row}: {', '.join(f'{share:.1%} at {rate}' for rate, share in shares.items())}"
-        for row, shares in found.items()
-    )
-    return [
-        f"- Data: {sum(sizes)} training patients over {len(sizes)} hospitals ({', '.join(map(str, sizes))} at the first seed); "
-        f"{len(test)} test records of {test.patient_count} patients; classes {', '.join(config.data.classes)}. "
-        f"{shared} patient names of the test folder occur in the training folder as well (names are no proof of one person).",
-        f"- Network: {config.model.architecture} at {size}. {steps} steps in all ({training.rounds} rounds of "
-        f"{training.local_steps}), {training.batch_size} patients expected per step and hospital, momentum {training.momentum}.",
-        f"- Privacy of the rows with noise: epsilon {privacy.epsilon:g} at delta {privacy.delta:g} per patient, clipping norm "
-        f"{privacy.clipping_norm:g}; distributed noise withstands {privacy.colluders} colluding hospital(s).",
-        f"- Accuracy on patients kept aside, by which learning rates were chosen: {rates or 'none'}.",
-        f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}; "
-        f"one thread per process.",
-    ]
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="DIR with {train,test}/<class>/")
-    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "chest_xray_small.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of all rows")
-    parser.add_argument("--epsilon", type=float, default=8.0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.03, 0.01, 0.003], help="of rows without noise")
-    parser.add_argument("--private-rates", type=float, nargs="+", default=[0.1, 0.03], help="of rows with noise")
+    parser.add_argument("--features", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[math.inf, 8, 4, 2, 1], help="inf: no privacy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of all rows")
     parser.add_argument("--out", type=Path, help="Markdown file")
-    parser.add_argument("--json", type=Path, help="the same figures as JSON")
+    parser.add_argument("--json", type=Path, help="the predictions as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    config = load_config(arguments.config, arguments.set)
-    config = config.with_values(
-        seed=arguments.seeds[0], privacy={"epsilon": arguments.epsilon}, site={"data": str(arguments.data.resolve())}
-    )
-    sizes, test = patients_per_hospital(config), load_hospital(together(config), 0, "test")
-    smallest = min(sizes) // 10 * 10  # a public lower bound, not the number itself
     words = ["DIR" if word == str(arguments.data) else word for word in sys.argv[1:]]
     command, began = " ".join(["python", "benchmarks/chest_xray_table.py", *words]), time.monotonic()
-
-    found, chosen = {}, {}
-    for row in arguments.rows:
-        rates = arguments.private_rates if row in PRIVATE else arguments.rates
-        chosen[row] = rates[0]
-        if len(rates) > 1:
-            found[row] = choose_rates(config, row, rates)
-            chosen[row] = float(max(found[row].items(), key=lambda item: item[1])[0])
-    about, results = settings(config, test, sizes, found), []
-    # The row that is only there for comparison comes last.
-    rows = sorted(((seed, row) for seed in arguments.seeds for row in arguments.rows), key=lambda one: one[1] == EXTRA)
-    for seed, row in rows:
-        results.append(measure(row, config, seed, chosen[row], smallest))
-        print(line(results[-1], str(seed), len(test)), file=sys.stderr, flush=True)
-        # Written after every row, so that an interrupted run leaves what it has.
-        made = f"Made {datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes by"
-        text = [f"{made}\n\n    {command}\n", *table(results, test), "", *about]
-        if arguments.out is not None:
-            write_text(arguments.out, "\n".join(["# Chest X-rays: what federation and noise cost", "", *text, ""]))
-        if arguments.json is not None:
-            values = [{**vars(item), "correct": item.correct.tolist()} for item in results]
-            write_json(arguments.json, {"command": command, "kept_aside": found, "results": values})
-    print("\n".join(text))
+    head = " | ".join(["features", "row", "epsilon", "seeds", *FIGURES, "seconds"])
+    lines, results = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)], list[Result]()
+    about: list[str] = []
+    for features in arguments.features:
+        config = load_config(REPOSITORY / "configs" / CONFIGS[features], arguments.set)
+        config = config.with_values(site={**config.site.model_dump(mode="json"), "data": str(arguments.data.resolve())})
+        data = records(config)
+        about = [
+            f"- Data: {data[0].patient_count} training patients over {config.federation.hospitals} hospitals; {len(data[1])} "
+            f"test records of {data[1].patient_count} patients (data.shared_patients: {config.data.shared_patients}).",
+            f"- Privacy: delta {config.privacy.delta:g}, unit the patient; epsilon is that of what was released.",
+            f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}; one thread.",
+        ]
+        for epsilon in arguments.epsilons:
+            for row in arguments.rows:
+                if math.isinf(epsilon) and row == "distributed":  # without noise there is nothing to distribute
+                    continue
+                budget = None if math.isinf(epsilon) else epsilon
+                own = [measure(features, row, config, budget, seed, data) for seed in arguments.seeds]
+                results += own
+                lines.append(line(own, data[1]))
+                say(lines[-1])
+                made = f"Made {datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes by"
+                text = "\n".join([f"{made}\n\n    {command}\n", *lines, "", *about, ""])
+                if arguments.out is not None:  # after every row, so that an interrupted run leaves what it has
+                    write_text(arguments.out, "# Chest X-rays: accuracy against epsilon\n\n" + text)
+                if arguments.json is not None:
+                    values = [{**vars(item), "probabilities": item.probabilities.tolist()} for item in results]
+                    write_json(arguments.json, {"command": command, "results": json.loads(json.dumps(values))})
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import typer.main
 from pydantic import BaseModel
 
 from mpc_fl.apps.cli.commands import app
-from mpc_fl.config.config import Config
+from mpc_fl.config.config import Config, section_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -95,9 +95,9 @@ def test_settings_exist(document: Path) -> None:
         if mentioned and (setting.endswith(FILES) or sections[0] not in Config.model_fields):
             continue  # a file, or an attribute of something else
         for name in sections:
-            annotation = section.model_fields[name].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, BaseModel), setting
-            section = annotation
+            within = section_of(section, name)
+            assert within is not None, setting
+            section = within
         assert last in section.model_fields, setting
 
 

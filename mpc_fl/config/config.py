@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -66,8 +66,18 @@ class Config(Section):
             raise ValueError(
                 "training.local_normalisation needs the whole noise at each hospital; set privacy.mechanism to local or none"
             )
-        if training.local_normalisation and self.model.architecture == "mlp":
-            raise ValueError("the mlp has no normalisation layers; set training.local_normalisation to false")
+        if training.local_normalisation and self.model.architecture in ("mlp", "linear"):
+            raise ValueError(
+                f"the {self.model.architecture} has no normalisation layers; set training.local_normalisation to false"
+            )
+        if training.average_last is not None and training.average_last > self.global_models:
+            raise ValueError(
+                f"a run has {self.global_models} global models; set training.average_last to no more than that"
+            )
+        if self.data.normalise == "weights" and self.model.initial_weights is None:
+            raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
+        if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
+            raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
@@ -88,6 +98,12 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def global_models(self) -> int:
+        """How many global models a run makes: one after every sum of updates or gradients."""
+        steps = self.training.local_steps if self.privacy.mechanism == "distributed" else 1
+        return self.training.rounds * steps
 
     @property
     def noise_colluders(self) -> int:
@@ -141,14 +157,20 @@ class Config(Section):
         return parse_config(values, "the resolved configuration")
 
 
+def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section of that name within another, also one that may be left out (null); None when there is none."""
+    field = section.model_fields.get(name)
+    for kind in () if field is None else (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
 def _known_names(path: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Config
+    section: type[BaseModel] | None = Config
     for name in path:
-        field = section.model_fields.get(str(name))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        section = field.annotation
-    return list(section.model_fields)
+        section = None if section is None else section_of(section, str(name))
+    return [] if section is None else list(section.model_fields)
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:

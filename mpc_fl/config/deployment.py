@@ -77,6 +77,7 @@ class SiteSection(Section):
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
+    `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below.
     """
@@ -87,6 +88,7 @@ class SiteSection(Section):
     data: Path | None = None
     images: Path | None = None
     model: Path | None = None
+    weights: Path | None = None
     out: Path | None = None
     log: Path | None = None
     identity: Path | None = None

@@ -45,6 +45,52 @@ class TableSection(Section):
         return self
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+# Features that an extractor gives of an image, by its name.
+FEATURE_COUNTS = {
+    "scattering": 3472,
+    "efficientnet_lite0": 1280,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "densenet121": 1024,
+    "mobilenet_v3_small": 1024,
+    "mobilenet_v3_large": 1280,
+}
+FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
+
+
+class FeatureSection(Section):
+    """Records are features of images, computed in the clear by whoever has the image, with something public.
+
+    `extractor` is `scattering`, which comes from no data, or a network whose `weights` (SHA-256 of the file, as `mpc-fl
+    model fetch` and `mpc-fl model import` print it) everybody has: what stands before its last linear layer. The features of
+    an image have L2 norm 1; with `mirror` they are the mean of those of the image and of its mirror, again at norm 1.
+    """
+
+    extractor: str = "efficientnet_lite0"
+    weights: Digest | None = None
+    mirror: bool = True
+    count: Count | None = Field(default=None, description="number of features; null: known of the extractor")
+
+    @model_validator(mode="after")
+    def _check(self) -> FeatureSection:
+        if (self.weights is None) != (self.extractor == "scattering"):
+            raise ValueError("scattering has no weights, and every other extractor needs them (`mpc-fl model --help`)")
+        known = FEATURE_COUNTS.get(self.extractor)
+        if known is None and self.count is None:
+            raise ValueError(f"set data.features.count: how many features '{self.extractor}' gives is not known here")
+        if known is not None and self.count not in (None, known):
+            raise ValueError(f"{self.extractor} gives {known} features; leave data.features.count null")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Features of one image."""
+        return self.count or FEATURE_COUNTS[self.extractor]
+
+
 class SubsetSection(Section):
     """Upper limits on patients per hospital, for short runs; null takes all."""
 
@@ -59,6 +105,12 @@ class DataSection(Section):
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
     `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
 
+    `features`: records are features of the images instead of the images, `features.size` numbers and a constant. There
+    `normalise: secure` takes the mean over patients off them (`mean` in `federation.feature_statistics`), and brings them to
+    norm 1 again.
+
+    `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
+
     `shared_patients` says what becomes of a test patient who is by name also a training patient, at any hospital whose
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
@@ -71,9 +123,10 @@ class DataSection(Section):
     partition: PartitionSection = PartitionSection()
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()
+    features: FeatureSection | None = None
     subset: SubsetSection = SubsetSection()
     shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
-    normalise: Literal["none", "secure"] = "none"
+    normalise: Literal["none", "secure", "weights"] = "none"
     normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
 
     @model_validator(mode="after")
@@ -82,13 +135,18 @@ class DataSection(Section):
             raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
+        if self.features is not None and self.is_table:
+            raise ValueError("features are those of images; leave data.features null for tables")
         if self.source == "csv" and self.table.features is None:
             raise ValueError("table.features (the number of feature columns) must be set for csv")
         return self
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one record: (channels, height, width) for images, (features,) for tables."""
+        """Shape of one record: (channels, height, width) for images, (features,) for tables, (features + 1,) for features
+        of images."""
+        if self.features is not None:
+            return (self.features.size + 1,)
         if self.source == "csv":
             return (self.table.features or 0,)
         if self.source == "breast_cancer":
@@ -102,13 +160,19 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """Architecture: `small_cnn`, `mlp`, `resnet18`, or any torchvision classifier by name.
+    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, or any
+    torchvision classifier by name (`resnet18`).
 
-    `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (calibrated on public
-    synthetic images; free under encryption), `group` uses GroupNorm (costs inverse square roots under encryption).
+    `initial_weights` (as `mpc-fl model import` prints them) are those of a network trained elsewhere, its last layer aside where
+    that has other classes. `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (those of
+    `initial_weights`, else calibrated on public synthetic images; free under encryption), `group` uses GroupNorm (costs
+    inverse square roots under encryption).
     """
 
     architecture: str = "small_cnn"
+    initial_weights: Digest | None = Field(
+        default=None, description="SHA-256 of the file of weights to begin with; null: drawn from the seed"
+    )
     normalisation: Literal["frozen", "group"] = "frozen"
     hidden: tuple[Count, ...] = (32, 32)
 
@@ -134,6 +198,12 @@ class TrainingSection(Section):
     server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
     server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3})$")] = Field(
+        default="all", description="which parameters are trained: all, head, bias (and the head), or last:N layers"
+    )
+    average_last: Count | None = Field(
+        default=None, description="the final model is the mean of so many last global models; null: the last one"
+    )
     local_normalisation: bool = False
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
     sampling_seed: int | None = Field(

@@ -55,6 +55,6 @@ def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: R
     seen = sum_terms(config, plan.weight_total, aggregator.digests)
     agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, plan.number), seen)
     hospitals, total = collect(domain, rules, agreed, plan.starts, headroom.dtype, shape)
-    shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))))
+    shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))), plan.number)
     send_global(links, aggregator.digests, hospitals, shared)
     return hospitals

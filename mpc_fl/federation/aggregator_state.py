@@ -12,7 +12,7 @@ from torch import nn
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.global_model import initial_model, normalisation_of_weights
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -24,6 +24,7 @@ from mpc_fl.learning.models.parameters import (
     trainable_parameters,
 )
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
+from mpc_fl.learning.training.iterate_average import IterateAverage
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
 
 
@@ -38,6 +39,7 @@ class Aggregator:
     model: nn.Module
     mechanism: DistributedGaussian | None
     optimizer: ServerOptimizer
+    average: IterateAverage
     coordinates: torch.Tensor
     round: int = -1
     patients: int = 0
@@ -50,9 +52,9 @@ class Aggregator:
         """What all hospitals have in common, float32 (S,)."""
         return flatten_parameters(self.model)[self.coordinates]
 
-    def step(self, pseudo_gradient: torch.Tensor) -> torch.Tensor:
-        """Step the shared parameters along a pseudo-gradient, float64 (S,); returns the new ones, float32 (S,)."""
-        shared = self.optimizer.step(self.shared_parameters, pseudo_gradient)
+    def step(self, pseudo_gradient: torch.Tensor, number: int) -> torch.Tensor:
+        """Step the shared parameters along a pseudo-gradient, float64 (S,), in round `number`; the new ones, float32 (S,)."""
+        shared = self.average.take(self.optimizer.step(self.shared_parameters, pseudo_gradient), number - 1)
         load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
         return shared
 
@@ -69,6 +71,7 @@ class Aggregator:
         self.round = number
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
         if self.normalisation is not None:
             tensors["normalisation"] = self.normalisation.tensor()
         facts = {"patients": self.patients, "weight total": self.weight_total}
@@ -88,8 +91,9 @@ class Aggregator:
             return False
         self.model.load_state_dict(_part(saved, "model"))
         self.optimizer.load_state(_part(saved, "optimizer"))
+        self.average.load_state(_part(saved, "average"), len(self.shared_parameters))
         if "normalisation" in saved.tensors:
-            self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"])
+            self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"], self.config)
         self.round, self.patients, self.weight_total = saved.round, saved.facts["patients"], saved.facts["weight total"]
         return True
 
@@ -124,4 +128,6 @@ def prepare_aggregator(config: Config) -> Aggregator:
     mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
-    return Aggregator(config, model, mechanism, server_optimizer(config), coordinates)
+    average = IterateAverage(config.training.average_last, config.global_models)
+    optimizer, normalisation = server_optimizer(config), normalisation_of_weights(config)
+    return Aggregator(config, model, mechanism, optimizer, average, coordinates, normalisation=normalisation)

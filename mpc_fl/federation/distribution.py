@@ -53,7 +53,7 @@ def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
         shape = (2, hospital.config.data.input_shape[0])
         values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, shape)
         try:
-            normalisation = Normalisation.of_tensor(values)
+            normalisation = Normalisation.of_tensor(values, hospital.config)
         except DataError as error:
             raise ProtocolError(
                 f"{AGGREGATOR} sent a normalisation that cannot be: {error.what}", SAME_VERSION

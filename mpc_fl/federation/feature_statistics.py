@@ -10,6 +10,11 @@ Protocol, hospital i of n, once before the first round; d channels of images or 
   4. counts, means and standard deviations are read from the sum (`decode_features`) and sent to all hospitals, which
      normalise their inputs (`Normalisation.apply`)
 
+Where records are features of images (`data.features`), which have norm 1 and positions rather than a scale, the mean alone is
+measured: a patient's vector is a tenth of its class and half the mean of its records' features, k + d numbers of norm at most
+S = sqrt(0.26). The mean is taken off every record's features, which are then brought to norm 1 again. It is worth one to three
+points of accuracy, for a tenth of the budget (docs/results.md).
+
 Privacy. Unit: one patient, all its records together; a patient has one vector however many records it has. Its norm is at
 most S = sqrt(1/4 + d/4 + d/16), and clipping enforces it, so the whole vector is one release of the Gaussian
 mechanism without sampling, with sensitivity and rounding as `distributed_gaussian` proves them. The class counts and
@@ -48,6 +53,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
 )
 
 _COUNT_WEIGHT, _SQUARE_WEIGHT = 0.5, 2.0
+_MEAN_WEIGHT, _COUNT_WEIGHT_BESIDE_MEANS = 0.5, 0.1  # of features of images, whose norm is 1
 _VALUE_CENTRE, _SQUARE_CENTRE = 0.5, 0.125
 _FINEST_GRID_BITS = 24  # an error of a mean below 2^-24 of the range
 _LEAST_DEVIATION = 1 / 64  # of the range: less would only magnify noise
@@ -73,7 +79,10 @@ class FeatureStatistics:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """Public constants of one run's feature sums, equal at all parties. `low` and `high` bound every input."""
+    """Public constants of one run's feature sums, equal at all parties. `low` and `high` bound every input.
+
+    `mean_alone`: records are features of images, `features` numbers and a constant that takes no part.
+    """
 
     classes: int
     features: int
@@ -81,11 +90,22 @@ class FeaturePlan:
     high: float
     private: bool
     mechanism: DistributedGaussian
+    mean_alone: bool = False
 
     @property
     def length(self) -> int:
         """Elements of the sum."""
-        return self.classes + 2 * self.features
+        return self.classes + (1 if self.mean_alone else 2) * self.features
+
+    @property
+    def count_weight(self) -> float:
+        """What a patient's class stands for in its vector."""
+        return _COUNT_WEIGHT_BESIDE_MEANS if self.mean_alone else _COUNT_WEIGHT
+
+    @property
+    def constants(self) -> int:
+        """Numbers of one record that have a mean and a deviation."""
+        return self.features + int(self.mean_alone)
 
     def event(self) -> SubsampledGaussian | None:
         """What the opening costs every patient; `None` without differential privacy."""
@@ -108,23 +128,25 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
     quorum = hospitals if quorum is None else quorum
     if not 1 <= quorum <= hospitals:
         raise PrivacyBudgetError(f"a quorum of {quorum} among {hospitals} hospitals cannot be", "correct the quorum")
-    features = config.data.input_shape[0]
-    classes = len(config.data.classes)
+    mean_alone, classes = config.data.features is not None, len(config.data.classes)
+    features = config.data.input_shape[0] - int(mean_alone)
+    norm = math.hypot(_COUNT_WEIGHT_BESIDE_MEANS, _MEAN_WEIGHT) if mean_alone else vector_norm(features)
     terms = MechanismTerms(
-        parameters=classes + 2 * features,
+        parameters=classes + (1 if mean_alone else 2) * features,
         hospitals=hospitals,
         colluders=config.absent_noise(quorum),
         expected_patients=config.aggregation.count_bound,
-        clipping_norm=vector_norm(features),
+        clipping_norm=norm,
         noise_multiplier=1.0 if kind == "none" else config.data.normalise_noise_multiplier,
     )
     coarse = plan_mechanism(terms, ring_bits=64)
     low, high = (-_TABLE_BOUND, _TABLE_BOUND) if config.data.is_table else (0.0, 1.0)
+    low, high = (-1.0, 1.0) if mean_alone else (low, high)
     # A finer grid than gradients need costs nothing in a ring of 64 bits.
     for bits in range(_FINEST_GRID_BITS, coarse.sensitivity.bit_length() - 2, -1):
         mechanism = replace(coarse, sensitivity=1 << bits)
         if mechanism.largest_sum < EXACT_IN_FLOAT64:
-            return FeaturePlan(classes, features, low, high, kind != "none", mechanism)
+            return FeaturePlan(classes, features, low, high, kind != "none", mechanism, mean_alone)
     raise HeadroomError(
         f"feature sums of {hospitals} hospitals of {config.aggregation.count_bound} patients do not fit 53 bits",
         "lower aggregation.count_bound or data.normalise_noise_multiplier",
@@ -132,24 +154,29 @@ def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
 
 
 def patient_vectors(plan: FeaturePlan, data: PatientRecords) -> torch.Tensor:
-    """One row per patient, float32 (patients, k + 2d); inputs beyond the bounds are clipped to them, NaN to the lower one.
+    """One row per patient, float32 (patients, k + 2d), or (patients, k + d) of the mean alone.
+
+    Inputs beyond the bounds are clipped to them, NaN to the lower one.
 
     A patient's records count as one: their values, squares and classes are averaged.
     """
     vectors = torch.empty(len(data.records_of_patient), plan.length)
     for row, records in enumerate(data.records_of_patient):
-        inputs = data.inputs[records].double().reshape(len(records), plan.features, -1)
+        inputs = data.inputs[records].double().reshape(len(records), plan.constants, -1)[:, : plan.features]
         inputs = torch.where(torch.isnan(inputs), plan.low, inputs).clamp(plan.low, plan.high)
-        values = (inputs - plan.low) / (plan.high - plan.low) - _VALUE_CENTRE
         classes = torch.nn.functional.one_hot(data.labels[records], plan.classes).double().mean(dim=0)
+        if plan.mean_alone:
+            vectors[row] = torch.cat((plan.count_weight * classes, _MEAN_WEIGHT * inputs.mean(dim=(0, 2)))).float()
+            continue
+        values = (inputs - plan.low) / (plan.high - plan.low) - _VALUE_CENTRE
         squares = values.square().mean(dim=(0, 2)) - _SQUARE_CENTRE
-        parts = (_COUNT_WEIGHT * classes, values.mean(dim=(0, 2)), _SQUARE_WEIGHT * squares)
+        parts = (plan.count_weight * classes, values.mean(dim=(0, 2)), _SQUARE_WEIGHT * squares)
         vectors[row] = torch.cat(parts).float()
     return vectors
 
 
 def encode_features(plan: FeaturePlan, data: PatientRecords, seed: Seed, threads: int = 1) -> Private[torch.Tensor]:
-    """Steps 1 and 2: one hospital's summand with its part of the noise, int64 (k + 2d,).
+    """Steps 1 and 2: one hospital's summand with its part of the noise, int64 (k + 2d,) or (k + d,).
 
     `seed` must be fresh for every attempt, also where the plan has no noise. The caller has charged `plan.event` before.
     Raises `HeadroomError` for more patients than the plan has room for.
@@ -164,7 +191,7 @@ def encode_features(plan: FeaturePlan, data: PatientRecords, seed: Seed, threads
 
 
 def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics:
-    """Step 4, from the opened sum, int64 (k + 2d,).
+    """Step 4, from the opened sum, int64 (k + 2d,) or (k + d,).
 
     Means lie within the bounds, deviations between 1/64 and 1/2 of the range, whatever the noise. Raises `ProtocolError`
     for a sum that no run of the protocol can have, `PrivacyBudgetError` when noise exceeds the number of patients.
@@ -173,16 +200,19 @@ def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics
         raise ProtocolError("the opened feature sum has another shape", SAME_VERSION)
     if max(int(total.max()), -int(total.min())) > plan.mechanism.largest_sum:
         raise ProtocolError("the opened feature sum exceeds its bound", "a hospital does not follow the protocol")
-    classes, values, squares = (total.double() / plan.mechanism.scale).split(
-        [plan.classes, plan.features, plan.features]
-    )
-    counts = classes / _COUNT_WEIGHT
+    sums = total.double() / plan.mechanism.scale
+    counts = sums[: plan.classes] / plan.count_weight
     patients, noise = float(counts.sum()), _noise_of_sums(plan)
-    if patients < 1 or patients < 4 * noise * math.sqrt(plan.classes) / _COUNT_WEIGHT:
+    if patients < 1 or patients < 4 * noise * math.sqrt(plan.classes) / plan.count_weight:
         raise PrivacyBudgetError(
             "the noise of the feature sums exceeds the number of patients",
             "lower data.normalise_noise_multiplier, or set data.normalise to none",
         )
+    if plan.mean_alone:
+        centre = (sums[plan.classes :] / _MEAN_WEIGHT / patients).clamp(plan.low, plan.high)
+        normalisation = Normalisation((*centre.tolist(), 0.0), (1.0,) * plan.constants, to_norm_1=True)
+        return FeatureStatistics(tuple(counts.tolist()), normalisation, noise / _MEAN_WEIGHT / patients)
+    values, squares = sums[plan.classes :].split(plan.features)
     means = (values / patients).clamp(-_VALUE_CENTRE, _VALUE_CENTRE)
     variances = squares / _SQUARE_WEIGHT / patients + _SQUARE_CENTRE - means.square()
     deviations = variances.clamp(min=_LEAST_DEVIATION**2, max=_VALUE_CENTRE**2).sqrt()

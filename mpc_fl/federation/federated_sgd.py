@@ -124,7 +124,8 @@ def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
         hospitals, opened = collect(domain, rules, agreed, plan.starts, mechanism.dtype, (mechanism.parameters,))
         # The mean over those present: `mean_gradient` divides by the number of all hospitals.
         gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
-        parameters = aggregator.optimizer.step(parameters, gradient)
+        stepped = aggregator.optimizer.step(parameters, gradient)
+        parameters = aggregator.average.take(stepped, (plan.number - 1) * config.training.local_steps + step)
         send_global(links, aggregator.digests, hospitals, parameters)
     load_flat_parameters(working, parameters)
     _copy_parameters(working, aggregator.model)

@@ -6,31 +6,75 @@ Weights come from the run's seed. Statistics are measured on public synthetic im
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 from torch import nn
 
 from mpc_fl.config.config import Config
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.errors import DataError, ModelError
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.trainable import set_trainable
+from mpc_fl.learning.models.weights_store import load
+
+log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 64
 _CALIBRATION_RECORDS = 256
 
 
 def initial_model(config: Config) -> nn.Module:
-    """The first global model: weights from the seed, frozen statistics calibrated on public synthetic images."""
+    """The first global model, with the parameters trainable that shall be.
+
+    Weights from the seed and frozen statistics calibrated on public synthetic images, or both from `model.initial_weights`.
+    Raises `ModelError` where these are not at hand or do not fit.
+    """
     model = build_model(config)
-    calibrate_on_public_images(model, config, None)
-    return model
+    if config.model.initial_weights is None:
+        calibrate_on_public_images(model, config, None)
+    else:
+        tensors, _ = load(config.model.initial_weights, config.site.weights)
+        fitted = fit_weights(model, tensors)
+        if fitted.replaced:
+            log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
+    return set_trainable(model, config.training.trainable)
+
+
+def normalisation_of_weights(config: Config) -> Normalisation | None:
+    """How inputs are scaled for the initial weights, where `data.normalise` says so; else None.
+
+    Raises `ModelError` for weights that do not say it, or say it of other inputs.
+    """
+    if config.data.normalise != "weights":
+        return None
+    assert config.model.initial_weights is not None  # `Config` saw to it
+    _, description = load(config.model.initial_weights, config.site.weights)
+    try:
+        constants = Normalisation.from_json(description.get(CONSTANTS))
+    except DataError:
+        constants = None
+    if constants is None or len(constants.mean) != config.data.channels:
+        raise ModelError(
+            f"the weights {config.model.initial_weights[:12]} do not say how {config.data.channels} channels are scaled",
+            "set data.normalise to none or secure",
+        )
+    return constants
 
 
 def calibrate_on_public_images(model: nn.Module, config: Config, normalisation: Normalisation | None) -> None:
-    """Frozen BatchNorm statistics from public synthetic images, brought to the inputs' normalisation if there is one."""
-    if config.model.normalisation == "frozen" and not config.data.is_table:
+    """Frozen BatchNorm statistics from public synthetic images, brought to the inputs' normalisation if there is one.
+
+    Those that came with initial weights stay as they are.
+    """
+    if config.model.initial_weights is not None:
+        return
+    images_are_records = not config.data.is_table and config.data.features is None
+    if config.model.normalisation == "frozen" and images_are_records:
         images = public_phantoms(CALIBRATION_IMAGES, config)
         calibrate_batchnorm(model, images if normalisation is None else normalisation.apply(images))
 

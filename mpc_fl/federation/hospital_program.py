@@ -7,6 +7,8 @@ Who takes part in a round is `attendance`, what all sign after it `audit_trail`.
 
 from __future__ import annotations
 
+import functools
+
 from mpc_fl.aggregation.rules import Missed, Rules
 from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
@@ -30,6 +32,8 @@ from mpc_fl.federation.preparation import hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.data.tables import Split
+from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.process_group import training_group
@@ -44,7 +48,9 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     """Train until the last round; write this site's own metrics, opening record and the final global model."""
     out, name, rules = site_directory(config), hospital_name(rank), sum_rules(config)
     hospitals = tuple(party for party in party_names(config) if party != AGGREGATOR)
-    patients, held_out = load_hospital(config, rank, "train"), load_hospital(config, rank, "test")
+    splits: tuple[Split, ...] = ("train", "test")
+    loaded = (load_hospital(config, rank, split) for split in splits)  # one after the other: images are large
+    patients, held_out = (as_records(images, config, functools.partial(notify, "features")) for images in loaded)
     notify("load data", 1, 1)
     privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3", name)
     hospital = join(config, rank, patients, held_out, privacy_ledger, out)
@@ -91,7 +97,8 @@ def _begin(hospital: Hospital, domain: SecretDomain, ledger: RevealLedger, plan:
     config, links, out = hospital.config, domain.links, site_directory(hospital.config)
     if hospital.name in plan.newcomers:
         links.set_phase("distribution")
-        receive_model(hospital, links, config.data.normalise == "secure" and plan.number > 0)
+        normalise = config.data.normalise
+        receive_model(hospital, links, normalise == "weights" or (normalise == "secure" and plan.number > 0))
         calibrate_own(hospital.model, hospital.train.inputs, config)
         hospital.resume(out, plan.number - 1)
         keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)

@@ -21,6 +21,7 @@ from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.parameters import flatten_parameters
+from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.privacy.accounting import (
     ROUNDING,
     PrivacyBudget,
@@ -228,7 +229,7 @@ def mechanism_of(config: Config, parameters: int | None = None) -> DistributedGa
     """
     settings, training, hospitals = config.privacy, config.training, config.federation.hospitals
     if parameters is None:
-        parameters = len(flatten_parameters(build_model(config)))
+        parameters = len(flatten_parameters(set_trainable(build_model(config), config.training.trainable)))
     absent = config.absent_noise()
     sizes, rate = public_sizes(config), sample_rate_of(config, 0)
     noise = settings.noise_multiplier

@@ -83,7 +83,7 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
 
 def _normalisation_of_inputs(config: Config) -> Normalisation | None:
     """What the model file says that inputs were normalised with. Raises `ConfigError`, `ModelError`."""
-    if config.data.normalise != "secure":
+    if config.data.normalise == "none":
         return None
     if config.site.model is None:
         raise ConfigError("site.model is not set", "give the path of a model.safetensors with --model")

@@ -48,14 +48,21 @@ def as_the_model_takes_them(config: Config, images: Dataset, links: Links) -> Mo
             f"the model owner normalises inputs so that they could exceed {_LARGEST_INPUT:g}",
             "ask it for a model whose inputs were normalised by training here; nothing was sent of any image",
         )
-    inputs = images.inputs.nan_to_num(nan=low).clamp(low, high)
-    return ModelInputs(normalised(replace(images, inputs=inputs), constants), largest)
+    records = images
+    if config.data.features is not None:
+        from mpc_fl.learning.models.feature_extractor import as_records  # torchvision: nobody else needs it
+
+        pixels = images.inputs.nan_to_num(nan=0.0).clamp(0.0, 1.0)
+        records = as_records(replace(images, inputs=pixels), config)
+    inputs = records.inputs.nan_to_num(nan=low).clamp(low, high)
+    return ModelInputs(normalised(replace(records, inputs=inputs), constants), largest)
 
 
 def _constants(config: Config, links: Links) -> Normalisation:
     shape = (2, config.data.input_shape[0])
     try:
-        return Normalisation.of_tensor(links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape))
+        values = links.receive_tensor(MODEL_OWNER, "normalisation", torch.float64, shape)
+        return Normalisation.of_tensor(values, config)
     except DataError as error:
         raise ProtocolError(
             f"the model owner's constants cannot be: {error.what}", "ask it for its model file"
@@ -76,5 +83,13 @@ def calibration_images(config: Config) -> torch.Tensor:
     if config.site.images is not None or config.data.is_table:
         from mpc_fl.learning.data.loading import load_images  # readers of files: a hospital of this module needs none
 
-        return load_images(config.site.images, config, _CALIBRATION_IMAGES).inputs
-    return public_phantoms(_CALIBRATION_IMAGES, config)
+        images = load_images(config.site.images, config, _CALIBRATION_IMAGES).inputs
+    else:
+        images = public_phantoms(_CALIBRATION_IMAGES, config)
+    if config.data.features is None:
+        return images
+    from mpc_fl.learning.models.feature_extractor import extractor_of
+
+    extractor = extractor_of(config)
+    assert extractor is not None
+    return extractor.records(images)

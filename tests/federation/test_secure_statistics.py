@@ -23,6 +23,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 from mpc_fl.apps.report import figures, formats, run_files, training_sections
 from mpc_fl.apps.summaries import Header, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.learning import FEATURE_CONSTANT
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
     ConfigError,
@@ -41,7 +42,7 @@ from mpc_fl.federation.feature_statistics import (
     plan_features,
     vector_norm,
 )
-from mpc_fl.learning.data.dataset import normalised
+from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.architectures import build_model
@@ -59,6 +60,7 @@ from mpc_fl.learning.models.evaluation import (
 )
 from mpc_fl.learning.models.model_file import load_model, load_normalisation, save_model
 from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.learning.privacy.distributed_gaussian import add_patients
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.apps.test_summaries import TRAIN
 from tests.support.harness import run_parties
@@ -452,11 +454,67 @@ def test_tables_are_normalised_within_their_reference_ranges() -> None:
     assert normalised(hospitals[0], None) is hospitals[0]
 
 
+FEATURES = {"source": "phantoms", "features": {"extractor": "scattering"}, "normalise": "secure"}
+
+
+def features_of_images(config: Config, patients: int, seed: int) -> Dataset:
+    """Records as an extractor makes them: norm 1, and a constant. Two of each patient."""
+    size, generator = config.data.input_shape[0] - 1, torch.Generator().manual_seed(seed)
+    common = torch.ones(size) / size**0.5
+    vectors = torch.nn.functional.normalize(common + 0.02 * torch.randn(2 * patients, size, generator=generator), dim=1)
+    inputs = torch.cat([vectors, torch.full((2 * patients, 1), FEATURE_CONSTANT)], dim=1)
+    owners = torch.arange(2 * patients) // 2
+    return Dataset(inputs, owners % 3, owners, ("",) * (2 * patients))
+
+
+@pytest.mark.parametrize("mechanism", ["none", "local", "distributed"])
+def test_the_mean_of_features_of_images_is_taken_off_them(mechanism: str) -> None:
+    config = parse_config(
+        {"data": FEATURES, "model": {"architecture": "linear"}, "privacy": {"mechanism": mechanism}}, "test"
+    )
+    plan, hospitals = plan_features(config), [features_of_images(config, 200, seed) for seed in range(3)]
+    assert plan.length == 3 + config.data.input_shape[0] - 1
+    vectors = patient_vectors(plan, hospitals[0])
+    assert float(vectors.norm(dim=1).max()) <= plan.mechanism.clipping_norm  # nobody is clipped
+    # One patient more or less, with the largest features there can be, moves the sum by no more than the noise is made for.
+    largest = features_of_images(config, 1, 9)
+    total, moved = torch.zeros(plan.length, dtype=torch.int64), torch.zeros(plan.length, dtype=torch.int64)
+    add_patients(plan.mechanism, total, [vectors])
+    add_patients(plan.mechanism, moved, [torch.cat([vectors, 9 * patient_vectors(plan, largest)])])
+    assert float((moved - total).double().norm()) <= plan.mechanism.sensitivity
+    opened = sum(encode_features(plan, data, Seed.from_system()).inside_protocol() for data in hospitals)
+    assert isinstance(opened, torch.Tensor)
+    found = decode_features(plan, opened)
+    pooled = torch.cat([data.inputs for data in hospitals])
+    mean, error = torch.tensor(found.normalisation.mean), max(1e-6, 6 * found.mean_error)
+    assert float((mean[:-1] - pooled[:, :-1].mean(dim=0)).abs().max()) <= error and mean[-1] == 0
+    assert abs(found.patients - 600) <= max(1e-3, 600 * 12 * found.mean_error / plan.count_weight)
+    centred = normalised(hospitals[0], found.normalisation).inputs
+    torch.testing.assert_close(centred[:, :-1].norm(dim=1), torch.ones(400))
+    assert bool((centred[:, -1] == hospitals[0].inputs[:, -1]).all())
+    assert (plan.event() is None) == (mechanism == "none")
+
+
+def test_a_model_file_says_of_which_features_it_is(tmp_path: Path) -> None:
+    config = parse_config({"data": FEATURES, "model": {"architecture": "linear"}}, "test")
+    size = config.data.input_shape[0]
+    constants = Normalisation((*[0.01] * (size - 1), 0.0), (1.0,) * size, to_norm_1=True)
+    model = build_model(config)
+    assert [tuple(parameter.shape) for parameter in model.parameters()] == [(3, size)]
+    assert not any(bool(parameter.any()) for parameter in model.parameters())
+    save_model(tmp_path / "model", model, config, constants)
+    assert load_normalisation(tmp_path / "model", config) == constants
+    load_model(tmp_path / "model", config)
+    for features in (None, {"extractor": "scattering", "mirror": False}):
+        with pytest.raises(ModelError, match="the configuration"):
+            load_model(tmp_path / "model", config.with_values(data={"features": features}))
+
+
 def test_a_model_file_keeps_the_constants_of_its_inputs(tmp_path: Path) -> None:
     config = configured()
     model = build_model(config, seed=1)
     constants = Normalisation((0.1, 1 / 3, 0.7), (0.2, 1e-3, 0.5))
-    assert Normalisation.of_tensor(constants.tensor()) == constants
+    assert Normalisation.of_tensor(constants.tensor(), config) == constants
     save_model(tmp_path / "model", model, config, constants)
     assert load_normalisation(tmp_path / "model", config) == constants
     loaded = load_model(tmp_path / "model", config)

@@ -132,7 +132,7 @@ def test_hospitals_of_unequal_size_and_plain_training(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_resnet18_on_real_xrays(xrays: Path, tmp_path: Path) -> None:
     """The paper's network at 224 x 224: one private round, one encrypted diagnosis (the README's command, shortened)."""
-    config = REPOSITORY / "configs" / "chest_xray.yaml"
+    config = REPOSITORY / "configs" / "chest_xray_resnet18.yaml"
     summary = mpc_fl(
         "train", config, "--data", xrays, "--out", tmp_path / "run", "--set", "privacy.delta=1e-3",
         "--set", "training.rounds=1", "--set", "training.local_steps=1", "--set", "training.batch_size=3",
@@ -145,4 +145,43 @@ def test_resnet18_on_real_xrays(xrays: Path, tmp_path: Path) -> None:
         "--out", tmp_path / "diagnosis", "--set", "inference.limit=1", "--set", "inference.plaintext_reference=true",
     )  # fmt: skip
     assert diagnosis["comparison"]["classes_agree"] is True
+    assert diagnosis["comparison"]["largest_logit_difference"] < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mechanism", "rounds", "steps"),
+    [("none", 6, 1), ("local", 6, 1), ("distributed", 2, 3)],
+    ids=lambda value: str(value),
+)
+def test_a_linear_layer_on_public_features(tmp_path: Path, mechanism: str, rounds: int, steps: int) -> None:
+    """Features of the images are the records: at training, at encrypted diagnosis, and in the plaintext it is held against."""
+    values: dict[str, Any] = {
+        "data": {
+            "image_size": 64,
+            "phantoms": {"train_patients": 90, "test_patients": 30},
+            "features": {"extractor": "scattering"},
+            "normalise": "secure",
+            "normalise_noise_multiplier": 0.5,
+        },
+        "model": {"architecture": "linear"},
+        "training": {
+            "strategy": "fedsgd",
+            "rounds": rounds,
+            "local_steps": steps,
+            "batch_size": 30,
+            "learning_rate": 30.0,
+        },
+        "privacy": {"mechanism": mechanism, "epsilon": 500.0, "delta": 1e-3, "clipping_norm": 0.3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 3},
+    }
+    values["training"]["average_last"] = 4
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    summary = mpc_fl("train", config, "--out", tmp_path / "run")
+    assert summary["parameters"] == 3 * 3473 and summary["final"]["accuracy"] > 0.6
+    diagnosis = mpc_fl(
+        "infer", config, "--model", tmp_path / "run" / "model.safetensors", "--out", tmp_path / "diagnosis"
+    )
+    assert diagnosis["images"] == 3 and diagnosis["comparison"]["classes_agree"] is True
     assert diagnosis["comparison"]["largest_logit_difference"] < 0.05

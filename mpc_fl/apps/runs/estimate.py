@@ -39,6 +39,7 @@ from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
+from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
@@ -90,7 +91,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
 
     Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
     """
-    model = build_model(config)
+    model = set_trainable(build_model(config), config.training.trainable)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
     shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
@@ -227,7 +228,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
 
 def _public_records(config: Config) -> torch.Tensor:
     """Public records of the right shape, float32: what bytes depend on is a matter of shapes but for a few bits."""
-    if config.data.is_table:
+    if len(config.data.input_shape) == 1:
         columns = torch.linspace(-1.0, 1.0, config.data.input_shape[0])
         return torch.stack([columns, -columns])
     return public_phantoms(2, config)

@@ -45,6 +45,7 @@ from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_images, shared_patients
 from mpc_fl.learning.models.evaluation import predict
+from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
@@ -257,7 +258,9 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
     model = load_model(config.site.model, config)
     torch.set_num_threads(1)
     began = time.monotonic()
-    logits = predict(model, normalised(images, load_normalisation(config.site.model, config)).inputs, chunk=1)
+    logits = predict(
+        model, normalised(as_records(images, config), load_normalisation(config.site.model, config)).inputs, chunk=1
+    )
     seconds = (time.monotonic() - began) / len(images.inputs)
     write_json(directory / "plaintext_reference.json", {"logits": logits.tolist(), "seconds": seconds})
     opened = config.reveal == "logits"

@@ -87,6 +87,12 @@ _NEAREST = {
 _NEAREST_FOLDED = {name.lower().replace("_", ""): near for name, near in _NEAREST.items()}
 
 
+# What to do about steps that nothing comes near and that nobody can leave out.
+ADVICE = {
+    "scattering_features": "for encrypted diagnosis train another model.architecture, efficientnet_lite0 for example"
+}
+
+
 def nearest_supported(kind: str) -> str:
     """The supported layer closest in meaning to `kind`, a torch.nn class or function name; '' if none comes near."""
     own = {layer.__name__.lower(): layer.__name__ for layer in MODULES}

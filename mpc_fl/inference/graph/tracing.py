@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from mpc_fl.errors import ModelError, UnsupportedLayerError
-from mpc_fl.inference.graph.meanings import FUNCTIONS, MODULES, BatchSize, Meaning, nearest_supported
+from mpc_fl.inference.graph.meanings import ADVICE, FUNCTIONS, MODULES, BatchSize, Meaning, nearest_supported
 
 _MONOTONE = frozenset({"ReLU", "Hardtanh"})
 _MAX_POOLS = frozenset({"MaxPool2d", "AdaptiveMaxPool2d"})
@@ -102,7 +102,8 @@ def _path(node: fx.Node) -> str:
 def _unsupported(node: fx.Node, kind: str, reason: str = "") -> UnsupportedLayerError:
     detail = f" with {reason}" if reason else ""
     near = nearest_supported(kind)
-    fix = f"the nearest supported layer is {near}" if near else "no supported layer comes near; leave it out"
+    otherwise = ADVICE.get(kind, "no supported layer comes near; leave it out")
+    fix = f"the nearest supported layer is {near}" if near else otherwise
     return UnsupportedLayerError(f"layer '{_path(node)}' of type {kind}{detail} has no encrypted counterpart", fix)
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
 
+CONSTANTS = "normalisation_of_inputs"  # where descriptions of model files have them
 # What `tables.scale_features` gives is no larger in magnitude: with reference ranges, and the log of the largest float64.
 _LARGEST_RANGED_FEATURE = 2.0
 _LARGEST_FEATURE = 710.0
@@ -20,6 +22,8 @@ _LARGEST_FEATURE = 710.0
 
 def range_of_inputs(config: Config) -> tuple[float, float]:
     """Between which two numbers every input of such a configuration lies before it is normalised, whatever the data."""
+    if config.data.features is not None:
+        return -1.0, 1.0
     if not config.data.is_table:
         return 0.0, 1.0
     largest = _LARGEST_FEATURE if config.data.table.reference_ranges is None else _LARGEST_RANGED_FEATURE
@@ -28,10 +32,15 @@ def range_of_inputs(config: Config) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Public constants of the inputs: each channel or feature x becomes (x - mean) / deviation, kept as float64 numbers."""
+    """Public constants of the inputs: each channel or feature x becomes (x - mean) / deviation, kept as float64 numbers.
+
+    `to_norm_1`: records are features of images and a constant (`models.feature_extractor`), and all but the constant is
+    brought to L2 norm 1 afterwards.
+    """
 
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    to_norm_1: bool = False
 
     def __post_init__(self) -> None:
         values = (*self.mean, *self.deviation)
@@ -46,14 +55,30 @@ class Normalisation:
             raise DataError(f"inputs have {tuple(inputs.shape[1:])}, the normalisation has {len(self.mean)} constants")
         shape = (1, -1, *[1] * (inputs.dim() - 2))
         mean, deviation = torch.tensor([self.mean, self.deviation], dtype=torch.float32)
-        return (inputs - mean.reshape(shape)) / deviation.reshape(shape)
+        scaled = (inputs - mean.reshape(shape)) / deviation.reshape(shape)
+        if self.to_norm_1:
+            scaled[:, :-1] = torch.nn.functional.normalize(scaled[:, :-1], dim=1)
+        return scaled
+
+    def to_json(self) -> dict[str, list[float]]:
+        """As descriptions of files hold it, under `CONSTANTS`."""
+        return {"mean": list(self.mean), "deviation": list(self.deviation)}
+
+    @classmethod
+    def from_json(cls, values: Any, to_norm_1: bool = False) -> Normalisation:
+        """Inverse of `to_json`. Raises `DataError` for what cannot be constants."""
+        try:
+            mean, deviation = ([float(value) for value in values[key]] for key in ("mean", "deviation"))
+        except (TypeError, ValueError, LookupError, OverflowError):
+            raise DataError("a normalisation of inputs that cannot be") from None
+        return cls(tuple(mean), tuple(deviation), to_norm_1)
 
     def tensor(self) -> torch.Tensor:
         """Means and deviations as a message, float64 (2, d)."""
         return torch.tensor([self.mean, self.deviation], dtype=torch.float64)
 
     @classmethod
-    def of_tensor(cls, values: torch.Tensor) -> Normalisation:
-        """Inverse of `tensor`. Raises `DataError` for constants that cannot be."""
+    def of_tensor(cls, values: torch.Tensor, config: Config) -> Normalisation:
+        """Inverse of `tensor`, for the records of `config`. Raises `DataError` for constants that cannot be."""
         mean, deviation = values.tolist()
-        return cls(tuple(mean), tuple(deviation))
+        return cls(tuple(mean), tuple(deviation), to_norm_1=config.data.features is not None)

@@ -22,9 +22,10 @@ from torch.overrides import TorchFunctionMode
 from mpc_fl import compatibility
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
+from mpc_fl.learning.models import efficientnet_lite, scattering
 from mpc_fl.learning.models.batch_norm import freeze_normalisation, with_group_norm
 
-OWN_ARCHITECTURES = ("small_cnn", "mlp")
+OWN_ARCHITECTURES = ("small_cnn", "mlp", "linear", "efficientnet_lite0", "scattering")
 _RANDOM_FILLS = frozenset(
     {
         "uniform_",
@@ -92,6 +93,13 @@ def multilayer_perceptron(features: int, hidden: tuple[int, ...], classes: int) 
     return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
+def linear_classifier(features: int, classes: int) -> nn.Sequential:
+    """Softmax regression without offsets, weights zero: for features with a constant beside them. (N, F) to (N, classes)."""
+    layer = nn.Linear(features, classes, bias=False)
+    nn.init.zeros_(layer.weight)
+    return nn.Sequential(nn.Flatten(), layer)
+
+
 def _torchvision_models() -> ModuleType:
     """Imported when a network of torchvision's is asked for: it takes longer than all of torch."""
     compatibility.prepare()  # defines the operators that the import needs
@@ -114,11 +122,23 @@ def _torchvision_classifier(name: str, classes: int) -> Callable[[], nn.Module]:
     return functools.partial(_torchvision_models().get_model_builder(name), **options)
 
 
+def build_network(name: str, classes: int) -> nn.Module:
+    """A network for images of three channels by its name, with weights of no meaning. Raises `ModelError`."""
+    if name == "efficientnet_lite0":
+        return efficientnet_lite.efficientnet_lite0(classes)
+    if name not in architectures():
+        near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.0)
+        raise ModelError(f"unknown network '{name}'", f"the nearest known name is '{near[0]}'")
+    return _torchvision_classifier(name, classes)()
+
+
 def _constructor(config: Config, input_shape: tuple[int, ...]) -> Callable[[], nn.Module]:
     """What makes the network, once it is certain that it can be made. Raises `ModelError`."""
     name, classes = config.model.architecture, len(config.data.classes)
-    if name == "mlp":
+    if name in ("mlp", "linear"):
         features = int(torch.Size(input_shape).numel())
+        if name == "linear":
+            return functools.partial(linear_classifier, features, classes)
         return functools.partial(multilayer_perceptron, features, config.model.hidden, classes)
     if len(input_shape) != 3:
         raise ModelError(
@@ -129,6 +149,8 @@ def _constructor(config: Config, input_shape: tuple[int, ...]) -> Callable[[], n
         if min(input_shape[1:]) < 8:
             raise ModelError(f"small_cnn needs images of at least 8x8 pixels, not {input_shape[1:]}", "use model mlp")
         return functools.partial(small_cnn, input_shape, classes)
+    if name == "scattering":
+        return _scattering(input_shape, classes)
     if name not in architectures():
         near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.0)
         raise ModelError(f"unknown model.architecture '{name}'", f"the nearest known name is '{near[0]}'")
@@ -136,7 +158,24 @@ def _constructor(config: Config, input_shape: tuple[int, ...]) -> Callable[[], n
         raise ModelError(
             f"model.architecture '{name}' takes 3 channels, the data have {input_shape[0]}", "set data.channels=3"
         )
+    if name == "efficientnet_lite0":
+        if any(side % efficientnet_lite.SIDES_OF for side in input_shape[1:]):
+            raise ModelError(
+                f"{name} takes images whose sides are multiples of {efficientnet_lite.SIDES_OF}, not {input_shape[1:]}",
+                "set data.image_size=224, for which its public weights were made",
+            )
+        return functools.partial(efficientnet_lite.efficientnet_lite0, classes)
     return _torchvision_classifier(name, classes)
+
+
+def _scattering(input_shape: tuple[int, ...], classes: int) -> Callable[[], nn.Module]:
+    channels, *sides = input_shape
+    if channels != 1 or min(sides) < scattering.SIDE:
+        raise ModelError(
+            f"scattering takes grey images of at least {scattering.SIDE} x {scattering.SIDE} pixels, not {input_shape}",
+            f"set data.channels=1 and data.image_size={scattering.SIDE}",
+        )
+    return functools.partial(scattering.scattering, classes)
 
 
 def build_model(config: Config, *, input_shape: tuple[int, ...] | None = None, seed: int | None = None) -> nn.Module:

@@ -8,7 +8,6 @@ as it was, so encryption costs nothing more, and zero padding stays exact, which
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError, ModelError
 from mpc_fl.files import written_whole
-from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
 
 _FORMAT = "mpc-fl model 1"
@@ -30,7 +29,11 @@ _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and 
 
 def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, Any]:
     """What a model file says about its network and, if it has them, the constants of its inputs."""
-    constants = {} if normalisation is None else {"normalisation_of_inputs": asdict(normalisation)}
+    constants: dict[str, Any] = {}
+    if normalisation is not None:
+        constants[CONSTANTS] = normalisation.to_json()
+    if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
+        constants["features"] = config.data.features.model_dump(mode="json")
     return {
         **constants,
         "format": _FORMAT,
@@ -44,9 +47,9 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
 def model_file(model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> bytes:
     """The content of a model file: all parameters and buffers with the description of the architecture.
 
-    `normalisation` is that of the inputs it was trained on, needed with `data.normalise: secure` and only then.
+    `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there.
     """
-    if (normalisation is not None) != (config.data.normalise == "secure"):
+    if (normalisation is not None) != (config.data.normalise != "none"):
         raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
     return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation))})
@@ -67,9 +70,9 @@ def load_model(path: Path, config: Config) -> nn.Module:
     """
     description, tensors = _read_described(path)
     retrain, expected = _RETRAIN, describe(config)
-    for key in ("classes", "architecture", "normalisation", "input_shape"):
-        if description.get(key) != expected[key]:
-            found, wanted = _shown(key, description.get(key)), _shown(key, expected[key])
+    for key in ("classes", "architecture", "normalisation", "input_shape", "features"):
+        if description.get(key) != expected.get(key):
+            found, wanted = _shown(key, description.get(key)), _shown(key, expected.get(key))
             raise ModelError(
                 f"model file {path} has {found}, the configuration {wanted}",
                 "use the configuration the model was trained with",
@@ -96,8 +99,8 @@ def load_normalisation(path: Path, config: Config) -> Normalisation | None:
 
 
 def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -> Normalisation | None:
-    constants = description.get("normalisation_of_inputs")
-    if (constants is not None) != (config.data.normalise == "secure"):
+    constants = description.get(CONSTANTS)
+    if (constants is not None) != (config.data.normalise != "none"):
         found = "no" if constants is None else "a"
         raise ModelError(
             f"model file {path} has {found} normalisation of inputs, data.normalise is '{config.data.normalise}'",
@@ -106,9 +109,8 @@ def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -
     if constants is None:
         return None
     try:
-        mean, deviation = ([float(value) for value in constants[key]] for key in ("mean", "deviation"))
-        normalisation = Normalisation(tuple(mean), tuple(deviation))
-    except (TypeError, ValueError, LookupError, OverflowError, DataError):
+        normalisation = Normalisation.from_json(constants, config.data.features is not None)
+    except DataError:
         raise ModelError(f"model file {path} has a normalisation of inputs that cannot be", _RETRAIN) from None
     if len(normalisation.mean) != config.data.input_shape[0]:
         raise ModelError(f"model file {path} normalises inputs of another shape", _RETRAIN)

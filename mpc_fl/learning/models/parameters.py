@@ -57,19 +57,24 @@ def shared_coordinates(model: nn.Module, local_normalisation: bool) -> torch.Ten
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.bool)
 
 
+def _statistics(model: nn.Module) -> list[torch.Tensor]:
+    """Floating-point buffers that belong to a model's state; what the architecture computes anew (filters, say) does not."""
+    state = model.state_dict(keep_vars=True)
+    return [state[name] for name, buffer in model.named_buffers() if name in state and buffer.is_floating_point()]
+
+
 def flatten_buffers(model: nn.Module) -> torch.Tensor:
-    """All floating-point buffers (frozen normalisation statistics) in one float32 vector."""
-    pieces = [buffer.reshape(-1).float() for buffer in model.buffers() if buffer.is_floating_point()]
+    """All floating-point buffers of the state (frozen normalisation statistics) in one float32 vector."""
+    pieces = [buffer.reshape(-1).float() for buffer in _statistics(model)]
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
 def load_flat_buffers(model: nn.Module, flat: torch.Tensor) -> None:
     """Inverse of `flatten_buffers`; the caller has checked the length."""
     start = 0
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(flat[start : start + buffer.numel()].reshape(buffer.shape))
-            start += buffer.numel()
+    for buffer in _statistics(model):
+        buffer.copy_(flat[start : start + buffer.numel()].reshape(buffer.shape))
+        start += buffer.numel()
 
 
 def join_parts(shared: torch.Tensor, own: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:

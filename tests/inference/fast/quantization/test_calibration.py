@@ -82,6 +82,7 @@ def logit_error(model: nn.Module, calibration: Calibration, records: torch.Tenso
         ("resnet18", 32, 0.02),
         ("squeezenet1_1", 64, 0.005),
         ("mobilenet_v2", 32, 0.05),
+        ("efficientnet_lite0", 32, 0.05),
         pytest.param("densenet121", 32, 0.03, marks=pytest.mark.slow),
         pytest.param("googlenet", 64, 0.03, marks=pytest.mark.slow),
         pytest.param("vgg11", 224, 0.005, marks=pytest.mark.slow),

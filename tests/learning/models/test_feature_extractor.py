@@ -1,0 +1,115 @@
+"""Features of images: what they are, that each belongs to its image alone, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.learning import FEATURE_CONSTANT
+from mpc_fl.errors import ConfigError, ModelError
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.models.architectures import build_network
+from mpc_fl.learning.models.feature_extractor import FeatureExtractor, as_records, extractor_of, without_last_layer
+from mpc_fl.learning.models.weights_store import store
+
+torch.set_num_threads(1)
+PHANTOMS = {"image_size": 64, "phantoms": {"train_patients": 12, "test_patients": 9}}
+
+
+def configured(features: dict[str, Any] | None, **data: Any) -> Config:
+    values = {"data": {**PHANTOMS, "features": features, **data}, "model": {"architecture": "linear"}}
+    return parse_config(values, "test")
+
+
+@pytest.fixture
+def small_extractor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Config:
+    """A torchvision network with some weights, in this user's store; one output more than the head had."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    network = build_network("mobilenet_v3_small", 1000)
+    digest = store(network.state_dict(), "mobilenet_v3_small", "drawn here")
+    return configured({"extractor": "mobilenet_v3_small", "weights": digest})
+
+
+def test_records_are_unit_features_of_image_and_mirror_and_a_constant() -> None:
+    config = configured({"extractor": "scattering"})
+    images = load_hospital(config, 0, "train")
+    records = as_records(images, config)
+    assert records.inputs.shape == (len(images), *config.data.input_shape)
+    assert torch.equal(records.labels, images.labels) and records.names == images.names
+    torch.testing.assert_close(records.inputs[:, :-1].norm(dim=1), torch.ones(len(images)))
+    assert bool((records.inputs[:, -1] == FEATURE_CONSTANT).all())
+    mirrored = as_records(replace(images, inputs=images.inputs.flip(-1)), config)
+    torch.testing.assert_close(mirrored.inputs, records.inputs)
+    plain = as_records(images, configured({"extractor": "scattering", "mirror": False}))
+    assert float((plain.inputs - records.inputs).abs().max()) > 1e-3
+    assert as_records(images, configured(None).with_values(model={"architecture": "small_cnn"})) is images
+
+
+def test_a_record_is_a_function_of_its_image_alone(small_extractor: Config) -> None:
+    """Bit for bit: else one patient more would change the records of others."""
+    images = load_hospital(small_extractor, 0, "train")
+    all_of_them = as_records(images, small_extractor).inputs
+    for row in range(len(images)):
+        alone = as_records(replace(images, inputs=images.inputs[row : row + 1]), small_extractor).inputs
+        assert torch.equal(alone[0], all_of_them[row])
+
+
+def test_grey_images_are_taken_for_all_channels(small_extractor: Config) -> None:
+    images = load_hospital(small_extractor, 0, "test")
+    coloured = replace(images, inputs=images.inputs.expand(-1, 3, -1, -1))
+    assert torch.equal(as_records(coloured, small_extractor).inputs, as_records(images, small_extractor).inputs)
+
+
+def test_progress_follows_every_image() -> None:
+    config, seen = configured({"extractor": "scattering"}), list[tuple[int, int]]()
+    images = load_hospital(config, 0, "test")
+    as_records(images, config, lambda done, of: seen.append((done, of)))
+    assert seen == [(done + 1, len(images)) for done in range(len(images))]
+
+
+def test_weights_of_another_network_are_refused(small_extractor: Config) -> None:
+    assert small_extractor.data.features is not None
+    weights = small_extractor.data.features.weights
+    other = configured({"extractor": "resnet18", "weights": weights})
+    with pytest.raises(ModelError, match="are those of 'mobilenet_v3_small', not of 'resnet18'"):
+        extractor_of(other)
+    absent = configured({"extractor": "resnet18", "weights": "0" * 64})
+    with pytest.raises(ModelError, match="mpc-fl model"):
+        extractor_of(absent)
+
+
+@pytest.mark.parametrize(
+    ("features", "data", "match"),
+    [
+        ({"extractor": "scattering", "weights": "0" * 64}, {}, "scattering has no weights"),
+        ({"extractor": "resnet18"}, {}, "scattering has no weights, and every other extractor needs them"),
+        ({"extractor": "unheard_of", "weights": "0" * 64}, {}, "how many features 'unheard_of' gives"),
+        ({"extractor": "resnet18", "weights": "0" * 64, "count": 3}, {}, "resnet18 gives 512 features"),
+        ({"extractor": "resnet18", "weights": "0" * 63}, {}, "pattern"),
+        ({"extractor": "scattering"}, {"source": "breast_cancer", "classes": ["a", "b"]}, "those of images"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(features: dict[str, Any], data: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        configured(features, **data)
+    with pytest.raises(ConfigError, match="set model.architecture to linear or mlp"):
+        parse_config({"data": {"features": {"extractor": "scattering"}}}, "test")
+
+
+def test_features_that_cannot_be_used_are_refused() -> None:
+    images = torch.rand(1, 1, 8, 8)
+    with pytest.raises(ModelError, match="gives 64 features, 3 are configured"):
+        FeatureExtractor(nn.Flatten(), 3, 1, mirror=True).records(images)
+    with pytest.raises(ModelError, match="takes no image of 3x8x8"):
+        FeatureExtractor(nn.Conv2d(1, 3, 3), 3, 3, mirror=True).records(images)
+    with pytest.raises(ModelError, match="not finite"):
+        FeatureExtractor(nn.Flatten(), 64, 1, mirror=False).records(images * torch.inf)
+    with pytest.raises(ModelError, match="does not end in a linear layer"):
+        without_last_layer(nn.Sequential(nn.Conv2d(1, 3, 3)))
