@@ -84,7 +84,9 @@ def failing_run(out: Path, values: dict[str, object], strike: Callable[[str, str
     def progress(party: str, phase: str, done: int, total: int) -> None:
         if struck:
             return
-        processes = list(running_parties().values())  # before: who lost the process it was forked from is no child any more
+        processes = list(
+            running_parties().values()
+        )  # before: who lost the process it was forked from is no child any more
         if strike(party, phase, done):
             struck.append((time.monotonic(), processes))
 
