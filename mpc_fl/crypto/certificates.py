@@ -77,8 +77,9 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
     Pure, so that it means the same for a certificate from a TLS hand-shake and for one that came through a relay. Only
     a signature (`verify_signature`) shows that whoever sent the certificate also holds its key.
 
-    Raises `IdentityError` when the certificate is not PEM, or PEM with something beside it, is not signed by the federation's authority, is expired, not
-    yet valid or revoked, names another party or another role than the name implies, may not sign, or is an authority.
+    Raises `IdentityError` when the certificate is not PEM, or PEM with something beside it, is not signed by the
+    federation's authority, is expired, not yet valid or revoked, names another party or another role than the name implies,
+    may not sign, or is an authority.
     """
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
