@@ -30,7 +30,7 @@ from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
-_FRAMES_AHEAD = 4  # of the largest that this party has taken
+_FRAMES_AHEAD = 4  # of the largest that this party has asked for
 _SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
@@ -313,16 +313,15 @@ class Mailboxes:
             if waited:
                 self._await_message(sender, tag, began + seconds, seconds)
             frame = box.inbox.take(tag)
-            self._largest_taken = max(self._largest_taken, memory_of(frame))
             if self._pausing:
                 self._changed.notify_all()
-            traffic = self._counter.of(sender)
-            traffic.bytes_received += frame.size
-            traffic.messages_received += 1
-            if waited:
-                traffic.waits += 1
-                traffic.seconds_waited += time.monotonic() - began
+            self._counter.of(sender).take(frame.size, time.monotonic() - began if waited else None)
         return frame
+
+    def was_asked_for(self, frame: Frame) -> None:
+        """A frame was what this party expected, of the size that it expected: what may stay unread grows with such frames."""
+        with self._changed:
+            self._largest_taken = max(self._largest_taken, memory_of(frame))
 
     def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
         box = self._boxes[sender]

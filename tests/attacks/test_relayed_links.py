@@ -6,6 +6,9 @@ Real links over mutual TLS. 'hospital-0' and 'hospital-1' can only dial out and 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +18,9 @@ import pytest
 import torch
 
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.errors import ProtocolError
-from mpc_fl.links.frames import Frame, Kind, Observer
+from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.links.frames import CHUNK_BYTES, Frame, FrameReader, Kind, Observer
+from mpc_fl.links.grpc_streams import Conversation
 from tests.support.harness import free_ports, local_links
 
 pytestmark = pytest.mark.processes
@@ -138,6 +142,88 @@ def test_what_a_hospital_sends_through_the_relay_costs_nobody_the_relay(
         hospital_2=lambda links: _exchange(links, FIRST, 3), aggregator=relay,
     )  # fmt: skip
     assert outcome == {FIRST: [3, 3], SECOND: None, THIRD: 3, RELAY: 3}
+
+
+def test_false_greetings_without_end_write_no_log_without_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And what is sent for a hospital that is gone: at the relay."""
+    caplog.set_level(logging.INFO, "mpc_fl.links.relay")
+
+    def first(links: Any) -> None:
+        assert _exchange(links, SECOND, 1) == 1
+        assert links.receive_object(SECOND, "after") == {}
+
+    def second(links: Any) -> None:
+        assert _exchange(links, FIRST, 1) == 1
+        for _ in range(200):
+            _false_greeting(links)
+        links.send_object(FIRST, "after", {})
+        with contextlib.suppress(PeerLostError):
+            links.receive_object(FIRST, "never")
+        for _ in range(200):
+            _garbage(links)
+        links.send_object(RELAY, "enough", {})
+
+    outcome = _run(
+        tmp_path, hospital_0=first, hospital_1=second,
+        hospital_2=lambda links: None, aggregator=lambda links: links.receive_object(SECOND, "enough"),
+    )  # fmt: skip
+    assert outcome == {FIRST: None, SECOND: None, THIRD: None, RELAY: {}}
+    lines = [record.getMessage() for record in caplog.records if record.name == "mpc_fl.links.relay"]
+    assert any(f"refused a greeting of {SECOND} that came through {RELAY}" in line for line in lines)
+    assert any("in all 200 times" in line for line in lines) and len(lines) < 20, lines
+
+
+@pytest.mark.parametrize("value", [[[[]]], {"a": 1}, 7, None, True])
+def test_what_is_no_greeting_is_not_passed_on(value: Any, tmp_path: Path) -> None:
+    """Whoever sends it loses its link with the relay; it reaches nobody else."""
+
+    def second(links: Any) -> str:
+        _put(links, RELAY, Kind.RELAY_GREETING, "", {"name": SECOND, "to": FIRST, "signature": value})
+        with pytest.raises(ProtocolError) as caught:
+            links.receive_object(RELAY, "never")
+        return str(caught.value)
+
+    def relay(links: Any) -> str:
+        with pytest.raises(ProtocolError) as caught:
+            links.receive_object(SECOND, "never")
+        links.send_object(FIRST, "enough", {})
+        return str(caught.value)
+
+    outcome = _run(
+        tmp_path, hospital_0=lambda links: links.receive_object(RELAY, "enough"), hospital_1=second,
+        hospital_2=lambda links: None, aggregator=relay,
+    )  # fmt: skip
+    assert outcome[FIRST] == {} and outcome[THIRD] is None, outcome
+    assert f"{SECOND} asked to relay what may not be relayed" in outcome[RELAY], outcome
+    assert f"{SECOND} asked to relay what may not be relayed" in outcome[SECOND], outcome
+
+
+def test_a_receiver_that_takes_nothing_never_finds_half_of_what_was_relayed(tmp_path: Path) -> None:
+    """Else the relay's own next frame would end its link with a hospital that only computed."""
+    make_local_identities([FIRST, RELAY], {name: tmp_path / name for name in (FIRST, RELAY)})
+    links = local_links(RELAY, [FIRST, RELAY], dict(zip([FIRST, RELAY], free_ports(2), strict=True)), tmp_path)
+    peer = links._outgoing.peers[FIRST]
+    peer.conversation = Conversation(lambda chunk: True, lambda failure: None)
+    sealed = torch.zeros(CHUNK_BYTES + 1000, dtype=torch.uint8)
+
+    def put(kind: Kind, payload: Any) -> None:
+        links._outgoing.put(peer, kind, "", payload, 0.3)
+
+    for _ in range(3):
+        put(Kind.OBJECT, {})
+    put(Kind.RELAY, sealed)  # there is room for one chunk
+    with pytest.raises(PeerLostError, match=f"{FIRST} takes no data"):
+        put(Kind.RELAY, sealed)
+    peer.conversation.finish()
+    sent = peer.conversation.chunks_to_send()
+    reader, kinds = FrameReader(), list[Kind]()
+    for chunk in itertools.islice(sent, 4):
+        frame = reader.feed(chunk)
+        assert frame is not None
+        kinds.append(frame.kind)
+    put(Kind.OBJECT, {})
+    (frame,) = [reader.feed(chunk) for chunk in sent]
+    assert frame is not None and [*kinds, frame.kind] == [*[Kind.OBJECT] * 3, Kind.RELAY, Kind.OBJECT]
 
 
 def test_a_relay_cannot_have_a_key_stream_used_twice(tmp_path: Path) -> None:
