@@ -8,7 +8,8 @@ What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its s
 to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
 waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
 circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
-with it ends after `patience`, unless something of it is taken: no protocol has so much under way.
+with it ends after `patience`, unless something of it is taken: no protocol has so much under way. What comes through the relay
+shares its stream with the relay's own words, so there this holds while the party computes, too.
 
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
 the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
@@ -138,11 +139,11 @@ class Mailboxes:
     def _pause_reading(self, sender: str, alone: bool) -> None:
         """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
         bounds, box = self._tolerance.unread, self._boxes[sender]
-        start, deadline = box.starts, None
+        start, deadline, relayed = box.starts, None, self._relays[sender] is not None
         while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
             if box.failure is not None or box.starts != start:
                 return
-            if not self._waiting:
+            if not self._waiting and not relayed:
                 deadline = None
             elif alone or box.inbox.unread <= max(bounds.most, _FRAMES_AHEAD * self._largest_taken):
                 return

@@ -179,7 +179,7 @@ class Relay:
             target = self._require_relayable(origin, origin.name, frame.tag)
             self._counter.of(origin.name).bytes_relayed += frame.size
             try:
-                self._outgoing.put(target, Kind.RELAY, origin.name, frame.payload)
+                self._outgoing.pass_on(target, origin.name, frame.payload)
             except LinkError:  # the loss of the receiver is reported where this party waits for it
                 about = f"a sealed chunk for {target.name} could not be passed on"
                 self._refusals.count(about, about, logging.INFO)

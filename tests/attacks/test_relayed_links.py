@@ -18,10 +18,12 @@ import pytest
 import torch
 
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.errors import LinkError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import CHUNK_BYTES, Frame, FrameReader, Kind, Observer
 from mpc_fl.links.grpc_streams import Conversation
+from mpc_fl.links.settings import Unread
 from tests.support.harness import free_ports, local_links
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.processes
 FIRST, SECOND, THIRD, RELAY = NAMES = ["hospital-0", "hospital-1", "hospital-2", "aggregator"]
@@ -177,25 +179,105 @@ def test_false_greetings_without_end_write_no_log_without_end(tmp_path: Path, ca
 def test_what_is_no_greeting_is_not_passed_on(value: Any, tmp_path: Path) -> None:
     """Whoever sends it loses its link with the relay; it reaches nobody else."""
 
+    def bystander(links: Any) -> Any:
+        links.send_object(RELAY, "here", {})
+        return links.receive_object(RELAY, "enough")
+
     def second(links: Any) -> str:
+        links.receive_object(RELAY, "all are here")
         _put(links, RELAY, Kind.RELAY_GREETING, "", {"name": SECOND, "to": FIRST, "signature": value})
         with pytest.raises(ProtocolError) as caught:
             links.receive_object(RELAY, "never")
         return str(caught.value)
 
     def relay(links: Any) -> str:
+        for name in (FIRST, THIRD):
+            links.receive_object(name, "here")
+        links.send_object(SECOND, "all are here", {})
         with pytest.raises(ProtocolError) as caught:
             links.receive_object(SECOND, "never")
-        links.send_object(FIRST, "enough", {})
+        for name in (FIRST, THIRD):
+            links.send_object(name, "enough", {})
         return str(caught.value)
 
-    outcome = _run(
-        tmp_path, hospital_0=lambda links: links.receive_object(RELAY, "enough"), hospital_1=second,
-        hospital_2=lambda links: None, aggregator=relay,
-    )  # fmt: skip
-    assert outcome[FIRST] == {} and outcome[THIRD] is None, outcome
+    outcome = _run(tmp_path, hospital_0=bystander, hospital_1=second, hospital_2=bystander, aggregator=relay)
+    assert outcome[FIRST] == {} and outcome[THIRD] == {}, outcome
     assert f"{SECOND} asked to relay what may not be relayed" in outcome[RELAY], outcome
     assert f"{SECOND} asked to relay what may not be relayed" in outcome[SECOND], outcome
+
+
+def test_a_flood_through_the_relay_keeps_the_relays_words_from_nobody(tmp_path: Path) -> None:
+    """Its receiver computes, so that others may have to wait; what comes through the relay is read on, and then refused."""
+    mib, unread = 1 << 20, Unread(pause=4 << 20, most=32 << 20, patience=1.0)
+    make_local_identities([FIRST, SECOND, RELAY], {name: tmp_path / name for name in (FIRST, SECOND, RELAY)})
+    ports = dict(zip([RELAY], free_ports(1), strict=True))
+    outcome, over = dict[str, Any](), threading.Event()
+
+    def links_of(name: str) -> Any:
+        tolerated = [other for other in (FIRST, SECOND) if other != name]
+        return local_links(
+            name, [FIRST, SECOND, RELAY], ports, tmp_path, relay=RELAY, tolerated=tolerated, unread=unread
+        )
+
+    def computes(links: Any) -> None:
+        boxes = links._mailboxes
+        eventually(lambda: boxes._boxes[SECOND].inbox.unread > unread.pause, 60.0, "more is unread than makes one wait")
+        links.send_object(RELAY, "flooded", {})
+        eventually(lambda: links.waiting(RELAY, "word"), 60.0, "the relay's word arrives while this party computes")
+        eventually(lambda: boxes.failure(SECOND) is not None, 60.0, "the link with the other end is ended")
+        outcome[FIRST] = str(boxes.failure(SECOND))
+        links.send_object(RELAY, "enough", {})
+
+    def floods(links: Any) -> None:
+        with contextlib.suppress(LinkError, ProtocolError):
+            while not over.is_set():
+                links.send_tensor(FIRST, "flood", torch.zeros(mib, dtype=torch.uint8))
+
+    def relays(links: Any) -> None:
+        links.receive_object(FIRST, "flooded")
+        links.send_object(FIRST, "word", {})
+        outcome[RELAY] = links.receive_object(FIRST, "enough")
+        over.set()
+
+    def party(name: str, act: Callable[[Any], None]) -> None:
+        try:
+            with contextlib.suppress(LinkError), links_of(name) as links:
+                act(links)
+        finally:
+            over.set()  # however one of them ends
+
+    parties = {FIRST: computes, SECOND: floods, RELAY: relays}
+    threads = [threading.Thread(target=party, args=each) for each in parties.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (
+        outcome.get(RELAY) == {} and f"{SECOND} sent" in outcome[FIRST] and "nobody has asked for" in outcome[FIRST]
+    ), outcome
+
+
+def test_what_is_relayed_leaves_room_for_the_relays_own_words(tmp_path: Path) -> None:
+    """To a receiver that stands still: the relay's word is queued at once, whatever another has it pass on meanwhile."""
+    make_local_identities([FIRST, RELAY], {name: tmp_path / name for name in (FIRST, RELAY)})
+    links = local_links(RELAY, [FIRST, RELAY], dict(zip([FIRST, RELAY], free_ports(2), strict=True)), tmp_path)
+    peer, ended = links._outgoing.peers[FIRST], threading.Event()
+    peer.conversation = Conversation(lambda chunk: True, lambda failure: None)
+
+    def flood() -> None:
+        with contextlib.suppress(LinkError):
+            while True:
+                links._outgoing.pass_on(peer, SECOND, torch.zeros(CHUNK_BYTES, dtype=torch.uint8))
+        ended.set()
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+    eventually(lambda: not peer.conversation.has_room_to_spare(), 30.0, "no more is passed on")
+    links._outgoing.put(peer, Kind.OBJECT, "word", {}, 0.0)
+    assert not ended.is_set()
+    links._mailboxes.lose(FIRST, links._mailboxes.lost(FIRST, "it stands still"))
+    thread.join(30)
+    assert ended.is_set()
 
 
 def test_a_receiver_that_takes_nothing_never_finds_half_of_what_was_relayed(tmp_path: Path) -> None:
