@@ -22,6 +22,7 @@ from mpc_fl.errors import SAME_VERSION, IdentityError
 from mpc_fl.roles import role_of
 
 _DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
+_LONGEST_PEM = 4096  # characters; those of this authority have about 900
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 ROOT_FILE = "federation.crt"
 REVOCATION_FILE = "federation.crl"
@@ -114,6 +115,13 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
             f"the certificate of {name} lacks what a party's certificate must say", ASK_ADMINISTRATOR
         ) from None
     return certificate
+
+
+def received_pem(value: object, name: str) -> bytes:
+    """The certificate that a message of `name` holds; `verify_certificate` checks it. Raises `IdentityError` for no short text."""
+    if not isinstance(value, str) or len(value) > _LONGEST_PEM or not value.isascii():
+        raise IdentityError(f"{name} sent no certificate", SAME_VERSION)
+    return value.encode("ascii")
 
 
 def plain_pem(certificate_pem: bytes) -> bytes:
