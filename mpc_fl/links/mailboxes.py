@@ -57,7 +57,7 @@ def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
         return Kind.BYE, {}
     # Only messages written for users cross the link: anything else could quote a secret.
     reason = error.for_peers if isinstance(error, MpcFlError) else type(error).__name__
-    return Kind.ABORT, {"reason": reason, "cause": error.peer if isinstance(error, PeerLostError) else None}
+    return Kind.ABORT, {"reason": reason, "cause": error.cause if isinstance(error, PeerLostError) else None}
 
 
 def not_relayable(sender: str) -> ProtocolError:
@@ -109,7 +109,7 @@ class Mailboxes:
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
             reason = printable(str(frame.payload.get("reason")), _LONGEST_REASON)
             cause = printable(str(frame.payload.get("cause") or sender), _LONGEST_NAME)
-            failure = PeerLostError(cause, f"{sender} stopped: {reason}", f"see the log of {cause}")
+            failure = PeerLostError(sender, f"{sender} stopped: {reason}", f"see the log of {cause}", cause)
             self.lose(sender, failure, explained=True)
             return False
         if frame.kind == Kind.BYE:
