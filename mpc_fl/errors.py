@@ -122,10 +122,10 @@ class DisagreementError(HandshakeError):
 
 
 class PeerLostError(LinkError):
-    """Another party went away or was late. `peer` names it; the cause lies there, not here."""
+    """Another party went away or was late. `peer` names it; `cause` whom it blamed itself, which may be false, else the same."""
 
-    def __init__(self, peer: str, what: str, fix: str = "") -> None:
-        self.peer = peer
+    def __init__(self, peer: str, what: str, fix: str = "", cause: str = "") -> None:
+        self.peer, self.cause = peer, cause or peer
         super().__init__(what, fix)
 
 

@@ -15,12 +15,13 @@ are all shares: hospital i has none, and what is checked is what the sum is made
 Who learns what. The opener, and in the end all, learn of each hospital whether its update is within the bound. Nobody learns
 anything else: see below. No dealer takes part.
 
-Security, against a hospital that deviates. It passes with a sketch above A with probability below 2^-38, whatever
-it sends, as long as the opener and the other n-1 hospitals follow the protocol: it holds no share of what is evaluated
-about it. *Two hospitals together can pass*: the masks that hide a summand are known to these two alone, so what
-the sum is made of is what both say. A hospital that answers falsely about i has i refused, and no more: i learns
-who it was, the log of i and that of the opener name both, as nobody else can know which of them deviates. It
-cannot have i left out without being named, and cannot be named with i unless i deviates.
+Security, against a hospital that deviates. It passes with a sketch above A with probability below 2^-38, whatever it sends,
+as long as the opener and the other n-1 hospitals follow the protocol: it holds no share of what is evaluated about it. *Two
+hospitals together can pass*, both of them: the masks that hide a summand are known to these two alone, so what the sum is
+made of is what both say. Their parts together are bounded by the sum alone: the opener refuses one of m summands that is
+longer than m times what one may be, so they add at most 2 m - 2 times that. A hospital that answers falsely about i has i
+refused, and no more: i learns who it was, the log of i and that of the opener name both, as nobody else can know which of
+them deviates. It cannot have i left out without being named, and cannot be named with i unless i deviates.
 
 Secrecy, against the opener and up to n - 2 hospitals that deviate together. Shares of V_i at the other hospital j are masks
 that only i and j know, and so are the key streams from which j expands its share of the proof. Their labels hold a hash of
@@ -44,6 +45,7 @@ some 2400 to 3000 (`ProofSize`).
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,6 +117,18 @@ class NormCheck:
         seed = secrets.token_bytes(SEED_BYTES)
         say_check(hospitals=list(closed.plan.hospitals), sketch=seed.hex())
         return _Opener(self, domain, closed, seed).run()
+
+    def require_total(self, total: torch.Tensor, admitted: Sequence[str], why: str) -> None:
+        """A sum of summands within their bound is no longer than their number times it: what two together can do ends there.
+
+        Raises `ProtocolError` otherwise.
+        """
+        times = float(total.double().norm()) / math.sqrt(self.test.largest_square_sum)
+        if times > len(admitted):
+            raise ProtocolError(
+                f"'{why}': the sum of {len(admitted)} updates within their norm bound is {times:.3g} times as long as one may be",
+                f"two or more of {', '.join(admitted)} deviate together; nothing was made of this sum",
+            )
 
 
 def _seed_in(word: Mapping[str, Any], key: str, opener: str) -> bytes:

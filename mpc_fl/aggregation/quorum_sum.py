@@ -207,7 +207,7 @@ def collect(
 
     `starts` says by key fingerprints which start of each hospital is meant: one that has started again since is left
     out. Raises `QuorumError` when too few are left, `SumLostError` when the sum can no longer be opened, which those in it
-    have then been told; `ProtocolError` naming a hospital that confirmed something else.
+    have then been told; `ProtocolError` naming a hospital that confirmed something else, or for a sum that is too long.
     """
     links, about, hospitals = domain.links, agreed.about, agreed.hospitals
     for attempt in range(len(hospitals)):
@@ -238,7 +238,10 @@ def collect(
         told_void = present
         signatures = intake.confirmations(present, "confirm")
         told = functools.partial(say, links, present, "confirmed", signatures=signatures)
-        return present, intake.open(about, present, told)
+        total = intake.open(about, present, told)
+        if rules.check is not None:
+            rules.check.require_total(total, present, about.why)
+        return present, total
     except PeerLostError as error:
         say(links, told_void, "void")
         raise SumLostError(f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew") from None

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import torch
+
 from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import ProtocolError, QuorumError
@@ -28,6 +30,9 @@ class Check(Protocol):
 
     def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
         """Start it with `say_check`, return the hospitals that passed."""
+
+    def require_total(self, total: torch.Tensor, admitted: Sequence[str], why: str) -> None:
+        """At the opener: raise `ProtocolError` for an opened sum that summands which passed cannot make."""
 
 
 @dataclass(frozen=True)

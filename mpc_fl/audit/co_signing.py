@@ -53,7 +53,7 @@ from mpc_fl.audit.reveal_ledger import (
     signature_from,
     to_json,
 )
-from mpc_fl.crypto.certificates import verify_certificate
+from mpc_fl.crypto.certificates import received_pem, verify_certificate
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import SAME_VERSION, SAME_VERSION_AND_CONFIGURATION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
@@ -61,7 +61,6 @@ from mpc_fl.links.links import Links
 T = TypeVar("T")
 _MOST_BLOCKS = 1 << 20  # of a run
 _MOST_PENDING = 1 << 12  # openings since the last block
-_LONGEST_CERTIFICATE = 1 << 14  # characters of PEM
 _COMPARE = f"nothing more is opened; compare {OPENINGS_FILE} at the parties"
 
 
@@ -98,9 +97,7 @@ class CoSigners:
         if set(certificates) != set(self.parties):
             raise ProtocolError(f"{self.leader} sent other certificates than those of the parties", SAME_VERSION)
         for name in self.parties:
-            if not isinstance(certificates[name], str) or len(certificates[name]) > _LONGEST_CERTIFICATE:
-                raise ProtocolError(f"{self.leader} sent no certificate of {name}", SAME_VERSION)
-            verify_certificate(certificates[name].encode(), name, ledger.identity)
+            self._require_certificate(certificates[name], name, self.leader)
         self.catch_up("begin", None if resumed else 0, quorum)
         if ledger.chain.ended:
             return ledger.blocks[-1]
@@ -124,8 +121,13 @@ class CoSigners:
                 which = ("a new run", "an earlier one") if resumed else ("an earlier run", "a new one")
                 raise ProtocolError(f"{name} wants {which[0]} and {leader} {which[1]}", "start all parties alike")
         certificates = {**{name: greeting.get("certificate") for name, greeting in received.items()}, leader: own}
+        for name, certificate in certificates.items():  # before it is passed on, so that its sender answers for it
+            self._require_certificate(certificate, name, name)
         self._send_to_all(self._others, "ledger certificates", certificates)
         return certificates
+
+    def _require_certificate(self, certificate: object, name: str, sender: str) -> None:
+        verify_certificate(received_pem(certificate, sender), name, self.ledger.identity)
 
     def sign(
         self,

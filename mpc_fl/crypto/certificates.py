@@ -22,6 +22,7 @@ from mpc_fl.errors import SAME_VERSION, IdentityError
 from mpc_fl.roles import role_of
 
 _DOMAIN = "mpc-fl.invalid"  # RFC 2606: never resolves, so a certificate can serve no other purpose
+_LONGEST_PEM = 4096  # characters; those of this authority have about 900
 CLOCK_SKEW = datetime.timedelta(minutes=5)
 ROOT_FILE = "federation.crt"
 REVOCATION_FILE = "federation.crl"
@@ -77,13 +78,17 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
     Pure, so that it means the same for a certificate from a TLS hand-shake and for one that came through a relay. Only
     a signature (`verify_signature`) shows that whoever sent the certificate also holds its key.
 
-    Raises `IdentityError` when the certificate is not PEM, is not signed by the federation's authority, is expired, not
-    yet valid or revoked, names another party or another role than the name implies, may not sign, or is an authority.
+    Raises `IdentityError` when the certificate is not PEM, or PEM with something beside it, is not signed by the
+    federation's authority, is expired, not yet valid or revoked, names another party or another role than the name implies,
+    may not sign, or is an authority.
     """
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
     except UNSOUND:
         raise IdentityError(f"the certificate of {name} is not valid PEM", ASK_ADMINISTRATOR) from None
+    if certificate.public_bytes(serialization.Encoding.PEM) != certificate_pem:
+        # It goes into files that are read again: text beside it could make such a file one that nobody can read.
+        raise IdentityError(f"the certificate of {name} is PEM with something beside it", ASK_ADMINISTRATOR)
     try:
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(trusted.authority))
     except UNSOUND:
@@ -110,6 +115,18 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
             f"the certificate of {name} lacks what a party's certificate must say", ASK_ADMINISTRATOR
         ) from None
     return certificate
+
+
+def received_pem(value: object, name: str) -> bytes:
+    """The certificate that a message of `name` holds; `verify_certificate` checks it. Raises `IdentityError` for no short text."""
+    if not isinstance(value, str) or len(value) > _LONGEST_PEM or not value.isascii():
+        raise IdentityError(f"{name} sent no certificate", SAME_VERSION)
+    return value.encode("ascii")
+
+
+def plain_pem(certificate_pem: bytes) -> bytes:
+    """A certificate as parties send it: its PEM without text beside it or other ends of lines. Raises one of `UNSOUND`."""
+    return x509.load_pem_x509_certificate(certificate_pem).public_bytes(serialization.Encoding.PEM)
 
 
 def is_of_party(certificate: x509.Certificate, name: str) -> bool:

@@ -7,6 +7,7 @@ A site makes its key with `make_request` and never gives it away; a run on one m
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mpc_fl.crypto.certificates import (
     UNSOUND,
     Identity,
     party_subject,
+    plain_pem,
     private_key,
     revoked_serials,
     verify_certificate,
@@ -132,6 +134,8 @@ def load_identity(directory: Path, name: str) -> Identity:
         authority = x509.load_pem_x509_certificate(authority_pem)
     except UNSOUND:
         raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", ASK_ADMINISTRATOR) from None
+    with contextlib.suppress(*UNSOUND):  # what it is instead, `verify_certificate` says
+        certificate_pem = plain_pem(certificate_pem)
     revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
     identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
     certificate = verify_certificate(certificate_pem, name, identity)

@@ -192,6 +192,7 @@ class Connections:
             channel.close()
         if self._server is not None:
             self._server.stop()
+        self._relay.close()
 
     def _can_be_told(self, peer: Peer) -> bool:
         """Whether it is there, or may be: whom this party has greeted may have accepted that, its answer on the way.

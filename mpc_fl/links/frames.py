@@ -86,7 +86,8 @@ Observer = Callable[[str, Frame], None]
 def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Iterator[bytes]:
     """Yield a frame in chunks of at most `CHUNK_BYTES` (plus the header). Tensors are sent in row order, also views.
 
-    Bytes are sent like a uint8 tensor.
+    Bytes are sent like a uint8 tensor. What is relayed is one chunk: what a hospital has the relay pass on leaves whole or
+    not at all, so a receiver that takes nothing meanwhile never finds half of it before the relay's own next frame.
     """
     encoded_tag = tag.encode()
     if len(encoded_tag) > MAX_TAG:
@@ -104,8 +105,9 @@ def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Itera
             raise ProtocolError("a control message is too long", "this is a defect of the program")
     head = _HEADER.pack(MAGIC, VERSION, kind, code, len(shape), sequence, len(encoded_tag), len(body))
     head += encoded_tag + b"".join(int(size).to_bytes(8, "little") for size in shape)
-    yield head + bytes(body[:CHUNK_BYTES])
-    for start in range(CHUNK_BYTES, len(body), CHUNK_BYTES):
+    first = MAX_RELAYED if kind == Kind.RELAY else CHUNK_BYTES
+    yield head + bytes(body[:first])
+    for start in range(first, len(body), CHUNK_BYTES):
         yield bytes(body[start : start + CHUNK_BYTES])
 
 
@@ -192,7 +194,7 @@ class FrameReader:
             largest = math.prod(max(size, 1) for size in shape) * _DTYPES[code][1]
             if largest > (self._max_payload if kind == Kind.TENSOR else MAX_RELAYED):
                 raise self._refuse("it is larger than the limit")
-        elif code != 255 or dimensions or length > MAX_CONTROL:
+        elif code != 255 or dimensions or length > (MAX_GREETING if kind == Kind.RELAY_GREETING else MAX_CONTROL):
             raise self._refuse("a control message is malformed")
         self._head = (Kind(kind), code, shape, tag, length)
         try:

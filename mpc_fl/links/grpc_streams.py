@@ -83,6 +83,10 @@ class Conversation:
             return False
         return True
 
+    def has_room_to_spare(self) -> bool:
+        """Whether a chunk more leaves room for another."""
+        return self._outgoing.qsize() < _OUTGOING_CHUNKS // 2
+
     def finish(self) -> None:
         """Say that no chunk follows; those queued still leave."""
         self._finishing.set()

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from mpc_fl import __version__
-from mpc_fl.crypto.certificates import Identity, sign, verify_certificate, verify_signature
+from mpc_fl.crypto.certificates import Identity, received_pem, sign, verify_certificate, verify_signature
 from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, IdentityError, printable
 
 # What parties say to each other, all protocols together. 2: sums are bound to a transcript that all in them confirm.
@@ -84,7 +84,7 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
     if greeting["name"] != sender or greeting["to"] != trusted.name:
         raise HandshakeError("the greeting was made for another link")
     try:
-        certificate = verify_certificate(greeting["certificate"].encode(), sender, trusted)
+        certificate = verify_certificate(received_pem(greeting["certificate"], sender), sender, trusted)
         verify_signature(certificate, _PURPOSE, _canonical(greeting), bytes.fromhex(greeting["signature"]))
     except IdentityError as error:
         raise HandshakeError(error.what, error.fix) from None

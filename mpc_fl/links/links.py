@@ -122,7 +122,8 @@ class Links(abc.ABC):
         Waits until `deadline` (of `time.monotonic`), by default for the receive timeout. Raises `PeerLostError` when the
         sender is gone or late, `ProtocolError` when dtype or shape differ.
         """
-        tensor = self._mailboxes.take(sender, self._scope + tag, deadline).payload
+        frame = self._mailboxes.take(sender, self._scope + tag, deadline)
+        tensor = frame.payload
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
             raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", SAME_VERSION)
         if shape is not None and tuple(tensor.shape) != tuple(shape):
@@ -130,6 +131,8 @@ class Links(abc.ABC):
                 f"{sender} sent shape {tuple(tensor.shape)} for '{tag}' instead of {tuple(shape)}",
                 "check that all parties use the same configuration",
             )
+        if shape is not None:
+            self._mailboxes.was_asked_for(frame)
         return tensor
 
     def receive_object(self, sender: str, tag: str, deadline: float | None = None) -> dict[str, Any]:

@@ -8,7 +8,8 @@ What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its s
 to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
 waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
 circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
-with it ends after `patience`, unless something of it is taken: no protocol has so much under way.
+with it ends after `patience`, unless something of it is taken: no protocol has so much under way. What comes through the relay
+shares its stream with the relay's own words, so there this holds while the party computes, too.
 
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
 the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
@@ -30,7 +31,7 @@ from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
-_FRAMES_AHEAD = 4  # of the largest that this party has taken
+_FRAMES_AHEAD = 4  # of the largest that this party has asked for
 _SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
@@ -56,7 +57,7 @@ def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
         return Kind.BYE, {}
     # Only messages written for users cross the link: anything else could quote a secret.
     reason = error.for_peers if isinstance(error, MpcFlError) else type(error).__name__
-    return Kind.ABORT, {"reason": reason, "cause": error.peer if isinstance(error, PeerLostError) else None}
+    return Kind.ABORT, {"reason": reason, "cause": error.cause if isinstance(error, PeerLostError) else None}
 
 
 def not_relayable(sender: str) -> ProtocolError:
@@ -108,7 +109,7 @@ class Mailboxes:
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
             reason = printable(str(frame.payload.get("reason")), _LONGEST_REASON)
             cause = printable(str(frame.payload.get("cause") or sender), _LONGEST_NAME)
-            failure = PeerLostError(cause, f"{sender} stopped: {reason}", f"see the log of {cause}")
+            failure = PeerLostError(sender, f"{sender} stopped: {reason}", f"see the log of {cause}", cause)
             self.lose(sender, failure, explained=True)
             return False
         if frame.kind == Kind.BYE:
@@ -138,11 +139,11 @@ class Mailboxes:
     def _pause_reading(self, sender: str, alone: bool) -> None:
         """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
         bounds, box = self._tolerance.unread, self._boxes[sender]
-        start, deadline = box.starts, None
+        start, deadline, relayed = box.starts, None, self._relays[sender] is not None
         while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
             if box.failure is not None or box.starts != start:
                 return
-            if not self._waiting:
+            if not self._waiting and not relayed:
                 deadline = None
             elif alone or box.inbox.unread <= max(bounds.most, _FRAMES_AHEAD * self._largest_taken):
                 return
@@ -313,16 +314,15 @@ class Mailboxes:
             if waited:
                 self._await_message(sender, tag, began + seconds, seconds)
             frame = box.inbox.take(tag)
-            self._largest_taken = max(self._largest_taken, memory_of(frame))
             if self._pausing:
                 self._changed.notify_all()
-            traffic = self._counter.of(sender)
-            traffic.bytes_received += frame.size
-            traffic.messages_received += 1
-            if waited:
-                traffic.waits += 1
-                traffic.seconds_waited += time.monotonic() - began
+            self._counter.of(sender).take(frame.size, time.monotonic() - began if waited else None)
         return frame
+
+    def was_asked_for(self, frame: Frame) -> None:
+        """A frame was what this party expected, of the size that it expected: what may stay unread grows with such frames."""
+        with self._changed:
+            self._largest_taken = max(self._largest_taken, memory_of(frame))
 
     def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
         box = self._boxes[sender]

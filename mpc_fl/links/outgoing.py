@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import torch
+
 from mpc_fl.errors import LinkError, PeerLostError
 from mpc_fl.links.frames import Kind, Payload
 from mpc_fl.links.mailboxes import Mailboxes
@@ -12,6 +14,7 @@ from mpc_fl.links.peer import Peer
 from mpc_fl.links.traffic import TrafficCounter
 
 _LOOK = 0.2  # seconds between looks whether a peer that takes nothing is lost
+_LOOK_FOR_ROOM = 0.005  # and whether there is room for what is relayed to it
 _LEAST = 0.1  # seconds that the relay gets for a chunk of a frame that is late already
 
 
@@ -51,17 +54,42 @@ class Outgoing:
 
         peer.writer.put(kind, tag, payload, write)
 
+    def pass_on(self, peer: Peer, sender: str, sealed: torch.Tensor) -> None:
+        """At the relay: queue a sealed chunk of `sender`. Raises as `put`.
+
+        This party's own frames never wait for it: it takes only such places as leave them some, and no lock meanwhile.
+        """
+        deadline = time.monotonic() + self._seconds
+        if self._passed_on(peer, sender, sealed):
+            return
+        with self._mailboxes.held_up():
+            while not self._passed_on(peer, sender, sealed):
+                if time.monotonic() > deadline:
+                    raise self._takes_nothing(peer)
+                time.sleep(_LOOK_FOR_ROOM)
+
+    def _passed_on(self, peer: Peer, sender: str, sealed: torch.Tensor) -> bool:
+        def write(chunk: bytes) -> None:
+            self._queue(peer, chunk, time.monotonic() + _LEAST, False)
+
+        with peer.writer.lock:
+            failure, conversation = self._mailboxes.failure(peer.name), peer.conversation
+            if failure is None and conversation is not None and not conversation.has_room_to_spare():
+                return False
+            peer.writer.put(Kind.RELAY, sender, sealed, write)
+        return True
+
+    def _takes_nothing(self, peer: Peer) -> PeerLostError:
+        phase = self._counter.phase
+        return PeerLostError(peer.name, f"{peer.name} takes no data in phase '{phase}'", f"see the log of {peer.name}")
+
     def _queue(self, peer: Peer, chunk: bytes, deadline: float, greeting: bool) -> None:
         if self._queued(peer, chunk, 0.0, greeting):
             return
         with self._mailboxes.held_up():  # whoever waits for room goes on reading, or two could wait for each other
             while not self._queued(peer, chunk, _LOOK, greeting):
                 if time.monotonic() > deadline:
-                    raise PeerLostError(
-                        peer.name,
-                        f"{peer.name} takes no data in phase '{self._counter.phase}'",
-                        f"see the log of {peer.name}",
-                    )
+                    raise self._takes_nothing(peer)
 
     def _queued(self, peer: Peer, chunk: bytes, seconds: float, greeting: bool) -> bool:
         """Whether the peer's conversation took the chunk, or nobody needs it any more."""

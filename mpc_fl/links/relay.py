@@ -23,6 +23,7 @@ from mpc_fl.links.handshake import greeting_digest
 from mpc_fl.links.mailboxes import Mailboxes, not_relayable
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
+from mpc_fl.links.places import Refusals
 from mpc_fl.links.sealing import Sealer, Unsealer
 from mpc_fl.links.traffic import TrafficCounter
 
@@ -54,6 +55,7 @@ class Relay:
         self._counter = counter
         self._arrivals = arrivals
         self._lock = threading.Lock()
+        self._refusals = Refusals(log)  # one of two ends may send without end what the other refuses, or never gets
         self._kept: dict[str, dict[str, dict[str, Any]]] = {}  # of each receiver, the last greeting of each sender
 
     # ---- when a link is made ---------------------------------------------------------------------------------------
@@ -82,11 +84,16 @@ class Relay:
         try:
             self._outgoing.put(peer, Kind.RELAY_GREETING, "", message)
         except LinkError:
-            log.info("a greeting for %s could not be passed on", peer.name)
+            about = f"a greeting for {peer.name} could not be passed on"
+            self._refusals.count(about, about, logging.INFO)
 
     def _greet_through(self, relay: Peer, other: Peer) -> None:
         other.greeting = self._greeter.greet(other.name)
         self._outgoing.put(relay, Kind.RELAY_GREETING, "", other.greeting)
+
+    def close(self) -> None:
+        """Log what was refused more than once."""
+        self._refusals.close()
 
     # ---- greetings -------------------------------------------------------------------------------------------------
 
@@ -96,21 +103,23 @@ class Relay:
         Raises `ProtocolError` for one that may not be relayed: then it is `origin` that sent it.
         """
         if origin.name == self._relay and set(greeting) == {"returned"}:
-            self._greet_returned(origin, str(greeting["returned"]))
-        elif str(greeting.get("to")) != self._name:
+            self._greet_returned(origin, greeting["returned"])
+        elif greeting.get("to") != self._name:
             self._pass_greeting_on(origin, greeting)
         else:
             self._answer_greeting(origin, greeting)
 
-    def _greet_returned(self, relay: Peer, name: str) -> None:
-        returned = self._peers.get(name)
-        if returned is None or returned.route.how != "relay, first" or not self._mailboxes.tolerates(name):
+    def _greet_returned(self, relay: Peer, name: Any) -> None:
+        returned = self._peers.get(name) if isinstance(name, str) else None
+        if returned is None or returned.route.how != "relay, first" or not self._mailboxes.tolerates(returned.name):
             return
         self._outgoing.begin_again(returned)
         self._greet_through(relay, returned)
 
     def _pass_greeting_on(self, origin: Peer, greeting: dict[str, Any]) -> None:
-        target = self._require_relayable(origin, greeting.get("name"), str(greeting.get("to")))
+        target = self._require_relayable(origin, greeting.get("name"), greeting.get("to"))
+        if not all(isinstance(value, str) for value in greeting.values()):  # what is no greeting anywhere
+            raise not_relayable(origin.name)
         with self._lock:
             if not self._mailboxes.connected(target.name):
                 self._kept.setdefault(target.name, {})[origin.name] = greeting
@@ -118,9 +127,10 @@ class Relay:
         self._tell(target, greeting)
 
     def _answer_greeting(self, origin: Peer, greeting: dict[str, Any]) -> None:
-        sender = self._peers.get(str(greeting.get("name")))
         if origin.name != self._relay:
             raise not_relayable(origin.name)
+        name = greeting.get("name")
+        sender = self._peers.get(name) if isinstance(name, str) else None
         if sender is None or not sender.route.relayed:
             raise ProtocolError("a greeting came through the relay that was not expected", "restart the run")
         said, first = greeting_digest(greeting), sender.route.how == "relay, first"
@@ -132,7 +142,8 @@ class Relay:
             made_by = f"{answered} {said}" if answer is None else f"{said} {greeting_digest(answer)}"
             sealing = self._sealing(sender.name, public_key, made_by)
         except HandshakeError as error:
-            log.warning("refused a greeting of %s that came through %s: %s", sender.name, origin.name, error)
+            kind = f"refused a greeting of {sender.name} that came through {origin.name}"
+            self._refusals.count(kind, f"{kind}: {error}")
             return
         if answer is not None:
             if self._mailboxes.may_return(sender.name):
@@ -168,9 +179,10 @@ class Relay:
             target = self._require_relayable(origin, origin.name, frame.tag)
             self._counter.of(origin.name).bytes_relayed += frame.size
             try:
-                self._outgoing.put(target, Kind.RELAY, origin.name, frame.payload)
+                self._outgoing.pass_on(target, origin.name, frame.payload)
             except LinkError:  # the loss of the receiver is reported where this party waits for it
-                log.info("a sealed chunk for %s could not be passed on", target.name)
+                about = f"a sealed chunk for {target.name} could not be passed on"
+                self._refusals.count(about, about, logging.INFO)
             return
         sender = self._peers.get(frame.tag)
         if sender is None or not sender.route.relayed:
@@ -187,8 +199,8 @@ class Relay:
             log.warning("refused a frame from %s that came through %s: %s", sender.name, origin.name, error)
             self._mailboxes.lose(sender.name, ProtocolError(f"the link with {sender.name}: {error.what}", error.fix))
 
-    def _require_relayable(self, origin: Peer, sender: Any, receiver: str) -> Peer:
-        target = self._peers.get(receiver)
+    def _require_relayable(self, origin: Peer, sender: Any, receiver: Any) -> Peer:
+        target = self._peers.get(receiver) if isinstance(receiver, str) else None
         if self._relay != self._name or sender != origin.name or target is None or target is origin:
             raise not_relayable(origin.name)
         return target

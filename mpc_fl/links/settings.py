@@ -51,7 +51,7 @@ class Unread:
     (44 MB each for ResNet18), and corrections of the dealer, which it counts itself (`runtime.dealer_ahead_bytes`, 256 MiB
     unless said otherwise). `pause` is twice what the dealer sends ahead, so that it never waits for want of room; `most` is
     above all of it together. For networks of hundreds of millions of parameters it grows: to four times the largest frame
-    that this party has taken. One frame alone is never too much, and beside what is unread one more may be on its way
+    that this party has asked for. One frame alone is never too much, and beside what is unread one more may be on its way
     (`frames.MAX_PAYLOAD`). `patience`: seconds that somebody who waits may need to take what has arrived, on a machine with
     other things to do.
     """

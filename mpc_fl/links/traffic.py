@@ -18,6 +18,14 @@ class Traffic:
     waits: int = 0
     seconds_waited: float = 0.0
 
+    def take(self, size: int, waited: float | None) -> None:
+        """A message of `size` bytes was taken, after so many seconds; None if it was there already."""
+        self.bytes_received += size
+        self.messages_received += 1
+        if waited is not None:
+            self.waits += 1
+            self.seconds_waited += waited
+
 
 class TrafficCounter:
     """Counts by the phase that is going on. `by_phase[phase][peer]` is a `Traffic`; a wait is one round of messages."""

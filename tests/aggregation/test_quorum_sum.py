@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ class Refusing:
     def at_opener(self, domain: SecretDomain, closed: ClosedSum, say_check: Callable[..., None]) -> list[str]:
         say_check(hospitals=list(closed.present))
         return [name for name in closed.present if name not in self.refused]
+
+    def require_total(self, total: torch.Tensor, admitted: Sequence[str], why: str) -> None:
+        assert self.refused != HOSPITALS[:2] and why == "round 1" and not set(admitted) & set(self.refused)
 
 
 def _summand(name: str, dtype: torch.dtype) -> torch.Tensor:

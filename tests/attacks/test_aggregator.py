@@ -318,3 +318,23 @@ def sends_a_false_key(_evidence: Path) -> None:
         return keys
 
     SummandMasks.keys_for = false  # type: ignore[method-assign]
+
+
+def blames_another(_evidence: Path) -> None:
+    """It stops in round 1, and says that hospital-0 is the reason."""
+    from mpc_fl.aggregation import quorum_sum
+    from mpc_fl.errors import PeerLostError
+
+    def confirm(*_: Any) -> str:
+        raise PeerLostError("hospital-0", "lost hospital-0 in phase 'round 1 aggregation'")
+
+    quorum_sum.confirm = confirm
+
+
+def test_a_hospital_that_stops_takes_nobody_with_it_whom_it_blames(tmp_path: Path) -> None:
+    """Before, whom it named was left out as if it were lost: too few were left, and an honest hospital was to blame."""
+    federation = Federation(tmp_path, **QUORUM)
+    said = federation.run({"hospital-2": blames_another})
+    assert {said[name] for name in ("aggregator", "hospital-0", "hospital-1")} == {"finished"}, said
+    rounds = [json.loads(line) for line in (federation.party("aggregator") / "metrics.jsonl").read_text().splitlines()]
+    assert [line["hospitals"] for line in rounds[1:]] == [["hospital-0", "hospital-1"]] * 2

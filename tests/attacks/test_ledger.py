@@ -338,6 +338,45 @@ def test_what_the_leader_answers_is_bounded_and_checked(answer: dict[str, Any], 
         assert isinstance(said[name], ProtocolError) and str(said[name]).isprintable(), said[name]
 
 
+FALSE_CERTIFICATES: dict[str, Callable[[str], Any]] = {
+    "a number": lambda _: 5,
+    "no text that can be encoded": lambda _: "\ud800",
+    "too long": lambda own: own + "x" * 5000,
+    "text beside it": lambda own: "\x01" * 1000 + "\n" + own,
+}
+
+
+@pytest.mark.parametrize("kind", FALSE_CERTIFICATES)
+def test_a_hospital_that_sends_no_plain_certificate_is_named_by_the_leader(kind: str, directory: Path) -> None:
+    """And it is passed on to nobody, so that no hospital takes it for the leader's."""
+
+    def party(links: Any) -> Any:
+        own = load_identity(directory / links.name, links.name)
+        if links.name == "hospital-1":
+            sent = {"certificate": FALSE_CERTIFICATES[kind](own.certificate.decode("ascii")), "resumed": False}
+            links.send_object("aggregator", "ledger certificate", sent)
+            return links.receive_object("aggregator", "end")
+        try:
+            return begin(CoSigners(RevealLedger(directory / links.name, own), links, PARTIES, "aggregator"))
+        except MpcFlError as error:
+            if links.name == "aggregator":
+                for name in ("hospital-0", "hospital-2"):
+                    assert not links.waiting(name, "ledger 0 start the run begins")
+                    links.send_object(name, "ledger certificates", {})
+                links.send_object("hospital-1", "end", {})
+            return str(error)
+
+    said = run_parties_in_memory(party, list(PARTIES), receive_timeout=60.0)
+    wanted = (
+        "the certificate of hospital-1 is PEM with something beside it"
+        if "beside" in kind
+        else "hospital-1 sent no certificate"
+    )
+    assert said["aggregator"].startswith(wanted), said
+    for name in ("hospital-0", "hospital-2"):
+        assert said[name].startswith("aggregator sent other certificates than those of the parties"), said
+
+
 def test_a_hospital_that_claims_what_cannot_be_printed_writes_to_no_terminal() -> None:
     claim = {"block": "1", "openings": {}, "values": {}}
     other = {"block": "2", "openings": {}, "values": {"\x1b[2J": "0"}}

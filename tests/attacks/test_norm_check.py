@@ -11,13 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mpc_fl.aggregation import norm_check
 from mpc_fl.aggregation.norm_check import NormCheck
 from mpc_fl.aggregation.norm_limits import NormTest
-from mpc_fl.aggregation.norm_proof import Transcript
+from mpc_fl.aggregation.norm_proof import Transcript, whole_numbers
 from mpc_fl.aggregation.prime_field import PRIME, Vector
-from mpc_fl.errors import MpcFlError
+from mpc_fl.aggregation.quorum_sum import collect, contribute
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
+from mpc_fl.aggregation.sketch import SignHash
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.crypto.signatory import Signatory
+from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.links.frames import Frame
+from mpc_fl.links.in_memory import InMemoryNetwork
+from mpc_fl.sharing.closed_sum import SummandMasks
+from mpc_fl.sharing.opening import SecretDomain
 from tests.support.checked_sums import (
     AGGREGATOR,
     BOUND,
@@ -30,6 +41,7 @@ from tests.support.checked_sums import (
     update,
 )
 from tests.support.harness import run_parties, run_parties_in_memory
+from tests.support.signatories import signatories
 
 WORLD = [*hospitals_of(3), AGGREGATOR]
 DEVIATING = "hospital-2"
@@ -209,8 +221,7 @@ def test_an_aggregator_that_tells_two_truths_gets_noise(which: int, tmp_path: Pa
 
 def asked_twice(links: Any, directory: str) -> Any:
     """An aggregator that begins the check of one sum again, to have a second answer about the same proofs."""
-    from mpc_fl.crypto.secrecy import Private
-    from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+    from mpc_fl.sharing.closed_sum import SumPlan
 
     domain, test = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS)
     if links.name == AGGREGATOR:
@@ -240,3 +251,96 @@ def test_shares_are_bound_to_all_that_was_told() -> None:
     assert first.add(bytes(32)) == second.add(bytes(32))
     assert first.add(bytes(32), ["a"]) != second.add(bytes(32), ["a", "b"])
     assert first.add(bytes(32)) != second.add(bytes(32))
+
+
+# -- whole sums: two hospitals together, a false commitment
+
+
+def one_checked_sum(links: Any, directory: str, signatory: dict[str, Signatory], long: tuple[str, ...] = ()) -> Any:
+    record = OpeningRecord(Path(directory) / f"{links.name}.jsonl", links.name)
+    domain = SecretDomain(links, WORLD, record, signatory=signatory[links.name])
+    hospitals, test = tuple(WORLD[:-1]), NormTest(BOUND, 32, BUCKETS)
+    rules = Rules(AGGREGATOR, hospitals, 2, 1, 60.0, NormCheck(test, PARAMETERS))
+    agreed = AgreedSum(hospitals, ("update", 1), Description("mean update", "round 1"))
+    if links.name == AGGREGATOR:
+        starts = {name: links.key_fingerprint(name) for name in hospitals}
+        return collect(domain, rules, agreed, starts, torch.int32, (PARAMETERS,))
+    summand = update("long" if links.name in long else "honest", BOUND, 3).int()
+    return contribute(domain, rules, agreed, Private("update", summand))
+
+
+def test_a_false_commitment_with_a_hospital_that_never_came_ruins_no_checked_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check needs all of U, so the sum begins again without the one that is lost, and no key shared with it is in it.
+
+    Without a check such a commitment gives a hospital nothing: it may send any summand.
+    """
+    commitments = SummandMasks.commitments
+
+    def false(masks: SummandMasks) -> list[str]:
+        keys = zip(masks.plan.keys_known_to(masks.me), commitments(masks), strict=True)
+        lies = masks.me == "hospital-1"
+        return ["0" * 64 if lies and DEVIATING in key[1:] else committed for key, committed in keys]
+
+    monkeypatch.setattr(SummandMasks, "commitments", false)
+
+    def lose(network: InMemoryNetwork) -> None:
+        def watch(sender: str, _receiver: str, frame: Frame) -> None:
+            if sender == DEVIATING and frame.tag.startswith("ready "):
+                network.drop(DEVIATING)
+
+        network.watch(watch)
+
+    signatory = signatories(WORLD, tmp_path / "identities")
+    results = run_parties_in_memory(
+        one_checked_sum, WORLD, str(tmp_path), signatory, prepare=lose, tolerated=WORLD[:-1]
+    )
+    admitted, total = results[AGGREGATOR]
+    assert admitted == ("hospital-0", "hospital-1") == results["hospital-0"] == results["hospital-1"]
+    assert torch.equal(total, 2 * update("honest", BOUND, 3).int())
+
+
+def test_two_hospitals_that_pass_together_gain_what_the_bounds_of_all_allow_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hospital 1 answers for hospital 2 with another share of its sketch than its masks have, so that all is true of none."""
+    begin = norm_check._Hospital.__init__
+
+    def pool(self: Any, check: NormCheck, domain: Any, masks: SummandMasks, seed: bytes) -> None:
+        begin(self, check, domain, masks, seed)
+        lie = SignHash(seed, PARAMETERS, BUCKETS).fold(update("long", BOUND, 3).int())
+        if self.me == "hospital-1":
+            self.shares[DEVIATING] = self.shares[DEVIATING] - lie
+        elif self.me == DEVIATING:
+            share = self.shares_of_mine["hospital-1"]
+            self.shares_of_mine["hospital-1"] = (share - whole_numbers(lie)) % (1 << check.test.ring_bits)
+
+    monkeypatch.setattr(norm_check._Hospital, "__init__", pool)
+    signatory, said = signatories(WORLD, tmp_path / "identities"), Said()
+
+    def party(links: Any) -> Any:
+        try:
+            return one_checked_sum(links, str(tmp_path), signatory, (DEVIATING,))
+        except MpcFlError as error:
+            return str(error)
+
+    results = run_parties_in_memory(party, WORLD)
+    assert not said.lines  # the check itself names nobody
+    assert (
+        "'round 1': the sum of 3 updates within their norm bound is" in results[AGGREGATOR]
+        and "two or more of hospital-0, hospital-1, hospital-2 deviate together; nothing was made"
+        in results[AGGREGATOR]
+    ), results
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_how_long_a_sum_may_be(dtype: torch.dtype) -> None:
+    test = NormTest(BOUND, 32 if dtype == torch.int32 else 64, BUCKETS)
+    check, longest = NormCheck(test, PARAMETERS), test.largest_square_sum**0.5
+    total = torch.zeros(PARAMETERS, dtype=dtype)
+    total[7] = -int(3 * longest)
+    check.require_total(total, WORLD[:3], "round 1")
+    total[8] = int(longest)
+    with pytest.raises(ProtocolError, match=r"the sum of 3 updates .* is 3.16 times as long as one may be"):
+        check.require_total(total, WORLD[:3], "round 1")

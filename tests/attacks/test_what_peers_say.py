@@ -38,9 +38,9 @@ def test_the_reason_of_a_party_that_stops() -> None:
         return caught.value
 
     error = run_parties_in_memory(party, ["a", "b"])["a"]
-    for said in (str(error), error.what, error.fix, error.peer):
+    for said in (str(error), error.what, error.fix, error.cause):
         _require_harmless(said)
-    assert "all is well" in error.what and len(error.peer) <= 64
+    assert "all is well" in error.what and len(error.cause) <= 64 and error.peer == "b"
 
 
 def test_the_reason_of_a_party_that_refuses(tmp_path: Path) -> None:

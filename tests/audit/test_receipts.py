@@ -31,7 +31,7 @@ from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import time_text
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import MpcFlError, ProtocolError
 
 NAMES = ["hospital-0", "hospital-1", "model-owner", "dealer"]
 OPENING = Opening(
@@ -49,11 +49,22 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
 NOW = time_text(datetime.datetime.now(datetime.timezone.utc))  # once: files of one session hold the same times
 
 
-def write(directory: Path, identities: dict[str, Identity], keeper: str, batches: int = 3, lost: int = 0) -> bytes:
+SESSION = "hospital-0/" + "1" * 32
+
+
+def write(
+    directory: Path,
+    identities: dict[str, Identity],
+    keeper: str,
+    batches: int = 3,
+    lost: int = 0,
+    session: str = SESSION,
+    keeping: ReceiptFile | None = None,
+) -> bytes:
     """The file of `keeper` after a session of `batches` that was closed; the last `lost` lines were not written."""
-    keeping = ReceiptFile(directory, identities[keeper])
+    keeping = keeping or ReceiptFile(directory, identities[keeper])
     hospital, owner, dealer = (identities[name] for name in ("hospital-0", "model-owner", "dealer"))
-    session, prints = "hospital-0/" + "1" * 32, [fingerprint_of(one.certificate) for one in (hospital, owner)]
+    prints = [fingerprint_of(one.certificate) for one in (hospital, owner)]
     certificates = {one.name: one.certificate for one in (hospital, owner, dealer)}
     receipt, opened = Receipt(session, 0, prints[0], prints[1], "label", "a" * 64, "b" * 64), (0, NOTHING)
     count = DealerCount(session, 0, 0, "a" * 64, fingerprint_of(dealer.certificate), NOW)
@@ -178,7 +189,7 @@ def test_a_file_goes_on_after_a_crash_and_not_after_an_edit(tmp_path: Path, iden
     content = write(tmp_path, identities, "dealer")
     path = tmp_path / RECEIPTS_FILE
     path.write_bytes(content + content[:100])  # cut off
-    write(tmp_path, identities, "dealer")
+    write(tmp_path, identities, "dealer", session="hospital-0/" + "2" * 32)
     lines = path.read_bytes().splitlines(keepends=True)
     assert b"".join(lines[:3]) == content and len(lines) == 6
     assert all("certificates" in json.loads(line) and not json.loads(line)["certificates"] for line in lines[1:])
@@ -187,3 +198,20 @@ def test_a_file_goes_on_after_a_crash_and_not_after_an_edit(tmp_path: Path, iden
         ReceiptFile(tmp_path, identities["dealer"])
     with pytest.raises(MpcFlError, match="line 1 of"):
         ReceiptFile(tmp_path, identities["model-owner"])
+
+
+@pytest.mark.parametrize("keeper", ["model-owner", "dealer"])
+@pytest.mark.parametrize("when", ["later", "after a restart", "at another process"])
+def test_a_session_under_a_name_that_was_used_is_not_kept(
+    keeper: str, when: str, tmp_path: Path, identities: dict[str, Identity]
+) -> None:
+    """A hospital chooses the name. Two sessions of one name would look like one that the keeper of the file had edited."""
+    first, beside = (ReceiptFile(tmp_path, identities[keeper]) for _ in range(2))
+    content = write(tmp_path, identities, keeper, keeping=first)
+    again = {"later": first, "after a restart": None, "at another process": beside}[when]
+    with pytest.raises(ProtocolError, match="hospital-0 began a session under a name that was used before"):
+        write(tmp_path, identities, keeper, keeping=again)
+    assert (tmp_path / RECEIPTS_FILE).read_bytes() == content
+    fresh = write(tmp_path, identities, keeper, session="hospital-0/" + "2" * 32, keeping=again)
+    checked = check_lines(fresh, authority(identities))
+    assert not checked.troubles and len(checked.entries) == 2 * len(content.splitlines())

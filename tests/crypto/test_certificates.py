@@ -85,6 +85,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "not ASCII": (lambda: b"\xff\x00" * 50, "not valid PEM"),
     "a key": (lambda: ROOT.certify().replace(b"CERTIFICATE", b"PUBLIC KEY"), "not valid PEM"),
     "cut off": (lambda: ROOT.certify()[:-200], "not valid PEM"),
+    "text before it": (lambda: b"\x01" * 2000 + b"\n" + ROOT.certify(), "PEM with something beside it"),
+    "text after it": (lambda: ROOT.certify() + "é\n".encode(), "PEM with something beside it"),
+    "two of them": (lambda: ROOT.certify() * 2, "PEM with something beside it"),
     "another authority": (lambda: Root("other").certify(), "not signed by this federation"),
     "an authority that took the name": (lambda: Root("root").certify(), "not signed by this federation"),
     "the authority itself": (lambda: ROOT.certificate, "lacks what a party"),
@@ -251,3 +254,13 @@ def test_a_local_run_has_identities_that_believe_each_other(tmp_path: Path) -> N
         assert "PRIVATE" not in repr(one)
         assert (tmp_path / one.name).stat().st_mode & 0o777 == 0o700
         assert (tmp_path / one.name / f"{one.name}.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_certificate_file_with_text_beside_it_is_read_as_the_certificate_alone(tmp_path: Path) -> None:
+    """As openssl writes it, or with ends of lines of another system: peers are sent what they accept."""
+    alice = Authority(DAY).issue("hospital-0")
+    write_identity(alice, tmp_path)
+    path = tmp_path / "hospital-0.crt"
+    for content in (b"Certificate:\n  Data:\n" + alice.certificate, alice.certificate.replace(b"\n", b"\r\n")):
+        path.write_bytes(content)
+        assert load_identity(tmp_path, "hospital-0").certificate == alice.certificate

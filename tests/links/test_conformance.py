@@ -308,7 +308,7 @@ def test_a_killed_party_ends_every_wait(world: type[World]) -> None:
     ended = here.start_doomed("c")
     outcome = here.meet(a=waits_for_b, b=waits_for_a)
     ended()
-    assert all(isinstance(error, PeerLostError) and error.peer == "c" for error in outcome.values()), outcome
+    assert all(isinstance(error, PeerLostError) and error.cause == "c" for error in outcome.values()), outcome
     direct = "lost c in phase 'work' (the link ended without a farewell)"
     said = {error.what for error in outcome.values()}  # who ends first tells the other
     assert direct in said and said <= {direct, f"a stopped: {direct}", f"b stopped: {direct}"}
@@ -482,7 +482,7 @@ def test_a_party_that_ends_for_the_loss_of_another_names_that_one(world: type[Wo
         links.receive_object("b", "never")
 
     outcome = world(["a", "b"]).meet(a=waits, b=blames)
-    assert outcome["a"].peer == "c" and outcome["a"].fix == "see the log of c"
+    assert (outcome["a"].peer, outcome["a"].cause) == ("b", "c") and outcome["a"].fix == "see the log of c"
 
 
 def test_an_interruption_ends_this_partys_waits(world: type[World]) -> None:

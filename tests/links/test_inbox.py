@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,43 @@ def test_what_is_taken_or_forgotten_takes_no_memory() -> None:
     assert inbox.unread == 0 and "checked" not in inbox
 
 
-def test_a_json_object_is_reckoned_with_what_python_makes_of_it() -> None:
-    assert memory_of(Frame(Kind.OBJECT, "", 0, {}, 1000)) > 25 * 1000
+def _memory_taken(value: Any) -> int:
+    """Bytes of a JSON value, with the collector's 16 for each container."""
+    taken, left = 0, [value]
+    while left:
+        one = left.pop()
+        taken += sys.getsizeof(one) + 16 * isinstance(one, list | dict)
+        left += one if isinstance(one, list) else [*one.keys(), *one.values()] if isinstance(one, dict) else []
+    return taken
+
+
+@pytest.mark.parametrize(
+    "item", ["[]", "{}", "[[]]", "[0]", '{"":0}', "[" * 400 + "]" * 400, '{"":' * 200 + "0" + "}" * 200, '"aé"', "0.5"]
+)
+def test_a_json_object_is_reckoned_with_what_python_makes_of_it(item: str) -> None:
+    body = '{"a":[' + ",".join([item] * (100_000 // len(item))) + "]}"
+    frame = Frame(Kind.OBJECT, "", 0, json.loads(body), len(body))
+    assert memory_of(frame) >= _memory_taken(frame.payload)
+
+
+def test_what_nobody_asked_for_gives_no_room_for_more(world: type[World]) -> None:
+    """A deviating peer answers with a frame far too large: refused, and nobody may leave more unread from then on."""
+
+    def send(links: Links) -> None:
+        for tag in ("any shape", "another shape", "as asked for"):
+            links.send_tensor("b", tag, torch.zeros(8 * MIB, dtype=torch.uint8))
+        links.receive_object("b", "done")
+
+    def receive(links: Links) -> list[int]:
+        assert links.receive_tensor("a", "any shape", torch.uint8, None).numel() == 8 * MIB
+        with pytest.raises(ProtocolError, match="instead of"):
+            links.receive_tensor("a", "another shape", torch.uint8, (3,))
+        largest = [links._mailboxes._largest_taken]
+        links.receive_tensor("a", "as asked for", torch.uint8, (8 * MIB,))
+        links.send_object("a", "done", {})
+        return [*largest, links._mailboxes._largest_taken // MIB]
+
+    assert world(["a", "b"]).meet(a=send, b=receive) == {"a": None, "b": [0, 8]}
 
 
 def test_ended_tags_are_the_last_few_thousand() -> None:

@@ -400,7 +400,7 @@ def losing(name: str, victim: str, names: list[str], ports: dict[str, int], dire
                         links.send_object(other, "step", {})
                         links.receive_object(other, "step")
     except PeerLostError as error:
-        results.put((name, error.peer, str(error), time.monotonic()))
+        results.put((name, error.cause, str(error), time.monotonic()))
 
 
 @pytest.mark.processes

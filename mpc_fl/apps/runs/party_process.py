@@ -139,7 +139,7 @@ def party_process(pipe: Connection) -> NoReturn:
         tell(finished=True)
     except MpcFlError as error:
         log.error("%s", error)
-        tell(error=str(error), peer=error.peer if isinstance(error, PeerLostError) else None, time=time.time())
+        tell(error=str(error), peer=error.cause if isinstance(error, PeerLostError) else None, time=time.time())
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
         tell(error=str(unforeseen(error)), peer=None, time=time.time())

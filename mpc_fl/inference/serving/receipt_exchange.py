@@ -45,7 +45,7 @@ from mpc_fl.audit.receipts import (
     sign_count,
     sign_receipt,
 )
-from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, verify_certificate
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import time_text
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError, RefusedError
 from mpc_fl.inference.fast.network import Reveal
@@ -106,7 +106,7 @@ class _Side:
 
     def _learn(self, name: str, message: dict[str, Any]) -> None:
         """The certificate that a party signs with. Raises `IdentityError` when it is not this party's."""
-        text = str(message.get("certificate"))[:4096].encode()
+        text = received_pem(message.get("certificate"), name)
         verify_certificate(text, name, self._identity)
         self._certificates[name] = text
 

@@ -227,3 +227,35 @@ def test_a_closing_receipt_that_is_not_signed_takes_nothing_back(
     assert run(identities, tmp_path, hospital=deviate) == {HOSPITAL: 3, OWNER: 3, DEALER: 2}
     lines = (tmp_path / OWNER / "receipts.jsonl").read_text().splitlines()
     assert len(lines) == 3 and '"images":6' in lines[-1]
+
+
+@pytest.mark.parametrize("who", ["hospital", "owner", "dealer"])
+@pytest.mark.parametrize(
+    "beside",
+    ["\x01" * 3000 + "\n", "é\n", "\ud800\n", "x" * 5000 + "\n"],
+    ids=["too long as JSON", "not ASCII", "not to be encoded", "too long"],
+)
+def test_nobody_brings_text_into_the_files_of_others_beside_a_certificate(
+    who: str, beside: str, identities: dict[str, Identity], tmp_path: Path
+) -> None:
+    """It is genuine PEM, but a line that holds it could not be read again: a model owner would not start any more."""
+    names = {"hospital": HOSPITAL, "owner": OWNER, "dealer": DEALER}
+
+    def deviate(side: Any) -> None:
+        honest = side._links.send_object
+
+        def send(receiver: str, tag: str, value: dict[str, Any]) -> None:
+            if "certificate" in value:
+                value = {**value, "certificate": beside + value["certificate"]}
+            honest(receiver, tag, value)
+
+        side._links.send_object = send
+
+    lines = run(identities, tmp_path, **{who: deviate})
+    for name in {HOSPITAL, OWNER} - {names[who]}:
+        line = str(lines[name])
+        assert (
+            f"certificate of {names[who]} is PEM with something" in line or f"{names[who]} sent no certificate" in line
+        )
+    for name in NAMES:
+        ReceiptFile(tmp_path / name, identities[name])  # what was kept can be read
