@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.parsing import parse_json_lines
 
+_RESTORE = "restore it, or start anew in another directory"
 OTHERS_MAY_NOTHING = 0o077  # the umask of every command and of every party: files 0600, directories 0700
 
 
@@ -91,11 +93,23 @@ def append_json_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON lines file; a missing file has none. A last line without end, cut off by a crash, is none."""
-    if not path.exists():
+    """All whole lines of a JSON lines file; a missing file has none. A last line without end, cut off by a crash, is none.
+
+    Raises `DataError` when the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from None
+    try:
+        lines = parse_json_lines(content)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}", _RESTORE) from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise DataError(f"{path} is damaged: not every line is a JSON object", _RESTORE)
+    return lines
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

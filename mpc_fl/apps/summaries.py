@@ -6,13 +6,13 @@ that an earlier version did not record. `Header` is what every kind has, and all
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.errors import DataError
+from mpc_fl.parsing import parse_json
 from mpc_fl.roles import HOSPITAL
 
 SUMMARY_FILE = "summary.json"
@@ -225,9 +225,9 @@ def parse_summary(text: str) -> tuple[Header, dict[str, Any]]:
     Raises `DataError` when the text is no JSON object, its kind is unknown, or what all kinds have is damaged.
     """
     try:
-        content = json.loads(text)
-    except ValueError:
-        raise DataError(f"{SUMMARY_FILE} cannot be read") from None
+        content = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{SUMMARY_FILE} cannot be read: {error}") from None
     header = typed(Header, content, SUMMARY_FILE)
     if header.kind not in KINDS:
         raise DataError(f"{SUMMARY_FILE} is of an unknown kind")

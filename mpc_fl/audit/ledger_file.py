@@ -41,6 +41,7 @@ from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
 from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import to_disk
+from mpc_fl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +86,9 @@ class RevealLedger:
 
     def _recorded(self, line: bytes) -> ChainedOpening:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
             opening = opening_from({name: fields[name] for name in ChainedOpening.__dataclass_fields__})
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             raise MpcFlError(
                 f"{self.openings_path} is damaged or of another version", "restore it, or choose another directory"
             ) from None

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpc_fl.config.section import Count, Momentum, Positive, Section, Strategy
+from mpc_fl.config.section import Bound, Count, Momentum, Positive, Section, Strategy, Whole
 
 
 class PartitionSection(Section):
@@ -33,7 +33,7 @@ class TableSection(Section):
     patient_column: str | None = None
     features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    reference_ranges: tuple[tuple[float, float], ...] | None = Field(
+    reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
         default=None, description="public (low, high) of each feature column, never taken from patients of this run"
     )
 
@@ -136,7 +136,7 @@ class TrainingSection(Section):
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     local_normalisation: bool = False
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
-    sampling_seed: int | None = Field(
+    sampling_seed: Whole | None = Field(
         default=None,
         description="null draws the secret sampling order from the system; a number is for simulation only",
     )
@@ -172,7 +172,7 @@ class PrivacySection(Section):
     """
 
     mechanism: Literal["local", "distributed", "none"] = "local"
-    colluders: Annotated[int, Field(ge=0)] | None = Field(
+    colluders: Whole | None = Field(
         default=None,
         description="hospitals that may pool with the aggregator, at most federation.quorum - 2; null: 1, or 0 below that",
     )
@@ -183,7 +183,7 @@ class PrivacySection(Section):
     largest_hospital: Count | None = Field(
         default=None, description="public upper bound on them; null: four times smallest_hospital, of phantoms known"
     )
-    spare_rounds: Annotated[int, Field(ge=0)] = Field(
+    spare_rounds: Whole = Field(
         default=1, description="rounds that may be lost and made anew within the budget: what was sent stays charged"
     )
     epsilon: Positive = 8.0
