@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.errors import DataError
+from mpc_fl.exhaustion import unwritable
 from mpc_fl.parsing import parse_json_lines
 
 _RESTORE = "restore it, or start anew in another directory"
@@ -68,7 +69,7 @@ def written_whole(path: Path, mode: int = 0o600, durable: bool = False, once: bo
         if durable:
             to_disk(path.parent)
     except OSError as error:
-        raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
+        raise unwritable(path, error) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -86,10 +87,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON line; it survives the end of this process (and, after `to_disk(path)`, of the machine)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+    """Append one JSON line; it survives the end of this process (and, after `to_disk(path)`, of the machine).
+
+    Raises `MpcFlError` when it cannot be written; then a part of it may be there, which counts as none.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -45,8 +45,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def parse_json_lines(text: str | bytes) -> list[Any]:
     """The values of all whole lines; a last line without end, cut off by a crash, is none. Raises `ValueError` naming the line."""
-    lines: list[str] | list[bytes]
-    lines = text.split("\n")[:-1] if isinstance(text, str) else text.split(b"\n")[:-1]
+    lines: list[str | bytes] = [*(text.split("\n") if isinstance(text, str) else text.split(b"\n"))][:-1]
     values = []
     for number, line in enumerate(lines, 1):
         try:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mpc_fl.apps.typed_json import typed
+from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.errors import DataError
 from mpc_fl.parsing import parse_json
 from mpc_fl.roles import HOSPITAL
@@ -149,7 +150,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisSummary:
-    """Of `mpc-fl infer` with all parties on this machine."""
+    """Of `mpc-fl infer` with all parties on this machine; `model_file` says whether the model is the one that was signed.
+
+    `unreported` says why summary.json and the report could not be written, so it stands in none.
+    """
 
     KIND: ClassVar[str] = "infer"
     hospital: ClassVar[str] = HOSPITAL
@@ -166,6 +170,8 @@ class DiagnosisSummary:
     command: str
     versions: dict[str, str]
     comparison: Comparison | None = None
+    model_file: ModelOrigin | None = None
+    unreported: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -188,6 +194,7 @@ class ServedDiagnosisSummary:
     KIND: ClassVar[str] = "ask"
     skipped_files: ClassVar[None] = None
     comparison: ClassVar[None] = None
+    model_file: ClassVar[None] = None
 
     name: str
     hospital: str
@@ -200,6 +207,7 @@ class ServedDiagnosisSummary:
     versions: dict[str, str]
     refused: str | None = None
     revealed: str | None = None
+    unreported: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:

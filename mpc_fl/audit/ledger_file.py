@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from cryptography import x509
 
 from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, read_ledger
 from mpc_fl.audit.ledger_versions import VERSION
@@ -37,9 +36,10 @@ from mpc_fl.audit.reveal_ledger import (
     opening_from,
     to_json,
 )
-from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, load_root
 from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.exhaustion import unwritable
 from mpc_fl.files import to_disk
 from mpc_fl.parsing import parse_json
 
@@ -55,7 +55,7 @@ class RevealLedger:
         Raises `MpcFlError` when the one there, or what this party recorded besides, was changed or is of another version.
         """
         self.identity = identity
-        self.authority = x509.load_pem_x509_certificate(identity.authority)
+        self.authority = load_root(identity.authority, "the authority's certificate")
         self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
         directory.mkdir(parents=True, exist_ok=True)
         reading = read_ledger(_whole_lines(self.path), self.authority)
@@ -222,4 +222,4 @@ def _append(path: Path, line: bytes) -> None:
         if new:
             to_disk(path.parent)
     except OSError as error:
-        raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
+        raise unwritable(path, error) from None

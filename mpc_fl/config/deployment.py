@@ -78,7 +78,8 @@ class SiteSection(Section):
 
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
-    where correlations made ahead lie, a directory of its own for each party below.
+    where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
+    the run that trained `model`, by default beside it.
     """
 
     listen: str | None = None
@@ -92,6 +93,8 @@ class SiteSection(Section):
     identity: Path | None = None
     privacy_ledger: Path | None = None
     pool: Path | None = None
+    reveal_ledger: Path | None = None
+    authority: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:

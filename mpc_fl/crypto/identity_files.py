@@ -18,8 +18,8 @@ from mpc_fl.crypto.certificates import (
     ASK_ADMINISTRATOR,
     REVOCATION_FILE,
     ROOT_FILE,
-    UNSOUND,
     Identity,
+    load_root,
     party_subject,
     private_key,
     revoked_serials,
@@ -128,10 +128,7 @@ def load_identity(directory: Path, name: str) -> Identity:
         raise IdentityError(
             f"cannot read the identity of {name} in {directory}: {error.strerror}", ASK_ADMINISTRATOR
         ) from None
-    try:
-        authority = x509.load_pem_x509_certificate(authority_pem)
-    except UNSOUND:
-        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", ASK_ADMINISTRATOR) from None
+    authority = load_root(authority_pem, str(directory / ROOT_FILE))
     revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
     identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
     certificate = verify_certificate(certificate_pem, name, identity)

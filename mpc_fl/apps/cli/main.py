@@ -30,6 +30,9 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 def main() -> None:
     """Run the command in `sys.argv`: one line per error and its exit code, never a traceback for what a user can mend."""
+    from mpc_fl.apps.cli.standard_streams import open_standard_streams
+
+    open_standard_streams()
     from mpc_fl.files import OTHERS_MAY_NOTHING
 
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
@@ -41,9 +44,8 @@ def main() -> None:
         raise SystemExit(_run())
     except MpcFlError as error:
         _end(str(error), error.exit_code)
-    except OSError as error:
-        where = f" of {error.filename}" if error.filename else ""
-        _end(f"input or output{where} failed: {error.strerror}: check permissions and free space", 1)
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        _end_exhausted(error)
     except Interrupted as error:
         _end(f"interrupted by {signal.Signals(error.args[0]).name}: nothing was left running", 128 + error.args[0])
     finally:
@@ -57,9 +59,12 @@ def _run() -> int:
     import typer
 
     from mpc_fl.apps.cli.commands import app
+    from mpc_fl.apps.cli.standard_streams import flush_output
 
     try:
-        return int(app(prog_name="mpc-fl", standalone_mode=False) or 0)
+        code = int(app(prog_name="mpc-fl", standalone_mode=False) or 0)
+        flush_output()
+        return code
     except typer.TyperException as error:
         if error.format_message():
             _end(_wrong_usage(error), error.exit_code)
@@ -73,6 +78,16 @@ def _wrong_usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     see = "" if context is None else f": see {context.command_path} --help"
     return what[:1].lower() + what[1:] + see
+
+
+def _end_exhausted(error: Exception) -> NoReturn:
+    """What the system refused, in one line. Raises `error` again where it says something else."""
+    from mpc_fl.exhaustion import exhaustion
+
+    found = exhaustion(error)
+    if found is None:
+        raise error
+    _end(str(found), found.exit_code)
 
 
 def _end(message: str, code: int) -> NoReturn:

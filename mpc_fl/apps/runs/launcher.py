@@ -202,9 +202,9 @@ def _explain(failures: list[_Party]) -> RunFailedError:
         return RunFailedError(f"{first.name} failed: {first.error}")
     code, stopped = first.process.exitcode, "all other parties were stopped"
     assert code is not None, "only a process that has ended fails without a word"
-    if code == -signal.SIGKILL:
+    if code in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGBUS):
         return RunFailedError(
-            f"{first.name} was killed by signal 9", f"{stopped}; the system does that too when memory runs out"
+            f"{first.name} was killed by signal {-code}", f"{stopped}; the system does that too when memory runs out"
         )
     how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
     return RunFailedError(f"{first.name} {how}", stopped)

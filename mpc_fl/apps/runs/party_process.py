@@ -12,7 +12,6 @@ import importlib
 import json
 import logging
 import os
-import sys
 import threading
 import time
 import traceback
@@ -22,8 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpc_fl.apps.runs.memory import peak_memory
+from mpc_fl.apps.runs.party_log import say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
+from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
@@ -38,17 +39,6 @@ def _end_with_launcher(pipe: Connection) -> None:
     while not pipe.poll(None):
         pass
     os._exit(ORPHANED)
-
-
-def set_up_log(path: Path | None) -> None:
-    """Send this process's log to a file, or to standard error."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    logging.basicConfig(
-        level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
@@ -67,11 +57,18 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
 
 
 def unforeseen(error: BaseException) -> MpcFlError:
-    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost."""
+    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost.
+
+    What the system refused (`exhaustion`) is no defect, and told as what it is.
+    """
     log = logging.getLogger("mpc_fl")
+    found = exhaustion(error)
     frames = traceback.extract_tb(error.__traceback__)
     for frame in frames:
         log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
+    if found is not None:
+        log.error("%s", found)
+        return found
     log.error("unexpected %s", type(error).__name__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
     return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
@@ -124,7 +121,10 @@ def party_process(pipe: Connection) -> NoReturn:
         tell(error=str(error), peer=error.peer if isinstance(error, PeerLostError) else None, time=time.time())
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
-        tell(error=str(unforeseen(error)), peer=None, time=time.time())
-        code = MpcFlError.exit_code
+        found = unforeseen(error)
+        tell(error=str(found), peer=None, time=time.time())
+        code = found.exit_code
+    if code == 0:
+        say_lost_log(config.site.log)
     logging.shutdown()
     os._exit(code)  # threads of a lost link must not keep the process

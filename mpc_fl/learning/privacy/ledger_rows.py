@@ -88,7 +88,11 @@ def opened(path: Path, who: str, writing: bool) -> Iterator[LedgerRows]:
 
         take_over(database, earlier, enter)
         with database.writing() if writing else database.reading() as transaction:
-            yield LedgerRows(transaction, rows)
+            try:
+                ledger = LedgerRows(transaction, rows)
+            except (ValueError, LookupError, TypeError):
+                raise StorageError(f"{path} holds an entry that no version writes", RESTORE) from None
+            yield ledger
 
 
 def earlier_path(path: Path) -> Path:
