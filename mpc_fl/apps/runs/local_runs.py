@@ -214,8 +214,8 @@ def serve(
     """Keep a model owner and a dealer up in local processes until an interrupt; `directory` is kept from start to start.
 
     Makes identities for them and all hospitals of the federation in `directory`/parties/NAME/identity, and tells `tell` the
-    path of the configuration that hospitals ask with, and whether the model is the one that was signed. Raises `RunFailedError` when one
-    of the two fails.
+    path of the configuration that hospitals ask with, and whether the model is the one that was signed. Raises
+    `RunFailedError` when one of the two fails.
     """
     config = config.with_values(task="serve")
     require_servable(config)
