@@ -10,7 +10,7 @@ import os
 
 from mpc_fl.errors import ExhaustedError, MpcFlError
 
-_AGAIN = "then try again; training goes on from its last round with --resume"
+_AGAIN = "then try again (training: with --resume)"
 _OF_DISKS = {
     errno.ENOSPC: f"free some space there, {_AGAIN}",
     errno.EDQUOT: f"free some space of your quota, {_AGAIN}",

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import finite, write_text, written_whole
 from mpc_fl.learning.data.dataset import Dataset
 
@@ -75,8 +75,11 @@ def write_results(config: Config, images: Dataset, results: list[Diagnosis], out
     write_text(out / RESULTS_FILE, "".join(line + "\n" for line in lines))
     if not config.data.is_table:
         pixels = (images.inputs * 255).round().clamp(0, 255).to(torch.uint8)
-        with written_whole(out / "images.safetensors") as temporary:
-            temporary.write_bytes(save({"images": pixels.contiguous()}))  # save_file hides what the system says
+        try:
+            with written_whole(out / "images.safetensors") as temporary:
+                temporary.write_bytes(save({"images": pixels.contiguous()}))  # save_file hides what the system says
+        except MpcFlError as error:
+            raise type(error)(error.what, f"the diagnoses are in {RESULTS_FILE} beside it; {error.fix}") from None
 
 
 def require_no_doubt(results: list[Diagnosis]) -> None:

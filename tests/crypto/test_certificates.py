@@ -142,7 +142,9 @@ def broken_root(certificate: bytes) -> bytes:
 def test_a_root_whose_own_signature_does_not_verify_is_refused_wherever_it_is_read(tmp_path: Path) -> None:
     """On the old code each of these accepted it, but for the authority that is about to sign."""
     with pytest.raises(IdentityError, match="aggregator has is damaged or not an authority's: its own signature"):
-        verify_certificate(ROOT.certify(), "hospital-0", Identity("aggregator", b"", broken_root(ROOT.certificate), b""))
+        verify_certificate(
+            ROOT.certify(), "hospital-0", Identity("aggregator", b"", broken_root(ROOT.certificate), b"")
+        )
     party_as_root = Identity("aggregator", b"", ROOT.certify(), b"")
     with pytest.raises(IdentityError, match="not an authority's"):
         verify_certificate(ROOT.certify(), "hospital-0", party_as_root)

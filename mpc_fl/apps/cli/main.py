@@ -11,6 +11,7 @@ import signal
 from typing import TYPE_CHECKING, NoReturn
 
 from mpc_fl.errors import MpcFlError
+from mpc_fl.exhaustion import exhaustion
 
 if TYPE_CHECKING:
     import typer
@@ -82,11 +83,12 @@ def _wrong_usage(error: typer.TyperException) -> str:
 
 def _end_exhausted(error: Exception) -> NoReturn:
     """What the system refused, in one line. Raises `error` again where it says something else."""
-    from mpc_fl.exhaustion import exhaustion
-
     found = exhaustion(error)
     if found is None:
         raise error
+    if isinstance(error, MemoryError):  # there is none left to say it in colour, nor for what libraries do at the end
+        os.write(2, f"mpc-fl: {found}\n".encode())
+        os._exit(found.exit_code)
     _end(str(found), found.exit_code)
 
 

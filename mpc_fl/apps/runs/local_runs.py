@@ -48,7 +48,7 @@ from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
-from mpc_fl.exhaustion import exhaustion
+from mpc_fl.exhaustion import system_error
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
@@ -146,12 +146,19 @@ def _conclude(directory: Path, summary: Summary) -> None:
     write_report(directory)
 
 
-def _unreported(directory: Path, summary: Summary) -> str | None:
-    """The same of a diagnosis, which is not lost when these do not fit the disk: then why."""
+def _unreported(directory: Path, summary: Summary, config: Config | None = None) -> str | None:
+    """The same of a diagnosis, which is not lost when these do not fit the disk: then why.
+
+    With `config` the authority's certificate of a run on this machine is kept, too.
+    """
     try:
+        if config is not None:
+            keep_authority(config, directory)
         _conclude(directory, summary)
-    except (MpcFlError, OSError) as error:
-        return f"the diagnoses are written and the report is not: {exhaustion(error) or error}"
+    except MpcFlError as error:
+        return f"the diagnoses are written and the report is not: {error.what}"
+    except OSError as error:
+        return f"the diagnoses are written and the report is not: {system_error(error).what}"
     return None
 
 
@@ -173,8 +180,6 @@ def infer(
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
         launch(config, directory, progress, starter)
-        keep_authority(config, directory)
-        forget_identities(config, directory)
         results = _results(directory / "parties" / HOSPITAL)
         comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
         summary = DiagnosisSummary(
@@ -191,7 +196,8 @@ def infer(
             model_file=origin,
             results=results,
         )
-        summary = replace(summary, unreported=_unreported(directory, summary))
+        summary = replace(summary, unreported=_unreported(directory, summary, config))
+        forget_identities(config, directory)
     return summary
 
 

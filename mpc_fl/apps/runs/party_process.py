@@ -100,7 +100,6 @@ def party_process(pipe: Connection) -> NoReturn:
     _show_name(name)
     os.umask(OTHERS_MAY_NOTHING)
     lock = threading.Lock()
-    threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
 
     def tell(**event: Any) -> None:
         try:
@@ -112,6 +111,7 @@ def party_process(pipe: Connection) -> NoReturn:
     log = logging.getLogger("mpc_fl")
     code = 0
     try:
+        threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
         config = parse_config(told["values"], f"configuration of {name}")
         set_up_log(config.site.log)
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
