@@ -199,14 +199,17 @@ def now() -> datetime.datetime:
 
 
 def _whole_lines(path: Path) -> bytes:
-    """The content of a file; a last line that a crash cut off is removed from it, and the log says so."""
-    if not path.exists():
+    """The content of a file; a last line that a crash cut off is removed from it, and the log says so. Raises `MpcFlError`."""
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.warning("%s: the last line was cut off by a crash; it is removed", path)
+            os.truncate(path, whole)
+    except FileNotFoundError:
         return b""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning("%s: the last line was cut off by a crash; it is removed", path)
-        os.truncate(path, whole)
+    except OSError as error:
+        raise MpcFlError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
     return content[:whole]
 
 
