@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpc_fl.config.section import Bound, Count, Momentum, Positive, Section, Strategy, Whole
+from mpc_fl.config.section import Bound, Count, Momentum, Positive, Section, Steps, Strategy, Whole
 
 
 class PartitionSection(Section):
@@ -125,8 +125,8 @@ class TrainingSection(Section):
     strategy: Strategy | None = Field(
         default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
     )
-    rounds: Count = 5
-    local_steps: Count = 10
+    rounds: Steps = 5
+    local_steps: Steps = 10
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
@@ -183,13 +183,15 @@ class PrivacySection(Section):
     largest_hospital: Count | None = Field(
         default=None, description="public upper bound on them; null: four times smallest_hospital, of phantoms known"
     )
-    spare_rounds: Whole = Field(
+    spare_rounds: Annotated[int, Field(ge=0, le=10**6)] = Field(
         default=1, description="rounds that may be lost and made anew within the budget: what was sent stays charged"
     )
     epsilon: Positive = 8.0
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    delta: Annotated[float, Field(ge=1e-30, lt=1)] = 1e-4
     clipping_norm: Positive = 1.0
-    noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
+    noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e6)] | None = Field(
+        default=None, description="null calibrates it to epsilon"
+    )
     accountant: Literal["pld", "rdp", "prv"] = Field(
         default="pld", description="pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison"
     )
