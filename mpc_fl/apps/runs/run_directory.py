@@ -26,10 +26,10 @@ _KEPT = (LEDGER_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run th
 
 def require_free(out: Path, resume: bool = False) -> None:
     """Before anything is read: a run can become `out`, or there is one to go on with. Raises `ConfigError`."""
-    partial, failed = _beside(out)
     try:
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
+        partial, failed = _beside(out)
         if resume and not _resumable(partial if partial.exists() else failed):
             raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
         if not resume and partial.exists():
