@@ -160,6 +160,17 @@ class SecrecyError(MpcFlError):
     exit_code = 10
 
 
+class ExhaustedError(MpcFlError):
+    """This machine ran out of something: space on a disk, files that a process may open, memory."""
+
+    exit_code = 13
+
+    @property
+    def for_peers(self) -> str:
+        """Without names of files."""
+        return "its machine ran out of space, files or memory"
+
+
 class RunFailedError(MpcFlError):
     """A launched run ended because a party failed; the message names the party and its reason."""
 

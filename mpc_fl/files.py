@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import DataError
+from mpc_fl.exhaustion import unwritable
+from mpc_fl.parsing import parse_json_lines
 
+_RESTORE = "restore it, or start anew in another directory"
 OTHERS_MAY_NOTHING = 0o077  # the umask of every command and of every party: files 0600, directories 0700
 
 
@@ -66,7 +69,7 @@ def written_whole(path: Path, mode: int = 0o600, durable: bool = False, once: bo
         if durable:
             to_disk(path.parent)
     except OSError as error:
-        raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
+        raise unwritable(path, error) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -84,18 +87,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:
-    """Append one JSON line; it survives the end of this process (and, after `to_disk(path)`, of the machine)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+    """Append one JSON line; it survives the end of this process (and, after `to_disk(path)`, of the machine).
+
+    Raises `MpcFlError` when it cannot be written; then a part of it may be there, which counts as none.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(value), allow_nan=False) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON lines file; a missing file has none. A last line without end, cut off by a crash, is none."""
-    if not path.exists():
+    """All whole lines of a JSON lines file; a missing file has none. A last line without end, cut off by a crash, is none.
+
+    Raises `DataError` when the file cannot be read, or a line is no JSON object.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the path") from None
+    try:
+        lines = parse_json_lines(content)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}", _RESTORE) from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise DataError(f"{path} is damaged: not every line is a JSON object", _RESTORE)
+    return lines
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

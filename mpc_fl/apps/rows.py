@@ -6,7 +6,6 @@ asks (`summaries.ImageResult`), `openings.jsonl` the record of openings, `traffi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +13,7 @@ from typing import TypeVar
 from mpc_fl.apps.summaries import Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.errors import DataError
+from mpc_fl.parsing import parse_json, parse_json_lines
 
 T = TypeVar("T")
 
@@ -100,17 +100,17 @@ def read_text(directory: Path, name: str) -> str:
 
 def read_object(kind: type[T], directory: Path, name: str) -> T:
     """The JSON object in a file. Raises `DataError` when the file is missing, unreadable or damaged."""
-    return _parsed(kind, read_text(directory, name), name)
+    try:
+        content = parse_json(read_text(directory, name))
+    except ValueError as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+    return typed(kind, content, name)
 
 
 def read_rows(kind: type[T], directory: Path, name: str) -> list[T]:
     """The JSON object on each line of a file. Raises `DataError` when the file is missing, unreadable or damaged."""
-    return [_parsed(kind, line, name) for line in read_text(directory, name).splitlines() if line.strip()]
-
-
-def _parsed(kind: type[T], text: str, name: str) -> T:
     try:
-        content = json.loads(text)
-    except ValueError:
-        raise DataError(f"{name} cannot be read") from None
-    return typed(kind, content, name)
+        lines = parse_json_lines(read_text(directory, name))
+    except ValueError as error:
+        raise DataError(f"{name} cannot be read: {error}") from None
+    return [typed(kind, line, name) for line in lines]

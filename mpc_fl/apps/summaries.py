@@ -6,13 +6,14 @@ that an earlier version did not record. `Header` is what every kind has, and all
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from mpc_fl.apps.typed_json import typed
+from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.errors import DataError
+from mpc_fl.parsing import parse_json
 from mpc_fl.roles import HOSPITAL
 
 SUMMARY_FILE = "summary.json"
@@ -149,7 +150,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnosisSummary:
-    """Of `mpc-fl infer` with all parties on this machine."""
+    """Of `mpc-fl infer` with all parties on this machine; `model_file` says whether the model is the one that was signed.
+
+    `unreported` says why summary.json and the report could not be written, so it stands in none.
+    """
 
     KIND: ClassVar[str] = "infer"
     hospital: ClassVar[str] = HOSPITAL
@@ -166,6 +170,8 @@ class DiagnosisSummary:
     command: str
     versions: dict[str, str]
     comparison: Comparison | None = None
+    model_file: ModelOrigin | None = None
+    unreported: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -188,6 +194,7 @@ class ServedDiagnosisSummary:
     KIND: ClassVar[str] = "ask"
     skipped_files: ClassVar[None] = None
     comparison: ClassVar[None] = None
+    model_file: ClassVar[None] = None
 
     name: str
     hospital: str
@@ -200,6 +207,7 @@ class ServedDiagnosisSummary:
     versions: dict[str, str]
     refused: str | None = None
     revealed: str | None = None
+    unreported: str | None = None
     results: list[ImageResult] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -225,9 +233,9 @@ def parse_summary(text: str) -> tuple[Header, dict[str, Any]]:
     Raises `DataError` when the text is no JSON object, its kind is unknown, or what all kinds have is damaged.
     """
     try:
-        content = json.loads(text)
-    except ValueError:
-        raise DataError(f"{SUMMARY_FILE} cannot be read") from None
+        content = parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{SUMMARY_FILE} cannot be read: {error}") from None
     header = typed(Header, content, SUMMARY_FILE)
     if header.kind not in KINDS:
         raise DataError(f"{SUMMARY_FILE} is of an unknown kind")

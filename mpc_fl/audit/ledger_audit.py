@@ -9,7 +9,6 @@ have been valid when its holder signed, by the time in the signature. This modul
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -27,6 +26,7 @@ from mpc_fl.audit.reveal_ledger import (
 )
 from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, is_of_party
 from mpc_fl.crypto.signatory import fingerprint
+from mpc_fl.parsing import parse_json
 from mpc_fl.roles import is_hospital
 
 
@@ -221,10 +221,7 @@ class Reading:
 
 def parse_line(line: bytes) -> Block:
     """The block of a line without its newline. Raises `ValueError` unless it is exactly what `encode_block` writes."""
-    try:
-        block = block_from(json.loads(line))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    block = block_from(parse_json(line))
     if encode_block(block) != line + b"\n":
         raise ValueError("not in canonical form")
     return block

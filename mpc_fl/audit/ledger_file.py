@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from cryptography import x509
 
 from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, read_ledger
 from mpc_fl.audit.ledger_versions import VERSION
@@ -37,10 +36,12 @@ from mpc_fl.audit.reveal_ledger import (
     opening_from,
     to_json,
 )
-from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, load_root
 from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.exhaustion import unwritable
 from mpc_fl.files import to_disk
+from mpc_fl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class RevealLedger:
         Raises `MpcFlError` when the one there, or what this party recorded besides, was changed or is of another version.
         """
         self.identity = identity
-        self.authority = x509.load_pem_x509_certificate(identity.authority)
+        self.authority = load_root(identity.authority, "the authority's certificate")
         self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
         directory.mkdir(parents=True, exist_ok=True)
         reading = read_ledger(_whole_lines(self.path), self.authority)
@@ -85,9 +86,9 @@ class RevealLedger:
 
     def _recorded(self, line: bytes) -> ChainedOpening:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
             opening = opening_from({name: fields[name] for name in ChainedOpening.__dataclass_fields__})
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             raise MpcFlError(
                 f"{self.openings_path} is damaged or of another version", "restore it, or choose another directory"
             ) from None
@@ -198,14 +199,17 @@ def now() -> datetime.datetime:
 
 
 def _whole_lines(path: Path) -> bytes:
-    """The content of a file; a last line that a crash cut off is removed from it, and the log says so."""
-    if not path.exists():
+    """The content of a file; a last line that a crash cut off is removed from it, and the log says so. Raises `MpcFlError`."""
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            log.warning("%s: the last line was cut off by a crash; it is removed", path)
+            os.truncate(path, whole)
+    except FileNotFoundError:
         return b""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        log.warning("%s: the last line was cut off by a crash; it is removed", path)
-        os.truncate(path, whole)
+    except OSError as error:
+        raise MpcFlError(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from None
     return content[:whole]
 
 
@@ -221,4 +225,4 @@ def _append(path: Path, line: bytes) -> None:
         if new:
             to_disk(path.parent)
     except OSError as error:
-        raise MpcFlError(f"cannot write {path}: {error.strerror}", "check the path and the free space") from None
+        raise unwritable(path, error) from None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mpc_fl.exhaustion import unwritable
+
 OPENINGS_FILE = "openings.jsonl"
 Scalar = str | int | float | bool | None
 
@@ -56,9 +58,11 @@ class OpeningRecord:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, opening: Opening) -> None:
-        """Write one line: its number, the time in seconds since 1970, this party, and the description."""
+        """Write one line: its number, the time in seconds since 1970, this party, and the description. Raises `MpcFlError`."""
         self._count += 1
         line = {"number": self._count, "time": round(time.time(), 3), "party": self._party, **vars(opening)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, default=dict) + "\n")
-            file.flush()
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, default=dict) + "\n")
+        except OSError as error:
+            raise unwritable(self._path, error) from None

@@ -27,6 +27,7 @@ from mpc_fl.audit.receipts import (
 )
 from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND, Identity
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.exhaustion import unwritable
 from mpc_fl.files import to_disk, written_whole
 
 
@@ -128,7 +129,7 @@ class ReceiptFile:
                     file.write(entry.encoded())
                     to_disk(file)
             except OSError as error:
-                raise MpcFlError(f"cannot write {self.path}: {error.strerror}", "check the free space") from None
+                raise unwritable(self.path, error) from None
             self._number += 1
             self._introduced |= {fingerprint_of(text) for text in new.values()}
             self._went_on(entry, entry.encoded())

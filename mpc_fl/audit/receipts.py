@@ -29,6 +29,7 @@ from cryptography import x509
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.signatory import fingerprint, is_genuine, sign_statement
+from mpc_fl.parsing import parse_json
 from mpc_fl.roles import is_hospital
 
 FORMAT, COUNT_FORMAT, LINE_FORMAT = "mpc-fl receipt 1", "mpc-fl dealer count 1", "mpc-fl line of receipts 1"
@@ -232,10 +233,7 @@ def entry_from(line: bytes) -> Entry:
     """The entry of a line without its newline. Raises `ValueError` unless it is exactly what `Entry.encoded` writes."""
     if len(line) >= LONGEST_LINE:
         raise ValueError("too long")
-    try:
-        value = json.loads(line)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = parse_json(line)
     if not isinstance(value, dict) or set(value) != {item.name for item in fields(Entry)}:
         raise ValueError("other fields")
     keeper, previous, seal = value["keeper"], value["previous"], value["seal"]

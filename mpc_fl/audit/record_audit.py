@@ -7,7 +7,6 @@ holds no opening that is not in the record of each of its parties. This module i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from mpc_fl.audit.ledger_audit import Finding, Reading
 from mpc_fl.audit.ledger_versions import fields_of
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import ChainedOpening, opening_from
+from mpc_fl.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def _read(copy: RecordCopy, content: bytes, version: int) -> _Record:
     record = _Record(copy.owner or "")
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:
-            party, opening = _line(json.loads(line), version)
-        except (ValueError, RecursionError):
+            party, opening = _line(parse_json(line), version)
+        except ValueError:
             record.findings.append(
                 Finding(f"line {number} is damaged or was edited: it is no opening", copy=copy.where)
             )

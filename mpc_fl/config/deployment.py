@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from mpc_fl.config.section import Count, Positive, Section
+from mpc_fl.config.section import Count, Positive, Section, Whole
 from mpc_fl.roles import AGGREGATOR
 
 
@@ -21,10 +21,10 @@ class RuntimeSection(Section):
     receive_timeout: Positive = 600.0
     threads: Count = 1
     first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
-    restarts: Annotated[int, Field(ge=0)] = Field(
+    restarts: Whole = Field(
         default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
     )
-    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 256 << 20
 
 
 class FederationSection(Section):
@@ -35,7 +35,7 @@ class FederationSection(Section):
     """
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = 3
-    quorum: Annotated[int, Field(ge=2)] | None = Field(
+    quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )
     round_timeout: Positive | None = Field(
@@ -79,7 +79,8 @@ class SiteSection(Section):
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
-    where correlations made ahead lie, a directory of its own for each party below.
+    where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
+    the run that trained `model`, by default beside it.
     """
 
     listen: str | None = None
@@ -94,3 +95,12 @@ class SiteSection(Section):
     identity: Path | None = None
     privacy_ledger: Path | None = None
     pool: Path | None = None
+    reveal_ledger: Path | None = None
+    authority: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> SiteSection:
+        for name, value in self:
+            if isinstance(value, Path) and "\0" in str(value):
+                raise ValueError(f"{name} is no path: it holds a zero byte")
+        return self

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpc_fl.config.section import Count, Momentum, Positive, Section, Strategy
+from mpc_fl.config.section import Bound, Count, Momentum, Positive, Section, Steps, Strategy, Whole
 
 
 class PartitionSection(Section):
@@ -33,7 +33,7 @@ class TableSection(Section):
     patient_column: str | None = None
     features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    reference_ranges: tuple[tuple[float, float], ...] | None = Field(
+    reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
         default=None, description="public (low, high) of each feature column, never taken from patients of this run"
     )
 
@@ -189,8 +189,8 @@ class TrainingSection(Section):
     strategy: Strategy | None = Field(
         default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
     )
-    rounds: Count = 5
-    local_steps: Count = 10
+    rounds: Steps = 5
+    local_steps: Steps = 10
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
@@ -206,7 +206,7 @@ class TrainingSection(Section):
     )
     local_normalisation: bool = False
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
-    sampling_seed: int | None = Field(
+    sampling_seed: Whole | None = Field(
         default=None,
         description="null draws the secret sampling order from the system; a number is for simulation only",
     )
@@ -242,7 +242,7 @@ class PrivacySection(Section):
     """
 
     mechanism: Literal["local", "distributed", "none"] = "local"
-    colluders: Annotated[int, Field(ge=0)] | None = Field(
+    colluders: Whole | None = Field(
         default=None,
         description="hospitals that may pool with the aggregator, at most federation.quorum - 2; null: 1, or 0 below that",
     )
@@ -253,13 +253,15 @@ class PrivacySection(Section):
     largest_hospital: Count | None = Field(
         default=None, description="public upper bound on them; null: four times smallest_hospital, of phantoms known"
     )
-    spare_rounds: Annotated[int, Field(ge=0)] = Field(
+    spare_rounds: Annotated[int, Field(ge=0, le=10**6)] = Field(
         default=1, description="rounds that may be lost and made anew within the budget: what was sent stays charged"
     )
     epsilon: Positive = 8.0
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    delta: Annotated[float, Field(ge=1e-30, lt=1)] = 1e-4
     clipping_norm: Positive = 1.0
-    noise_multiplier: Positive | None = Field(default=None, description="null calibrates it to epsilon")
+    noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e6)] | None = Field(
+        default=None, description="null calibrates it to epsilon"
+    )
     accountant: Literal["pld", "rdp", "prv"] = Field(
         default="pld", description="pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison"
     )

@@ -9,20 +9,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError
+from mpc_fl.parsing import DEEPEST, parse_yaml
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Apply `a.b=c` settings, values read as YAML. Raises `ConfigError` for a malformed setting."""
-    result = json.loads(json.dumps(values, default=str))
+    result = _plain(values)
     for setting in overrides:
         key, separator, text = setting.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {setting!r} is not of the form a.b=c", "for example --set training.rounds=3")
         *parents, last = key.strip().split(".")
+        if len(parents) > DEEPEST:
+            raise ConfigError(f"--set {setting[:60]!r} is nested too deeply", "shorten the key")
         node = result
         for parent in parents:
             child = node.get(parent)
@@ -33,10 +34,15 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             node = child
         try:
             # A dot is needed before an exponent in YAML floats; 1e-5 would stay a string, which pydantic parses.
-            node[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {setting!r}: the value is not YAML", "quote it") from None
+            node[last] = _plain(parse_yaml(text))
+        except ValueError:
+            raise ConfigError(f"--set {setting[:200]!r}: the value is not YAML that can be used", "quote it") from None
     return result
+
+
+def _plain(values: Any) -> Any:
+    """The same with texts for what JSON has no kind for: dates, sets, bytes."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -47,11 +53,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read configuration {path}: {reason}", "give the path of a YAML file") from None
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{where}: not valid YAML", "check the indentation and quotes there") from None
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}", "correct it there; mind indentation and quotes") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of sections", "start from one of the files in configs/")
     return parse_config(apply_overrides(values or {}, overrides or []), str(path))

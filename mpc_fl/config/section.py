@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Bound = Annotated[float, Field(allow_inf_nan=False)]
+_LARGEST = 2**53  # up to here a float holds every whole number, so arithmetic with both is exact
+Count = Annotated[int, Field(ge=1, le=_LARGEST)]
+Steps = Annotated[int, Field(ge=1, le=10**6)]  # of what is accounted for, one by one
+Whole = Annotated[int, Field(ge=0, le=_LARGEST)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 # What becomes of the hospitals' updates (`learning.TrainingSection` says what each does).
 Strategy = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd"]

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, party_subject
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, load_root, party_subject
 from mpc_fl.crypto.identity_files import private_pem, write_identity
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError
@@ -59,13 +59,7 @@ class Authority:
     def restore(cls, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Authority:
         """The authority that made this certificate with this key. Raises `IdentityError` when they do not fit."""
         fix = "restore both files of the authority from a backup"
-        try:
-            certificate.verify_directly_issued_by(certificate)
-            is_authority = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-        except UNSOUND:
-            is_authority = False
-        if not is_authority:
-            raise IdentityError("the root certificate is not an authority's own", fix)
+        load_root(pem(certificate), "the root certificate", fix)
         if key.public_key() != certificate.public_key():
             raise IdentityError("the authority's key does not belong to its root certificate", fix)
         authority = cls.__new__(cls)

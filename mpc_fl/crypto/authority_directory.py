@@ -32,7 +32,7 @@ from mpc_fl.crypto.certificate_record import Issued, lines_of, now, parse_record
 from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     ROOT_FILE,
-    UNSOUND,
+    load_root,
     private_key,
     verify_request,
     verify_revocation_list,
@@ -67,10 +67,7 @@ def read_root(directory: Path) -> x509.Certificate:
         os.path.lexists(directory / name) for name in (ROOT_FILE, KEY_FILE, RECORD_FILE)
     ):
         raise IdentityError(f"{directory} is no federation authority", f"make one with: mpc-fl pki init {directory}")
-    try:
-        return x509.load_pem_x509_certificate(_read(path))
-    except UNSOUND:
-        raise IdentityError(f"{path} is damaged", _RESTORE) from None
+    return load_root(_read(path), str(path), _RESTORE)
 
 
 def needs_passphrase(directory: Path) -> bool:

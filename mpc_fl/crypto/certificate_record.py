@@ -17,6 +17,7 @@ from cryptography.x509.oid import NameOID
 
 from mpc_fl.crypto.certificates import UNSOUND
 from mpc_fl.errors import IdentityError
+from mpc_fl.parsing import parse_json
 from mpc_fl.roles import role_of
 
 
@@ -105,7 +106,7 @@ def parse_record(content: bytes, root: x509.Certificate) -> list[Issued]:
 
 def _parse_line(line: bytes, root: x509.Certificate) -> Issued:
     """Raises one of `UNSOUND`, `KeyError` or `IndexError` when the line is not exactly what `Issued.line` writes."""
-    fields = json.loads(line)
+    fields = parse_json(line)
     certificate = x509.load_der_x509_certificate(base64.b64decode(fields["certificate"], validate=True))
     certificate.verify_directly_issued_by(root)
     item = Issued(certificate, fields["state"] == "revoked", datetime.datetime.fromisoformat(fields["at"]))

@@ -72,6 +72,26 @@ class Identity:
 # ---- checking a certificate --------------------------------------------------------------------------------------------
 
 
+def load_root(root_pem: bytes, where: str, fix: str = ASK_ADMINISTRATOR) -> x509.Certificate:
+    """The certificate of a federation's authority from its PEM; whoever reads one comes here, and says `where` it was.
+
+    Raises `IdentityError` when it is not PEM, not signed with the key that it holds itself (so a changed bit is found, not who
+    made it: only its fingerprint tells that), or not an authority's.
+    """
+    try:
+        root = x509.load_pem_x509_certificate(root_pem)
+    except UNSOUND:
+        raise IdentityError(f"{where} is not a certificate in PEM", fix) from None
+    try:
+        root.verify_directly_issued_by(root)
+        is_authority = root.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except UNSOUND:
+        is_authority = False
+    if not is_authority:
+        raise IdentityError(f"{where} is damaged or not an authority's: its own signature does not verify", fix)
+    return root
+
+
 def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> x509.Certificate:
     """Check that the federation of `trusted` certified the party `name`; return the certificate.
 
@@ -89,8 +109,9 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
     if certificate.public_bytes(serialization.Encoding.PEM) != certificate_pem:
         # It goes into files that are read again: text beside it could make such a file one that nobody can read.
         raise IdentityError(f"the certificate of {name} is PEM with something beside it", ASK_ADMINISTRATOR)
+    root = load_root(trusted.authority, f"the authority's certificate that {trusted.name} has")
     try:
-        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(trusted.authority))
+        certificate.verify_directly_issued_by(root)
     except UNSOUND:
         raise IdentityError(
             f"the certificate of {name} is not signed by this federation's authority", ASK_ADMINISTRATOR

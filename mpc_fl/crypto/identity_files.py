@@ -21,6 +21,7 @@ from mpc_fl.crypto.certificates import (
     ROOT_FILE,
     UNSOUND,
     Identity,
+    load_root,
     party_subject,
     plain_pem,
     private_key,
@@ -130,10 +131,7 @@ def load_identity(directory: Path, name: str) -> Identity:
         raise IdentityError(
             f"cannot read the identity of {name} in {directory}: {error.strerror}", ASK_ADMINISTRATOR
         ) from None
-    try:
-        authority = x509.load_pem_x509_certificate(authority_pem)
-    except UNSOUND:
-        raise IdentityError(f"{directory / ROOT_FILE} is not valid PEM", ASK_ADMINISTRATOR) from None
+    authority = load_root(authority_pem, str(directory / ROOT_FILE))
     with contextlib.suppress(*UNSOUND):  # what it is instead, `verify_certificate` says
         certificate_pem = plain_pem(certificate_pem)
     revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)

@@ -121,7 +121,7 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
         # Whoever has come back since takes the last model and signs the end.
         plan = attendance.plan(config.training.rounds + 1, 0, aggregator.weight_total, True)
         led.welcome(plan)
-        sign_end(ledger, links, plan.hospitals, aggregator)
         save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
+        sign_end(ledger, links, plan.hospitals, aggregator)
         announce_end(links, plan.hospitals, config.training.rounds)
     write_traffic(links, out)

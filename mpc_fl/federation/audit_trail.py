@@ -84,8 +84,11 @@ def _sign(
 def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], state: Hospital | Aggregator) -> None:
     """The last block: all sign that the run is complete, and which parameters, or which file, its model is.
 
-    `state` is that of the party itself: its model, what all have in common of it, and its normalisation of inputs.
+    `state` is that of the party itself: its model, what all have in common of it, and its normalisation of inputs. A run that
+    goes on only because a party could not keep that block has it from `begin_ledger`: nothing more is signed.
     """
+    if ledger.chain.ended:
+        return
     links.set_phase("reveal ledger")
     same = {"global model": tensor_digest(state.shared_parameters)}
     if not state.config.training.local_normalisation:

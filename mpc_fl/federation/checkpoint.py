@@ -29,6 +29,7 @@ from safetensors.torch import save
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.errors import MpcFlError
 from mpc_fl.files import written_whole
+from mpc_fl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,9 @@ def _read(path: Path, number: int, digest: str) -> Checkpoint:
     """A checkpoint that is whole. Raises `_DamagedError`, or `MpcFlError` for another version or configuration."""
     try:
         with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {}).get("mpc-fl", "{}"))
+            said = parse_json((file.metadata() or {}).get("mpc-fl", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
-    except (SafetensorError, OSError, ValueError, RecursionError):
+    except (SafetensorError, OSError, ValueError):
         raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW) from None
     if not isinstance(said, dict) or said.get("format") != _FORMAT:
         raise MpcFlError(f"the checkpoint {path} is of another version", _ANEW)

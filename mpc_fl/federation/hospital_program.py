@@ -86,9 +86,10 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             plans.behind = missed is not None
             if missed == "left out":
                 announce(links, AGGREGATOR, hospitals)
+        # Written first: who has signed the end has the model, so a full disk leaves a run that goes on.
+        save_model(out / "model.safetensors", hospital.model, config, hospital.normalisation)
         sign_end(ledger, links, plan.hospitals, hospital)
         await_end(links, config.training.rounds)
-        save_model(out / "model.safetensors", hospital.model, config, hospital.normalisation)
     write_traffic(links, out)
 
 

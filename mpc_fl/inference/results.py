@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import finite, write_text, written_whole
 from mpc_fl.learning.data.dataset import Dataset
+
+RESULTS_FILE = "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def _rounded(values: torch.Tensor | None) -> list[float] | None:
 
 
 def write_results(config: Config, images: Dataset, results: list[Diagnosis], out: Path) -> None:
-    """Write the hospital's results and, for its own report, its images (both readable by this user only).
+    """Write the hospital's results, then for its own report its images (both readable by this user only).
+
+    The results come first: a disk that fills up with images does not cost a diagnosis. Raises `MpcFlError`.
 
     Images with a doubtful result have none, see `require_no_doubt`.
     """
@@ -68,11 +72,14 @@ def write_results(config: Config, images: Dataset, results: list[Diagnosis], out
             "seconds": round(result.seconds, 4),
         }
         lines.append(json.dumps(finite(line)))
+    write_text(out / RESULTS_FILE, "".join(line + "\n" for line in lines))
     if not config.data.is_table:
         pixels = (images.inputs * 255).round().clamp(0, 255).to(torch.uint8)
-        with written_whole(out / "images.safetensors") as temporary:
-            save_file({"images": pixels.contiguous()}, temporary)
-    write_text(out / "results.jsonl", "".join(line + "\n" for line in lines))
+        try:
+            with written_whole(out / "images.safetensors") as temporary:
+                temporary.write_bytes(save({"images": pixels.contiguous()}))  # save_file hides what the system says
+        except MpcFlError as error:
+            raise type(error)(error.what, f"the diagnoses are in {RESULTS_FILE} beside it; {error.fix}") from None
 
 
 def require_no_doubt(results: list[Diagnosis]) -> None:

@@ -6,6 +6,7 @@ read from there: those about TLS are logged, its others dropped, everything else
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -45,4 +46,7 @@ def _read(reading: int, original: int) -> None:
                 said = f"refused a TLS hand-shake: {': '.join(part.strip() for part in reason[-2:])}"
                 refusals.count(said, said)
             elif not _GRPC_LINE.match(line):
-                os.write(original, line)
+                with contextlib.suppress(
+                    OSError
+                ):  # nobody reads it, or it is full; gRPC would wait for whoever reads here
+                    os.write(original, line)

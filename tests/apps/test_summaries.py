@@ -21,6 +21,7 @@ from mpc_fl.apps.summaries import (
     parse_summary,
 )
 from mpc_fl.apps.typed_json import typed
+from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.errors import DataError
 from mpc_fl.learning.models.evaluation import Evaluation
 
@@ -49,12 +50,13 @@ INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
     "comparison": {"largest_logit_difference": None, "classes_agree": True, "plaintext_seconds_per_image": 0.01},
+    "model_file": {"sha256": "5" * 64, "signed": False, "words": "could not be checked"}, "unreported": None,
     "results": [RESULT],
 }  # fmt: skip
 ASK: dict[str, Any] = {
     "kind": "ask", "name": "demo", "hospital": "hospital-2", "synthetic": False, "images": 1, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
-    "refused": "come back tomorrow", "revealed": "logits", "results": [RESULT],
+    "refused": "come back tomorrow", "revealed": "logits", "unreported": None, "results": [RESULT],
 }  # fmt: skip
 
 
@@ -74,7 +76,12 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
     trained = {key: value for key, value in TRAIN.items() if key != "kind"}
     made = [
         TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)]}),
-        DiagnosisSummary(**shared, skipped_files=0, comparison=Comparison(None, True, 0.01)),
+        DiagnosisSummary(
+            **shared,
+            skipped_files=0,
+            comparison=Comparison(None, True, 0.01),
+            model_file=ModelOrigin("5" * 64, False, "could not be checked"),
+        ),  # fmt: skip
         ServedDiagnosisSummary(**shared, hospital="hospital-2", refused=ASK["refused"], revealed="logits"),
     ]
     assert [json.dumps(summary.to_json()) for summary in made] == [json.dumps(kind) for kind in (TRAIN, INFER, ASK)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.crypto.authority import Authority, make_local_identities
-from mpc_fl.crypto.certificates import REVOCATION_FILE, Identity, host_name, sign, verify_certificate, verify_signature
+from mpc_fl.crypto.authority_directory import AuthorityDirectory, read_root
+from mpc_fl.crypto.certificates import (
+    REVOCATION_FILE,
+    ROOT_FILE,
+    Identity,
+    host_name,
+    sign,
+    verify_certificate,
+    verify_signature,
+)
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import IdentityError
 
@@ -36,7 +47,8 @@ class Root:
     def __init__(self, subject: str = "root") -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
-        self.certificate = pem(self._sign(self.subject, self.key.public_key(), NOW - DAY, NOW + DAY, {}))
+        extensions = {"constraints": x509.BasicConstraints(ca=True, path_length=0)}
+        self.certificate = pem(self._sign(self.subject, self.key.public_key(), NOW - DAY, NOW + DAY, extensions))
 
     def _sign(self, subject: x509.Name, key: Any, start: Any, end: Any, extensions: dict[str, Any]) -> x509.Certificate:
         builder = x509.CertificateBuilder().subject_name(subject).issuer_name(self.subject).public_key(key)
@@ -121,6 +133,39 @@ def test_an_unsound_certificate_is_refused(case: str) -> None:
     with pytest.raises(IdentityError, match=reason) as caught:
         verify_certificate(make(), "hospital-0", TRUSTED)
     assert "\n" not in str(caught.value)
+
+
+def broken_root(certificate: bytes) -> bytes:
+    """The same certificate with one bit of its own signature changed, which no DER reader minds."""
+    encoded = bytearray(x509.load_pem_x509_certificate(certificate).public_bytes(serialization.Encoding.DER))
+    encoded[-1] ^= 1
+    return pem(x509.load_der_x509_certificate(bytes(encoded)))
+
+
+def test_a_root_whose_own_signature_does_not_verify_is_refused_wherever_it_is_read(tmp_path: Path) -> None:
+    """On the old code each of these accepted it, but for the authority that is about to sign."""
+    with pytest.raises(IdentityError, match="aggregator has is damaged or not an authority's: its own signature"):
+        verify_certificate(
+            ROOT.certify(), "hospital-0", Identity("aggregator", b"", broken_root(ROOT.certificate), b"")
+        )
+    party_as_root = Identity("aggregator", b"", ROOT.certify(), b"")
+    with pytest.raises(IdentityError, match="not an authority's"):
+        verify_certificate(ROOT.certify(), "hospital-0", party_as_root)
+    site = tmp_path / "hospital-0"
+    make_local_identities(["hospital-0"], {"hospital-0": site})
+    sound = load_identity(site, "hospital-0")
+    RevealLedger(tmp_path / "sound", sound)
+    path = site / ROOT_FILE
+    path.write_bytes(broken_root(path.read_bytes()))
+    with pytest.raises(IdentityError, match=f"{path} is damaged or not an authority's"):
+        load_identity(site, "hospital-0")
+    with pytest.raises(IdentityError, match="its own signature does not verify"):
+        RevealLedger(tmp_path / "ledger", replace(sound, authority=path.read_bytes()))
+    fed = tmp_path / "fed"
+    AuthorityDirectory.create(fed, "ward")
+    (fed / ROOT_FILE).write_bytes(broken_root((fed / ROOT_FILE).read_bytes()))
+    with pytest.raises(IdentityError, match=f"{fed / ROOT_FILE} is damaged.*restore it from a backup"):
+        read_root(fed)
 
 
 def test_a_hospitals_certificate_is_not_an_aggregators() -> None:

@@ -19,12 +19,22 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.errors import ConfigError, RefusedError
+from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 
 if TYPE_CHECKING:
-    from mpc_fl.apps.summaries import AnyDiagnosisSummary
+    from mpc_fl.apps.summaries import AnyDiagnosisSummary, Comparison
+    from mpc_fl.audit.model_origin import ModelOrigin
     from mpc_fl.config.config import Config
+
+LedgerOfModel = Annotated[
+    Path | None,
+    typer.Option("--ledger", metavar="FILE_OR_RUN", help="Reveal ledger of the model's training. Default: beside it."),
+]
+AuthorityOfModel = Annotated[
+    Path | None,
+    typer.Option("--authority", metavar="FILE", help="That federation's certificate. Default: beside the ledger."),
+]
 
 
 def infer(
@@ -39,6 +49,8 @@ def infer(
     identity: Annotated[Path | None, typer.Option(help="This hospital's key and certificate, to ask a server.")] = None,
     server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Model owner to ask (mpc-fl serve).")] = None,
     dealer: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server's dealer.")] = None,
+    ledger: LedgerOfModel = None,
+    authority: AuthorityOfModel = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -46,6 +58,8 @@ def infer(
 
     Three processes: hospital, model owner, dealer. Only the hospital learns the result. With
     --set inference.plaintext_reference=true the same images are also run in the clear, to compare.
+    The model file is held against the digest that all parties of its training signed, if their ledger
+    is beside it or given with --ledger; another file is refused.
 
     With --identity this process is a hospital alone and asks a model owner that stays up (mpc-fl serve); addresses that
     --server and --dealer do not give are those in the configuration's federation.addresses. With --set site.pool=DIR
@@ -56,29 +70,53 @@ def infer(
     if identity is not None or server is not None or dealer is not None:
         from mpc_fl.inference.serving.client import asking
 
+        if ledger is not None or authority is not None:
+            raise ConfigError("the model and its ledger are the server's", "leave --ledger and --authority out")
         settings = configure(config, overrides, images=images, identity=identity)
         _ask(asking(settings, server, dealer), out, model, as_json)
         return
     if model is None:
         raise ConfigError("no model was given", "pass --model FILE, or --identity DIR to ask a server")
-    settings = configure(config, overrides, model=model, images=images)
+    given = {"model": model, "reveal_ledger": ledger, "authority": authority}
+    settings = configure(config, overrides, images=images, **given)
     with start_early(settings, "infer") as starter:  # it imports while this process does
         from mpc_fl.apps.runs import local_runs as run
 
         with progress_bars() as progress:
             summary = run.infer(settings, out, command_line(), progress, starter)
     if as_json:
-        print_json({**summary.to_json(), "report": str(out / "report.html")})
+        _print_summary(summary, out)
         return
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     _say_diagnoses(summary)
+    if summary.model_file is not None:
+        say(f"The model file {summary.model_file.words}.")
     if summary.comparison is not None:
-        difference = summary.comparison.largest_logit_difference
-        agree = "agree" if summary.comparison.classes_agree else "DIFFER"
-        logits = "logits not opened" if difference is None else f"largest logit difference {difference:.5f}"
-        say(f"Encrypted and plaintext classes {agree}; {logits}.")
+        _say_comparison(summary.comparison)
     say_skipped(summary.skipped_files)
+    _say_report(summary, out)
+
+
+def _say_comparison(comparison: Comparison) -> None:
+    """The encrypted diagnoses beside those in the clear."""
+    difference, agree = comparison.largest_logit_difference, "agree" if comparison.classes_agree else "DIFFER"
+    logits = "logits not opened" if difference is None else f"largest logit difference {difference:.5f}"
+    say(f"Encrypted and plaintext classes {agree}; {logits}.")
+
+
+def _print_summary(summary: AnyDiagnosisSummary, out: Path) -> None:
+    """All for machines. Raises `MpcFlError` after it where the report could not be written."""
+    report = None if summary.unreported else str(out / "report.html")
+    print_json({**summary.to_json(), "report": report})
+    if summary.unreported:
+        raise MpcFlError(summary.unreported, f"make it with: mpc-fl report {out}")
+
+
+def _say_report(summary: AnyDiagnosisSummary, out: Path) -> None:
+    """Where it is. Raises `MpcFlError` where it could not be written: all else has been said."""
+    if summary.unreported:
+        raise MpcFlError(summary.unreported, f"the diagnoses are above and in {out}")
     say(f"Report: {out / 'report.html'}")
 
 
@@ -91,7 +129,7 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
     with progress_bars() as progress:
         summary = run.ask(settings, out, command_line(), progress)
     if as_json:
-        print_json({**summary.to_json(), "report": str(out / "report.html")})
+        _print_summary(summary, out)
     else:
         if summary.synthetic:
             say("Data: SYNTHETIC phantoms, not patients.")
@@ -101,7 +139,7 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
             if summary.revealed == "label"
             else "Opened: logits, by the model owner's choice."
         )
-        say(f"Report: {out / 'report.html'}")
+        _say_report(summary, out)
     if summary.refused:
         raise RefusedError(summary.refused)
 
@@ -117,6 +155,8 @@ def serve(
     role: Annotated[str, typer.Option(help="With --identity: model-owner, or dealer for the dealer it works with.")] = (
         MODEL_OWNER
     ),
+    ledger: LedgerOfModel = None,
+    authority: AuthorityOfModel = None,
     overrides: Overrides = None,
 ) -> None:
     """Keep a model owner up that answers any hospital of the federation, until Ctrl-C.
@@ -129,11 +169,14 @@ def serve(
     --identity model owner and dealer run here, with identities for all hospitals in OUT/parties/NAME/identity.
     """
     from mpc_fl.apps.runs.launcher import start_early
-    from mpc_fl.apps.runs.party_process import run_alone, set_up_log
+    from mpc_fl.apps.runs.party_log import set_up_log
+    from mpc_fl.apps.runs.party_process import run_alone
 
-    settings = configure(config, overrides, model=model, identity=identity, out=out)
+    given = {"model": model, "reveal_ledger": ledger, "authority": authority}
+    settings = configure(config, overrides, identity=identity, out=out, **given)
 
-    def tell(federation: Path) -> None:
+    def tell(federation: Path, origin: ModelOrigin) -> None:
+        say(f"The model file {origin.words}.")
         what = "the label alone" if settings.with_values(task="serve").reveal == "label" else "LOGITS, as configured"
         say(f"Hospitals get {what}.")
         say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / HOSPITAL / 'identity'} --out DIR")

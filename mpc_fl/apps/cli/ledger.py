@@ -22,7 +22,7 @@ from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, to_json
-from mpc_fl.crypto.certificates import ROOT_FILE, UNSOUND
+from mpc_fl.crypto.certificates import ROOT_FILE, load_root
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError
 
@@ -262,10 +262,7 @@ def _blocks(copy: Copy) -> list[Block]:
 def _authority(path: Path) -> x509.Certificate:
     if not path.exists():
         raise MpcFlError(f"there is no {path}", "give the federation's certificate with --authority")
-    try:
-        return x509.load_pem_x509_certificate(_read(path))
-    except UNSOUND:
-        raise MpcFlError(f"{path} is not a certificate in PEM", "give the federation's with --authority") from None
+    return load_root(_read(path), str(path), "give the federation's certificate with --authority")
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,7 @@ import signal
 from typing import TYPE_CHECKING, NoReturn
 
 from mpc_fl.errors import MpcFlError
+from mpc_fl.exhaustion import exhaustion
 
 if TYPE_CHECKING:
     import typer
@@ -30,6 +31,9 @@ def _interrupted(number: int, _frame: object) -> NoReturn:
 
 def main() -> None:
     """Run the command in `sys.argv`: one line per error and its exit code, never a traceback for what a user can mend."""
+    from mpc_fl.apps.cli.standard_streams import open_standard_streams
+
+    open_standard_streams()
     from mpc_fl.files import OTHERS_MAY_NOTHING
 
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
@@ -41,9 +45,8 @@ def main() -> None:
         raise SystemExit(_run())
     except MpcFlError as error:
         _end(str(error), error.exit_code)
-    except OSError as error:
-        where = f" of {error.filename}" if error.filename else ""
-        _end(f"input or output{where} failed: {error.strerror}: check permissions and free space", 1)
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        _end_exhausted(error)
     except Interrupted as error:
         _end(f"interrupted by {signal.Signals(error.args[0]).name}: nothing was left running", 128 + error.args[0])
     finally:
@@ -57,9 +60,12 @@ def _run() -> int:
     import typer
 
     from mpc_fl.apps.cli.commands import app
+    from mpc_fl.apps.cli.standard_streams import flush_output
 
     try:
-        return int(app(prog_name="mpc-fl", standalone_mode=False) or 0)
+        code = int(app(prog_name="mpc-fl", standalone_mode=False) or 0)
+        flush_output()
+        return code
     except typer.TyperException as error:
         if error.format_message():
             _end(_wrong_usage(error), error.exit_code)
@@ -73,6 +79,17 @@ def _wrong_usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     see = "" if context is None else f": see {context.command_path} --help"
     return what[:1].lower() + what[1:] + see
+
+
+def _end_exhausted(error: Exception) -> NoReturn:
+    """What the system refused, in one line. Raises `error` again where it says something else."""
+    found = exhaustion(error)
+    if found is None:
+        raise error
+    if isinstance(error, MemoryError):  # there is none left to say it in colour, nor for what libraries do at the end
+        os.write(2, f"mpc-fl: {found}\n".encode())
+        os._exit(found.exit_code)
+    _end(str(found), found.exit_code)
 
 
 def _end(message: str, code: int) -> NoReturn:

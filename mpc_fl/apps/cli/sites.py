@@ -40,7 +40,8 @@ def party(
 
     The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
     """
-    from mpc_fl.apps.runs.party_process import run_alone, set_up_log
+    from mpc_fl.apps.runs.party_log import set_up_log
+    from mpc_fl.apps.runs.party_process import run_alone
     from mpc_fl.apps.runs.placement import party_of, site_of
 
     settings = configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)

@@ -53,7 +53,9 @@ def train(
     settings = configure(config, overrides, data=data, privacy_ledger=ledger)
     with start_early(settings, "train") as starter:
         from mpc_fl.apps.runs import local_runs as run
+        from mpc_fl.apps.runs.run_directory import require_free
 
+        require_free(out, resume)
         _preflight(settings)
         _say_shared_patients(settings, as_json)
         with progress_bars() as progress:

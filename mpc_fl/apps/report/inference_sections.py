@@ -85,10 +85,11 @@ def diagnosis(run: Run) -> Markup:
     if known:
         right = sum(result.label == result.predicted for result in known)
         facts.append(("Right", f"{right} of {len(known)}", "images whose true class is known"))
-    refused = summary.refused
+    origin, refused = summary.model_file, summary.refused
     signed = (run.directory / f"parties/{run.hospital}/{RECEIPTS_FILE}").is_file()
     return Markup(
         tiles(facts)
+        + (paragraph(f"The model file {origin.words}.", "soft" if origin.signed else "warning") if origin else "")
         + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else "")
         + (paragraph(_RECEIPTS, "soft") if signed else "")
     )

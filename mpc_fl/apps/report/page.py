@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from mpc_fl.apps.report import common_sections, inference_sections, training_sections
 from mpc_fl.apps.report.markup import STYLE_SHEET, Markup, escape, paragraph
 from mpc_fl.apps.report.run_files import Run, guarded
@@ -18,6 +16,7 @@ from mpc_fl.apps.rows import read_text
 from mpc_fl.apps.summaries import SUMMARY_FILE, parse_summary
 from mpc_fl.errors import DataError
 from mpc_fl.files import write_text
+from mpc_fl.parsing import parse_yaml
 
 _Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
 _TRAINING: _Sections = {
@@ -51,8 +50,8 @@ def _load(run_dir: Path) -> Run:
             f"{run_dir} is not a finished run: {error}", "give the --out of a finished train or infer"
         ) from None
     try:
-        config = yaml.safe_load(read_text(run_dir, "config.yaml"))
-    except (DataError, yaml.YAMLError):
+        config = parse_yaml(read_text(run_dir, "config.yaml"))
+    except (DataError, ValueError):
         config = None
     return Run(run_dir, header, content, config if isinstance(config, dict) else {})
 

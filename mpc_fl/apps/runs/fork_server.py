@@ -22,6 +22,7 @@ Only the standard library is imported here, so that the server's own start costs
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -56,12 +57,18 @@ def main() -> NoReturn:
         gc.freeze()
         launcher.sendall(READY)
         code = _serve(launcher, sys.modules[program].party_process)
-    except (ImportError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            launcher.sendall(f"{type(error).__name__}: {error}".encode())
-    except OSError:  # the launcher is gone
+    except ConnectionError:  # the launcher is gone
         pass
+    except (ImportError, RuntimeError, MemoryError, OSError) as error:
+        with contextlib.suppress(OSError):
+            launcher.sendall(_described(error).encode())
     os._exit(code)
+
+
+def _described(error: Exception) -> str:
+    from mpc_fl.exhaustion import exhaustion  # of the standard library, too; imported only here
+
+    return str(exhaustion(error) or f"{type(error).__name__}: {error}")
 
 
 def _import_all(modules: Sequence[str], launcher: socket.socket) -> None:
@@ -109,6 +116,8 @@ def _serve(launcher: socket.socket, party_process: Callable[[Connection], NoRetu
             if not message:
                 _end_all(parties)
                 return 0
+            if len(descriptors) != 2:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             pipe, ends = (Connection(descriptor) for descriptor in descriptors)
             require_one_thread()
             process = os.fork()

@@ -234,6 +234,6 @@ def _explain(failures: list[_Party]) -> RunFailedError:
         return RunFailedError(
             _how(first), "none serves without the other, so both were stopped; start mpc-fl serve again"
         )
-    if first.process.exitcode == -signal.SIGKILL:
+    if first.process.exitcode in (-signal.SIGKILL, -signal.SIGABRT, -signal.SIGBUS):
         return RunFailedError(_how(first), f"{stopped}; the system does that too when memory runs out")
     return RunFailedError(_how(first), stopped)

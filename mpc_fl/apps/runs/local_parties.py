@@ -16,6 +16,9 @@ from mpc_fl.errors import ConfigError, LinkError
 from mpc_fl.files import write_text
 from mpc_fl.roles import HOSPITAL_ROLE, MODEL_OWNER, role_of
 
+_OWN_FILES = {"data": HOSPITAL_ROLE, "images": HOSPITAL_ROLE, "privacy_ledger": HOSPITAL_ROLE, "model": MODEL_OWNER,
+              "reveal_ledger": MODEL_OWNER, "authority": MODEL_OWNER}  # fmt: skip
+
 
 def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
     """Loopback addresses: consecutive ports from `first_port`, or ports the system has free.
@@ -49,7 +52,10 @@ def _session(run_dir: Path) -> str:
     path = run_dir / "session"
     if not path.exists():
         write_text(path, secrets.token_hex(16))
-    return path.read_text(encoding="ascii")
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{path} is damaged", "restore it, or start the run anew in another directory") from None
 
 
 def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
@@ -75,8 +81,7 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
         }
         role = role_of(name)
         # A party is told only of the files of its own role.
-        for key, owner in (("data", HOSPITAL_ROLE), ("images", HOSPITAL_ROLE), ("model", MODEL_OWNER),
-                           ("privacy_ledger", HOSPITAL_ROLE)):  # fmt: skip
+        for key, owner in _OWN_FILES.items():
             if role != owner:
                 site[key] = None
         placed[name] = config.with_values(federation=federation, site=site)

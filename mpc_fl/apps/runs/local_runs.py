@@ -2,13 +2,15 @@
 
 While a run works its directory is `<out>.partial`. It is renamed to `<out>` when everything is written; after a failure
 `<out>.failed` keeps configuration and logs, what was revealed and spent, and where a round was completed what it takes to
-go on from there: checkpoints and the parties' keys.
+go on from there: checkpoints and the parties' keys. These go last, when nothing is left to write: a disk that fills up with
+the last file of a run costs nothing but that file.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,14 @@ from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.party_process import run_alone
 from mpc_fl.apps.runs.party_starter import PartyStarter
-from mpc_fl.apps.runs.run_directory import count_parameters, forget_identities, run_directory, versions
+from mpc_fl.apps.runs.run_directory import (
+    count_parameters,
+    forget_identities,
+    keep_authority,
+    require_free,
+    run_directory,
+    versions,
+)
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
     Comparison,
@@ -30,6 +39,7 @@ from mpc_fl.apps.summaries import (
     TrainingSummary,
 )
 from mpc_fl.apps.typed_json import typed
+from mpc_fl.audit.model_origin import ModelOrigin, model_origin
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
@@ -38,6 +48,7 @@ from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
+from mpc_fl.exhaustion import system_error
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
@@ -50,6 +61,7 @@ from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
+_OF_ALL = ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE)
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
 
@@ -65,17 +77,15 @@ def train(
 
     Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
     """
+    require_free(out, resume)
     config = config.with_values(task="train", site={"resume": resume})
     with run_directory(out, resume) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
-        began = time.monotonic()
+        began, aggregator = time.monotonic(), directory / "parties" / AGGREGATOR
+        _move(directory, aggregator)  # where a run that failed when all parties had finished has them
         lost = launch(config, directory, progress, starter)
-        aggregator = directory / "parties" / AGGREGATOR
-        for name in ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE):
-            (aggregator / name).rename(directory / name)
-        forget_identities(config, directory)
-        for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
-            checkpoint.unlink()
+        _move(aggregator, directory)
+        keep_authority(config, directory)
         rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
         hospitals = [name for name in party_names(config) if is_hospital(name)]
         last, evaluated = _last_rounds(directory, hospitals), [line for line in rounds if line.evaluation is not None]
@@ -97,7 +107,17 @@ def train(
             lost=lost,
         )
         _conclude(directory, summary)
+        forget_identities(config, directory)
+        for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
+            checkpoint.unlink()
     return summary
+
+
+def _move(source: Path, target: Path) -> None:
+    """What the aggregator has for all, as far as it is there."""
+    for name in _OF_ALL:
+        if (source / name).exists():
+            (source / name).replace(target / name)
 
 
 def _last_rounds(directory: Path, hospitals: list[str]) -> dict[str, HospitalRound]:
@@ -127,6 +147,22 @@ def _conclude(directory: Path, summary: Summary) -> None:
     write_report(directory)
 
 
+def _unreported(directory: Path, summary: Summary, config: Config | None = None) -> str | None:
+    """The same of a diagnosis, which is not lost when these do not fit the disk: then why.
+
+    With `config` the authority's certificate of a run on this machine is kept, too.
+    """
+    try:
+        if config is not None:
+            keep_authority(config, directory)
+        _conclude(directory, summary)
+    except MpcFlError as error:
+        return f"the diagnoses are written and the report is not: {error.what}"
+    except OSError as error:
+        return f"the diagnoses are written and the report is not: {system_error(error).what}"
+    return None
+
+
 def infer(
     config: Config, out: Path, command: str, progress: Progress, starter: PartyStarter | None = None
 ) -> DiagnosisSummary:
@@ -134,8 +170,10 @@ def infer(
     config = config.with_values(task="infer")
     if config.site.model is None:
         raise ConfigError("no model was given", "pass --model FILE")
+    require_free(out)
     # What is wrong with model, network or images is told before processes start.
     require_supported(config, load_model(config.site.model, config))
+    origin = model_origin(config.site.model, config.site.reveal_ledger, config.site.authority)
     images = load_images(config.site.images, config, config.inference.limit)
     import mpc_fl.apps.report.page  # noqa: F401 - while the parties' process still imports, not when all wait for the report
 
@@ -143,7 +181,6 @@ def infer(
         write_text(directory / "config.yaml", config.to_yaml())
         began = time.monotonic()
         launch(config, directory, progress, starter)
-        forget_identities(config, directory)
         results = _results(directory / "parties" / HOSPITAL)
         comparison = _compare(config, images, results, directory) if config.inference.plaintext_reference else None
         summary = DiagnosisSummary(
@@ -157,9 +194,11 @@ def infer(
             command=command,
             versions=versions(),
             comparison=comparison,
+            model_file=origin,
             results=results,
         )
-        _conclude(directory, summary)
+        summary = replace(summary, unreported=_unreported(directory, summary, config))
+        forget_identities(config, directory)
     return summary
 
 
@@ -176,19 +215,21 @@ def serve(
     config: Config,
     directory: Path,
     progress: Progress,
-    tell: Callable[[Path], None],
+    tell: Callable[[Path, ModelOrigin], None],
     starter: PartyStarter | None = None,
 ) -> None:
     """Keep a model owner and a dealer up in local processes until an interrupt; `directory` is kept from start to start.
 
     Makes identities for them and all hospitals of the federation in `directory`/parties/NAME/identity, and tells `tell` the
-    path of the configuration that hospitals ask with. Raises `RunFailedError` when one of the two fails.
+    path of the configuration that hospitals ask with, and whether the model is the one that was signed. Raises
+    `RunFailedError` when one of the two fails.
     """
     config = config.with_values(task="serve")
     require_servable(config)
     if config.site.model is None:
         raise ConfigError("no model was given", "pass --model FILE")
     require_supported(config, load_model(config.site.model, config))
+    origin = model_origin(config.site.model, config.site.reveal_ledger, config.site.authority)
     servers = party_names(config)
     names = [*servers, *hospital_names(config.federation.hospitals)]
     directories = {name: directory / "parties" / name / "identity" for name in names}
@@ -206,7 +247,7 @@ def serve(
         if phase == "serving":
             serving.add(party)
             if serving == set(servers):
-                tell(directory / "federation.yaml")
+                tell(directory / "federation.yaml", origin)
 
     serving: set[str] = set()
     launch(config, directory, ready, starter)
@@ -218,12 +259,12 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
     `refused` in it says why not all images were answered. Raises `RefusedError` when none was.
     """
     config = config.with_values(task="serve")
+    require_free(out)
     name = asking_hospital(config)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", config.to_yaml())
-        write_text(
-            directory / ROOT_FILE, identity_of(config, name).authority.decode("ascii")
-        )  # to verify receipts with
+        root = identity_of(config, name).authority.decode("ascii")  # to verify receipts with
+        write_text(directory / ROOT_FILE, root)
         own = directory / "parties" / name
         config = config.with_values(site={"out": str(own)})
         began, refused = time.monotonic(), None
@@ -248,7 +289,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
             revealed=("label" if results[0].logits is None else "logits") if results else None,
             results=results,
         )
-        _conclude(directory, summary)
+        summary = replace(summary, unreported=_unreported(directory, summary))
     return summary
 
 

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpc_fl.apps.runs.memory import peak_memory
+from mpc_fl.apps.runs.party_log import say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
+from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
@@ -45,17 +47,6 @@ def _end_with_launcher(pipe: Connection) -> None:
         from mpc_fl.inference.serving.stopping import stop_because
 
         stop_because(PeerLostError(told["ended"], told["how"], f"see the log of {told['ended']}"))
-
-
-def set_up_log(path: Path | None) -> None:
-    """Send this process's log to a file, or to standard error."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
-    logging.basicConfig(
-        level=logging.INFO, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
 
 
 def wait_for_locks_with_patience() -> None:
@@ -85,11 +76,18 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
 
 
 def unforeseen(error: BaseException) -> MpcFlError:
-    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost."""
+    """Log and name an error that no code foresaw by its type and place: its message could quote data, so it is lost.
+
+    What the system refused (`exhaustion`) is no defect, and told as what it is.
+    """
     log = logging.getLogger("mpc_fl")
+    found = exhaustion(error)
     frames = traceback.extract_tb(error.__traceback__)
     for frame in frames:
         log.error("at %s:%s in %s", frame.filename, frame.lineno, frame.name)
+    if found is not None:
+        log.error("%s", found)
+        return found
     log.error("unexpected %s", type(error).__name__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown place"
     return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
@@ -121,7 +119,6 @@ def party_process(pipe: Connection) -> NoReturn:
     _show_name(name)
     os.umask(OTHERS_MAY_NOTHING)
     lock = threading.Lock()
-    threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
 
     def tell(**event: Any) -> None:
         try:
@@ -133,6 +130,7 @@ def party_process(pipe: Connection) -> NoReturn:
     log = logging.getLogger("mpc_fl")
     code = 0
     try:
+        threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
         config = parse_config(told["values"], f"configuration of {name}")
         set_up_log(config.site.log)
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
@@ -142,7 +140,10 @@ def party_process(pipe: Connection) -> NoReturn:
         tell(error=str(error), peer=error.cause if isinstance(error, PeerLostError) else None, time=time.time())
         code = error.exit_code
     except BaseException as error:  # noqa: BLE001 - the last frame of the process: report, then end with a code
-        tell(error=str(unforeseen(error)), peer=None, time=time.time())
-        code = MpcFlError.exit_code
+        found = unforeseen(error)
+        tell(error=str(found), peer=None, time=time.time())
+        code = found.exit_code
+    if code == 0:
+        say_lost_log(config.site.log)
     logging.shutdown()
     os._exit(code)  # threads of a lost link must not keep the process

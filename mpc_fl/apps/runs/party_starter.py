@@ -160,7 +160,12 @@ class PartyStarter:
         Raises `RunFailedError` when the server is gone.
         """
         here, there = multiprocessing.Pipe()
-        events, ends = multiprocessing.Pipe(duplex=False)
+        try:
+            events, ends = multiprocessing.Pipe(duplex=False)
+        except OSError:  # of files that this process may open: those at hand serve the cleaning up
+            here.close()
+            there.close()
+            raise
         try:
             with there, ends:
                 socket.send_fds(self._socket, [b"."], [there.fileno(), ends.fileno()])
@@ -176,7 +181,7 @@ class PartyStarter:
             return RunFailedError(f"{what} cannot be started: {self._refusal}")
         self._listen()
         if self._said not in (b"", READY):
-            return RunFailedError(f"the parties' modules cannot be shared: {self._said.removeprefix(READY).decode()}")
+            return RunFailedError(f"{what} failed: {self._said.removeprefix(READY).decode('utf-8', 'replace')}")
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
         return RunFailedError(f"{what} {how}", "all parties were stopped")
 

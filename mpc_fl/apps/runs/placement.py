@@ -87,6 +87,6 @@ def _listed(names: list[str]) -> str:
 
 def _number(environment: Mapping[str, str], key: str) -> int:
     text = environment.get(key, "")
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ConfigError(f"{key} is {text[:20]!r}, not a number", f"let the launcher set {key}, or give a role")
     return int(text)

@@ -14,12 +14,38 @@ from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, MpcFlError
 from mpc_fl.files import write_text
+from mpc_fl.inference.results import RESULTS_FILE
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.roles import AGGREGATOR
 
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
+_KEPT = (LEDGER_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run that failed
+
+
+def require_free(out: Path, resume: bool = False) -> None:
+    """Before anything is read: a run can become `out`, or there is one to go on with. Raises `ConfigError`."""
+    try:
+        if out.exists() or out.is_symlink():
+            raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
+        partial, failed = _beside(out)
+        if resume and not _resumable(partial if partial.exists() else failed):
+            raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
+        if not resume and partial.exists():
+            raise _in_use(partial)
+    except OSError as error:
+        raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """Where a run is while it works, and after it failed."""
+    return out.with_name(out.name + ".partial"), out.with_name(out.name + ".failed")
+
+
+def _in_use(partial: Path) -> ConfigError:
+    dead = "go on with it with --resume, or remove it," if _resumable(partial) else "remove it"
+    return ConfigError(f"{partial} exists", f"another run is using it; {dead} if that one is dead")
 
 
 @contextlib.contextmanager
@@ -28,26 +54,25 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
 
     Raises `ConfigError` when `out` exists: results are never overwritten; or when there is nothing to go on with.
     """
+    require_free(out, resume)
+    partial, failed = _beside(out)
     try:
-        if out.exists() or out.is_symlink():
-            raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
-        partial, failed = (out.with_name(out.name + suffix) for suffix in (".partial", ".failed"))
-        if resume:
-            if not partial.exists() and _resumable(failed):
-                failed.rename(partial)
-            if not _resumable(partial):
-                raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
-        else:
+        if not resume:
             partial.mkdir(parents=True)
+        elif not partial.exists():
+            failed.rename(partial)
     except FileExistsError:
-        raise ConfigError(f"{partial} exists", "another run is using it; remove it if that one is dead") from None
+        raise _in_use(partial) from None
     except OSError as error:
         raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
     try:
         yield partial
         partial.rename(out)
     except BaseException:
-        _keep_logs(partial, failed)
+        with contextlib.suppress(
+            OSError
+        ):  # of what is full already: everything is left where it is, and the error goes on
+            _keep_logs(partial, failed)
         raise
 
 
@@ -57,9 +82,9 @@ def _resumable(directory: Path) -> bool:
 
 
 def _keep_logs(partial: Path, failed: Path) -> None:
-    """Logs and configuration, and what was revealed until then: reveal ledgers and receipts, with the certificate."""
+    """Logs and configuration, and what was revealed until then: diagnoses, reveal ledgers, receipts, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
-    logs, receipts = partial / "logs", list(partial.rglob(RECEIPTS_FILE))
+    logs, receipts = partial / "logs", [*partial.rglob(RECEIPTS_FILE), *partial.rglob(RESULTS_FILE)]
     if _resumable(partial):
         for half in partial.rglob(".*.partial"):  # a party was ended while it wrote a file (`files.written_whole`)
             half.unlink()
@@ -71,7 +96,7 @@ def _keep_logs(partial: Path, failed: Path) -> None:
             logs.rename(failed / "logs")
         if (partial / "config.yaml").is_file():
             (partial / "config.yaml").rename(failed / "config.yaml")
-        for path in [path for name in (LEDGER_FILE, OPENINGS_FILE, RECEIPTS_FILE) for path in partial.rglob(name)]:
+        for path in [path for name in _KEPT for path in partial.rglob(name)]:
             kept = failed / path.relative_to(partial)
             kept.parent.mkdir(parents=True, exist_ok=True)
             path.rename(kept)
@@ -102,10 +127,17 @@ def count_parameters(path: Path, config: Config) -> int:
     return sum(parameter.numel() for parameter in load_model(path, config).parameters() if parameter.requires_grad)
 
 
-def forget_identities(config: Config, directory: Path) -> None:
-    """Keys of a local run serve only that run; the authority's certificate stays, to verify the reveal ledger with."""
+def keep_authority(config: Config, directory: Path) -> None:
+    """The authority's certificate in a run's own directory, to verify the reveal ledger with."""
     root = directory / "parties" / party_names(config)[0] / "identity" / ROOT_FILE
-    write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
+    try:
+        write_text(directory / ROOT_FILE, root.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError):
+        raise MpcFlError(f"{root} cannot be read", "start the run anew in another directory") from None
+
+
+def forget_identities(config: Config, directory: Path) -> None:
+    """Keys of a local run serve only that run. Nothing is written, so a full disk does not keep them."""
     (directory / "session").unlink(missing_ok=True)
     for name in party_names(config):
         identity = directory / "parties" / name / "identity"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.audit.opening_record import Opening, OpeningRecord, Record
 from mpc_fl.audit.receipt_file import ReceiptFile
 from mpc_fl.config.config import Config
@@ -184,7 +185,10 @@ class ModelService:
 def serve_model(config: Config, notify: Notify, until: Callable[[], None], observer: Observer | None = None) -> None:
     """The model owner: serve hospitals until `until` returns or raises. Raises `MpcFlError` for what prevents a start."""
     party, out, serving = standing_party(config, MODEL_OWNER), site_directory(config), config.serving
-    model = served_model(config)
+    model, site = served_model(config), config.site
+    assert site.model is not None  # `served_model` has read it
+    origin = model_origin(site.model, site.reveal_ledger, site.authority)
+    log.log(logging.INFO if origin.signed else logging.WARNING, "the model file %s", origin.words)
     model = replace(model, commitment=commitment_to(model, out))
     say_what_is_revealed(config, model)
     notify("load model", 1, 1)

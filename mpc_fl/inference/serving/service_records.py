@@ -7,7 +7,6 @@ charges are in the database, and `taken_over` says so, before the file gets anot
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from mpc_fl.database.database import Database, Transaction
 from mpc_fl.database.schema import ChainedTable, Schema
 from mpc_fl.database.taking_over import TAKEN_OVER, take_over
 from mpc_fl.errors import StorageError
+from mpc_fl.parsing import parse_json_lines
 from mpc_fl.roles import is_hospital
 
 RECORDS_FILE = "service.sqlite3"
@@ -55,9 +55,8 @@ def open_records(directory: Path, keeper: str) -> Database:
 def _earlier_charges(path: Path, content: bytes) -> list[tuple[float, str, int]]:
     """The charges of all whole lines, oldest first; a last line without end was cut off by a crash and counts as none."""
     try:
-        lines = content[: content.rfind(b"\n") + 1].decode("utf-8").splitlines()
-        return sorted(_earlier_charge(json.loads(line)) for line in lines if line)
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return sorted(_earlier_charge(line) for line in parse_json_lines(content))
+    except (ValueError, KeyError, TypeError):
         raise StorageError(f"{path} is damaged", RESTORE) from None
 
 

@@ -21,6 +21,7 @@ from mpc_fl.errors import DataError, ModelError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.parsing import parse_json
 
 _FORMAT = "mpc-fl model 1"
 _RETRAIN = "give a model.safetensors written by mpc-fl train"
@@ -129,13 +130,13 @@ def _read(path: Path, fix: str) -> tuple[Any, dict[str, torch.Tensor]]:
     try:
         path.open("rb").close()  # safetensors does not say why it cannot open a file
         with safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            description = parse_json((file.metadata() or {}).get(_KEY, "{}"))
             return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
     except FileNotFoundError:
         raise ModelError(f"model file {path} does not exist", fix) from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ModelError(f"cannot read model file {path}: {error.strerror}", fix) from None
-    except (SafetensorError, OSError, ValueError, RecursionError):
+    except (SafetensorError, OSError, ValueError):
         raise ModelError(f"model file {path} is corrupt or no safetensors file", fix) from None
 
 

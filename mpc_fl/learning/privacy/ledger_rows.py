@@ -19,6 +19,7 @@ from mpc_fl.database.schema import ChainedTable, Schema
 from mpc_fl.database.taking_over import TAKEN_OVER, earlier_content, take_over
 from mpc_fl.errors import PrivacyBudgetError, StorageError
 from mpc_fl.learning.privacy.accounting import Event, SubsampledGaussian, Unprotected
+from mpc_fl.parsing import parse_json
 
 RESTORE = "restore it from a backup; without it the budget spent is unknown, so nothing is released"
 SECOND_FORMAT = "mpc-fl privacy ledger 2"
@@ -60,7 +61,7 @@ def _records_of(entries: Sequence[Row]) -> list[Record]:
     places: dict[str, int] = {}
     for entry, number, text in (row.values for row in entries):
         if entry == "charge":
-            record = json.loads(str(text))
+            record = parse_json(str(text))
             if number:
                 places[str(number)] = len(found)
             found.append(record)
@@ -87,7 +88,11 @@ def opened(path: Path, who: str, writing: bool) -> Iterator[LedgerRows]:
 
         take_over(database, earlier, enter)
         with database.writing() if writing else database.reading() as transaction:
-            yield LedgerRows(transaction, rows)
+            try:
+                ledger = LedgerRows(transaction, rows)
+            except (ValueError, LookupError, TypeError):
+                raise StorageError(f"{path} holds an entry that no version writes", RESTORE) from None
+            yield ledger
 
 
 def earlier_path(path: Path) -> Path:
@@ -121,8 +126,8 @@ def checksum(hospital: Any, records: list[Any]) -> str:
 
 def _earlier_records(path: Path, content: bytes, who: str) -> list[Record]:
     try:
-        ledger = json.loads(content)
-    except (ValueError, RecursionError):
+        ledger = parse_json(content)
+    except ValueError:
         raise StorageError(f"{path} is not JSON", RESTORE) from None
     if not isinstance(ledger, dict) or ledger.get("format") not in (SECOND_FORMAT, FIRST_FORMAT):
         raise StorageError(f"{path} is not of this format", RESTORE)

@@ -123,7 +123,9 @@ def test_a_module_that_starts_a_thread_is_not_shared() -> None:
         party = starter.start("somebody", {})
         party.join(PATIENCE)
         assert party.lost
-        assert str(starter.failure()).startswith("the parties' modules cannot be shared: RuntimeError: 2 threads run")
+        assert str(starter.failure()).startswith(
+            "the process that parties are forked from failed: RuntimeError: 2 threads run"
+        )
 
 
 def test_a_module_that_cannot_be_imported_is_named() -> None:

@@ -42,6 +42,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PoolError, SecrecyError
 from mpc_fl.files import written_whole
 from mpc_fl.inference.fast.preprocessing.sealed_file import MAGIC, SALT_BYTES, TAG_BYTES, readable, seal, unseal
+from mpc_fl.parsing import parse_json
 
 Purpose = Literal["use", "fill"]
 KEYS, MODEL, RECORD = "keys", "model", ".record"
@@ -264,7 +265,7 @@ def _read_keys(directory: Path) -> tuple[Terms, _Keys]:
             raise PoolError(f"the file {path} can be read by other users", f"run: chmod 600 {path}")
         text = path.read_text(encoding="ascii", errors="replace")
     try:
-        values: dict[str, Any] = json.loads(text)
+        values: dict[str, Any] = parse_json(text)
         chain, model, meeting = (Seed(bytes.fromhex(values[name])) for name in ("chain", "model", "meeting"))
         if type(values["next"]) is not int or values["next"] < 0:
             raise ValueError

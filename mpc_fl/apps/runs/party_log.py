@@ -1,0 +1,72 @@
+"""A party's log: one line per event, to a file or to standard error, also of what fails in threads of libraries.
+
+A log that cannot be written (a full disk, a closed terminal) neither ends a party nor prints anything: what needs the disk says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from mpc_fl.exhaustion import exhaustion, unwritable
+
+
+class _Lines(logging.Formatter):
+    """One line per event, without tracebacks: those of libraries quote what they were called with."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - a name of logging
+        """Type and place alone."""
+        frames = traceback.extract_tb(ei[2])
+        return (
+            f"{type(ei[1]).__name__} at {frames[-1].filename}:{frames[-1].lineno}" if frames else type(ei[1]).__name__
+        )
+
+
+class PartyLog(logging.StreamHandler[TextIO]):
+    """Where this process logs. A log that cannot be written is no reason to fail; `lost` says why, for whoever ends well."""
+
+    lost: str | None = None
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - a name of logging
+        """Remember why. Standard error gets nothing: it may be what is full."""
+        error = sys.exc_info()[1]
+        self.lost = self.lost or (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+
+
+def set_up_log(path: Path | None) -> None:
+    """Send this process's log to a file, or to standard error. Raises `MpcFlError` when the file cannot be opened."""
+    stream = sys.stderr
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a", encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise unwritable(path, error) from None
+    handler = PartyLog(stream)
+    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    threading.excepthook = lambda failed: _log_failure(failed.exc_value, failed.thread)
+    sys.unraisablehook = lambda failed: _log_failure(failed.exc_value, None)
+
+
+def _log_failure(error: BaseException | None, thread: threading.Thread | None) -> None:
+    """What ended a thread, or was raised where nobody can hear it: for the log, not for the terminal."""
+    if error is None or isinstance(error, SystemExit):
+        return
+    found, where = exhaustion(error), "a library" if thread is None else f"thread {thread.name}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    logging.getLogger("mpc_fl").error("%s failed: %s%s", where, found or type(error).__name__, place)
+
+
+def say_lost_log(path: Path | None) -> None:
+    """One line on standard error, at the end of a party that did its work, where its log is not whole."""
+    lost = next((log.lost for log in logging.getLogger().handlers if isinstance(log, PartyLog) and log.lost), None)
+    if lost and path is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(f"mpc-fl: the log {path} is not whole: {lost}\n")
