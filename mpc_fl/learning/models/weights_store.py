@@ -22,6 +22,7 @@ from safetensors.torch import save
 from mpc_fl.errors import ModelError, printable
 from mpc_fl.files import written_whole
 from mpc_fl.learning.models.foreign_weights import digest_of, read_bounded
+from mpc_fl.parsing import parse_json
 
 _FORMAT = "mpc-fl weights 1"
 _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order
@@ -124,8 +125,8 @@ def described(content: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict
     try:
         tensors = load_safetensors(content)
         (size,) = struct.unpack_from("<Q", content)
-        header = json.loads(content[8 : 8 + size])
-        description = json.loads(header["__metadata__"][_KEY])
+        header = parse_json(content[8 : 8 + size])
+        description = parse_json(header["__metadata__"][_KEY])
     except (SafetensorError, struct.error, ValueError, LookupError, TypeError, RecursionError):
         raise ModelError(
             f"{path} is damaged, or no file of mpc-fl", "give a model.safetensors, or stored weights"
