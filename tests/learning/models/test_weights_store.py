@@ -116,7 +116,7 @@ def test_descriptions_of_both_kinds_of_files(tmp_path: Path) -> None:
 
 
 def test_descriptions_that_would_disturb_a_reader_are_shortened(tmp_path: Path) -> None:
-    deep = "[" * 300 + "]" * 300
+    deep = "[" * 50 + "]" * 50
     text = f'{{"format": "mpc-fl model 1", "a": "\\u001b[2J{"x" * 9000}", "b": {deep}, "sha256": "mine"}}'
     save_file(TENSORS, tmp_path / "model", metadata={"mpc-fl": text})
     found = describe_file(tmp_path / "model")
