@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -96,6 +97,10 @@ class Links(abc.ABC):
     def seconds_of(self, phase: str) -> float:
         """Seconds spent in a phase so far, the current stay left out."""
         return self._counter.phase_seconds.get(phase, 0.0)
+
+    def deadline(self) -> float:
+        """Until when (of `time.monotonic`) a wait lasts that begins now and says nothing else: for several waits in one."""
+        return time.monotonic() + self._mailboxes.timeouts.receive
 
     def set_phase(self, phase: str) -> None:
         """Name what is going on, for counters and for messages about lost parties."""
