@@ -53,12 +53,18 @@ class OpeningRecord:
         self._path = path
         self._party = party
         self._count = 0
+        self._among: dict[str, tuple[str, ...]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, opening: Opening) -> None:
         """Write one line: its number, the time in seconds since 1970, this party, and the description."""
         self._count += 1
+        self._among.setdefault(opening.why, opening.among)
         line = {"number": self._count, "time": round(time.time(), 3), "party": self._party, **vars(opening)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=dict) + "\n")
             file.flush()
+
+    def begun_among(self, why: str) -> tuple[str, ...] | None:
+        """Among whom the first opening for this reason was, of this start of the party."""
+        return self._among.get(why)
