@@ -213,6 +213,7 @@ class Attendance:
 def announce_end(links: Links, hospitals: tuple[str, ...], rounds: int) -> None:
     """At the aggregator, when its results are written: tell all hospitals that the run is complete. Who is gone knows less."""
     links.set_phase("conclusion")
+    links.stay_for(hospitals)
     broadcast(hospitals, lambda name: links.send_object(name, "complete", {"rounds": rounds}))
 
 

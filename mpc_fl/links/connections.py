@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection
 from typing import Any
 
 from mpc_fl.errors import (
@@ -191,10 +192,10 @@ class Connections:
 
     # ---- parting ---------------------------------------------------------------------------------------------------
 
-    def close(self, error: BaseException | None) -> None:
-        """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those who still need it."""
+    def close(self, error: BaseException | None, stays_for: Collection[str]) -> None:
+        """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those of its peers that need it."""
         if error is None and self._outgoing.relay == self._name:
-            awaited = [peer.name for peer in self._peers.values() if peer.route.how == "await"]
+            awaited = [name for name, peer in self._peers.items() if peer.route.how == "await" and name in stays_for]
             self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
         self._mailboxes.close()
         self._parting = parting_message(error)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,7 @@ class Links(abc.ABC):
         self._keys = keys
         self._counter = counter
         self._scope = ""
+        self._stays_for = set(mailboxes.peers)
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -147,6 +148,10 @@ class Links(abc.ABC):
     def alive(self, peer: str) -> bool:
         """Whether the peer is connected and, as far as this party knows, still there."""
         return self._mailboxes.alive(peer)
+
+    def stay_for(self, peers: Collection[str]) -> None:
+        """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""
+        self._stays_for = set(peers)
 
     def require_all(self) -> None:
         """Raise what a wait would raise now: for a lost peer, or after `interrupt`."""

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,8 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
             links.await_change(0.1)
         if entered in deaths:
             os.kill(os.getpid(), signal.SIGKILL)
+        if f"sleeps in {entered}" in deaths:
+            time.sleep(3600.0)
 
     Links.set_phase = die_in_phase  # type: ignore[method-assign]
     if "round 1 signed" in deaths:
@@ -214,6 +217,21 @@ def test_the_run_goes_on_without_a_lost_hospital(phase: str, first_without: int,
             False for _ in range(first_without, ROUNDS + 1)
         ]
         assert torch.equal(site.parameters("hospital-0"), site.parameters("aggregator"))
+        site.verify("aggregator", "hospital-0", "hospital-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "first_without"), [("round 3 training", 3), ("round 2 signatures", 3)])
+def test_a_hospital_that_hangs_is_named_and_the_others_go_on(phase: str, first_without: int, tmp_path: Path) -> None:
+    """Where exactly, and for how long: tests/federation/test_who_is_late.py. Here links are those of the network."""
+    with Site(tmp_path, runtime={"connect_timeout": 60.0, "receive_timeout": 25.0}) as site:
+        site.start_all(hospital_1=f"sleeps in {phase}")
+        assert set(site.await_words(3).values()) == {"finished"}
+        took_part = {number: tuple(line["hospitals"]) for number, line in site.rounds.items()}
+        left = ("hospital-0", "hospital-2")
+        assert took_part == {n: ALL if n < first_without else left for n in range(ROUNDS + 1)}
+        logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+        assert set(re.findall(r"(\S+) is late", logs)) == {"hospital-1"}
         site.verify("aggregator", "hospital-0", "hospital-2")
 
 
