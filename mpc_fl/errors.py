@@ -117,6 +117,14 @@ class HandshakeError(LinkError):
     """Two parties do not agree on who they are or what they run."""
 
 
+class PeerRefusedError(HandshakeError):
+    """This party refused another one, whose certificate or greeting does not hold. `peer` names it."""
+
+    def __init__(self, peer: str, what: str, fix: str = "") -> None:
+        self.peer = peer
+        super().__init__(what, fix)
+
+
 class DisagreementError(HandshakeError):
     """A genuine peer runs another version, session, configuration or task."""
 
@@ -151,7 +159,11 @@ class QuorumError(MpcFlError):
 
 
 class SumLostError(ProtocolError):
-    """A sum can never be opened, because parties were lost whose keys it needs; it is made anew."""
+    """A sum can never be opened, because a party was lost that it needs; it is made anew. `lost` names it where it is known."""
+
+    def __init__(self, what: str, fix: str = "", lost: str = "") -> None:
+        self.lost = lost
+        super().__init__(what, fix)
 
 
 class SecrecyError(MpcFlError):

@@ -191,13 +191,7 @@ class _Hospital:
             self.links.end_scope()
 
     def _hear(self) -> dict[str, Any]:
-        opener = self.plan.opener
-        try:
-            told = self.links.receive_object(opener, _TOLD)
-        except PeerLostError:
-            if not self.links.alive(opener):
-                raise
-            told = self.links.receive_object(opener, _TOLD)  # it may itself have waited for a hospital that is silent
+        told = self.links.receive_object(self.plan.opener, _TOLD)
         if told.get("stopped") is True:
             raise _StoppedError
         return told
@@ -316,10 +310,10 @@ class _Opener:
         for name in self.hospitals:
             self.links.send_object(name, _TOLD, told)
 
-    def _take(self, name: str, tag: str, shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    def _take(self, name: str, tag: str, shapes: Sequence[tuple[int, ...]], deadline: float) -> torch.Tensor:
         """A tensor of one of these shapes; a hospital that sends anything else counts as lost."""
         try:
-            words = self.links.receive_tensor(name, tag, torch.int64, None)
+            words = self.links.receive_tensor(name, tag, torch.int64, None, deadline)
         except ProtocolError as error:
             raise PeerLostError(name, error.what, error.fix) from None
         if tuple(words.shape) not in shapes:
@@ -332,34 +326,36 @@ class _Opener:
         except ProtocolError as error:
             raise PeerLostError(name, error.what, error.fix) from None
 
-    def _take_part(self, name: str, count: int) -> None:
-        self.proofs[name].append(self._elements(name, self._take(name, _PROOF, [(count, 2)])))
+    def _take_parts(self, names: Sequence[str], count: int) -> None:
+        deadline = self.links.deadline()
+        for name in names:
+            self.proofs[name].append(self._elements(name, self._take(name, _PROOF, [(count, 2)], deadline)))
 
     def _steps(self) -> list[str]:
         size = self.size
         # 1. and 2.
-        rows = []
+        rows, deadline = [], self.links.deadline()
         for name in self.hospitals:
-            words = self._take(name, _PROOF, [(0, 2), (self.test.buckets, 2)])
+            words = self._take(name, _PROOF, [(0, 2), (self.test.buckets, 2)], deadline)
             if len(words):
                 rows.append(name)
                 self.proofs[name].append(self._elements(name, words))
             else:
                 log.warning("%s says that its update is beyond its norm bound", name)
         projections = draw_projections(self._tell_seed(rows=rows), self.test.buckets)
+        self._take_parts(rows, size.bits)
         for name in rows:
-            self._take_part(name, size.bits)
             self.proofs[name].append(zeros(size.columns))  # of row 0
         weights = draw_weights(self._tell_seed(), size)
-        for name in rows:
-            self._take_part(name, size.products)
+        self._take_parts(rows, size.products)
         # 3.
         self.domain.record.append(_about(self.hospitals, self.plan.opener, self.plan.name))
         point = draw_point(self._tell_seed())
         answers: dict[str, dict[str, torch.Tensor]] = {name: {} for name in rows}
+        deadline = self.links.deadline()
         for verifier in self.hospitals:
             verified = [name for name in rows if name != verifier]
-            given = self._take(verifier, _ANSWERS, [(len(verified), size.answers, 2)])
+            given = self._take(verifier, _ANSWERS, [(len(verified), size.answers, 2)], deadline)
             for name, words in zip(verified, given, strict=True):
                 self._elements(verifier, words)
                 answers[name][verifier] = words
@@ -374,12 +370,13 @@ class _Opener:
         self._tell(failed=failed)
         for name in failed:
             self.links.send_tensor(name, _ANSWERS, torch.stack(list(answers[name].values())))
+        deadline = self.links.deadline()
         for name in failed:
-            self._hear_accusation(name, list(answers[name]))
+            self._hear_accusation(name, list(answers[name]), deadline)
         return passed
 
-    def _hear_accusation(self, name: str, verifiers: Sequence[str]) -> None:
-        accused = self.links.receive_object(name, _ACCUSED).get("hospitals")
+    def _hear_accusation(self, name: str, verifiers: Sequence[str], deadline: float) -> None:
+        accused = self.links.receive_object(name, _ACCUSED, deadline).get("hospitals")
         named = [each for each in verifiers if isinstance(accused, list) and each in accused]
         log.warning(
             "the proof of %s that its update is within its norm bound was not accepted: %s",

@@ -3,19 +3,20 @@
 One sum, hospitals U and the aggregator (`contribute` at a hospital, `collect` at the aggregator), after `closed_sum`. Where a
 hospital may be left out (closing masks):
   1. each hospital sees that U may be summed over, computes the transcript T of all it was told (`transcript`), masks its
-     summand under T and is ready, committed to its keys; the aggregator takes the summands, two at a time so that it never
-     holds more, until the deadline of the sum. From the first byte of its summand on a hospital counts it as released
+     summand under T and is ready, committed to its keys, by the deadline of the sum; the aggregator takes the summands, two at
+     a time so that it never holds more. From the first byte of its summand on a hospital counts it as released
   2. with a check: the word "check" starts the check of the norms of what the aggregator holds (`norm_check`). It needs all
      of U: if somebody has not come, the word "again" names who has, and all begin at 1, with fresh masks and another T
-  3. the word "fixed" names V, those who came in time and passed; fewer than the quorum end the run (`QuorumError`). Each
-     hospital of V sees that V may be opened and signs (T, V), once
+  3. the word "fixed" names V, those who came in time and passed, and who was late; fewer than the quorum end the run
+     (`QuorumError`). Each hospital of V sees that V may be opened and signs (T, V), once
   4. the aggregator checks the signatures, records the opening and returns them all with the word "confirmed"
   5. each hospital of V sees that all of V signed its own T and V, records the opening, and gives its keys; the aggregator
      opens the sum over V and says "opened"
 Where nobody may be left out (no closing masks) V is U: hospitals are ready with their signature over (T, U), and steps 4
 and 5 come before the summands, which take the place of the keys.
 
-A loss in step 1 leaves the hospital out. A loss from step 2 on makes the sum void (the word "void"; `SumLostError`): a V that
+A loss in step 1 leaves the hospital out. A loss from step 2 on makes the sum void (the word "void" with who was lost;
+`SumLostError`): a V that
 was signed may not be signed anew for the same summands, and what some have recorded and others not has to be settled
 first, so the summands are made anew. In a sum without closing masks a loss ends the run.
 
@@ -47,7 +48,7 @@ from typing import Any
 
 import torch
 
-from mpc_fl.aggregation.rules import AgreedSum, Description, Rules, require_hospitals, require_quorum
+from mpc_fl.aggregation.rules import AgreedSum, Description, Rules, require_hospitals, require_only, require_quorum
 from mpc_fl.aggregation.transcript import confirm, require_all_confirmed, require_confirmation, transcript_of
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
@@ -123,6 +124,7 @@ class _Part:
         confirmation = confirm(self.domain, plan.transcript, plan.hospitals)
         links.send_object(plan.opener, f"ready {plan.name}", {"confirmation": confirmation})
         self.admitted = plan.hospitals
+        require_only(self.agreed, plan.hospitals)
         word = next_word(links, plan.opener, ("confirmed",))
         self._open(word, functools.partial(self._send, summand))
         return self.admitted
@@ -142,23 +144,30 @@ class _Part:
             self._take_part_in_check(word)
             word = next_word(links, plan.opener, ("fixed", "void"))
         if word["word"] == "void":
-            raise self._void()
+            raise self._void(word)
         self.admitted = names_in(word, "hospitals")
         if word["word"] == "again":
             return self.admitted
         if me not in self.admitted:
-            log.warning(
-                "this hospital was left out of '%s': it was late, or its update too large", self.agreed.about.why
-            )
+            log.warning("%s", self._left_out(word))
             return None
         require_admissible(plan, self.admitted, self.rules.smallest)
+        require_only(self.agreed, self.admitted)
         confirmation = confirm(self.domain, plan.transcript, self.admitted)
         links.send_object(plan.opener, f"confirm {plan.name}", {"confirmation": confirmation})
         word = next_word(links, plan.opener, ("confirmed", "void"))
         if word["word"] == "void":
-            raise self._void()
+            raise self._void(word)
         self._open(word)
         return None
+
+    def _left_out(self, word: Mapping[str, Any]) -> str:
+        why, me = self.agreed.about.why, self.domain.links.name
+        if not self.admitted:
+            return f"'{why}' is not opened: too few hospitals are left"
+        if me in names_in(word, "late"):
+            return f"this hospital was left out of '{why}': it was late"
+        return f"this hospital was left out of '{why}': its update was not shown to be within the norm bound"
 
     def _send(self, summand: torch.Tensor) -> None:
         if self.before_summand is not None:
@@ -172,12 +181,14 @@ class _Part:
         require_all_confirmed(self.domain, plan.opener, plan.transcript, self.admitted, word)
         fixed = Shared(about.what, FixedSum(self.masks, self.admitted, rules.smallest, 0, recorded))
         open_to(self.domain, fixed, [rules.opener], about.why, about.privacy)
-        if next_word(self.domain.links, plan.opener, ("opened", "void"))["word"] == "void":
-            raise self._void()
+        word = next_word(self.domain.links, plan.opener, ("opened", "void"))
+        if word["word"] == "void":
+            raise self._void(word)
 
-    def _void(self) -> SumLostError:
-        why = self.agreed.about.why
-        return SumLostError(f"'{why}' was lost with a party that was in it", "its summands are made anew")
+    def _void(self, word: Mapping[str, Any]) -> SumLostError:
+        why, late = self.agreed.about.why, word.get("late")
+        late = late if late in self.masks.plan.hospitals else "a hospital"
+        return SumLostError(f"'{why}' was lost with {late}, which was in it", "its summands are made anew", str(late))
 
     def _take_part_in_check(self, word: Mapping[str, Any]) -> None:
         """Step 2. Another hospital that is lost ends the check, not the sum: the aggregator says how it goes on."""
@@ -216,13 +227,14 @@ def collect(
             domain, rules, about.why, ClosedSum(plan, dtype, tuple(shape), rules.check is not None), starts
         )
         if not plan.closing:
+            require_only(agreed, plan.hospitals)
             return intake.from_all(about)
         try:
             intake.take_summands(dict.fromkeys(plan.hospitals, intake.ready))
         finally:
             intake.forget_late()
         present = intake.closed.present
-        require_quorum(rules, present, hospitals, about.why)
+        require_quorum(rules, present, agreed.hospitals, about.why)
         if rules.check is None or present == hospitals:
             break
         log.warning("'%s' begins again without %s", about.why, ", ".join(set(hospitals) - set(present)))
@@ -233,8 +245,10 @@ def collect(
         if rules.check is not None:
             passed = rules.check.at_opener(domain, intake.closed, functools.partial(say, links, present, "check"))
             present = tuple(name for name in present if name in passed)
-            require_quorum(rules, present, hospitals, about.why)
-        say(links, hospitals, "fixed", hospitals=list(present))
+            require_quorum(rules, present, agreed.hospitals, about.why)
+        require_only(agreed, present)
+        late = [name for name in hospitals if name not in intake.closed.present]
+        say(links, hospitals, "fixed", hospitals=list(present), late=late)
         told_void = present
         signatures = intake.confirmations(present, "confirm")
         told = functools.partial(say, links, present, "confirmed", signatures=signatures)
@@ -243,8 +257,10 @@ def collect(
             rules.check.require_total(total, present, about.why)
         return present, total
     except PeerLostError as error:
-        say(links, told_void, "void")
-        raise SumLostError(f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew") from None
+        say(links, told_void, "void", late=error.peer)
+        raise SumLostError(
+            f"'{about.why}' cannot be opened: {error.what}", "its summands are made anew", error.peer
+        ) from None
 
 
 @dataclass
@@ -278,8 +294,8 @@ class _Intake:
     def confirmations(self, admitted: tuple[str, ...], message: str) -> dict[str, str]:
         """The signatures of all of V over (T, V), checked, by name."""
         plan, signatures = self.closed.plan, {}
+        deadline = self._deadline if message == "ready" else self.domain.links.deadline()
         for name in admitted:
-            deadline = self._deadline if message == "ready" else None
             word = self.domain.links.receive_object(name, f"{message} {plan.name}", deadline)
             signatures[name] = require_confirmation(self.domain, name, plan.transcript, admitted, word)
         return signatures
@@ -295,26 +311,33 @@ class _Intake:
     def take_summands(self, awaited: dict[str, str], word: str = "send", **values: Any) -> None:
         """Take what is awaited of each hospital: the tag of its "ready", or of its summand where it is ready already.
 
-        Those that are ready are told to send with `word`, at most two of them at a time.
+        Those that are ready are told to send with `word`, at most two of them at a time. Each has the time of an answer for
+        it from then on: whoever stops there does not cost those that wait for its place theirs.
         """
         links, closed = self.domain.links, self.closed
         queue, asked = [name for name, tag in awaited.items() if tag == self.summand], set[str]()
+        deadlines = dict.fromkeys(awaited, self._deadline)
         while awaited:
             while queue and len(asked) < _AT_A_TIME:
                 name = queue.pop(0)
                 awaited[name] = self.summand
                 asked.add(name)
                 say(links, [name], word, **values)
+                deadlines[name] = links.deadline()
             expected = {name: tag for name, tag in awaited.items() if name not in queue}
-            name = links.await_any(expected, self._deadline) or next(iter(expected))
+            first = min(expected, key=lambda name: deadlines[name])
+            arrived = links.await_any(expected, deadlines[first])
+            name = arrived or first
             try:
+                if arrived is None:
+                    raise self._late(name, awaited[name])
                 self._require_start(name)
                 if awaited[name] == self.ready:
-                    message = links.receive_object(name, self.ready, self._deadline)
+                    message = links.receive_object(name, self.ready, deadlines[name])
                     closed.commitments.take(name, message.get("keys"))
                     queue.append(name)
                 else:
-                    tensor = links.receive_tensor(name, self.summand, closed.dtype, closed.shape, self._deadline)
+                    tensor = links.receive_tensor(name, self.summand, closed.dtype, closed.shape, deadlines[name])
                     closed.take(name, tensor)
                     asked.discard(name)
                     del awaited[name]
@@ -324,6 +347,13 @@ class _Intake:
                 log.warning("%s is left out of '%s': %s", name, self.why, error)
                 asked.discard(name)
                 del awaited[name]
+
+    def _late(self, name: str, tag: str) -> PeerLostError:
+        if tag == self.ready:
+            what, longer = f"not ready for '{self.why}' within {self.rules.seconds:g} s", "federation.round_timeout"
+        else:
+            what, longer = f"its part of '{self.why}' did not arrive in time", "runtime.receive_timeout"
+        return PeerLostError(name, f"{name} is late: {what}", f"see the log of {name}, or raise {longer}")
 
     def forget_late(self) -> None:
         """What those that were left out still send: a summand each, which would stay in memory for good."""

@@ -14,12 +14,17 @@ import torch
 
 from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
-from mpc_fl.errors import ProtocolError, QuorumError
+from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
 
 # Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
 Missed = Literal["left out", "void"]
+
+
+def missed_by(name: str, error: SumLostError) -> Missed:
+    """Why a hospital has no result of a sum that was lost: whoever it was lost with is asked for no other by itself."""
+    return "left out" if error.lost == name else "void"
 
 
 class Check(Protocol):
@@ -38,7 +43,7 @@ class Check(Protocol):
 @dataclass(frozen=True)
 class Rules:
     """How all sums of a run are made: opener, the hospitals there are, in order, smallest U and V, closing masks, seconds
-    that a summand may take, check if any.
+    until hospitals must be ready with a summand, check if any. `quorum` is that of the run where a sum needs more than it.
     """
 
     opener: str
@@ -47,6 +52,7 @@ class Rules:
     closing: int
     seconds: float
     check: Check | None = None
+    quorum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,14 @@ class AgreedSum:
     """One sum as all its parties know it before it begins: U in order, a label used once in the run, what records say.
 
     `seen` is what this party itself holds of everything that shapes the summands (`transcript`): all must hold the same.
+    `only`: the one V that this party may open it over, because the same values were begun to be opened over it before.
     """
 
     hospitals: tuple[str, ...]
     label: tuple[Label, ...]
     about: Description
     seen: Mapping[str, Scalar] = field(default_factory=dict)
+    only: tuple[str, ...] | None = None
 
 
 def require_hospitals(rules: Rules, hospitals: Sequence[str], me: str) -> None:
@@ -91,11 +99,23 @@ def require_hospitals(rules: Rules, hospitals: Sequence[str], me: str) -> None:
 
 
 def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str], why: str) -> None:
-    """Raise `QuorumError` when fewer than the quorum are left."""
+    """Raise `QuorumError` when fewer than the quorum are left of `hospitals`, or fewer than this sum needs."""
     if len(present) < rules.smallest:
         missing = [name for name in hospitals if name not in present]
+        needed = f"the quorum is {rules.smallest}"
+        if rules.quorum is not None and rules.quorum < rules.smallest:
+            needed = f"this sum is opened over all {rules.smallest} or not at all (the quorum is {rules.quorum})"
         raise QuorumError(
-            f"'{why}': {len(present)} hospitals are left and the quorum is {rules.smallest}"
-            + (f" ({', '.join(missing)} missing)" if missing else ""),
+            f"'{why}': {len(present)} hospitals are left and {needed}"
+            + (f"; {', '.join(missing)} missing" if missing else ""),
             "nothing was opened; see the logs of the hospitals, then go on with --resume",
+        )
+
+
+def require_only(agreed: AgreedSum, admitted: Sequence[str]) -> None:
+    """Raise `ProtocolError` for a V that is not the only one over which this sum may be opened."""
+    if agreed.only is not None and tuple(admitted) != agreed.only:
+        raise ProtocolError(
+            f"'{agreed.about.why}' was begun over {', '.join(agreed.only)}; over others the difference would be a hospital's own",
+            "start again when they are all there, or begin a new run",
         )

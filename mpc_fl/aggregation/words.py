@@ -32,9 +32,11 @@ def broadcast(names: Sequence[str], send: Callable[[str], None]) -> None:
             log.warning("%s", error)
 
 
-def next_word(links: Links, aggregator: str, expected: Collection[str]) -> dict[str, Any]:
+def next_word(
+    links: Links, aggregator: str, expected: Collection[str], deadline: float | None = None
+) -> dict[str, Any]:
     """The aggregator's next word to this hospital. Raises `ProtocolError` when it is none of the expected ones."""
-    word = links.receive_object(aggregator, _WORD)
+    word = links.receive_object(aggregator, _WORD, deadline)
     said = word.get("word")
     if not isinstance(said, str) or said not in expected:
         shown = f"'{said[:40]}'" if isinstance(said, str) else "something else"

@@ -27,12 +27,17 @@ takes the longest record, and each begins with all shorter ones, since all recor
 by each party by itself; one that is ahead of the leader there is heard in `settle`, which comes after every restart.
 A party whose disk forgot records may be refused: it is then right that the run stops.
 
+Who is lost or late. The leader waits for all in one go, so that it is never silent for longer than one wait. Then all that are
+left hear who was lost (`_hear_all`), and so does whoever was late, for when it is there again: each ends with `PeerLostError`
+naming it, and who are left may begin again without it.
+
 Whatever is received is bounded before it is kept: lists by their length, blocks by their number and each by its signatures.
 Every wait has the deadline of the links; a number of blocks that is false ends with the first that does not come or count.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +62,8 @@ from mpc_fl.crypto.certificates import received_pem, verify_certificate
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import SAME_VERSION, SAME_VERSION_AND_CONFIGURATION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _MOST_BLOCKS = 1 << 20  # of a run
@@ -114,8 +121,8 @@ class CoSigners:
         own = self.ledger.identity.certificate.decode("ascii")
         if links.name != leader:
             links.send_object(leader, "ledger certificate", {"certificate": own, "resumed": resumed})
-            return links.receive_object(leader, "ledger certificates")
-        received = {name: links.receive_object(name, "ledger certificate") for name in self._others}
+            return self._hear("ledger certificates")
+        received = self._hear_all("ledger certificate", "ledger certificates")
         for name, greeting in received.items():
             if greeting.get("resumed") is not resumed:
                 which = ("a new run", "an earlier one") if resumed else ("an earlier run", "a new one")
@@ -123,7 +130,7 @@ class CoSigners:
         certificates = {**{name: greeting.get("certificate") for name, greeting in received.items()}, leader: own}
         for name, certificate in certificates.items():  # before it is passed on, so that its sender answers for it
             self._require_certificate(certificate, name, name)
-        self._send_to_all(self._others, "ledger certificates", certificates)
+        self._send_to_all("ledger certificates", certificates)
         return certificates
 
     def _require_certificate(self, certificate: object, name: str, sender: str) -> None:
@@ -135,16 +142,14 @@ class CoSigners:
         about: str,
         values: Mapping[str, str] | None = None,
         members: Members | None = None,
-        tolerant: bool = False,
     ) -> Block:
         """Sign what was opened since the block before.
 
         `kind` is "openings", or "end" for the last block of a run. `values` are digests of what every party has itself
         (`ledger_file.tensor_digest`), by name. `about` says which round and attempt; it differs from call to call, so that
         a message of a failed attempt is never taken for one of the next. Raises `ProtocolError` naming the party whose
-        record differs, at the leader (the others hear it as the leader's reason); `PeerLostError` when a party is lost or
-        late. A block that would not count is signed by nobody. With `tolerant` all that are left get that error, nothing is
-        signed, and they may sign without the lost party.
+        record differs, at the leader (the others hear it as the leader's reason); `PeerLostError` at all when a party is lost
+        or late: nothing is signed then, and they may sign without it. A block that would not count is signed by nobody.
         """
         # 1. Make and sign the block.
         draft = self.ledger.draft(kind, about, self.parties, values, members)
@@ -153,32 +158,20 @@ class CoSigners:
         own, tag = sign_block(draft, self.ledger.identity, now()), f"ledger {draft.number} {kind} {about}"
         if self.links.name != self.leader:
             return self._follow(draft, own, tag)
-        return self._lead(draft, own, tag, tolerant)
+        return self._lead(draft, own, tag)
 
     def _follow(self, draft: Block, own: Signature, tag: str) -> Block:
         """Steps 2 and 5 at all but the leader: send signature and digests, get all signatures."""
         self.links.send_object(self.leader, tag, {"claim": _claim(draft), "signature": to_json(own)})
-        answer = self.links.receive_object(self.leader, tag)
-        if "lost" in answer:
-            if answer["lost"] not in self._others:
-                raise ProtocolError(f"{self.leader} says that a party is lost which does not sign", SAME_VERSION)
-            raise PeerLostError(answer["lost"], f"{self.leader} lost {answer['lost']} before all had signed")
+        answer = self._hear(tag)
         signatures = _parsed(_list_of(signature_from, len(self.parties)), self.leader, answer.get("signatures"))
         block = replace(draft, signatures=tuple(signatures))
         self.ledger.add(block, self.leader)
         return block
 
-    def _lead(self, draft: Block, own: Signature, tag: str, tolerant: bool) -> Block:
-        """Steps 3 and 4 at the leader: compare, keep, then send."""
-        received: dict[str, Mapping[str, Any]] = {}
-        for name in self._others:
-            try:
-                received[name] = self.links.receive_object(name, tag)
-            except PeerLostError:
-                if tolerant:
-                    left = [other for other in self._others if other != name]
-                    self._send_to_all(left, tag, {"lost": name}, tolerant)
-                raise
+    def _lead(self, draft: Block, own: Signature, tag: str) -> Block:
+        """Steps 3 and 4 at the leader: compare, keep, then send. Whoever is lost then gets the block when it is back."""
+        received = self._hear_all(tag, tag)
         claims = {**{name: item.get("claim") for name, item in received.items()}, self.leader: _claim(draft)}
         difference = disagreement(claims)
         if difference is not None:
@@ -187,7 +180,7 @@ class CoSigners:
         block = replace(draft, signatures=tuple({**signed, self.leader: own}[name] for name in self.parties))
         self.ledger.add(block, "those who signed it")
         signatures = [to_json(signature) for signature in block.signatures]
-        self._send_to_all(self._others, tag, {"signatures": signatures}, tolerant)
+        self._send_to_all(tag, {"signatures": signatures})
         return block
 
     def catch_up(self, about: str, most: int | None = None, quorum: int | None = None) -> None:
@@ -200,7 +193,7 @@ class CoSigners:
         ledger, links, leader, tag = self.ledger, self.links, self.leader, f"ledger catch up {about}"
         if links.name != leader:
             links.send_object(leader, tag, {"blocks": ledger.chain.blocks, "seal": ledger.chain.seal})
-            count = links.receive_object(leader, tag).get("blocks")
+            count = self._hear(tag).get("blocks")
             if type(count) is not int or not 0 <= count <= (_MOST_BLOCKS if most is None else most):
                 raise ProtocolError(f"{leader} sent no number of blocks that this ledger can lack", SAME_VERSION)
             for _ in range(count):
@@ -211,17 +204,16 @@ class CoSigners:
             return
         if quorum is not None and ledger.chain.quorum:
             _require_quorum(ledger.chain.quorum, quorum)
-        for name in self._others:
-            at = links.receive_object(name, tag)
-            count = at.get("blocks")
-            if type(count) is not int or not self._has_seal(count, at.get("seal")):
+        places = self._hear_all(tag, tag)
+        for name, at in places.items():
+            if type(at.get("blocks")) is not int or not self._has_seal(at["blocks"], at.get("seal")):
                 raise ProtocolError(
                     f"the reveal ledger of {name} is not the beginning of that of {leader}",
                     "compare the two; if one is of an earlier run, choose another directory for this run",
                 )
-            links.send_object(name, tag, {"blocks": len(ledger.blocks) - count})
-            for block in ledger.blocks[count:]:
-                links.send_object(name, tag, to_json(block))
+        for name, at in places.items():
+            lacking = ledger.blocks[at["blocks"] :]
+            self._send(name, tag, {"blocks": len(lacking)}, *map(to_json, lacking))
 
     def _has_seal(self, count: int, seal: Any) -> bool:
         """Whether the first `count` blocks of the own ledger end with this seal."""
@@ -241,27 +233,51 @@ class CoSigners:
         mine = {"pending": [to_json(opening) for opening in ledger.pending]}
         if links.name != leader:
             links.send_object(leader, tag, mine)
-            agreed = _openings(links.receive_object(leader, tag), leader)
+            agreed = _openings(self._hear(tag), leader)
             _require_beginning(ledger.pending, agreed, leader)
         else:
-            records = {name: _openings(links.receive_object(name, tag), name) for name in self._others}
+            records = {name: _openings(message, name) for name, message in self._hear_all(tag, tag).items()}
             agreed = max([ledger.pending, *records.values()], key=len)
             for name, record in {leader: ledger.pending, **records}.items():
                 _require_beginning(record, agreed, name)
-            self._send_to_all(self._others, tag, {"pending": [to_json(opening) for opening in agreed]})
+            self._send_to_all(tag, {"pending": [to_json(opening) for opening in agreed]})
         ledger.adopt(agreed)
         return self.sign("abandoned", about) if agreed else None
 
-    def _send_to_all(self, names: Sequence[str], tag: str, value: dict[str, Any], tolerant: bool = False) -> None:
-        """Send to every party that can be reached; only then raise the first loss, unless losses are tolerated."""
-        lost: list[PeerLostError] = []
-        for name in names:
+    def _hear_all(self, tag: str, answered_by: str) -> dict[str, dict[str, Any]]:
+        """At the leader: a message of each of the others, by one deadline for all.
+
+        When one is lost or late all hear who it is, by the tag that they wait for next, and `PeerLostError` is raised.
+        """
+        received, deadline = dict[str, dict[str, Any]](), self.links.deadline()
+        for name in self._others:
             try:
+                received[name] = self.links.receive_object(name, tag, deadline)
+            except PeerLostError:
+                self._send_to_all(answered_by, {"lost": name})
+                raise
+        return received
+
+    def _hear(self, tag: str) -> dict[str, Any]:
+        """At the others: the leader's message. Raises `PeerLostError` for the party that the leader says it has lost."""
+        message = self.links.receive_object(self.leader, tag)
+        if "lost" not in message:
+            return message
+        if message["lost"] not in self._others:
+            raise ProtocolError(f"{self.leader} says that a party is lost which does not sign", SAME_VERSION)
+        raise PeerLostError(message["lost"], f"{self.leader} lost {message['lost']} before all had signed")
+
+    def _send_to_all(self, tag: str, value: dict[str, Any]) -> None:
+        for name in self._others:
+            self._send(name, tag, value)
+
+    def _send(self, name: str, tag: str, *values: dict[str, Any]) -> None:
+        """Send to a party if it can be reached: its loss is found where it is waited for next."""
+        try:
+            for value in values:
                 self.links.send_object(name, tag, value)
-            except PeerLostError as error:
-                lost.append(error)
-        if lost and not tolerant:
-            raise lost[0]
+        except PeerLostError as error:
+            log.warning("%s", error)
 
 
 # ---- comparing records -------------------------------------------------------------------------------------------------

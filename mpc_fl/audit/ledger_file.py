@@ -172,6 +172,13 @@ class RevealLedger:
         self.chain, self.pending = chain, pending
         self.blocks.append(block)
 
+    def begun_among(self, why: str) -> tuple[str, ...] | None:
+        """Among whom the first opening for this reason was, signed or not; `None` where there was none."""
+        for opening in [*(opening for block in self.blocks for opening in block.openings), *self.pending]:
+            if opening.why == why:
+                return opening.among
+        return None
+
     def signed_value(self, about: str, name: str) -> str | None:
         """The digest of a value in the last block about a step, also one of its later attempts; `None` without one."""
         for block in reversed(self.blocks):

@@ -55,14 +55,21 @@ class OpeningRecord:
         self._path = path
         self._party = party
         self._count = 0
+        self._among: dict[str, tuple[str, ...]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, opening: Opening) -> None:
         """Write one line: its number, the time in seconds since 1970, this party, and the description. Raises `MpcFlError`."""
         self._count += 1
+        self._among.setdefault(opening.why, opening.among)
         line = {"number": self._count, "time": round(time.time(), 3), "party": self._party, **vars(opening)}
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, default=dict) + "\n")
+                file.flush()
         except OSError as error:
             raise unwritable(self._path, error) from None
+
+    def begun_among(self, why: str) -> tuple[str, ...] | None:
+        """Among whom the first opening for this reason was, of this start of the party."""
+        return self._among.get(why)

@@ -15,7 +15,11 @@ from mpc_fl.roles import AGGREGATOR
 
 
 class RuntimeSection(Section):
-    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need."""
+    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
+
+    In training all other deadlines follow from `connect_timeout`, `receive_timeout` (an answer that takes no work) and
+    `federation.round_timeout` (`deadlines.py`): hospitals wait longer for the aggregator than it waits for them.
+    """
 
     connect_timeout: Positive = 60.0
     receive_timeout: Positive = 600.0
@@ -39,7 +43,7 @@ class FederationSection(Section):
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )
     round_timeout: Positive | None = Field(
-        default=None, description="seconds a hospital may take for its update; null: runtime.receive_timeout"
+        default=None, description="seconds until a hospital is ready with its update; null: runtime.receive_timeout"
     )
     evaluate_incomplete: bool = Field(
         default=False,

@@ -6,15 +6,19 @@ all sign after it is `audit_trail`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.config.config import Config, party_names
-from mpc_fl.errors import SumLostError
+from mpc_fl.config.config import Config
+from mpc_fl.config.deadlines import deadlines_of
+from mpc_fl.errors import PeerLostError, SumLostError
 from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
@@ -35,10 +39,12 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
-from mpc_fl.roles import AGGREGATOR, is_hospital
+from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,75 +59,106 @@ class _Run:
     notify: Notify
 
     def begin(self) -> None:
-        """All hospitals, before the first round: the same model, the sums over all of them, a first evaluation."""
-        aggregator, domain, rules, attendance = self.aggregator, self.domain, self.rules, self.attendance
-        plan = attendance.plan(0, 0, 1, bool(self.ledger.blocks))
-        self.welcome(plan)
-        aggregator_preparation(aggregator, domain, rules, attendance)
-        hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, plan.hospitals, plan)
-        signed = lead_signatures(self.ledger, domain.links, rules, hospitals, "round 0", aggregator.digests)
-        attendance.keep(signed)
-        self._conclude(0, hospitals, evaluation, 0.0)
+        """All hospitals that are there, before the first round: the same model, the sums of once, a first evaluation."""
+        aggregator, domain, rules = self.aggregator, self.domain, self.rules
 
-    def welcome(self, plan: RoundPlan) -> None:
+        def lead(plan: RoundPlan) -> tuple[tuple[str, ...], Evaluated | None]:
+            hospitals = aggregator_preparation(aggregator, domain, self.ledger, rules, plan)
+            return aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
+
+        self._conclude(0, *self._lead(0, lead), 0.0)
+
+    def round(self, number: int) -> None:
+        """A round, as often as it takes until it has a result."""
+        began = time.monotonic()
+
+        def lead(plan: RoundPlan) -> tuple[tuple[str, ...], Evaluated | None]:
+            return aggregator_round(self.aggregator, self.domain, self.rules, plan, self.notify)
+
+        hospitals, evaluation = self._lead(number, lead)
+        self._conclude(number, hospitals, evaluation, time.monotonic() - began)
+
+    def end(self) -> None:
+        """Whoever has come back since takes the last model, and all sign the end.
+
+        The model is written first: a full disk then leaves a run that goes on.
+        """
+        aggregator, config, links = self.aggregator, self.aggregator.config, self.domain.links
+        save_model(site_directory(config) / "model.safetensors", aggregator.model, config, aggregator.normalisation)
+
+        def lead(plan: RoundPlan) -> tuple[str, ...]:
+            with _planned_anew(self.rules):
+                sign_end(self.ledger, links, plan, aggregator)
+            return plan.hospitals
+
+        announce_end(links, self._lead(config.training.rounds + 1, lead), config.training.rounds)
+
+    def _lead(self, number: int, lead: Callable[[RoundPlan], T]) -> T:
+        """Plan round `number` and `lead` it, anew without those that are lost, until it has a result.
+
+        Raises `QuorumError` when too few are left.
+        """
+        aggregator, attendance = self.aggregator, self.attendance
+        for attempt in range(aggregator.config.federation.hospitals):
+            known = aggregator.normalisation is not None
+            plan = attendance.plan(number, attempt, aggregator.weight_total, bool(self.ledger.blocks), known)
+            try:
+                self._welcome(plan)
+                return lead(plan)
+            except SumLostError as error:
+                log.warning("%s", error)
+                attendance.void(error.lost)
+        raise SumLostError(f"round {number} was lost in every attempt", "see the logs of the hospitals")
+
+    def _welcome(self, plan: RoundPlan) -> None:
         """Newcomers get the global model; all sign who they are."""
         links = self.domain.links
         if plan.newcomers:
             links.set_phase("distribution")
             send_model(self.aggregator, links, plan.newcomers)
-            begin_ledger(self.ledger, links, self.aggregator.config, plan.hospitals, plan.resumed)
-
-    def round(self, number: int) -> None:
-        """A round, as often as it takes until it has a result."""
-        aggregator, domain, attendance = self.aggregator, self.domain, self.attendance
-        began = time.monotonic()
-        for attempt in range(self.aggregator.config.federation.hospitals):
-            plan = attendance.plan(number, attempt, aggregator.weight_total, True)
-            self.welcome(plan)
-            try:
-                hospitals, evaluation = aggregator_round(aggregator, domain, self.rules, plan, self.notify)
-                break
-            except SumLostError as error:
-                log.warning("%s", error)
-                attendance.void()
-        else:
-            raise SumLostError(f"round {number} was lost in every attempt", "see the logs of the hospitals")
-        about, held = f"round {number}", aggregator.digests
-        signed = lead_signatures(self.ledger, domain.links, self.rules, hospitals, about, held)
-        attendance.keep(signed)
-        self._conclude(number, hospitals, evaluation, time.monotonic() - began)
+            with _planned_anew(self.rules):
+                begin_ledger(self.ledger, plan.beginning(links), self.aggregator.config, plan.hospitals, plan.resumed)
 
     def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
-        out = site_directory(self.aggregator.config)
+        """All sign the round; it is written down and kept."""
+        aggregator, out = self.aggregator, site_directory(self.aggregator.config)
+        about, links = f"round {number}", self.domain.links
+        self.attendance.keep(lead_signatures(self.ledger, links, self.rules, hospitals, about, aggregator.digests))
         counts = None if evaluation is None else evaluation.to_json()
         line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
         append_json_line(out / "metrics.jsonl", line)
-        self.aggregator.checkpoint(out, number)
+        aggregator.checkpoint(out, number)
+
+
+@contextlib.contextmanager
+def _planned_anew(rules: Rules) -> Iterator[None]:
+    """The loss of a hospital while nothing is summed has the round planned anew, where one may be missing."""
+    try:
+        yield
+    except PeerLostError as error:
+        if not rules.closing:
+            raise
+        raise SumLostError(error.what, error.fix, error.peer) from None
 
 
 def run(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Lead a training run until its last round; write model, metrics and opening record to `site.out`."""
     out, rules = site_directory(config), sum_rules(config)
-    hospitals = tuple(name for name in party_names(config) if is_hospital(name))
-    aggregator = prepare_aggregator(config)
-    links, ledger = connect(config, AGGREGATOR, observer), open_ledger(config, AGGREGATOR)
-    resumed = config.site.resume and aggregator.resume(out, functools.partial(signed_model, ledger))
-    with links, training_runtime(links, config) as runtime:
-        domain = runtime.domain(ledger, signatory_of(ledger))
-        attendance = Attendance(links, rules, hospitals)
-        led = _Run(aggregator, domain, ledger, rules, attendance, notify)
+    links = connect(config, AGGREGATOR, observer)
+    with links:  # first, so that the others hear at once of what cannot be gone on with
         notify("connect", 1, 1)
-        attendance.await_announced(not resumed, config.runtime.connect_timeout)
-        if resumed:
-            keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
-        else:
-            led.begin()
-        for number in range(aggregator.round + 1, config.training.rounds + 1):
-            led.round(number)
-        # Whoever has come back since takes the last model and signs the end.
-        plan = attendance.plan(config.training.rounds + 1, 0, aggregator.weight_total, True)
-        led.welcome(plan)
-        save_model(out / "model.safetensors", aggregator.model, config, aggregator.normalisation)
-        sign_end(ledger, links, plan.hospitals, aggregator)
-        announce_end(links, plan.hospitals, config.training.rounds)
+        links.set_phase("data")
+        aggregator, ledger = prepare_aggregator(config), open_ledger(config, AGGREGATOR)
+        resumed = config.site.resume and aggregator.resume(out, functools.partial(signed_model, ledger))
+        with training_runtime(links, config) as runtime:
+            domain = runtime.domain(ledger, signatory_of(ledger))
+            led = _Run(aggregator, domain, ledger, rules, Attendance(links, rules, rules.hospitals), notify)
+            led.attendance.await_announced(deadlines_of(config).announcement)
+            if resumed:
+                keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
+            else:
+                led.begin()
+            for number in range(aggregator.round + 1, config.training.rounds + 1):
+                led.round(number)
+            led.end()
     write_traffic(links, out)

@@ -32,7 +32,8 @@ from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_o
 class Aggregator:
     """The aggregator's state over the rounds, all of it public or opened.
 
-    `patients` is the opened total number of training patients, `weight_total` the public power of two above it.
+    `patients` is the opened number of training patients of `counted` hospitals, all that were there before the first round;
+    `weight_total` the public power of two above it.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Aggregator:
     coordinates: torch.Tensor
     round: int = -1
     patients: int = 0
+    counted: int = 0
     weight_total: int = 1
     normalisation: Normalisation | None = None
     digests: ModelDigests = field(default_factory=ModelDigests)
@@ -61,10 +63,10 @@ class Aggregator:
     def mean_factor(self, hospitals: int) -> float:
         """What turns the opened sum over so many hospitals into their mean.
 
-        Weights are counts over `weight_total`. The total of all is known; how many patients those present have is not, or
-        the difference would show an absent hospital's number: they count as their share of the hospitals.
+        Weights are counts over `weight_total`. The total of those counted is known; how many patients those present have is
+        not, or the difference would show an absent hospital's number: they count as their share of the hospitals.
         """
-        return self.weight_total / self.patients * self.config.federation.hospitals / hospitals
+        return self.weight_total / self.patients * self.counted / hospitals
 
     def checkpoint(self, directory: Path, number: int) -> None:
         """Keep the state after round `number`."""
@@ -74,7 +76,7 @@ class Aggregator:
         tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
         if self.normalisation is not None:
             tensors["normalisation"] = self.normalisation.tensor()
-        facts = {"patients": self.patients, "weight total": self.weight_total}
+        facts = {"patients": self.patients, "counted": self.counted, "weight total": self.weight_total}
         save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config.run_digest())
 
     def resume(self, directory: Path, signed: Callable[[int], str | None]) -> bool:
@@ -95,6 +97,7 @@ class Aggregator:
         if "normalisation" in saved.tensors:
             self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"], self.config)
         self.round, self.patients, self.weight_total = saved.round, saved.facts["patients"], saved.facts["weight total"]
+        self.counted = saved.facts.get("counted", self.config.federation.hospitals)  # all of them, once
         return True
 
     def _wrong(self, saved: Checkpoint, signed: str | None) -> str | None:
@@ -105,6 +108,8 @@ class Aggregator:
         patients, total = saved.facts.get("patients"), saved.facts.get("weight total")
         if type(patients) is not int or type(total) is not int or patients < 0 or total < 1 or total & (total - 1):
             return "holds numbers of patients that cannot be"
+        if saved.facts.get("counted", 1) not in range(1, self.config.federation.hospitals + 1):
+            return "holds a number of hospitals that cannot be"
         parameters = [state[name].reshape(-1).float() for name, _ in trainable_parameters(self.model)]
         if tensor_digest(torch.cat(parameters)[self.coordinates]) != signed:
             return f"holds another global model than all parties signed after round {saved.round}"

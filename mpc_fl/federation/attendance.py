@@ -5,6 +5,8 @@ Before round k, at the aggregator:
   2. those that have announced themselves since (`announce`) join, if they and all others hold keys of each other
   3. fewer than the quorum end the run; else the word "plan" names the hospitals and, by the fingerprints of their keys,
      which start of each is meant; newcomers get the global model and the blocks of the reveal ledger they lack
+A hospital that is lost or late once there is a plan is left out of a sum, or has the round planned anew without it; it stays out
+until it announces itself again.
 After the last round the word "complete" ends the run: nothing counts as a success before it.
 """
 
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
-from mpc_fl.aggregation.words import names_in, say
+from mpc_fl.aggregation.words import broadcast, names_in, say
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR
@@ -32,7 +34,8 @@ _LOOK = 0.2
 class RoundPlan:
     """Round `number`, attempt `attempt`: its hospitals, the fingerprints of their keys, and which of them are new.
 
-    `weight_total` is the public power of two that weights are divided by; `resumed` says that the reveal ledger goes on.
+    `weight_total` is the public power of two that weights are divided by, 1 before it is known; `resumed` says that the
+    reveal ledger goes on, `normalised` that the common normalisation of inputs is known and comes with the model.
     """
 
     number: int
@@ -42,11 +45,16 @@ class RoundPlan:
     newcomers: tuple[str, ...]
     weight_total: int
     resumed: bool
+    normalised: bool = False
 
     @property
     def round_of(self) -> tuple[int, int]:
         """What labels everything of this attempt at this round."""
         return self.number, self.attempt
+
+    def beginning(self, links: Links) -> Links:
+        """Links for what comes before its sums: what was said of an attempt that was given up is not taken for this one's."""
+        return links.scoped(f"beginning {self.number} {self.attempt}")
 
     @classmethod
     def from_word(cls, word: Mapping[str, Any]) -> RoundPlan:
@@ -57,8 +65,8 @@ class RoundPlan:
             raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
         if not all(isinstance(start, str) and len(start) == 64 for start in starts.values()):
             raise ProtocolError("the aggregator sent no plan of a round", SAME_VERSION)
-        resumed = word.get("resumed") is True
-        return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], resumed)  # type: ignore[arg-type]
+        flags = [word.get(key) is True for key in ("resumed", "normalised")]
+        return cls(numbers[0], numbers[1], hospitals, starts, newcomers, numbers[2], *flags)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -90,7 +98,7 @@ class PlansFollowed:
             what = (
                 f"planned round {plan.number} (attempt {plan.attempt}) after round {max(self.kept, self.round_of[0])}"
             )
-        elif not 0 <= plan.attempt < (len(self.rules.hospitals) if plan.number else 1):
+        elif not 0 <= plan.attempt < len(self.rules.hospitals):
             what = f"began round {plan.number} anew too often"
         elif not set(plan.newcomers) <= set(plan.hospitals):
             what = "named newcomers that take no part"
@@ -131,18 +139,31 @@ class Attendance:
         self.starts: dict[str, str] = {}
         self._void = False
 
-    def await_announced(self, all_of_them: bool, seconds: float) -> None:
-        """Before the first plan: wait for the announcements of all hospitals, or of all that are connected."""
-        deadline = time.monotonic() + seconds
-        for name in self._hospitals:
-            while (all_of_them or self._links.alive(name)) and not self._links.waiting(name, _PRESENT):
-                if all_of_them and not self._links.alive(name):
-                    raise PeerLostError(name, f"lost {name} before the first round", f"see the log of {name}")
-                if time.monotonic() > deadline:
-                    raise PeerLostError(name, f"{name} did not announce itself", f"see the log of {name}")
-                self._links.await_change(_LOOK)
+    def await_announced(self, seconds: float) -> None:
+        """Before the first plan: wait for the announcements of all hospitals that are connected.
 
-    def plan(self, number: int, attempt: int, weight_total: int, resumed: bool) -> RoundPlan:
+        Raises `PeerLostError` where nobody may be missing and somebody is lost or late.
+        """
+        links, deadline = self._links, time.monotonic() + seconds
+        while True:
+            links.require_all()
+            late = [name for name in self._hospitals if links.alive(name) and not links.waiting(name, _PRESENT)]
+            if not late:
+                return
+            if time.monotonic() > deadline:
+                break
+            links.await_change(_LOOK)
+        for name in late:
+            error = PeerLostError(
+                name, f"{name} is late: not ready to begin within {seconds:g} s", f"see the log of {name}"
+            )
+            if self._rules.smallest == len(self._hospitals):
+                raise error
+            log.warning("%s; the others begin without it", error)
+
+    def plan(
+        self, number: int, attempt: int, weight_total: int, resumed: bool = False, normalised: bool = False
+    ) -> RoundPlan:
         """Steps 1 to 3. Raises `QuorumError` when too few hospitals are there."""
         links, hold = self._links, self._links.key_fingerprint
         chosen = [name for name in self.members if links.alive(name) and hold(name) == self.starts[name]]
@@ -162,7 +183,8 @@ class Attendance:
         self.members, self.starts = present, {name: hold(name) for name in present}
         if newcomers and number > 1:
             log.info("round %d: %s joins", number, ", ".join(newcomers))
-        plan = RoundPlan(number, attempt, present, self.starts, tuple(newcomers), weight_total, resumed)
+        starts = dict(self.starts)
+        plan = RoundPlan(number, attempt, present, starts, tuple(newcomers), weight_total, resumed, normalised)
         say(
             links,
             present,
@@ -170,16 +192,18 @@ class Attendance:
             number=number,
             attempt=attempt,
             hospitals=list(present),
-            starts=dict(self.starts),
+            starts=starts,
             newcomers=newcomers,
             weight_total=weight_total,
             resumed=resumed,
+            normalised=normalised,
         )
         return plan
 
-    def void(self) -> None:
-        """After a round without result: all that stay are told everything again."""
+    def void(self, lost: str = "") -> None:
+        """After a round without result, because of somebody: all others stay, and are told everything again."""
         self._void = True
+        self.members = tuple(name for name in self.members if name != lost)
 
     def keep(self, hospitals: tuple[str, ...]) -> None:
         """After a sum: only those in it stay."""
@@ -187,10 +211,10 @@ class Attendance:
 
 
 def announce_end(links: Links, hospitals: tuple[str, ...], rounds: int) -> None:
-    """At the aggregator, when its results are written: tell all hospitals that the run is complete."""
+    """At the aggregator, when its results are written: tell all hospitals that the run is complete. Who is gone knows less."""
     links.set_phase("conclusion")
-    for name in hospitals:
-        links.send_object(name, "complete", {"rounds": rounds})
+    links.stay_for(hospitals)
+    broadcast(hospitals, lambda name: links.send_object(name, "complete", {"rounds": rounds}))
 
 
 def await_end(links: Links, rounds: int) -> None:

@@ -14,6 +14,7 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
+from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.learning.models.model_file import model_file
@@ -27,10 +28,17 @@ log = logging.getLogger(__name__)
 def begin_ledger(
     ledger: RevealLedger, links: Links, config: Config, hospitals: tuple[str, ...], resumed: bool = False
 ) -> None:
-    """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack."""
+    """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack.
+
+    `links` are a scope of this beginning alone (`RoundPlan.beginning`), which ends. Raises `PeerLostError` when a party is lost
+    or late.
+    """
     links.set_phase("reveal ledger")
     signers = CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR)
-    signers.begin(config.federation.session, config.digest(), config.federation.quorum_size, resumed)
+    try:
+        signers.begin(config.federation.session, config.digest(), config.federation.quorum_size, resumed)
+    finally:
+        links.end_scope()
 
 
 def lead_signatures(
@@ -41,49 +49,54 @@ def lead_signatures(
     `held` is the model that all of them have. Returns those who signed; raises `QuorumError`.
     """
     links.set_phase(f"{about} signatures")
-    for attempt in range(len(hospitals)):
+    asked = hospitals
+    for attempt in range(len(asked)):
         say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt)
         try:
-            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held, rules.closing > 0)
+            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held)
             return hospitals
         except PeerLostError as error:
             if not rules.closing:
                 raise
             log.warning("%s; the others sign without it", error)
             hospitals = tuple(name for name in hospitals if name != error.peer and links.alive(name))
-            require_quorum(rules, hospitals, hospitals, about)
+            require_quorum(rules, hospitals, asked, f"{about} signatures")
     raise AssertionError("each attempt has one hospital less")
 
 
-def sign_round(ledger: RevealLedger, links: Links, rules: Rules, about: str, held: ModelDigests) -> None:
-    """Step 7 at a hospital, as often as the aggregator asks for it: each time with one hospital less, never too few."""
+def sign_round(ledger: RevealLedger, links: Links, rules: Rules, about: str, held: ModelDigests) -> bool:
+    """Step 7 at a hospital, as often as the aggregator asks for it: each time with one hospital less, never too few.
+
+    Returns whether this hospital has signed: False when it was late, and the others sign without it.
+    """
     links.set_phase(f"{about} signatures")
     for attempt in range(len(rules.hospitals)):
         word = next_word(links, AGGREGATOR, ("sign",))
         hospitals = names_in(word, "hospitals")
         require_hospitals(rules, hospitals, links.name)
         try:
-            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held, True)
-            return
+            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held)
+            return True
         except PeerLostError as error:
             if error.peer == AGGREGATOR:
                 raise
             log.warning("%s", error)
+            if error.peer == links.name:
+                return False
     raise ProtocolError(f"{AGGREGATOR} had '{about}' signed too often", "it does not follow the protocol")
 
 
-def _sign(
-    ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, held: ModelDigests, tolerant: bool
-) -> None:
+def _sign(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, held: ModelDigests) -> None:
     parties, same = [*hospitals, AGGREGATOR], {"global model": held.parameters}
     complete = all(set(opening.among) <= set(parties) for opening in ledger.pending)
     kind = "openings" if complete else "abandoned"
-    CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same, tolerant=tolerant)
+    CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same)
 
 
-def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], state: Hospital | Aggregator) -> None:
+def sign_end(ledger: RevealLedger, links: Links, plan: RoundPlan, state: Hospital | Aggregator) -> None:
     """The last block: all sign that the run is complete, and which parameters, or which file, its model is.
 
+    Raises `PeerLostError` when a party is lost or late; then it is planned anew without it.
     `state` is that of the party itself: its model, what all have in common of it, and its normalisation of inputs. A run that
     goes on only because a party could not keep that block has it from `begin_ledger`: nothing more is signed.
     """
@@ -94,7 +107,8 @@ def sign_end(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], sta
     if not state.config.training.local_normalisation:
         written = model_file(state.model, state.config, state.normalisation)
         same["model.safetensors"] = hashlib.sha256(written).hexdigest()
-    CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR).sign("end", "the run is complete", same)
+    about = f"the run is complete ({plan.attempt})" if plan.attempt else "the run is complete"
+    CoSigners(ledger, links, [*plan.hospitals, AGGREGATOR], AGGREGATOR).sign("end", about, same)
 
 
 def signed_model(ledger: RevealLedger, number: int) -> str | None:

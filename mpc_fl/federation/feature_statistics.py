@@ -120,12 +120,12 @@ def vector_norm(features: int) -> float:
 def plan_features(config: Config, quorum: int | None = None) -> FeaturePlan:
     """The plan of a run, from public values alone, with its headroom proven.
 
-    `quorum`: how many hospitals must take part for the sum to be opened, all of them by default. A hospital has at most
+    `quorum`: how many hospitals must take part for the sum to be opened, `federation.quorum` by default. A hospital has at most
     `aggregation.count_bound` patients. Raises `HeadroomError` when no grid fits, `PrivacyBudgetError` for a quorum
     that colluders alone could make up.
     """
     hospitals, kind = config.federation.hospitals, config.privacy.mechanism
-    quorum = hospitals if quorum is None else quorum
+    quorum = config.federation.quorum_size if quorum is None else quorum
     if not 1 <= quorum <= hospitals:
         raise PrivacyBudgetError(f"a quorum of {quorum} among {hospitals} hospitals cannot be", "correct the quorum")
     mean_alone, classes = config.data.features is not None, len(config.data.classes)

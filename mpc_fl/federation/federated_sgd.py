@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules, missed_by
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import SumLostError
@@ -90,15 +90,16 @@ def hospital_steps(
         links.set_phase(f"round {number} aggregation")
         seen = sum_terms(config, plan.weight_total, hospital.digests)
         agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step), seen)
+        missed: Missed | None = None
         try:
             hospitals = contribute(domain, rules, agreed, share, hospital.ledger.release)
         except SumLostError as error:
             log.warning("%s", error)
-            hospitals = ()
-        if links.name not in hospitals:
+            missed = missed_by(links.name, error)
+        if links.name not in hospitals or missed is not None:
             # The steps so far are dropped: what the next sum is bound to must be the model that this hospital has.
             hospital.digests.take(parameters=hospital.shared_parameters)
-            return "left out" if hospitals else "void"
+            return missed or "left out"
         stepped = receive_global(links, hospital.digests, mechanism.parameters)
         load_flat_parameters(working, stepped)
         step_done(step + 1, steps)

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mpc_fl.aggregation.quorum_sum import contribute
-from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules, missed_by
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import SumLostError
@@ -115,7 +115,7 @@ def _local_steps(
 
     # 3. Encode in the ring; the weight is as secret as the update.
     links.set_phase(f"round {number} aggregation")
-    count = hospital.train.patient_count if config.counts_patients else 1
+    count = hospital.weight if config.counts_patients else 1
     label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
 
@@ -127,7 +127,7 @@ def _local_steps(
         admitted = contribute(domain, rules, agreed, encoded, hospital.releasing(number))
     except SumLostError as error:
         log.warning("%s", error)
-        return "void"
+        return missed_by(hospital.name, error)
     del encoded
     if hospital.name not in admitted:
         return "left out"

@@ -64,6 +64,7 @@ class Hospital:
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
     digests: ModelDigests = field(default_factory=ModelDigests)
+    heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
@@ -72,6 +73,12 @@ class Hospital:
         """Secret and fresh by default; a number in simulations, different at each hospital."""
         seed = self.config.training.sampling_seed
         return None if seed is None else seed * 1000 + self.rank
+
+    @property
+    def weight(self) -> int:
+        """Its number of patients, or as much of it as fits beside those that were counted without it."""
+        count = self.train.patient_count
+        return count if self.heaviest is None else min(count, self.heaviest)
 
     @property
     def local_training(self) -> LocalTraining:

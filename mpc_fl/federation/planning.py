@@ -14,6 +14,7 @@ from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
+from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
@@ -62,14 +63,13 @@ def sum_rules(config: Config) -> Rules:
         )
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
     closing = config.noise_colluders + 1 if may_leave_out else 0
-    seconds = federation.round_timeout or config.runtime.receive_timeout
     hospitals = tuple(hospital_names(federation.hospitals))
-    return Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, seconds)
+    return Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, deadlines_of(config).summand)
 
 
 def largest_weight_total(config: Config) -> int:
-    """The power of two that no total of weights exceeds."""
-    return 1 << (config.federation.hospitals * config.aggregation.count_bound - 1).bit_length()
+    """The power of two that no total of weights exceeds: that of all hospitals, with room for who is counted later."""
+    return 1 << (2 * config.federation.hospitals * config.aggregation.count_bound - 1).bit_length()
 
 
 def with_norm_check(
@@ -211,7 +211,7 @@ def run_name(config: Config) -> str:
 
 def over_all_hospitals(config: Config, rules: Rules) -> Rules:
     """For sums over all hospitals alone, whoever may be missing later; of whole numbers, so without a check of norms."""
-    return replace(rules, smallest=config.federation.hospitals, check=None)
+    return replace(rules, smallest=config.federation.hospitals, check=None, quorum=rules.smallest)
 
 
 def describe_mean_update(config: Config, number: int) -> Description:

@@ -1,82 +1,146 @@
-"""Sums over all hospitals that are opened once, before the first round: of features if so configured, and of patients.
+"""Sums that are opened once, before the first round: of features if so configured, and of patients.
 
-The first gives the common normalisation of inputs (`feature_statistics`), the second the total weight of the mean. Both are
-opened over all hospitals or not at all.
+The first gives the common normalisation of inputs (`feature_statistics`), the second the total weight of the mean. Like all sums
+they are opened over the hospitals that are there, of which the quorum is needed. Where they are exact (mechanism `none`), the
+difference of two of them would be what one hospital has: a party that has recorded one takes part in another over the same
+hospitals alone (`AgreedSum.only`), also after it has started again.
+
+A hospital that comes later takes the normalisation with the model. It is not in the number of patients: so that the sum of
+weights stays at most 1, those counted then weigh at most 1/2 together, and each of the others its part of the rest.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
-from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules, missed_by
 from mpc_fl.aggregation.words import broadcast
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.config.config import Config
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.errors import ProtocolError
+from mpc_fl.errors import ProtocolError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
-from mpc_fl.federation.attendance import Attendance
+from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import calibrate_on_public_images, calibrate_own
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.model_digests import sum_terms
-from mpc_fl.federation.planning import features_run_name, over_all_hospitals
+from mpc_fl.federation.model_digests import ModelDigests, sum_terms
+from mpc_fl.federation.planning import features_run_name
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.parameters import flatten_buffers, load_flat_buffers
 from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
 
+log = logging.getLogger(__name__)
+
+Ledger = RevealLedger | OpeningRecord  # the record of the domain, which is also asked
+
 _FEATURES = Description("sum of features", "mean and deviation of the inputs")
 _PATIENTS = Description("number of patients", "total weight of the mean")
 
 
-def hospital_preparation(hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...]) -> None:
-    """Sums over all hospitals before the first round, at a hospital: features if so configured, and the patients."""
-    config, rules = hospital.config, over_all_hospitals(hospital.config, rules)
-    seen = functools.partial(sum_terms, config, 1, hospital.digests)
+def _begun_over(ledger: Ledger, why: str) -> tuple[str, ...] | None:
+    """The hospitals over which this party began to open a sum; `None` when it has not."""
+    among = ledger.begun_among(why)
+    return None if among is None else tuple(name for name in among if name != AGGREGATOR)
+
+
+def _agreed(
+    config: Config,
+    ledger: Ledger,
+    hospitals: tuple[str, ...],
+    plan: RoundPlan,
+    about: Description,
+    digests: ModelDigests,
+) -> AgreedSum:
+    only = _begun_over(ledger, about.why) if config.privacy.mechanism == "none" else None
+    return AgreedSum(hospitals, (about.what, *plan.round_of), about, sum_terms(config, 1, digests), only)
+
+
+def _is_counted(config: Config, plan: RoundPlan) -> bool:
+    """Whether this plan begins before patients were counted, where they are."""
+    return config.counts_patients and plan.weight_total == 1
+
+
+# ---- at a hospital -----------------------------------------------------------------------------------------------------
+
+
+def hospital_preparation(
+    hospital: Hospital, domain: SecretDomain, ledger: Ledger, rules: Rules, plan: RoundPlan
+) -> tuple[str, ...] | Missed:
+    """Sums before the first round, at a hospital. Returns the hospitals that are in them, or why it has no result."""
+    config, hospitals = hospital.config, plan.hospitals
     domain.links.set_phase("preparation")
-    if config.data.normalise == "secure":
-        plan, ledger = plan_features(config), hospital.ledger
-        event = plan.event()
-        if event is not None:
-            run = features_run_name(config)
-            ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
-        encoded = encode_features(plan, hospital.train, hospital.noise_seed.derive("features"), config.runtime.threads)
-        agreed = AgreedSum(hospitals, ("features",), _FEATURES, seen())
-        _require_all(hospitals, contribute(domain, rules, agreed, encoded, hospital.releasing(0)))
-        values = domain.links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, plan.constants))
+    try:
+        if config.data.normalise == "secure" and not plan.normalised:
+            hospitals = _sum_features(hospital, domain, ledger, rules, plan)
+        if hospital.name in hospitals and _is_counted(config, plan):
+            count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
+            # Opened with mechanism none alone: what it shows of the patients is exact.
+            agreed = _agreed(config, ledger, hospitals, plan, _PATIENTS, hospital.digests)
+            hospitals = contribute(domain, rules, agreed, count, hospital.releasing(0))
+    except SumLostError as error:
+        log.warning("%s", error)
+        return missed_by(hospital.name, error)
+    if hospital.name not in hospitals:
+        return "left out"
+    calibrate_own(hospital.model, hospital.train.inputs, config)
+    return hospitals
+
+
+def _sum_features(
+    hospital: Hospital, domain: SecretDomain, ledger: Ledger, rules: Rules, plan: RoundPlan
+) -> tuple[str, ...]:
+    config, links, features = hospital.config, domain.links, plan_features(hospital.config)
+    event = features.event()
+    if event is not None:
+        run = features_run_name(config)
+        hospital.ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
+    seed = hospital.noise_seed.derive("features", *plan.round_of)  # fresh for every attempt
+    encoded = encode_features(features, hospital.train, seed, config.runtime.threads)
+    agreed = _agreed(config, ledger, plan.hospitals, plan, _FEATURES, hospital.digests)
+    hospitals = contribute(domain, rules, agreed, encoded, hospital.releasing(0))
+    if hospital.name in hospitals:
+        values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, features.constants))
         hospital.normalise(Normalisation.of_tensor(values, config))
         buffers = flatten_buffers(hospital.model)
-        buffers = domain.links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
+        buffers = links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
         load_flat_buffers(hospital.model, buffers)
         hospital.digests.take(statistics=buffers, normalisation=values)
-    if config.counts_patients:
-        count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-        # Opened with mechanism none alone: what it shows of the patients is exact.
-        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
-        _require_all(hospitals, contribute(domain, rules, agreed, count, hospital.releasing(0)))
-    calibrate_own(hospital.model, hospital.train.inputs, config)
+    return hospitals
 
 
-def _require_all(hospitals: tuple[str, ...], admitted: tuple[str, ...]) -> None:
-    if admitted != hospitals:
-        raise ProtocolError(
-            f"{AGGREGATOR} left a hospital out of a sum over all of them",
-            "it does not follow the protocol; start again",
-        )
+def heaviest_weight(config: Config, ledger: Ledger, name: str, weight_total: int) -> int | None:
+    """What a hospital may weigh at most where it is not in the opened number of patients; `None` where it is."""
+    counted = _begun_over(ledger, _PATIENTS.why) or ()
+    if not config.counts_patients or name in counted:
+        return None
+    return weight_total // (2 * (config.federation.hospitals - len(counted)))
 
 
-def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: Rules, attendance: Attendance) -> None:
-    """Sums over all hospitals before the first round, at the aggregator."""
-    config, rules, hospitals = aggregator.config, over_all_hospitals(aggregator.config, rules), attendance.members
-    seen = functools.partial(sum_terms, config, 1, aggregator.digests)
+# ---- at the aggregator -------------------------------------------------------------------------------------------------
+
+
+def aggregator_preparation(
+    aggregator: Aggregator, domain: SecretDomain, ledger: Ledger, rules: Rules, plan: RoundPlan
+) -> tuple[str, ...]:
+    """Sums before the first round, at the aggregator; what an attempt before has opened is not opened again.
+
+    Returns the hospitals that are in them. Raises `QuorumError` when too few are left, `SumLostError` when one is lost.
+    """
+    config, hospitals = aggregator.config, plan.hospitals
+    agree = functools.partial(_agreed, config, ledger)
     domain.links.set_phase("preparation")
-    if config.data.normalise == "secure":
-        plan = plan_features(config)
-        agreed = AgreedSum(hospitals, ("features",), _FEATURES, seen())
-        _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (plan.length,))
-        aggregator.normalisation = decode_features(plan, total).normalisation
+    if config.data.normalise == "secure" and not plan.normalised:
+        features = plan_features(config)
+        agreed = agree(hospitals, plan, _FEATURES, aggregator.digests)
+        hospitals, total = collect(domain, rules, agreed, plan.starts, torch.int64, (features.length,))
+        aggregator.normalisation = decode_features(features, total).normalisation
         values = aggregator.normalisation.tensor()
         calibrate_on_public_images(aggregator.model, config, aggregator.normalisation)
         buffers = flatten_buffers(aggregator.model)
@@ -87,11 +151,19 @@ def aggregator_preparation(aggregator: Aggregator, domain: SecretDomain, rules: 
             domain.links.send_tensor(name, "statistics", buffers)
 
         broadcast(hospitals, send)
-    aggregator.patients = config.federation.hospitals
-    if config.counts_patients:
-        agreed = AgreedSum(hospitals, ("patients",), _PATIENTS, seen())
-        _, total = collect(domain, rules, agreed, attendance.starts, torch.int64, (1,))
-        aggregator.patients = int(total)
-        if not 0 < aggregator.patients <= config.federation.hospitals * config.aggregation.count_bound:
-            raise ProtocolError("the opened number of patients cannot be", "a hospital does not follow the protocol")
-    aggregator.weight_total = 1 << (aggregator.patients - 1).bit_length()
+    if _is_counted(config, plan):
+        agreed = agree(hospitals, plan, _PATIENTS, aggregator.digests)
+        hospitals, total = collect(domain, rules, agreed, plan.starts, torch.int64, (1,))
+        _take_patients(aggregator, int(total), len(hospitals))
+    elif not config.counts_patients:
+        _take_patients(aggregator, config.federation.hospitals, config.federation.hospitals)
+    return hospitals
+
+
+def _take_patients(aggregator: Aggregator, patients: int, counted: int) -> None:
+    """The opened number of patients of so many hospitals, or one for each where none is opened."""
+    federation = aggregator.config.federation
+    if not 0 < patients <= counted * aggregator.config.aggregation.count_bound:
+        raise ProtocolError("the opened number of patients cannot be", "a hospital does not follow the protocol")
+    aggregator.patients, aggregator.counted = patients, counted
+    aggregator.weight_total = 1 << ((patients if counted == federation.hospitals else 2 * patients) - 1).bit_length()

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Collection
 from typing import Any
 
-from mpc_fl.errors import SAME_VERSION, HandshakeError, LinkError, MpcFlError, ProtocolError
+from mpc_fl.errors import (
+    SAME_VERSION,
+    HandshakeError,
+    LinkError,
+    MpcFlError,
+    PeerLostError,
+    PeerRefusedError,
+    ProtocolError,
+)
 from mpc_fl.links.frames import Frame, FrameReader, Kind, Observer
 from mpc_fl.links.greetings import Greeter, first_greeting
 from mpc_fl.links.grpc_streams import Conversation, StreamServer, dial, wait_for_all
 from mpc_fl.links.handshake import greeting_digest
-from mpc_fl.links.mailboxes import Mailboxes, parting_message
+from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
+from mpc_fl.links.parting import parting_message
 from mpc_fl.links.peer import Peer
 from mpc_fl.links.relay import Relay
 from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
@@ -27,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _FAREWELL = 2.0
 _REDIAL = 1.0
+_LOOK = 0.1
 
 
 class Connections:
@@ -53,6 +65,8 @@ class Connections:
         self._observer = observer
         self._relay = Relay(greeter, outgoing, mailboxes, counter, self)
         self._lock = threading.Lock()
+        self._began = 0.0  # of `time.monotonic`
+        self._told: set[str] = set()
         self._server: StreamServer | None = None
         self._channels: list[Any] = []
         self._parting: tuple[Kind, dict[str, Any]] | None = None
@@ -61,9 +75,11 @@ class Connections:
 
     def open(self, listen: str | None) -> None:
         """Serve `listen` and dial. Raises `LinkError` when the port is in use or not allowed."""
+        self._began = time.monotonic()
         if listen is not None:
             streams, timeout = 2 * len(self._peers) + 4, min(self._timeouts.connect, LONGEST_GREETING)
-            self._server = StreamServer(self._greeter.identity, listen, self.admit, streams, timeout)
+            refused = self._mailboxes.note_refused
+            self._server = StreamServer(self._greeter.identity, listen, self.admit, streams, timeout, refused)
         for peer in self._peers.values():
             if peer.route.how == "dial":
                 self._dial(peer)
@@ -86,7 +102,10 @@ class Connections:
         def ended(failure: MpcFlError | None) -> None:
             if peer.conversation is not conversation:
                 return
-            if isinstance(failure, HandshakeError):
+            if isinstance(failure, HandshakeError) and conversation.refusal is failure:
+                what = f"{self._name} refused {peer.name}: {failure.what}"
+                failure = PeerRefusedError(peer.name, what, f"see the log of {peer.name}")
+            elif isinstance(failure, HandshakeError):
                 failure = HandshakeError(f"{peer.name} refused {self._name}: {failure.what}", "compare the two sides")
             elif isinstance(failure, ProtocolError):
                 failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
@@ -98,14 +117,20 @@ class Connections:
         return conversation
 
     def _dial_again(self, peer: Peer) -> None:
-        """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends."""
+        """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends.
+
+        Not before all have been connected: until then nobody may make a link anew.
+        """
 
         def again() -> None:
             if self._mailboxes.awaits_return(peer.name):
                 self._outgoing.begin_again(peer)
                 self._dial(peer)
+            else:
+                self._dial_again(peer)
 
-        if peer.route.how == "dial" and self._mailboxes.awaits_return(peer.name):
+        may_return = isinstance(self._mailboxes.failure(peer.name), PeerLostError) and self._parting is None
+        if peer.route.how == "dial" and may_return and self._mailboxes.tolerates(peer.name):
             timer = threading.Timer(_REDIAL, again)
             timer.daemon = True
             timer.start()
@@ -167,10 +192,10 @@ class Connections:
 
     # ---- parting ---------------------------------------------------------------------------------------------------
 
-    def close(self, error: BaseException | None) -> None:
-        """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those who still need it."""
+    def close(self, error: BaseException | None, stays_for: Collection[str]) -> None:
+        """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those of its peers that need it."""
         if error is None and self._outgoing.relay == self._name:
-            awaited = [peer.name for peer in self._peers.values() if peer.route.how == "await"]
+            awaited = [name for name, peer in self._peers.items() if peer.route.how == "await" and name in stays_for]
             self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
         self._mailboxes.close()
         self._parting = parting_message(error)
@@ -178,6 +203,8 @@ class Connections:
         for peer in sorted(self._peers.values(), key=lambda peer: not peer.route.relayed):
             if self._can_be_told(peer):
                 self._say_farewell(peer, *self._parting)
+        if isinstance(error, MpcFlError) and not self._mailboxes.started:
+            self._await_untold()
         talking = [
             peer.conversation
             for peer in self._peers.values()
@@ -194,6 +221,20 @@ class Connections:
             self._server.stop()
         self._relay.close()
 
+    def _await_untold(self) -> None:
+        """Stay until those who have not come yet have come and heard why: a party that finds nobody cannot say who failed."""
+        while time.monotonic() < self._began + self._timeouts.untold and any(
+            map(self._is_untold, self._peers.values())
+        ):
+            time.sleep(_LOOK)
+
+    def _is_untold(self, peer: Peer) -> bool:
+        if self._mailboxes.failure(peer.name) is not None or self._mailboxes.closed(peer.name):
+            return False
+        if peer.route.how == "await":
+            return self._server is not None and peer.name not in self._told
+        return peer.conversation is not None and not (peer.conversation.reached or peer.conversation.over)
+
     def _can_be_told(self, peer: Peer) -> bool:
         """Whether it is there, or may be: whom this party has greeted may have accepted that, its answer on the way.
 
@@ -206,5 +247,6 @@ class Connections:
     def _say_farewell(self, peer: Peer, kind: Kind, payload: dict[str, Any]) -> None:
         try:
             self._outgoing.put(peer, kind, "", payload, _FAREWELL)
+            self._told.add(peer.name)
         except (LinkError, ProtocolError):
             log.info("%s could not be told that %s ends", peer.name, self._name)

@@ -170,11 +170,22 @@ Admit = Callable[[set[str], bytes], Conversation]
 
 
 class StreamServer:
-    """Serves one address. Raises `LinkError` when the port is in use or not allowed."""
+    """Serves one address. Raises `LinkError` when the port is in use or not allowed.
 
-    def __init__(self, identity: Identity, listen: str, admit: Admit, streams: int, greeting_timeout: float) -> None:
+    `refused(name, why)` hears of streams whose certificate does not hold.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        listen: str,
+        admit: Admit,
+        streams: int,
+        greeting_timeout: float,
+        refused: Callable[[str, str], object] = lambda name, why: None,
+    ) -> None:
         self._identity = identity
-        self._admit = admit
+        self._admit, self._refused = admit, refused
         self._places, self._refusals = Places(streams), Refusals(log)
         self._greeting_timeout = greeting_timeout
         self._stopping = threading.Event()
@@ -208,6 +219,7 @@ class StreamServer:
             try:
                 verify_certificate(certificate, names, self._identity)  # TLS knows no revocation
             except IdentityError as error:
+                self._refused(names, error.what)
                 raise HandshakeError(error.what, error.fix) from None
             with self._places.silent(certificate, context.cancel, self._greeting_timeout):
                 greeting = next(chunks, b"")

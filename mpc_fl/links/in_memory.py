@@ -24,7 +24,8 @@ from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind, Observer,
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.links import Links
-from mpc_fl.links.mailboxes import Mailboxes, parting_message
+from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.parting import parting_message
 from mpc_fl.links.settings import NOBODY_LOST, Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
@@ -75,11 +76,20 @@ class InMemoryNetwork:
         self._lock = threading.RLock()
         self._present: dict[str, InMemoryLinks] = {}
 
-    def links(self, name: str, tolerance: Tolerance = NOBODY_LOST, observer: Observer | None = None) -> InMemoryLinks:
-        """The links of a new start of party `name`. Entering them after an earlier start is a come-back."""
+    def links(
+        self,
+        name: str,
+        tolerance: Tolerance = NOBODY_LOST,
+        observer: Observer | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> InMemoryLinks:
+        """The links of a new start of party `name`. Entering them after an earlier start is a come-back.
+
+        `timeouts` are those of the network unless they are said.
+        """
         if name not in self.names:
             raise LinkError(f"{name} takes no part in this run", f"the parties are {', '.join(self.names)}")
-        return InMemoryLinks(self, name, tolerance, observer)
+        return InMemoryLinks(self, name, tolerance, observer, timeouts or self.timeouts)
 
     def watch(self, watcher: Watcher) -> None:
         """Show `watcher` every frame from here on. It may drop parties: a frame of or to one of them then vanishes."""
@@ -111,10 +121,17 @@ class InMemoryNetwork:
 class InMemoryLinks(Links):
     """One party's links to the others of an `InMemoryNetwork`; see there for how they are made."""
 
-    def __init__(self, network: InMemoryNetwork, name: str, tolerance: Tolerance, observer: Observer | None) -> None:
+    def __init__(
+        self,
+        network: InMemoryNetwork,
+        name: str,
+        tolerance: Tolerance,
+        observer: Observer | None,
+        timeouts: Timeouts,
+    ) -> None:
         peers = [peer for peer in network.names if peer != name]
         counter = TrafficCounter("connect")
-        mailboxes = Mailboxes(dict.fromkeys(peers), network.timeouts, tolerance, counter)
+        mailboxes = Mailboxes(dict.fromkeys(peers), timeouts, tolerance, counter)
         super().__init__(name, mailboxes, PairwiseKeys(name, network.agreement), counter)
         self._network = network
         self._observer = observer

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ class Links(abc.ABC):
         self._keys = keys
         self._counter = counter
         self._scope = ""
+        self._stays_for = set(mailboxes.peers)
 
     @abc.abstractmethod
     def _open(self) -> None:
@@ -97,6 +99,10 @@ class Links(abc.ABC):
         """Seconds spent in a phase so far, the current stay left out."""
         return self._counter.phase_seconds.get(phase, 0.0)
 
+    def deadline(self) -> float:
+        """Until when (of `time.monotonic`) a wait lasts that begins now and says nothing else: for several waits in one."""
+        return time.monotonic() + self._mailboxes.timeouts.receive
+
     def set_phase(self, phase: str) -> None:
         """Name what is going on, for counters and for messages about lost parties."""
         self._counter.set_phase(phase)
@@ -145,6 +151,10 @@ class Links(abc.ABC):
     def alive(self, peer: str) -> bool:
         """Whether the peer is connected and, as far as this party knows, still there."""
         return self._mailboxes.alive(peer)
+
+    def stay_for(self, peers: Collection[str]) -> None:
+        """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""
+        self._stays_for = set(peers)
 
     def require_all(self) -> None:
         """Raise what a wait would raise now: for a lost peer, or after `interrupt`."""

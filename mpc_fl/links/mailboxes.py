@@ -22,15 +22,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError, printable
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.inbox import EndedTags, Inbox, memory_of
+from mpc_fl.links.parting import loss_of, never_came
 from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 
-_LONGEST_REASON, _LONGEST_NAME = 300, 64
 _FRAMES_AHEAD = 4  # of the largest that this party has asked for
 _SLICE = 5.0  # seconds between looks of a reader that pauses
 
@@ -39,7 +38,8 @@ _SLICE = 5.0  # seconds between looks of a reader that pauses
 class _Mailbox:
     """What has arrived from one peer and not been taken; whether it is there, has ended well, or is lost.
 
-    A failure is `explained` when somebody said why; `noted` counts the failures of this party in their order.
+    A failure is `explained` when somebody said why; `noted` counts the failures of this party in their order. `refused`: why
+    somebody was that came with a certificate of this name.
     """
 
     inbox: Inbox = field(default_factory=Inbox)
@@ -48,16 +48,8 @@ class _Mailbox:
     failure: MpcFlError | None = None
     explained: bool = False
     noted: int = 0
+    refused: str = ""
     starts: int = 0
-
-
-def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
-    """What a party says last: BYE, or ABORT with a reason that peers may be told (`Mailboxes.file` reads both)."""
-    if error is None:
-        return Kind.BYE, {}
-    # Only messages written for users cross the link: anything else could quote a secret.
-    reason = error.for_peers if isinstance(error, MpcFlError) else type(error).__name__
-    return Kind.ABORT, {"reason": reason, "cause": error.cause if isinstance(error, PeerLostError) else None}
 
 
 def not_relayable(sender: str) -> ProtocolError:
@@ -76,7 +68,7 @@ class Mailboxes:
         counter: TrafficCounter,
     ) -> None:
         self._relays = dict(peers)
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._tolerance = tolerance
         self._counter = counter
         self._boxes = {name: _Mailbox() for name in peers}
@@ -107,10 +99,7 @@ class Mailboxes:
             self._keep(sender, frame)
             return True
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
-            reason = printable(str(frame.payload.get("reason")), _LONGEST_REASON)
-            cause = printable(str(frame.payload.get("cause") or sender), _LONGEST_NAME)
-            failure = PeerLostError(sender, f"{sender} stopped: {reason}", f"see the log of {cause}", cause)
-            self.lose(sender, failure, explained=True)
+            self.lose(sender, loss_of(sender, frame.payload), explained=True)
             return False
         if frame.kind == Kind.BYE:
             with self._changed:
@@ -164,6 +153,12 @@ class Mailboxes:
                     self._failures += 1
                     box.failure, box.explained, box.noted = failure, explained, self._failures
             self._changed.notify_all()
+
+    def note_refused(self, name: str, why: str) -> None:
+        """Somebody with a certificate of this name was refused; the true one may still come."""
+        with self._changed:
+            if name in self._boxes:
+                self._boxes[name].refused = why
 
     def forget(self, tag: str) -> None:
         """Drop what has arrived of a tag, or of a scope (that ends with a slash), and what still comes of it."""
@@ -279,26 +274,22 @@ class Mailboxes:
                 self._waiting -= 1
 
     def await_all_connected(self) -> None:
-        """Wait for all peers; with `resuming`, at the deadline tolerated ones may be missing.
+        """Wait for all peers; with `goes_on_without`, at the deadline tolerated ones may be missing, or be lost before.
 
         Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline.
         """
-        deadline = time.monotonic() + self._timeouts.connect
+        deadline = time.monotonic() + self.timeouts.connect
         with self._changed:
             while True:
                 self._raise_first_failure()
-                missing = [name for name, box in self._boxes.items() if not box.connected]
+                missing = [name for name, box in self._boxes.items() if not box.connected and box.failure is None]
                 remaining = deadline - time.monotonic()
-                may_be_missing = self._tolerance.resuming and self._tolerance.peers.issuperset(missing)
-                if not missing or (remaining <= 0 and may_be_missing):
+                tolerated = self._tolerance.goes_on_without and self._tolerance.peers.issuperset(missing)
+                if not missing or (remaining <= 0 and tolerated):
                     self._started = True
                     return
                 if remaining <= 0:
-                    raise PeerLostError(
-                        missing[0],
-                        f"{', '.join(missing)} did not connect within {self._timeouts.connect:g} s",
-                        "check that it runs and that its address is right",
-                    )
+                    raise never_came({name: self._boxes[name].refused for name in missing}, self.timeouts.connect)
                 self._wait(remaining)
 
     def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
@@ -307,7 +298,7 @@ class Mailboxes:
         Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait.
         """
         began = time.monotonic()
-        seconds = self._timeouts.receive if deadline is None else max(0.0, deadline - began)
+        seconds = self.timeouts.receive if deadline is None else max(0.0, deadline - began)
         with self._changed:
             box = self._boxes[sender]
             waited = tag not in box.inbox
@@ -363,7 +354,7 @@ class Mailboxes:
 
     def await_farewells(self, peers: Collection[str], gone: Callable[[str], bool]) -> None:
         """Stay, at most for the receive timeout, until of several peers each has ended or is `gone`."""
-        deadline = time.monotonic() + self._timeouts.receive
+        deadline = time.monotonic() + self.timeouts.receive
         with self._changed:
             while len(peers) > 1 and any(not self._boxes[peer].closed and not gone(peer) for peer in peers):
                 remaining = deadline - time.monotonic()
@@ -387,12 +378,19 @@ class Mailboxes:
             self._interruption = error
             self._changed.notify_all()
 
+    def _ends_waits(self, name: str, failure: MpcFlError | None, awaited: str | None) -> bool:
+        """Whether a peer's failure does; before all have been connected, what a tolerated one refused, or was refused for."""
+        if failure is None or name not in self._tolerance.peers or name == awaited:
+            return failure is not None
+        return not (
+            self._started or (self._tolerance.goes_on_without and isinstance(failure, PeerLostError | PeerRefusedError))
+        )
+
     def _raise_first_failure(self, awaited: str | None = None) -> None:
         """The failure that explains most: a refused hand-shake, then what a peer said, then who went in silence first."""
         if self._interruption is not None:
             raise self._interruption
-        ignored = self._tolerance.peers - {awaited} if self._started else frozenset[str]()
-        failed = [box for name, box in self._boxes.items() if box.failure is not None and name not in ignored]
+        failed = [box for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited)]
         failed.sort(key=lambda box: (isinstance(box.failure, PeerLostError), not box.explained, box.noted))
         for box in failed:
             assert box.failure is not None

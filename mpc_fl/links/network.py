@@ -48,7 +48,7 @@ class NetworkLinks(Links):
         self._connections.open(self._listen)
 
     def _close(self, error: BaseException | None) -> None:
-        self._connections.close(error)
+        self._connections.close(error, self._stays_for)
 
     def _send(self, receiver: str, kind: Kind, tag: str, payload: Payload) -> None:
         self._outgoing.put(self._outgoing.peers[receiver], kind, tag, payload)

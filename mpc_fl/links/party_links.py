@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.config.config import Config, connect_seconds, may_lose_hospitals, party_names
+from mpc_fl.config.config import Config, may_lose_hospitals, party_names
+from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
@@ -48,16 +49,29 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = (config.site.listen or addresses[name]) if name in addresses else None
-    unread = Unread.with_dealer_ahead(config.runtime.dealer_ahead_bytes)
-    tolerated = [name for name in names if is_hospital(name)] if may_lose_hospitals(config) else []
     return NetworkLinks(
         load_identity(config.site.identity, name),
         Agreement(federation.session, config.digest(), config.task),
         Reach(listen, routes(name, names, addresses, relay), relay),
-        Timeouts(connect_seconds(config), config.runtime.receive_timeout),
-        Tolerance(frozenset(tolerated), config.site.resume, unread),
+        timeouts_of(config, name),
+        tolerance_of(config),
         observer,
     )
+
+
+def timeouts_of(config: Config, name: str) -> Timeouts:
+    """How long the party `name` waits: in training as the deadlines of the whole run say."""
+    connect = config.runtime.connect_timeout
+    receive = deadlines_of(config).receive(name) if config.task == "train" else config.runtime.receive_timeout
+    return Timeouts(connect, receive, untold=connect)
+
+
+def tolerance_of(config: Config) -> Tolerance:
+    """Whom a party may lose, also before all have been connected: hospitals of a training run, down to its quorum."""
+    unread = Unread.with_dealer_ahead(config.runtime.dealer_ahead_bytes)
+    if not may_lose_hospitals(config):
+        return Tolerance(unread=unread)
+    return Tolerance(frozenset(filter(is_hospital, party_names(config))), True, unread)
 
 
 def write_traffic(links: Links, directory: Path) -> None:

@@ -35,12 +35,14 @@ class Timeouts:
 
     A party that ends stays at most `linger` for its last messages to leave and its peers to end, `linger_after_error`
     when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
+    One that fails while links are made stays until `untold` seconds after it began for those that have not come yet.
     """
 
     connect: float
     receive: float
     linger: float = 10.0
     linger_after_error: float = 10.0
+    untold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,11 @@ class Unread:
 class Tolerance:
     """Whose loss, once all have been connected, ends only the waits for them; they may come back. What may stay unread.
 
-    `resuming`: this party starts again in a run that goes on, where these may be missing.
+    `goes_on_without`: this party begins without those of them that are not there at the deadline.
     """
 
     peers: frozenset[str] = frozenset()
-    resuming: bool = False
+    goes_on_without: bool = False
     unread: Unread = Unread()
 
 

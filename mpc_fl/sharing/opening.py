@@ -141,10 +141,10 @@ def _open_fixed_sum(
     require_admissible(plan, fixed.admitted, fixed.smallest)
     domain.record.append(opening)
     fixed.recorded()
-    answers: dict[str, torch.Tensor] = {}
+    answers, deadline = dict[str, torch.Tensor](), links.deadline()
     for name in fixed.admitted if plan.closing else ():
         try:
-            answers[name] = links.receive_tensor(name, tag, torch.uint8, None)
+            answers[name] = links.receive_tensor(name, tag, torch.uint8, None, deadline)
         except PeerLostError:
             if part.keys_missing(fixed.admitted, [*answers, *fixed.admitted[fixed.admitted.index(name) + 1 :]]):
                 raise

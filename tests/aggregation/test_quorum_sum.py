@@ -126,3 +126,59 @@ def test_fewer_than_the_quorum_open_nothing(tmp_path: Path) -> None:
     for name in WORLD:
         path = tmp_path / f"{name}.jsonl"
         assert not path.exists() or path.read_text() == ""
+
+
+def test_who_is_left_out_hears_whether_it_was_late_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rules = Rules(AGGREGATOR, HOSPITALS, 3, 2, 60.0, Refusing(("hospital-1",)))
+    signatory = signatories(WORLD, tmp_path / "identities")
+    run_parties_in_memory(one_sum, WORLD, str(tmp_path), rules, torch.int32, signatory)
+    said = [record.getMessage() for record in caplog.records if "was left out" in record.getMessage()]
+    assert said == [
+        "this hospital was left out of 'round 1': its update was not shown to be within the norm bound"
+    ]  # and nobody was late
+
+
+def _again(links: Any, directory: str, signatory: dict[str, Signatory], only: Mapping[str, tuple[str, ...]]) -> str:
+    """An exact sum over all, where some parties have begun to open it over others before."""
+    domain = SecretDomain(
+        links, WORLD, OpeningRecord(Path(directory) / links.name, links.name), signatory=signatory[links.name]
+    )
+    rules, about = Rules(AGGREGATOR, HOSPITALS, 2, 2, 60.0), Description("number of patients", "total")
+    agreed = AgreedSum(HOSPITALS, ("patients", 1), about, only=only.get(links.name))
+    try:
+        if links.name == AGGREGATOR:
+            starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+            collect(domain, rules, agreed, starts, torch.int64, (1,))
+        else:
+            contribute(domain, rules, agreed, Private("patients", torch.tensor([7])))
+    except MpcFlError as error:
+        for name in HOSPITALS if links.name == AGGREGATOR else ():
+            links.send_object(name, "word", {"word": "end"})
+        links.interrupt(error)  # as a run that ends
+        return str(error)
+    return "opened"
+
+
+@pytest.mark.parametrize("who", ["hospital-0", AGGREGATOR])
+def test_an_exact_sum_is_not_opened_over_others_than_it_was_begun_over(who: str, tmp_path: Path) -> None:
+    """The difference of the two would be what one hospital has."""
+    signatory = signatories(WORLD, tmp_path / "identities")
+    others = HOSPITALS[:-1]
+
+    def party(links: Any) -> str:
+        said = _again(links, str(tmp_path), signatory, {who: others})
+        if links.name == who and who != AGGREGATOR:
+            links.send_object(AGGREGATOR, "confirm patients 1 0", {"confirmation": ""})  # it must refuse, too
+        return said
+
+    results = run_parties_in_memory(party, WORLD, tolerated=HOSPITALS)
+    assert "was begun over hospital-0, hospital-1, hospital-2; over others" in results[who]
+    assert "opened" not in results.values()
+    for name in HOSPITALS:
+        assert not (tmp_path / name).exists() or not (tmp_path / name).read_text(), "and nothing was recorded"
+
+
+def test_an_exact_sum_is_opened_again_over_the_same_hospitals(tmp_path: Path) -> None:
+    signatory = signatories(WORLD, tmp_path / "identities")
+    results = run_parties_in_memory(_again, WORLD, str(tmp_path), signatory, dict.fromkeys(WORLD, HOSPITALS))
+    assert set(results.values()) == {"opened"}

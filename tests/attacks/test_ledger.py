@@ -310,7 +310,7 @@ def test_two_histories_are_found_and_who_signed_both_is_named(directory: Path) -
 
     def wanted(links: Any, signers: CoSigners) -> Any:
         try:
-            return signers.sign("openings", "round 2", tolerant=True)
+            return signers.sign("openings", "round 2")
         except PeerLostError as error:
             assert error.peer == "hospital-2"
             return CoSigners(signers.ledger, links, rest, "aggregator").sign("abandoned", "round 2 (1)")
@@ -333,7 +333,7 @@ def test_what_the_leader_answers_is_bounded_and_checked(answer: dict[str, Any], 
             links.receive_object(name, "ledger 2 openings round 2")
             links.send_object(name, "ledger 2 openings round 2", answer)
 
-    said = run_round_then(directory, deviate, lambda _, signers: signers.sign("openings", "round 2", tolerant=True))
+    said = run_round_then(directory, deviate, lambda _, signers: signers.sign("openings", "round 2"))
     for name in HOSPITALS:
         assert isinstance(said[name], ProtocolError) and str(said[name]).isprintable(), said[name]
 

@@ -59,9 +59,11 @@ def test_what_is_not_followed(next_plan: RoundPlan, why: str) -> None:
         followed(BEGIN, plan(1), next_plan)
 
 
-def test_the_sums_before_the_first_round_are_made_once() -> None:
+def test_what_comes_before_the_first_round_is_begun_anew_as_often_as_hospitals_can_be_lost() -> None:
+    again = [plan(0, attempt, HOSPITALS) for attempt in (1, 2, 3)]
+    assert followed(BEGIN, *again[:2], plan(1)).round_of == (1, 0)
     with pytest.raises(ProtocolError, match="began round 0 anew too often"):
-        followed(BEGIN, plan(0, 1, HOSPITALS))
+        followed(BEGIN, *again)
 
 
 def test_who_missed_a_round_must_be_given_the_model() -> None:

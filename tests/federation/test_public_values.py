@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpc_fl.aggregation.rules import Rules
-from mpc_fl.audit.opening_record import OpeningRecord
+from mpc_fl.audit.opening_record import Opening, OpeningRecord
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
-from mpc_fl.federation.attendance import Attendance
+from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_round import charge_round
 from mpc_fl.federation.hospital_state import Hospital, join
 from mpc_fl.federation.planning import (
@@ -35,7 +35,7 @@ from mpc_fl.federation.planning import (
     rounds_to_come,
     sample_rate_of,
 )
-from mpc_fl.federation.preparation import aggregator_preparation, hospital_preparation
+from mpc_fl.federation.preparation import aggregator_preparation, heaviest_weight, hospital_preparation
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import PublicSizes, load_hospital, public_sizes
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, epsilon_of
@@ -142,12 +142,12 @@ def preparation(
     record = OpeningRecord(path, links.name)
     domain = SecretDomain(links, [*HOSPITALS, "aggregator"], record, signatory=signatory[links.name])
     rules = Rules("aggregator", tuple(HOSPITALS), 3, 0, 60.0)
+    starts = {name: links.key_fingerprint(name) for name in HOSPITALS}
+    plan = RoundPlan(0, 0, tuple(HOSPITALS), starts, tuple(HOSPITALS), 1, False)
     if links.name == "aggregator":
-        attendance = Attendance(links, rules, HOSPITALS)
-        attendance.members, attendance.starts = HOSPITALS, {name: links.key_fingerprint(name) for name in HOSPITALS}
-        aggregator_preparation(aggregator, domain, rules, attendance)
+        aggregator_preparation(aggregator, domain, record, rules, plan)
         return _opened(path), (aggregator.patients, aggregator.weight_total, aggregator.mean_factor(2))
-    hospital_preparation(hospitals[links.name], domain, rules, HOSPITALS)
+    hospital_preparation(hospitals[links.name], domain, record, rules, plan)
     return _opened(path), None
 
 
@@ -290,3 +290,18 @@ def test_a_lost_sum_of_features_and_evaluation_stay_within_the_plan() -> None:
                     total[event.noise_multiplier] += event.steps
                 assert total[5.0] <= whole[5.0] and total[8.0] <= max(whole[8.0], features + (rounds is None))
     assert isinstance(releases_beside_steps(config)[0], SubsampledGaussian)
+
+
+def test_a_hospital_that_was_not_counted_weighs_what_is_left_beside_those_that_were(tmp_path: Path) -> None:
+    """The sum of weights stays at most 1, whatever it has."""
+    config, record = configured("none"), OpeningRecord(tmp_path / "record.jsonl", "hospital-2")
+    counted = ("hospital-0", "hospital-1")
+    record.append(
+        Opening("number of patients", "total weight of the mean", (1,), ("aggregator",), (*counted, "aggregator"))
+    )
+    assert heaviest_weight(config, record, "hospital-0", 128) is None
+    assert heaviest_weight(config, record, "hospital-2", 128) == 64
+    assert heaviest_weight(configured("local"), record, "hospital-2", 4) is None
+    hospital = hospital_of(config, 100, tmp_path / "large", 2)
+    hospital.heaviest = 64
+    assert hospital.weight == 64

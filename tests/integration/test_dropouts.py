@@ -11,6 +11,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from mpc_fl.learning.models.parameters import shared_coordinates
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.support.deviating import run_and_report
 from tests.support.harness import SPAWN
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.processes
 ROUNDS = 3
@@ -77,6 +79,8 @@ def _party(name: str, values: dict[str, Any], deaths: list[str], results: Any, a
             links.await_change(0.1)
         if entered in deaths:
             os.kill(os.getpid(), signal.SIGKILL)
+        if f"sleeps in {entered}" in deaths:
+            time.sleep(3600.0)
 
     Links.set_phase = die_in_phase  # type: ignore[method-assign]
     if "round 1 signed" in deaths:
@@ -95,10 +99,11 @@ def die_once_round_1_is_signed() -> None:
 
     sign_round = hospital.sign_round
 
-    def sign_and_die(ledger: Any, links: Any, rules: Any, about: str, held: Any) -> None:
-        sign_round(ledger, links, rules, about, held)
+    def sign_and_die(ledger: Any, links: Any, rules: Any, about: str, held: Any) -> bool:
+        signed = sign_round(ledger, links, rules, about, held)
         if about == "round 1":
             os.kill(os.getpid(), signal.SIGKILL)
+        return signed
 
     hospital.sign_round = sign_and_die
 
@@ -166,7 +171,8 @@ class Site:
 
     @property
     def rounds(self) -> dict[int, dict[str, Any]]:
-        return {line["round"]: line for line in read_json_lines(self.party("aggregator") / "metrics.jsonl")}
+        path = self.party("aggregator") / "metrics.jsonl"
+        return {line["round"]: line for line in read_json_lines(path)} if path.exists() else {}
 
     def parameters(self, name: str) -> torch.Tensor:
         model = load_model(self.party(name) / "model.safetensors", self.config)
@@ -177,11 +183,14 @@ class Site:
         root = x509.load_pem_x509_certificate((self.party("aggregator") / "identity" / ROOT_FILE).read_bytes())
         copies = [Copy(name, name, (self.party(name) / LEDGER_FILE).read_bytes()) for name in names]
         assert len({copy.content for copy in copies}) == 1
-        lost = [Copy(name, name, (self.party(name) / LEDGER_FILE).read_bytes()) for name in ALL if name not in names]
+        others = [name for name in ALL if name not in names and (self.party(name) / LEDGER_FILE).exists()]
+        lost = [Copy(name, name, (self.party(name) / LEDGER_FILE).read_bytes()) for name in others]
         verdict = verify_copies([*copies, *lost], root, datetime.datetime.now(datetime.timezone.utc))
         assert not verdict.findings, verdict.findings
         records = [
-            RecordCopy(name, name, (self.party(name) / OPENINGS_FILE).read_bytes()) for name in (*ALL, "aggregator")
+            RecordCopy(name, name, (self.party(name) / OPENINGS_FILE).read_bytes())
+            for name in (*ALL, "aggregator")
+            if (self.party(name) / OPENINGS_FILE).exists()  # who was lost before it knew of anything has none
         ]
         assert not any(verify_records(records, verdict.reference)), "what was begun is signed, and the other way about"
 
@@ -191,7 +200,8 @@ ALL = ("hospital-0", "hospital-1", "hospital-2")
 
 @pytest.mark.parametrize(
     ("phase", "first_without"),
-    [("round 2 training", 2), pytest.param("round 2 aggregation", 2, marks=pytest.mark.slow),
+    [("data", 0), ("round 2 training", 2), pytest.param("round 2 aggregation", 2, marks=pytest.mark.slow),
+     *[pytest.param(phase, 0, marks=pytest.mark.slow) for phase in ("distribution", "reveal ledger", "preparation")],
      pytest.param("round 2 signatures", 3, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_run_goes_on_without_a_lost_hospital(phase: str, first_without: int, tmp_path: Path) -> None:
@@ -208,6 +218,39 @@ def test_the_run_goes_on_without_a_lost_hospital(phase: str, first_without: int,
         ]
         assert torch.equal(site.parameters("hospital-0"), site.parameters("aggregator"))
         site.verify("aggregator", "hospital-0", "hospital-2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "first_without"), [("round 3 training", 3), ("round 2 signatures", 3)])
+def test_a_hospital_that_hangs_is_named_and_the_others_go_on(phase: str, first_without: int, tmp_path: Path) -> None:
+    """Where exactly, and for how long: tests/federation/test_who_is_late.py. Here links are those of the network."""
+    with Site(tmp_path, runtime={"connect_timeout": 60.0, "receive_timeout": 25.0}) as site:
+        site.start_all(hospital_1=f"sleeps in {phase}")
+        assert set(site.await_words(3).values()) == {"finished"}
+        took_part = {number: tuple(line["hospitals"]) for number, line in site.rounds.items()}
+        left = ("hospital-0", "hospital-2")
+        assert took_part == {n: ALL if n < first_without else left for n in range(ROUNDS + 1)}
+        logs = "".join(path.read_text() for path in (tmp_path / "logs").iterdir())
+        assert set(re.findall(r"(\S+) is late", logs)) == {"hospital-1"}
+        site.verify("aggregator", "hospital-0", "hospital-2")
+
+
+@pytest.mark.slow
+def test_a_run_begins_without_a_hospital_that_has_not_come(tmp_path: Path) -> None:
+    """It comes when the first round is under way, and takes part from then on."""
+    with Site(tmp_path, training={**SETTINGS["training"], "rounds": 5}) as site:
+        for name in ("aggregator", "hospital-0", "hospital-2"):
+            site.start(name, awaited="hospital-1")
+        eventually(lambda: 1 in site.rounds, 120.0, "the others begin without it")
+        site.start("hospital-1", resume=True)
+        assert set(site.await_words(4).values()) == {"finished"}
+        left = ("hospital-0", "hospital-2")
+        assert {number: tuple(line["hospitals"]) for number, line in site.rounds.items()} == {
+            **dict.fromkeys(range(5), left), 5: ALL
+        }  # fmt: skip
+        for name in ALL:
+            assert torch.equal(site.parameters(name), site.parameters("aggregator"))
+        site.verify("aggregator", *ALL)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +377,11 @@ def test_own_layers_and_a_common_normalisation_survive_a_crash(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_privacy_ledger_that_forgot(tmp_path: Path) -> None:
-    with Site(tmp_path, privacy={"mechanism": "local", "noise_multiplier": 2.0, "delta": 1e-3}) as site:
+    changes = {
+        "privacy": {"mechanism": "local", "noise_multiplier": 2.0, "delta": 1e-3},
+        "federation": {"quorum": None},
+    }
+    with Site(tmp_path, **changes) as site:
         ledger = PrivacyLedger(site.party("hospital-0") / "hospital-0-privacy.sqlite3", "hospital-0")
         site.start_all(aggregator="round 3 aggregation")
         site.await_death("aggregator")

@@ -362,7 +362,7 @@ def test_a_tolerated_party_comes_back_with_new_keys(world: type[World], victim: 
     def come_back() -> list[Any]:
         ended()
         lost.wait(LONG)
-        with here.links(victim, resuming=True) as links:
+        with here.links(victim, goes_on_without=True) as links:
             links.send_object(stays, "again", {})
             links.receive_tensor(stays, "news", torch.float32, (1,))
             return [links.key_fingerprint(victim), links.pairwise_seed(stays, "masks").reveal_for_transport()]
@@ -414,7 +414,7 @@ def test_a_wait_for_a_party_that_started_again_ends_and_its_old_messages_are_gon
         first = here.links("b", linger_after_error=0.1).__enter__()  # not left yet: as if the site's machine hung
         first.send_object("a", "old", {})
         clock.waiting.wait(LONG)
-        with here.links("b", elsewhere=True, resuming=True) as links:
+        with here.links("b", elsewhere=True, goes_on_without=True) as links:
             again.wait(LONG)
             first.__exit__(None, LinkError("it was replaced"), None)
             links.send_object("a", "new", {})

@@ -58,7 +58,7 @@ class Options:
     observer: Observer | None = None
     relay: str | None = None
     tolerated: Sequence[str] = ()
-    resuming: bool = False
+    goes_on_without: bool = False
     unread: Unread = Unread()
 
     @property
@@ -67,7 +67,7 @@ class Options:
 
     @property
     def tolerance(self) -> Tolerance:
-        return Tolerance(frozenset(self.tolerated), self.resuming, self.unread)
+        return Tolerance(frozenset(self.tolerated), self.goes_on_without, self.unread)
 
 
 def local_links(name: str, names: list[str], ports: dict[str, int], directory: Path, **options: Any) -> NetworkLinks:

@@ -39,6 +39,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.errors import MpcFlError
 from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.training.group_process import (
@@ -299,7 +300,7 @@ def training_group(config: Config, model: nn.Module) -> Iterator[TrainingGroup |
         yield None
         return
     # Half of what the others wait for this hospital, so that it can tell the cause before they give it up.
-    step_timeout = config.runtime.receive_timeout / 2
+    step_timeout = deadlines_of(config).summand / 2
     group = TrainingGroup(model, config.site.training_processes, config.runtime.connect_timeout, step_timeout)
     try:
         yield group

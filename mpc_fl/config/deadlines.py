@@ -1,0 +1,71 @@
+"""How long the parties of a training run wait for each other: all of it computed here, from the configuration alone.
+
+Training is a star: hospitals wait for the aggregator, and the aggregator for hospitals. So the deadlines nest: the aggregator's
+are those of hospitals' work, and a hospital's are longer than the aggregator can be silent while it waits for others. Who is late
+is then always given up by whoever waits for it, and never mistaken for somebody that waits itself. docs/protocols/links.md has
+the table. Other tasks have no such chains: their parties wait for `runtime.receive_timeout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpc_fl.config.config import Config, connect_seconds
+from mpc_fl.roles import is_hospital
+
+_ANSWERS_OF_A_SUM = (
+    8  # that the aggregator takes from all, one after the other: five of a norm check, confirmations, keys, a loss
+)
+_ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was open, its blocks and signatures
+_SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds.
+
+    `connect`: any party, until all links are made. `keys`: a hospital, until its links are those of a plan. `answer`: the
+    aggregator, until hospitals have answered what takes no work, and any party, until a peer takes what is sent.
+    `summand`: the aggregator, until hospitals are ready with a summand. `announcement`: the aggregator, until hospitals have their
+    links, or have given up those that are missing, and have read their data. `word`: a hospital, until the
+    aggregator's next word in a round that it takes part in. `plan`: a hospital, until a plan that it takes part in.
+    """
+
+    connect: float
+    keys: float
+    answer: float
+    summand: float
+    announcement: float
+    word: float
+    plan: float
+
+    def receive(self, name: str) -> float:
+        """What the party of this name waits for a message where nothing else is said."""
+        return self.word if is_hospital(name) else self.answer
+
+
+def deadlines_of(config: Config) -> Deadlines:
+    """The deadlines of a training run.
+
+    `runtime.connect_timeout`, `runtime.receive_timeout` and `federation.round_timeout` give the aggregator's. Summands come
+    two at a time, each within an answer's time, so hospitals that stop in the middle hold up others for half as many answers.
+    """
+    connect, answer = connect_seconds(config), config.runtime.receive_timeout
+    hospitals, may_be_lost = config.federation.hospitals, config.federation.hospitals - config.federation.quorum_size
+    summand = config.federation.round_timeout or answer
+    intake = summand + answer * ((hospitals + 1) // 2)
+    word = intake + 2 * answer  # one for what it sends to somebody that takes nothing, one to be on the safe side
+    # A hospital that joins waits for the end of a round, which begins anew or goes on with fewer after each loss.
+    times, steps = 1 + may_be_lost, config.training.local_steps if config.privacy.mechanism == "distributed" else 1
+    of_sums = (steps + _SUMS_BESIDE_STEPS) * (times * intake + _ANSWERS_OF_A_SUM * answer)
+    a_round = of_sums + (_ANSWERS_OF_A_BEGINNING + times) * answer
+    announcement = connect + summand
+    return Deadlines(
+        connect=connect,
+        keys=min(connect, answer / 2),
+        answer=answer,
+        summand=summand,
+        announcement=announcement,
+        word=word,
+        plan=max(a_round, connect + announcement) + 2 * answer,
+    )

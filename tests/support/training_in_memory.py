@@ -1,0 +1,164 @@
+"""Whole training runs in one process: each party a thread that runs its program, over links in memory, in virtual time.
+
+Everything is the product's but what carries the bytes and CrypTen's runtime, which replaces globals of the process: training
+does without it. A test can let a party sleep before its k-th message leaves, for a while or for good.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpc_fl.apps.runs.local_parties import place_parties
+from mpc_fl.config.config import Config, parse_config, party_names
+from mpc_fl.crypto.signatory import Signatory
+from mpc_fl.federation import aggregator_program, hospital_program
+from mpc_fl.files import read_json_lines
+from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
+from mpc_fl.links.links import Links
+from mpc_fl.links.party_links import timeouts_of, tolerance_of
+from mpc_fl.roles import AGGREGATOR, split_name
+from mpc_fl.sharing.opening import SecretDomain
+from tests.support.virtual_time import REAL_SECONDS, Clock, keep_virtual_time
+
+FOR_GOOD, KILLED = math.inf, 0.0
+LATENCY = (
+    0.001  # seconds that each message takes, so that who waits for an answer has begun before whoever waits for others
+)
+SETTINGS: dict[str, Any] = {
+    "data": {"image_size": 8, "phantoms": {"train_patients": 30, "test_patients": 12}},
+    "model": {"architecture": "mlp", "hidden": [2]},
+    "training": {"rounds": 2, "local_steps": 1, "batch_size": 8, "per_sample_gradients": "vmap"},
+    "privacy": {"mechanism": "none"},
+    "federation": {"quorum": 2},
+    "runtime": {"connect_timeout": 60.0, "receive_timeout": 20.0},
+}
+
+
+@dataclass
+class Sleeper:
+    """A party that sleeps for so many seconds before a message of its own leaves: its first of this tag, or number `at`.
+
+    `KILLED` ends it there instead. `slept` says that it came to it.
+    """
+
+    name: str
+    at: str | int
+    seconds: float = FOR_GOOD
+    sent: int = 0
+    slept: bool = False
+    awake: threading.Event = field(default_factory=threading.Event)
+
+    def falls_asleep(self, tag: str) -> bool:
+        """Whether it does so now, before it sends something of this tag."""
+        asleep = not self.slept and (tag.startswith(self.at) if isinstance(self.at, str) else self.sent == self.at)
+        self.sent += 1
+        self.slept = self.slept or asleep
+        return asleep
+
+
+class _NoRuntime:
+    """What training needs of a runtime: a secret domain."""
+
+    def __init__(self, links: Links, config: Config) -> None:
+        self._links, self._world = links, [n for n in party_names(config) if n == links.name or links.alive(n)]
+
+    def domain(self, record: Any, signatory: Signatory) -> SecretDomain:
+        return SecretDomain(self._links, self._world, record, signatory=signatory)
+
+
+class Training:
+    """One run; `said` is how each party ended, `log` what all of them logged."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
+        values = {name: {**SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*SETTINGS, *changes}}
+        self.config = parse_config(values, "test")
+        self.directory = directory
+        self.placed = place_parties(self.config, directory)
+        self.clock: Clock = keep_virtual_time(monkeypatch)
+        self.said: dict[str, str] = {}
+        self.log: list[str] = []
+        agreement = Agreement("session", self.config.digest(), "train")
+        self.network = InMemoryNetwork(party_names(self.config), agreement, timeouts_of(self.config, AGGREGATOR))
+        for program in (aggregator_program, hospital_program):
+            monkeypatch.setattr(program, "connect", self._links)
+            monkeypatch.setattr(program, "training_runtime", self._runtime)
+
+    def _links(self, config: Config, name: str, _observer: Any) -> Links:
+        return self.network.links(name, tolerance_of(config), timeouts=timeouts_of(config, name))
+
+    @contextlib.contextmanager
+    def _runtime(self, links: Links, config: Config) -> Iterator[_NoRuntime]:
+        yield _NoRuntime(links, config)
+
+    def _party(self, name: str) -> None:
+        with self.clock.entered():
+            try:
+                if name == AGGREGATOR:
+                    aggregator_program.run(self.placed[name], lambda *_: None)
+                else:
+                    hospital_program.run(self.placed[name], split_name(name)[1], lambda *_: None)
+                self.said[name] = "finished"
+            except DroppedError:
+                self.said[name] = "dropped"
+            except Exception as error:  # noqa: BLE001 - shown by the test
+                self.said[name] = f"{type(error).__name__}: {error}"
+
+    def run(self, *sleepers: Sleeper, training: Mapping[str, float] | None = None) -> None:
+        """Run all parties until all but those that sleep for good have ended; then these are gone as if killed.
+
+        `training`: seconds that hospitals take for their updates.
+        """
+
+        def watch(sender: str, _receiver: str, frame: Frame) -> None:
+            self.clock.let_pass(LATENCY)
+            if frame.kind not in (Kind.TENSOR, Kind.OBJECT):
+                return
+            if frame.tag.startswith(("ready update", "ready gradient")) and sender in (training or {}):
+                self.clock.wait(threading.Event(), (training or {})[sender])
+            for sleeper in sleepers:
+                if sleeper.name == sender and sleeper.falls_asleep(frame.tag):
+                    if sleeper.seconds == KILLED:
+                        self.network.drop(sender)
+                    else:
+                        self.clock.wait(sleeper.awake, sleeper.seconds)
+
+        self.network.watch(watch)
+        handler = logging.Handler()
+        handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
+        logger = logging.getLogger("mpc_fl")
+        logger.addHandler(handler)
+        torch.set_num_threads(1)
+        threads = {name: threading.Thread(target=self._party, args=(name,), daemon=True) for name in self.placed}
+        self.clock.expect(len(threads))
+        for thread in threads.values():
+            thread.start()
+        try:
+            for_good = {sleeper.name: sleeper for sleeper in sleepers if sleeper.seconds == FOR_GOOD}
+            for name in [*(name for name in threads if name not in for_good), *for_good]:
+                if name in for_good:
+                    self.network.drop(name)
+                    self.clock.wake(for_good[name].awake)
+                threads[name].join(REAL_SECONDS)
+                assert not threads[name].is_alive(), f"{name} did not end; so far {self.said}"
+        finally:
+            logger.removeHandler(handler)
+
+    def party(self, name: str) -> Path:
+        return self.directory / "parties" / name
+
+    @property
+    def rounds(self) -> dict[int, list[str]]:
+        """The hospitals of each round, as the aggregator wrote them."""
+        return {line["round"]: line["hospitals"] for line in read_json_lines(self.party(AGGREGATOR) / "metrics.jsonl")}
