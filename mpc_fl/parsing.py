@@ -51,7 +51,7 @@ def parse_json_lines(text: str | bytes) -> list[Any]:
         try:
             values += [parse_json(line)] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"line {number} is {error}") from None
+            raise ValueError(f"line {number}: {error}") from None
     return values
 
 

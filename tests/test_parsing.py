@@ -40,7 +40,7 @@ def test_json_that_no_program_can_go_on_with_is_refused(name: str) -> None:
 def test_lines_are_named_and_one_that_a_crash_cut_off_is_none() -> None:
     assert parse_json_lines('{"a": 1}\n\n[2]\n{"a": ') == [{"a": 1}, [2]]
     assert parse_json_lines(b"") == []
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="line 2: not JSON"):
         parse_json_lines(b"1\n{\n3\n")
     separated = json.dumps("a\u2028b", ensure_ascii=False)  # a character that `splitlines` would take for an end
     assert parse_json_lines(separated + "\n") == ["a\u2028b"]

@@ -32,8 +32,10 @@ from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.authority_directory import RECORD_FILE, AuthorityDirectory, describe
 from mpc_fl.crypto.certificates import REVOCATION_FILE, ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import MpcFlError
 from mpc_fl.files import append_json_line, read_json_lines
+from mpc_fl.inference.fast.preprocessing.pool import KEYS, Terms, create_pool, open_pool
 from mpc_fl.inference.serving.service_records import EARLIER_USAGE, open_records
 from mpc_fl.learning.data.image_files import read_image
 from mpc_fl.learning.data.tables import read_csv, read_medmnist
@@ -183,6 +185,18 @@ def earlier_usage(root: Path) -> Case:
     return path, read
 
 
+def pool_keys(root: Path) -> Case:
+    terms = Terms("p", "hospital-0", "model-owner", "5" * 64, 1, "label")
+    with create_pool(root / "pool", terms, Seed.from_system(), np.zeros(3, np.uint8)):
+        pass
+
+    def read() -> object:
+        with open_pool(root / "pool", None) as pool:
+            return pool.next, pool.numbers, pool.model()
+
+    return root / "pool" / KEYS, read
+
+
 def csv(root: Path) -> Case:
     path = root / "patients.csv"
     path.write_text("who,x,y,label\n" + "".join(f"p{n},{n / 3},{-n},{'ab'[n % 2]}\n" for n in range(12)))
@@ -217,6 +231,7 @@ KINDS: dict[str, Callable[[Path], Case]] = {
     "configuration": configuration, "metrics": metrics, "model": model, "reveal ledger": ledger, "openings": openings,
     "authority's certificate": party_file(ROOT_FILE), "certificate": party_file("hospital-0.crt"),
     "key": party_file("hospital-0.key"), "revocation list": party_file(REVOCATION_FILE), "record of certificates": issued,
+    "keys of a pool": pool_keys,
     "earlier privacy ledger": earlier_privacy, "earlier usage": earlier_usage, "csv": csv, "npz": npz, "png": picture("png"),
     "jpeg": picture("jpg"),
 }  # fmt: skip
