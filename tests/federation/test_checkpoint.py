@@ -120,7 +120,7 @@ def test_another_version_and_another_configuration_are_refused_in_one_line(tmp_p
 def aggregator_after(directory: Path) -> tuple[Aggregator, dict[int, str]]:
     """Checkpoints of rounds 1 and 2, and the digests that all signed."""
     aggregator, signed = prepare_aggregator(CONFIG), {}
-    aggregator.patients, aggregator.weight_total = 60, 64
+    aggregator.patients, aggregator.counted, aggregator.weight_total = 60, CONFIG.federation.hospitals, 64
     for number in (1, 2):
         load_flat_parameters(aggregator.model, flatten_parameters(aggregator.model) + number)
         aggregator.checkpoint(directory, number)
