@@ -54,7 +54,9 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
         load_identity(config.site.identity, name),
         Agreement(federation.session, config.digest(), config.task),
         Reach(listen, routes(name, names, addresses, relay), relay),
-        Timeouts(config.runtime.connect_timeout, config.runtime.receive_timeout),
+        Timeouts(
+            config.runtime.connect_timeout, config.runtime.receive_timeout, silence=config.runtime.silence_timeout
+        ),
         Tolerance(frozenset(tolerated), config.site.resume, unread),
         observer,
     )

@@ -35,12 +35,14 @@ class Timeouts:
 
     A party that ends stays at most `linger` for its last messages to leave and its peers to end, `linger_after_error`
     when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
+    A peer that gives no sign of life for `silence` is lost (`pulse`).
     """
 
     connect: float
     receive: float
     linger: float = 10.0
     linger_after_error: float = 10.0
+    silence: float = 20.0
 
 
 @dataclass(frozen=True)
