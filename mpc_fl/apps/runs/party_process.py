@@ -1,8 +1,8 @@
 """A party's process: one role's program, its log, and how it ends.
 
 At a site the command line runs it (`run_alone`). On one machine the launcher has it forked (`party_process`), with one pipe
-between the two, in JSON: the launcher sends name and configuration, then nothing; the party sends progress and the final
-word. A party whose pipe breaks ends itself, so that no orphan outlives a killed launcher.
+between the two, in JSON: the launcher sends name and configuration, then nothing; the party sends progress, signs of life and
+the final word. A party whose pipe breaks ends itself, so that no orphan outlives a killed launcher.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.files import OTHERS_MAY_NOTHING
+from mpc_fl.links.silence import SIGN
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
@@ -38,6 +39,13 @@ def _end_with_launcher(pipe: Connection) -> None:
     while not pipe.poll(None):
         pass
     os._exit(ORPHANED)
+
+
+def _give_signs(tell: Callable[..., None]) -> None:
+    """Whatever the program does, as long as this process is not stopped the launcher hears of it."""
+    while True:
+        tell(alive=True)
+        time.sleep(SIGN)
 
 
 def set_up_log(path: Path | None) -> None:
@@ -112,6 +120,7 @@ def party_process(pipe: Connection) -> NoReturn:
         except OSError:
             os._exit(ORPHANED)
 
+    threading.Thread(target=_give_signs, args=(tell,), daemon=True).start()
     log = logging.getLogger("mpc_fl")
     code = 0
     try:
