@@ -23,6 +23,10 @@ class RuntimeSection(Section):
 
     connect_timeout: Positive = 60.0
     receive_timeout: Positive = 600.0
+    silence_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = Field(
+        default=20.0,
+        description="seconds without any sign of life after which another party is lost: stopped, or cut off",
+    )
     threads: Count = 1
     first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
     restarts: Whole = Field(

@@ -26,12 +26,14 @@ from mpc_fl.links.frames import Frame, FrameReader, Kind, Observer
 from mpc_fl.links.greetings import Greeter, first_greeting
 from mpc_fl.links.grpc_streams import Conversation, StreamServer, dial, wait_for_all
 from mpc_fl.links.handshake import greeting_digest
+from mpc_fl.links.losses import Known, giving_up, parting_message, stood_still
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
-from mpc_fl.links.parting import parting_message
 from mpc_fl.links.peer import Peer
+from mpc_fl.links.pulse import Pulse
 from mpc_fl.links.relay import Relay
 from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
+from mpc_fl.links.silence import SIGN
 from mpc_fl.links.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 _FAREWELL = 2.0
 _REDIAL = 1.0
 _LOOK = 0.1
+_FOR_THE_SILENT = 0.5  # seconds for what a silent peer is told to reach its machine
 
 
 class Connections:
@@ -64,11 +67,13 @@ class Connections:
         self._timeouts = timeouts
         self._observer = observer
         self._relay = Relay(greeter, outgoing, mailboxes, counter, self)
+        self._pulse = Pulse(outgoing, mailboxes, SIGN, self._give_up)
         self._lock = threading.Lock()
         self._began = 0.0  # of `time.monotonic`
         self._told: set[str] = set()
         self._server: StreamServer | None = None
         self._channels: list[Any] = []
+        self._given_up: list[Conversation] = []
         self._parting: tuple[Kind, dict[str, Any]] | None = None
 
     # ---- making links ----------------------------------------------------------------------------------------------
@@ -83,6 +88,7 @@ class Connections:
         for peer in self._peers.values():
             if peer.route.how == "dial":
                 self._dial(peer)
+        self._pulse.start()
 
     def _dial(self, peer: Peer) -> None:
         peer.greeting = self._greeter.greet(peer.name)
@@ -110,19 +116,38 @@ class Connections:
             elif isinstance(failure, ProtocolError):
                 failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
             reason = failure or self._mailboxes.lost(peer.name, "the link ended without a farewell")
+            seconds = self._mailboxes.silence.stood_still()
+            if failure is None and seconds:  # the peer gave this party up, and so do others
+                reason = stood_still(self._name, seconds, peer.name)
+                self._mailboxes.interrupt(reason)
             self._mailboxes.lose(peer.name, reason)
             self._dial_again(peer)
 
         conversation = peer.conversation = Conversation(take, ended)
         return conversation
 
+    def _give_up(self, peer: Peer, silent: PeerLostError) -> None:
+        """A peer has given no sign of life for too long: it is lost like any other, and told if it ever wakes up."""
+        log.warning("%s", silent)
+        self._outgoing.put_at_once(peer, *giving_up(silent))
+        if peer.conversation is not None:
+            peer.conversation.finish()
+            peer.conversation.cut()
+            self._given_up.append(peer.conversation)
+        self._mailboxes.lose(peer.name, silent, Known.SILENT)
+        self._relay.tell_silent(peer)
+        self._dial_again(peer)
+
     def _dial_again(self, peer: Peer) -> None:
         """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends.
 
         Not before all have been connected: until then nobody may make a link anew.
         """
+        lost = peer.conversation
 
         def again() -> None:
+            if peer.conversation is not lost:
+                return  # it has come back
             if self._mailboxes.awaits_return(peer.name):
                 self._outgoing.begin_again(peer)
                 self._dial(peer)
@@ -175,6 +200,8 @@ class Connections:
 
     def deliver(self, peer: Peer, frame: Frame) -> bool:
         """Give a frame to whom it concerns; False when it ends the link. Raises `ProtocolError`, `HandshakeError`."""
+        if frame.kind == Kind.ALIVE and self._mailboxes.connected(peer.name):
+            return True  # that it came is all (`pulse`)
         if self._observer is not None:
             self._observer(peer.name, frame)
         if not self._mailboxes.connected(peer.name):
@@ -205,6 +232,7 @@ class Connections:
                 self._say_farewell(peer, *self._parting)
         if isinstance(error, MpcFlError) and not self._mailboxes.started:
             self._await_untold()
+        self._pulse.stop()
         talking = [
             peer.conversation
             for peer in self._peers.values()
@@ -215,6 +243,8 @@ class Connections:
         wait_for_all(talking, self._timeouts.linger if error is None else self._timeouts.linger_after_error)
         for conversation in talking:
             conversation.cut()
+        for conversation in self._given_up:
+            conversation.wait_until_left(_FOR_THE_SILENT)
         for channel in self._channels:
             channel.close()
         if self._server is not None:

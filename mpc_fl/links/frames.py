@@ -6,7 +6,7 @@ One frame is a header and a payload. All integers are little-endian.
     tag (UTF-8) | shape (8 bytes per dimension) | payload
 
 `kind` is TENSOR (payload is the raw little-endian array), RELAY (a sealed chunk as uint8, its tag names the other end)
-or one of the control kinds, whose payload is a JSON object.
+or one of the control kinds, whose payload is a JSON object (of ALIVE an empty one: it only says that its sender is there).
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Kind(enum.IntEnum):
     BYE = 6
     RELAY_GREETING = 7
     RELAY = 8
+    ALIVE = 9
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,17 @@ class FrameWriter:
                 traffic.bytes_sent += len(chunk)
             self.next_sequence += 1
             traffic.messages_sent += 1
+
+    def put_at_once(self, kind: Kind, payload: dict[str, Any], write: Callable[[bytes], bool]) -> None:
+        """Hand a control frame to `write`, without waiting for another one under way; if it takes it. Not counted."""
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            (chunk,) = encode_frame(kind, "", self.next_sequence, payload)
+            if write(chunk):
+                self.next_sequence += 1
+        finally:
+            self.lock.release()
 
 
 class FrameReader:

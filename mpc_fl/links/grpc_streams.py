@@ -67,6 +67,9 @@ class Conversation:
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(_OUTGOING_CHUNKS)
         self._over = threading.Event()
         self._finishing = threading.Event()
+        self._all_left = threading.Event()
+        self._heard = self._taking = False
+        self.last_put = float("-inf")  # when a chunk was queued last, of `time.monotonic`
         self.reached = False  # whether a chunk has left: there was somebody to send it to
         self.refusal: MpcFlError | None = None
 
@@ -81,11 +84,20 @@ class Conversation:
             self._outgoing.put(chunk, timeout=seconds)
         except queue.Full:
             return False
+        self.last_put = time.monotonic()
         return True
 
     def has_room_to_spare(self) -> bool:
         """Whether a chunk more leaves room for another."""
         return self._outgoing.qsize() < _OUTGOING_CHUNKS // 2
+
+    def heard(self) -> bool:
+        """Whether the peer has said something since the last call, or could not: while a chunk of it is being taken.
+
+        That takes long where this party lets a peer wait (`mailboxes`).
+        """
+        heard, self._heard = self._heard or self._taking, False
+        return heard
 
     def finish(self) -> None:
         """Say that no chunk follows; those queued still leave."""
@@ -95,17 +107,20 @@ class Conversation:
 
     def chunks_to_send(self) -> Iterator[bytes]:
         """What gRPC sends: until `finish`, or until the stream is over."""
-        while True:
-            try:
-                chunk = self._outgoing.get(timeout=0.5)
-            except queue.Empty:
-                if self._over.is_set() or self._finishing.is_set():
+        try:
+            while True:
+                try:
+                    chunk = self._outgoing.get(timeout=0.5)
+                except queue.Empty:
+                    if self._over.is_set() or self._finishing.is_set():
+                        return
+                    continue
+                if chunk is None:
                     return
-                continue
-            if chunk is None:
-                return
-            yield chunk
-            self.reached = True
+                yield chunk
+                self.reached = True
+        finally:
+            self._all_left.set()
 
     def receive(self, chunks: Iterator[bytes]) -> None:
         """Read to the end of the stream, on a thread of its own. Whatever happens there, `ended` is told."""
@@ -113,9 +128,11 @@ class Conversation:
         try:
             wanted = True
             for chunk in chunks:  # read on after the last one: the call ends when both sides have finished
-                if wanted and not self._take(chunk):
+                self._taking = True
+                if wanted and (self._over.is_set() or not self._take(chunk)):
                     wanted = False
                     self.finish()  # the peer has said its last word, and stays until this side has ended, too
+                self._heard, self._taking = True, False
         except MpcFlError as error:
             failure = self.refusal = error
         except grpc.RpcError as error:
@@ -135,6 +152,10 @@ class Conversation:
     def wait(self, seconds: float) -> bool:
         """Wait until nothing can come in any more; False when it took longer than `seconds`."""
         return self._over.wait(seconds)
+
+    def wait_until_left(self, seconds: float) -> bool:
+        """Wait until, after `finish`, all chunks have left; False when it took longer than `seconds`."""
+        return self._all_left.wait(seconds)
 
 
 def _place(error: BaseException) -> str:

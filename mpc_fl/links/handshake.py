@@ -24,7 +24,8 @@ from mpc_fl.crypto.certificates import Identity, received_pem, sign, verify_cert
 from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, IdentityError, printable
 
 # What parties say to each other, all protocols together. 2: sums are bound to a transcript that all in them confirm.
-PROTOCOL_VERSION = 2
+# 3: parties give signs of life.
+PROTOCOL_VERSION = 3
 _VERSION = f"{__version__}, protocol {PROTOCOL_VERSION}"
 _LONGEST_VERSION = 40
 _PURPOSE = "mpc-fl greeting"

@@ -2,8 +2,8 @@
 
 Every message is encoded and decoded (`frames`) and lies in the same mailboxes (`mailboxes`), under fresh X25519 keys; so
 refusals, deadlines, losses, come-backs and counts are those of the network, but for what certificates and sockets add (a
-party that runs something else, a peer that takes nothing, bytes of the greetings). A sender's thread delivers itself:
-what was sent has arrived.
+party that runs something else, a peer that takes nothing or gives no sign of life, bytes of the greetings). A sender's
+thread delivers itself: what was sent has arrived.
 
 A test can be the adversary. `InMemoryNetwork.watch` shows every frame on its way, `drop` ends a party at a chosen point
 as a killed process ends, and a party that deviates sends whatever it likes with `InMemoryLinks.send_frame` and
@@ -24,8 +24,8 @@ from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind, Observer,
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.links import Links
+from mpc_fl.links.losses import parting_message
 from mpc_fl.links.mailboxes import Mailboxes
-from mpc_fl.links.parting import parting_message
 from mpc_fl.links.settings import NOBODY_LOST, Timeouts, Tolerance
 from mpc_fl.links.traffic import TrafficCounter
 

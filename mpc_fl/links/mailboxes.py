@@ -12,7 +12,7 @@ with it ends after `patience`, unless something of it is taken: no protocol has 
 shares its stream with the relay's own words, so there this holds while the party computes, too.
 
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
-the receiver, then of the relay to it), and last the one lock of the mailboxes, under which nothing else is taken.
+the receiver, then of the relay to it), and last the one lock of the mailboxes, under which none but that of `silence` is taken.
 """
 
 from __future__ import annotations
@@ -26,8 +26,19 @@ from dataclasses import dataclass, field
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.inbox import EndedTags, Inbox, memory_of
-from mpc_fl.links.parting import loss_of, never_came
+from mpc_fl.links.losses import (
+    Known,
+    Loss,
+    as_heard,
+    first_named,
+    gives_up,
+    late,
+    never_came,
+    not_relayable,
+    without_sign,
+)
 from mpc_fl.links.settings import Timeouts, Tolerance
+from mpc_fl.links.silence import Silence
 from mpc_fl.links.traffic import TrafficCounter
 
 _FRAMES_AHEAD = 4  # of the largest that this party has asked for
@@ -38,27 +49,26 @@ _SLICE = 5.0  # seconds between looks of a reader that pauses
 class _Mailbox:
     """What has arrived from one peer and not been taken; whether it is there, has ended well, or is lost.
 
-    A failure is `explained` when somebody said why; `noted` counts the failures of this party in their order. `refused`: why
-    somebody was that came with a certificate of this name.
+    `refused`: why somebody was that came with a certificate of this name.
     """
 
     inbox: Inbox = field(default_factory=Inbox)
     connected: bool = False
     closed: bool = False
-    failure: MpcFlError | None = None
-    explained: bool = False
-    noted: int = 0
+    loss: Loss | None = None
     refused: str = ""
     starts: int = 0
 
-
-def not_relayable(sender: str) -> ProtocolError:
-    """What refuses a frame to be relayed, at a party that is no relay or for parties it does not relay to."""
-    return ProtocolError(f"{sender} asked to relay what may not be relayed", "give all parties one file")
+    @property
+    def failure(self) -> MpcFlError | None:
+        """Why the peer is lost."""
+        return None if self.loss is None else self.loss.failure
 
 
 class Mailboxes:
-    """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly."""
+    """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly.
+
+    `silence` counts how long peers give no sign of life (`pulse` looks); no wait counts a standstill of this party itself."""
 
     def __init__(
         self,
@@ -74,11 +84,12 @@ class Mailboxes:
         self._boxes = {name: _Mailbox() for name in peers}
         self._ended_tags = EndedTags()
         self._largest_taken = 0
-        self._waiting = self._pausing = self._failures = 0  # threads that wait, readers that pause, failures so far
+        self._waiting = self._pausing = self._losses = 0  # threads that wait, readers that pause, losses so far
         self._changed = threading.Condition()
         self._started = False
         self._closing = False
         self._interruption: BaseException | None = None
+        self.silence = Silence(timeouts.silence)
 
     # ---- what connections say --------------------------------------------------------------------------------------
 
@@ -86,7 +97,7 @@ class Mailboxes:
         """The peer's greeting was accepted."""
         with self._changed:
             box = self._boxes[peer]
-            box.connected, box.failure = True, None
+            box.connected, box.loss = True, None
             self._changed.notify_all()
 
     def file(self, sender: str, frame: Frame) -> bool:
@@ -99,7 +110,10 @@ class Mailboxes:
             self._keep(sender, frame)
             return True
         if frame.kind == Kind.ABORT and isinstance(frame.payload, dict):
-            self.lose(sender, loss_of(sender, frame.payload), explained=True)
+            failure = as_heard(sender, frame.payload)
+            if gives_up(frame.payload) and self.silence.stood_still():
+                self.interrupt(failure)
+            self.lose(sender, failure, Known.TOLD)
             return False
         if frame.kind == Kind.BYE:
             with self._changed:
@@ -144,14 +158,14 @@ class Mailboxes:
                 )
             self._changed.wait(min(_SLICE, bounds.patience))
 
-    def lose(self, peer: str, failure: MpcFlError, explained: bool = False) -> None:
+    def lose(self, peer: str, failure: MpcFlError, known: Known = Known.VANISHED) -> None:
         """Note why a peer is lost, and with a relay those behind it; the first reason stays."""
         with self._changed:
             concerned = [box for name, box in self._boxes.items() if peer in (name, self._relays[name])]
             for box in concerned:
-                if not self._closing and not box.closed and box.failure is None:
-                    self._failures += 1
-                    box.failure, box.explained, box.noted = failure, explained, self._failures
+                if not self._closing and not box.closed and box.loss is None:
+                    self._losses += 1
+                    box.loss = Loss(failure, known, self._losses)
             self._changed.notify_all()
 
     def note_refused(self, name: str, why: str) -> None:
@@ -172,11 +186,15 @@ class Mailboxes:
         """The error that says in which phase a peer was lost, and how."""
         return PeerLostError(peer, f"lost {peer} in phase '{self._counter.phase}' ({how})", f"see the log of {peer}")
 
+    def without_sign(self, peer: str, seconds: float) -> PeerLostError:
+        """The error of a peer that is silent."""
+        return without_sign(peer, seconds, self._counter.phase)
+
     def leave(self, peer: str) -> None:
         """From here on sending to the peer fails: it starts again (`begin_again` follows)."""
         with self._changed:
             box = self._boxes[peer]
-            box.failure = box.failure or self.lost(peer, "it started again")
+            box.loss = box.loss or Loss(self.lost(peer, "it started again"), Known.VANISHED, self._losses)
 
     def begin_again(self, peer: str) -> None:
         """Forget what came from a peer that starts again; it counts as lost until it connects."""
@@ -283,7 +301,7 @@ class Mailboxes:
             while True:
                 self._raise_first_failure()
                 missing = [name for name, box in self._boxes.items() if not box.connected and box.failure is None]
-                remaining = deadline - time.monotonic()
+                remaining = self._remaining(deadline)
                 tolerated = self._tolerance.goes_on_without and self._tolerance.peers.issuperset(missing)
                 if not missing or (remaining <= 0 and tolerated):
                     self._started = True
@@ -324,14 +342,21 @@ class Mailboxes:
                 raise self.lost(sender, "it started again")
             if box.closed:
                 raise self.lost(sender, "it had finished already")
-            remaining = deadline - time.monotonic()
+            remaining = self._remaining(deadline)
             if remaining <= 0:
-                raise PeerLostError(
-                    sender,
-                    f"{sender} is late: nothing for '{tag}' within {seconds:.4g} s in phase '{self._counter.phase}'",
-                    f"see the log of {sender}, or raise runtime.receive_timeout",
-                )
+                self._raise_suspicion(sender)
+                raise late(sender, tag, seconds, self._counter.phase)
             self._wait(remaining)
+
+    def _remaining(self, deadline: float) -> float:
+        """Seconds until a deadline. Nobody is late for the time that this party itself stood still."""
+        remaining = deadline - time.monotonic()
+        return remaining if remaining > 0 else self.silence.moved(deadline) - time.monotonic()
+
+    def _raise_suspicion(self, awaited: str) -> None:
+        """At a deadline: whoever is late may itself wait for one that has been silent for a while."""
+        if suspect := self.silence.suspect(self._needed(awaited)):
+            raise self.without_sign(*suspect)
 
     def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
         """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
@@ -342,7 +367,7 @@ class Mailboxes:
                     box = self._boxes[name]
                     if tag in box.inbox or box.failure is not None or box.closed:
                         return name
-                remaining = deadline - time.monotonic()
+                remaining = self._remaining(deadline)
                 if remaining <= 0:
                     return None
                 self._wait(remaining)
@@ -387,11 +412,15 @@ class Mailboxes:
         )
 
     def _raise_first_failure(self, awaited: str | None = None) -> None:
-        """The failure that explains most: a refused hand-shake, then what a peer said, then who went in silence first."""
+        """The failure that explains most (`losses.Known`)."""
         if self._interruption is not None:
             raise self._interruption
-        failed = [box for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited)]
-        failed.sort(key=lambda box: (isinstance(box.failure, PeerLostError), not box.explained, box.noted))
-        for box in failed:
-            assert box.failure is not None
-            raise box.failure
+        ending = (box.loss for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited))
+        if failure := first_named(ending):
+            raise failure
+
+    def _needed(self, awaited: str | None) -> list[str]:
+        """Whose loss ends a wait for `awaited`."""
+        may_be_lost = self._started or self._tolerance.goes_on_without
+        ignored = self._tolerance.peers - {awaited} if may_be_lost else frozenset[str]()
+        return [name for name in self._boxes if name not in ignored]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class Outgoing:
             return
         with self._mailboxes.held_up():  # whoever waits for room goes on reading, or two could wait for each other
             while not self._queued(peer, chunk, _LOOK, greeting):
-                if time.monotonic() > deadline:
+                if time.monotonic() > self._mailboxes.silence.moved(deadline):
                     raise self._takes_nothing(peer)
 
     def _queued(self, peer: Peer, chunk: bytes, seconds: float, greeting: bool) -> bool:
@@ -99,6 +100,21 @@ class Outgoing:
         if peer.conversation is None:
             raise LinkError(f"{peer.name} is not connected", "connect before sending")
         return self._mailboxes.closed(peer.name) or peer.conversation.put(chunk, seconds)
+
+    def give_sign(self, peer: Peer, seconds: float) -> None:
+        """Say that this party is there to a connected peer to which nothing was queued for `seconds`."""
+        conversation = peer.conversation
+        if conversation is not None and time.monotonic() - conversation.last_put >= seconds:
+            self.put_at_once(peer, Kind.ALIVE, {})
+
+    def put_at_once(self, peer: Peer, kind: Kind, payload: dict[str, Any]) -> None:
+        """Queue a control frame for a connected peer with a link of its own, unless that had to wait, or the peer is not there."""
+
+        def write(chunk: bytes) -> bool:
+            conversation = peer.conversation  # under the writer's lock: after the greetings of this very conversation
+            return conversation is not None and self._mailboxes.connected(peer.name) and conversation.put(chunk, 0.0)
+
+        peer.writer.put_at_once(kind, payload, write)
 
     def begin_again(self, peer: Peer) -> None:
         """Forget the link with a peer that starts again; until it has connected, sending to it fails."""

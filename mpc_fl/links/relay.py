@@ -20,7 +20,8 @@ from mpc_fl.errors import HandshakeError, LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
-from mpc_fl.links.mailboxes import Mailboxes, not_relayable
+from mpc_fl.links.losses import Known, not_relayable
+from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
 from mpc_fl.links.places import Refusals
@@ -76,6 +77,12 @@ class Relay:
                 if other is not peer and other.name not in kept and self._reachable(other):
                     self._tell(other, {"returned": peer.name})
 
+    def tell_silent(self, silent: Peer) -> None:
+        """At the relay: let those that hear a peer through it alone know that it gives no sign of life. Waits for nobody."""
+        for other in self._peers.values():
+            if self._relay == self._name and other is not silent and self._reachable(other):
+                self._outgoing.put_at_once(other, Kind.RELAY_GREETING, {"silent": silent.name})
+
     def _reachable(self, peer: Peer) -> bool:
         return self._mailboxes.connected(peer.name) and self._mailboxes.failure(peer.name) is None
 
@@ -104,10 +111,18 @@ class Relay:
         """
         if origin.name == self._relay and set(greeting) == {"returned"}:
             self._greet_returned(origin, greeting["returned"])
+        elif origin.name == self._relay and set(greeting) == {"silent"}:
+            self._lose_silent(greeting["silent"])
         elif greeting.get("to") != self._name:
             self._pass_greeting_on(origin, greeting)
         else:
             self._answer_greeting(origin, greeting)
+
+    def _lose_silent(self, name: Any) -> None:
+        lost = self._peers.get(name) if isinstance(name, str) else None
+        if lost is not None and lost.route.relayed:
+            silent = self._mailboxes.without_sign(lost.name, self._mailboxes.silence.limit)
+            self._mailboxes.lose(lost.name, silent, Known.SILENT)
 
     def _greet_returned(self, relay: Peer, name: Any) -> None:
         returned = self._peers.get(name) if isinstance(name, str) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 
 from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.errors import PeerLostError
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.pulse import Pulse
+from mpc_fl.links.silence import Silence
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually
 
@@ -65,3 +69,40 @@ def test_whoever_connects_last_has_not_come_back(last: str, tmp_path: Path) -> N
     for thread in threads:
         thread.join()
     assert outcome == {"a": [0, 1, 2], "b": [0, 1, 2]} and not told
+
+
+def test_the_relay_says_who_is_silent_to_those_that_cannot_hear_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay has nothing to wait for itself, as in its farewell; a says nothing, as if it were stopped."""
+    monkeypatch.setattr(Pulse, "start", lambda self: None)
+    make_local_identities(NAMES, {name: tmp_path / name for name in NAMES})
+    ports = dict(zip(["relay"], free_ports(1), strict=True))
+    met, said = threading.Barrier(3), list[str]()
+    over = threading.Event()
+
+    def party(name: str) -> None:
+        with contextlib.suppress(PeerLostError), local_links(name, NAMES, ports, tmp_path, relay="relay") as links:
+            met.wait(60)
+            if name == "b":
+                with pytest.raises(PeerLostError) as caught:
+                    links.receive_object("a", "word")
+                said.append(str(caught.value))
+                over.set()
+            over.wait(60)
+
+    threads = [threading.Thread(target=party, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    with contextlib.suppress(PeerLostError), local_links("relay", NAMES, ports, tmp_path, relay="relay") as relay:
+        met.wait(60)
+        now = [0.0]
+        relay._mailboxes.silence = Silence(20.0, lambda: now[0])
+        for second in range(30):
+            now[0] = float(second)
+            relay._outgoing.peers["b"].conversation._heard = True
+            relay._connections._pulse.beat()
+        over.wait(60)
+    for thread in threads:
+        thread.join()
+    assert said and said[0].startswith("a has given no sign of life for 20 s")

@@ -194,7 +194,10 @@ class Service:
 
 def configuration() -> Config:
     return Config().with_values(
-        task="serve", data={"image_size": 16}, inference={"engine": "fast"}, runtime={"connect_timeout": 20.0}
+        task="serve",
+        data={"image_size": 16},
+        inference={"engine": "fast"},
+        runtime={"connect_timeout": 20.0, "silence_timeout": 600.0},
     )
 
 

@@ -2,8 +2,8 @@
 
 At a site the command line runs it (`run_alone`). On one machine the launcher has it forked (`party_process`), with one pipe
 between the two, in JSON: the launcher sends name and configuration, then nothing but which other party has ended, where this one
-shall not serve on without it; the party sends progress and the final word. A party whose pipe breaks ends itself, so that no
-orphan outlives a killed launcher.
+shall not serve on without it; the party sends progress, signs of life and the final word. A party whose pipe breaks ends itself,
+so that no orphan outlives a killed launcher.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
+from mpc_fl.links.silence import SIGN
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
@@ -56,6 +57,13 @@ def wait_for_locks_with_patience() -> None:
     whoever has the lock seldom runs, and those that asked for it took most of the time: 80 s to connect instead of 13.
     """
     sys.setswitchinterval(_LOCK_PATIENCE)
+
+
+def _give_signs(tell: Callable[..., None]) -> None:
+    """Whatever the program does, as long as this process is not stopped the launcher hears of it."""
+    while True:
+        tell(alive=True)
+        time.sleep(SIGN)
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
@@ -131,6 +139,7 @@ def party_process(pipe: Connection) -> NoReturn:
     code = 0
     try:
         threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
+        threading.Thread(target=_give_signs, args=(tell,), daemon=True).start()
         config = parse_config(told["values"], f"configuration of {name}")
         set_up_log(config.site.log)
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))

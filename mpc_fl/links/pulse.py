@@ -1,0 +1,68 @@
+"""Signs of life: a party says that it is there when it has nothing else to say, and notes who does not.
+
+TCP and HTTP/2 answer for a process that is stopped, and a party may compute for long; so the runtime itself says it, on a thread
+that no computation holds up. Every chunk that comes is a sign of life. Nobody is silent who cannot be heard: whose stream is not
+read, because this party lets it wait (`mailboxes`). Parties that reach each other through a relay hear that one alone, and
+it hears both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from mpc_fl.errors import PeerLostError
+from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.outgoing import Outgoing
+from mpc_fl.links.peer import Peer
+from mpc_fl.links.silence import LOOK
+
+
+class Pulse:
+    """This party's signs of life to all peers with a link of their own, and its ear for theirs.
+
+    `silent(peer, why)` is called of a peer that has given none for too long, until that is no longer `alive`.
+    """
+
+    def __init__(
+        self,
+        outgoing: Outgoing,
+        mailboxes: Mailboxes,
+        seconds: float,
+        silent: Callable[[Peer, PeerLostError], None],
+    ) -> None:
+        """`seconds`: after which, without having sent anything, this party gives a sign."""
+        self._outgoing = outgoing
+        self._mailboxes = mailboxes
+        self._seconds = seconds
+        self._silent = silent
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin, on a thread of its own."""
+        self._mailboxes.silence.look({})
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def stop(self) -> None:
+        """End it."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LOOK):
+            self.beat()
+        self._mailboxes.silence.end()
+
+    def beat(self) -> None:
+        """Give signs, and look who gave none. Waits for nobody."""
+        looked_at, heard = {}, {}
+        for peer in self._outgoing.peers.values():
+            conversation = peer.conversation
+            if conversation is None or conversation.over or not self._mailboxes.alive(peer.name):
+                continue
+            self._outgoing.give_sign(peer, self._seconds)
+            looked_at[peer.name], heard[peer.name] = conversation, conversation.heard()
+        silence = self._mailboxes.silence
+        for name in silence.look(heard):
+            peer = self._outgoing.peers[name]
+            if peer.conversation is looked_at[name]:  # else it has just come back
+                self._silent(peer, self._mailboxes.without_sign(name, silence.limit))
