@@ -84,7 +84,9 @@ def failing_run(out: Path, values: dict[str, object], strike: Callable[[str, str
     def progress(party: str, phase: str, done: int, total: int) -> None:
         if struck:
             return
-        processes = list(running_parties().values())  # before: who lost the process it was forked from is no child any more
+        processes = list(
+            running_parties().values()
+        )  # before: who lost the process it was forked from is no child any more
         if strike(party, phase, done):
             struck.append((time.monotonic(), processes))
 
@@ -233,7 +235,9 @@ def test_a_launcher_stopped_while_parties_start(command: Command, record_propert
     command.launcher.terminate()
     assert command.launcher.wait(TO_END) == 128 + signal.SIGTERM
     end_of(processes, began, record_property)
-    assert command.said == "mpc-fl: interrupted by SIGTERM: nothing was left running\n"
+    # One that was quick may have told of its data before.
+    assert command.said.splitlines()[-1] == "mpc-fl: interrupted by SIGTERM: nothing was left running"
+    assert "Traceback" not in command.said
     assert not command.out.exists() and not command.out.with_name("run.partial").exists()
 
 
