@@ -50,7 +50,7 @@ SETTINGS: dict[str, Any] = {
 class Sleeper:
     """A party that sleeps for so many seconds before a message of its own leaves: its first of this tag, or number `at`.
 
-    `KILLED` ends it there instead. `slept` says that it came to it.
+    `KILLED` ends it there instead. `slept` says that it came to it, `since` when.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Sleeper:
     seconds: float = FOR_GOOD
     sent: int = 0
     slept: bool = False
+    since: float = 0.0
     awake: threading.Event = field(default_factory=threading.Event)
 
     def falls_asleep(self, tag: str) -> bool:
@@ -79,7 +80,7 @@ class _NoRuntime:
 
 
 class Training:
-    """One run; `said` is how each party ended, `log` what all of them logged."""
+    """One run; `said` is how each party ended, `ended` when, `log` what all of them logged."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
         values = {name: {**SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*SETTINGS, *changes}}
@@ -88,6 +89,7 @@ class Training:
         self.placed = place_parties(self.config, directory)
         self.clock: Clock = keep_virtual_time(monkeypatch)
         self.said: dict[str, str] = {}
+        self.ended: dict[str, float] = {}
         self.log: list[str] = []
         agreement = Agreement("session", self.config.digest(), "train")
         self.network = InMemoryNetwork(party_names(self.config), agreement, timeouts_of(self.config, AGGREGATOR))
@@ -114,6 +116,7 @@ class Training:
                 self.said[name] = "dropped"
             except Exception as error:  # noqa: BLE001 - shown by the test
                 self.said[name] = f"{type(error).__name__}: {error}"
+            self.ended[name] = self.clock.monotonic()
 
     def run(self, *sleepers: Sleeper, training: Mapping[str, float] | None = None) -> None:
         """Run all parties until all but those that sleep for good have ended; then these are gone as if killed.
@@ -129,6 +132,7 @@ class Training:
                 self.clock.wait(threading.Event(), (training or {})[sender])
             for sleeper in sleepers:
                 if sleeper.name == sender and sleeper.falls_asleep(frame.tag):
+                    sleeper.since = self.clock.monotonic()
                     if sleeper.seconds == KILLED:
                         self.network.drop(sender)
                     else:
