@@ -102,9 +102,10 @@ def without_sign(peer: str, seconds: float, phase: str) -> PeerLostError:
 def stood_still(name: str, seconds: float, peer: str) -> PeerLostError:
     """What ends a party that was silent itself, so that its peers gave it up: it blames none of them."""
     return PeerLostError(
-        name,
+        peer,
         f"{name} itself stood still for {seconds:.0f} s, and {peer} ended the link with it",
         f"see whether the process of {name} was stopped, or its machine slept",
+        cause=name,
     )
 
 

@@ -65,7 +65,7 @@ class Outgoing:
             return
         with self._mailboxes.held_up():
             while not self._passed_on(peer, sender, sealed):
-                if time.monotonic() > deadline:
+                if time.monotonic() > self._mailboxes.silence.moved(deadline):
                     raise self._takes_nothing(peer)
                 time.sleep(_LOOK_FOR_ROOM)
 
