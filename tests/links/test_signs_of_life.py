@@ -253,7 +253,7 @@ def test_of_several_losses_a_refusal_is_named_then_silence_then_what_was_told_th
 def test_a_party_that_was_given_up_is_told_that_it_was_silent_itself() -> None:
     kind, message = giving_up(without_sign("b", 20.0, "work"))
     heard = as_heard("a", message)
-    assert kind == Kind.ABORT and heard.peer == "b"
+    assert kind == Kind.ABORT and (heard.peer, heard.cause) == ("a", "b")
     assert heard.what.startswith("a gave this party up: b has given no sign of life for 20 s")
 
 
