@@ -152,6 +152,10 @@ class Links(abc.ABC):
         """Whether the peer is connected and, as far as this party knows, still there."""
         return self._mailboxes.alive(peer)
 
+    def came(self, peer: str) -> bool:
+        """Whether the peer's greeting was accepted, of its present start; it may have gone since."""
+        return self._mailboxes.connected(peer)
+
     def stay_for(self, peers: Collection[str]) -> None:
         """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""
         self._stays_for = set(peers)

@@ -21,11 +21,10 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
-from mpc_fl.links.inbox import EndedTags, Inbox, memory_of
+from mpc_fl.links.inbox import EndedTags, memory_of
 from mpc_fl.links.losses import (
     Known,
     Loss,
@@ -37,32 +36,13 @@ from mpc_fl.links.losses import (
     not_relayable,
     without_sign,
 )
+from mpc_fl.links.mailbox import Mailbox
 from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.silence import Silence
 from mpc_fl.links.traffic import TrafficCounter
 
 _FRAMES_AHEAD = 4  # of the largest that this party has asked for
 _SLICE = 5.0  # seconds between looks of a reader that pauses
-
-
-@dataclass
-class _Mailbox:
-    """What has arrived from one peer and not been taken; whether it is there, has ended well, or is lost.
-
-    `refused`: why somebody was that came with a certificate of this name.
-    """
-
-    inbox: Inbox = field(default_factory=Inbox)
-    connected: bool = False
-    closed: bool = False
-    loss: Loss | None = None
-    refused: str = ""
-    starts: int = 0
-
-    @property
-    def failure(self) -> MpcFlError | None:
-        """Why the peer is lost."""
-        return None if self.loss is None else self.loss.failure
 
 
 class Mailboxes:
@@ -81,7 +61,7 @@ class Mailboxes:
         self.timeouts = timeouts
         self._tolerance = tolerance
         self._counter = counter
-        self._boxes = {name: _Mailbox() for name in peers}
+        self._boxes = {name: Mailbox() for name in peers}
         self._ended_tags = EndedTags()
         self._largest_taken = 0
         self._waiting = self._pausing = self._losses = 0  # threads that wait, readers that pause, losses so far

@@ -174,12 +174,16 @@ class ServiceFront:
 
     def _miss(self, session: _Session, error: MpcFlError) -> None:
         """Say it when what ended a session will end those to come, too: the party that none can do without is gone."""
-        if not isinstance(error, PeerLostError) or error.peer not in session.links.peers:
+        if not isinstance(error, PeerLostError):
             return
-        if error.peer == session.visit.hospital:
-            return
+        away = error.peer
+        if away == session.visit.hospital:
+            # The hospital may have given up first whoever did not come; it is believed of one that has not come here, either.
+            away = error.cause
+            if away not in session.links.peers or session.links.came(away):
+                return
         with self._guard:
-            new = error.peer not in self._away
-            self._away.add(error.peer)
+            new = away not in self._away
+            self._away.add(away)
         if new:
-            log.error("%s is away: no session can be served until it is back (%s)", error.peer, error.what)
+            log.error("%s is away: no session can be served until it is back (%s)", away, error.what)

@@ -84,6 +84,7 @@ def test_both_halves_end_and_hospitals_hear_which_one_went(
 ) -> None:
     with served(directory, tmp_path) as process:
         assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline().startswith("The model file could not be checked: ")
         assert process.stdout.readline() == "Hospitals get the label alone.\n"
         halves = [half_of(process, half) for half in (DEALER, MODEL_OWNER)]
         asking = Asking(tmp_path)
