@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,6 +139,9 @@ class Attendance:
         self.members: tuple[str, ...] = ()
         self.starts: dict[str, str] = {}
         self._void = False
+        self._number = 0
+        self._costs: Counter[str] = Counter()  # sums that were lost with each hospital
+        self._sits_out_until: dict[str, int] = {}  # and the round from which it may be in one again
 
     def await_announced(self, seconds: float) -> None:
         """Before the first plan: wait for the announcements of all hospitals that are connected.
@@ -165,14 +169,17 @@ class Attendance:
         self, number: int, attempt: int, weight_total: int, resumed: bool = False, normalised: bool = False
     ) -> RoundPlan:
         """Steps 1 to 3. Raises `QuorumError` when too few hospitals are there."""
-        links, hold = self._links, self._links.key_fingerprint
+        links, hold, self._number = self._links, self._links.key_fingerprint, number
         chosen = [name for name in self.members if links.alive(name) and hold(name) == self.starts[name]]
         newcomers, self._void = list(chosen) if self._void else [], False
         for name in self._hospitals:
             if name in chosen or not links.alive(name) or not links.waiting(name, _PRESENT):
                 continue
             held = links.receive_object(name, _PRESENT).get("held")
-            if isinstance(held, dict) and all(held.get(other) == hold(other) for other in [*chosen, name]):
+            if number < self._sits_out_until.get(name, 0):
+                log.warning("%s has cost sums and sits out round %d", name, number)
+                say(links, [name], "wait")
+            elif isinstance(held, dict) and all(held.get(other) == hold(other) for other in [*chosen, name]):
                 chosen.append(name)
                 newcomers.append(name)
             else:
@@ -203,6 +210,11 @@ class Attendance:
     def void(self, lost: str = "") -> None:
         """After a round without result, because of somebody: all others stay, and are told everything again."""
         self._void = True
+        if lost:
+            # Until the next round, and each time for twice as many: whoever has every sum it is in made anew must not drain the
+            # others' budgets.
+            self._sits_out_until[lost] = self._number + 2 ** self._costs[lost]
+            self._costs[lost] += 1
         self.members = tuple(name for name in self.members if name != lost)
 
     def keep(self, hospitals: tuple[str, ...]) -> None:
