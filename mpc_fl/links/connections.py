@@ -117,7 +117,8 @@ class Connections:
                 failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
             reason = failure or self._mailboxes.lost(peer.name, "the link ended without a farewell")
             seconds = self._mailboxes.silence.stood_still()
-            if failure is None and seconds:  # the peer gave this party up, and so do others
+            parted = self._mailboxes.closed(peer.name) or self._mailboxes.failure(peer.name) is not None
+            if failure is None and not parted and seconds:  # the peer gave this party up, and so do others
                 reason = stood_still(self._name, seconds, peer.name)
                 self._mailboxes.interrupt(reason)
             self._mailboxes.lose(peer.name, reason)

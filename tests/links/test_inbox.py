@@ -264,6 +264,7 @@ def test_a_reader_that_fails_ends_the_link_with_a_reason(tmp_path: Path) -> None
             raise ValueError("value 123456")
 
     def receive(links: Links) -> str:
+        links.send_object("a", "connected", {})
         with pytest.raises(ProtocolError, match="the link with a: unexpected ValueError") as caught:
             links.receive_object("a", "word")
         return str(caught.value)
@@ -272,5 +273,9 @@ def test_a_reader_that_fails_ends_the_link_with_a_reason(tmp_path: Path) -> None
         def links(self, name: str, elsewhere: bool = False, **more: Any) -> Links:
             return super().links(name, elsewhere, **({"observer": fails} if name == "b" else {}), **more)
 
-    outcome = Observed(["a", "b"]).meet(a=lambda links: links.send_object("b", "word", {}), b=receive)
+    def send(links: Links) -> None:
+        links.receive_object("b", "connected")  # else what fails would end the wait for all links
+        links.send_object("b", "word", {})
+
+    outcome = Observed(["a", "b"]).meet(a=send, b=receive)
     assert "123456" not in outcome["b"]

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.errors import HandshakeError, PeerLostError
+from mpc_fl.errors import HandshakeError, PeerLostError, ProtocolError
 from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind
 from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.links import Links
@@ -383,6 +383,50 @@ def test_everybody_names_the_silent_one_and_it_learns_why(identities: Path, monk
     assert str(said["a"]).startswith("c has given no sign of life for 20 s")
     assert str(said["b"]).startswith("a stopped: c has given no sign of life for 20 s")
     assert "c has given no sign of life" in str(said["c"]), said["c"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("reason", [None, "the data of a are of no use"])
+def test_a_peer_that_ends_with_a_word_just_after_a_standstill_gave_nobody_up(
+    reason: str | None, identities: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All had stood still and gone on; then a ends, well or for a reason of its own, while b has something left to do."""
+    monkeypatch.setattr(Pulse, "start", lambda self: None)
+    over, receive = list[Conversation](), Conversation.receive
+
+    def receive_to_the_end(conversation: Conversation, chunks: Any) -> None:
+        receive(conversation, chunks)
+        over.append(conversation)
+
+    monkeypatch.setattr(Conversation, "receive", receive_to_the_end)
+
+    def end(links: Links) -> None:
+        links.receive_object("b", "awake")
+        if reason is not None:
+            raise ProtocolError(reason)
+
+    def wake_up(links: Links) -> None:
+        clock, conversation = Clock(), links._outgoing.peers["a"].conversation  # type: ignore[attr-defined]
+        links._mailboxes.silence = silence = Silence(LIMIT, clock)
+        silence.look({})
+        clock.now += 50.0
+        assert silence.stood_still() == 50.0
+        links.send_object("a", "awake", {})
+        eventually(lambda: conversation in over, 60.0, "the link with a has ended")
+        if reason is not None:
+            links.receive_object("a", "never")
+        links.send_object("c", "awake", {})
+        links.receive_object("c", "here")
+
+    def answer(links: Links) -> None:
+        links.receive_object("b", "awake")
+        links.send_object("b", "here", {})
+
+    if reason is None:
+        assert NetworkWorld(["a", "b", "c"]).meet(a=end, b=wake_up, c=answer) == {"a": None, "b": None, "c": None}
+    else:
+        said = NetworkWorld(["a", "b"]).meet(a=end, b=wake_up)
+        assert str(said["b"]).startswith(f"a stopped: {reason}"), said
 
 
 @pytest.mark.processes
