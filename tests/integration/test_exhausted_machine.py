@@ -199,6 +199,34 @@ def test_a_log_holds_one_line_per_failure_and_no_traceback(own_log: None, tmp_pa
         party_log.set_up_log(path / "log")
 
 
+_NO_THREADS = """
+import json, logging, multiprocessing, os, sys, threading
+from mpc_fl.apps.runs.party_process import party_process
+logging.basicConfig()  # as libraries do that are imported
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+launcher, party = multiprocessing.Pipe()
+values = {"federation": {"hospitals": int(sys.argv[1])}, "site": {"log": sys.argv[2]}}
+launcher.send_bytes(json.dumps({"name": "hospital-0", "values": values}).encode())
+if os.fork() == 0:
+    party_process(party)
+print(json.loads(launcher.recv_bytes())["error"], os.WEXITSTATUS(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("hospitals", "said"), [(3, "this machine ran out of processes or threads"), (-1, "federation.hospitals")]
+)
+def test_a_party_that_fails_before_its_log_is_there_leaves_the_word_to_the_launcher(
+    hospitals: int, said: str, tmp_path: Path
+) -> None:
+    """On the old code three lines of a library's log for each party, beside the one of the command."""
+    command = [sys.executable, "-c", _NO_THREADS, str(hospitals), str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert said in done.stdout and done.stderr == "", (done.stdout, done.stderr)
+
+
 def test_what_the_system_refuses_a_party_is_no_defect(own_log: None, tmp_path: Path) -> None:
     party_log.set_up_log(tmp_path / "party.log")
     for error in (

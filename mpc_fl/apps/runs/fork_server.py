@@ -59,7 +59,7 @@ def main() -> NoReturn:
         code = _serve(launcher, sys.modules[program].party_process)
     except ConnectionError:  # the launcher is gone
         pass
-    except (ImportError, RuntimeError, MemoryError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - where memory runs out, an import raises anything
         with contextlib.suppress(OSError):
             launcher.sendall(_described(error).encode())
     os._exit(code)

@@ -38,6 +38,11 @@ class PartyLog(logging.StreamHandler[TextIO]):
         self.lost = self.lost or (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
+def log_nowhere() -> None:
+    """Drop what this process logs, also where a library has sent logs to standard error when it was imported."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
 def set_up_log(path: Path | None) -> None:
     """Send this process's log to a file, or to standard error. Raises `MpcFlError` when the file cannot be opened."""
     stream = sys.stderr

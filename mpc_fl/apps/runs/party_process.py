@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpc_fl.apps.runs.memory import peak_memory
-from mpc_fl.apps.runs.party_log import say_lost_log, set_up_log
+from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
@@ -136,12 +136,13 @@ def party_process(pipe: Connection) -> NoReturn:
             os._exit(ORPHANED)
 
     log = logging.getLogger("mpc_fl")
+    log_nowhere()  # until there is a log of its own: the launcher is told, and says it once
     code = 0
     try:
-        threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
-        threading.Thread(target=_give_signs, args=(tell,), daemon=True).start()
         config = parse_config(told["values"], f"configuration of {name}")
         set_up_log(config.site.log)
+        threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
+        threading.Thread(target=_give_signs, args=(tell,), daemon=True).start()
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))
         tell(finished=True)
     except MpcFlError as error:

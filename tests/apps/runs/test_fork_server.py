@@ -137,6 +137,18 @@ def test_a_module_that_cannot_be_imported_is_named() -> None:
             starter.start("another", {})
 
 
+def test_whatever_an_import_raises_is_told_and_not_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So Python itself fails where memory runs out."""
+    (tmp_path / "out_of_memory.py").write_text("raise SystemError('returned NULL without setting an exception')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with starter_of("out_of_memory") as starter:
+        starter.start("somebody", {}).join(PATIENCE)
+        assert "failed: SystemError: returned NULL" in str(starter.failure())
+    assert capfd.readouterr().err == ""
+
+
 def test_a_server_that_cannot_be_started_is_told_with_the_first_party(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else is wrong with the task comes first."""
     monkeypatch.setattr(sys, "executable", "/no/python")
