@@ -245,7 +245,8 @@ def line(results: Sequence[Result], test: Dataset) -> str:
             cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
     spent = "none" if first.spent is None else f"{max(result.spent or 0.0 for result in results):.2f}"
     seconds = sum(result.seconds for result in results) / len(results)
-    return f"| {first.features} | {ROWS[first.row]} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
+    row = "federated" if first.row == "local" and first.epsilon is None else ROWS[first.row]
+    return f"| {first.features} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
 def say(text: str) -> None:

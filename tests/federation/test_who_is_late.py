@@ -95,8 +95,14 @@ def test_a_hospital_that_sleeps_is_named_and_the_others_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [FOR_GOOD, KILLED])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "seconds"),
+    [
+        pytest.param(kind, seconds, marks=() if (kind, seconds) == ("no noise", FOR_GOOD) else pytest.mark.long)
+        for kind in KINDS
+        for seconds in (FOR_GOOD, KILLED)
+    ],
+)
 def test_wherever_a_hospital_sleeps_or_dies_the_others_go_on(kind: str, seconds: float, tmp_path: Path) -> None:
     """Before each of its messages."""
     for at in range(100):
@@ -135,6 +141,7 @@ def test_a_hospital_that_wakes_takes_part_again(before: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seconds", [30.0, 60.0])
 @pytest.mark.parametrize("kind", ["no noise", "local noise, norms checked", "distributed noise"])
 def test_wherever_a_hospital_sleeps_it_comes_back(kind: str, seconds: float, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "inference": {"limit": 2},
     "runtime": {"connect_timeout": 120.0, "receive_timeout": 400.0},
 }
+EVERY_TIME = {("train", "hospital-1", "round 1 training"), ("infer fast", "dealer", "offline")}  # the others are `long`
 MATRIX = [
     *[("train", "hospital-1", phase) for phase in ("distribution", "round 1 training", "round 2 evaluation")],
     *[("train", "aggregator", phase) for phase in ("distribution", "round 1 aggregation", "conclusion")],
@@ -56,7 +57,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("task", "victim", "phase"), MATRIX)
+@pytest.mark.parametrize(
+    ("task", "victim", "phase"),
+    [pytest.param(*case, marks=() if case in EVERY_TIME else pytest.mark.long) for case in MATRIX],
+)
 def test_everybody_names_a_frozen_party(task: str, victim: str, phase: str, models: Path, tmp_path: Path) -> None:
     if task == "infer fast":
         runtime = {**SETTINGS["runtime"], "silence_timeout": 20.0}
@@ -93,6 +97,7 @@ def test_a_frozen_hospital_is_left_out_where_there_is_a_quorum(tmp_path: Path) -
     assert (tmp_path / "parties" / "aggregator" / "model.safetensors").exists()
 
 
+@pytest.mark.long
 def test_a_frozen_aggregator_ends_a_run_with_a_quorum_and_blames_no_hospital(tmp_path: Path) -> None:
     config = configuration("train", federation={"quorum": 2})
     with Sites(config, tmp_path, "aggregator", "round 1 aggregation") as sites:
@@ -103,7 +108,7 @@ def test_a_frozen_aggregator_ends_a_run_with_a_quorum_and_blames_no_hospital(tmp
         names_itself("aggregator", sites.await_words(1)["aggregator"])
 
 
-@pytest.mark.parametrize("victim", ["hospital-1", "aggregator"])
+@pytest.mark.parametrize("victim", ["hospital-1", pytest.param("aggregator", marks=pytest.mark.long)])
 def test_a_short_stop_harms_nobody(victim: str, tmp_path: Path) -> None:
     with Sites(configuration("train"), tmp_path, victim, "round 1 aggregation") as sites:
         sites.await_stopped()
@@ -112,6 +117,7 @@ def test_a_short_stop_harms_nobody(victim: str, tmp_path: Path) -> None:
         assert set(sites.await_words(4).values()) == {"finished"}
 
 
+@pytest.mark.long
 def test_when_all_stand_still_nobody_is_blamed(tmp_path: Path) -> None:
     """A machine that sleeps, or Ctrl-Z: all parties stop for longer than silence may last, and even than `receive_timeout`."""
     config = configuration("train", runtime={"receive_timeout": 40.0})
@@ -125,6 +131,7 @@ def test_when_all_stand_still_nobody_is_blamed(tmp_path: Path) -> None:
         assert set(sites.await_words(4).values()) == {"finished"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["dealer", "model-owner", "hospital-0"])
 def test_a_frozen_party_of_a_service_is_named(victim: str, tmp_path: Path) -> None:
     """The session ends; a hospital that hangs costs another one its turn no longer."""

@@ -6,7 +6,6 @@ go through many sizes of convolutions. Tests of what needs a network, a graphic 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -69,9 +68,7 @@ LONG = ("test_mpc.TestTFP", "test_gradients.TestTFP")
 
 def _marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
     if name in LONG:
-        asked = os.environ.get("MPC_FL_LONG_TESTS")
-        reason = "takes over ten minutes; set MPC_FL_LONG_TESTS=1 to run it"
-        return pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.skipif(not asked, reason=reason)
+        return pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)
     return (pytest.mark.slow,) if name in SLOW else ()
 
 

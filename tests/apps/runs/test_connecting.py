@@ -15,6 +15,7 @@ BENCHMARK = Path(__file__).resolve().parents[3] / "benchmarks" / "connecting.py"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.processes
 def test_sixty_four_hospitals_connect_within_the_default_deadlines() -> None:
     done = subprocess.run(

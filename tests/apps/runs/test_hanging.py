@@ -51,6 +51,7 @@ def failure(monkeypatch: pytest.MonkeyPatch, directory: Path, freeze: str, **cha
     return str(caught.value)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("victim", "phase"), [("hospital-1", "round 2 training"), ("aggregator", "round 2 aggregation")]
 )
@@ -88,6 +89,7 @@ def test_a_party_that_hangs_after_all_others_have_finished_is_named(
     )
 
 
+@pytest.mark.long
 def test_a_stopped_hospital_is_started_again_where_there_is_a_quorum(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_stopped_hospital_is_started_again_where_there_is_a_quorum(
     assert lost == ["hospital-1"]
 
 
+@pytest.mark.long
 def test_a_stopped_party_of_a_service_ends_it_and_is_named(tmp_path: Path) -> None:
     """Nobody asks anything, so no peer can miss it."""
     config = served.configuration().with_values(runtime={"silence_timeout": 20.0})
@@ -116,6 +119,7 @@ def test_a_stopped_party_of_a_service_ends_it_and_is_named(tmp_path: Path) -> No
     assert not {"dealer", "model-owner"} & {each.name() for each in psutil.Process().children(recursive=True)}
 
 
+@pytest.mark.long
 def test_a_stopped_fork_server_keeps_no_run_from_ending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Nobody tells of the ends of parties any more; they said themselves that they had finished."""
     monkeypatch.setattr(watch, "EXIT_GRACE", 1.0)

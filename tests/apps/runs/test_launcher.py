@@ -36,7 +36,14 @@ TO_END = 10.0  # the launcher's promise, from the event until the last process i
 # Smallest run that has several rounds before it and after it whatever happens.
 ENDLESS = {
     "data": {"image_size": 8, "phantoms": {"train_patients": 24, "test_patients": 12}},
-    "training": {"rounds": 100_000, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
+    # At this rate no update exceeds its bound, however many rounds pass before anybody looks.
+    "training": {
+        "rounds": 100_000,
+        "local_steps": 1,
+        "batch_size": 4,
+        "learning_rate": 1e-6,
+        "per_sample_gradients": "loop",
+    },
     "privacy": {"mechanism": "none"},
     "federation": {"hospitals": 2},
 }
@@ -79,22 +86,21 @@ def only_logs_are_left(out: Path) -> None:
 
 def failing_run(out: Path, values: dict[str, object], strike: Callable[[str, str, int], bool], record: Record) -> str:
     """Run in local processes; the message of the failure. `strike` gets the progress until it says that it has struck."""
-    struck: list[tuple[float, list[psutil.Process]]] = []
+    struck, processes = list[float](), list[psutil.Process]()
 
     def progress(party: str, phase: str, done: int, total: int) -> None:
         if struck:
             return
-        processes = list(
-            running_parties().values()
-        )  # before: who lost the process it was forked from is no child any more
+        # Before the strike: who lost the process it was forked from is no child any more.
+        if len(processes) < len(PARTIES):
+            processes[:] = running_parties().values()
         if strike(party, phase, done):
-            struck.append((time.monotonic(), processes))
+            struck.append(time.monotonic())
 
     with pytest.raises(RunFailedError) as failure:
         train(parse_config(values, "test"), out, "test", progress)
-    ((began, processes),) = struck
-    assert len(processes) == len(PARTIES)
-    end_of(processes, began, record)
+    assert len(struck) == 1 and len(processes) == len(PARTIES), failure.value
+    end_of(processes, struck[0], record)
     only_logs_are_left(out)
     return str(failure.value)
 
