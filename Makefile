@@ -9,12 +9,13 @@ DEMO := runs/demo
 PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3.10 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow check install bench clean help
+.PHONY: demo test test-slow soak check install bench clean help
 
 help:
 	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
 	@echo "make test    the tests"
 	@echo "make test-slow   faults in every phase of every role, several minutes more"
+	@echo "make soak    breaks real runs at random for an hour"
 	@echo "make check   format, lint, types and layers"
 	@echo "make clean   remove the environment and the demo's results"
 
@@ -44,6 +45,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
+
+# What to do instead of an hour: `make soak SOAK="--injections 200 --seed 1"`; `python -m tests.soak --help` lists it all.
+SOAK := --minutes 60
+
+soak: $(STAMP)
+	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
