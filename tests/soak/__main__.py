@@ -13,10 +13,11 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tests.soak.plan import VARIANTS, Injection, injection
 from tests.soak.runs import Usual, Verdict, inject, measure
@@ -97,7 +98,9 @@ def _one(chosen: Injection, out: Path, model: Path, usual: dict[str, Usual]) -> 
     return verdict
 
 
-def _verdicts(said: argparse.Namespace, tasks: tuple[str, ...], until: float, do: object) -> Iterator[Verdict]:
+def _verdicts(
+    said: argparse.Namespace, tasks: tuple[str, ...], until: float, do: Callable[[Injection], Verdict]
+) -> Iterator[Verdict]:
     """In the order in which they come; those that struck nobody do not count."""
     number, struck, working = said.first, 0, set[Future[Verdict]]()
     wanted = float("inf") if said.injections is None else said.injections
@@ -114,19 +117,22 @@ def _verdicts(said: argparse.Namespace, tasks: tuple[str, ...], until: float, do
                 yield future.result()
 
 
-def summarise(seed: int, verdicts: list[Verdict]) -> dict[str, object]:
+def _counted(kinds: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(kinds).items()))
+
+
+def summarise(seed: int, verdicts: list[Verdict]) -> dict[str, Any]:
     """How many of each kind, and all that was bad."""
     struck = [verdict for verdict in verdicts if verdict.struck]
-    count = lambda kinds: dict(sorted(Counter(kinds).items()))  # noqa: E731
     return {
         "seed": seed,
         "injections": len(struck),
         "missed": len(verdicts) - len(struck),
-        "by_signal": count(verdict.injection.signal for verdict in struck),
-        "by_victim": count(verdict.injection.victim for verdict in struck),
-        "by_run": count(verdict.injection.variant for verdict in struck),
-        "exit_codes": count(str(verdict.code) for verdict in struck),
-        "followed": count(verdict.followed for verdict in struck if verdict.followed),
+        "by_signal": _counted(verdict.injection.signal for verdict in struck),
+        "by_victim": _counted(verdict.injection.victim for verdict in struck),
+        "by_run": _counted(verdict.injection.variant for verdict in struck),
+        "exit_codes": _counted(str(verdict.code) for verdict in struck),
+        "followed": _counted(verdict.followed for verdict in struck if verdict.followed),
         "longest_seconds_to_the_end": max((verdict.seconds or 0.0 for verdict in struck), default=0.0),
         "bad": [{**asdict(verdict.injection), "bad": verdict.bad} for verdict in verdicts if verdict.bad],
     }

@@ -15,7 +15,7 @@ LAUNCHER, FORK_SERVER, ASKING = "launcher", "fork server", "asking hospital"
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")
 KILL, TERM, STOP, STOP_AND_CONT = "KILL", "TERM", "STOP", "STOP and CONT"
 SILENCE_TIMEOUT = 10.0  # seconds; the shortest that the product allows
-SHORT_STOP = 5.0  # seconds; what lasts no longer harms nobody
+SHORT_STOP = 3.0  # seconds; harms nobody, also when the last sign of life (every 5 s) was long ago
 LONG_STOP = 25.0
 
 SETTINGS: dict[str, Any] = {
