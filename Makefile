@@ -9,13 +9,14 @@ DEMO := runs/demo
 PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3.10 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow test-long check install bench clean help
+.PHONY: demo test test-slow test-long soak check install bench clean help
 
 help:
 	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
 	@echo "make test    the tests"
 	@echo "make test-slow   faults in every phase of every role, several minutes more"
 	@echo "make test-long   sweeps: a party frozen or lost at every message; most of an hour"
+	@echo "make soak    breaks real runs at random for an hour"
 	@echo "make check   format, lint, types and layers"
 	@echo "make clean   remove the environment and the demo's results"
 
@@ -48,6 +49,12 @@ test-slow: $(STAMP)
 
 test-long: $(STAMP)
 	$(PYTEST) -m long
+
+# What to do instead of an hour: `make soak SOAK="--injections 200 --seed 1"`; `python -m tests.soak --help` lists it all.
+SOAK := --minutes 60
+
+soak: $(STAMP)
+	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
