@@ -13,6 +13,8 @@ from mpc_fl.errors import ModelError
 if TYPE_CHECKING:
     from mpc_fl.learning.models.published_weights import Imported
 
+_SHOWN = 8  # of a list
+
 app = typer.Typer(
     cls=Group,
     name="model",
@@ -108,7 +110,10 @@ def show(
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key} {_shown(each)}" for key, each in value.items())
-    return ", ".join(map(_shown, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
+        return ", ".join(map(_shown, value[:_SHOWN])) + more
+    return str(value)
 
 
 def _say(imported: Imported, as_json: bool, **more: str) -> None:
@@ -120,5 +125,8 @@ def _say(imported: Imported, as_json: bool, **more: str) -> None:
         return
     if imported.classes is not None:
         say(f"Their last layer is for {imported.classes} classes; for another number it starts anew.")
-    say(f"Stored under their SHA-256 {imported.digest}. To start from them, put into a configuration:")
+    say(f"Stored under their SHA-256 {imported.digest}.")
+    say("To train a small network on the features of this one, put into a configuration:")
+    say(f"data:\n  features:\n    extractor: {imported.architecture}\n    weights: {imported.digest}")
+    say("To train this network itself from these weights:")
     say(f"model:\n  architecture: {imported.architecture}\n  initial_weights: {imported.digest}")

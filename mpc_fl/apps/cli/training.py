@@ -23,7 +23,7 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.errors import DataError, MpcFlError, RunFailedError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -53,13 +53,17 @@ def train(
     settings = configure(config, overrides, data=data, privacy_ledger=ledger)
     with start_early(settings, "train") as starter:
         from mpc_fl.apps.runs import local_runs as run
-        from mpc_fl.apps.runs.run_directory import require_free
+        from mpc_fl.apps.runs.run_directory import may_go_on, require_free
 
         require_free(out, resume)
         _preflight(settings)
         _say_shared_patients(settings, as_json)
-        with progress_bars() as progress:
-            summary = run.train(settings, out, command_line(), progress, resume, starter)
+        try:
+            with progress_bars() as progress:
+                summary = run.train(settings, out, command_line(), progress, resume, starter)
+        except RunFailedError as error:
+            again = ["--resume goes on from its last round"] if may_go_on(out) and "--resume" not in error.fix else []
+            raise RunFailedError(error.what, "; ".join([error.fix, *again] if error.fix else again)) from None
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
@@ -68,6 +72,17 @@ def train(
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
     say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+
+
+def in_ranges(numbers: list[str]) -> str:
+    """Numbers in order, as text: 3, 5 to 9."""
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _say_training(summary: TrainingSummary, chance: float) -> None:
@@ -82,6 +97,10 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
             f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
             f"on {final.records} {counted}; chance {chance:.1%}."
         )
+        if after:
+            say(
+                "No evaluation was opened after the last round: exact counts are opened over all hospitals, and some were absent."
+            )
     else:
         say("No evaluation was opened: hospitals were absent.")
     for spent in summary.privacy:
@@ -100,7 +119,7 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     for name in summary.hospitals:
         missed = [number for number, absent in rounds_missed.items() if name in absent]
         if missed:
-            say(f"{name} took no part in round {', '.join(missed)}.")
+            say(f"{name} took no part in round {in_ranges(missed)}; its log says why.")
 
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -181,8 +200,10 @@ def _preflight(config: Config) -> TrainingEstimate:
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
+    from mpc_fl.learning.models.feature_extractor import require_weights
 
     headroom_of(config).require()
+    require_weights(config)
     _refuse_shared_patients(config)
     return estimate_training(config, patients_per_hospital(config))
 

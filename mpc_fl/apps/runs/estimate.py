@@ -48,9 +48,9 @@ _WORD = 8
 _FLOAT = 4
 # Fitted: an idle party, and what of that is its own where parties are forked from one process (measured: 32 to 80 MB); words per
 # element of the widest layer that a comparison on shares holds.
-_IDLE_BYTES = 460 << 20
+_IDLE_BYTES = 600 << 20
 _IDLE_BYTES_OF_ITS_OWN = 100 << 20
-_IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
+_IDLE_BYTES_OF_FAST = 350 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
@@ -137,7 +137,9 @@ def _connecting(config: Config) -> float:
 def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:
     """Peak bytes of the largest hospital, at one record per patient: while it evaluates, trains or aggregates."""
     layers = _activations(model, config.data.input_shape)
-    records = 2 * patients * torch.Size(config.data.input_shape).numel()  # read one by one, then stacked
+    data = config.data
+    shape = data.input_shape if data.features is None else (data.channels, data.image_size, data.image_size)
+    records = 2 * patients * torch.Size(shape).numel()  # read one by one, then stacked
     evaluating = 3 * EVALUATION_CHUNK * layers.widest
     per_record = parameters + 5 * layers.all
     method = config.training.per_sample_gradients

@@ -76,6 +76,11 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         raise
 
 
+def may_go_on(out: Path) -> bool:
+    """Whether a run that failed at `out` has kept what `--resume` needs."""
+    return not out.exists() and any(map(_resumable, _beside(out)))
+
+
 def _resumable(directory: Path) -> bool:
     """Whether a round of this run was completed: its aggregator has a checkpoint."""
     return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))

@@ -365,5 +365,10 @@ def _read_first(index: _Index, label: int, config: Config) -> None:
             return
         except UnreadableImageError as error:
             first = first or error
-    assert first is not None
-    raise DataError(f"no image of class '{config.data.classes[label]}' can be read; the first: {first.what}", first.fix)
+    name = config.data.classes[label]
+    if first is None:
+        raise DataError(
+            f"no test patient of class '{name}' is left without those that also train",
+            "add patients, or set data.shared_patients to keep",
+        )
+    raise DataError(f"no image of class '{name}' can be read; the first: {first.what}", first.fix)

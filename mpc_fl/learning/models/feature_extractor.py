@@ -29,7 +29,7 @@ from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
 from mpc_fl.learning.models.foreign_weights import fit_weights
-from mpc_fl.learning.models.weights_store import load
+from mpc_fl.learning.models.weights_store import find, load
 
 Progress = Callable[[int, int], None]
 
@@ -141,6 +141,14 @@ def extractor_of(config: Config) -> FeatureExtractor | None:
     Raises `ModelError` when its weights are not on this machine, or are not what the configuration says.
     """
     return None if config.data.features is None else _extractor(config.data.features, config.site.weights)
+
+
+def require_weights(config: Config) -> None:
+    """Raise `ModelError` where weights that the configuration names are not on this machine, or are not what they should be."""
+    named = [config.model.initial_weights, None if config.data.features is None else config.data.features.weights]
+    for digest in named:
+        if digest is not None:
+            find(digest, config.site.weights)
 
 
 def as_records(images: Dataset, config: Config, progress: Progress | None = None) -> Dataset:

@@ -1,0 +1,63 @@
+"""What `check` and `train` say before anything is started, and after a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mpc_fl.apps.cli.training import _preflight, in_ranges
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.errors import ConfigError, DataError, ModelError
+
+
+def test_rounds_in_a_row_are_a_range() -> None:
+    assert in_ranges(["3", "5", "6", "7", "9"]) == "3, 5 to 7, 9"
+    assert in_ranges(["4"]) == "4" and in_ranges([]) == ""
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"features": {"extractor": "resnet18", "weights": "a" * 64}}, "model": {"architecture": "linear"}},
+        {"data": {"channels": 3}, "model": {"architecture": "resnet18", "initial_weights": "a" * 64}},
+    ],
+)
+def test_weights_that_are_not_here_are_missed_before_anything_starts(
+    sections: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ModelError, match="mpc-fl model import or mpc-fl model fetch"):
+        _preflight(parse_config(sections, "test"))
+
+
+@pytest.mark.parametrize("source", ["phantoms", "breast_cancer"])
+def test_data_of_ones_own_are_not_passed_over_in_silence(source: str, tmp_path: Path) -> None:
+    table = {"reference_ranges": None}
+    with pytest.raises(ConfigError, match="is embedded: leave out --data"):
+        parse_config({"data": {"source": source, "table": table}, "site": {"data": str(tmp_path)}}, "test")
+
+
+def folder_of_images(directory: Path, patients: dict[str, dict[str, list[int]]]) -> Config:
+    """Grey images named by patient: `patients` by split and class."""
+    for split, classes in patients.items():
+        for name, numbers in classes.items():
+            (directory / split / name).mkdir(parents=True)
+            for number in numbers:
+                Image.new("L", (8, 8), number).save(directory / split / name / f"person{number}_{name}_1.png")
+    return parse_config(
+        {
+            "data": {"source": "images", "classes": ["a", "b"], "image_size": 8},
+            "federation": {"hospitals": 2},
+            "privacy": {"mechanism": "none"},
+            "site": {"data": str(directory)},
+        },
+        "test",
+    )
+
+
+def test_a_class_without_a_test_patient_of_its_own_is_named(tmp_path: Path) -> None:
+    patients = {"train": {"a": [1, 2], "b": [3, 4]}, "test": {"a": [11, 12], "b": [3, 4]}}
+    with pytest.raises(DataError, match="no test patient of class 'b' is left without those that also train"):
+        _preflight(folder_of_images(tmp_path, patients))
