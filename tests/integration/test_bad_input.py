@@ -241,7 +241,7 @@ def test_images_to_diagnose(site: Site, run: Run) -> None:
         (
             ["privacy.epsilon=1e-3", "privacy.delta=1e-6"],
             PrivacyBudgetError,
-            "hospital-0: privacy budget already spent",
+            "hospital-0: no noise is large enough for the privacy budget: epsilon 0.000",
         ),
         (["privacy.noise_multiplier=0.3"], PrivacyBudgetError, "hospital-0: 2 steps with noise multiplier 0.3 would"),
         (

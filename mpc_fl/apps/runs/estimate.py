@@ -48,9 +48,9 @@ _WORD = 8
 _FLOAT = 4
 # Fitted: an idle party, and what of that is its own where parties are forked from one process (measured: 32 to 80 MB); words per
 # element of the widest layer that a comparison on shares holds.
-_IDLE_BYTES = 600 << 20
+_IDLE_BYTES = 460 << 20
 _IDLE_BYTES_OF_ITS_OWN = 100 << 20
-_IDLE_BYTES_OF_FAST = 350 << 20  # without CrypTen and what comes with it
+_IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections

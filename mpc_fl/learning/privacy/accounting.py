@@ -161,8 +161,8 @@ def check_delta(delta: float, patients: int, who: str) -> None:
 
 def _spent_message(who: str, epsilon: float, budget: PrivacyBudget) -> str:
     spent = f"epsilon {epsilon:.3f} of {budget.epsilon:g} at delta {budget.delta:g}"
-    if epsilon < budget.epsilon:
-        return f"{who}: no noise is large enough for what is left of the privacy budget: {spent} is spent"
+    if epsilon == 0:
+        return f"{who}: no noise is large enough for the privacy budget: {spent} is spent"
     return f"{who}: privacy budget already spent: {spent}"
 
 
