@@ -62,8 +62,10 @@ def train(
             with progress_bars() as progress:
                 summary = run.train(settings, out, command_line(), progress, resume, starter)
         except RunFailedError as error:
-            again = ["--resume goes on from its last round"] if may_go_on(out) and "--resume" not in error.fix else []
-            raise RunFailedError(error.what, "; ".join([error.fix, *again] if error.fix else again)) from None
+            # A party that failed by itself says what to do; here one was ended from outside.
+            if error.fix and may_go_on(out):
+                raise RunFailedError(error.what, f"{error.fix}; --resume goes on from the last round") from None
+            raise
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
