@@ -87,8 +87,7 @@ class Injection:
 def injection(seed: int, number: int, tasks: Sequence[str]) -> Injection:
     """The one of this number. Depends on nothing but the arguments."""
     draw = random.Random(f"{seed}/{number}")  # noqa: S311 - chooses what to break, hides nothing
-    task = draw.choice(list(tasks))
-    name = draw.choice([name for name, variant in VARIANTS.items() if variant.task == task])
+    name = draw.choice([name for name, variant in VARIANTS.items() if variant.task in tasks])
     victim = draw.choice(VARIANTS[name].victims)
     signals = [KILL, TERM, STOP, STOP_AND_CONT]
     if victim in (LAUNCHER, FORK_SERVER):
