@@ -184,10 +184,12 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
     privacy["largest_hospital"] = 2 * smallest
     if epsilon is not None:
         privacy["epsilon"] = epsilon
-    noise = config.data.normalise_noise_multiplier * 8 / (epsilon or 8)
-    return config.with_values(
-        training={**training, "batch_size": smallest}, privacy=privacy, data={"normalise_noise_multiplier": noise}
-    )
+    data: dict[str, Any] = {"normalise_noise_multiplier": config.data.normalise_noise_multiplier * 8 / (epsilon or 8)}
+    if (
+        row == "alone" and epsilon is not None and epsilon <= 1
+    ):  # there are too few patients for the noise of their mean
+        data["normalise"] = "none"
+    return config.with_values(training={**training, "batch_size": smallest}, privacy=privacy, data=data)
 
 
 def measure(

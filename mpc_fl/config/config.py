@@ -74,10 +74,6 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
-        if self.site.data is not None and self.data.source in ("phantoms", "breast_cancer"):
-            raise ValueError(
-                f"data.source {self.data.source} is embedded: leave out --data, or set data.source to images"
-            )
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):

@@ -7,7 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config.config import parse_config
+from mpc_fl.config.config import connect_seconds, parse_config
 from mpc_fl.config.deadlines import deadlines_of
 
 SECONDS = st.floats(0.1, 1e4)
@@ -24,8 +24,10 @@ def test_deadlines_nest(
         "federation": {"hospitals": hospitals, "quorum": quorum, "round_timeout": round_},
         "privacy": {"mechanism": mechanism},
     }
-    found = deadlines_of(parse_config(values, "test"))
-    assert (found.connect, found.answer, found.summand) == (connect, receive, receive if round_ is None else round_)
+    config = parse_config(values, "test")
+    found = deadlines_of(config)
+    assert connect < found.connect == connect_seconds(config)
+    assert (found.answer, found.summand) == (receive, receive if round_ is None else round_)
     assert found.receive("aggregator") == found.answer and found.receive("hospital-1") == found.word
     # While the aggregator takes summands two at a time it may say nothing for this long, and one answer more to what follows.
     assert found.word >= found.summand + found.answer * hospitals / 2 + found.answer

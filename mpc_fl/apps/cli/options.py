@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
+from mpc_fl.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -67,6 +69,11 @@ def configure(path: Path, overrides: list[str] | None, **site: Path | None) -> C
     from mpc_fl.config.loading import load_config
 
     config = load_config(path, overrides)
+    if site.get("data") is not None and config.data.source in ("phantoms", "breast_cancer"):
+        raise ConfigError(
+            f"{path}: data.source {config.data.source} is embedded, so --data would be passed over",
+            "leave out --data, or set data.source to images",
+        )
     given = {name: str(value.absolute()) for name, value in site.items() if value is not None}
     return config.with_values(site=given) if given else config
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mpc_fl.apps.cli.options import configure
 from mpc_fl.apps.cli.training import _preflight, in_ranges
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError
@@ -34,9 +35,11 @@ def test_weights_that_are_not_here_are_missed_before_anything_starts(
 
 @pytest.mark.parametrize("source", ["phantoms", "breast_cancer"])
 def test_data_of_ones_own_are_not_passed_over_in_silence(source: str, tmp_path: Path) -> None:
-    table = {"reference_ranges": None}
-    with pytest.raises(ConfigError, match="is embedded: leave out --data"):
-        parse_config({"data": {"source": source, "table": table}, "site": {"data": str(tmp_path)}}, "test")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{source: {source}, classes: [a, b]}}\n")
+    assert configure(config, None, data=None).data.source == source
+    with pytest.raises(ConfigError, match=f"data.source {source} is embedded, so --data would be passed over"):
+        configure(config, None, data=tmp_path)
 
 
 def folder_of_images(directory: Path, patients: dict[str, dict[str, list[int]]]) -> Config:
