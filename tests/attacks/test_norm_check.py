@@ -6,6 +6,7 @@ that it holds. (Before, every hospital held a share of what was computed of itse
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,9 +287,18 @@ def test_a_false_commitment_with_a_hospital_that_never_came_ruins_no_checked_sum
     monkeypatch.setattr(SummandMasks, "commitments", false)
 
     def lose(network: InMemoryNetwork) -> None:
+        others, ready = threading.Event(), set[str]()
+
         def watch(sender: str, _receiver: str, frame: Frame) -> None:
-            if sender == DEVIATING and frame.tag.startswith("ready "):
+            if not frame.tag.startswith("ready "):
+                return
+            if sender == DEVIATING:
+                assert others.wait(60)  # else the others might not have been connected with all yet
                 network.drop(DEVIATING)
+            else:
+                ready.add(sender)
+                if len(ready) == len(WORLD) - 2:
+                    others.set()
 
         network.watch(watch)
 
