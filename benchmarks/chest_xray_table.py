@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,7 @@ def spent_by(config: Config, patients: int) -> float | None:
         return None
     steps = config.training.rounds * config.training.local_steps
     lost = config.with_values(privacy={"spare_rounds": 0})
-    events = [*releases_beside_steps(lost), type(planned)(planned.noise_multiplier, planned.sample_rate, steps)]
+    events = [*releases_beside_steps(lost), replace(planned, steps=steps)]
     return epsilon_of(events, config.privacy.delta, config.privacy.accountant)
 
 
@@ -297,7 +296,7 @@ def main() -> None:
                     write_text(arguments.out, "# Chest X-rays: accuracy against epsilon\n\n" + text)
                 if arguments.json is not None:
                     values = [{**vars(item), "probabilities": item.probabilities.tolist()} for item in results]
-                    write_json(arguments.json, {"command": command, "results": json.loads(json.dumps(values))})
+                    write_json(arguments.json, {"command": command, "results": values})
     print(text)
 
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from mpc_fl.config.config import Config, connect_seconds
 from mpc_fl.roles import is_hospital
 
-_ANSWERS_OF_A_SUM = (
-    8  # that the aggregator takes from all, one after the other: five of a norm check, confirmations, keys, a loss
-)
+# That the aggregator takes from all, one after the other: five of a norm check, confirmations, keys, a loss.
+_ANSWERS_OF_A_SUM = 8
 _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was open, its blocks and signatures
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
 

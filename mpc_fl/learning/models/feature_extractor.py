@@ -65,10 +65,8 @@ class FeatureExtractor:
         return records
 
     def _features(self, image: torch.Tensor) -> torch.Tensor:
-        channels = self.channels
-        if len(image) != channels:
-            image = image.mean(dim=0, keepdim=True).expand(channels, -1, -1) if len(image) > 1 else image
-            image = image.expand(channels, -1, -1)
+        if len(image) != self.channels:
+            image = image.mean(dim=0, keepdim=True).expand(self.channels, -1, -1)
         views = torch.stack([image, image.flip(-1)]) if self.mirror else image[None]
         if self.scale is not None:
             views = self.scale.apply(views)

@@ -27,6 +27,7 @@ from torch import nn
 
 from mpc_fl.errors import ModelError, printable
 from mpc_fl.learning.models.efficientnet_lite import EfficientNetLite0, from_published
+from mpc_fl.learning.models.parameters import layers_with_parameters
 
 LARGEST_FILE = 2 << 30  # bytes, of a file and of the tensors in it
 _KINDS = "give a safetensors file or a torch checkpoint that holds a state_dict"
@@ -137,12 +138,11 @@ def _some(names: Iterable[str]) -> str:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names in the `state_dict` of the last layer with parameters, which gives the logits."""
-    names: tuple[str, ...] = ()
-    for path, layer in model.named_modules():
-        found = [name for name, _ in layer.named_parameters(recurse=False)]
-        if found:
-            names = tuple(f"{path}.{name}" if path else name for name in found)
-    return names
+    return tuple(
+        f"{path}.{name}" if path else name
+        for path, layer in layers_with_parameters(model)[-1:]
+        for name, _ in layer.named_parameters(recurse=False)
+    )
 
 
 def own_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

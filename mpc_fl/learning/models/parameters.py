@@ -18,6 +18,15 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def layers_with_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and layers that have parameters of their own, in the order of their definition; the last gives the logits."""
+    return [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if next(layer.parameters(recurse=False), None) is not None
+    ]
+
+
 def flatten_parameters(model: nn.Module) -> torch.Tensor:
     """A copy of all P trainable parameters, float32 (P,)."""
     pieces = [parameter.detach().reshape(-1).to(torch.float32) for _, parameter in trainable_parameters(model)]

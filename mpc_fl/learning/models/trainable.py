@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from mpc_fl.errors import ModelError
+from mpc_fl.learning.models.parameters import layers_with_parameters
 
 
 def set_trainable(model: nn.Module, which: str) -> nn.Module:
@@ -20,7 +21,7 @@ def set_trainable(model: nn.Module, which: str) -> nn.Module:
     """
     if which == "all":
         return model
-    layers = [layer for layer in model.modules() if next(layer.parameters(recurse=False), None) is not None]
+    layers = [layer for _, layer in layers_with_parameters(model)]
     count = 1 if which in ("head", "bias") else int(which.removeprefix("last:"))
     if count > len(layers):
         raise ModelError(
