@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from mpc_fl.config.data import DataSection
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
-from mpc_fl.config.learning import DataSection, EvaluationSection, ModelSection, PrivacySection, TrainingSection
+from mpc_fl.config.privacy import EvaluationSection, PrivacySection
 from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
 from mpc_fl.config.section import Section, Strategy
+from mpc_fl.config.training import ModelSection, TrainingSection
 from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
 

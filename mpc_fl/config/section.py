@@ -12,8 +12,9 @@ _LARGEST = 2**53  # up to here a float holds every whole number, so arithmetic w
 Count = Annotated[int, Field(ge=1, le=_LARGEST)]
 Steps = Annotated[int, Field(ge=1, le=10**6)]  # of what is accounted for, one by one
 Whole = Annotated[int, Field(ge=0, le=_LARGEST)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # SHA-256
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-# What becomes of the hospitals' updates (`learning.TrainingSection` says what each does).
+# What becomes of the hospitals' updates (`training.TrainingSection` says what each does).
 Strategy = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd"]
 
 

@@ -23,7 +23,7 @@ from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 from mpc_fl.apps.report import figures, formats, run_files, training_sections
 from mpc_fl.apps.summaries import Header, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.config.learning import FEATURE_CONSTANT
+from mpc_fl.config.data import FEATURE_CONSTANT
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import (
     ConfigError,

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from mpc_fl.config.config import Config
-from mpc_fl.config.learning import FEATURE_CONSTANT, FeatureSection
+from mpc_fl.config.data import FEATURE_CONSTANT, FeatureSection
 from mpc_fl.errors import DataError, ModelError
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation

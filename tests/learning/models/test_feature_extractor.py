@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.config.learning import FEATURE_CONSTANT
+from mpc_fl.config.data import FEATURE_CONSTANT
 from mpc_fl.errors import ConfigError, ModelError
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models.architectures import build_network

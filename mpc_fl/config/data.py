@@ -1,0 +1,157 @@
+"""Sections about the data: what records are, whose they are, and what becomes of them before training.
+
+Each class checks what can be checked within it; what must fit between two sections is checked by `config.Config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpc_fl.config.section import Bound, Count, Digest, Positive, Section
+
+
+class PartitionSection(Section):
+    """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
+
+    method: Literal["equal", "dirichlet", "none"] = "equal"
+    alpha: Positive = 0.5
+
+
+class PhantomSection(Section):
+    """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
+
+    train_patients: Count = 1200
+    test_patients: Count = 300
+
+
+class TableSection(Section):
+    """Columns of a CSV file. Without `patient_column` every row is one patient."""
+
+    label_column: str = "label"
+    patient_column: str | None = None
+    features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
+        default=None, description="public (low, high) of each feature column, never taken from patients of this run"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TableSection:
+        for low, high in self.reference_ranges or ():
+            if not low < high:
+                raise ValueError("reference_ranges must be pairs of (low, high) with low < high")
+        return self
+
+
+# Features that an extractor gives of an image, by its name.
+FEATURE_COUNTS = {
+    "scattering": 3472,
+    "efficientnet_lite0": 1280,
+    "resnet18": 512,
+    "resnet34": 512,
+    "resnet50": 2048,
+    "densenet121": 1024,
+    "mobilenet_v3_small": 1024,
+    "mobilenet_v3_large": 1280,
+}
+FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
+
+
+class FeatureSection(Section):
+    """Records are features of images, computed in the clear by whoever has the image, with something public.
+
+    `extractor` is `scattering`, which comes from no data, or a network whose `weights` (SHA-256 of the file, as `mpc-fl
+    model fetch` and `mpc-fl model import` print it) everybody has: what stands before its last linear layer. The features of
+    an image have L2 norm 1; with `mirror` they are the mean of those of the image and of its mirror, again at norm 1.
+    """
+
+    extractor: str = "efficientnet_lite0"
+    weights: Digest | None = None
+    mirror: bool = True
+    count: Count | None = Field(default=None, description="number of features; null: known of the extractor")
+
+    @model_validator(mode="after")
+    def _check(self) -> FeatureSection:
+        if (self.weights is None) != (self.extractor == "scattering"):
+            raise ValueError("scattering has no weights, and every other extractor needs them (`mpc-fl model --help`)")
+        known = FEATURE_COUNTS.get(self.extractor)
+        if known is None and self.count is None:
+            raise ValueError(f"set data.features.count: how many features '{self.extractor}' gives is not known here")
+        if known is not None and self.count not in (None, known):
+            raise ValueError(f"{self.extractor} gives {known} features; leave data.features.count null")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Features of one image."""
+        return self.count or FEATURE_COUNTS[self.extractor]
+
+
+class SubsetSection(Section):
+    """Upper limits on patients per hospital, for short runs; null takes all."""
+
+    train_patients: Count | None = None
+    test_patients: Count | None = None
+
+
+class DataSection(Section):
+    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+
+    `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
+    a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
+    `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
+
+    `features`: records are features of the images instead of the images, `features.size` numbers and a constant. There
+    `normalise: secure` takes the mean over patients off them (`mean` in `federation.feature_statistics`), and brings them to
+    norm 1 again.
+
+    `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
+
+    `shared_patients` says what becomes of a test patient who is by name also a training patient, at any hospital whose
+    names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
+    """
+
+    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
+    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
+    image_size: Annotated[int, Field(ge=8, le=1024)] = 32
+    channels: Literal[1, 3] = 1
+    wrong_size: Literal["error", "resize"] = "error"
+    partition: PartitionSection = PartitionSection()
+    phantoms: PhantomSection = PhantomSection()
+    table: TableSection = TableSection()
+    features: FeatureSection | None = None
+    subset: SubsetSection = SubsetSection()
+    shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
+    normalise: Literal["none", "secure", "weights"] = "none"
+    normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.normalise == "secure" and self.is_table and self.table.reference_ranges is None:
+            raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must name at least two different classes")
+        if self.features is not None and self.is_table:
+            raise ValueError("features are those of images; leave data.features null for tables")
+        if self.source == "csv" and self.table.features is None:
+            raise ValueError("table.features (the number of feature columns) must be set for csv")
+        return self
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one record: (channels, height, width) for images, (features,) for tables, (features + 1,) for features
+        of images."""
+        if self.features is not None:
+            return (self.features.size + 1,)
+        if self.source == "csv":
+            return (self.table.features or 0,)
+        if self.source == "breast_cancer":
+            return (30,)
+        return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def is_table(self) -> bool:
+        """Whether records are rows of features."""
+        return self.source in ("csv", "breast_cancer")

@@ -1,0 +1,82 @@
+"""Sections about the network and how it is trained.
+
+Each class checks what can be checked within it; what must fit between two sections is checked by `config.Config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpc_fl.config.section import Count, Digest, Momentum, Positive, Section, Steps, Strategy, Whole
+
+
+class ModelSection(Section):
+    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, or any
+    torchvision classifier by name (`resnet18`).
+
+    `initial_weights` (as `mpc-fl model import` prints them) are those of a network trained elsewhere, its last layer aside where
+    that has other classes. `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (those of
+    `initial_weights`, else calibrated on public synthetic images; free under encryption), `group` uses GroupNorm (costs
+    inverse square roots under encryption).
+    """
+
+    architecture: str = "small_cnn"
+    initial_weights: Digest | None = Field(
+        default=None, description="SHA-256 of the file of weights to begin with; null: drawn from the seed"
+    )
+    normalisation: Literal["frozen", "group"] = "frozen"
+    hidden: tuple[Count, ...] = (32, 32)
+
+
+class TrainingSection(Section):
+    """Local training between two aggregations. `batch_size` is the expected number of patients per step (Poisson).
+
+    `strategy` says what becomes of the opened mean: `fedavg` adds the mean update, `fedavgm`, `fedadam` and `fedyogi` step
+    along it with momentum or adaptively, `fedsgd` opens every single gradient and steps with `learning_rate` and
+    `momentum`. `fedprox` is `fedavg` with a `proximal` term in the local steps, which other strategies may have as well.
+    `local_normalisation` (FedBN) leaves parameters and statistics of normalisation layers at each hospital.
+    """
+
+    strategy: Strategy | None = Field(
+        default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
+    )
+    rounds: Steps = 5
+    local_steps: Steps = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 0.1
+    momentum: Momentum = 0.9
+    server_learning_rate: Positive | None = Field(default=None, description="null: 1, or 0.03 for fedadam and fedyogi")
+    server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
+    server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3})$")] = Field(
+        default="all", description="which parameters are trained: all, head, bias (and the head), or last:N layers"
+    )
+    average_last: Count | None = Field(
+        default=None, description="the final model is the mean of so many last global models; null: the last one"
+    )
+    local_normalisation: bool = False
+    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
+    sampling_seed: Whole | None = Field(
+        default=None,
+        description="null draws the secret sampling order from the system; a number is for simulation only",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSection:
+        name = self.strategy or "fedavg"
+        if (name == "fedprox") and not self.proximal:
+            raise ValueError("fedprox needs a proximal coefficient above 0")
+        if self.proximal and self.strategy in (None, "fedavg"):
+            raise ValueError("fedavg with a proximal term is fedprox; set strategy: fedprox")
+        if self.proximal and self.local_steps == 1:
+            raise ValueError("the first local step has no proximal term; use more local_steps, or proximal: 0")
+        if self.proximal * self.learning_rate > 1:
+            raise ValueError("proximal * learning_rate must not exceed 1, or every step would overshoot")
+        if self.server_momentum is not None and name not in ("fedavgm", "fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_momentum; use fedavgm, fedadam or fedyogi")
+        if self.server_adaptivity is not None and name not in ("fedadam", "fedyogi"):
+            raise ValueError(f"{name} has no server_adaptivity; use fedadam or fedyogi")
+        return self
