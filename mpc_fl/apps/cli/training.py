@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpc_fl.apps.cli.interrupts import Interrupted
 from mpc_fl.apps.cli.options import (
     AsJson,
     ConfigPath,
@@ -19,10 +20,10 @@ from mpc_fl.apps.cli.options import (
     gigabytes,
     print_json,
     privacy_words,
-    progress_bars,
     say,
     say_skipped,
 )
+from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import DataError, MpcFlError, RunFailedError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
     from mpc_fl.learning.data.loading import SharedPatients
+
+_GO_ON = "--resume goes on from the last round"
 
 
 def train(
@@ -59,12 +62,15 @@ def train(
         _preflight(settings)
         _say_shared_patients(settings, as_json)
         try:
-            with progress_bars() as progress:
+            with shown_progress() as progress:
                 summary = run.train(settings, out, command_line(), progress, resume, starter)
         except RunFailedError as error:
             # A party that failed by itself says what to do; here one was ended from outside.
             if error.fix and may_go_on(out):
-                raise RunFailedError(error.what, f"{error.fix}; --resume goes on from the last round") from None
+                raise RunFailedError(error.what, f"{error.fix}; {_GO_ON}") from None
+            raise
+        except Interrupted as error:
+            error.then = _GO_ON if may_go_on(out) else ""
             raise
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
