@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.processes
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +66,35 @@ def test_a_run_leaves_everything_the_readme_promises(demo: tuple[Path, dict[str,
     assert sorted(path.stem for path in (out / "logs").iterdir()) == names
     assert not list(out.rglob("*.key")) and not list(out.rglob("*.partial"))
     assert open_to_others(out) == []
+
+
+def test_the_model_has_a_card_that_can_be_made_anew_and_refuses_another_model(
+    demo: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, summary = demo
+    text = (out / "model_card.md").read_text()
+    assert (
+        text
+        == mpc_fl("model", "card", out)["model_card"]
+        == mpc_fl("model", "card", out / "model.safetensors")["model_card"]
+    )
+    blocks = [json.loads(line) for line in (out / "reveal_ledger.jsonl").read_text().splitlines()]
+    assert f"SHA-256 `{blocks[-1]['values']['model.safetensors']}`" in text
+    assert "is in the last block of the reveal ledger" in text and "SYNTHETIC" in text
+    spent = {line["epsilon"] for line in summary["privacy"]}
+    assert {f"{epsilon:.3f}" for epsilon in spent} == set(re.findall(r"this run alone \| ([\d.]+);", text))
+    assert f"{summary['final']['records']} test records of all hospitals" in text
+    # A model that was exchanged gets no card.
+    other = tmp_path / "other"
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("parties", "logs"))
+    tensors = load_file(other / "model.safetensors")
+    with safe_open(other / "model.safetensors", framework="pt") as model:
+        said = model.metadata()
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors", said)
+    command = [sys.executable, "-m", "mpc_fl", "model", "card", str(other)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert refused.returncode != 0 and "is not the one that all parties signed" in refused.stderr
+    assert refused.stdout == "" and len(refused.stderr.splitlines()) == 1
 
 
 def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo: tuple[Path, dict[str, Any]]) -> None:

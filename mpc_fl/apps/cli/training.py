@@ -49,7 +49,7 @@ def train(
     """Train one model with several hospitals on this machine, each a process of its own.
 
     Every hospital adds differential-privacy noise, shares its update, and only the mean is opened. Writes
-    model.safetensors, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
+    model.safetensors with its model_card.md, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
     """
     from mpc_fl.apps.runs.launcher import start_early
 
@@ -79,7 +79,7 @@ def train(
     if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
-    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+    say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
 
 
 def in_ranges(numbers: list[str]) -> str:

@@ -122,7 +122,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         messages_per_hospital=1 + messages * opened + signed,  # it announces itself
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
-        privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
+        privacy=[planned_privacy(config, hospital_name(rank), count) for rank, count in enumerate(patients)],
     )
 
 
@@ -155,8 +155,11 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
     return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
 
 
-def _privacy(config: Config, rank: int, patients: int) -> NoPrivacy | PlannedPrivacy:
-    name = hospital_name(rank)
+def planned_privacy(config: Config, name: str, patients: int) -> NoPrivacy | PlannedPrivacy:
+    """What a whole run spends of the privacy of a hospital's patients whose ledger holds nothing yet.
+
+    But for `patients` in it all follows from public values. Raises what `plan_release` raises.
+    """
     planned = plan_release(config, patients, [], name)
     if planned is None:
         return NoPrivacy(name, patients)
