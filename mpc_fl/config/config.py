@@ -76,6 +76,9 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
+        if distributed and self.site.precision != "float32":
+            # A patient's rounded gradient must come out the same whoever else is drawn: shown for float32 alone.
+            raise ValueError("privacy.mechanism distributed needs gradients in float32; set site.precision to float32")
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):

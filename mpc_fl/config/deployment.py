@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -84,6 +84,7 @@ class SiteSection(Section):
 
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
+    A hospital computes gradients, features and evaluation on `device`, gradients in `precision`; all else stays on the CPU.
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
@@ -94,6 +95,13 @@ class SiteSection(Section):
     listen: str | None = None
     resume: bool = False
     training_processes: Count = 1
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = Field(
+        default="cpu",
+        description="where a hospital computes gradients, features and evaluation: auto (a GPU if there is one), cpu, cuda, cuda:N",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products in gradients; clipping and noise are in float32 and float64 always"
+    )
     data: Path | None = None
     images: Path | None = None
     model: Path | None = None
@@ -111,4 +119,8 @@ class SiteSection(Section):
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.training_processes > 1 and (self.device, self.precision) != ("cpu", "float32"):
+            raise ValueError(
+                "training_processes share out work on the CPU in float32; leave device and precision, or set 1"
+            )
         return self

@@ -34,6 +34,7 @@ from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import privacy_of_steps
+from mpc_fl.learning.device import follow, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share, require_patients
 from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
@@ -72,6 +73,7 @@ def hospital_steps(
     steps, number, round_of, hospitals = config.training.local_steps, plan.number, plan.round_of, plan.hospitals
     working, order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
     noise_seed = hospital.noise_seed.derive("round", *round_of)  # fresh for every attempt
+    computed = on_device(working, hospital.device)
     losses, used, clipped = 0.0, 0, 0
     for step in range(steps):
         # 1. and 2.
@@ -80,7 +82,9 @@ def hospital_steps(
         rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
         require_patients(mechanism, len(rows), links.name)
         inputs, labels = hospital.train.inputs[rows], hospital.train.labels[rows]
-        sums = rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
+        follow(computed, working)
+        with repeatable():
+            sums = rounded_sum(computed, sum_cross_entropy, inputs, labels, mechanism, method)
         losses += float(sums.losses.sum())
         clipped += int((sums.norms > config.privacy.clipping_norm).sum())
         used += len(rows)

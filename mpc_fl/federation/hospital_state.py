@@ -32,6 +32,7 @@ from mpc_fl.federation.planning import (
 )
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
@@ -39,7 +40,8 @@ from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
-from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
+from mpc_fl.learning.training.independent_records import require_independent_records
+from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method, working_copy
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.roles import hospital_name
 
@@ -61,6 +63,7 @@ class Hospital:
     coordinates: torch.Tensor
     method: Method | None = None
     group: TrainingGroup | None = None
+    device: Device = CPU
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
     digests: ModelDigests = field(default_factory=ModelDigests)
@@ -84,7 +87,7 @@ class Hospital:
     def local_training(self) -> LocalTraining:
         """How it trains in every round."""
         config, noise, rate = self.config, self.noise_multiplier, self.sample_rate
-        return LocalTraining(config, noise, rate, self.sampling_seed, self.method, self.group)
+        return LocalTraining(config, noise, rate, self.sampling_seed, self.method, self.group, self.device)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -165,6 +168,7 @@ def join(
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
+    hospital.device = device_of(config)
     hospital.kept_round = -1 if last is None else last.round
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
@@ -173,8 +177,14 @@ def join(
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
         if wanted == "auto":
-            wanted = choose_per_sample_method(model, config.data.input_shape, mechanism=hospital.mechanism)
+            wanted = choose_per_sample_method(
+                model, config.data.input_shape, mechanism=hospital.mechanism, device=hospital.device
+            )
         hospital.method = wanted
+        if hospital.mechanism is not None and hospital.device.place.type != "cpu":
+            computed = on_device(working_copy(model), hospital.device)
+            with repeatable():
+                require_independent_records(computed, config.data.input_shape, hospital.mechanism, wanted)
     return hospital
 
 

@@ -132,6 +132,8 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
+    from mpc_fl.learning.device import device_of
+
     try:
         settings = configure(config, overrides, data=data)
         found = _preflight(settings)
@@ -141,12 +143,14 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names)})
+        shared = list(_shared_patients(settings).names)
+        print_json({"ok": True, "device": device_of(settings).words, **found.to_json(), "shared_patients": shared})
         return
     _say_shared_patients(settings, False)
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
+    say(f"Device of hospitals here: {device_of(settings).words}.")
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
@@ -208,9 +212,11 @@ def _preflight(config: Config) -> TrainingEstimate:
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
+    from mpc_fl.learning.device import device_of
     from mpc_fl.learning.models.feature_extractor import require_weights
 
     headroom_of(config).require()
+    device_of(config)
     require_weights(config)
     _refuse_shared_patients(config)
     return estimate_training(config, patients_per_hospital(config))

@@ -24,8 +24,10 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.config.data import FEATURE_CONSTANT, FeatureSection
 from mpc_fl.errors import DataError, ModelError
+from mpc_fl.exhaustion import exhaustion
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
+from mpc_fl.learning.device import Device, device_of, on_device
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
 from mpc_fl.learning.models.foreign_weights import fit_weights
@@ -72,7 +74,9 @@ class FeatureExtractor:
             views = self.scale.apply(views)
         try:
             outputs = self.network(views.contiguous(memory_format=torch.channels_last)).flatten(1)
-        except (RuntimeError, ValueError, AssertionError):
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if (exhausted := exhaustion(error)) is not None:
+                raise exhausted from None
             size = "x".join(map(str, image.shape))
             raise ModelError(
                 f"the feature extractor takes no image of {size}", "set data.image_size to what it takes"
@@ -103,11 +107,11 @@ def without_last_layer(network: nn.Module) -> tuple[nn.Module, int]:
 
 
 @functools.lru_cache(_EXTRACTORS_KEPT)
-def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor:
+def _extractor(features: FeatureSection, place: Path | None, device: Device) -> FeatureExtractor:
     if features.extractor == "scattering":
         from mpc_fl.learning.models.scattering import Scattering
 
-        return FeatureExtractor(Scattering().eval(), features.size, 1, features.mirror)
+        return FeatureExtractor(on_device(Scattering().eval(), device), features.size, 1, features.mirror)
     assert features.weights is not None  # `FeatureSection` saw to it
     tensors, description = load(features.weights, place)
     if description.get("architecture") != features.extractor:
@@ -130,15 +134,18 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
         raise ModelError(
             f"the weights {features.weights[:12]} say nothing usable of their inputs", "import them again"
         ) from None
-    return FeatureExtractor(network.eval().requires_grad_(False), size, 3, features.mirror, scale)
+    return FeatureExtractor(on_device(network.eval().requires_grad_(False), device), size, 3, features.mirror, scale)
 
 
 def extractor_of(config: Config) -> FeatureExtractor | None:
     """What makes records of images in such a configuration; None where images are the records.
 
-    Raises `ModelError` when its weights are not on this machine, or are not what the configuration says.
+    Raises `ModelError` when its weights are not on this machine, or are not what the configuration says, `ConfigError` for a
+    device that is not there.
     """
-    return None if config.data.features is None else _extractor(config.data.features, config.site.weights)
+    if config.data.features is None:
+        return None
+    return _extractor(config.data.features, config.site.weights, device_of(config).exact)
 
 
 def require_weights(config: Config) -> None:

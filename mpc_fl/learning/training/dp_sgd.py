@@ -14,7 +14,8 @@ after clipping, noise and division: clipping would let it crowd out patients. It
 global model and w what earlier noised steps made of it: nothing else of a patient is in it (post-processing).
 
 Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`process_group`).
-Sampling, noise and the step itself stay in the hospital's own process.
+Sampling, noise and the step itself stay in the hospital's own process. So they do on its CPU where gradients are computed on
+a GPU (`device`): for the noise every step brings them from there, and then takes the parameters up.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
 from mpc_fl.learning.data.dataset import PatientRecords
+from mpc_fl.learning.device import CPU, Device, follow, gradients_of, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, trainable_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.per_sample_gradients import (
@@ -53,7 +55,7 @@ class LocalTraining:
     `noise_multiplier`: None without differential privacy. `sample_rate`: the probability of a patient per step.
     `sampling_seed`: a `Seed`, None for a fresh one in every round, a number for simulation only. `method` overrides
     `training.per_sample_gradients` (choose once, use for all rounds). `group` shares out each step over its processes; the
-    result is the same up to rounding.
+    result is the same up to rounding. `device`: where gradients are computed.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class LocalTraining:
     sampling_seed: Seed | int | None = None
     method: Method | None = None
     group: TrainingGroup | None = None
+    device: Device = CPU
 
     @property
     def event(self) -> SubsampledGaussian | None:
@@ -145,9 +148,12 @@ def _private_steps(
         noise_stream=noise_stream,
     )
 
+    computed = on_device(working, training.device)
+
     def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
         if group is None:
-            sums = clipped_sum(working, sum_cross_entropy, inputs, labels, norm, method)
+            follow(computed, working)
+            sums = clipped_sum(computed, sum_cross_entropy, inputs, labels, norm, method)
         else:
             sums = group.clipped_sum(working, inputs, labels, norm, method)
         measured.losses += float(sums.losses.sum())
@@ -162,11 +168,14 @@ def _private_steps(
 def _plain_steps(working: nn.Module, sgd: torch.optim.SGD, training: LocalTraining) -> TakeStep:
     """Steps of SGD without clipping and noise; a batch of nobody makes none."""
     gradient = _mean_gradient if training.group is None else training.group.mean_gradient
+    computed = on_device(working, training.device)
 
     def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
         if len(inputs):
             sgd.zero_grad()
-            measured.losses += gradient(working, inputs, labels)
+            follow(computed, working)
+            measured.losses += gradient(computed, inputs, labels)
+            gradients_of(computed, working)
             sgd.step()
 
     return take
@@ -176,7 +185,9 @@ def _method_of(training: LocalTraining, working: nn.Module, input_shape: tuple[i
     if training.method is not None:
         return training.method
     configured = training.config.training.per_sample_gradients
-    return choose_per_sample_method(working, input_shape) if configured == "auto" else configured
+    return (
+        choose_per_sample_method(working, input_shape, device=training.device) if configured == "auto" else configured
+    )
 
 
 def _update(model: nn.Module, working: nn.Module, round_number: int) -> torch.Tensor:
@@ -234,7 +245,8 @@ def train_locally(
         rows = sample_patients(data.records_of_patient, training.sample_rate, drawn)
         measured.records += len(rows)
         # 3. Clip and sum, add noise, scale, step.
-        take_step(data.inputs[rows], data.labels[rows], measured)
+        with repeatable():
+            take_step(data.inputs[rows], data.labels[rows], measured)
         if progress is not None:
             progress(step + 1, settings.local_steps)
 

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from mpc_fl.errors import ModelError
+from mpc_fl.errors import ExhaustedError, ModelError
+from mpc_fl.exhaustion import exhaustion
+from mpc_fl.learning.device import CPU, Device, on_device, repeatable
 from mpc_fl.learning.models.parameters import trainable_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients
@@ -73,7 +75,7 @@ def _by_vmap(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.T
         try:
             gradients, values = per_record(parameters, inputs[start : start + size], labels[start : start + size])
         except (RuntimeError, NotImplementedError) as error:
-            raise _unsuitable("torch.func cannot vectorise this model", error) from None
+            raise exhaustion(error) or _unsuitable("torch.func cannot vectorise this model", error) from None
         yield [gradients[name] for name in parameters], values.detach()
 
 
@@ -99,7 +101,7 @@ def _by_hooks(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.
             losses = torch.stack([loss(logit, label) for logit, label in rows])
             losses.sum().backward()
         except RuntimeError as error:
-            raise _unsuitable("Opacus's hooks cannot handle this model", error) from None
+            raise exhaustion(error) or _unsuitable("Opacus's hooks cannot handle this model", error) from None
         samples = [(parameter, getattr(parameter, "grad_sample", None)) for parameter in parameters]
         yield [p.new_zeros((len(inputs), *p.shape)) if g is None else g for p, g in samples], losses.detach()
     finally:
@@ -135,7 +137,9 @@ def clipped_sum(
     chunks = _IMPLEMENTATIONS[method](model, loss, inputs, labels) if len(inputs) else iter(())
     for gradients, values in chunks:
         rows = [gradient.detach().reshape(len(values), -1) for gradient in gradients]
-        chunk_norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).double().norm(dim=0)
+        chunk_norms = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]).norm(
+            dim=0
+        )
         finite = torch.isfinite(chunk_norms)
         if not bool(finite.all()):
             rows = [torch.where(finite.unsqueeze(1), row, 0.0) for row in rows]
@@ -178,7 +182,8 @@ def rounded_sum(
     the same for a record wherever it occurs: batches have one size, empty places hold zeros, every batch lies in memory
     of its own, and a record's place is read from its own content (`_batches`). Rows do not mix: each number of a record's
     gradient is computed from that record and the parameters, by a program that depends on shapes and threads alone.
-    (`loop` has batches of one.) Norms and losses are in the order of the records.
+    (`loop` has batches of one.) On a GPU that rests on how kernels are chosen there
+    (`independent_records`). Norms and losses are in the order of the records.
     """
     total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
     norms, losses = torch.zeros(len(inputs), dtype=torch.float64), torch.zeros(len(inputs))
@@ -191,7 +196,7 @@ def rounded_sum(
             within = (places >= first) & (places < first + len(values))
             own, who = places[within] - first, records[within]
             if len(own):
-                norms[who] = add_patients(mechanism, total, [gradient[own] for gradient in gradients])
+                norms[who] = add_patients(mechanism, total, [gradient.cpu()[own] for gradient in gradients])
                 losses[who] = values[own]
             first += len(values)
     return RoundedSum(total, norms, losses)
@@ -221,9 +226,13 @@ def working_copy(model: nn.Module) -> nn.Module:
 
 
 def choose_per_sample_method(
-    model: nn.Module, input_shape: tuple[int, ...], batch_size: int = 32, mechanism: DistributedGaussian | None = None
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    batch_size: int = 32,
+    mechanism: DistributedGaussian | None = None,
+    device: Device = CPU,
 ) -> Method:
-    """The fastest method for this model and batch size on this machine, measured on plain records of `input_shape`.
+    """The fastest method for this model and batch size on this device, measured on plain records of `input_shape`.
 
     With `mechanism` for sums that are rounded to its grid (`rounded_sum`), else for `clipped_sum`.
 
@@ -231,17 +240,18 @@ def choose_per_sample_method(
     `hooks` above a million parameters, and `vmap` where these gradients exceed 1 GB. The clock decides about speed
     only: all methods give the same sum up to rounding, and of each what a record adds to a rounded sum is its own.
     """
-    working = working_copy(model)
+    working = on_device(working_copy(model), device)
     size = sum(parameter.numel() for _, parameter in trainable_parameters(working))
 
     def seconds(method: Method, count: int) -> float:
         inputs, labels = torch.zeros(count, *input_shape), torch.zeros(count, dtype=torch.int64)
         inputs.reshape(count, -1)[:] = torch.arange(count).unsqueeze(1) / count  # all alike would share one place
         start = time.perf_counter()
-        if mechanism is None:
-            clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method)
-        else:
-            rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
+        with repeatable():
+            if mechanism is None:
+                float(clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method).gradients[0].sum())  # waits
+            else:
+                rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
         return time.perf_counter() - start
 
     seconds("loop", 1)  # first calls are slower
@@ -255,6 +265,6 @@ def choose_per_sample_method(
         try:
             seconds(method, 2)
             measured[method] = seconds(method, count)
-        except ModelError:
+        except (ModelError, ExhaustedError):
             continue
     return min(measured, key=measured.__getitem__)
