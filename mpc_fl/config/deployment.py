@@ -102,6 +102,12 @@ class SiteSection(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of products in gradients; clipping and noise are in float32 and float64 always"
     )
+    watch: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        default=(), description="where this party draws curves of its own metrics while it trains"
+    )
+    mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
+        default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
+    )
     data: Path | None = None
     images: Path | None = None
     model: Path | None = None
@@ -119,6 +125,10 @@ class SiteSection(Section):
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.mlflow_uri is not None and "mlflow" not in self.watch:
+            raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
+        if len(set(self.watch)) != len(self.watch):
+            raise ValueError("watch names one of them twice")
         if self.training_processes > 1 and (self.device, self.precision) != ("cpu", "float32"):
             raise ValueError(
                 "training_processes share out work on the CPU in float32; leave device and precision, or set 1"

@@ -209,6 +209,7 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
 
 def _preflight(config: Config) -> TrainingEstimate:
     """Everything that can be refused before a process starts. Raises the error the run would raise."""
+    from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
@@ -217,6 +218,7 @@ def _preflight(config: Config) -> TrainingEstimate:
 
     headroom_of(config).require()
     device_of(config)
+    require_watchers(config)
     require_weights(config)
     _refuse_shared_patients(config)
     return estimate_training(config, patients_per_hospital(config))
