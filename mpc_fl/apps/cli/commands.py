@@ -14,6 +14,7 @@ from mpc_fl.apps.cli.options import Command, Group
 
 # Each the first sentence of the group's own help.
 GROUPS = {
+    "config": "Explain the settings of a configuration.",
     "model": "Bring weights that others trained, and look into model files.",
     "pki": "Decide who belongs to the federation: its authority and certificates.",
     "bench": "Measure parts of the runtime on this machine, beside what they replace, in one run.",
