@@ -60,6 +60,8 @@ FEATURE_COUNTS = {
     "mobilenet_v3_small": 1024,
     "mobilenet_v3_large": 1280,
 }
+# Stored weights that `mpc-fl model fetch` makes of what is published: the same at every site.
+FETCHED_WEIGHTS = {"efficientnet_lite0": "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"}
 FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
 
 
