@@ -97,6 +97,16 @@ def test_the_model_has_a_card_that_can_be_made_anew_and_refuses_another_model(
     assert refused.stdout == "" and len(refused.stderr.splitlines()) == 1
 
 
+def test_every_file_of_a_run_is_in_the_documentation(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = demo
+    page = (REPOSITORY / "docs" / "run_directory.md").read_text()
+    for path in out.rglob("*"):
+        name = re.sub(r"hospital-\d+", "hospital-<n>", path.name)
+        if path.is_file() and path.parent.name != "logs":
+            assert f"`{name}`" in page, path
+    assert all(f"`{key}`" in page for key in {**summary["final"], "confusion": None})
+
+
 def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo: tuple[Path, dict[str, Any]]) -> None:
     out, summary = demo
 
