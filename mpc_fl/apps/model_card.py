@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
+from mpc_fl.apps.rows import why_of_all
 from mpc_fl.apps.summaries import Scores
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.config.config import Config
@@ -161,7 +162,7 @@ def _privacy(facts: CardFacts) -> str:
         ("Delta", f"{planned.delta:g}"),
         (
             "Epsilon of this run alone",
-            f"{planned.epsilon:.3f}; {planned.epsilon_with_spare:.3f} with spare rounds: {settings.spare_rounds}",
+            f"{planned.epsilon:.3f}; {planned.epsilon_with_spare:.3f} if all spare rounds ({settings.spare_rounds}) are used",
         ),
         ("Accountant", settings.accountant),
         ("Noise multiplier", f"{planned.noise_multiplier:.4g}, clipping norm {settings.clipping_norm:g}"),
@@ -200,7 +201,8 @@ def _opened(facts: CardFacts) -> str:
     found: dict[tuple[str, ...], int] = {}
     for opening in facts.signed.openings:
         shape = " x ".join(map(str, opening.shape)) or "one number"
-        key = (opening.what, re.sub(r"^round \d+: ", "each round: ", opening.why), shape, ", ".join(opening.to))
+        why = why_of_all(opening.why)
+        key = (opening.what, why, shape, ", ".join(opening.to))
         found[key] = found.get(key, 0) + 1
     rows = [(*map(_text, key), str(times)) for key, times in found.items()]
     head = ("What", "Why", "Shape", "Opened to", "Times")

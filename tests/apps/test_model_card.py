@@ -67,7 +67,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def test_the_claim_is_what_the_accountant_computed_and_names_its_unit() -> None:
     said = rows(card_text(facts()))
     assert said["Epsilon, at most"][0].startswith("8 over all runs")
-    assert said["Epsilon of this run alone"] == ["7.200; 7.900 with spare rounds: 1"]
+    assert said["Epsilon of this run alone"] == ["7.200; 7.900 if all spare rounds (1) are used"]
     assert (said["Delta"], said["Accountant"]) == (["0.0001"], ["pld"])
     assert said["Unit"][0].startswith("one training patient of one hospital")
     assert said["Steps"] == ["50, each draws a patient with probability 0.25"]
@@ -126,6 +126,9 @@ def test_what_was_opened_is_that_of_the_signed_ledger_equal_ones_together() -> N
     text = card_text(facts())
     assert "| sum of weighted updates | each round: mean update | 1000 | aggregator | 5 |" in text
     assert SEAL in text and DIGEST in text
+    steps = tuple(replace(opening(1), why=f"round {r} step {s}: noised gradient") for r in (1, 2) for s in (1, 2, 3))
+    text = card_text(facts(signed=SignedModel(SEAL, PARTIES, DIGEST, "ef" * 32, steps)))
+    assert "| sum of weighted updates | each step: noised gradient | 1000 | aggregator | 6 |" in text
     assert "who trained it is not shown" in card_text(facts(signed=None))
 
 
