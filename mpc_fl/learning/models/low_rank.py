@@ -40,9 +40,7 @@ class AdaptedLayer(nn.Module):
             self.up = nn.Linear(rank, frozen.out_features, bias=False)
         else:
             shape = {name: getattr(frozen, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-            self.down = nn.Conv2d(
-                frozen.in_channels, rank, bias=False, padding_mode=frozen.padding_mode, **shape
-            )
+            self.down = nn.Conv2d(frozen.in_channels, rank, bias=False, padding_mode=frozen.padding_mode, **shape)
             self.up = nn.Conv2d(rank, frozen.out_channels, 1, bias=False)
         with torch.no_grad():
             self.down.weight.normal_(0.0, 1 / math.sqrt(self.down.weight[0].numel()), generator=generator)
