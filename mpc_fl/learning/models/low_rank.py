@@ -1,8 +1,8 @@
 """Low-rank adapters: a layer's weights W stay what they are, and a product of two thin matrices beside them is trained.
 
 LoRA (Hu et al., ICLR 2022, section 4): y = W x + B A x with A of R rows and B of R columns. For a convolution A is one with R
-outputs and the same kernel, stride and padding, and B one of 1 x 1. A begins with a normal law of variance one over its inputs, B with
-zeros, so the network begins as it was. There is no factor beside B A: the learning rate is one.
+outputs and the same kernel, stride and padding, and B one of 1 x 1. A begins with a normal law of variance one over its inputs, B
+with zeros, so the network begins as it was. There is no factor beside B A: the learning rate is one.
 
 Once trained, W + B A is a layer like any other (`merged`), so a model file, encryption and export know nothing of adapters. Parties
 compare that file by its digest. So products are taken in float64, where that of two float32 is exact, and added in the order of

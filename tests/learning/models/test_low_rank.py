@@ -1,4 +1,4 @@
-"""Adapters of low rank: a network begins as it was, and with them taken into its weights it is a plain network of the same values."""
+"""Adapters of low rank: a network begins as it was, and with them taken into its weights it is a plain one of the same values."""
 
 from __future__ import annotations
 
