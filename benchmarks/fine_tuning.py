@@ -135,7 +135,11 @@ def passed_through(front: nn.Module, data: Dataset) -> Dataset:
 def trained(config: Config, model: nn.Module, hospitals: list[Dataset], method: Method) -> nn.Module:
     """Every step a sum of clipped gradients to which each hospital has added its part of the noise (`federated_sgd`)."""
     optimizer, mechanism, working = server_optimizer(config), mechanism_of(config), working_copy(model)
-    seeds, parameters, rate = [Seed.from_system() for _ in hospitals], flatten_parameters(working), sample_rate_of(config, 0)
+    seeds, parameters, rate = (
+        [Seed.from_system() for _ in hospitals],
+        flatten_parameters(working),
+        sample_rate_of(config, 0),
+    )
     for step in range(config.training.local_steps):
         total, losses, count = torch.zeros(mechanism.parameters, dtype=mechanism.dtype), 0.0, 0
         for data, seed in zip(hospitals, seeds, strict=True):
@@ -177,11 +181,17 @@ def main() -> None:
         config = configured(arguments, trainable)
         if data is None:
             scale, whole = normalisation_of_weights(config), config.with_values(data={"partition": {"method": "none"}})
-            hospitals = [normalised(load_hospital(config, rank, "train"), scale) for rank in range(config.federation.hospitals)]
+            hospitals = [
+                normalised(load_hospital(config, rank, "train"), scale) for rank in range(config.federation.hospitals)
+            ]
             data = hospitals, normalised(load_hospital(whole, 0, "test"), scale)
         began, model = time.process_time(), initial_model(config)
         parts = split_at_first_trained(model)
-        inputs, test = data if parts is None else ([passed_through(parts[0], own) for own in data[0]], passed_through(parts[0], data[1]))
+        inputs, test = (
+            data
+            if parts is None
+            else ([passed_through(parts[0], own) for own in data[0]], passed_through(parts[0], data[1]))
+        )
         front_seconds, trainable_part = time.process_time() - began, model if parts is None else parts[1]
         for arguments.rate in rates:
             config, began = configured(arguments, trainable), time.process_time()
@@ -194,7 +204,10 @@ def main() -> None:
             predicted = probabilities(trained(config, trainable_part, inputs, method), test.inputs)
             labels = test.labels.numpy()
             area = roc_auc_score(labels, predicted / predicted.sum(axis=1, keepdims=True), multi_class="ovr")
-            accuracy, balanced = float((predicted.argmax(1) == labels).mean()), balanced_accuracy_score(labels, predicted.argmax(1))
+            accuracy, balanced = (
+                float((predicted.argmax(1) == labels).mean()),
+                balanced_accuracy_score(labels, predicted.argmax(1)),
+            )
             error = 1.96 * math.sqrt(accuracy * (1 - accuracy) / len(labels))
             cells = [
                 trainable, f"{len(flatten_parameters(model)):,}", f"{arguments.rate:g}", f"{epsilon:.2f}",

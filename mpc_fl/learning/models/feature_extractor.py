@@ -6,7 +6,8 @@ to encrypted diagnosis the features are the record. What is learned, and what st
 on top (`model.architecture`, usually `linear`): thousands of parameters instead of millions, so far less noise for the same
 privacy (Tramer and Boneh, ICLR 2021; De et al., 2022).
 
-Exactly, for one image: scale the pixels as the network's weights expect it; f = network(image) / |.|; with `mirror` the mean of
+Exactly, for one image: scale the pixels as the network's weights expect it; f = network(image) / |.| (with
+`stages` the network gives the averages of several blocks, each at norm 1); with `mirror` the mean of
 f and of the mirror's, at norm 1 again; the constant 0.1 is put beside. Images are taken one at a time, each with its mirror,
 so a record is a function of that image alone, bit for bit, whoever else is in the data set: privacy is counted by patient.
 """
@@ -29,6 +30,7 @@ from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
 from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.stages import Stages
 from mpc_fl.learning.models.weights_store import find, load
 
 Progress = Callable[[int, int], None]
@@ -116,9 +118,9 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
             f"'{features.extractor}'",
             "correct data.features.extractor or data.features.weights",
         )
-    network = freeze_normalisation(build_network(features.extractor, _IMAGENET_CLASSES))
-    fit_weights(network, tensors)  # what it replaces is the last layer at most
-    network, size = without_last_layer(network)
+    whole = freeze_normalisation(build_network(features.extractor, _IMAGENET_CLASSES)).eval()
+    fit_weights(whole, tensors)  # what it replaces is the last layer at most
+    network, size = (Stages(whole, features.stages), features.size) if features.stages else without_last_layer(whole)
     if size != features.size:
         raise ModelError(
             f"{features.extractor} gives {size} features, {features.size} are configured", "correct data.features.count"

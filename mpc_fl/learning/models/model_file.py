@@ -35,7 +35,7 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
     if normalisation is not None:
         constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
-        constants["features"] = config.data.features.model_dump(mode="json")
+        constants["features"] = config.data.features.described()
     return {
         **constants,
         "format": _FORMAT,

@@ -19,7 +19,8 @@ def set_trainable(model: nn.Module, which: str, seed: int = 0) -> nn.Module:
 
     `all`; `head`: the last layer; `bias`: every bias, and the last layer; `last:N`: the last N layers that have parameters
     (a convolution and its normalisation are two); `lora:R`: adapters of rank R (`low_rank`), drawn from the public `seed`,
-    beside every layer that takes one, and the last layer. Raises `ModelError` for more layers than there are, or where none takes an adapter.
+    beside every layer that takes one, and the last layer. Raises `ModelError` for more layers than there are, or where none
+    takes an adapter.
     """
     if which == "all":
         return model
