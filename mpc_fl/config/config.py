@@ -84,6 +84,8 @@ class Config(Section):
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
             raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
+        if self.data.features is None and self.site.feature_cache != "memory":
+            raise ValueError("site.feature_cache keeps features of images; set data.features, or leave it at memory")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"

@@ -15,7 +15,6 @@ so a record is a function of that image alone, bit for bit, whoever else is in t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,11 +28,10 @@ from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
+from mpc_fl.learning.models.feature_cache import FeatureCache, Progress
 from mpc_fl.learning.models.foreign_weights import fit_weights
 from mpc_fl.learning.models.stages import Stages
 from mpc_fl.learning.models.weights_store import find, load
-
-Progress = Callable[[int, int], None]
 
 # What weights expect of pixels in [0, 1] that do not say it themselves.
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -151,7 +149,16 @@ def require_weights(config: Config) -> None:
             find(digest, config.site.weights)
 
 
-def as_records(images: Dataset, config: Config, progress: Progress | None = None) -> Dataset:
-    """The records of images, as the configuration wants them; `progress(done, of)` follows each image that takes time."""
+def as_records(
+    images: Dataset, config: Config, progress: Progress | None = None, cache: FeatureCache | None = None
+) -> Dataset:
+    """The records of images, as the configuration wants them: of the cache where it has them, else computed.
+
+    `progress(done, of)` follows each image that takes time.
+    """
     extractor = extractor_of(config)
-    return images if extractor is None else replace(images, inputs=extractor.records(images.inputs, progress))
+    if extractor is None:
+        return images
+    if cache is None:
+        return replace(images, inputs=extractor.records(images.inputs, progress))
+    return replace(images, inputs=cache.records(images.inputs, extractor.records, progress))

@@ -64,7 +64,9 @@ def takes_adapter(layer: nn.Module, rank: int) -> bool:
 
     Layers of derived classes are left alone: attention reads their weights itself.
     """
-    if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)) or type(layer) not in (nn.Linear, nn.Conv2d):
+        return False
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return False
     outputs, inputs = len(layer.weight), layer.weight[0].numel()
     return rank * (outputs + inputs) < outputs * inputs

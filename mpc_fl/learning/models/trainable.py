@@ -52,4 +52,4 @@ def _adapt(model: nn.Module, layers: list[tuple[str, nn.Module]], rank: int, see
 
 def _adapters(model: nn.Module) -> list[nn.Parameter]:
     adapted = [layer for layer in model.modules() if isinstance(layer, AdaptedLayer)]
-    return [half.weight for layer in adapted for half in (layer.down, layer.up)]
+    return [weight for layer in adapted for half in (layer.down, layer.up) for weight in half.parameters()]
