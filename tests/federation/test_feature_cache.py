@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.data.tables import Split
 from mpc_fl.learning.models import feature_extractor
 from tests.support.training_in_memory import SETTINGS, Training
 
-IMAGES = 18
+SPLITS: tuple[Split, ...] = ("train", "test")
 DATA = {
     "image_size": 64,
     "phantoms": {"train_patients": 9, "test_patients": 9},
@@ -30,7 +32,7 @@ def test_a_second_run_computes_no_features(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(feature_extractor.FeatureExtractor, "_features", counted)
     site, models = {"feature_cache": str(tmp_path / "cache")}, []
-    for run, expected in (("first", IMAGES), ("second", 0)):
+    for run in ("first", "second"):
         computed = 0
         with pytest.MonkeyPatch.context() as patch:
             training = Training(
@@ -43,9 +45,10 @@ def test_a_second_run_computes_no_features(tmp_path: Path, monkeypatch: pytest.M
             )
             training.run()
         assert set(training.said.values()) == {"finished"}, training.said
-        assert computed == expected
+        expected = [sum(len(load_hospital(training.config, rank, split)) for split in SPLITS) for rank in range(3)]
+        assert computed == (sum(expected) if run == "first" else 0)
         models.append((training.party("aggregator") / "model.safetensors").read_bytes())
     assert models[0] == models[1]
     counts = [len(list((tmp_path / "cache" / f"hospital-{rank}").glob("*/*.sealed"))) for rank in range(3)]
-    assert counts == [6, 6, 6]
+    assert counts == expected
     assert training.placed["aggregator"].site.feature_cache == "memory"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import safe_open
+
+from mpc_fl.audit.model_origin import model_origin
 
 pytestmark = pytest.mark.processes
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -185,3 +188,47 @@ def test_a_linear_layer_on_public_features(tmp_path: Path, mechanism: str, round
     )
     assert diagnosis["images"] == 3 and diagnosis["comparison"]["classes_agree"] is True
     assert diagnosis["comparison"]["largest_logit_difference"] < 0.05
+
+
+@pytest.mark.slow
+def test_a_network_with_adapters_is_trained_signed_and_asked_as_a_plain_one(tmp_path: Path) -> None:
+    """Distributed noise for the adapters alone; the encrypted diagnosis and the ledger know a network like any other."""
+    values: dict[str, Any] = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "training": {"trainable": "lora:2", "rounds": 1, "local_steps": 2, "batch_size": 20, "learning_rate": 0.05},
+        "privacy": {"mechanism": "distributed", "epsilon": 500.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", run)
+    assert model_origin(run / "model.safetensors").signed
+    assert len({path.read_bytes() for path in run.rglob("model.safetensors")}) == 1
+    diagnosis = mpc_fl("infer", config, "--model", run / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["classes_agree"] is True
+
+
+@pytest.mark.slow
+def test_features_of_a_first_run_are_read_by_a_second(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "data": {
+            "image_size": 64,
+            "phantoms": {"train_patients": 12, "test_patients": 6},
+            "features": {"extractor": "scattering", "mirror": False},
+        },
+        "model": {"architecture": "linear"},
+        "training": {"rounds": 1, "local_steps": 1, "batch_size": 4},
+        "privacy": {"mechanism": "none"},
+        "site": {"feature_cache": str(tmp_path / "cache")},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    assert "which has 0 records" in mpc_fl("check", config)["features"]
+    for run in ("first", "second"):
+        mpc_fl("train", config, "--out", tmp_path / run)
+    logs = [(tmp_path / "second" / "logs" / f"hospital-{rank}.log").read_text() for rank in range(3)]
+    found = [re.findall(r"features of (\d+) of (\d+) images are of the cache", log) for log in logs]
+    assert all(len(pairs) == 2 and all(read == of for read, of in pairs) for pairs in found), found
+    images = sum(int(of) for pairs in found for _, of in pairs)
+    assert f"which has {images} records" in mpc_fl("check", config)["features"]
+    assert not list((tmp_path / "first").rglob("*.sealed"))

@@ -204,6 +204,15 @@ def test_settings_that_cannot_be_are_refused(features: dict[str, Any], data: dic
         parse_config({"data": {"features": {"extractor": "scattering"}}}, "test")
 
 
+def test_public_features_of_a_diagnosis_are_those_of_the_data() -> None:
+    features, model = {"features": {"extractor": "scattering"}}, {"architecture": "linear"}
+    for data, said in (({}, False), ({}, None), (features, True), (features, None)):
+        parse_config({"data": data, "model": model, "inference": {"public_features": said}}, "test")
+    for data, said in (({}, True), (features, False)):
+        with pytest.raises(ConfigError, match="inference.public_features follows from data.features"):
+            parse_config({"data": data, "model": model, "inference": {"public_features": said}}, "test")
+
+
 def test_features_that_cannot_be_used_are_refused() -> None:
     images = torch.rand(1, 1, 8, 8)
     with pytest.raises(ModelError, match="gives 64 features, 3 are configured"):
