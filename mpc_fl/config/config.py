@@ -87,6 +87,12 @@ class Config(Section):
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
             raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
+        if self.inference.public_features not in (None, self.data.features is not None):
+            raise ValueError(
+                "inference.public_features follows from data.features: set both, or neither, or leave the former null"
+            )
+        if self.data.features is None and self.site.feature_cache != "memory":
+            raise ValueError("site.feature_cache keeps features of images; set data.features, or leave it at memory")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"

@@ -53,8 +53,10 @@ class TrainingSection(Section):
     server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
     server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3})$")] = Field(
-        default="all", description="which parameters are trained: all, head, bias (and the head), or last:N layers"
+    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3}|lora:[1-9][0-9]{0,2})$")] = Field(
+        default="all",
+        description="which parameters are trained: all, head, bias (and the head), last:N layers, or lora:R (adapters of "
+        "rank R, and the head)",
     )
     average_last: Count | None = Field(
         default=None, description="the final model is the mean of so many last global models; null: the last one"

@@ -42,7 +42,7 @@ def initial_model(config: Config) -> nn.Module:
         fitted = fit_weights(model, tensors)
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
-    return set_trainable(model, config.training.trainable)
+    return set_trainable(model, config.training.trainable, config.seed)
 
 
 def normalisation_of_weights(config: Config) -> Normalisation | None:

@@ -84,8 +84,10 @@ def _by_hooks(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.
     from opacus.grad_sample import GradSampleModule
 
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for layer in shared.modules():  # the hooks act on layers in training mode; dropout stays off
-        layer.training = next(layer.parameters(recurse=False), None) is not None
+    # The hooks act on trained layers in training mode; dropout stays off, and so do batch statistics of BatchNorm that is
+    # not trained, which would mix patients.
+    for layer in shared.modules():
+        layer.training = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
     try:
         observed = GradSampleModule(shared, loss_reduction="sum", strict=True)
     except NotImplementedError:
