@@ -76,6 +76,7 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
+        self._check_recipe()
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
@@ -85,6 +86,30 @@ class Config(Section):
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
             )
         return self
+
+    def _check_recipe(self) -> None:
+        """What `training` has of recipes must have an effect."""
+        training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if training.augmentation.varies and (self.data.is_table or self.data.features is not None):
+            raise ValueError("training.augmentation is for images that are records; features and tables have none")
+        if training.keep_momentum and (distributed or self.strategy == "fedsgd"):
+            raise ValueError(
+                "the aggregator has the momentum, over all rounds, where every gradient is opened; set "
+                "training.keep_momentum to false"
+            )
+        if training.ema_decay is not None and self.global_models == 1:
+            raise ValueError("a run of one global model has no average of them; leave training.ema_decay null")
+        if training.class_weights is not None and len(training.class_weights) != len(self.data.classes):
+            raise ValueError("training.class_weights must have one number for each of data.classes")
+        if training.gradient_clipping is not None and self.privacy.mechanism != "none":
+            raise ValueError(
+                "with a privacy mechanism each patient's gradient is clipped to privacy.clipping_norm; leave "
+                "training.gradient_clipping null"
+            )
+        if self.model.weight_standardisation and self.model.architecture in ("mlp", "linear", "scattering"):
+            raise ValueError(
+                f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
+            )
 
     @property
     def counts_patients(self) -> bool:
