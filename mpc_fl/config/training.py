@@ -71,8 +71,8 @@ class TrainingSection(Section):
     `momentum`. `fedprox` is `fedavg` with a `proximal` term in the local steps, which other strategies may have as well.
     `local_normalisation` (FedBN) leaves parameters and statistics of normalisation layers at each hospital.
 
-    `schedule` and `warm_up` say how `learning_rate` goes over all steps of the run; with distributed noise it is the aggregator that
-    steps, with whatever rate the strategy has. docs/training.md has recipes.
+    `schedule` and `warm_up` say how `learning_rate` goes over all steps of the run; with distributed noise it is the aggregator
+    that steps, with whatever rate the strategy has. docs/training.md has recipes.
     """
 
     strategy: Strategy | None = Field(

@@ -1,8 +1,8 @@
 """Weight standardisation: a convolution is trained through filters of mean 0 and norm 1 (Qiao et al., 2019).
 
-Each filter w, all weights of one output channel, stands for (w - mean w) / |w - mean w|, which is what standardising and dividing by
-the square root of the number of weights gives (Brock, De and Smith, ICLR 2021). Gradients then keep a like size whatever the size
-of w, which one clipping norm suits (De et al., 2022). It mixes no patients: it looks at weights alone.
+Each filter w, all weights of one output channel, stands for (w - mean w) / |w - mean w|, which is what standardising and
+dividing by the square root of the number of weights gives (Brock, De and Smith, ICLR 2021). De et al. (2022) found it to help
+under differential privacy. It mixes no patients: it looks at weights alone.
 
 It is a matter of training. `plain_network` puts the filters themselves in place of w, so model files, encrypted diagnosis and
 whoever reads a file have an ordinary network.

@@ -3,8 +3,9 @@
 Each copy is turned, shifted, scaled, perhaps mirrored, and changed in contrast, all at random. Clipping bounds the mean over a
 patient's copies as it bounds one gradient: one patient still moves a sum by at most the clipping norm, whatever K is.
 
-What is drawn for a record depends on the seed, the round, the step and the record's own content, and on nobody else in the batch
-or in the data set. So it is with the copies themselves, bit for bit: each record's are computed by themselves, in memory of their own.
+What is drawn for a record depends on the seed, the round, the step and the record's own content, and on nobody else in the
+batch or in the data set. So it is with the copies themselves, bit for bit: each record's are computed by themselves, in memory
+of their own.
 """
 
 from __future__ import annotations

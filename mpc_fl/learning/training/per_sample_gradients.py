@@ -288,7 +288,8 @@ def choose_per_sample_method(
 ) -> Method:
     """The fastest method for this model and batch size on this machine, measured on plain records of `input_shape`.
 
-    With `copies` of each record, which are all alike then and take as long. With `mechanism` for sums that are rounded to its grid (`rounded_sum`), else for `clipped_sum`.
+    With `copies` of each record, which are all alike then and take as long. With `mechanism` for sums that are rounded to its
+    grid (`rounded_sum`), else for `clipped_sum`.
 
     Measures 2 to 32 records, as many as `loop` does in about 0.2 s. Left out are methods that cannot handle the model,
     `hooks` above a million parameters, and `vmap` where these gradients exceed 1 GB. The clock decides about speed

@@ -128,8 +128,8 @@ class TrainingGroup:
     ) -> None:
         """Start `processes` - 1 others for networks of the structure of `model`, each with this one's torch threads.
 
-        `step_timeout`, in seconds, bounds every wait for another process in a step. `class_weights` are those of the loss. Raises `TrainingProcessError` when
-        one ends at once or has not started within `start_timeout`.
+        `step_timeout`, in seconds, bounds every wait for another process in a step. `class_weights` are those of the loss.
+        Raises `TrainingProcessError` when one ends at once or has not started within `start_timeout`.
         """
         self.processes = processes
         self._loss = loss_with(class_weights)

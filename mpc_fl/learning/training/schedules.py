@@ -18,7 +18,7 @@ def learning_rate_factor(settings: TrainingSection, round_number: int, step: int
     """
     steps = settings.rounds * settings.local_steps
     number, rising = (round_number - 1) * settings.local_steps + step, round(settings.warm_up * steps)
-    if number < rising:
+    if rising and number < rising:
         return (number + 1) / (rising + 1)
     if settings.schedule == "constant":
         return 1.0

@@ -41,8 +41,8 @@ class ServerOptimizer(Protocol):
     def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """New parameters, float32 (P,), from float32 parameters and the float64 pseudo-gradient of the same shape.
 
-        `factor` is what the schedule makes of the learning rate in this step. Computed in float64 and rounded once. Raises `ModelError` when a new parameter is no finite float32; the state
-        then stays as it was.
+        `factor` is what the schedule makes of the learning rate in this step. Computed in float64 and rounded once. Raises
+        `ModelError` when a new parameter is no finite float32; the state then stays as it was.
         """
 
     def state(self) -> dict[str, torch.Tensor]:
