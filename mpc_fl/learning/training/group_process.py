@@ -81,11 +81,22 @@ def shared_gradient(
         record = records_of(inputs)
         pieces, weight = [(record.new_zeros(1, *record.shape[1:]), labels.new_zeros(1))], 0.0
     for number, (piece, own) in enumerate(pieces, start=1):
-        with contextlib.nullcontext() if number == len(pieces) else model.no_sync():
-            value = loss(model(piece), own) / copies
+        last = number == len(pieces)
+        value = loss((model if last else model.module)(piece), own) / copies
+        if last:  # averages what has been added up in `.grad`
             (value * weight).backward()
+        else:
+            _accumulate(model.module, value * weight)
         total += float(value.detach()) if weight else 0.0
     return total
+
+
+def _accumulate(model: nn.Module, value: torch.Tensor) -> None:
+    """Add the gradient of `value` to `.grad` without a word to the other processes: a static graph knows no `no_sync`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def tell(pipe: Connection, **message: Any) -> None:

@@ -218,9 +218,7 @@ def test_settings_without_effect_are_refused() -> None:
         Config().with_values(training={"augmentation": {"copies": 4}})
     table = {"source": "csv", "table": {"features": 4}}
     with pytest.raises(ConfigError, match="images"):
-        Config().with_values(
-            data=table, model={"architecture": "mlp"}, training={"augmentation": {"flip": True}}
-        )
+        Config().with_values(data=table, model={"architecture": "mlp"}, training={"augmentation": {"flip": True}})
     with pytest.raises(ConfigError, match="images"):
         Config().with_values(
             data={"features": {"extractor": "scattering"}},
