@@ -97,8 +97,6 @@ class Config(Section):
                 "the aggregator has the momentum, over all rounds, where every gradient is opened; set "
                 "training.keep_momentum to false"
             )
-        if training.ema_decay is not None and self.global_models == 1:
-            raise ValueError("a run of one global model has no average of them; leave training.ema_decay null")
         if training.class_weights is not None and len(training.class_weights) != len(self.data.classes):
             raise ValueError("training.class_weights must have one number for each of data.classes")
         if training.gradient_clipping is not None and self.privacy.mechanism != "none":

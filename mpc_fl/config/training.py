@@ -136,8 +136,6 @@ class TrainingSection(Section):
             raise ValueError(f"{name} has no server_adaptivity; use fedadam or fedyogi")
         if self.average_last is not None and self.ema_decay is not None:
             raise ValueError("average_last and ema_decay are two means of global models; set one of them")
-        if self.keep_momentum and (not self.momentum or self.rounds == 1):
-            raise ValueError("keep_momentum needs momentum, and more than one round to keep it over")
-        if self.rounds * self.local_steps == 1 and (self.schedule != "constant" or self.warm_up):
-            raise ValueError("a run of one step has no schedule; set schedule: constant and warm_up: 0")
+        if self.keep_momentum and not self.momentum:
+            raise ValueError("keep_momentum keeps no momentum of 0; set momentum, or keep_momentum: false")
         return self

@@ -136,15 +136,13 @@ def test_the_velocity_of_a_round_is_torchs() -> None:
         ({"training": {"gradient_clipping": 1.0}}, "privacy.clipping_norm"),
         ({"training": {"class_weights": [1.0, 2.0]}}, "one number for each"),
         ({"training": {"class_weights": [1.0, 2.0, 0.0]}}, "not valid"),
-        ({"training": {"keep_momentum": True, "momentum": 0.0}}, "needs momentum"),
-        ({"training": {"keep_momentum": True, "rounds": 1}}, "more than one round"),
+        ({"training": {"keep_momentum": True, "momentum": 0.0}}, "no momentum of 0"),
         ({"training": {"keep_momentum": True, "strategy": "fedsgd", "local_steps": 1}}, "the aggregator has the momentum"),
         (
             {"training": {"keep_momentum": True}, "privacy": {"mechanism": "distributed", "noise_multiplier": 1.0}},
             "the aggregator has the momentum",
         ),
         ({"training": {"ema_decay": 0.9, "average_last": 2}}, "set one of them"),
-        ({"training": {"ema_decay": 0.9, "rounds": 1}}, "one global model"),
         ({"model": {"architecture": "mlp", "weight_standardisation": True}}, "no trained convolutions"),
     ],
 )  # fmt: skip

@@ -14,7 +14,6 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.config.training import TrainingSection
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ConfigError
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.parameters import flatten_parameters
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
@@ -47,8 +46,6 @@ def test_warm_up_rises_evenly_then_the_schedule_begins() -> None:
 def test_every_factor_is_positive_at_most_one_and_falls_after_its_top(
     rounds: int, steps: int, warm_up: float, schedule: str
 ) -> None:
-    if rounds * steps == 1:
-        return
     found = factors(rounds=rounds, local_steps=steps, warm_up=warm_up, schedule=schedule)
     assert all(0 < factor <= 1 for factor in found)
     top = found.index(max(found))
@@ -89,9 +86,3 @@ def test_local_steps_and_the_aggregator_of_fedsgd_go_the_same_way() -> None:
         joined = torch.cat([part.reshape(-1) for part in gradient]).double()
         flat = optimizer.step(flat, joined, learning_rate_factor(distributed.training, 2, step))
     torch.testing.assert_close(update, flat - flatten_parameters(model), rtol=1e-4, atol=1e-6)
-
-
-def test_a_run_of_one_step_has_no_schedule() -> None:
-    for setting in ({"schedule": "cosine"}, {"warm_up": 0.5}):
-        with pytest.raises(ConfigError, match="one step"):
-            Config().with_values(training={"rounds": 1, "local_steps": 1, **setting})
