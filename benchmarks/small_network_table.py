@@ -94,7 +94,7 @@ def together(config: Config) -> Config:
 
 def by_itself(config: Config) -> Config:
     """One party with all steps: its momentum lasts over rounds, which only say when a model enters the average of models."""
-    return config.with_values(training={"keep_momentum": config.privacy.mechanism != "distributed"})
+    return config.with_values(training={"keep_momentum": None if config.privacy.mechanism == "distributed" else True})
 
 
 def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:

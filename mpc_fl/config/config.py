@@ -125,6 +125,14 @@ class Config(Section):
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
 
     @property
+    def keeps_momentum(self) -> bool:
+        """Whether a hospital's momentum lasts over rounds: as configured, else with local noise, where there is any."""
+        training = self.training
+        if training.keep_momentum is None:
+            return self.privacy.mechanism == "local" and self.strategy != "fedsgd" and training.momentum > 0
+        return training.keep_momentum
+
+    @property
     def global_models(self) -> int:
         """How many global models a run makes: one after every sum of updates or gradients."""
         steps = self.training.local_steps if self.privacy.mechanism == "distributed" else 1

@@ -83,9 +83,9 @@ class TrainingSection(Section):
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
-    keep_momentum: bool = Field(
-        default=False,
-        description="a hospital's momentum lasts from round to round, instead of starting at zero in each",
+    keep_momentum: bool | None = Field(
+        default=None,
+        description="a hospital's momentum lasts over rounds, instead of starting at zero in each; null: with local noise",
     )
     schedule: Literal["constant", "cosine"] = "constant"
     warm_up: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -140,7 +140,7 @@ class Hospital:
         self.ledger.require(saved.facts["privacy accountant"])
         tensors = dict(saved.tensors)
         velocity = tensors.pop(_VELOCITY, None)
-        if self.config.training.keep_momentum:
+        if self.config.keeps_momentum:
             self.velocity = self._checked(velocity)
         if self.config.training.local_normalisation:
             load_normalisation_state(self.model, tensors)

@@ -265,7 +265,7 @@ def train_locally(
     sgd = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
     if settings.proximal:
         add_proximal_term(sgd, settings.proximal)
-    if settings.keep_momentum:
+    if training.config.keeps_momentum:
         _begin_with(sgd, model, working, training.velocity)
     step, method = 0, None
     if event is None:
@@ -301,5 +301,5 @@ def train_locally(
         mean_loss=measured.mean_loss(),
         clipped_fraction=measured.clipped_fraction(),
         method=method or "plain",
-        velocity=_velocity(sgd, model, working) if settings.keep_momentum else None,
+        velocity=_velocity(sgd, model, working) if training.config.keeps_momentum else None,
     )

@@ -113,6 +113,16 @@ def test_two_rounds_with_kept_momentum_are_one_of_all_their_steps() -> None:
     assert not torch.allclose(first.update + trained(config, 2, between).update, at_once, rtol=1e-2)
 
 
+def test_momentum_is_kept_with_local_noise_unless_said_otherwise() -> None:
+    """Phantoms and the demo learnt more with it in every run (docs/training.md); without noise a rate may then be too high."""
+    assert configured("local").keeps_momentum and not configured("none").keeps_momentum
+    assert configured("none", keep_momentum=True).keeps_momentum
+    assert not configured("local", keep_momentum=False).keeps_momentum
+    assert not configured("local", momentum=0.0).keeps_momentum
+    assert not configured("local", strategy="fedsgd", local_steps=1).keeps_momentum
+    assert not configured().with_values(privacy={"mechanism": "distributed", "noise_multiplier": 1.0}).keeps_momentum
+
+
 def test_kept_momentum_moves_a_private_step_by_itself_alone() -> None:
     config, velocity = configured("local", keep_momentum=True, local_steps=1), torch.arange(43.0)
     with_it = trained(config, 2, sampling_seed=5, velocity=velocity).update
