@@ -272,3 +272,28 @@ def test_features_of_a_run_stay_sealed_with_each_hospital(tmp_path: Path) -> Non
     images = sum(int(of) for pairs in found for _, of in pairs)
     assert f"which has {images} records" in mpc_fl("check", config)["features"]
     assert not open_to_others(tmp_path / "cache")
+
+
+def test_a_network_trained_by_a_recipe_is_an_ordinary_one_for_diagnosis(tmp_path: Path) -> None:
+    """Augmented copies, a schedule, an average, weights of classes and standardised convolutions, with distributed noise."""
+    values = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "model": {"weight_standardisation": True},
+        "training": {
+            "rounds": 2,
+            "local_steps": 4,
+            "batch_size": 20,
+            "schedule": "cosine",
+            "warm_up": 0.2,
+            "ema_decay": 0.7,
+            "class_weights": [1.0, 1.5, 1.0],
+            "augmentation": {"copies": 2, "flip": True, "rotation": 5, "contrast": 0.1},
+        },
+        "privacy": {"mechanism": "distributed", "epsilon": 100.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, out = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", out)
+    diagnosis = mpc_fl("infer", config, "--model", out / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["largest_logit_difference"] < 0.1
