@@ -118,6 +118,8 @@ class Config(Section):
                 "with a privacy mechanism each patient's gradient is clipped to privacy.clipping_norm; leave "
                 "training.gradient_clipping null"
             )
+        if self.model.weight_standardisation and self.training.trainable.startswith("lora"):
+            raise ValueError("adapters stand beside plain weights; set model.weight_standardisation to false")
         if self.model.weight_standardisation and self.model.architecture in ("mlp", "linear", "scattering"):
             raise ValueError(
                 f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
