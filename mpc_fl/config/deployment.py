@@ -94,6 +94,10 @@ class SiteSection(Section):
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
+
+    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
+    to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
+    own below it.
     """
 
     listen: str | None = None
@@ -125,6 +129,7 @@ class SiteSection(Section):
     pool: Path | None = None
     reveal_ledger: Path | None = None
     authority: Path | None = None
+    feature_cache: Literal["memory"] | Path = "memory"
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:

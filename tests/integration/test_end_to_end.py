@@ -15,6 +15,8 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mpc_fl.audit.model_origin import model_origin
+
 pytestmark = pytest.mark.processes
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -227,3 +229,71 @@ def test_a_linear_layer_on_public_features(tmp_path: Path, mechanism: str, round
     )
     assert diagnosis["images"] == 3 and diagnosis["comparison"]["classes_agree"] is True
     assert diagnosis["comparison"]["largest_logit_difference"] < 0.05
+
+
+@pytest.mark.slow
+def test_a_network_with_adapters_is_trained_signed_and_asked_as_a_plain_one(tmp_path: Path) -> None:
+    """Distributed noise for the adapters alone; the encrypted diagnosis and the ledger know a network like any other."""
+    values: dict[str, Any] = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "training": {"trainable": "lora:2", "rounds": 1, "local_steps": 2, "batch_size": 20, "learning_rate": 0.05},
+        "privacy": {"mechanism": "distributed", "epsilon": 500.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", run)
+    assert model_origin(run / "model.safetensors").signed
+    assert len({path.read_bytes() for path in run.rglob("model.safetensors")}) == 1
+    diagnosis = mpc_fl("infer", config, "--model", run / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["classes_agree"] is True
+
+
+@pytest.mark.slow
+def test_features_of_a_run_stay_sealed_with_each_hospital(tmp_path: Path) -> None:
+    """That a second run computes none: `tests/federation/test_feature_cache.py`."""
+    values: dict[str, Any] = {
+        "data": {
+            "image_size": 64,
+            "phantoms": {"train_patients": 12, "test_patients": 6},
+            "features": {"extractor": "scattering", "mirror": False},
+        },
+        "model": {"architecture": "linear"},
+        "training": {"rounds": 1, "local_steps": 1, "batch_size": 4},
+        "privacy": {"mechanism": "none"},
+        "site": {"feature_cache": str(tmp_path / "cache")},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", tmp_path / "run")
+    logs = [(tmp_path / "run" / "logs" / f"hospital-{rank}.log").read_text() for rank in range(3)]
+    found = [re.findall(r"features of (\d+) of (\d+) images are of the cache", log) for log in logs]
+    assert all(len(pairs) == 2 for pairs in found), found
+    images = sum(int(of) for pairs in found for _, of in pairs)
+    assert f"which has {images} records" in mpc_fl("check", config)["features"]
+    assert not open_to_others(tmp_path / "cache")
+
+
+def test_a_network_trained_by_a_recipe_is_an_ordinary_one_for_diagnosis(tmp_path: Path) -> None:
+    """Augmented copies, a schedule, an average, weights of classes and standardised convolutions, with distributed noise."""
+    values = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "model": {"weight_standardisation": True},
+        "training": {
+            "rounds": 2,
+            "local_steps": 4,
+            "batch_size": 20,
+            "schedule": "cosine",
+            "warm_up": 0.2,
+            "ema_decay": 0.7,
+            "class_weights": [1.0, 1.5, 1.0],
+            "augmentation": {"copies": 2, "flip": True, "rotation": 5, "contrast": 0.1},
+        },
+        "privacy": {"mechanism": "distributed", "epsilon": 100.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, out = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", out)
+    diagnosis = mpc_fl("infer", config, "--model", out / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["largest_logit_difference"] < 0.1

@@ -143,14 +143,16 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        shared = list(_shared_patients(settings).names)
-        print_json({"ok": True, "device": device_of(settings).words, **found.to_json(), "shared_patients": shared})
+        shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of = {"device": device_of(settings).words, **found.to_json()}
+        print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
     _say_shared_patients(settings, False)
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
     say(f"Device of hospitals here: {device_of(settings).words}.")
+    _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
@@ -164,7 +166,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     training = estimate_training(settings, patients_per_hospital(settings))
     inference = estimate_inference(settings)
     if as_json:
-        print_json({"training": training.to_json(), "inference": inference.to_json()})
+        about = {**training.to_json(), "features": _about_features(settings)}
+        print_json({"training": about, "inference": inference.to_json()})
         return
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
     sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
@@ -177,6 +180,7 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     )
     for line in training.privacy:
         say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
+    _say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
     say(f"  {inference.bytes_per_party / 1e6:,.1f} MB sent per party in {inference.rounds} {steps}")
@@ -189,6 +193,21 @@ def _shared_patients(config: Config) -> SharedPatients:
     from mpc_fl.learning.data.loading import shared_patients
 
     return shared_patients(config)
+
+
+def _about_features(config: Config) -> str | None:
+    if config.data.features is None:
+        return None
+    from mpc_fl.learning.models.feature_cache import about_features
+
+    return about_features(config)
+
+
+def _say_features(config: Config) -> None:
+    """Whether features of images will be read or computed, where they are the records."""
+    about = _about_features(config)
+    if about is not None:
+        say(about)
 
 
 def _refuse_shared_patients(config: Config) -> None:

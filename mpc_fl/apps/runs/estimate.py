@@ -40,6 +40,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.models.trainable import set_trainable
+from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
@@ -213,7 +214,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
 
     size, reveal = config.inference.batch_size, config.reveal
     records = _public_records(config)
-    network = calibrate(initial_model(config), records).network
+    network = calibrate(plain_network(initial_model(config)), records).network
     found = cost_of(network, size, reveal)
     held = _HELD_OF_CORRECTIONS * config.inference.at_once * found.correction_bytes
     return FastInferenceEstimate(
