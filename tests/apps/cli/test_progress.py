@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,13 +78,21 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, work: Callabl
     ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
+    written = list[bytes]()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end was closed, and all was read
+            while part := os.read(ours, 1 << 16):
+                written.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with open(theirs, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         work()
-        terminal.flush()
-        written = os.read(ours, 1 << 16)
+    reader.join()
     os.close(ours)
-    return written.decode()
+    return b"".join(written).decode()
 
 
 def screen_of(written: str) -> list[str]:

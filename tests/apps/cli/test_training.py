@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mpc_fl.apps.cli.options import configure
-from mpc_fl.apps.cli.training import _preflight, in_ranges
+from mpc_fl.apps.cli.training import _preflight, check, in_ranges
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError
 
@@ -64,3 +67,20 @@ def test_a_class_without_a_test_patient_of_its_own_is_named(tmp_path: Path) -> N
     patients = {"train": {"a": [1, 2], "b": [3, 4]}, "test": {"a": [11, 12], "b": [3, 4]}}
     with pytest.raises(DataError, match="no test patient of class 'b' is left without those that also train"):
         _preflight(folder_of_images(tmp_path, patients))
+
+
+def test_check_says_where_gradients_are_computed_and_refuses_what_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("site: {precision: bfloat16}\n")
+    check(config)
+    assert "Device of hospitals here: cpu, gradients in bfloat16." in capsys.readouterr().out
+    check(config, as_json=True)
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu, gradients in bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^site\.device is cuda, and torch"):
+        _preflight(parse_config({"site": {"device": "cuda"}}, "test"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'mpc-fl\[mlflow\]'"):
+        _preflight(parse_config({"site": {"watch": ["mlflow"]}}, "test"))
