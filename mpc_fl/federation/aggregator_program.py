@@ -117,7 +117,7 @@ class _Run:
             links.set_phase("distribution")
             send_model(self.aggregator, links, plan.newcomers)
             with _planned_anew(self.rules):
-                begin_ledger(self.ledger, plan.beginning(links), self.aggregator.config, plan.hospitals, plan.resumed)
+                begin_ledger(self.ledger, links, self.aggregator.config, plan)
 
     def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
         """All sign the round; it is written down and kept."""

@@ -150,7 +150,7 @@ class _Run:
             calibrate_own(hospital.model, hospital.train.inputs, config)
             hospital.resume(out, plan.number - 1)
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
-        begin_ledger(ledger, plan.beginning(links), config, plan.hospitals, plan.resumed)
+        begin_ledger(ledger, links, config, plan)
         if is_new and plan.number > 0:
             require_signed_model(ledger, plan.number - 1, hospital.digests)
             hospital.heaviest = heaviest_weight(config, ledger, hospital.name, plan.weight_total)

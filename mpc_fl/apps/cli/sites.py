@@ -34,6 +34,10 @@ def party(
     data: DataPath = None,
     images: Annotated[Path | None, typer.Option(help="Hospital: images to diagnose.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model owner: model.safetensors.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from what --out holds: after a failure, or with more training.rounds."),
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Run one party alone, as a site does on its own machine. The launcher spawns exactly these programs.
@@ -45,6 +49,8 @@ def party(
     from mpc_fl.apps.runs.placement import party_of, site_of
 
     settings = configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)
+    if resume:
+        settings = settings.with_values(site={"resume": True})
     name = party_of(settings, role, rank, os.environ)
     settings = site_of(settings, name)
     set_up_log(settings.site.log)

@@ -39,7 +39,8 @@ def train(
     overrides: Overrides = None,
     ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this run.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")
+        bool,
+        typer.Option("--resume", help="Go on with the run at --out: it failed, or is to have more training.rounds."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +57,7 @@ def train(
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
 
         require_free(out, resume)
-        _preflight(settings)
+        _preflight(settings, resume)
         _say_shared_patients(settings, as_json)
         try:
             with progress_bars() as progress:
@@ -129,6 +130,7 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
     try:
         settings = configure(config, overrides, data=data)
         found = _preflight(settings)
+        assert found is not None  # of a run from its start
         _require_memory(settings, found)
     except MpcFlError as error:
         if as_json:
@@ -197,8 +199,11 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
         error_console().print(text, highlight=False) if as_json else say(text)
 
 
-def _preflight(config: Config) -> TrainingEstimate:
-    """Everything that can be refused before a process starts. Raises the error the run would raise."""
+def _preflight(config: Config, resume: bool = False) -> TrainingEstimate | None:
+    """Everything that can be refused before a process starts. Raises the error the run would raise.
+
+    What a run that goes on may still release follows from the hospitals' ledgers (None for it): they plan it themselves.
+    """
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
@@ -207,7 +212,8 @@ def _preflight(config: Config) -> TrainingEstimate:
     headroom_of(config).require()
     require_weights(config)
     _refuse_shared_patients(config)
-    return estimate_training(config, patients_per_hospital(config))
+    patients = patients_per_hospital(config)
+    return None if resume else estimate_training(config, patients)
 
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:
