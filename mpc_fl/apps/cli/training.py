@@ -11,6 +11,7 @@ from mpc_fl.apps.cli.options import (
     AsJson,
     ConfigPath,
     DataPath,
+    FromModel,
     OutPath,
     Overrides,
     command_line,
@@ -23,7 +24,7 @@ from mpc_fl.apps.cli.options import (
     say,
     say_skipped,
 )
-from mpc_fl.errors import DataError, MpcFlError, RunFailedError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -42,6 +43,7 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with the run at --out: it failed, or is to have more training.rounds."),
     ] = False,
+    from_model: FromModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one model with several hospitals on this machine, each a process of its own.
@@ -51,7 +53,9 @@ def train(
     """
     from mpc_fl.apps.runs.launcher import start_early
 
-    settings = configure(config, overrides, data=data, privacy_ledger=ledger)
+    if resume and from_model is not None:
+        raise ConfigError(f"{out} goes on from its own model", "leave out --from, or --resume for a new run")
+    settings = configure(config, overrides, from_model, data=data, privacy_ledger=ledger)
     with start_early(settings, "train") as starter:
         from mpc_fl.apps.runs import local_runs as run
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
@@ -71,10 +75,24 @@ def train(
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
     _say_training(summary, 1 / len(settings.data.classes))
+    if summary.began_with is not None:
+        say(_of_the_beginning(settings))
     if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
     say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+
+
+def _of_the_beginning(config: Config) -> str:
+    """What of the model was there before the run, and what its promise does not cover."""
+    from mpc_fl.learning.models.earlier_model import begun_anew
+
+    anew = begun_anew(config)
+    layer = f", but for {', '.join(anew)}, which began anew" if anew else ""
+    return (
+        f"It began with the weights of SHA-256 {config.model.initial_weights}{layer}. What their own training showed of its "
+        "patients is in epsilon here only where the same privacy ledger held it (--ledger)."
+    )
 
 
 def in_ranges(numbers: list[str]) -> str:
@@ -207,10 +225,13 @@ def _preflight(config: Config, resume: bool = False) -> TrainingEstimate | None:
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
+    from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
     headroom_of(config).require()
     require_weights(config)
+    if config.model.initial_weights is not None:
+        begun_anew(config)
     _refuse_shared_patients(config)
     patients = patients_per_hospital(config)
     return None if resume else estimate_training(config, patients)

@@ -102,6 +102,7 @@ def train(
             versions=versions(),
             final=evaluated[-1].evaluation if evaluated else None,
             evaluated_round=evaluated[-1].round if evaluated else None,
+            began_with=config.model.initial_weights,
             shared_patients=len(shared_patients(config).names),
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
