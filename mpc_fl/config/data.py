@@ -31,7 +31,9 @@ class TableSection(Section):
 
     label_column: str = "label"
     patient_column: str | None = None
-    features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
+    features: Count | None = Field(
+        default=None, description="number of feature columns; needed for csv; of a loader's rows"
+    )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
         default=None, description="public (low, high) of each feature column, never taken from patients of this run"
@@ -96,8 +98,13 @@ class SubsetSection(Section):
     test_patients: Count | None = None
 
 
+SOURCES = ("phantoms", "images", "npz", "csv", "breast_cancer")  # of this program
+
+
 class DataSection(Section):
     """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+
+    `source` is one of `SOURCES`, or the name of a loader that an installed package announces (`learning/data/loaders.py`).
 
     `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
@@ -113,7 +120,7 @@ class DataSection(Section):
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
 
-    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
+    source: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$", max_length=60)] = "phantoms"
     classes: tuple[str, ...] = ("normal", "bacterial", "viral")
     image_size: Annotated[int, Field(ge=8, le=1024)] = 32
     channels: Literal[1, 3] = 1
@@ -145,7 +152,7 @@ class DataSection(Section):
         of images."""
         if self.features is not None:
             return (self.features.size + 1,)
-        if self.source == "csv":
+        if self.is_table and self.source != "breast_cancer":
             return (self.table.features or 0,)
         if self.source == "breast_cancer":
             return (30,)
@@ -154,4 +161,5 @@ class DataSection(Section):
     @property
     def is_table(self) -> bool:
         """Whether records are rows of features."""
-        return self.source in ("csv", "breast_cancer")
+        loaded = self.source not in SOURCES and self.table.features is not None
+        return self.source in ("csv", "breast_cancer") or loaded

@@ -89,11 +89,15 @@ class SiteSection(Section):
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
+
+    `allow_packages` are installed packages, by name, whose code a configuration may run here: networks and loaders of others. It
+    is given on the command line alone, so that no file allows itself.
     """
 
     listen: str | None = None
     resume: bool = False
     training_processes: Count = 1
+    allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
     data: Path | None = None
     images: Path | None = None
     model: Path | None = None

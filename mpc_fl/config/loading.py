@@ -61,6 +61,12 @@ def load_config(path: Path, overrides: list[str] | None = None, begins_with: str
         raise ConfigError(f"{path}: {error}", "correct it there; mind indentation and quotes") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of sections", "start from one of the files in configs/")
+    site = values.get("site") if values is not None else None
+    if isinstance(site, dict) and site.get("allow_packages"):
+        raise ConfigError(
+            f"{path}: site.allow_packages lets code of others run, and a file could come from them",
+            "remove it there; give --set site.allow_packages=[NAME] on the command line",
+        )
     return parse_config(_beginning(apply_overrides(values or {}, overrides or []), begins_with, path), str(path))
 
 

@@ -19,6 +19,7 @@ from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.earlier_model import load_initial_weights
+from mpc_fl.learning.models.own_networks import is_own_network, said_of_network
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weights_store import load
 
@@ -42,6 +43,14 @@ def initial_model(config: Config) -> nn.Module:
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
     return set_trainable(model, config.training.trainable)
+
+
+def code_of(config: Config) -> str:
+    """Which network of others a party trains, as parties say it at the hand-shake; empty for those of this program.
+
+    Raises `ConfigError` for a package that is not there or not allowed here, `ModelError` for a function that gives no network.
+    """
+    return said_of_network(config, build_model(config)) if is_own_network(config) else ""
 
 
 def normalisation_of_weights(config: Config) -> Normalisation | None:

@@ -97,7 +97,7 @@ class Training:
             monkeypatch.setattr(program, "connect", self._links)
             monkeypatch.setattr(program, "training_runtime", self._runtime)
 
-    def _links(self, config: Config, name: str, _observer: Any) -> Links:
+    def _links(self, config: Config, name: str, _observer: Any, _code: str = "") -> Links:
         return self.network.links(name, tolerance_of(config), timeouts=timeouts_of(config, name))
 
     @contextlib.contextmanager

@@ -155,9 +155,12 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names)})
+        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names),
+                    "packages": _packages(settings)})  # fmt: skip
         return
     _say_shared_patients(settings, False)
+    for what, package in _packages(settings).items():
+        say(f"{what}: code of the package {package}.")
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
@@ -199,6 +202,16 @@ def _shared_patients(config: Config) -> SharedPatients:
     from mpc_fl.learning.data.loading import shared_patients
 
     return shared_patients(config)
+
+
+def _packages(config: Config) -> dict[str, str]:
+    """Installed packages whose code the configuration runs, by the setting that names them."""
+    from mpc_fl.installed_code import is_reference, package_of
+    from mpc_fl.learning.data.loaders import loader_package
+
+    loader, network = loader_package(config), config.model.architecture
+    named = {} if loader is None else {"data.source": str(loader)}
+    return named | ({"model.architecture": str(package_of(network))} if is_reference(network) else {})
 
 
 def _refuse_shared_patients(config: Config) -> None:
