@@ -3,16 +3,17 @@
     [project.entry-points."mpc_fl.loaders"]
     our_archive = "our_package.archive:load"
 
-    def load(path: Path | None, split: "train" | "test", input_shape: tuple[int, ...], classes: tuple[str, ...]) -> dict
+    def load(path, split, input_shape, classes): ...
 
-It returns all records of a split, where `path` (`--data`, `--images`) says: `records` float32 (N, *input_shape), of images between 0
-and 1; `labels` int64 (N,), places in `classes`, at diagnosis -1 where unknown; `patients`, N texts, each the key of one patient and
-of nobody else; and perhaps `names`, N texts for logs and results (else they are numbered). Arrays are NumPy's or torch's. With
+It is called with a `Path` (`--data`, `--images`) or None, the split "train" or "test", the shape of a record, and the names of the
+classes, and returns a mapping with all records of that split: `records` float32 (N, *input_shape), of images between 0 and 1;
+`labels` int64 (N,), places in `classes`, at diagnosis -1 where unknown; `patients`, N texts, each the key of one patient and of
+nobody else; and perhaps `names`, N texts for logs and results (else they are numbered). Arrays are NumPy's or torch's. With
 `data.table.features` the records are rows of so many numbers, scaled here as those of CSV files are.
 
-All of that is checked, since privacy counts by patient and headroom by range. Whose records are whose, only the loader knows: a patient
-under two keys is counted as two. Who is in both splits is treated as `data.shared_patients` says. Each site allows the package first
-(`installed_code`).
+All of that is checked, since privacy counts by patient and headroom by range. Whose records are whose, only the loader knows: a
+patient under two keys is counted as two. Who is in both splits is treated as `data.shared_patients` says. Each site allows the
+package first (`installed_code`).
 """
 
 from __future__ import annotations

@@ -190,15 +190,14 @@ def build_model(config: Config, *, input_shape: tuple[int, ...] | None = None, s
     The process's random state is neither read nor changed. Raises `ModelError` for an unknown architecture (naming the
     nearest) and for data of the wrong form.
     """
-    shape, drawn_from = (
-        config.data.input_shape if input_shape is None else input_shape,
-        config.seed if seed is None else seed,
-    )
-    own = own_networks.is_own_network(config)
-    construct = own_networks.constructor(config, shape, drawn_from) if own else _constructor(config, shape)
-    generator = torch.Generator().manual_seed(drawn_from)
-    with torch.random.fork_rng(devices=[]), _DrawFrom(generator):
-        model = construct()
+    shape = config.data.input_shape if input_shape is None else input_shape
+    drawn_from = config.seed if seed is None else seed
+    if own_networks.is_own_network(config):
+        model = own_networks.build(config, shape, drawn_from)
+    else:
+        construct, generator = _constructor(config, shape), torch.Generator().manual_seed(drawn_from)
+        with torch.random.fork_rng(devices=[]), _DrawFrom(generator):
+            model = construct()
     if config.model.normalisation == "group":
         return with_group_norm(model).eval()
     return freeze_normalisation(model).eval()

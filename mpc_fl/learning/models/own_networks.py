@@ -13,11 +13,9 @@ Importing a package runs its code, so each site allows it by name first (`instal
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,24 +36,17 @@ def is_own_network(config: Config) -> bool:
     return is_reference(config.model.architecture)
 
 
-def constructor(config: Config, input_shape: tuple[int, ...], seed: int) -> Callable[[], nn.Module]:
-    """What makes the network, checked. Raises `ConfigError` for a package that is not there or not allowed, `ModelError`."""
+def build(config: Config, input_shape: tuple[int, ...], seed: int) -> nn.Module:
+    """The network with weights drawn from `seed`, checked. Raises `ConfigError` for a package that is not there or not allowed
+    here, `ModelError` for a function that gives no network."""
     reference = config.model.architecture
     compatibility.prepare()  # packages of networks import torchvision
     function, package = load_function(reference, config.site.allow_packages)
-    return functools.partial(
-        _checked, function, input_shape, len(config.data.classes), seed, f"{reference} ({package})"
-    )
+    return _checked(function, input_shape, len(config.data.classes), seed, f"{reference} ({package})")
 
 
 def _checked(function: Any, input_shape: tuple[int, ...], classes: int, seed: int, what: str) -> nn.Module:
     network, again = (_built(function, input_shape, classes, seed, what) for _ in range(2))
-    state, other = network.state_dict(), again.state_dict()
-    if forms_of(network) != forms_of(again) or not all(torch.equal(state[name], other[name]) for name in state):
-        raise ModelError(
-            f"{what} gives other weights when it is called again with the same seed",
-            "let it draw weights with torch alone, and read nothing that changes",
-        )
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ModelError(f"{what} has no parameters to train", _SIGNATURE)
     for name, value in (*network.named_parameters(), *network.named_buffers()):
@@ -63,6 +54,12 @@ def _checked(function: Any, input_shape: tuple[int, ...], classes: int, seed: in
             raise ModelError(f"{what} has '{name}' of {value.dtype} on {value.device}", "make it float32, on the CPU")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ModelError(f"{what} has values in '{name}' that are not finite", "ask its author")
+    state, other = network.state_dict(), again.state_dict()
+    if forms_of(network) != forms_of(again) or not all(torch.equal(state[name], other[name]) for name in state):
+        raise ModelError(
+            f"{what} gives other weights when it is called again with the same seed",
+            "let it draw weights with torch alone, and read nothing that changes",
+        )
     network.eval()
     with torch.no_grad():
         logits = _called(network, what, "its network", torch.zeros(2, *input_shape))
