@@ -1,4 +1,4 @@
-"""Networks of MONAI and timm (examples/own_networks): two rounds on phantoms and an encrypted diagnosis, where they are installed."""
+"""Networks of MONAI and timm (examples/own_networks), where they are installed: two rounds on phantoms, an encrypted diagnosis."""
 
 from __future__ import annotations
 
