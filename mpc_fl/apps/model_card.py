@@ -97,7 +97,7 @@ def _model(facts: CardFacts) -> str:
         ("Network", f"{_text(config.model.architecture)}, {facts.parameters:,} trained parameters"),
         ("Input", f"{' x '.join(map(str, config.data.input_shape))} float32"),
         ("Classes", ", ".join(map(_text, config.data.classes))),
-        ("Digest of the configuration", f"`{config.run_digest() if signed is None else signed.configuration}`"),
+        ("Digest of the configuration", f"`{config.digest() if signed is None else signed.configuration}`"),
     ]
     if signed is None:
         said = "There is no ledger beside this model whose end all parties signed: who trained it is not shown."

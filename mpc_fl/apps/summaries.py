@@ -84,7 +84,7 @@ class TrainingSummary:
     """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
 
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
-    are also training patients by name.
+    are also training patients by name. `began_with` is the SHA-256 of the weights it began with, of others or of an earlier run.
     """
 
     KIND: ClassVar[str] = "train"
@@ -104,6 +104,7 @@ class TrainingSummary:
     lost: list[str] | None = None
     evaluated_round: int | None = None
     shared_patients: int | None = None
+    began_with: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

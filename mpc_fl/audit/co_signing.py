@@ -88,12 +88,15 @@ class CoSigners:
         """All but the leader."""
         return [name for name in self.parties if name != self.leader]
 
-    def begin(self, session: str, configuration: str, quorum: int, resumed: bool = False) -> Block:
+    def begin(
+        self, session: str, configuration: str, quorum: int, resumed: bool = False, goes_on: bool = False
+    ) -> Block:
         """Start the ledger of a run, or go on with it (`resumed`), once all parties are connected.
 
         All get the certificates of all and sign who they are, and how many hospitals make a block count (`quorum`, of the
         configuration). When a run goes on, each also gets the blocks it lacks, and what had been begun and not signed by all
-        is settled; if the run had ended, its last block is returned and nothing added. Raises `ProtocolError` when a party's
+        is settled; if the run had ended, its last block is returned and nothing added, unless this party's own configuration
+        has more rounds for it (`goes_on`). Raises `ProtocolError` when a party's
         ledger is not the beginning of the leader's or has another quorum, or not all resume, `IdentityError` for a
         certificate that is not valid, `MpcFlError` when a new run finds the ledger of an earlier one.
         """
@@ -106,7 +109,7 @@ class CoSigners:
         for name in self.parties:
             self._require_certificate(certificates[name], name, self.leader)
         self.catch_up("begin", None if resumed else 0, quorum)
-        if ledger.chain.ended:
+        if ledger.chain.ended and not goes_on:
             return ledger.blocks[-1]
         members = Members(session, configuration, fingerprint(ledger.authority), certificates, quorum)
         if not ledger.blocks:

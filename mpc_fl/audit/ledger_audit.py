@@ -4,6 +4,10 @@
 line of a file; the audit then compares the copies of several parties. What each party recorded besides is compared with
 the ledger by `record_audit`. Certificates may have expired since: each must
 have been valid when its holder signed, by the time in the signature. This module is pure.
+
+A run that was complete may have been given more rounds: after a block "end" comes a block "resume", and nothing else may. Its
+authority may then be another than before (a run on one machine keeps no keys); the certificates of `earlier` ones, oldest
+first, are then needed beside the last one's, and no block goes back to one of them.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 from cryptography import x509
 
@@ -52,14 +56,16 @@ class Finding:
 # ---- one block ---------------------------------------------------------------------------------------------------------
 
 
-def extend(chain: Chain, block: Block, authority: x509.Certificate) -> tuple[Chain, list[Finding]]:
+def extend(
+    chain: Chain, block: Block, authority: x509.Certificate, earlier: Sequence[x509.Certificate] = ()
+) -> tuple[Chain, list[Finding]]:
     """Check that `block` continues `chain`; return the chain with it, and all that is wrong.
 
     A change is named where it was made: what only follows from an earlier finding is not reported again.
     """
     certificates, introduced = chain.certificates, list[Finding]()
     if block.members is not None:
-        certificates, introduced = _certificates(block, block.members, authority)
+        certificates, introduced = _certificates(chain, block, block.members, (*earlier, authority))
     signed = list(_signatures(chain, block, certificates))
     short = list(shortfalls(chain, block))
     # What was not signed by all gives no reason to believe its number.
@@ -76,10 +82,11 @@ def extend(chain: Chain, block: Block, authority: x509.Certificate) -> tuple[Cha
         seal if block.number == chain.blocks == 0 else digest,
         certificates,
         max([*times, *([] if chain.signed_until is None else [chain.signed_until])], default=None),
-        chain.ended or block.kind == "end",
+        block.kind == "end" or (chain.ended and block.kind != "resume"),
         not findings,
         chain.version or block.version,
         chain.quorum or (block.members.quorum if block.members else 0),
+        chain.authority if block.members is None else block.members.authority,
     ), findings
 
 
@@ -91,7 +98,7 @@ def _order(chain: Chain, block: Block) -> Iterator[Finding]:
         yield Finding("is missing" if here == due + 1 else f"is missing, and all up to block {here - 1}", due)
     elif block.previous != chain.seal and chain.sound:
         yield Finding(f"does not follow block {here - 1}: one of the two was exchanged", here)
-    if chain.ended:
+    if chain.ended and block.kind != "resume":
         yield Finding("comes after the end of the run", here)
     if chain.version not in (None, block.version):
         yield Finding(f"is of version {block.version} of the ledger, and those before it of {chain.version}", here)
@@ -149,12 +156,16 @@ def check_openings(chain: Chain, block: Block) -> tuple[int, str, list[Finding]]
 
 
 def _certificates(
-    block: Block, members: Members, authority: x509.Certificate
+    chain: Chain, block: Block, members: Members, authorities: Sequence[x509.Certificate]
 ) -> tuple[dict[str, x509.Certificate], list[Finding]]:
     """The certificates that a block introduces, without those that prove nothing."""
-    here = block.number
-    if members.authority != fingerprint(authority):
+    here, trusted = block.number, [fingerprint(each) for each in authorities]
+    if members.authority not in trusted:
         return {}, [Finding(f"names another authority, SHA-256 {members.authority}", here)]
+    place = trusted.index(members.authority)
+    if chain.authority in trusted and place < trusted.index(chain.authority):
+        return {}, [Finding(f"goes back to an earlier authority, SHA-256 {members.authority}", here)]
+    authority = authorities[place]
     known: dict[str, x509.Certificate] = {}
     findings: list[Finding] = []
     if set(members.certificates) != set(block.parties):
@@ -227,7 +238,7 @@ def parse_line(line: bytes) -> Block:
     return block
 
 
-def read_ledger(content: bytes, authority: x509.Certificate) -> Reading:
+def read_ledger(content: bytes, authority: x509.Certificate, earlier: Sequence[x509.Certificate] = ()) -> Reading:
     """Check one copy from its first to its last block. That the run's end is there is not required here."""
     *lines, rest = content.split(b"\n")
     chain, blocks, findings = Chain(), list[Block | None](), list[Finding]()
@@ -239,7 +250,7 @@ def read_ledger(content: bytes, authority: x509.Certificate) -> Reading:
             blocks.append(None)
             chain = replace(chain, blocks=chain.blocks + 1, sound=False)
             continue
-        chain, found = extend(chain, block, authority)
+        chain, found = extend(chain, block, authority, earlier)
         blocks.append(block)
         findings += found
     if rest:
@@ -277,7 +288,12 @@ class Verdict:
     notes: tuple[str, ...]
 
 
-def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: datetime.datetime) -> Verdict:
+def verify_copies(
+    copies: Sequence[Copy],
+    authority: x509.Certificate,
+    now: datetime.datetime,
+    earlier: Sequence[x509.Certificate] = (),
+) -> Verdict:
     """Check every copy and compare them; at least one is needed.
 
     A copy may lack only blocks that its owner did not sign: those of a party that was lost and did not come back. Before them
@@ -286,7 +302,7 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
     read: dict[bytes, Reading] = {}
     for copy in copies:
         if copy.content not in read:
-            read[copy.content] = read_ledger(copy.content, authority)
+            read[copy.content] = read_ledger(copy.content, authority, earlier)
     readings = [(copy, read[copy.content]) for copy in copies]
     best, reference = max(readings, key=lambda item: (not item[1].findings, len(item[1].lines)))
     findings = [replace(finding, copy=copy.where) for copy, reading in readings for finding in reading.findings]
@@ -303,6 +319,7 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
                     f"{copy.owner} signed block {len(reading.lines)} and was lost before it had the signatures of all"
                 )
             notes.append(f"{copy.where} ends earlier: {lost}")
+    notes += _continuations(reference)
     if not reference.chain.ended:
         findings.append(
             Finding("the end of the run is missing: blocks were cut off, or the run did not end", copy=best.where)
@@ -314,6 +331,19 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
                 "was valid when its holder signed"
             )
     return Verdict(reference, tuple(findings), tuple(notes))
+
+
+def _continuations(reference: Reading) -> list[str]:
+    """Where a run that was complete was given more rounds, and by whose authority it was signed until then."""
+    notes, authority = list[str](), ""
+    for before, block in pairwise(reference.blocks):
+        if before is None or block is None:
+            continue
+        authority = authority if before.members is None else before.members.authority
+        if before.kind == "end" and block.kind == "resume" and block.members is not None:
+            of = "" if block.members.authority == authority else f", of an earlier authority, SHA-256 {authority}"
+            notes.append(f"the run was complete with block {before.number}{of}, and was given more rounds after it")
+    return notes
 
 
 def _could_not_keep(copy: Copy, block: Block | None) -> bool:

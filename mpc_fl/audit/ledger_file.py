@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from cryptography import x509
 
 from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, read_ledger
 from mpc_fl.audit.ledger_versions import VERSION
@@ -49,6 +50,8 @@ from mpc_fl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
+EARLIER_FILE = "earlier_authorities.crt"  # beside the ledger of a run that goes on under another authority
+
 
 class RevealLedger:
     """One party's ledger: `blocks` signed by all, and `pending`, the openings recorded since the last of them."""
@@ -63,7 +66,8 @@ class RevealLedger:
         self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
         self._unconfirmed_path = directory / UNCONFIRMED_FILE
         directory.mkdir(parents=True, exist_ok=True)
-        reading = read_ledger(_whole_lines(self.path), self.authority)
+        self.earlier = earlier_authorities(directory)
+        reading = read_ledger(_whole_lines(self.path), self.authority, self.earlier)
         if reading.findings and reading.lines:
             raise MpcFlError(
                 f"the reveal ledger {self.path} was changed: {reading.findings[0].line}", "restore it from a backup"
@@ -168,7 +172,7 @@ class RevealLedger:
         signed by all its parties, or leaves out an opening that this party began: one that is neither in it nor can be in
         a later block.
         """
-        chain, findings = extend(self.chain, block, self.authority)
+        chain, findings = extend(self.chain, block, self.authority, self.earlier)
         early = [item for item in block.signatures if moment_of(item) > now() + CLOCK_SKEW]
         if findings or early:
             what = findings[0].line if findings else f"the clock of {early[0].party} is ahead, {early[0].time}"
@@ -202,6 +206,18 @@ class RevealLedger:
             if name in block.values and (block.about == about or block.about.startswith(f"{about} (")):
                 return block.values[name]
         return None
+
+
+def earlier_authorities(directory: Path) -> tuple[x509.Certificate, ...]:
+    """The authorities that certified the parties of a ledger before the present one, oldest first; none without a file of them.
+
+    Who is trusted now signed on top of what was signed under them. Raises `IdentityError` for a damaged file.
+    """
+    content, mark = _whole_lines(directory / EARLIER_FILE), b"-----END CERTIFICATE-----\n"
+    *each, rest = content.split(mark)
+    if rest.strip():
+        each.append(rest)  # no certificate, and named as such
+    return tuple(load_root(one + mark, f"a certificate in {directory / EARLIER_FILE}") for one in each)
 
 
 def _following(chain: Chain, openings: Sequence[ChainedOpening]) -> list[Finding]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpc_fl.audit.ledger_audit import Reading, read_ledger
+from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.crypto.certificates import ROOT_FILE, load_root
-from mpc_fl.errors import IdentityError, ModelError
+from mpc_fl.errors import IdentityError, ModelError, MpcFlError
 
 MODEL_FILE = "model.safetensors"  # the name under which its digest is signed
 _WHAT_WITH = "see what with: mpc-fl ledger verify"
@@ -47,7 +48,11 @@ def model_origin(model: Path, ledger: Path | None = None, authority: Path | None
         root = load_root(_read(certificate, "certificate"), str(certificate), "give the federation's with --authority")
     except IdentityError as error:
         raise ModelError(error.what, error.fix) from None
-    reading = read_ledger(_read(path, "reveal ledger"), root)
+    try:
+        earlier = earlier_authorities(path.parent)
+    except MpcFlError as error:
+        raise ModelError(error.what, error.fix) from None
+    reading = read_ledger(_read(path, "reveal ledger"), root, earlier)
     if reading.findings:
         raise ModelError(f"the reveal ledger {path} does not verify: {reading.findings[0].line}", _WHAT_WITH)
     signed = _signed_digest(reading)

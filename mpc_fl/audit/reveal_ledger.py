@@ -89,7 +89,8 @@ class Block:
     """One line of the ledger, signed by `parties`.
 
     "start" and "resume" say who the parties are; "openings" holds what was opened since the block before; "abandoned"
-    what was begun and may not have been completed because a party was lost; "end" is the last block of a run.
+    what was begun and may not have been completed because a party was lost; "end" is the last block of a run. Where a run that
+    was complete is given more rounds, a block "resume" follows it, and another "end" is the last one.
     """
 
     number: int
@@ -249,7 +250,9 @@ def moment_of(signature: Signature) -> datetime.datetime:
 class Chain:
     """What the next block has to continue: the state of a ledger after its last block.
 
-    `version` is that of all its blocks, `None` before the first; `quorum` the one they all count by, 0 as long as none is known.
+    `version` is that of all its blocks, `None` before the first; `quorum` the one they all count by, 0 as long as none is known;
+    `authority` the SHA-256 of the one whose certificates the last of them count by. `ended`: the run is complete, unless it is
+    given more rounds.
     """
 
     blocks: int = 0
@@ -262,6 +265,7 @@ class Chain:
     sound: bool = True
     version: int | None = None
     quorum: int = 0
+    authority: str = ""
 
 
 def chain_opening(chain: Chain, pending: Sequence[ChainedOpening], opening: Opening) -> ChainedOpening:

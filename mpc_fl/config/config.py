@@ -183,17 +183,20 @@ class Config(Section):
         shared = self.model_dump(mode="json", exclude={"site", "serving"})
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
-    def run_digest(self) -> str:
-        """SHA-256 over what a run computes, as hex: all but where its parties are and how long they wait."""
+    def settings_of_run(self) -> dict[str, Any]:
+        """What a run computes, as JSON can hold it: all settings but where its parties are and how long they wait.
+
+        `continuing` says with which others a run may go on.
+        """
         places = {"addresses", "session", "dial_out_only", "relay", "round_timeout"}
-        shared = self.model_dump(
+        return self.model_dump(
             mode="json", exclude={"site": True, "serving": True, "runtime": True, "federation": places}
         )
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The complete configuration as YAML that `loading.load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The complete configuration as YAML that `loading.load_config` reads back to an equal object, but for what no file may
+        say (`site.allow_packages`)."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude={"site": {"allow_packages"}}), sort_keys=False)
 
     def with_values(self, **sections: dict[str, Any] | str | int) -> Config:
         """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`. Raises `ConfigError`."""

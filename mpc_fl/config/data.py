@@ -33,7 +33,9 @@ class TableSection(Section):
 
     label_column: str = Field(default="label", description="holds the class of a row")
     patient_column: str | None = None
-    features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
+    features: Count | None = Field(
+        default=None, description="number of feature columns; needed for csv; of a loader's rows"
+    )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.25, description="share of patients who are kept for tests, where there is no split of their own"
     )
@@ -147,8 +149,13 @@ class SubsetSection(Section):
     test_patients: Count | None = Field(default=None, description="of each hospital at most")
 
 
+SOURCES = ("phantoms", "images", "npz", "csv", "breast_cancer")  # of this program
+
+
 class DataSection(Section):
     """What the data are. `images`: `DIR/{train,test}/<class>/` with PNG, JPEG or DICOM files.
+
+    `source` is one of `SOURCES`, or the name of a loader that an installed package announces (`learning/data/loaders.py`).
 
     `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
@@ -163,8 +170,9 @@ class DataSection(Section):
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
 
-    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = Field(
-        default="phantoms", description="where records come from; phantoms and breast_cancer need no files"
+    source: Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$", max_length=60)] = Field(
+        default="phantoms",
+        description="where records come from: images, npz, csv, phantoms, breast_cancer, or the name of an installed loader",
     )
     classes: tuple[str, ...] = Field(
         default=("normal", "bacterial", "viral"),
@@ -202,7 +210,7 @@ class DataSection(Section):
         of images."""
         if self.features is not None:
             return (self.features.size + 1,)
-        if self.source == "csv":
+        if self.is_table and self.source != "breast_cancer":
             return (self.table.features or 0,)
         if self.source == "breast_cancer":
             return (30,)
@@ -211,4 +219,5 @@ class DataSection(Section):
     @property
     def is_table(self) -> bool:
         """Whether records are rows of features."""
-        return self.source in ("csv", "breast_cancer")
+        loaded = self.source not in SOURCES and self.table.features is not None
+        return self.source in ("csv", "breast_cancer") or loaded

@@ -98,6 +98,8 @@ class SiteSection(Section):
     `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
     to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
     own below it.
+    `allow_packages` are installed packages, by name, whose code a configuration may run here: networks and loaders of others. It
+    is given on the command line alone, so that no file allows itself.
     """
 
     listen: str | None = None
@@ -116,6 +118,7 @@ class SiteSection(Section):
     mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
         default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
     )
+    allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
     images: Path | None = Field(default=None, description="images to diagnose")
     model: Path | None = None

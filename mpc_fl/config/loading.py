@@ -51,8 +51,11 @@ def _plain(values: Any) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read, override and validate a YAML file. Raises `ConfigError`."""
+def load_config(path: Path, overrides: list[str] | None = None, begins_with: str | None = None) -> Config:
+    """Read, override and validate a YAML file. Raises `ConfigError`.
+
+    `begins_with` is the SHA-256 of initial weights that were given beside it; the file may name no others.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -64,4 +67,23 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: {error}", "correct it there; mind indentation and quotes") from None
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{path}: not a mapping of sections", "start from one of the files in configs/")
-    return parse_config(apply_overrides(values or {}, overrides or []), str(path))
+    site = values.get("site") if values is not None else None
+    if isinstance(site, dict) and site.get("allow_packages"):
+        raise ConfigError(
+            f"{path}: site.allow_packages lets code of others run, and a file could come from them",
+            "remove it there; give --set site.allow_packages=[NAME] on the command line",
+        )
+    return parse_config(_beginning(apply_overrides(values or {}, overrides or []), begins_with, path), str(path))
+
+
+def _beginning(values: dict[str, Any], weights: str | None, path: Path) -> dict[str, Any]:
+    """The values with the initial weights that were given beside them, if any."""
+    model = values.get("model") or {}
+    if weights is None or not isinstance(model, dict):
+        return values
+    if model.get("initial_weights") not in (None, weights):
+        raise ConfigError(
+            f"{path}: model.initial_weights is {model['initial_weights']}, and the model that was given has SHA-256 {weights}",
+            "leave model.initial_weights null, or give the file that it names",
+        )
+    return {**values, "model": {**model, "initial_weights": weights}}

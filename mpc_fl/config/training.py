@@ -15,8 +15,9 @@ Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class ModelSection(Section):
-    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, or any
-    torchvision classifier by name (`resnet18`).
+    """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, any
+    torchvision classifier by name (`resnet18`), or a function of an installed package (`package.module:function`), which is
+    called with the shape of a record and the number of classes (`learning/models/own_networks.py`).
 
     `initial_weights` (as `mpc-fl model import` prints them) are those of a network trained elsewhere, its last layer aside where
     that has other classes. `normalisation` says what replaces trained BatchNorm: `frozen` keeps its statistics fixed (those of

@@ -31,6 +31,7 @@ from mpc_fl.federation.audit_trail import (
     signed_model,
 )
 from mpc_fl.federation.distribution import send_model
+from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
 from mpc_fl.federation.secure_evaluation import Evaluated, aggregator_evaluation
@@ -117,7 +118,7 @@ class _Run:
             links.set_phase("distribution")
             send_model(self.aggregator, links, plan.newcomers)
             with _planned_anew(self.rules):
-                begin_ledger(self.ledger, plan.beginning(links), self.aggregator.config, plan.hospitals, plan.resumed)
+                begin_ledger(self.ledger, links, self.aggregator.config, plan)
 
     def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
         """All sign the round; it is written down and kept."""
@@ -144,7 +145,7 @@ def _planned_anew(rules: Rules) -> Iterator[None]:
 def run(config: Config, notify: Notify, observer: Observer | None = None) -> None:
     """Lead a training run until its last round; write model, metrics and opening record to `site.out`."""
     out, rules = site_directory(config), sum_rules(config)
-    links = connect(config, AGGREGATOR, observer)
+    links = connect(config, AGGREGATOR, observer, code_of(config))
     with links:  # first, so that the others hear at once of what cannot be gone on with
         notify("connect", 1, 1)
         links.set_phase("data")

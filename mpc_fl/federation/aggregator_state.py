@@ -11,7 +11,9 @@ from torch import nn
 
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import Config
+from mpc_fl.config.continuing import has_more_rounds
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mpc_fl.federation.continuation import require_room_for_mean
 from mpc_fl.federation.global_model import initial_model, normalisation_of_weights
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
@@ -77,7 +79,7 @@ class Aggregator:
         if self.normalisation is not None:
             tensors["normalisation"] = self.normalisation.tensor()
         facts = {"patients": self.patients, "counted": self.counted, "weight total": self.weight_total}
-        save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config.run_digest())
+        save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config)
 
     def resume(self, directory: Path, signed: Callable[[int], str | None]) -> bool:
         """Go back to the last checkpoint that holds the global model which all signed; False when there is none.
@@ -88,12 +90,17 @@ class Aggregator:
         def wrong(saved: Checkpoint) -> str | None:
             return self._wrong(saved, signed(saved.round))
 
-        saved = load_checkpoint(directory, self.config.run_digest(), check=wrong)
+        saved = load_checkpoint(directory, self.config, check=wrong)
         if saved is None:
             return False
         self.model.load_state_dict(_part(saved, "model"))
         self.optimizer.load_state(_part(saved, "optimizer"))
-        self.average.load_state(_part(saved, "average"), len(self.shared_parameters))
+        if has_more_rounds(
+            saved.settings, self.config
+        ):  # the mean is over later models now, and none of them is there yet
+            require_room_for_mean(self.config, saved.round)
+        else:
+            self.average.load_state(_part(saved, "average"), len(self.shared_parameters))
         if "normalisation" in saved.tensors:
             self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"], self.config)
         self.round, self.patients, self.weight_total = saved.round, saved.facts["patients"], saved.facts["weight total"]

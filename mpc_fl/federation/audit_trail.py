@@ -25,18 +25,24 @@ from mpc_fl.roles import AGGREGATOR
 log = logging.getLogger(__name__)
 
 
-def begin_ledger(
-    ledger: RevealLedger, links: Links, config: Config, hospitals: tuple[str, ...], resumed: bool = False
-) -> None:
+def begin_ledger(ledger: RevealLedger, links: Links, config: Config, plan: RoundPlan) -> None:
     """Before the first opening, and whenever a hospital joins: all sign who they are, and get the blocks they lack.
 
-    `links` are a scope of this beginning alone (`RoundPlan.beginning`), which ends. Raises `PeerLostError` when a party is lost
-    or late.
+    A ledger that has the end of the run goes on where this party's own configuration has more rounds. What is said goes over
+    a scope of `links` for this beginning alone (`RoundPlan.beginning`), which ends. Raises `PeerLostError` when a party is lost or
+    late.
     """
+    links = plan.beginning(links)
     links.set_phase("reveal ledger")
-    signers = CoSigners(ledger, links, [*hospitals, AGGREGATOR], AGGREGATOR)
+    signers = CoSigners(ledger, links, [*plan.hospitals, AGGREGATOR], AGGREGATOR)
     try:
-        signers.begin(config.federation.session, config.digest(), config.federation.quorum_size, resumed)
+        signers.begin(
+            config.federation.session,
+            config.digest(),
+            config.federation.quorum_size,
+            plan.resumed,
+            goes_on=plan.number <= config.training.rounds,
+        )
     finally:
         links.end_scope()
 

@@ -8,6 +8,9 @@ layers, its privacy accountant). Seeds and masks are never in it: a process that
 A file holds the SHA-256 of its tensors and facts. That finds damage, not somebody who computes it again: the parameters of the
 global model are therefore held against the digest that all parties signed for the round (`audit_trail`). Of what is not what it
 should be the checkpoint before it is taken; where all are damaged the run stops.
+
+A file also holds the settings of its run. A run that gets more rounds goes on from it, also one that was finished
+(`config.continuing` says what may change beside); whatever else has changed is named.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +30,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mpc_fl.audit.ledger_file import tensor_digest
+from mpc_fl.config.config import Config
+from mpc_fl.config.continuing import require_same_run
 from mpc_fl.errors import MpcFlError
 from mpc_fl.files import written_whole
 from mpc_fl.parsing import parse_json
 
 log = logging.getLogger(__name__)
 
-_FORMAT = "mpc-fl checkpoint 2"
+_FORMAT = "mpc-fl checkpoint 3"
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 _KEPT = 2
 _ANEW = "remove the directory and start the run anew"
@@ -41,20 +46,25 @@ _ANEW = "remove the directory and start the run anew"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: tensors, and `facts`, which JSON can hold."""
+    """The state after `round`: tensors, and `facts`, which JSON can hold.
+
+    `settings` are those the run had when it was written (`Config.settings_of_run`), set when it is read.
+    """
 
     round: int
     tensors: Mapping[str, torch.Tensor]
     facts: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _DamagedError(MpcFlError):
     """A checkpoint that is not what was written; one before it may be."""
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint, digest: str) -> None:
-    """Write a checkpoint whole or not at all, then remove those before the last two. `digest` is the configuration's."""
-    facts = {"format": _FORMAT, "round": checkpoint.round, "configuration": digest, "facts": dict(checkpoint.facts)}
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, config: Config) -> None:
+    """Write a checkpoint of a run of `config` whole or not at all, then remove those before the last two."""
+    settings = config.settings_of_run()
+    facts = {"format": _FORMAT, "round": checkpoint.round, "settings": settings, "facts": dict(checkpoint.facts)}
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     said = {**facts, "sha256": _sha256(facts, tensors)}
     with written_whole(directory / f"checkpoint-{checkpoint.round}.safetensors") as temporary:
@@ -65,19 +75,26 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, digest: str) -> Non
                 path.unlink()
 
 
+def keep_last_checkpoint(directory: Path) -> None:
+    """Remove all checkpoints but the last one: what a run that is complete needs to be given more rounds."""
+    for path, _ in sorted(_checkpoints(directory), key=lambda item: item[1])[:-1]:
+        path.unlink()
+
+
 def load_checkpoint(
-    directory: Path, digest: str, number: int | None = None, check: Callable[[Checkpoint], str | None] | None = None
+    directory: Path, config: Config, number: int | None = None, check: Callable[[Checkpoint], str | None] | None = None
 ) -> Checkpoint | None:
     """The checkpoint of round `number`, by default the last one that is whole; `None` when there is none.
 
     `check` says what is wrong with one beside, if anything. One that is damaged, or that `check` refuses, is passed over with a
-    warning. Raises `MpcFlError` when none is left, and for a file of another version or configuration.
+    warning. Raises `MpcFlError` when none is left, and for a file of another version, `ConfigError` for one of a run that
+    cannot go on with `config`.
     """
     found = [(path, known) for path, known in _checkpoints(directory) if number is None or known == number]
     last: MpcFlError | None = None
     for path, known in sorted(found, key=lambda item: item[1], reverse=True):
         try:
-            checkpoint = _read(path, known, digest)
+            checkpoint = _read(path, known, config)
             wrong = None if check is None else check(checkpoint)
             if wrong is None:
                 return checkpoint
@@ -90,7 +107,7 @@ def load_checkpoint(
     return None
 
 
-def _read(path: Path, number: int, digest: str) -> Checkpoint:
+def _read(path: Path, number: int, config: Config) -> Checkpoint:
     """A checkpoint that is whole. Raises `_DamagedError`, or `MpcFlError` for another version or configuration."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -103,11 +120,10 @@ def _read(path: Path, number: int, digest: str) -> Checkpoint:
     facts = {name: value for name, value in said.items() if name != "sha256"}
     if said.get("sha256") != _sha256(facts, tensors) or facts.get("round") != number:
         raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW)
-    if facts.get("configuration") != digest:
-        raise MpcFlError(f"the checkpoint {path} is of another configuration", "resume with the configuration it had")
-    if not isinstance(facts.get("facts"), dict):
+    if not isinstance(facts.get("facts"), dict) or not isinstance(facts.get("settings"), dict):
         raise _DamagedError(f"the checkpoint {path} is damaged", _ANEW)
-    return Checkpoint(number, tensors, facts["facts"])
+    require_same_run(facts["settings"], config, f"the run of the checkpoint {path}")
+    return Checkpoint(number, tensors, facts["facts"], facts["settings"])
 
 
 def _sha256(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:

@@ -18,7 +18,8 @@ from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.earlier_model import load_initial_weights
+from mpc_fl.learning.models.own_networks import is_own_network, said_of_network
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weight_standardisation import require_standardised, with_weight_standardisation
 from mpc_fl.learning.models.weights_store import load
@@ -41,12 +42,19 @@ def initial_model(config: Config) -> nn.Module:
     if config.model.initial_weights is None:
         calibrate_on_public_images(model, config, None)
     else:
-        tensors, _ = load(config.model.initial_weights, config.site.weights)
-        fitted = fit_weights(model, tensors)
+        fitted = load_initial_weights(model, config)
         require_standardised(model, fitted.replaced)
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
     return set_trainable(model, config.training.trainable, config.seed)
+
+
+def code_of(config: Config) -> str:
+    """Which network of others a party trains, as parties say it at the hand-shake; empty for those of this program.
+
+    Raises `ConfigError` for a package that is not there or not allowed here, `ModelError` for a function that gives no network.
+    """
+    return said_of_network(config, build_model(config)) if is_own_network(config) else ""
 
 
 def normalisation_of_weights(config: Config) -> Normalisation | None:
@@ -59,12 +67,14 @@ def normalisation_of_weights(config: Config) -> Normalisation | None:
     assert config.model.initial_weights is not None  # `Config` saw to it
     _, description = load(config.model.initial_weights, config.site.weights)
     try:
-        constants = Normalisation.from_json(description.get(CONSTANTS))
+        constants = Normalisation.from_json(description.get(CONSTANTS), to_norm_1=config.data.features is not None)
     except DataError:
         constants = None
-    if constants is None or len(constants.mean) != config.data.channels:
+    scaled = config.data.input_shape[0]
+    if constants is None or len(constants.mean) != scaled:
+        what = f"{scaled} {'channels' if len(config.data.input_shape) == 3 else 'features'}"
         raise ModelError(
-            f"the weights {config.model.initial_weights[:12]} do not say how {config.data.channels} channels are scaled",
+            f"the weights {config.model.initial_weights[:12]} do not say how {what} are scaled",
             "set data.normalise to none or secure",
         )
     return constants

@@ -28,7 +28,7 @@ from mpc_fl.federation.audit_trail import (
     signatory_of,
 )
 from mpc_fl.federation.distribution import receive_model
-from mpc_fl.federation.global_model import calibrate_own
+from mpc_fl.federation.global_model import calibrate_own, code_of
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Hospital, join
 from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Train until the last round; write this site's own metrics, opening record and the final global model."""
     out, name, rules = site_directory(config), hospital_name(rank), sum_rules(config)
-    links = connect(config, name, observer)
+    links = connect(config, name, observer, code_of(config))
     with links:  # first, so that the others hear at once of what this hospital cannot do
         notify("connect", 1, 1)
         hospital = _prepare(config, rank, links, notify)
@@ -152,7 +152,7 @@ class _Run:
             calibrate_own(hospital.model, hospital.train.inputs, config)
             hospital.resume(out, plan.number - 1)
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
-        begin_ledger(ledger, plan.beginning(links), config, plan.hospitals, plan.resumed)
+        begin_ledger(ledger, links, config, plan)
         if is_new and plan.number > 0:
             require_signed_model(ledger, plan.number - 1, hospital.digests)
             hospital.heaviest = heaviest_weight(config, ledger, hospital.name, plan.weight_total)

@@ -16,6 +16,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mpc_fl.federation.continuation import ends_before, require_room_for_rounds
 from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import (
@@ -69,6 +70,7 @@ class Hospital:
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
     digests: ModelDigests = field(default_factory=ModelDigests)
+    ends: tuple[int, ...] = ()  # after which rounds the run was complete before it was given more
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     velocity: torch.Tensor | None = None  # the momentum of its last round, where it is kept
@@ -128,8 +130,12 @@ class Hospital:
         """Keep what is this hospital's own after round `number`: its normalisation layers, its momentum where that lasts over
         rounds, and its accountant's state."""
         tensors = normalisation_state(self.model) | ({} if self.velocity is None else {_VELOCITY: self.velocity})
-        saved = Checkpoint(number, tensors, {"privacy accountant": self.ledger.state()})
-        save_checkpoint(directory, saved, self.config.run_digest())
+        facts = {
+            "privacy accountant": self.ledger.state(),
+            "noise multiplier": self.noise_multiplier,
+            "ends": list(self.ends),
+        }
+        save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config)
 
     def resume(self, directory: Path, number: int) -> None:
         """Go back to this hospital's own layers and momentum after round `number`, if it has kept them.
@@ -138,7 +144,7 @@ class Hospital:
         `MpcFlError` when what was kept is not what it should be, `PrivacyBudgetError` when the privacy ledger lacks a
         release that it held then.
         """
-        saved = load_checkpoint(directory, self.config.run_digest(), number, _wrong_facts)
+        saved = load_checkpoint(directory, self.config, number, _wrong_facts)
         if saved is None:
             return
         self.ledger.require(saved.facts["privacy accountant"])
@@ -160,7 +166,9 @@ class Hospital:
 
 
 def _wrong_facts(saved: Checkpoint) -> str | None:
-    spent = saved.facts.get("privacy accountant")
+    spent, ends = saved.facts.get("privacy accountant"), saved.facts.get("ends")
+    if not isinstance(ends, list) or any(type(number) is not int for number in ends):
+        return "holds no list of rounds after which the run was complete"
     return None if isinstance(spent, list) else "holds no state of a privacy accountant"
 
 
@@ -174,10 +182,15 @@ def join(
     headroom_of(config).require()
     require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
     name = hospital_name(rank)
-    last = load_checkpoint(directory, config.run_digest()) if directory is not None and config.site.resume else None
-    spent, done = list[SubsampledGaussian](), NOTHING_DONE
+    resumes = directory is not None and config.site.resume
+    last = load_checkpoint(directory, config, check=_wrong_facts) if directory is not None and resumes else None
+    ends, spent, done = ends_before(last, config), list[SubsampledGaussian](), NOTHING_DONE
     if config.privacy.mechanism != "none":
-        spent, done = ledger.spent(run=run_name(config)), _done(config, ledger, None if last is None else last.round)
+        spent = ledger.spent(run=run_name(config))
+        done = _done(config, ledger, None if last is None else last.round, ends)
+    if last is not None:
+        ledger.require(last.facts["privacy accountant"])
+        require_room_for_rounds(config, last, done, train.patient_count, spent, name)
     planned = plan_release(config, train.patient_count, spent, name, done)
     noise = None if planned is None else planned.noise_multiplier
     rate = sample_rate_of(config, train.patient_count)
@@ -185,7 +198,7 @@ def join(
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
     hospital.device = device_of(config)
-    hospital.kept_round = -1 if last is None else last.round
+    hospital.kept_round, hospital.ends = -1 if last is None else last.round, ends
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
@@ -205,9 +218,10 @@ def join(
     return hospital
 
 
-def _done(config: Config, ledger: PrivacyLedger, rounds: int | None) -> Done:
+def _done(config: Config, ledger: PrivacyLedger, rounds: int | None, ends: tuple[int, ...]) -> Done:
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
     # What this run has reserved and not released never left, and will be replaced.
     charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
     names = (run_name(config), features_run_name(config), evaluation_run_name(config))
-    return Done(rounds, *(charged[name] for name in names))
+    rounds_charged, features, evaluations = (charged[name] for name in names)
+    return Done(rounds, rounds_charged, features, evaluations, ends)

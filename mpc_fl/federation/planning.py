@@ -90,12 +90,14 @@ class Done:
 
     `rounds`: the last one that is complete, None before the sums that come before the first. `charged`, `features` and
     `evaluations`: how many rounds, sums of features and sums of evaluation were charged, those that were lost among them.
+    `ends`: after which rounds it was complete, and evaluated, before it was given more.
     """
 
     rounds: int | None = None
     charged: int = 0
     features: int = 0
     evaluations: int = 0
+    ends: tuple[int, ...] = ()
 
 
 NOTHING_DONE = Done()
@@ -121,7 +123,8 @@ def releases_beside_steps(config: Config, done: Done = NOTHING_DONE) -> list[Sub
         events += [features] * (times if done.rounds is None else 0)
     evaluation = plan_noised_evaluation(config)
     if evaluation is not None:
-        numbers = [number for number in range(config.training.rounds + 1) if config.evaluates(number)]
+        every = range(config.training.rounds + 1)
+        numbers = [number for number in every if config.evaluates(number) or number in done.ends]
         left = [number for number in numbers if done.rounds is None or number > done.rounds]
         times = _to_come(len(left), len(numbers) + spare, done.evaluations)
         events += [evaluation.event(times)] if times else []
@@ -189,7 +192,7 @@ def plan_release(
         raise PrivacyBudgetError(
             f"{who}: {steps} steps with noise multiplier {noise:g} would bring epsilon to {total:.3f}, beyond the budget of "
             f"{settings.epsilon:g}",
-            "raise privacy.noise_multiplier, or set it to null to have it calibrated",
+            "raise privacy.noise_multiplier, agree on a larger privacy.epsilon, or set the former to null to have it calibrated",
         )
     return planned
 

@@ -28,17 +28,28 @@ from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, Ident
 PROTOCOL_VERSION = 3
 _VERSION = f"{__version__}, protocol {PROTOCOL_VERSION}"
 _LONGEST_VERSION = 40
+_LONGEST_CODE = 200
+_WITH = " with "
 _PURPOSE = "mpc-fl greeting"
 _FIELDS = {"name", "to", "version", "session", "digest", "task", "public_key", "answers", "certificate", "signature"}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all parties of a run must agree on before anything else is sent."""
+    """What all parties of a run must agree on before anything else is sent.
+
+    `code` says which code of others a party runs (a network of an installed package, and its version), where it runs any.
+    """
 
     session: str
     digest: str
     task: str
+    code: str = ""
+
+    @property
+    def stated_task(self) -> str:
+        """The task as a greeting has it: with the code of others behind it."""
+        return f"{self.task}{_WITH}{self.code}" if self.code else self.task
 
 
 def _canonical(greeting: dict[str, Any]) -> bytes:
@@ -64,7 +75,7 @@ def make_greeting(
         "version": _VERSION,
         "session": agreement.session,
         "digest": agreement.digest,
-        "task": agreement.task,
+        "task": agreement.stated_task,
         "public_key": public_key.hex(),
         "answers": f"{answers}:{secrets.token_hex(16)}",
         "certificate": identity.certificate.decode("ascii"),
@@ -96,7 +107,14 @@ def check_greeting(greeting: Any, sender: str, trusted: Identity, agreement: Agr
             f"{sender} runs version {_spelled_out(greeting['version'])} and {trusted.name} version {_VERSION}",
             SAME_VERSION,
         )
-    mine = {"session": agreement.session, "digest": agreement.digest, "task": agreement.task}
+    task, _, code = greeting["task"].partition(_WITH)
+    if (greeting["session"], task) == (agreement.session, agreement.task) and code != agreement.code:
+        theirs, own = (printable(each, _LONGEST_CODE) or "no code of others" for each in (code, agreement.code))
+        raise DisagreementError(
+            f"{sender} runs a network of {theirs} and {trusted.name} of {own}",
+            "install the same version at every party",
+        )
+    mine = {"session": agreement.session, "digest": agreement.digest, "task": agreement.stated_task}
     for key, value in mine.items():
         if greeting[key] != value:
             words = {"digest": "configuration"}.get(key, key)

@@ -26,10 +26,11 @@ def site_directory(config: Config) -> Path:
     return config.site.out
 
 
-def connect(config: Config, name: str, observer: Observer | None = None) -> Links:
+def connect(config: Config, name: str, observer: Observer | None = None, code: str = "") -> Links:
     """Links of the party `name` to all other parties of the task; enter them to connect.
 
-    `observer` sees every frame received, for tests of what each party learns. Raises `ConfigError` for a missing
+    `observer` sees every frame received, for tests of what each party learns. `code` says which code of others the party runs,
+    where all must run the same. Raises `ConfigError` for a missing
     address or identity directory, `IdentityError` for an unusable identity.
     """
     names = party_names(config)
@@ -51,7 +52,7 @@ def connect(config: Config, name: str, observer: Observer | None = None) -> Link
     listen = (config.site.listen or addresses[name]) if name in addresses else None
     return NetworkLinks(
         load_identity(config.site.identity, name),
-        Agreement(federation.session, config.digest(), config.task),
+        Agreement(federation.session, config.digest(), config.task, code),
         Reach(listen, routes(name, names, addresses, relay), relay),
         timeouts_of(config, name),
         tolerance_of(config),

@@ -16,13 +16,12 @@ from safetensors.torch import save
 
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import parse_config
-from mpc_fl.errors import MpcFlError
+from mpc_fl.errors import ConfigError, MpcFlError
 from mpc_fl.federation import checkpoint as checkpoints
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 
-DIGEST = "d" * 64
 CONFIG = parse_config(
     {
         "data": {"image_size": 8, "phantoms": {"train_patients": 90, "test_patients": 30}},
@@ -37,7 +36,7 @@ CONFIG = parse_config(
 def two_rounds(directory: Path) -> None:
     for number in (1, 2):
         tensors = {"weights": torch.full((3, 5), float(number)), "counts": torch.arange(4) + number}
-        save_checkpoint(directory, Checkpoint(number, tensors, {"patients": 60, "spent": [{"round": number}]}), DIGEST)
+        save_checkpoint(directory, Checkpoint(number, tensors, {"patients": 60, "spent": [{"round": number}]}), CONFIG)
 
 
 def path_of(directory: Path, number: int) -> Path:
@@ -62,7 +61,7 @@ def test_whatever_bit_is_flipped_the_checkpoint_before_it_is_taken(tmp_path: Pat
     content[int(place * len(content))] ^= 1 << bit
     path_of(tmp_path, 2).write_bytes(content)
     try:
-        found = load_checkpoint(tmp_path, DIGEST)
+        found = load_checkpoint(tmp_path, CONFIG)
     except MpcFlError as error:
         assert "of another version" in str(error) and "\n" not in str(error)  # the bit was in the word "format"
         return
@@ -77,10 +76,10 @@ def test_a_run_stops_where_no_checkpoint_is_whole(tmp_path: Path) -> None:
         content[-3] ^= 4
         path_of(tmp_path, number).write_bytes(content)
     with pytest.raises(MpcFlError, match=r"checkpoint-2.safetensors is damaged: remove the directory"):
-        load_checkpoint(tmp_path, DIGEST)
+        load_checkpoint(tmp_path, CONFIG)
     with pytest.raises(MpcFlError, match=r"checkpoint-1.safetensors is damaged"):
-        load_checkpoint(tmp_path, DIGEST, 1)
-    assert load_checkpoint(tmp_path / "nowhere", DIGEST) is None
+        load_checkpoint(tmp_path, CONFIG, 1)
+    assert load_checkpoint(tmp_path / "nowhere", CONFIG) is None
 
 
 def test_facts_and_names_are_covered_and_so_is_the_round(tmp_path: Path) -> None:
@@ -96,21 +95,24 @@ def test_facts_and_names_are_covered_and_so_is_the_round(tmp_path: Path) -> None
     for change in changes:
         two_rounds(tmp_path)
         rewritten(path_of(tmp_path, 2), change)
-        found = load_checkpoint(tmp_path, DIGEST)
+        found = load_checkpoint(tmp_path, CONFIG)
         assert found is not None and found.round == 1
     two_rounds(tmp_path)
     path_of(tmp_path, 1).rename(path_of(tmp_path, 2))
     with pytest.raises(MpcFlError, match="damaged"):
-        load_checkpoint(tmp_path, DIGEST)
+        load_checkpoint(tmp_path, CONFIG)
 
 
 def test_another_version_and_another_configuration_are_refused_in_one_line(tmp_path: Path) -> None:
     two_rounds(tmp_path)
-    with pytest.raises(MpcFlError, match="of another configuration"):
-        load_checkpoint(tmp_path, "e" * 64)
+    other = CONFIG.with_values(training={"learning_rate": 0.2, "momentum": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"started with training.learning_rate 0.1, not 0.2; training.momentum 0.9, not 0.5:"
+    ):
+        load_checkpoint(tmp_path, other)
     rewritten(path_of(tmp_path, 2), lambda said, _: said.update(format="mpc-fl checkpoint 1"))
     with pytest.raises(MpcFlError, match=r"checkpoint-2.safetensors is of another version") as refused:
-        load_checkpoint(tmp_path, DIGEST)
+        load_checkpoint(tmp_path, CONFIG)
     assert "\n" not in str(refused.value)
 
 

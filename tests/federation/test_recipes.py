@@ -64,9 +64,9 @@ def test_momentum_that_cannot_be_is_refused(value: torch.Tensor | None, tmp_path
 def test_a_checkpoint_without_momentum_begins_at_zero(tmp_path: Path) -> None:
     known = hospital(tmp_path)
     known.checkpoint(tmp_path, 1)
-    saved = load_checkpoint(tmp_path, CONFIG.run_digest(), 1)
+    saved = load_checkpoint(tmp_path, CONFIG, 1)
     assert saved is not None and all(name.rpartition(".")[2] in ("weight", "bias") for name in saved.tensors)
-    save_checkpoint(tmp_path, Checkpoint(1, saved.tensors, saved.facts), CONFIG.run_digest())
+    save_checkpoint(tmp_path, Checkpoint(1, saved.tensors, saved.facts), CONFIG)
     known.resume(tmp_path, 1)
     assert known.velocity is None
 
@@ -103,5 +103,5 @@ def test_all_parties_come_to_one_model_by_any_recipe(
     for name in ("hospital-0", "hospital-1"):
         steps = [line["steps"] for line in read_json_lines(training.party(name) / "metrics.jsonl")]
         assert steps == [2, 2, 2]
-    kept = load_checkpoint(training.party("hospital-0"), training.placed["hospital-0"].run_digest())
+    kept = load_checkpoint(training.party("hospital-0"), training.placed["hospital-0"])
     assert kept is not None and ("momentum of local steps" in kept.tensors) == (mechanism != "distributed")

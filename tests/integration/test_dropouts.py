@@ -283,7 +283,7 @@ def test_fewer_than_the_quorum_end_the_run_and_say_so(tmp_path: Path) -> None:
         assert all(site.processes[name].exitcode not in (0, None) for name in words)
         assert not (site.party("aggregator") / "model.safetensors").exists()
         assert max(site.rounds) == 1
-        assert load_checkpoint(site.party("aggregator"), site.config.run_digest()).round == 1  # type: ignore[union-attr]
+        assert load_checkpoint(site.party("aggregator"), site.config).round == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_a_run_does_not_go_on_with_a_privacy_ledger_that_forgot(tmp_path: Path) 
         site.start_all(aggregator="round 3 aggregation")
         site.await_death("aggregator")
         site.await_words(3)
-        state = load_checkpoint(site.party("hospital-0"), site.config.run_digest())
+        state = load_checkpoint(site.party("hospital-0"), site.config)
         assert state is not None and state.facts["privacy accountant"] == ledger.records()[:2]
         ledger.path.unlink()
         site.start_all(resume=True)

@@ -223,7 +223,7 @@ def test_an_operation_without_a_repeatable_algorithm_is_one_line() -> None:
 
 def test_what_differs_between_sites_is_in_no_digest_and_does_not_go_with_what_cannot_use_it() -> None:
     plain, other = Config(), parse_config({"site": {"device": "cuda:1", "precision": "bfloat16"}}, "test")
-    assert (plain.digest(), plain.run_digest()) == (other.digest(), other.run_digest())
+    assert (plain.digest(), plain.settings_of_run()) == (other.digest(), other.settings_of_run())
     assert plain.site.device == "cpu"
     for site in ({"device": "auto"}, {"precision": "bfloat16"}):
         with pytest.raises(ConfigError, match="training_processes share out work on the CPU in float32"):

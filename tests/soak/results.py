@@ -46,7 +46,8 @@ def training_incomplete(out: Path) -> list[str]:
     if rounds != list(range(config.training.rounds + 1)):
         found.append(f"metrics.jsonl has rounds {rounds}")
     found += [f"{path} is still there" for path in out.glob("parties/*/identity")]
-    found += [f"{path} is still there" for path in out.rglob("checkpoint-*")]
+    kept = [list(party.glob("checkpoint-*")) for party in (out / "parties").iterdir()]  # one, for more rounds
+    found += [f"{paths[0]} is not the only one" for paths in kept if len(paths) > 1]
     return found + [f"{path} exists as well" for path in (beside(out, ".partial"),) if path.exists()]
 
 

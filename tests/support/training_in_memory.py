@@ -102,7 +102,7 @@ class Training:
         self.network = InMemoryNetwork(party_names(self.config), agreement, timeouts_of(self.config, AGGREGATOR))
         self.said.clear()
 
-    def _links(self, config: Config, name: str, _observer: Any) -> Links:
+    def _links(self, config: Config, name: str, _observer: Any, _code: str = "") -> Links:
         return self.network.links(name, tolerance_of(config), timeouts=timeouts_of(config, name))
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from mpc_fl.apps.cli.options import AsJson, Command, Group, output_console, print_json, say
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
+from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
@@ -81,7 +82,8 @@ def verify(
         if checked["receipt_findings"]:
             raise typer.Exit(1)
         return
-    verdict = verify_copies(found, root, datetime.datetime.now(datetime.timezone.utc))
+    earlier = earlier_authorities(run_dir)
+    verdict = verify_copies(found, root, datetime.datetime.now(datetime.timezone.utc), earlier)
     unsigned, notes = verify_records(_records(run_dir), verdict.reference)
     findings = [*verdict.findings, *unsigned, *_changed_files(run_dir, verdict)]
     notes = [*verdict.notes, *notes]
@@ -215,15 +217,25 @@ def _cells(opening: ChainedOpening, block: Block) -> list[str]:
 
 
 def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
-    """Files of the run that are not the ones whose SHA-256 all parties signed in the last block."""
-    last = verdict.reference.blocks[-1] if verdict.reference.blocks else None
-    if last is None:
+    """Files of the run that are not the ones whose SHA-256 all parties signed in the last block.
+
+    A party that was lost before that may have those of an earlier end that it signed, where the run was given more rounds.
+    """
+    ends = [block for block in verdict.reference.blocks if block is not None and block.kind == "end"]
+    if not ends or verdict.reference.blocks[-1] is not ends[-1]:
         return []
+
+    def signed(name: str, path: Path) -> str | None:
+        own = [block for block in ends if path.parent == run_dir or path.parent.name in block.parties]
+        return (own or ends)[-1].values.get(name)
+
     return [
-        Finding(f"{path.relative_to(run_dir)} is not the one that all parties signed", last.number)
-        for name, digest in last.values.items()
+        Finding(f"{path.relative_to(run_dir)} is not the one that all parties signed", ends[-1].number)
+        for name in ends[-1].values
         for path in [run_dir / name, *sorted(run_dir.glob(f"parties/*/{glob.escape(name)}"))]
-        if Path(name).name == name and path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != digest
+        if Path(name).name == name
+        and path.is_file()
+        and hashlib.sha256(path.read_bytes()).hexdigest() != signed(name, path)
     ]
 
 

@@ -31,6 +31,12 @@ DataPath = Annotated[
     Path | None, typer.Option("--data", help="Data: DIR/{train,test}/<class>/, .npz or .csv. Not needed for phantoms.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines instead of text.")]
+FromModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="MODEL", help="Begin with the model.safetensors of an earlier run; every party needs it."
+    ),
+]
 OutPath = Annotated[Path, typer.Option("--out", help="New directory for the results; must not exist.")]
 
 
@@ -58,14 +64,21 @@ class Group(TyperGroup):
         return _show_flags_as_flags(super().get_params(ctx))
 
 
-def configure(path: Path, overrides: list[str] | None, **site: Path | None) -> Config:
+def configure(path: Path, overrides: list[str] | None, begin_with: Path | None = None, **site: Path | None) -> Config:
     """The configuration in a file with values of the command line over it, `site` those of the section of that name.
 
-    Raises `ConfigError`.
+    `begin_with` is a model of an earlier run, which is brought into the store of weights. Raises `ConfigError`, and `ModelError`
+    for a file that is none.
     """
     from mpc_fl.config.loading import load_config
 
-    config = load_config(path, overrides)
+    if begin_with is None:
+        config = load_config(path, overrides)
+    else:
+        from mpc_fl.learning.models.weights_store import model_digest, store_model
+
+        config = load_config(path, overrides, model_digest(begin_with))
+        store_model(begin_with, config.site.weights)
     if site.get("data") is not None and config.data.source in ("phantoms", "breast_cancer"):
         raise ConfigError(
             f"{path}: data.source {config.data.source} is embedded, so --data would be passed over",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mpc_fl.apps.cli.options import AsJson, DataPath, Overrides, configure, print_json, say
+from mpc_fl.apps.cli.options import AsJson, DataPath, FromModel, Overrides, configure, print_json, say
 from mpc_fl.apps.cli.progress import shown_progress
 
 
@@ -35,6 +35,11 @@ def party(
     data: DataPath = None,
     images: Annotated[Path | None, typer.Option(help="Hospital: images to diagnose.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model owner: model.safetensors.")] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from what --out holds: after a failure, or with more training.rounds."),
+    ] = False,
+    from_model: FromModel = None,
     overrides: Overrides = None,
 ) -> None:
     """Run one party alone, as a site does on its own machine. The launcher spawns exactly these programs.
@@ -45,7 +50,11 @@ def party(
     from mpc_fl.apps.runs.party_process import run_alone
     from mpc_fl.apps.runs.placement import party_of, site_of
 
-    settings = configure(config, overrides, out=out, identity=identity, data=data, images=images, model=model)
+    settings = configure(
+        config, overrides, from_model, out=out, identity=identity, data=data, images=images, model=model
+    )
+    if resume:
+        settings = settings.with_values(site={"resume": True})
     name = party_of(settings, role, rank, os.environ)
     settings = site_of(settings, name)
     set_up_log(settings.site.log)

@@ -12,6 +12,7 @@ from mpc_fl.apps.cli.options import (
     AsJson,
     ConfigPath,
     DataPath,
+    FromModel,
     OutPath,
     Overrides,
     command_line,
@@ -24,7 +25,7 @@ from mpc_fl.apps.cli.options import (
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
-from mpc_fl.errors import DataError, MpcFlError, RunFailedError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -42,8 +43,10 @@ def train(
     overrides: Overrides = None,
     ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this run.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run that failed or was killed at --out.")
+        bool,
+        typer.Option("--resume", help="Go on with the run at --out: it failed, or is to have more training.rounds."),
     ] = False,
+    from_model: FromModel = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one model with several hospitals on this machine, each a process of its own.
@@ -53,13 +56,15 @@ def train(
     """
     from mpc_fl.apps.runs.launcher import start_early
 
-    settings = configure(config, overrides, data=data, privacy_ledger=ledger)
+    if resume and from_model is not None:
+        raise ConfigError(f"{out} goes on from its own model", "leave out --from, or --resume for a new run")
+    settings = configure(config, overrides, from_model, data=data, privacy_ledger=ledger)
     with start_early(settings, "train") as starter:
         from mpc_fl.apps.runs import local_runs as run
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
 
         require_free(out, resume)
-        _preflight(settings)
+        _preflight(settings, resume)
         _say_shared_patients(settings, as_json)
         try:
             with shown_progress() as progress:
@@ -76,10 +81,24 @@ def train(
         print_json({**summary.to_json(), "report": str(out / "report.html")})
         return
     _say_training(summary, 1 / len(settings.data.classes))
+    if summary.began_with is not None:
+        say(_of_the_beginning(settings))
     if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
     say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
+
+
+def _of_the_beginning(config: Config) -> str:
+    """What of the model was there before the run, and what its promise does not cover."""
+    from mpc_fl.learning.models.earlier_model import begun_anew
+
+    anew = begun_anew(config)
+    layer = f", but for {', '.join(anew)}, which began anew" if anew else ""
+    return (
+        f"It began with the weights of SHA-256 {config.model.initial_weights}{layer}. What their own training showed of its "
+        "patients is in epsilon here only where the same privacy ledger held it (--ledger)."
+    )
 
 
 def in_ranges(numbers: list[str]) -> str:
@@ -137,17 +156,20 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
     try:
         settings = configure(config, overrides, data=data)
         found = _preflight(settings)
+        assert found is not None  # of a run from its start
         _require_memory(settings, found)
     except MpcFlError as error:
         if as_json:
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
+        of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
         shared, features = list(_shared_patients(settings).names), _about_features(settings)
-        of = {"device": device_of(settings).words, **found.to_json()}
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
     _say_shared_patients(settings, False)
+    for what, package in _packages(settings).items():
+        say(f"{what}: code of the package {package}.")
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
@@ -210,6 +232,16 @@ def _say_features(config: Config) -> None:
         say(about)
 
 
+def _packages(config: Config) -> dict[str, str]:
+    """Installed packages whose code the configuration runs, by the setting that names them."""
+    from mpc_fl.installed_code import is_reference, package_of
+    from mpc_fl.learning.data.loaders import loader_package
+
+    loader, network = loader_package(config), config.model.architecture
+    named = {} if loader is None else {"data.source": str(loader)}
+    return named | ({"model.architecture": str(package_of(network))} if is_reference(network) else {})
+
+
 def _refuse_shared_patients(config: Config) -> None:
     """Raise `DataError` naming them, where the configuration says so."""
     found = _shared_patients(config) if config.data.shared_patients == "refuse" else None
@@ -226,21 +258,28 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
         error_console().print(text, highlight=False) if as_json else say(text)
 
 
-def _preflight(config: Config) -> TrainingEstimate:
-    """Everything that can be refused before a process starts. Raises the error the run would raise."""
+def _preflight(config: Config, resume: bool = False) -> TrainingEstimate | None:
+    """Everything that can be refused before a process starts. Raises the error the run would raise.
+
+    What a run that goes on may still release follows from the hospitals' ledgers (None for it): they plan it themselves.
+    """
     from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
     from mpc_fl.learning.device import device_of
+    from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)
     require_weights(config)
+    if config.model.initial_weights is not None:
+        begun_anew(config)
     _refuse_shared_patients(config)
-    return estimate_training(config, patients_per_hospital(config))
+    patients = patients_per_hospital(config)
+    return None if resume else estimate_training(config, patients)
 
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:

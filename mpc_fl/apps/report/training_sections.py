@@ -203,6 +203,15 @@ def privacy(run: Run) -> Markup:
     return Markup(parts + notes + table(text, head, rows, 5))
 
 
+def _of_the_beginning(run: Run) -> str:
+    """What the promise does not cover where the run began with weights from elsewhere."""
+    weights = (run.config.get("model") or {}).get("initial_weights")
+    if weights is None:
+        return ""
+    return f"""The run began with the weights of SHA-256 {weights}: what their own training showed of its patients is in epsilon
+    only where the same privacy ledger held it."""
+
+
 def _guarantee(run: Run) -> Markup:
     """What (epsilon, delta) means in this run and what it does not cover, where there is noise."""
     settings, evaluation = run.config.get("privacy") or {}, run.config.get("evaluation") or {}
@@ -219,6 +228,7 @@ def _guarantee(run: Run) -> Markup:
     text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one patient, with all records,
     was among a hospital's training patients or not. Sampling, divisors, weights and noise follow from public figures, and no
     number of patients was opened. Not guaranteed: that public bounds on hospitals' sizes are hidden, or who took part. {shared}
+    {_of_the_beginning(run)}
     {tested} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""
     return Markup(paragraph(text))
 

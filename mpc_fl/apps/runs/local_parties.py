@@ -16,6 +16,7 @@ from mpc_fl.errors import ConfigError, LinkError
 from mpc_fl.files import write_text
 from mpc_fl.roles import HOSPITAL_ROLE, MODEL_OWNER, role_of
 
+SESSION_FILE = "session"  # of a run that has not ended
 _OWN_FILES = {"data": HOSPITAL_ROLE, "images": HOSPITAL_ROLE, "privacy_ledger": HOSPITAL_ROLE, "model": MODEL_OWNER,
               "reveal_ledger": MODEL_OWNER, "authority": MODEL_OWNER}  # fmt: skip
 
@@ -49,7 +50,7 @@ def local_addresses(names: list[str], first_port: int | None) -> dict[str, str]:
 
 def _session(run_dir: Path) -> str:
     """A fresh name for a run, or the one that it has when it goes on."""
-    path = run_dir / "session"
+    path = run_dir / SESSION_FILE
     if not path.exists():
         write_text(path, secrets.token_hex(16))
     try:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from mpc_fl.apps.model_card import CARD_FILE
 from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.party_process import run_alone
 from mpc_fl.apps.runs.party_starter import PartyStarter
+from mpc_fl.apps.runs.reopening import reopened, require_more_rounds
 from mpc_fl.apps.runs.run_directory import (
+    FROM_ALL,
     count_parameters,
     forget_identities,
     keep_authority,
@@ -41,8 +42,6 @@ from mpc_fl.apps.summaries import (
 )
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import ModelOrigin, model_origin
-from mpc_fl.audit.opening_record import OPENINGS_FILE
-from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deployment import SiteSection
 from mpc_fl.crypto.authority import make_local_identities
@@ -50,6 +49,7 @@ from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.exhaustion import system_error
+from mpc_fl.federation.checkpoint import keep_last_checkpoint
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
@@ -62,7 +62,6 @@ from mpc_fl.learning.models.model_file import load_model, load_normalisation
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
-_OF_ALL = ("model.safetensors", CARD_FILE, "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE)
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
 
@@ -74,13 +73,14 @@ def train(
     resume: bool = False,
     starter: PartyStarter | None = None,
 ) -> TrainingSummary:
-    """Train in local processes, or go on with a run that failed; return the summary.
+    """Train in local processes, or go on with a run that failed or shall have more rounds; return the summary.
 
     Raises `RunFailedError` naming the failed party, `ConfigError` when there is nothing to go on with.
     """
     require_free(out, resume)
     config = config.with_values(task="train", site={"resume": resume})
-    with run_directory(out, resume) as directory:
+    require_more_rounds(out, config)
+    with run_directory(out, resume) as directory, reopened(directory, config):
         write_text(directory / "config.yaml", config.to_yaml())
         began, aggregator = time.monotonic(), directory / "parties" / AGGREGATOR
         _move(directory, aggregator)  # where a run that failed when all parties had finished has them
@@ -102,6 +102,7 @@ def train(
             versions=versions(),
             final=evaluated[-1].evaluation if evaluated else None,
             evaluated_round=evaluated[-1].round if evaluated else None,
+            began_with=config.model.initial_weights,
             shared_patients=len(shared_patients(config).names),
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
@@ -109,14 +110,14 @@ def train(
         )
         _conclude(directory, summary)
         forget_identities(config, directory)
-        for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
-            checkpoint.unlink()
+        for party in (directory / "parties").iterdir():
+            keep_last_checkpoint(party)  # for a run that is given more rounds
     return summary
 
 
 def _move(source: Path, target: Path) -> None:
     """What the aggregator has for all, as far as it is there."""
-    for name in _OF_ALL:
+    for name in FROM_ALL:
         if (source / name).exists():
             (source / name).replace(target / name)
 

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpc_fl.apps.model_card import CARD_FILE
+from mpc_fl.apps.summaries import SUMMARY_FILE
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE
@@ -20,13 +22,25 @@ from mpc_fl.inference.results import RESULTS_FILE
 from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.roles import AGGREGATOR
 
+FROM_ALL = (
+    "model.safetensors",
+    CARD_FILE,
+    "metrics.jsonl",
+    OPENINGS_FILE,
+    LEDGER_FILE,
+)  # what the aggregator has for all
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
 _KEPT = (LEDGER_FILE, UNCONFIRMED_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run that failed
 
 
 def require_free(out: Path, resume: bool = False) -> None:
-    """Before anything is read: a run can become `out`, or there is one to go on with. Raises `ConfigError`."""
+    """Before anything is read: a run can become `out`, or there is one to go on with, perhaps a finished one that is to have more
+    rounds. Raises `ConfigError`."""
     try:
+        if resume and is_finished(out):
+            if _beside(out)[0].exists():
+                raise _in_use(_beside(out)[0])
+            return
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
         partial, failed = _beside(out)
@@ -50,7 +64,8 @@ def _in_use(partial: Path) -> ConfigError:
 
 @contextlib.contextmanager
 def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
-    """Yield the working directory of a run that shall become `out`; with `resume` that of the run which failed or died.
+    """Yield the working directory of a run that shall become `out`; with `resume` that of the run which failed or died, or is
+    finished and shall have more rounds.
 
     Raises `ConfigError` when `out` exists: results are never overwritten; or when there is nothing to go on with.
     """
@@ -59,6 +74,8 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
     try:
         if not resume:
             partial.mkdir(parents=True)
+        elif is_finished(out):
+            out.rename(partial)
         elif not partial.exists():
             failed.rename(partial)
     except FileExistsError:
@@ -72,7 +89,10 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         with contextlib.suppress(
             OSError
         ):  # of what is full already: everything is left where it is, and the error goes on
-            _keep_logs(partial, failed)
+            if is_finished(partial):  # given more rounds, of which nothing was begun
+                partial.rename(out)
+            else:
+                _keep_logs(partial, failed)
         raise
 
 
@@ -84,6 +104,11 @@ def may_go_on(out: Path) -> bool:
 def _resumable(directory: Path) -> bool:
     """Whether a round of this run was completed: its aggregator has a checkpoint."""
     return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether this is a training run that is complete: all that its aggregator has for all lies in it."""
+    return (directory / SUMMARY_FILE).is_file() and (directory / LEDGER_FILE).is_file()
 
 
 def _keep_logs(partial: Path, failed: Path) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.data import SOURCES
 from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
+from mpc_fl.learning.data.loaders import read_with_loader
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
 from mpc_fl.learning.data.phantoms import make_phantoms, phantom_labels
 from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
@@ -106,6 +108,8 @@ def _read_records(config: Config, split: Split) -> Records:
         return read_breast_cancer(config, split)
     if config.data.source == "csv":
         return read_csv(_data_path(config), config, split)
+    if config.data.source not in SOURCES:
+        return read_with_loader(config, config.site.data, split)
     return read_medmnist(_data_path(config), config, split)
 
 
@@ -187,10 +191,11 @@ class SharedPatients:
 def shared_patients(config: Config) -> SharedPatients:
     """Which test patients train somewhere, as far as names at hand say: of all hospitals that share one data folder.
 
-    Tables are divided by patient, archives and phantoms number the records of each split anew: none is shared there.
+    Tables are divided by patient, archives and phantoms number the records of each split anew: none is shared there. What a loader
+    calls a patient is one.
     Raises `DataError` like `load_hospital`.
     """
-    if config.data.source != "images":
+    if config.data.source in SOURCES and config.data.source != "images":
         return SharedPatients((), 0)
     index, limit = _index(config, "train"), config.data.subset.train_patients
     training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
@@ -216,7 +221,8 @@ def _index_of(config: Config, split: Split) -> _Index:
         index.labels[kept],
         [index.patients[row] for row in kept],
         [index.names[row] for row in kept],
-        [index.files[row] for row in kept],
+        [index.files[row] for row in kept if index.files],
+        None if index.arrays is None else index.arrays[kept],
     )
 
 
@@ -284,6 +290,9 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     classes only are no error here.
     """
     source = config.data.source
+    if source not in SOURCES:
+        records = read_with_loader(config, path, "test", labelled=False)
+        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
     if path is None:
         if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from mpc_fl import compatibility
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models import efficientnet_lite, scattering
+from mpc_fl.learning.models import efficientnet_lite, own_networks, scattering
 from mpc_fl.learning.models.batch_norm import freeze_normalisation, with_group_norm
 
 OWN_ARCHITECTURES = ("small_cnn", "mlp", "linear", "efficientnet_lite0", "scattering")
@@ -153,7 +153,10 @@ def _constructor(config: Config, input_shape: tuple[int, ...]) -> Callable[[], n
         return _scattering(input_shape, classes)
     if name not in architectures():
         near = difflib.get_close_matches(name, architectures(), n=1, cutoff=0.0)
-        raise ModelError(f"unknown model.architecture '{name}'", f"the nearest known name is '{near[0]}'")
+        raise ModelError(
+            f"unknown model.architecture '{name}'",
+            f"the nearest known name is '{near[0]}'; a network of an installed package is named package.module:function",
+        )
     if input_shape[0] != 3:
         raise ModelError(
             f"model.architecture '{name}' takes 3 channels, the data have {input_shape[0]}", "set data.channels=3"
@@ -187,10 +190,14 @@ def build_model(config: Config, *, input_shape: tuple[int, ...] | None = None, s
     The process's random state is neither read nor changed. Raises `ModelError` for an unknown architecture (naming the
     nearest) and for data of the wrong form.
     """
-    construct = _constructor(config, config.data.input_shape if input_shape is None else input_shape)
-    generator = torch.Generator().manual_seed(config.seed if seed is None else seed)
-    with torch.random.fork_rng(devices=[]), _DrawFrom(generator):
-        model = construct()
+    shape = config.data.input_shape if input_shape is None else input_shape
+    drawn_from = config.seed if seed is None else seed
+    if own_networks.is_own_network(config):
+        model = own_networks.build(config, shape, drawn_from)
+    else:
+        construct, generator = _constructor(config, shape), torch.Generator().manual_seed(drawn_from)
+        with torch.random.fork_rng(devices=[]), _DrawFrom(generator):
+            model = construct()
     if config.model.normalisation == "group":
         return with_group_norm(model).eval()
     return freeze_normalisation(model).eval()

@@ -40,6 +40,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 def _replace_batchnorm(model: nn.Module, replacement: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
     if isinstance(model, _BatchNorm):
+        if not type(model).forward.__module__.startswith("torch.nn."):
+            raise ModelError(
+                f"{type(model).__name__} does more than BatchNorm, so nothing here can stand for it",
+                "build the network with BatchNorm of torch.nn, and activations beside it",
+            )
         return replacement(model)
     for name, child in list(model.named_children()):
         setattr(model, name, _replace_batchnorm(child, replacement))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import ModelError
+from mpc_fl.errors import ModelError, printable
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models import efficientnet_lite
 from mpc_fl.learning.models.architectures import build_model
@@ -29,9 +29,10 @@ from mpc_fl.learning.models.foreign_weights import (
     read_bounded,
     weights_in,
 )
-from mpc_fl.learning.models.weights_store import store
+from mpc_fl.learning.models.weights_store import described, is_model, store, store_model
 
 _LARGEST_WHEEL = 256 << 20
+_KEY_OF_OWN = b'"mpc-fl"'  # in the header of files of this program
 _FROM_SCRATCH = ("small_cnn", "mlp", "scattering")
 
 
@@ -86,9 +87,24 @@ class Imported:
 
 
 def import_file(path: Path, architecture: str) -> Imported:
-    """Store the weights in a safetensors file or a torch checkpoint for an architecture. Raises `ModelError`."""
+    """Store the weights in a safetensors file or a torch checkpoint for an architecture; a model of this program as it is.
+
+    Raises `ModelError`.
+    """
     content = read_bounded(path)
     digest = digest_of(content)
+    if content[8:9] == b"{" and _KEY_OF_OWN in content[: 8 + int.from_bytes(content[:8], "little")]:
+        _, said = described(content, path)
+        if is_model(said):
+            if said.get("architecture") != architecture:
+                raise ModelError(
+                    f"{path} is a model of '{printable(str(said.get('architecture')), 80)}', not of '{architecture}'",
+                    "name its own architecture",
+                )
+            classes = said.get("classes")
+            return Imported(
+                store_model(path), architecture, len(classes) if isinstance(classes, list) else None, "an earlier run"
+            )
     tensors = weights_in(content, f"weights file {path}")
     for published in PUBLISHED.values():
         if (published.member_sha256, published.architecture) == (digest, architecture):

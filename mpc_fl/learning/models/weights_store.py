@@ -2,6 +2,8 @@
 
 A configuration that starts from weights of others names them by that digest, so all parties start from the same ones, whoever
 brought the file. Equal tensors from an equal origin give equal bytes. Every read compares the content with the name.
+
+A model that this program trained is kept as it is, so its name is the SHA-256 that all parties of its training signed.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from mpc_fl.files import written_whole
 from mpc_fl.learning.models.foreign_weights import digest_of, read_bounded
 from mpc_fl.parsing import parse_json
 
-_FORMAT = "mpc-fl weights 1"
+_FORMAT, _MODEL_FORMAT = "mpc-fl weights 1", "mpc-fl model 1"
 _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LONGEST = 1000  # letters and entries of a description that are shown
-_OBTAIN = "run mpc-fl model import or mpc-fl model fetch here, as for this configuration elsewhere"
+_OBTAIN = (
+    "run mpc-fl model import or mpc-fl model fetch here, as for this configuration elsewhere; for a model of an earlier run get "
+    "its model.safetensors and import that, or give it with --from"
+)
 
 
 def directory() -> Path:
@@ -66,6 +71,38 @@ def store(
     return digest
 
 
+def model_digest(path: Path) -> str:
+    """The SHA-256 of a model file of this program, as its parties signed it. Raises `ModelError` for any other file."""
+    return digest_of(_model_content(path))
+
+
+def _model_content(path: Path) -> bytes:
+    content = read_bounded(path)
+    if not is_model(described(content, path)[1]):
+        raise ModelError(f"{path} is no model of mpc-fl", "give a model.safetensors; mpc-fl model import keeps others")
+    return content
+
+
+def store_model(path: Path, place: Path | None = None) -> str:
+    """Keep a model file of this program, byte for byte, and return its SHA-256. Raises `ModelError` for any other file.
+
+    It goes to `directory()`, or to the site's own directory `place`.
+    """
+    content = _model_content(path)
+    digest, folder = digest_of(content), directory() if place is None else place
+    if place is not None and not place.is_dir():
+        raise ModelError(f"site.weights is the file {place}", f"set it to a folder, in which {digest[:12]} can be kept")
+    if not _place_in(folder, digest).exists():
+        with written_whole(_place_in(folder, digest)) as temporary:
+            temporary.write_bytes(content)
+    return digest
+
+
+def is_model(description: Mapping[str, Any]) -> bool:
+    """Whether a stored file is a model that this program trained, by its description."""
+    return description.get("format") == _MODEL_FORMAT
+
+
 def is_digest(text: str) -> bool:
     """Whether this can be the name of stored weights."""
     return _DIGEST.fullmatch(text) is not None
@@ -83,13 +120,14 @@ def find(digest: str, place: Path | None) -> Path:
 def load(digest: str, place: Path | None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and description of stored weights; see `find`.
 
-    The description has `architecture` and `origin`, both text, and perhaps what `store` calls details, unchecked.
+    The description has `architecture` and, unless it is of a model (`is_model`), `origin`, both text, and perhaps what `store`
+    calls details, unchecked.
     """
     path = _path(digest, place)
     tensors, description = described(_content(path, digest), path)
-    if description.get("format") != _FORMAT or not all(
-        isinstance(description.get(key), str) for key in ("architecture", "origin")
-    ):
+    keys = ("architecture",) if is_model(description) else ("architecture", "origin")
+    known = description.get("format") in (_FORMAT, _MODEL_FORMAT)
+    if not known or not all(isinstance(description.get(key), str) for key in keys):
         raise ModelError(f"{path} holds no weights that mpc-fl stored", _OBTAIN)
     return tensors, description
 
