@@ -42,6 +42,7 @@ from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameter
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.learning.privacy.accounting import epsilon_of
+from mpc_fl.learning.training.batch_pieces import copies_at_once
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
@@ -142,15 +143,18 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
     shape = data.input_shape if data.features is None else (data.channels, data.image_size, data.image_size)
     records = 2 * patients * torch.Size(shape).numel()  # read one by one, then stacked
     evaluating = 3 * EVALUATION_CHUNK * layers.widest
-    per_record = parameters + 5 * layers.all
     method = config.training.per_sample_gradients
     # Large networks are measured to be fastest in the loop, which holds one gradient.
     one_by_one = method == "loop" or (method == "auto" and parameters > 1_000_000)
-    together = 1 if one_by_one else min(config.training.batch_size, patients)
+    batch, factor = min(config.training.batch_size, patients), 5
+    together = 1 if one_by_one else batch
     if config.privacy.mechanism == "none":
-        together, per_record = min(config.training.batch_size, patients), 2 * layers.all
-    # Gradients of single records are held for a chunk of at most 1 GB (`per_sample_gradients`).
-    training = min(together * per_record, (1 << 30) // _FLOAT + 5 * layers.all * together)
+        together, factor, gradients = batch, 2, 0
+    else:
+        # Gradients of single records are held for a chunk of at most 1 GB (`per_sample_gradients`).
+        gradients = min(together * parameters, max(parameters, (1 << 30) // _FLOAT))
+    in_network = min(together * config.training.augmentation.copies, copies_at_once(data.input_shape))
+    training = gradients + factor * layers.all * in_network
     weights = 5 * parameters  # global, working copy, gradient, momentum, update
     shares = 4 * parameters * _WORD // _FLOAT  # encoded, mask, share, message
     return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))

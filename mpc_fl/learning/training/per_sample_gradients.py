@@ -153,7 +153,7 @@ def _of_records(
     fit their memory bound.
     """
     count = copies.shape[1]
-    at_once = copies_at_once(copies.flatten(0, 1))
+    at_once = copies_at_once(copies.shape[2:])
     if method != "loop":
         size = sum(parameter.numel() for _, parameter in trainable_parameters(model))
         at_once = max(1, min(at_once, _GRADIENT_BYTES // (4 * max(1, size))))
@@ -211,7 +211,7 @@ def clipped_sum(
 
 def _of_batch(model: nn.Module, loss: Loss, inputs: Inputs, labels: torch.Tensor, method: Method) -> Iterator[Chunk]:
     """`_of_records` of a batch of any size, whose copies are made as they are needed."""
-    records = max(1, copies_at_once(inputs) // copies_per_record(inputs))
+    records = max(1, copies_at_once(records_of(inputs).shape[1:]) // copies_per_record(inputs))
     for start in range(0, len(inputs), records):
         rows = slice(start, start + records)
         yield from _of_records(model, loss, copies_of(inputs[rows]), labels[rows], method)
