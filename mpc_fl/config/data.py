@@ -5,6 +5,7 @@ Each class checks what can be checked within it; what must fit between two secti
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -96,8 +97,22 @@ class SubsetSection(Section):
     test_patients: Count | None = None
 
 
+# Names of the public chest X-rays of Kermany et al. (Cell 2018): person12_bacteria_3.jpeg, NORMAL2-IM-0123-0001.jpeg. The same
+# person in two classes counts as one patient, the safe reading.
+KERMANY_NAMES = r"(person\d+|(?:NORMAL2-)?IM-\d+)[-_.]"
+
+
 class DataSection(Section):
-    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+    """What the data are. `images`: DIR/{train,test}/<class>/ with DICOM, PNG, JPEG, TIFF and other image files.
+
+    `unit` is what privacy is counted by, and what keeps records together. Whose an image is says DIR/patients.csv, else the
+    header of a DICOM file, else `patient_pattern`, a regular expression for the beginning of a file's name, whose first group is
+    the patient. Records of which nothing says it are refused, unless `unit` is `image`: then each counts by itself, and so does
+    every claim of privacy.
+
+    `wrong_size: resize` brings images to `image_size`; `not_square` says how one becomes a square: with black beside it (`pad`),
+    its middle alone (`crop`), or distorted (`stretch`). `frame` says which of several frames of a file is taken. A class of which
+    more than the share `most_unreadable` of a hospital's files cannot be read stops that hospital.
 
     `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
@@ -118,6 +133,11 @@ class DataSection(Section):
     image_size: Annotated[int, Field(ge=8, le=1024)] = 32
     channels: Literal[1, 3] = 1
     wrong_size: Literal["error", "resize"] = "error"
+    not_square: Literal["pad", "crop", "stretch"] = "pad"
+    frame: Literal["error", "first", "middle"] = "error"
+    most_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.1
+    unit: Literal["patient", "image"] = "patient"
+    patient_pattern: str | None = KERMANY_NAMES
     partition: PartitionSection = PartitionSection()
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()
@@ -133,6 +153,13 @@ class DataSection(Section):
             raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
+        if self.patient_pattern is not None:
+            try:
+                groups = re.compile(self.patient_pattern).groups
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"patient_pattern is no regular expression: {error}") from None
+            if groups < 1:
+                raise ValueError("patient_pattern needs a group (in brackets) that is the patient")
         if self.features is not None and self.is_table:
             raise ValueError("features are those of images; leave data.features null for tables")
         if self.source == "csv" and self.table.features is None:

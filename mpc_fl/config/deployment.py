@@ -85,6 +85,7 @@ class SiteSection(Section):
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
+    `patient_key` is the file of the key that identifiers of patients are hashed with; null: one of this user, made when needed.
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
@@ -95,6 +96,7 @@ class SiteSection(Section):
     resume: bool = False
     training_processes: Count = 1
     data: Path | None = None
+    patient_key: Path | None = None
     images: Path | None = None
     model: Path | None = None
     weights: Path | None = None

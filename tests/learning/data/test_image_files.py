@@ -28,7 +28,9 @@ from pydicom.uid import (
 )
 
 from mpc_fl.errors import DataError
-from mpc_fl.learning.data.image_files import UnreadableImageError, WrongSizeError, is_image_file, read_image
+from mpc_fl.learning.data.dicom_files import PALETTE
+from mpc_fl.learning.data.file_kinds import UnreadableImageError
+from mpc_fl.learning.data.image_files import STRETCHED, ImageForm, WrongSizeError, read_image, what_is_left_aside
 
 SIZE = 8
 SECRETS = ("Mustermann", "GEHEIM-4711", "19610412", "Klinik am See")
@@ -76,7 +78,7 @@ def _table(entries: list[int] | bytes, first: int, depth: int, count: int | None
 
 
 def _read(path: Path, channels: int = 1) -> np.ndarray:
-    image = read_image(path, channels, SIZE, "error")
+    image = read_image(path, ImageForm(channels, SIZE)).pixels
     assert image.shape == (channels, SIZE, SIZE) and image.dtype == torch.float32
     assert image.min() >= 0 and image.max() <= 1
     return image[0].numpy() if channels == 1 else image.numpy()
@@ -84,7 +86,7 @@ def _read(path: Path, channels: int = 1) -> np.ndarray:
 
 def _refused(path: Path) -> str:
     with pytest.raises(UnreadableImageError) as caught:
-        read_image(path, 1, SIZE, "error")
+        read_image(path, ImageForm(1, SIZE))
     message = str(caught.value)
     assert path.name in message and "\n" not in message
     assert not any(secret in message for secret in SECRETS)
@@ -233,9 +235,10 @@ def test_dicom_with_numbers_that_are_not_finite(tmp_path: Path, tag: str) -> Non
 
 
 def test_dicom_modality_table(tmp_path: Path) -> None:
-    table = [k * k for k in range(64)]
+    table = [16 * k * k for k in range(64)]
     path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=_table(table, 0, 16))
-    np.testing.assert_allclose(_read(path), RAMP**2 / 65535, atol=1e-6)
+    np.testing.assert_allclose(_read(path), 16 * RAMP**2 / 65535, atol=1e-6)
+    table = [k * k for k in range(64)]
     windowed = {"WindowCenter": 2000, "WindowWidth": 2001}
     path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=_table(table, 0, 16), **windowed)
     np.testing.assert_allclose(_read(path), _linear(RAMP**2, 2000, 2001), atol=1e-6)
@@ -265,9 +268,9 @@ def test_dicom_table_of_8_bits_with_many_entries(tmp_path: Path, packed: bool) -
 
 def test_dicom_table_that_begins_below_zero(tmp_path: Path) -> None:
     # numpy refuses to subtract a negative first value from unsigned pixels, so pydicom's functions fail here
-    sequence = _table([k * 100 for k in range(80)], -8, 16)
+    sequence = _table([k * 800 for k in range(80)], -8, 16)
     path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint16), bits=16, ModalityLUTSequence=sequence)
-    np.testing.assert_allclose(_read(path), (RAMP + 8) * 100 / 65535, atol=1e-6)
+    np.testing.assert_allclose(_read(path), (RAMP + 8) * 800 / 65535, atol=1e-6)
 
 
 def _colours(dtype: Any = np.uint8, top: int = 255) -> np.ndarray:
@@ -293,9 +296,20 @@ def test_dicom_ybr_becomes_rgb(tmp_path: Path) -> None:
     np.testing.assert_allclose(_read(path, 3), rgb.transpose(2, 0, 1) / 255, atol=0.015)
 
 
-def test_dicom_palette_is_refused(tmp_path: Path) -> None:
-    message = _refused(_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), PhotometricInterpretation="PALETTE COLOR"))
-    assert "photometric" in message
+@pytest.mark.parametrize("bits", [8, 16])
+def test_dicom_palette(tmp_path: Path, bits: int) -> None:
+    scale, tags = (2**bits - 1) / 255, {"PhotometricInterpretation": "PALETTE COLOR"}
+    tables = {name: np.rint(np.arange(64) * step * scale) for name, step in (("Red", 1), ("Green", 2), ("Blue", 4))}
+    for name, entries in tables.items():
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [64, 0, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = entries.astype("<u1" if bits == 8 else "<u2").tobytes()
+    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), **tags)
+    np.testing.assert_allclose(_read(path, 3), np.stack([RAMP, RAMP * 2, RAMP * 4]) / 255, atol=1e-4)
+    assert PALETTE in read_image(path, ImageForm(3, SIZE)).treatments
+
+
+def test_dicom_palette_without_tables_is_refused(tmp_path: Path) -> None:
+    _refused(_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), PhotometricInterpretation="PALETTE COLOR"))
 
 
 def test_dicom_compressed(tmp_path: Path) -> None:
@@ -407,7 +421,7 @@ def test_jpeg(tmp_path: Path, mode: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_exif_orientation(tmp_path: Path, orientation: int, turned: Callable[..., np.ndarray], dtype: Any) -> None:
-    pixels, exif = (RAMP * 4).astype(dtype), Image.Exif()
+    pixels, exif = (RAMP * (4 if dtype == np.uint8 else 1024)).astype(dtype), Image.Exif()
     exif[0x0112] = orientation
     path = _png(tmp_path / "a.png", pixels, exif=exif)
     np.testing.assert_allclose(_read(path), turned(pixels) / np.iinfo(dtype).max, atol=1e-6)
@@ -456,7 +470,7 @@ def test_damaged_files_are_read_or_unreadable_never_anything_else(tmp_path: Path
         damaged = tmp_path / f"damaged{source.suffix}"
         damaged.write_bytes(content)
         try:
-            image = read_image(damaged, 1, SIZE, "resize")
+            image = read_image(damaged, ImageForm(1, SIZE, "resize", frame="first")).pixels
             assert image.isfinite().all() and image.min() >= 0 and image.max() <= 1
             outcomes.add("read")
         except UnreadableImageError:
@@ -476,9 +490,10 @@ def test_group_length_that_is_damaged_is_unreadable(tmp_path: Path) -> None:
 def test_size(tmp_path: Path) -> None:
     path = _png(tmp_path / "a.png", np.tile(np.repeat([0, 255], 8), (20, 1)).astype(np.uint8))
     with pytest.raises(WrongSizeError, match="a.png is 16x20, expected 8x8: set data.wrong_size"):
-        read_image(path, 1, SIZE, "error")
-    resized = read_image(path, 1, SIZE, "resize")
-    assert resized.shape == (1, 8, 8) and resized[0, 3, 0] == 0 and resized[0, 3, 7] == 1
+        read_image(path, ImageForm(1, SIZE))
+    resized = read_image(path, ImageForm(1, SIZE, "resize", "stretch"))
+    assert resized.treatments[-1] == STRETCHED
+    assert resized.pixels.shape == (1, 8, 8) and resized.pixels[0, 3, 0] == 0 and resized.pixels[0, 3, 7] == 1
     assert not issubclass(WrongSizeError, UnreadableImageError)
 
 
@@ -489,8 +504,15 @@ def test_which_files_of_a_folder_are_images(tmp_path: Path) -> None:
     for name in ("README", "notes.1", "short"):
         (tmp_path / name).write_text("x" * (5 if name == "short" else 500))
     (tmp_path / "folder.png").mkdir()
-    found = {path.name for path in tmp_path.iterdir() if is_image_file(path)}
-    assert found == {"IM0001", "1.2.840.10008.77", "a.DCM", "b.JPG", "c.png"}
+    found = {path.name: what_is_left_aside(path) for path in tmp_path.iterdir()}
+    images = {name for name, what in found.items() if what is None}
+    # What is inside counts, where a suffix does not announce an image: g.txt is DICOM.
+    assert images == {"IM0001", "1.2.840.10008.77", "a.DCM", "b.JPG", "c.png", "g.txt"}
+    aside = {name: what for name, what in found.items() if what is not None}
+    assert aside == {
+        "DICOMDIR": "index or cache of a program", ".d.png": "hidden", "._e.dcm": "hidden", "folder.png": "folder",
+        "README": "no image", "notes.1": "no image", "short": "no image",
+    }  # fmt: skip
     np.testing.assert_allclose(_read(tmp_path / "IM0001"), RAMP / 255, atol=1e-6)
     np.testing.assert_allclose(_read(tmp_path / "1.2.840.10008.77"), RAMP / 255, atol=1e-6)
 
@@ -503,5 +525,5 @@ def test_a_file_without_access_is_not_overlooked(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert is_image_file(path)
+    assert what_is_left_aside(path) is None
     assert "Permission denied" in _refused(path)
