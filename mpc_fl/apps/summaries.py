@@ -84,7 +84,8 @@ class TrainingSummary:
     """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
 
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
-    are also training patients by name.
+    are also training patients by name. `unit` is what privacy is counted by, a patient unless it says otherwise, and
+    `treatments` says to how many images of all hospitals was done what.
     """
 
     KIND: ClassVar[str] = "train"
@@ -104,6 +105,8 @@ class TrainingSummary:
     lost: list[str] | None = None
     evaluated_round: int | None = None
     shared_patients: int | None = None
+    unit: str | None = None
+    treatments: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -113,6 +116,11 @@ class TrainingSummary:
     def from_json(cls, value: object, where: str = SUMMARY_FILE) -> TrainingSummary:
         """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
         return typed(cls, value, where)
+
+    @property
+    def counted_unit(self) -> str:
+        """What privacy is counted by, in a word."""
+        return self.unit or "patient"
 
     def absences(self) -> dict[str, list[str]]:
         """Hospitals that took no part, by the number of the round; rounds that all took part in are left out."""

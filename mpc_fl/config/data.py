@@ -179,6 +179,11 @@ class DataSection(Section):
         return (self.channels, self.image_size, self.image_size)
 
     @property
+    def counted_unit(self) -> str:
+        """What privacy is counted by, in a word: patient, or where nothing says whose they are image or record."""
+        return "record" if self.unit == "image" and self.is_table else self.unit
+
+    @property
     def is_table(self) -> bool:
         """Whether records are rows of features."""
         return self.source in ("csv", "breast_cancer")

@@ -44,7 +44,7 @@ TRAIN: dict[str, Any] = {
     "hospitals": ["hospital-0", "hospital-1"], "skipped_files": 1, "seconds": 61.5, "command": "mpc-fl train c.yaml",
     "versions": {"python": "3.11.9"}, "final": FINAL, "privacy": [PRIVACY],
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
-    "evaluated_round": 2, "shared_patients": 0,
+    "evaluated_round": 2, "shared_patients": 0, "unit": "image", "treatments": {"resized": 4},
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
@@ -101,7 +101,9 @@ def test_absences_are_the_hospitals_that_a_round_did_without() -> None:
     assert TrainingSummary.from_json(TRAIN).absences() == {"1": ["hospital-1"]}
 
 
-@pytest.mark.parametrize("key", ["skipped_files", "final", "took_part", "lost", "evaluated_round", "shared_patients"])
+@pytest.mark.parametrize(
+    "key", ["skipped_files", "final", "took_part", "lost", "shared_patients", "unit", "treatments"]
+)
 def test_a_training_of_an_earlier_version_is_read(key: str) -> None:
     summary = TrainingSummary.from_json({name: value for name, value in TRAIN.items() if name != key})
     assert getattr(summary, key) is None

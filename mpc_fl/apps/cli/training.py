@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
     from mpc_fl.learning.data.loading import SharedPatients
+    from mpc_fl.learning.data.survey import Survey
 
 
 def train(
@@ -93,7 +94,9 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     if final is not None:
-        counted = "test records" if final.noise is None else f"test patients, counted with noise of {final.noise:.1f}"
+        counted = "test records"
+        if final.noise is not None:
+            counted = f"test {summary.counted_unit}s, counted with noise of {final.noise:.1f}"
         after = "" if summary.evaluated_round in (None, summary.rounds) else f" after round {summary.evaluated_round}"
         say(
             f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
@@ -108,7 +111,7 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
-                f"{spent.hospital}: epsilon {spent.epsilon:.3f} at delta {spent.delta:g}, "
+                f"{spent.hospital}: epsilon {spent.epsilon:.3f} per {summary.counted_unit} at delta {spent.delta:g}, "
                 f"noise multiplier {spent.noise_multiplier:.3f}."
             )
         else:
@@ -125,24 +128,57 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
 
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
+    """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory.
+
+    Every file is read that training will read, so this can take a while.
+    """
+    from mpc_fl.learning.data.survey import survey
+
     try:
         settings = configure(config, overrides, data=data)
-        found = _preflight(settings)
+        data_found = survey(settings)
+        found = _preflight(settings, data_found.training_patients)
         _require_memory(settings, found)
     except MpcFlError as error:
         if as_json:
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names)})
+        print_json(
+            {
+                "ok": True,
+                **found.to_json(),
+                "data": data_found.to_json(),
+                "shared_patients": list(_shared_patients(settings).names),
+            }
+        )
         return
+    _say_data(data_found, settings)
     _say_shared_patients(settings, False)
+    unit = settings.data.counted_unit
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
-        say(f"{line.hospital}: {line.patients} training patients{words}")
+        say(f"{line.hospital}: {line.patients} training {unit}s{words}")
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
+
+
+def _say_data(found: Survey, config: Config) -> None:
+    """How many files and patients there are, where these come from, what was done to images, and what looks wrong."""
+    files = "files" if config.data.source == "images" else "records"
+    say(f"Data: {found.records} {files}, {found.patients} {config.data.counted_unit}s, {found.unreadable} unreadable.")
+    if found.unit == "image":
+        say(f"  Privacy is counted per {config.data.counted_unit}, not per patient (data.unit: image).")
+    if found.patients_from:
+        say("  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items()))
+    for what, count in sorted(found.treatments.items(), key=lambda entry: -entry[1]):
+        say(f"  {count} {what}")
+    for first in found.first_unreadable:
+        say(f"  unreadable: {first}")
+    if found.left_aside:
+        say("  left aside: " + ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items())))
+    for warning in found.warnings:
+        say(f"  WARNING: {warning}.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -197,8 +233,10 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
         error_console().print(text, highlight=False) if as_json else say(text)
 
 
-def _preflight(config: Config) -> TrainingEstimate:
-    """Everything that can be refused before a process starts. Raises the error the run would raise."""
+def _preflight(config: Config, patients: list[int] | None = None) -> TrainingEstimate:
+    """Everything that can be refused before a process starts. Raises the error the run would raise.
+
+    `patients`: training patients of each hospital, where they are known already."""
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
@@ -207,7 +245,7 @@ def _preflight(config: Config) -> TrainingEstimate:
     headroom_of(config).require()
     require_weights(config)
     _refuse_shared_patients(config)
-    return estimate_training(config, patients_per_hospital(config))
+    return estimate_training(config, patients_per_hospital(config) if patients is None else patients)
 
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:

@@ -19,6 +19,7 @@ from mpc_fl.learning.data.tables import Split
 
 _MANY_IMAGES = 20  # of one patient, on average: a pattern that takes a word for a patient gives more
 _FEW_FILES = 20  # fewer say nothing about their names
+_NAMED = 5  # unreadable files that are named
 _NUMBER = re.compile(r"\d+")
 
 
@@ -27,7 +28,8 @@ class Survey:
     """Of all hospitals whose data are here: files or records and patients of both splits, each counted once.
 
     `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
-    files have their patient from where. `training_patients` are those of each hospital of whom something can be read.
+    files of the folders have their patient from where, `first_unreadable` names some files and what to do about them.
+    `training_patients` are those of each hospital of whom something can be read.
     """
 
     records: int
@@ -38,6 +40,7 @@ class Survey:
     treatments: dict[str, int]
     left_aside: dict[str, int]
     patients_from: dict[str, int]
+    first_unreadable: list[str]
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -51,7 +54,7 @@ class _SplitSurvey:
 
     index: Index
     rows: set[int]
-    unreadable: int
+    unreadable: list[UnreadableImageError]
     treatments: Counter[str]
     patients_left: list[int]
 
@@ -70,12 +73,13 @@ def survey(config: Config) -> Survey:
     return Survey(
         records=records,
         patients=len(keys),
-        unreadable=sum(of.unreadable for of in found),
+        unreadable=sum(len(of.unreadable) for of in found),
         unit=config.data.unit,
         training_patients=found[0].patients_left,
         treatments=dict(treatments),
         left_aside=dict(left_aside),
         patients_from=dict(sources),
+        first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
         warnings=_warnings(sources, sorted(keys), records) if sources else [],
     )
 
@@ -97,7 +101,7 @@ def _survey_of(config: Config, split: Split) -> _SplitSurvey:
         if not left[-1]:
             first = next(iter(failed.values()))
             raise DataError(f"no {split} image can be read; the first: {first.what}", first.fix)
-    return _SplitSurvey(index, rows, len(unreadable), treatments, left)
+    return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
 
 
 def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[str]:
