@@ -33,7 +33,7 @@ _NAMED = 5  # patients that a message names
 class Index:
     """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
 
-    `sources` says how many have their patient from where, `left_aside` what else lies in the folders; both of images alone.
+    `sources` says where each has its patient from, `left_aside` what else lies in the folders; both of images alone.
     """
 
     labels: np.ndarray
@@ -41,7 +41,7 @@ class Index:
     names: list[str]
     files: list[Path] = field(default_factory=list)
     arrays: np.ndarray | None = None
-    sources: Mapping[str, int] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
     left_aside: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, rows: Sequence[int]) -> Index:
@@ -52,6 +52,7 @@ class Index:
             patients=[self.patients[row] for row in rows],
             names=[self.names[row] for row in rows],
             files=[self.files[row] for row in rows] if self.files else [],
+            sources=[self.sources[row] for row in rows] if self.sources else [],
             arrays=None if self.arrays is None else self.arrays[list(rows)],
         )
 

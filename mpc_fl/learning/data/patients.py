@@ -14,7 +14,6 @@ import hmac
 import os
 import re
 import secrets
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,10 +36,10 @@ _FIX = f"give DIR/{TABLE_FILE} (columns file, patient), set data.patient_pattern
 
 @dataclass(frozen=True)
 class Owners:
-    """The patient key of each file, and how many files have theirs from where."""
+    """The patient key of each file, and where it comes from."""
 
     keys: list[str]
-    sources: Counter[str]
+    sources: list[str]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
     Raises `DataError` for a damaged table, or files of which nothing says whose they are while `data.unit` is `patient`.
     """
     root = config.site.data or Path()
-    table, keys, sources = read_table(root), list[str](), Counter[str]()
+    table, keys, sources = read_table(root), list[str](), list[str]()
     unknown: list[Path] = []
     hashed = _Hashes(config)
     for path in files:
@@ -71,13 +70,12 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
             # By its place in the folder: in two splits two files of one name are two images.
             key, source = str(place), BY_ITSELF
         keys.append(key)
-        sources[source] += 1
+        sources.append(source)
     if unknown and config.data.unit == "patient":
-        where = f"{TABLE_FILE} does not name" if table is not None else "nothing says whose"
-        are = "" if table is not None else " are"
+        what = "no patient is known of" if table is None else f"{TABLE_FILE} does not name"
         raise DataError(
-            f"{where} {len(unknown)} of {len(files)} images{are} in {unknown[0].parent}, the first: {unknown[0].name}",
-            "complete the table, or remove it" if table is not None else _FIX,
+            f"{what} {len(unknown)} of {len(files)} images, the first {unknown[0]}",
+            _FIX if table is None else "complete the table, or remove it",
         )
     return Owners(keys, sources)
 

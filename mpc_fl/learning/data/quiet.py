@@ -27,7 +27,7 @@ def quiet() -> Iterator[None]:
     """Neither warnings nor log lines of the readers; a picture of absurd size is an error."""
     from PIL import Image  # pydicom decodes some pixels with it, too
 
-    loggers = [logging.getLogger(name) for name in ("pydicom", "PIL", "pylibjpeg", "nibabel", "nibabel.global")]
+    loggers = [logging.getLogger(name) for name in ("pydicom", "PIL", "pylibjpeg", "openjpeg", "nibabel.global")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

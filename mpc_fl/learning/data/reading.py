@@ -81,10 +81,15 @@ def require_one_readable(files: Sequence[Path], label: int, config: Config) -> N
             return
         except UnreadableImageError as error:
             first = first or error
+    raise nothing_of_class(label, first, config)
+
+
+def nothing_of_class(label: int, first: UnreadableImageError | None, config: Config) -> DataError:
+    """The error of a class of which no image is left: `first` is what is wrong with the first, None where there is none."""
     name = config.data.classes[label]
     if first is None:
-        raise DataError(
+        return DataError(
             f"no test patient of class '{name}' is left without those that also train",
             "add patients, or set data.shared_patients to keep",
         )
-    raise DataError(f"no image of class '{name}' can be read; the first: {first.what}", first.fix)
+    return DataError(f"no image of class '{name}' can be read; the first: {first.what}", first.fix)

@@ -14,7 +14,7 @@ from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
 from mpc_fl.learning.data.loading import Index, records_per_hospital
 from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
-from mpc_fl.learning.data.reading import require_readable
+from mpc_fl.learning.data.reading import nothing_of_class, require_readable
 from mpc_fl.learning.data.tables import Split
 
 _MANY_IMAGES = 20  # of one patient, on average: a pattern that takes a word for a patient gives more
@@ -28,7 +28,7 @@ class Survey:
     """Of all hospitals whose data are here: files or records and patients of both splits, each counted once.
 
     `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
-    files of the folders have their patient from where, `first_unreadable` names some files and what to do about them.
+    files have their patient from where, `first_unreadable` names some files and what to do about them.
     `training_patients` are those of each hospital of whom something can be read.
     """
 
@@ -66,7 +66,7 @@ def survey(config: Config) -> Survey:
     keys = {of.index.patients[row] for of in found for row in of.rows}
     sources, left_aside, treatments = Counter[str](), Counter[str](), Counter[str]()
     for of in found:
-        sources.update(of.index.sources)
+        sources.update(of.index.sources[row] for row in of.rows if of.index.sources)
         left_aside.update(of.index.left_aside)
         treatments.update(of.treatments)
     records = sum(len(of.rows) for of in found)
@@ -93,6 +93,10 @@ def _survey_of(config: Config, split: Split) -> _SplitSurvey:
             treatments.update(read_image(index.files[row], form).treatments)
         except UnreadableImageError as error:
             unreadable[row] = error
+    for label in range(len(config.data.classes)) if index.files else ():
+        of_class = [row for row in sorted(rows) if index.labels[row] == label]
+        if not (index.labels == label).any() or (of_class and all(row in unreadable for row in of_class)):
+            raise nothing_of_class(label, unreadable[of_class[0]] if of_class else None, config)
     left = []
     for own in parts:
         failed = {place: unreadable[row] for place, row in enumerate(own) if row in unreadable}
