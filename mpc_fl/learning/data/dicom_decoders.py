@@ -1,7 +1,7 @@
 """Compressed pixels of DICOM files: which decoder reads which transfer syntax, and what to do where none does.
 
-Pillow reads JPEG of 8 bits, `python-gdcm` (Apache-2.0) JPEG of 12 bits and JPEG Lossless, `pyjpegls` (MIT) JPEG-LS,
-`pylibjpeg-openjpeg` (MIT) JPEG 2000 and High-Throughput JPEG 2000, pydicom itself runs of bytes (RLE). For each syntax there
+Pillow reads JPEG of 8 bits, `python-gdcm` (Apache-2.0) in a process of its own JPEG of 12 bits and JPEG Lossless,
+`pyjpegls` (MIT) JPEG-LS, `pylibjpeg-openjpeg` (MIT) JPEG 2000 and High-Throughput JPEG 2000, pydicom itself runs of bytes (RLE). For each syntax there
 is one decoder, so that a file is read alike on every machine. `pylibjpeg-libjpeg` is not used: it is under the GPL.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mpc_fl.learning.data import gdcm_process
 from mpc_fl.learning.data.file_kinds import UnreadableImageError, unreadable
 from mpc_fl.learning.data.quiet import MALFORMED, held_standard_error
 
@@ -32,7 +33,7 @@ class _Decoder:
 
 
 _PILLOW = _Decoder("pillow", "PIL", "pillow")
-_GDCM = _Decoder("gdcm", "gdcm", "python-gdcm")
+_GDCM = _Decoder(gdcm_process.PLUGIN, "gdcm", "python-gdcm")
 _JPEGLS = _Decoder("pyjpegls", "jpeg_ls", "pyjpegls")
 _OPENJPEG = _Decoder("pylibjpeg", "openjpeg", "'pylibjpeg[openjpeg]'")
 _DECODERS = {
@@ -67,8 +68,8 @@ def decoded(dataset: Any, path: Path, frame: int, frames: int) -> np.ndarray:
             return np.asarray(pixel_array(dataset, index=frame))
         with held_standard_error():
             _require_announced_size(dataset, path, frame, frames)
-            if syntax == _EXTENDED and decoder is _GDCM:
-                return _extended_12_bits(dataset, frame, frames)
+            if decoder is _GDCM:
+                gdcm_process.register()
             return np.asarray(pixel_array(dataset, index=frame, decoding_plugin=decoder.plugin))
     except UnreadableImageError:
         raise
@@ -116,27 +117,3 @@ def _codestream_size(content: bytes) -> tuple[int, int] | None:
             return width, height
         place += 2 + length
     return None
-
-
-def _extended_12_bits(dataset: Any, frame: int, frames: int) -> np.ndarray:
-    """JPEG Extended of 12 bits by `python-gdcm`, which decodes it rightly though pydicom does not ask it to."""
-    import gdcm
-    from pydicom.encaps import get_frame
-
-    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
-    fragment.SetByteStringValue(get_frame(dataset.PixelData, frame, number_of_frames=frames))
-    fragments.AddFragment(fragment)
-    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
-    element.SetValue(fragments.__ref__())
-    image, rows, columns = gdcm.Image(), int(dataset.Rows), int(dataset.Columns)
-    image.SetNumberOfDimensions(2)
-    image.SetDimensions((columns, rows, 1))
-    image.SetDataElement(element)
-    grey = gdcm.PhotometricInterpretation.GetPIType("MONOCHROME2")
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(grey))
-    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(_EXTENDED)))
-    image.SetPixelFormat(gdcm.PixelFormat(1, 16, 12, 11, 0))
-    if int(dataset.SamplesPerPixel) != 1 or int(dataset.PixelRepresentation) != 0:
-        raise ValueError("only unsigned grey pixels are known of this syntax")
-    content = image.GetBuffer().encode("utf-8", "surrogateescape")  # gdcm gives bytes as text
-    return np.frombuffer(content, "<u2").reshape(rows, columns)

@@ -1,7 +1,7 @@
 """Silence while foreign code reads a file: its warnings and messages may quote what stands in the file.
 
-Python's warnings and log lines are one part. Decoders in C write to descriptor 2 by themselves (`python-gdcm` says "Unsupported
-JPEG data precision 12" before it succeeds), so that is held, too; the whole process writes nothing there meanwhile.
+Python's warnings and log lines are one part. Decoders in C write to descriptor 2 by themselves (OpenJPEG says what
+is wrong with a marker), so that is held, too; the whole process writes nothing there meanwhile.
 """
 
 from __future__ import annotations

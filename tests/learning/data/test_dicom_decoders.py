@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,41 @@ def test_a_codestream_larger_than_its_header_is_refused_before_it_is_decoded(tmp
     dataset.save_as(tmp_path / "a.dcm")
     with pytest.raises(UnreadableImageError, match="another size than its header says"):
         read_image(tmp_path / "a.dcm", ImageForm(1, 64))
+
+
+def test_a_file_that_aborts_its_decoder_is_unreadable_and_the_next_one_is_read(tmp_path: Path) -> None:
+    """Another number in the Adobe segment ends GDCM with an exception in C++."""
+    path, form = _file("SC_rgb_jpeg_gdcm.dcm"), ImageForm(3, 32, "resize")
+    content = bytearray(path.read_bytes())
+    content[content.find(b"Adobe") + 11] = 237
+    (tmp_path / "a.dcm").write_bytes(content)
+    before = read_image(path, form).pixels
+    with pytest.raises(UnreadableImageError, match="JPEG Lossless.* are damaged or cut off: export it again"):
+        read_image(tmp_path / "a.dcm", form)
+    assert read_image(path, form).pixels.equal(before)
+
+
+COMPRESSED = ["MR_small_jp2klossless", "MR_small_jpeg_ls_lossless", "MR_small_RLE", "JPGExtended", "SC_rgb_jpeg_dcmtk"]
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_damaged_compressed_files_are_read_or_unreadable(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw, whole = random.Random(name), _file(f"{name}.dcm").read_bytes()
+    outcomes = set()
+    for _ in range(40):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 2, 8))):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        (tmp_path / "a.dcm").write_bytes(content)
+        try:
+            image = read_image(tmp_path / "a.dcm", ImageForm(1, 32, "resize", frame="first")).pixels
+            assert image.isfinite().all() and image.min() >= 0 and image.max() <= 1
+            outcomes.add("read")
+        except UnreadableImageError:
+            outcomes.add("unreadable")
+    assert outcomes == {"read", "unreadable"} and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", ["SC_rgb_rle_2frame.dcm", "examples_ybr_color.dcm", "rtdose.dcm"])
