@@ -1,8 +1,8 @@
 """Compressed pixels of DICOM files: which decoder reads which transfer syntax, and what to do where none does.
 
-Pillow reads JPEG of 8 bits, `python-gdcm` (Apache-2.0) in a process of its own JPEG of 12 bits and JPEG Lossless,
-`pyjpegls` (MIT) JPEG-LS, `pylibjpeg-openjpeg` (MIT) JPEG 2000 and High-Throughput JPEG 2000, pydicom itself runs of bytes (RLE). For each syntax there
-is one decoder, so that a file is read alike on every machine. `pylibjpeg-libjpeg` is not used: it is under the GPL.
+Pillow reads JPEG of 8 bits, `python-gdcm` (Apache-2.0) in a process of its own JPEG of 12 bits and JPEG Lossless, `pyjpegls`
+(MIT) JPEG-LS, `pylibjpeg-openjpeg` (MIT) JPEG 2000 and High-Throughput JPEG 2000, pydicom itself runs of bytes (RLE). For each
+syntax there is one decoder, so that a file is read alike on every machine. `pylibjpeg-libjpeg` is not used: it is under the GPL.
 """
 
 from __future__ import annotations
