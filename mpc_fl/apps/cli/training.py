@@ -202,7 +202,10 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         f"  connecting takes about {took:.1f} s with {where}; the run waits {deadline:.0f} s at most for all to be there"
     )
     for line in training.privacy:
-        say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
+        say(
+            f"  {line.hospital}: {line.patients} {settings.data.counted_unit}s"
+            + privacy_words(line.epsilon, line.noise_multiplier)
+        )
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
     say(f"  {inference.bytes_per_party / 1e6:,.1f} MB sent per party in {inference.rounds} {steps}")

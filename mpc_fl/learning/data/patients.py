@@ -9,6 +9,7 @@ else. What is left is refused, or counts by itself where `data.unit` is `image`.
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import hmac
 import os
@@ -24,7 +25,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError, MpcFlError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.dicom_files import patient_identifier
-from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_of
+from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_by_name, kind_of
 
 TABLE_FILE = "patients.csv"
 FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
@@ -61,10 +62,10 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
     root = config.site.data or Path()
     table, keys, sources = read_table(root), list[str](), list[str]()
     unknown: list[Path] = []
-    hashed = _Hashes(config)
+    headers = _Headers(config)
     for path in files:
         place = PurePosixPath(*path.relative_to(root).parts)
-        key, source = _owner(path, place, table, config, hashed)
+        key, source = _owner(path, place, table, config, headers)
         if key is None:
             unknown.append(path)
             # By its place in the folder: in two splits two files of one name are two images.
@@ -81,39 +82,48 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
 
 
 def _owner(
-    path: Path, place: PurePosixPath, table: PatientTable | None, config: Config, hashed: _Hashes
+    path: Path, place: PurePosixPath, table: PatientTable | None, config: Config, headers: _Headers
 ) -> tuple[str | None, str]:
     if table is not None:
         row = table.row_of(place)
         return (None if row is None else row.patient), FROM_TABLE
-    identifier = _identifier(path)
-    if identifier is not None:
-        return hashed.of(identifier), FROM_HEADER
+    patient = headers.patient(path)
+    if patient is not None:
+        return patient, FROM_HEADER
     pattern = config.data.patient_pattern
     match = None if pattern is None else re.match(pattern, path.name)
     return (match.group(1) or None) if match is not None else None, FROM_NAME
 
 
-def _identifier(path: Path) -> str | None:
-    try:
-        return patient_identifier(path) if kind_of(path) == DICOM else None
-    except UnreadableImageError:
-        return None  # counted when it is to be read
-
-
-class _Hashes:
-    """Keyed hashes of identifiers. The key is read, or made, when the first one is asked for."""
+class _Headers:
+    """What stands for the patients of DICOM files. The site's key is read, or made, when the first file is asked."""
 
     def __init__(self, config: Config) -> None:
-        self._place, self._key = config.site.patient_key, None
+        self._place = config.site.patient_key
+        self._key: bytes | None = None
 
-    _key: bytes | None
-
-    def of(self, identifier: str) -> str:
-        """What stands for the patient from here on."""
+    def patient(self, path: Path) -> str | None:
+        """The keyed hash of a file's PatientID; None where it has none, or is no readable DICOM file."""
+        if kind_by_name(path) not in (None, DICOM):
+            return None
+        try:
+            if kind_of(path) != DICOM:
+                return None
+            status = path.stat()
+        except (OSError, UnreadableImageError):
+            return None  # counted when it is to be read
         if self._key is None:
             self._key = site_key(self._place)
-        return "patient-" + hmac.new(self._key, identifier.encode(), hashlib.sha256).hexdigest()[:_HASH_DIGITS]
+        return _hashed(path, status.st_mtime_ns, status.st_size, self._key)
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _hashed(path: Path, changed: int, size: int, key: bytes) -> str | None:
+    """Of a file as it was last changed: a run asks several times, and reading a header takes a millisecond."""
+    identifier = patient_identifier(path)
+    if identifier is None:
+        return None
+    return "patient-" + hmac.new(key, identifier.encode(), hashlib.sha256).hexdigest()[:_HASH_DIGITS]
 
 
 def site_key(place: Path | None) -> bytes:
