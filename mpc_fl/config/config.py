@@ -28,11 +28,15 @@ _SECONDS_PER_LINK = 0.02
 
 
 class Config(Section):
-    """A complete configuration. Build it with `loading.load_config` or `parse_config`."""
+    """All that a run follows: what is learned from what, under which promise, by whom, and where."""
 
-    name: str = "phantoms"
-    task: Literal["train", "infer", "serve"] = "train"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: str = Field(default="phantoms", description="of the run, in reports and privacy ledgers")
+    task: Literal["train", "infer", "serve"] = Field(
+        default="train", description="set by the command: training, one diagnosis, or a model owner that stays up"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="public; first weights and phantoms are drawn from it, never shares, masks or noise"
+    )
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
@@ -76,15 +80,48 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
+        if distributed and self.site.precision != "float32":
+            # A patient's rounded gradient must come out the same whoever else is drawn: shown for float32 alone.
+            raise ValueError("privacy.mechanism distributed needs gradients in float32; set site.precision to float32")
+        self._check_recipe()
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
             raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
+        if self.inference.public_features not in (None, self.data.features is not None):
+            raise ValueError(
+                "inference.public_features follows from data.features: set both, or neither, or leave the former null"
+            )
+        if self.data.features is None and self.site.feature_cache != "memory":
+            raise ValueError("site.feature_cache keeps features of images; set data.features, or leave it at memory")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
             )
+        _require_parties(self.federation)
         return self
+
+    def _check_recipe(self) -> None:
+        """What `training` has of recipes must have an effect."""
+        training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if training.augmentation.varies and (self.data.is_table or self.data.features is not None):
+            raise ValueError("training.augmentation is for images that are records; features and tables have none")
+        if training.keep_momentum and (distributed or self.strategy == "fedsgd"):
+            raise ValueError(
+                "the aggregator has the momentum, over all rounds, where every gradient is opened; set "
+                "training.keep_momentum to false"
+            )
+        if training.class_weights is not None and len(training.class_weights) != len(self.data.classes):
+            raise ValueError("training.class_weights must have one number for each of data.classes")
+        if training.gradient_clipping is not None and self.privacy.mechanism != "none":
+            raise ValueError(
+                "with a privacy mechanism each patient's gradient is clipped to privacy.clipping_norm; leave "
+                "training.gradient_clipping null"
+            )
+        if self.model.weight_standardisation and self.model.architecture in ("mlp", "linear", "scattering"):
+            raise ValueError(
+                f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
+            )
 
     @property
     def counts_patients(self) -> bool:
@@ -100,6 +137,14 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether a hospital's momentum lasts over rounds: as configured, else with local noise, where there is any."""
+        training = self.training
+        if training.keep_momentum is None:
+            return self.privacy.mechanism == "local" and self.strategy != "fedsgd" and training.momentum > 0
+        return training.keep_momentum
 
     @property
     def global_models(self) -> int:
@@ -157,6 +202,19 @@ class Config(Section):
             else:
                 values[name] = change
         return parse_config(values, "the resolved configuration")
+
+
+def _require_parties(federation: FederationSection) -> None:
+    """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
+    known = [*hospital_names(federation.hospitals), AGGREGATOR, HOSPITAL, MODEL_OWNER, DEALER]
+    named = [*federation.addresses, *federation.dial_out_only, *([federation.relay] if federation.relay else [])]
+    for name in named:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"federation names a party '{name[:60]}', and there is none with federation.hospitals: {federation.hospitals}; "
+                f"the nearest known name is '{nearest}'"
+            )
 
 
 def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -6,7 +6,7 @@ Each class checks what can be checked within it; what must fit between two secti
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,24 +16,28 @@ from mpc_fl.config.section import Bound, Count, Digest, Positive, Section
 class PartitionSection(Section):
     """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
 
-    method: Literal["equal", "dirichlet", "none"] = "equal"
-    alpha: Positive = 0.5
+    method: Literal["equal", "dirichlet", "none"] = Field(
+        default="equal", description="as evenly as it goes, or with other shares of the classes at each"
+    )
+    alpha: Positive = Field(default=0.5, description="of dirichlet: the smaller, the less the hospitals are alike")
 
 
 class PhantomSection(Section):
     """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
 
-    train_patients: Count = 1200
-    test_patients: Count = 300
+    train_patients: Count = Field(default=1200, description="of all hospitals together")
+    test_patients: Count = Field(default=300, description="of all hospitals together")
 
 
 class TableSection(Section):
     """Columns of a CSV file. Without `patient_column` every row is one patient."""
 
-    label_column: str = "label"
+    label_column: str = Field(default="label", description="holds the class of a row")
     patient_column: str | None = None
     features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.25, description="share of patients who are kept for tests, where there is no split of their own"
+    )
     reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
         default=None, description="public (low, high) of each feature column, never taken from patients of this run"
     )
@@ -57,7 +61,23 @@ FEATURE_COUNTS = {
     "mobilenet_v3_small": 1024,
     "mobilenet_v3_large": 1280,
 }
+# Channels of the blocks of an extractor that `stages` may name; of others `count` says it.
+_LITE0_BLOCKS = (16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320)
+_RESNET, _BOTTLENECK_RESNET = ({f"layer{n}": c << n for n in range(1, 5)} for c in (32, 128))
+STAGE_COUNTS: dict[str, dict[str, int]] = {
+    "efficientnet_lite0": {f"features.blocks.{n}": count for n, count in enumerate(_LITE0_BLOCKS)}
+    | {"features.last": 1280},
+    "resnet18": _RESNET,
+    "resnet34": _RESNET,
+    "resnet50": _BOTTLENECK_RESNET,
+}
+# Stored weights that `mpc-fl model fetch` makes of what is published: the same at every site.
+FETCHED_WEIGHTS = {"efficientnet_lite0": "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"}
 FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
+
+
+# The path of a block within a network: layer3, features.blocks.10
+Stage = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", max_length=100)]
 
 
 class FeatureSection(Section):
@@ -66,35 +86,66 @@ class FeatureSection(Section):
     `extractor` is `scattering`, which comes from no data, or a network whose `weights` (SHA-256 of the file, as `mpc-fl
     model fetch` and `mpc-fl model import` print it) everybody has: what stands before its last linear layer. The features of
     an image have L2 norm 1; with `mirror` they are the mean of those of the image and of its mirror, again at norm 1.
+
+    `stages` takes blocks of the network by their paths in it (`features.blocks.10` of `efficientnet_lite0`, `layer3` of
+    `resnet18`): the average of each one's output over all pixels, at norm 1, one beside the other, at norm 1 again.
     """
 
     extractor: str = "efficientnet_lite0"
     weights: Digest | None = None
     mirror: bool = True
+    stages: Annotated[tuple[Stage, ...], Field(max_length=32)] = Field(
+        default=(), description="blocks whose averages are joined; empty: what stands before the last linear layer"
+    )
     count: Count | None = Field(default=None, description="number of features; null: known of the extractor")
 
     @model_validator(mode="after")
     def _check(self) -> FeatureSection:
         if (self.weights is None) != (self.extractor == "scattering"):
             raise ValueError("scattering has no weights, and every other extractor needs them (`mpc-fl model --help`)")
-        known = FEATURE_COUNTS.get(self.extractor)
+        if self.stages and self.extractor == "scattering":
+            raise ValueError("scattering has no stages; leave data.features.stages empty")
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError("data.features.stages names a block twice")
+        known = self._known
         if known is None and self.count is None:
-            raise ValueError(f"set data.features.count: how many features '{self.extractor}' gives is not known here")
+            of = (
+                f"blocks {', '.join(self.stages)} of '{self.extractor}' give"
+                if self.stages
+                else f"'{self.extractor}' gives"
+            )
+            raise ValueError(f"set data.features.count: how many features {of} is not known here")
         if known is not None and self.count not in (None, known):
-            raise ValueError(f"{self.extractor} gives {known} features; leave data.features.count null")
+            what = "these stages give" if self.stages else f"{self.extractor} gives"
+            raise ValueError(f"{what} {known} features; leave data.features.count null")
         return self
+
+    @property
+    def _known(self) -> int | None:
+        """Features of one image, where that is known of the extractor."""
+        if not self.stages:
+            return FEATURE_COUNTS.get(self.extractor)
+        counts = STAGE_COUNTS.get(self.extractor, {})
+        return sum(counts[stage] for stage in self.stages) if set(self.stages) <= set(counts) else None
 
     @property
     def size(self) -> int:
         """Features of one image."""
-        return self.count or FEATURE_COUNTS[self.extractor]
+        size = self.count or self._known
+        assert size is not None  # `_check` saw to it
+        return size
+
+    def described(self) -> dict[str, Any]:
+        """As a model file says it, ready for JSON; without `stages` where there are none, as files had it before them."""
+        values = self.model_dump(mode="json")
+        return values if self.stages else {name: value for name, value in values.items() if name != "stages"}
 
 
 class SubsetSection(Section):
     """Upper limits on patients per hospital, for short runs; null takes all."""
 
-    train_patients: Count | None = None
-    test_patients: Count | None = None
+    train_patients: Count | None = Field(default=None, description="of each hospital at most")
+    test_patients: Count | None = Field(default=None, description="of each hospital at most")
 
 
 # Names of the public chest X-rays of Kermany et al. (Cell 2018): person12_bacteria_3.jpeg, NORMAL2-IM-0123-0001.jpeg. The same
@@ -103,7 +154,7 @@ KERMANY_NAMES = r"(person\d+|(?:NORMAL2-)?IM-\d+)[-_.]"
 
 
 class DataSection(Section):
-    """What the data are. `images`: DIR/{train,test}/<class>/ with DICOM, PNG, JPEG, TIFF and other image files.
+    """What the data are. `images`: `DIR/{train,test}/<class>/` with DICOM, PNG, JPEG, TIFF and other image files.
 
     `unit` is what privacy is counted by, and what keeps records together. Whose an image is says DIR/patients.csv, else the
     header of a DICOM file, else `patient_pattern`, a regular expression for the beginning of a file's name, whose first group is
@@ -119,8 +170,7 @@ class DataSection(Section):
     `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
 
     `features`: records are features of the images instead of the images, `features.size` numbers and a constant. There
-    `normalise: secure` takes the mean over patients off them (`mean` in `federation.feature_statistics`), and brings them to
-    norm 1 again.
+    `normalise: secure` takes the mean over patients off them, and brings them to norm 1 again.
 
     `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
 
@@ -128,16 +178,34 @@ class DataSection(Section):
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
 
-    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
-    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
-    image_size: Annotated[int, Field(ge=8, le=1024)] = 32
-    channels: Literal[1, 3] = 1
-    wrong_size: Literal["error", "resize"] = "error"
-    not_square: Literal["pad", "crop", "stretch"] = "pad"
-    frame: Literal["error", "first", "middle"] = "error"
-    most_unreadable: Annotated[float, Field(ge=0, le=1)] = 0.1
-    unit: Literal["patient", "image"] = "patient"
-    patient_pattern: str | None = KERMANY_NAMES
+    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = Field(
+        default="phantoms", description="where records come from; phantoms and breast_cancer need no files"
+    )
+    classes: tuple[str, ...] = Field(
+        default=("normal", "bacterial", "viral"),
+        description="names of the classes, in the order of the outputs; folders of images are called so",
+    )
+    image_size: Annotated[int, Field(ge=8, le=1024)] = Field(default=32, description="pixels of each side of an image")
+    channels: Literal[1, 3] = Field(default=1, description="1: grey, 3: colour")
+    wrong_size: Literal["error", "resize"] = Field(
+        default="error", description="what becomes of an image of another size"
+    )
+    not_square: Literal["pad", "crop", "stretch"] = Field(
+        default="pad", description="how a film becomes a square: black beside it, its middle alone, or distorted"
+    )
+    frame: Literal["error", "first", "middle"] = Field(
+        default="error", description="which of several frames or slices of a file is taken"
+    )
+    most_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="share of the files of a class that may be unreadable"
+    )
+    unit: Literal["patient", "image"] = Field(
+        default="patient", description="what privacy is counted by; image: records of unknown patients count one by one"
+    )
+    patient_pattern: str | None = Field(
+        default=KERMANY_NAMES,
+        description="beginning of a file's name, whose first group is the patient; the default knows the public X-rays",
+    )
     partition: PartitionSection = PartitionSection()
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ class RuntimeSection(Section):
     """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
 
     In training all other deadlines follow from `connect_timeout`, `receive_timeout` (an answer that takes no work) and
-    `federation.round_timeout` (`deadlines.py`): hospitals wait longer for the aggregator than it waits for them.
+    `federation.round_timeout`: hospitals wait longer for the aggregator than it waits for them.
     """
 
     connect_timeout: Positive = 60.0
@@ -27,12 +27,16 @@ class RuntimeSection(Section):
         default=20.0,
         description="seconds without any sign of life after which another party is lost: stopped, or cut off",
     )
-    threads: Count = 1
-    first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+    threads: Count = Field(default=1, description="of each party")
+    first_port: Annotated[int, Field(ge=1, le=65000)] | None = Field(
+        default=None, description="of parties on this machine; null: free ones"
+    )
     restarts: Whole = Field(
         default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
     )
-    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 256 << 20
+    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = Field(
+        default=256 << 20, description="of corrections that a dealer may send ahead of need"
+    )
 
 
 class FederationSection(Section):
@@ -42,7 +46,7 @@ class FederationSection(Section):
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
 
-    hospitals: Annotated[int, Field(ge=2, le=64)] = 3
+    hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )
@@ -53,7 +57,7 @@ class FederationSection(Section):
         default=False,
         description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
     )
-    session: str = ""
+    session: str = Field(default="", description="sets two runs of one configuration apart")
     addresses: dict[str, str] = Field(default_factory=dict)
     dial_out_only: tuple[str, ...] = ()
     relay: str | None = None
@@ -84,33 +88,65 @@ class SiteSection(Section):
 
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
+    A hospital computes gradients, features and evaluation on `device`, gradients in `precision`; all else stays on the CPU.
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `patient_key` is the file of the key that identifiers of patients are hashed with; null: one of this user, made when needed.
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
+
+    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
+    to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
+    own below it.
     """
 
     listen: str | None = None
     resume: bool = False
     training_processes: Count = 1
-    data: Path | None = None
-    patient_key: Path | None = None
-    images: Path | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = Field(
+        default="cpu",
+        description="where a hospital computes gradients, features and evaluation: auto (a GPU if there is one), cpu, cuda, cuda:N",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products in gradients; clipping and noise are in float32 and float64 always"
+    )
+    watch: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        default=(), description="where this party draws curves of its own metrics while it trains"
+    )
+    mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
+        default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
+    )
+    data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
+    patient_key: Path | None = Field(
+        default=None,
+        description="key that patients' identifiers are hashed with; null: one of this user, made when needed",
+    )
+    images: Path | None = Field(default=None, description="images to diagnose")
     model: Path | None = None
     weights: Path | None = None
     out: Path | None = None
-    log: Path | None = None
-    identity: Path | None = None
-    privacy_ledger: Path | None = None
+    log: Path | None = Field(default=None, description="file of this party")
+    identity: Path | None = Field(default=None, description="directory with certificate and key of this party")
+    privacy_ledger: Path | None = Field(
+        default=None, description="directory in which what patients have spent is kept over runs; null: of the run"
+    )
     pool: Path | None = None
     reveal_ledger: Path | None = None
     authority: Path | None = None
+    feature_cache: Literal["memory"] | Path = "memory"
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.mlflow_uri is not None and "mlflow" not in self.watch:
+            raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
+        if len(set(self.watch)) != len(self.watch):
+            raise ValueError("watch names one of them twice")
+        if self.training_processes > 1 and (self.device, self.precision) != ("cpu", "float32"):
+            raise ValueError(
+                "training_processes share out work on the CPU in float32; leave device and precision, or set 1"
+            )
         return self

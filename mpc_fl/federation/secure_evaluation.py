@@ -34,6 +34,7 @@ from mpc_fl.federation.noised_evaluation import (
     plan_noised_evaluation,
 )
 from mpc_fl.federation.planning import evaluation_run_name, over_all_hospitals
+from mpc_fl.learning.device import on_device
 from mpc_fl.learning.models.evaluation import (
     Evaluation,
     decode_evaluation,
@@ -60,7 +61,8 @@ def hospital_evaluation(
     """
     number, config = plan.number, hospital.config
     domain.links.set_phase(f"round {number} evaluation")
-    probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs), dim=1)
+    computed = on_device(hospital.model, hospital.device.exact)
+    probabilities = torch.softmax(predict(computed, hospital.test.inputs), dim=1)
     own = evaluate_locally(probabilities, hospital.test.labels)
     if not config.evaluates(number):
         return own

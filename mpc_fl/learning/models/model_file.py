@@ -21,6 +21,8 @@ from mpc_fl.errors import DataError, ModelError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.low_rank import merged
+from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.parsing import parse_json
 
 _FORMAT = "mpc-fl model 1"
@@ -34,7 +36,7 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
     if normalisation is not None:
         constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
-        constants["features"] = config.data.features.model_dump(mode="json")
+        constants["features"] = config.data.features.described()
     return {
         **constants,
         "format": _FORMAT,
@@ -48,11 +50,14 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
 def model_file(model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> bytes:
     """The content of a model file: all parameters and buffers with the description of the architecture.
 
+    Adapters (`low_rank`) are taken into the weights they stand beside, and standardised weights are folded: the file is that of
+    an ordinary network.
     `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there.
     """
     if (normalisation is not None) != (config.data.normalise != "none"):
         raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = plain_network(merged(model)).state_dict()
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation))})
 
 
