@@ -76,8 +76,10 @@ def _data(answers: Answers) -> list[str]:
         lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
         lines += ["  normalise_noise_multiplier: 2.7"]
     if answers.source == "csv":
+        if answers.patient_column is None:
+            lines += ["  unit: image        # no column says whose a row is: privacy is counted per row"]
         lines += ["  table:", f"    label_column: {_written(answers.label_column)}"]
-        lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row is one patient"]
+        lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row counts by itself"]
         lines += [
             f"    features: {answers.features}      # columns beside label and patient, the same at every hospital"
         ]

@@ -156,7 +156,7 @@ def _privacy(facts: CardFacts) -> str:
         "that pool what they know with the aggregator."
     )
     rows = [
-        ("Unit", "one training patient of one hospital with all records, added or removed"),
+        ("Unit", _unit(config)),
         ("Mechanism", f"{settings.mechanism}: clipped gradients of patients drawn at random, with Gaussian noise"),
         ("Epsilon, at most", f"{settings.epsilon:g} over all runs that are charged to a hospital's privacy ledger"),
         ("Delta", f"{planned.delta:g}"),
@@ -192,6 +192,13 @@ def _privacy(facts: CardFacts) -> str:
             "**The sampling order came from a fixed seed: no epsilon holds against anyone who knows that seed.**"
         )
     return "\n\n".join([*parts, _opened(facts)])
+
+
+def _unit(config: Config) -> str:
+    unit = config.data.counted_unit
+    if unit == "patient":
+        return "one training patient of one hospital with all records, added or removed"
+    return f"one training {unit} of one hospital, added or removed: per {unit}, not per patient (data.unit: image)"
 
 
 def _opened(facts: CardFacts) -> str:

@@ -43,6 +43,7 @@ class HospitalRound:
     method: str | None = None
     own_accuracy: float | None
     skipped_files: int = 0
+    treatments: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,8 @@ class TrainingSummary:
 
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
     are also training patients by name. `began_with` is the SHA-256 of the weights it began with, of others or of an earlier run.
+    `unit` is what privacy is counted by, a patient unless it says otherwise, and `treatments` says to how many images of all
+    hospitals was done what.
     """
 
     KIND: ClassVar[str] = "train"
@@ -105,6 +107,8 @@ class TrainingSummary:
     evaluated_round: int | None = None
     shared_patients: int | None = None
     began_with: str | None = None
+    unit: str | None = None
+    treatments: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -114,6 +118,11 @@ class TrainingSummary:
     def from_json(cls, value: object, where: str = SUMMARY_FILE) -> TrainingSummary:
         """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
         return typed(cls, value, where)
+
+    @property
+    def counted_unit(self) -> str:
+        """What privacy is counted by, in a word."""
+        return self.unit or "patient"
 
     def absences(self) -> dict[str, list[str]]:
         """Hospitals that took no part, by the number of the round; rounds that all took part in are left out."""

@@ -5,6 +5,7 @@ Each class checks what can be checked within it; what must fit between two secti
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -150,10 +151,22 @@ class SubsetSection(Section):
 
 
 SOURCES = ("phantoms", "images", "npz", "csv", "breast_cancer")  # of this program
+# Names of the public chest X-rays of Kermany et al. (Cell 2018): person12_bacteria_3.jpeg, NORMAL2-IM-0123-0001.jpeg. The same
+# person in two classes counts as one patient, the safe reading.
+KERMANY_NAMES = r"(person\d+|(?:NORMAL2-)?IM-\d+)[-_.]"
 
 
 class DataSection(Section):
-    """What the data are. `images`: `DIR/{train,test}/<class>/` with PNG, JPEG or DICOM files.
+    """What the data are. `images`: `DIR/{train,test}/<class>/` with DICOM, PNG, JPEG, TIFF and other image files.
+
+    `unit` is what privacy is counted by, and what keeps records together. Whose an image is says DIR/patients.csv, else the
+    header of a DICOM file, else `patient_pattern`, a regular expression for the beginning of a file's name, whose first group is
+    the patient. Records of which nothing says it are refused, unless `unit` is `image`: then each counts by itself, and so does
+    every claim of privacy.
+
+    `wrong_size: resize` brings images to `image_size`; `not_square` says how one becomes a square: with black beside it (`pad`),
+    its middle alone (`crop`), or distorted (`stretch`). `frame` says which of several frames of a file is taken. A class of which
+    more than the share `most_unreadable` of a hospital's files cannot be read stops that hospital.
 
     `source` is one of `SOURCES`, or the name of a loader that an installed package announces (`learning/data/loaders.py`).
 
@@ -183,6 +196,22 @@ class DataSection(Section):
     wrong_size: Literal["error", "resize"] = Field(
         default="error", description="what becomes of an image of another size"
     )
+    not_square: Literal["pad", "crop", "stretch"] = Field(
+        default="pad", description="how a film becomes a square: black beside it, its middle alone, or distorted"
+    )
+    frame: Literal["error", "first", "middle"] = Field(
+        default="error", description="which of several frames or slices of a file is taken"
+    )
+    most_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="share of the files of a class that may be unreadable"
+    )
+    unit: Literal["patient", "image"] = Field(
+        default="patient", description="what privacy is counted by; image: records of unknown patients count one by one"
+    )
+    patient_pattern: str | None = Field(
+        default=KERMANY_NAMES,
+        description="beginning of a file's name, whose first group is the patient; the default knows the public X-rays",
+    )
     partition: PartitionSection = PartitionSection()
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()
@@ -198,6 +227,13 @@ class DataSection(Section):
             raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
+        if self.patient_pattern is not None:
+            try:
+                groups = re.compile(self.patient_pattern).groups
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"patient_pattern is no regular expression: {error}") from None
+            if groups < 1:
+                raise ValueError("patient_pattern needs a group (in brackets) that is the patient")
         if self.features is not None and self.is_table:
             raise ValueError("features are those of images; leave data.features null for tables")
         if self.source == "csv" and self.table.features is None:
@@ -215,6 +251,11 @@ class DataSection(Section):
         if self.source == "breast_cancer":
             return (30,)
         return (self.channels, self.image_size, self.image_size)
+
+    @property
+    def counted_unit(self) -> str:
+        """What privacy is counted by, in a word: patient, or where nothing says whose they are image or record."""
+        return "record" if self.unit == "image" and self.is_table else self.unit
 
     @property
     def is_table(self) -> bool:

@@ -90,6 +90,7 @@ class SiteSection(Section):
 
     A hospital computes gradients, features and evaluation on `device`, gradients in `precision`; all else stays on the CPU.
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
+    `patient_key` is the file of the key that identifiers of patients are hashed with; null: one of this user, made when needed.
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
@@ -120,6 +121,10 @@ class SiteSection(Section):
     )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
+    patient_key: Path | None = Field(
+        default=None,
+        description="key that patients' identifiers are hashed with; null: one of this user, made when needed",
+    )
     images: Path | None = Field(default=None, description="images to diagnose")
     model: Path | None = None
     weights: Path | None = None

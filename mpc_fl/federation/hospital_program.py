@@ -76,7 +76,8 @@ def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospita
     loaded = (load_hospital(config, rank, split) for split in splits)  # one after the other: images are large
     cache, progress = open_feature_cache(config, name), functools.partial(notify, "features")
     patients, held_out = (as_records(images, config, progress, cache) for images in loaded)
-    privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3", name)
+    path = (config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3"
+    privacy_ledger = PrivacyLedger(path, name, config.data.counted_unit)
     return join(config, rank, patients, held_out, privacy_ledger, out)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ def hospital_round(
         "own_accuracy": own.accuracy,
         "own_records": own.records,
         "skipped_files": hospital.train.skipped + hospital.test.skipped,
+        "treatments": dict(Counter(hospital.train.treatments) + Counter(hospital.test.treatments)),
         "seconds": {
             "train": train_seconds,
             "aggregate": aggregate_seconds,

@@ -256,7 +256,7 @@ def privacy_of_steps(config: Config, steps: int) -> dict[str, Scalar]:
         return {"mechanism": "none"}
     return {
         "mechanism": settings.mechanism,
-        "unit": "patient",
+        "unit": config.data.counted_unit,
         "steps": steps,
         "clipping norm": settings.clipping_norm,
         "delta": settings.delta,

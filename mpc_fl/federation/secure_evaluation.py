@@ -103,8 +103,15 @@ def _evaluation_counts(config: Config, number: int) -> Description:
     noise = config.evaluation.noise_multiplier
     if noise is None:
         return Description("sum of evaluation counts", f"round {number}: evaluation counts")
-    privacy = {"mechanism": config.privacy.mechanism, "unit": "test patient", "noise multiplier": noise}
-    return Description("sum of confusion matrices", f"round {number}: noised evaluation", privacy)
+    return Description(
+        "sum of confusion matrices",
+        f"round {number}: noised evaluation",
+        {
+            "mechanism": config.privacy.mechanism,
+            "unit": f"test {config.data.counted_unit}",
+            "noise multiplier": noise,
+        },
+    )
 
 
 def _evaluating(config: Config, rules: Rules) -> Rules:

@@ -70,6 +70,9 @@ def test_the_claim_is_what_the_accountant_computed_and_names_its_unit() -> None:
     assert said["Epsilon of this run alone"] == ["7.200; 7.900 if all spare rounds (1) are used"]
     assert (said["Delta"], said["Accountant"]) == (["0.0001"], ["pld"])
     assert said["Unit"][0].startswith("one training patient of one hospital")
+    assert rows(card_text(facts({"data": {"unit": "image"}})))["Unit"][0].endswith(
+        "per image, not per patient (data.unit: image)"
+    )
     assert said["Steps"] == ["50, each draws a patient with probability 0.25"]
 
 

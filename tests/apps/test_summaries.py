@@ -45,6 +45,7 @@ TRAIN: dict[str, Any] = {
     "versions": {"python": "3.11.9"}, "final": FINAL, "privacy": [PRIVACY],
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
     "evaluated_round": 2, "shared_patients": 0, "began_with": None,
+    "unit": "image", "treatments": {"resized": 4},
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
@@ -102,7 +103,18 @@ def test_absences_are_the_hospitals_that_a_round_did_without() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["skipped_files", "final", "took_part", "lost", "evaluated_round", "shared_patients", "began_with"]
+    "key",
+    [
+        "skipped_files",
+        "final",
+        "took_part",
+        "lost",
+        "evaluated_round",
+        "shared_patients",
+        "began_with",
+        "unit",
+        "treatments",
+    ],
 )
 def test_a_training_of_an_earlier_version_is_read(key: str) -> None:
     summary = TrainingSummary.from_json({name: value for name, value in TRAIN.items() if name != key})

@@ -47,7 +47,7 @@ from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 
 CLASSES = ("normal", "bacterial", "viral")
 SETTINGS: dict[str, Any] = {
-    "data": {"source": "images", "image_size": 8, "classes": list(CLASSES)},
+    "data": {"source": "images", "image_size": 8, "classes": list(CLASSES), "patient_pattern": r"(\w+)\.png"},
     "training": {"rounds": 1, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
     "privacy": {"delta": 0.01, "smallest_hospital": 12},
     "federation": {"hospitals": 2},
@@ -222,7 +222,7 @@ def test_images_to_diagnose(site: Site, run: Run) -> None:
     assert_refused(run, [*command, "--images", other], DataError, "no image can be read", other)
     Image.new("L", (16, 16)).save(other)
     assert_refused(run, [*command, "--images", other], DataError, f"image {other} is 16x16, expected 8x8")
-    assert_refused(run, [*command, "--images", site.results], DataError, "holds no PNG, JPEG or DICOM file")
+    assert_refused(run, [*command, "--images", site.results], DataError, "holds no file of the kinds DICOM, PNG")
 
 
 # ---- headroom, privacy -------------------------------------------------------------------------------------------------

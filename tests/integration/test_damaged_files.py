@@ -37,7 +37,7 @@ from mpc_fl.errors import MpcFlError
 from mpc_fl.files import append_json_line, read_json_lines
 from mpc_fl.inference.fast.preprocessing.pool import KEYS, Terms, create_pool, open_pool
 from mpc_fl.inference.serving.service_records import EARLIER_USAGE, open_records
-from mpc_fl.learning.data.image_files import read_image
+from mpc_fl.learning.data.image_files import ImageForm, read_image
 from mpc_fl.learning.data.tables import read_csv, read_medmnist
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.model_file import load_model, save_model
@@ -222,7 +222,7 @@ def picture(kind: str) -> Callable[[Path], Case]:
     def make(root: Path) -> Case:
         path = root / f"image.{kind}"
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(path)
-        return path, lambda: read_image(path, 1, 8, "resize")
+        return path, lambda: read_image(path, ImageForm(1, 8, "resize"))
 
     return make
 

@@ -86,6 +86,6 @@ def _asked(known: Answers, given: set[str]) -> Answers:
     else:
         ask("features", "Feature columns of the table", int)
         ask("label_column", "Column that holds the class", str)
-        column = typer.prompt("Column that holds the patient (empty: a row is a patient)", default="", err=True)
+        column = typer.prompt("Column that holds the patient (empty: every row counts by itself)", default="", err=True)
         known = replace(known, patient_column=column or None)
     return known

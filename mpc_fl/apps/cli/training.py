@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
     from mpc_fl.learning.data.loading import SharedPatients
+    from mpc_fl.learning.data.survey import Survey
 
 _GO_ON = "--resume goes on from the last round"
 
@@ -118,7 +119,9 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     if final is not None:
-        counted = "test records" if final.noise is None else f"test patients, counted with noise of {final.noise:.1f}"
+        counted = "test records"
+        if final.noise is not None:
+            counted = f"test {summary.counted_unit}s, counted with noise of {final.noise:.1f}"
         after = "" if summary.evaluated_round in (None, summary.rounds) else f" after round {summary.evaluated_round}"
         say(
             f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
@@ -133,7 +136,7 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
-                f"{spent.hospital}: epsilon {spent.epsilon:.3f} at delta {spent.delta:g}, "
+                f"{spent.hospital}: epsilon {spent.epsilon:.3f} per {summary.counted_unit} at delta {spent.delta:g}, "
                 f"noise multiplier {spent.noise_multiplier:.3f}."
             )
         else:
@@ -150,12 +153,17 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
 
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
+    """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory.
+
+    Every file is read that training will read, so this can take a while.
+    """
+    from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
     try:
         settings = configure(config, overrides, data=data)
-        found = _preflight(settings)
+        data_found = survey(settings)
+        found = _preflight(settings, patients=data_found.training_patients)
         assert found is not None  # of a run from its start
         _require_memory(settings, found)
     except MpcFlError as error:
@@ -165,18 +173,39 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
         shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of["data"] = data_found.to_json()
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
+    _say_data(data_found, settings)
     _say_shared_patients(settings, False)
     for what, package in _packages(settings).items():
         say(f"{what}: code of the package {package}.")
+    unit = settings.data.counted_unit
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
-        say(f"{line.hospital}: {line.patients} training patients{words}")
+        say(f"{line.hospital}: {line.patients} training {unit}s{words}")
     say(f"Device of hospitals here: {device_of(settings).words}.")
     _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
+
+
+def _say_data(found: Survey, config: Config) -> None:
+    """How many files and patients there are, where these come from, what was done to images, and what looks wrong."""
+    files = "files" if config.data.source == "images" else "records"
+    say(f"Data: {found.records} {files}, {found.patients} {config.data.counted_unit}s, {found.unreadable} unreadable.")
+    if found.unit == "image":
+        say(f"  Privacy is counted per {config.data.counted_unit}, not per patient (data.unit: image).")
+    if found.patients_from:
+        say("  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items()))
+    for what, count in sorted(found.treatments.items(), key=lambda entry: -entry[1]):
+        say(f"  {count} {what}")
+    for first in found.first_unreadable:
+        say(f"  unreadable: {first}")
+    if found.left_aside:
+        say("  left aside: " + ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items())))
+    for warning in found.warnings:
+        say(f"  WARNING: {warning}.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -201,7 +230,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         f"  connecting takes about {took:.1f} s with {where}; the run waits {deadline:.0f} s at most for all to be there"
     )
     for line in training.privacy:
-        say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
+        words = privacy_words(line.epsilon, line.noise_multiplier)
+        say(f"  {line.hospital}: {line.patients} {settings.data.counted_unit}s{words}")
     _say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
@@ -258,10 +288,11 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
         error_console().print(text, highlight=False) if as_json else say(text)
 
 
-def _preflight(config: Config, resume: bool = False) -> TrainingEstimate | None:
+def _preflight(config: Config, resume: bool = False, patients: list[int] | None = None) -> TrainingEstimate | None:
     """Everything that can be refused before a process starts. Raises the error the run would raise.
 
-    What a run that goes on may still release follows from the hospitals' ledgers (None for it): they plan it themselves.
+    `patients`: training patients of each hospital, where they are known already. What a run that goes on may still release
+    follows from the hospitals' ledgers (None for it): they plan it themselves.
     """
     from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
@@ -278,7 +309,8 @@ def _preflight(config: Config, resume: bool = False) -> TrainingEstimate | None:
     if config.model.initial_weights is not None:
         begun_anew(config)
     _refuse_shared_patients(config)
-    patients = patients_per_hospital(config)
+    if patients is None:
+        patients = patients_per_hospital(config)
     return None if resume else estimate_training(config, patients)
 
 

@@ -37,9 +37,11 @@ def result(run: Run) -> Markup:
     if len(spent) < len(summary.privacy):
         spent = []  # for the patients of one hospital none holds, so there is no largest one
     worst, delta = max(spent, key=lambda pair: pair[0], default=(None, None))
-    remark = f"per patient, at delta = {delta:g}" if spent else "no differential privacy"
+    remark = f"per {summary.counted_unit}, at delta = {delta:g}" if spent else "no differential privacy"
     interval = f"95 % interval {percent(final.accuracy_low)} to {percent(final.accuracy_high)}"
-    counted = "test records" if final.noise is None else f"test patients, counted with noise of {final.noise:.1f}"
+    counted = "test records"
+    if final.noise is not None:
+        counted = f"test {summary.counted_unit}s, counted with noise of {final.noise:.1f}"
     facts: list[tuple[str, object, str]] = [
         ("Accuracy", percent(final.accuracy), f"{interval}; {final.records} {counted}"),
         ("Balanced accuracy", percent(final.balanced_accuracy), "mean over classes of the share found"),
@@ -60,6 +62,17 @@ def _interval_words(final: Scores) -> str:
         return "The interval holds what was drawn of patients and the noise of the counts."
     return """The interval is Wilson's; it takes test records as independent and is too narrow where patients have several
     records."""
+
+
+def images(run: Run) -> Markup:
+    """What was done to how many images before they were of one form; nothing where no version or no image says so."""
+    done = run.training.treatments
+    if not done:
+        return Markup("")
+    rows = sorted(done.items(), key=lambda entry: (-entry[1], entry[0]))
+    text = """What was done to the image files of all hospitals, training and test: where brightness came from, and what else was
+    changed. The run's data settings say how; docs/data.md says what it means."""
+    return Markup(paragraph(text) + table("Images by what was done to them", ("What", "Images"), rows, 1))
 
 
 def _caveats(run: Run) -> Markup:
@@ -190,7 +203,7 @@ def privacy(run: Run) -> Markup:
     elif (run.config.get("training") or {}).get("sampling_seed") is not None:
         text = "The sampling order came from a fixed seed: epsilon does not hold against anyone who knows that seed."
         parts += paragraph(text, "warning")
-    parts += _guarantee(run)
+    parts += _unit(run) + _guarantee(run)
     parts += _epsilon_by_round(lines, [entry.target_epsilon for entry in entries])
     rows = []
     for entry in entries:
@@ -199,7 +212,8 @@ def privacy(run: Run) -> Markup:
         clipped = percent(of[-1].clipped_fraction if of else None)
         rows.append((entry.hospital, entry.mechanism, *(plain(value, ".4g") for value in numbers), clipped))
     head = ("Hospital", "Mechanism", "Epsilon", "Target", "Delta", "Noise multiplier", "Clipped")
-    text = "Privacy of each hospital. Clipped: share of the per-patient gradients clipped in the last round."
+    unit = run.training.counted_unit
+    text = f"Privacy of each hospital. Clipped: share of the gradients, one per {unit}, clipped in the last round."
     return Markup(parts + notes + table(text, head, rows, 5))
 
 
@@ -212,6 +226,16 @@ def _of_the_beginning(run: Run) -> str:
     only where the same privacy ledger held it."""
 
 
+def _unit(run: Run) -> Markup:
+    """A warning where privacy is counted by something smaller than the patient."""
+    unit = run.training.counted_unit
+    if unit == "patient":
+        return Markup("")
+    text = f"""Privacy is counted per {unit}, not per patient (data.unit: image). A patient with k {unit}s that nothing joins
+    has up to k times epsilon, and a delta that is larger yet."""
+    return paragraph(text, "warning")
+
+
 def _guarantee(run: Run) -> Markup:
     """What (epsilon, delta) means in this run and what it does not cover, where there is noise."""
     settings, evaluation = run.config.get("privacy") or {}, run.config.get("evaluation") or {}
@@ -221,12 +245,13 @@ def _guarantee(run: Run) -> Markup:
     if settings["mechanism"] == "distributed":
         shared = """A patient known to k hospitals may be in one sum k times, under the noise for once: as if the noise multiplier
         were k times smaller."""
-    noise = evaluation.get("noise_multiplier")
-    tested = f"""Evaluation carries noise of {noise} times what one test patient can move, and is in epsilon."""
+    noise, unit = evaluation.get("noise_multiplier"), run.training.counted_unit
+    tested = f"""Evaluation carries noise of {noise} times what one test {unit} can move, and is in epsilon."""
     if noise is None:
         tested = "Evaluation opened exact sums of counts over hospitals: no epsilon covers test patients."
-    text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one patient, with all records,
-    was among a hospital's training patients or not. Sampling, divisors, weights and noise follow from public figures, and no
+    whole = "patient, with all records," if unit == "patient" else unit
+    text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one {whole}
+    was among a hospital's training {unit}s or not. Sampling, divisors, weights and noise follow from public figures, and no
     number of patients was opened. Not guaranteed: that public bounds on hospitals' sizes are hidden, or who took part. {shared}
     {_of_the_beginning(run)}
     {tested} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""

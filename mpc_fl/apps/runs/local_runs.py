@@ -9,6 +9,7 @@ the last file of a run costs nothing but that file.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,8 @@ def train(
             evaluated_round=evaluated[-1].round if evaluated else None,
             began_with=config.model.initial_weights,
             shared_patients=len(shared_patients(config).names),
+            unit=config.data.counted_unit,
+            treatments=dict(sum((Counter(line.treatments) for line in last.values()), Counter[str]())),
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,

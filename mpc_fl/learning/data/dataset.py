@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -15,13 +15,15 @@ from mpc_fl.learning.data.normalisation import Normalisation
 @dataclass(frozen=True)
 class Dataset:
     """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
-    record int64 (N,) from 0, names of the records, and how many files were unreadable and left out."""
+    record int64 (N,) from 0, names of the records, how many files were unreadable and left out, and to how many of the others
+    was done what (`image_files.Picture`)."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
     patients: torch.Tensor
     names: tuple[str, ...]
     skipped: int = 0
+    treatments: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,13 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.data import SOURCES
 from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data.dataset import Dataset
-from mpc_fl.learning.data.image_files import UnreadableImageError, is_image_file, read_image
+from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
+from mpc_fl.learning.data.image_folders import ImageFolder, class_folders
 from mpc_fl.learning.data.loaders import read_with_loader
-from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, patient_of
+from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal
+from mpc_fl.learning.data.patients import owners_in_archive, owners_of, require_known
 from mpc_fl.learning.data.phantoms import make_phantoms, phantom_labels
+from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
 from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
@@ -28,14 +32,31 @@ _NAMED = 5  # patients that a message names
 
 
 @dataclass(frozen=True)
-class _Index:
-    """All records of a split before pixels are read: label, patient key and name of each, and where to read it."""
+class Index:
+    """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
+
+    `sources` says where each has its patient from, `left_aside` what else lies in the folders; both of images alone.
+    """
 
     labels: np.ndarray
     patients: list[str]
     names: list[str]
     files: list[Path] = field(default_factory=list)
     arrays: np.ndarray | None = None
+    sources: list[str] = field(default_factory=list)
+    left_aside: Mapping[str, int] = field(default_factory=dict)
+
+    def only(self, rows: Sequence[int]) -> Index:
+        """Some of the records."""
+        return replace(
+            self,
+            labels=self.labels[list(rows)],
+            patients=[self.patients[row] for row in rows],
+            names=[self.names[row] for row in rows],
+            files=[self.files[row] for row in rows] if self.files else [],
+            sources=[self.sources[row] for row in rows] if self.sources else [],
+            arrays=None if self.arrays is None else self.arrays[list(rows)],
+        )
 
 
 def _data_path(config: Config) -> Path:
@@ -44,41 +65,7 @@ def _data_path(config: Config) -> Path:
     return config.site.data
 
 
-def _class_folders(root: Path, config: Config) -> list[tuple[int, Path]]:
-    try:
-        exists = root.is_dir()
-    except OSError as error:
-        raise DataError(f"cannot look into {root.parent}: {error.strerror}", "check its permissions") from None
-    if not exists:
-        raise DataError(f"data folder {root} does not exist", "give DIR/{train,test}/<class>/ with --data DIR")
-    # Hidden folders are left by notebooks and file servers; they are no classes.
-    found = [entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")]
-    unknown = [name for name in found if name not in config.data.classes]
-    if unknown:
-        raise DataError(
-            f"wrong number of classes: {root} has a folder '{unknown[0]}', {len(config.data.classes)} classes are configured",
-            "set data.classes to all folder names",
-        )
-    folders = []
-    for label, name in enumerate(config.data.classes):
-        if name not in found:
-            raise DataError(f"class folder {root / name} does not exist", "create it or correct data.classes")
-        folders.append((label, root / name))
-    return folders
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error.strerror or 'no access'}", "check its permissions") from None
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if is_image_file(path)]
-
-
-def _index(config: Config, split: Split) -> _Index:
+def _index(config: Config, split: Split) -> Index:
     source = config.data.source
     if source == "phantoms":
         sizes = config.data.phantoms
@@ -87,40 +74,58 @@ def _index(config: Config, split: Split) -> _Index:
         names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
         inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
         # No phantom of one split is one of another, and so are their names.
-        return _Index(phantoms.labels, [f"{split}-{patient}" for patient in phantoms.patients], names, arrays=inputs)
+        return Index(phantoms.labels, [f"{split}-{patient}" for patient in phantoms.patients], names, arrays=inputs)
     if source == "images":
-        labels, files = [], []
-        for label, folder in _class_folders(_data_path(config) / split, config):
-            inside = _image_files(folder)
-            if not inside:
-                raise DataError(
-                    f"class folder {folder} has no images", "add PNG, JPEG or DICOM files or drop the class"
-                )
-            labels += [label] * len(inside)
-            files += inside
-        names = [path.name for path in files]
-        return _Index(np.array(labels, dtype=np.int64), [patient_of(name) for name in names], names, files)
+        return _index_of_images(config, split)
     return _from_records(_read_records(config, split), config)
+
+
+def _index_of_images(config: Config, split: Split) -> Index:
+    labels, files, left_aside = list[int](), list[Path](), Counter[str]()
+    for label, folder in enumerate(class_folders(_data_path(config) / split, config.data.classes)):
+        found = ImageFolder.of(folder)
+        if not found.files:
+            aside = ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items()))
+            raise DataError(
+                f"class folder {folder} has no images" + (f" ({aside})" if aside else ""),
+                f"add files of the kinds {', '.join(IMAGE_KINDS)}, or drop the class",
+            )
+        labels += [label] * len(found.files)
+        files += found.files
+        left_aside += found.left_aside
+    owners = owners_of(files, config)
+    names = [path.name for path in files]
+    return Index(
+        np.array(labels, dtype=np.int64), owners.keys, names, files, sources=owners.sources, left_aside=left_aside
+    )
 
 
 def _read_records(config: Config, split: Split) -> Records:
     if config.data.source == "breast_cancer":
         return read_breast_cancer(config, split)
     if config.data.source == "csv":
-        return read_csv(_data_path(config), config, split)
+        records = read_csv(_data_path(config), config, split)
+        if config.data.table.patient_column is None:
+            require_known(len(records.labels), config)
+        return records
     if config.data.source not in SOURCES:
         return read_with_loader(config, config.site.data, split)
-    return read_medmnist(_data_path(config), config, split)
+    records = read_medmnist(_data_path(config), config, split)
+    patients = owners_in_archive(_data_path(config), split, len(records.labels))
+    if patients is None:
+        require_known(len(records.labels), config)
+        return records
+    return replace(records, patients=patients)
 
 
-def _from_records(records: Records, config: Config) -> _Index:
+def _from_records(records: Records, config: Config) -> Index:
     missing = sorted(set(range(len(config.data.classes))) - set(records.labels.tolist()))
     if missing:
         raise DataError(f"class '{config.data.classes[missing[0]]}' has no records", "correct data.classes or the data")
-    return _Index(records.labels, records.patients, records.names, arrays=records.inputs)
+    return Index(records.labels, records.patients, records.names, arrays=records.inputs)
 
 
-def _patients_of_hospitals(index: _Index, config: Config) -> list[list[str]]:
+def _patients_of_hospitals(index: Index, config: Config) -> list[list[str]]:
     """Patient keys of every hospital, after partition and subset. Raises `DataError` for a hospital without patients."""
     first_label: dict[str, int] = {}
     for patient, label in zip(index.patients, index.labels.tolist(), strict=True):
@@ -191,11 +196,10 @@ class SharedPatients:
 def shared_patients(config: Config) -> SharedPatients:
     """Which test patients train somewhere, as far as names at hand say: of all hospitals that share one data folder.
 
-    Tables are divided by patient, archives and phantoms number the records of each split anew: none is shared there. What a loader
-    calls a patient is one.
-    Raises `DataError` like `load_hospital`.
+    Tables are divided by patient, phantoms number those of each split anew: none is shared there. What a loader calls a patient
+    is one. Raises `DataError` like `load_hospital`.
     """
-    if config.data.source in SOURCES and config.data.source != "images":
+    if config.data.source in ("phantoms", "csv", "breast_cancer"):
         return SharedPatients((), 0)
     index, limit = _index(config, "train"), config.data.subset.train_patients
     training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
@@ -203,7 +207,7 @@ def shared_patients(config: Config) -> SharedPatients:
     return SharedPatients(tuple(sorted(name for name in testing if name in training)), len(testing))
 
 
-def _index_of(config: Config, split: Split) -> _Index:
+def _index_of(config: Config, split: Split) -> Index:
     """The records of a split; tests are made without those that train, unless `data.shared_patients` says otherwise."""
     index, rule = _index(config, split), config.data.shared_patients
     shared = shared_patients(config) if split == "test" and rule != "keep" else SharedPatients((), 0)
@@ -217,16 +221,10 @@ def _index_of(config: Config, split: Split) -> _Index:
     log.info("%d of %d test patients are also training patients by name: left out", len(shared.names), shared.of)
     names = set(shared.names)
     kept = [row for row, patient in enumerate(index.patients) if patient not in names]
-    return _Index(
-        index.labels[kept],
-        [index.patients[row] for row in kept],
-        [index.names[row] for row in kept],
-        [index.files[row] for row in kept if index.files],
-        None if index.arrays is None else index.arrays[kept],
-    )
+    return index.only(kept)
 
 
-def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> list[str]:
+def _own_patients(index: Index, config: Config, rank: int, split: Split) -> list[str]:
     subset = config.data.subset
     limit = subset.train_patients if split == "train" else subset.test_patients
     patients = _patients_of_hospitals(index, config)[rank][:limit]
@@ -241,45 +239,32 @@ def _own_patients(index: _Index, config: Config, rank: int, split: Split) -> lis
 def load_hospital(config: Config, rank: int, split: Split) -> Dataset:
     """The patients of hospital `rank` in one split; only its own image files are read.
 
-    (Of files without a suffix the first bytes are looked at, to tell whether they are DICOM.)
-    An unreadable file is skipped and counted. Raises `DataError` for missing folders, an empty class, a hospital without
-    patients, images of a wrong size, labels beyond the classes, or when every file is unreadable.
+    (Of files with an unknown suffix the first bytes are looked at, to tell what they are, and of DICOM files that no table
+    names the header, to tell whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
+    an empty class, a hospital without patients, records of unknown patients, images of a wrong size, labels beyond the classes,
+    or when more files of a class are unreadable than `data.most_unreadable` allows.
     """
     index = _index_of(config, split)
     position = {key: number for number, key in enumerate(_own_patients(index, config, rank, split))}
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
         inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
-        kept, skipped = rows, 0
+        kept, read = rows, ReadImages([], [], Counter(), {})
     else:
-        inputs, kept_positions, skipped = _read_files([index.files[row] for row in rows], config)
-        kept = [rows[position] for position in kept_positions]
+        read = read_files([index.files[row] for row in rows], config)
+        require_readable([int(index.labels[row]) for row in rows], read.unreadable, split, config)
+        inputs, kept = read.stacked(), [rows[position] for position in read.kept]
+        log.info("%s: %d images: %s", split, len(kept), "; ".join(f"{n} {what}" for what, n in read.treatments.items()))
     owners = _renumbered([position[index.patients[row]] for row in kept])
     labels = torch.from_numpy(index.labels[kept])
-    return Dataset(inputs, labels, owners, tuple(index.names[row] for row in kept), skipped)
+    names = tuple(index.names[row] for row in kept)
+    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments)
 
 
 def _renumbered(owners: list[int]) -> torch.Tensor:
     """Number patients from 0 without gaps, in order of appearance."""
     numbers: dict[int, int] = {}
     return torch.tensor([numbers.setdefault(owner, len(numbers)) for owner in owners], dtype=torch.int64)
-
-
-def _read_files(files: Sequence[Path], config: Config) -> tuple[torch.Tensor, list[int], int]:
-    """Images of the readable files, their positions, and how many were skipped."""
-    images, kept = [], []
-    first: UnreadableImageError | None = None
-    for position, path in enumerate(files):
-        try:
-            images.append(read_image(path, config.data.channels, config.data.image_size, config.data.wrong_size))
-            kept.append(position)
-        except UnreadableImageError as error:
-            first = first or error
-            log.warning("skipped: %s", error.what)
-    if not images:
-        reason = first.what if first is not None else "there are no files"
-        raise DataError(f"no image can be read; the first: {reason}", "check the data folder")
-    return torch.stack(images), kept, len(files) - len(kept)
 
 
 def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset:
@@ -292,27 +277,25 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     source = config.data.source
     if source not in SOURCES:
         records = read_with_loader(config, path, "test", labelled=False)
-        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
     if path is None:
         if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")
         return _dataset_of(_index(config, "test"), limit or 1)
     if source in ("csv", "npz"):
         records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
-        return _dataset_of(_Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
     if source == "breast_cancer":
         raise DataError("breast_cancer takes no images", "leave out --images")
     labels, files = _find_images(path, config)
     chosen = _evenly(labels, limit)
-    images, kept, skipped = _read_files([files[row] for row in chosen], config)
-    rows = [chosen[position] for position in kept]
-    own_patient = torch.arange(len(rows))
-    return Dataset(
-        images, torch.tensor([labels[r] for r in rows]), own_patient, tuple(files[r].name for r in rows), skipped
-    )
+    read = read_files([files[row] for row in chosen], config)
+    images, rows = read.stacked(), [chosen[position] for position in read.kept]
+    known, names = torch.tensor([labels[r] for r in rows]), tuple(files[r].name for r in rows)
+    return Dataset(images, known, torch.arange(len(rows)), names, len(read.unreadable), read.treatments)
 
 
-def _dataset_of(index: _Index, limit: int | None) -> Dataset:
+def _dataset_of(index: Index, limit: int | None) -> Dataset:
     assert index.arrays is not None
     rows = _evenly(index.labels.tolist(), limit)
     inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
@@ -325,16 +308,18 @@ def _find_images(path: Path, config: Config) -> tuple[list[int], list[Path]]:
         return [-1], [path]
     if not path.is_dir():
         raise DataError(f"image path {path} does not exist", "give a file or a folder with --images")
-    direct = _image_files(path)
+    direct = list(ImageFolder.of(path).files)
     if direct:
         return [-1] * len(direct), direct
-    labels, files = [], []
+    labels, files = list[int](), list[Path]()
     for label, name in enumerate(config.data.classes):
-        inside = _image_files(path / name) if (path / name).is_dir() else []
+        inside = ImageFolder.of(path / name).files if (path / name).is_dir() else ()
         labels += [label] * len(inside)
         files += inside
     if not files:
-        raise DataError(f"{path} holds no PNG, JPEG or DICOM file", "give a file or a folder with --images")
+        raise DataError(
+            f"{path} holds no file of the kinds {', '.join(IMAGE_KINDS)}", "give a file or a folder with --images"
+        )
     return labels, files
 
 
@@ -347,37 +332,27 @@ def _evenly(labels: Sequence[int], limit: int | None) -> list[int]:
     return sorted(turn[:limit])
 
 
+def records_per_hospital(config: Config, split: Split) -> tuple[Index, list[list[int]]]:
+    """All records of a split, and which of them, by number, each hospital will read. Raises `DataError` like `load_hospital`."""
+    index, parts = _index_of(config, split), []
+    for rank in range(config.federation.hospitals):
+        own = set(_own_patients(index, config, rank, split))
+        parts.append([row for row, patient in enumerate(index.patients) if patient in own])
+    return index, parts
+
+
 def patients_per_hospital(config: Config) -> list[int]:
     """Training patients of every hospital, after checking both splits and that one file per class can be read.
 
-    Raises what `load_hospital` would raise for the same reasons, before any process starts.
+    Raises what `load_hospital` would raise for the same reasons, before any process starts; `survey` reads every file.
     """
     counts: list[int] = []
     splits: tuple[Split, ...] = ("train", "test")
     for split in splits:
-        index = _index_of(config, split)
-        for rank in range(config.federation.hospitals):
-            own = _own_patients(index, config, rank, split)
-            if split == "train":
-                counts.append(len(own))
+        index, parts = records_per_hospital(config, split)
+        if split == "train":
+            counts = [len({index.patients[row] for row in rows}) for rows in parts]
         if index.files:
             for label in range(len(config.data.classes)):
-                _read_first(index, label, config)
+                require_one_readable([index.files[row] for row in np.flatnonzero(index.labels == label)], label, config)
     return counts
-
-
-def _read_first(index: _Index, label: int, config: Config) -> None:
-    first: UnreadableImageError | None = None
-    for row in np.flatnonzero(index.labels == label):
-        try:
-            read_image(index.files[row], config.data.channels, config.data.image_size, config.data.wrong_size)
-            return
-        except UnreadableImageError as error:
-            first = first or error
-    name = config.data.classes[label]
-    if first is None:
-        raise DataError(
-            f"no test patient of class '{name}' is left without those that also train",
-            "add patients, or set data.shared_patients to keep",
-        )
-    raise DataError(f"no image of class '{name}' can be read; the first: {first.what}", first.fix)

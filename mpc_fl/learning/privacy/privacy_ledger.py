@@ -33,6 +33,7 @@ from mpc_fl.learning.privacy.accounting import (
 from mpc_fl.learning.privacy.ledger_rows import RESTORE, LedgerRows, event_of, has_ledger, opened
 
 _UNPROTECTED = {"mechanism": "none"}
+PATIENT = "patient"  # the unit of records that name none
 
 
 def _is_reserved(record: dict[str, Any]) -> bool:
@@ -52,12 +53,16 @@ class PrivacyLedger:
     replaced by an empty one. Deleting the file resets the budget, and so does an older copy of it, unless a checkpoint
     (`require`) or this object has read further; only the hospital itself can do that.
 
+    `unit` is what this run counts privacy by. What was released per image is protected per patient by nothing that is known, so
+    no epsilon per patient is certified over it; per image it is all the same what a whole patient was promised.
+
     A ledger of an earlier version has the same name but for its end, `.json`, and is taken over (`ledger_rows`).
     """
 
-    def __init__(self, path: Path, who: str) -> None:
+    def __init__(self, path: Path, who: str, unit: str = PATIENT) -> None:
         self.path = path.with_suffix(".sqlite3")
         self.who = who
+        self.unit = unit
         self._read_to: tuple[int, str] | None = None  # number and digest of the last entry that this object has read
         self._charged = False
         self._reserved: list[tuple[dict[str, Any], PrivacyBudget | None]] = []
@@ -72,8 +77,9 @@ class PrivacyLedger:
         return self._noised(self.records(run))
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
-        """Epsilon of all that is charged; infinite once something was released without noise."""
-        return epsilon_of([self._event(record) for record in self.records()], delta, accountant)
+        """Epsilon of all that is charged; infinite once something was released without noise, or per another unit."""
+        events = [Unprotected() if self._is_of_less(record) else self._event(record) for record in self.records()]
+        return epsilon_of(events, delta, accountant)
 
     def state(self) -> list[dict[str, Any]]:
         """The accountant's state: all records of releases that were made. A reserved one may still be replaced."""
@@ -89,7 +95,8 @@ class PrivacyLedger:
 
     def records(self, run: str | None = None) -> list[dict[str, Any]]:
         """All records, none for a missing file: time, run, round, released, number (of a reservation), and either
-        noise_multiplier, sample_rate, steps, total_variation (if any) or mechanism: none. With `run` as `spent`."""
+        noise_multiplier, sample_rate, steps, total_variation (if any), unit (if not the patient) or mechanism: none. With
+        `run` as `spent`."""
         with self._explained():
             if self._read_to is None and not has_ledger(self.path):
                 return []  # and none is made
@@ -116,6 +123,8 @@ class PrivacyLedger:
         file wait for each other.
         """
         record = {**self._stamp(run, round_number), "released": not reserve, **asdict(event)}
+        if self.unit != PATIENT:
+            record["unit"] = self.unit
         if reserve:
             record["number"] = uuid.uuid4().hex
         with self._opened(writing=True) as ledger:
@@ -185,8 +194,18 @@ class PrivacyLedger:
                     "so no epsilon can be certified for them any more",
                     f"begin another privacy ledger for other patients, or set privacy.mechanism=none (it is in {self.path})",
                 )
+            if self._is_of_less(record):
+                raise PrivacyBudgetError(
+                    f"{self.who}: run {record['run']} counted privacy per {record['unit']} on {record['time']}, so no epsilon per "
+                    "patient can be certified any more",
+                    f"set data.unit=image, or begin another privacy ledger for other patients (it is in {self.path})",
+                )
             events.append(event)
         return events
+
+    def _is_of_less(self, record: dict[str, Any]) -> bool:
+        """Whether a release was counted per something smaller than the patient, which this run counts by."""
+        return self.unit == PATIENT and record.get("unit", PATIENT) != PATIENT
 
     @staticmethod
     def _stamp(run: str, round_number: int) -> dict[str, Any]:

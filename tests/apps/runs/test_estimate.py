@@ -22,7 +22,7 @@ from mpc_fl.config.config import Config, parse_config
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 SMALL = {
-    "data": {"source": "images", "image_size": 8},
+    "data": {"source": "images", "image_size": 8, "patient_pattern": r"(\w+)\.png", "most_unreadable": 0.6},
     "training": {"rounds": 3, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
     "privacy": {"delta": 0.01, "smallest_hospital": 9},
     "federation": {"hospitals": 2},
@@ -44,6 +44,9 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_check_and_estimate_for_machines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     checked = json.loads(command(capsys, monkeypatch, "check", DEMO, "--json"))
     estimated = json.loads(command(capsys, monkeypatch, "estimate", DEMO, "--json"))
+    assert checked.pop("device").startswith("cpu")
+    data = checked.pop("data")
+    assert (data["patients"], data["training_patients"], data["unit"]) == (3000, [800, 800, 800], "patient")
     assert checked == {"ok": True, **estimated["training"], "shared_patients": []}
     training, inference = estimated["training"], estimated["inference"]
     assert training["parameters"] == 22_499 and training["headroom_bits_spare"] > 0
@@ -221,7 +224,7 @@ def test_unreadable_files_are_counted_and_named(runs: Runs) -> None:
     for run in (runs.train, runs.infer):
         assert json.loads((run / "summary.json").read_text())["skipped_files"] == 1
         logs = "".join(path.read_text() for path in (run / "logs").glob("hospital-*.log"))
-        assert logs.count("skipped: cannot read image") == 1 and "viraltest3.png: no valid PNG or JPEG" in logs
+        assert logs.count("skipped: cannot read image") == 1 and "viraltest3.png: no valid PNG file" in logs
 
 
 @pytest.mark.processes

@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import torch
 from PIL import Image
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -28,55 +28,18 @@ from pydicom.uid import (
 )
 
 from mpc_fl.errors import DataError
-from mpc_fl.learning.data.image_files import UnreadableImageError, WrongSizeError, is_image_file, read_image
+from mpc_fl.learning.data.dicom_files import PALETTE
+from mpc_fl.learning.data.file_kinds import UnreadableImageError
+from mpc_fl.learning.data.image_files import STRETCHED, ImageForm, WrongSizeError, read_image, what_is_left_aside
+from tests.learning.data.dicom_writing import lookup_table, write_dicom
 
 SIZE = 8
 SECRETS = ("Mustermann", "GEHEIM-4711", "19610412", "Klinik am See")
 RAMP = np.arange(SIZE * SIZE).reshape(SIZE, SIZE)
 
 
-def _dicom(path: Path, pixels: np.ndarray, *, syntax: Any = ExplicitVRLittleEndian, bits: int = 8, **tags: Any) -> Path:
-    """A small DICOM file with identifying tags; `tags` replace the defaults, None removes an element."""
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    meta.TransferSyntaxUID = syntax
-    dataset = FileDataset(
-        str(path), {}, b"\0" * 128, meta, syntax.is_implicit_VR, is_little_endian=syntax.is_little_endian
-    )
-    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Mustermann^Erika", "GEHEIM-4711", "19610412"
-    dataset.InstitutionName = "Klinik am See"
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
-    dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
-    if pixels.ndim == 3:
-        dataset.PlanarConfiguration = 0
-    dataset.BitsAllocated = 8 if pixels.dtype.itemsize == 1 else 16
-    dataset.BitsStored, dataset.HighBit = bits, bits - 1
-    dataset.PixelRepresentation = 1 if pixels.dtype.kind == "i" else 0
-    data = pixels.astype(pixels.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
-    tags.setdefault("PixelData", data)
-    for name, value in tags.items():
-        if value is None:
-            dataset.pop(name, None)
-        else:
-            setattr(dataset, name, value)
-    if "PixelData" in dataset:
-        dataset["PixelData"].VR = "OB" if dataset.BitsAllocated == 8 else "OW"
-        dataset["PixelData"].is_undefined_length = syntax.is_encapsulated
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def _table(entries: list[int] | bytes, first: int, depth: int, count: int | None = None) -> pydicom.Sequence:
-    item = Dataset()
-    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [len(entries) if count is None else count, first, depth])
-    item.add_new("LUTData", "OW" if isinstance(entries, bytes) else "US", entries)
-    return pydicom.Sequence([item])
-
-
 def _read(path: Path, channels: int = 1) -> np.ndarray:
-    image = read_image(path, channels, SIZE, "error")
+    image = read_image(path, ImageForm(channels, SIZE)).pixels
     assert image.shape == (channels, SIZE, SIZE) and image.dtype == torch.float32
     assert image.min() >= 0 and image.max() <= 1
     return image[0].numpy() if channels == 1 else image.numpy()
@@ -84,7 +47,7 @@ def _read(path: Path, channels: int = 1) -> np.ndarray:
 
 def _refused(path: Path) -> str:
     with pytest.raises(UnreadableImageError) as caught:
-        read_image(path, 1, SIZE, "error")
+        read_image(path, ImageForm(1, SIZE))
     message = str(caught.value)
     assert path.name in message and "\n" not in message
     assert not any(secret in message for secret in SECRETS)
@@ -97,42 +60,46 @@ def _refused(path: Path) -> str:
 def test_dicom_without_window_spans_the_stored_range(tmp_path: Path, bits: int, syntax: Any) -> None:
     top = 2**bits - 1
     pixels = np.rint(np.linspace(0, top, 64)).reshape(8, 8).astype(np.uint8 if bits == 8 else np.uint16)
-    np.testing.assert_allclose(_read(_dicom(tmp_path / "a.dcm", pixels, bits=bits, syntax=syntax)), pixels / top, 1e-6)
+    np.testing.assert_allclose(
+        _read(write_dicom(tmp_path / "a.dcm", pixels, bits=bits, syntax=syntax)), pixels / top, 1e-6
+    )
 
 
 def test_dicom_signed_pixels(tmp_path: Path) -> None:
     pixels = np.linspace(-2048, 2047, 64).round().astype(np.int16).reshape(8, 8)
-    shown = _read(_dicom(tmp_path / "a.dcm", pixels, bits=12))
+    shown = _read(write_dicom(tmp_path / "a.dcm", pixels, bits=12))
     np.testing.assert_allclose(shown, (pixels + 2048.0) / 4095, atol=1e-6)
 
 
 def test_dicom_unused_high_bits_are_ignored(tmp_path: Path) -> None:
     pixels = RAMP.astype(np.uint16) * 60
     overlay = pixels | 0xA000
-    np.testing.assert_allclose(_read(_dicom(tmp_path / "a.dcm", overlay, bits=12)), pixels / 4095, atol=1e-6)
+    np.testing.assert_allclose(_read(write_dicom(tmp_path / "a.dcm", overlay, bits=12)), pixels / 4095, atol=1e-6)
 
 
 def test_dicom_high_bit_elsewhere_is_refused(tmp_path: Path) -> None:
-    assert "high bit" in _refused(_dicom(tmp_path / "a.dcm", (RAMP * 16).astype(np.uint16), bits=12, HighBit=15))
+    assert "high bit" in _refused(write_dicom(tmp_path / "a.dcm", (RAMP * 16).astype(np.uint16), bits=12, HighBit=15))
 
 
 def test_dicom_monochrome1_is_inverted_once(tmp_path: Path) -> None:
     pixels = RAMP.astype(np.uint8)
-    path = _dicom(tmp_path / "a.dcm", pixels, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE")
+    path = write_dicom(
+        tmp_path / "a.dcm", pixels, PhotometricInterpretation="MONOCHROME1", PresentationLUTShape="INVERSE"
+    )
     np.testing.assert_allclose(_read(path), 1 - pixels / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(2.0, -1024.0), (0.25, 3.5), (-1.0, 4095.0)])
 def test_dicom_rescale_alone(tmp_path: Path, slope: float, intercept: float) -> None:
     pixels = (RAMP * 60).astype(np.uint16)
-    path = _dicom(tmp_path / "a.dcm", pixels, bits=12, RescaleSlope=slope, RescaleIntercept=intercept)
+    path = write_dicom(tmp_path / "a.dcm", pixels, bits=12, RescaleSlope=slope, RescaleIntercept=intercept)
     expected = pixels / 4095 if slope > 0 else 1 - pixels / 4095
     np.testing.assert_allclose(_read(path), expected, atol=1e-6)
 
 
 def test_dicom_rescale_slope_without_intercept(tmp_path: Path) -> None:
     pixels = RAMP.astype(np.uint8)
-    np.testing.assert_allclose(_read(_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=3)), pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(_read(write_dicom(tmp_path / "a.dcm", pixels, RescaleSlope=3)), pixels / 255, atol=1e-6)
 
 
 def _linear(x: np.ndarray, centre: float, width: float) -> np.ndarray:
@@ -145,13 +112,13 @@ def _linear(x: np.ndarray, centre: float, width: float) -> np.ndarray:
 @pytest.mark.parametrize("centre", [30, [30, 5]])
 def test_dicom_linear_window(tmp_path: Path, centre: Any) -> None:
     width = 21 if isinstance(centre, int) else [21, 3]
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), WindowCenter=centre, WindowWidth=width)
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), WindowCenter=centre, WindowWidth=width)
     np.testing.assert_allclose(_read(path), _linear(RAMP, 30, 21), atol=1e-6)
 
 
 @pytest.mark.parametrize("slope", [2.0, -2.0])
 def test_dicom_window_applies_to_rescaled_values(tmp_path: Path, slope: float) -> None:
-    path = _dicom(
+    path = write_dicom(
         tmp_path / "a.dcm",
         (RAMP * 10).astype(np.uint16),
         bits=12,
@@ -166,7 +133,7 @@ def test_dicom_window_applies_to_rescaled_values(tmp_path: Path, slope: float) -
 
 def test_dicom_window_of_monochrome1_and_signed_pixels(tmp_path: Path) -> None:
     pixels = (RAMP - 32).astype(np.int16)
-    path = _dicom(
+    path = write_dicom(
         tmp_path / "a.dcm",
         pixels,
         bits=12,
@@ -182,7 +149,7 @@ def test_dicom_window_functions(tmp_path: Path) -> None:
 
     def shown(function: str, width: float) -> np.ndarray:
         tags = {"WindowCenter": 30, "WindowWidth": width, "VOILUTFunction": function}
-        return _read(_dicom(tmp_path / "a.dcm", pixels, **tags))
+        return _read(write_dicom(tmp_path / "a.dcm", pixels, **tags))
 
     np.testing.assert_allclose(shown("SIGMOID", 20), 1 / (1 + np.exp(-4 * (RAMP - 30) / 20)), atol=1e-6)
     np.testing.assert_allclose(shown("LINEAR_EXACT", 20), np.clip((RAMP - 30) / 20 + 0.5, 0, 1), atol=1e-6)
@@ -194,7 +161,7 @@ def test_dicom_window_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tags", [{"WindowCenter": 30}, {"WindowCenter": 30, "WindowWidth": ""}, {"WindowWidth": 5}])
 def test_dicom_half_a_window_is_none(tmp_path: Path, tags: dict[str, Any]) -> None:
     pixels = RAMP.astype(np.uint8)
-    np.testing.assert_allclose(_read(_dicom(tmp_path / "a.dcm", pixels, **tags)), pixels / 255, atol=1e-6)
+    np.testing.assert_allclose(_read(write_dicom(tmp_path / "a.dcm", pixels, **tags)), pixels / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -213,19 +180,19 @@ def test_dicom_half_a_window_is_none(tmp_path: Path, tags: dict[str, Any]) -> No
         {"BitsStored": None},
         {"Rows": 60000, "Columns": 60000},
         {"ModalityLUTSequence": pydicom.Sequence([Dataset()])},
-        {"ModalityLUTSequence": _table([1, 2, 3], 0, 16, count=99)},
-        {"VOILUTSequence": _table(bytes(6), 0, 16, count=99)},
-        {"VOILUTSequence": _table([1, 2, 3], 0, 32)},
+        {"ModalityLUTSequence": lookup_table([1, 2, 3], 0, 16, count=99)},
+        {"VOILUTSequence": lookup_table(bytes(6), 0, 16, count=99)},
+        {"VOILUTSequence": lookup_table([1, 2, 3], 0, 32)},
     ],
     ids=lambda tags: "-".join(tags),
 )
 def test_dicom_that_cannot_be_shown_is_unreadable(tmp_path: Path, tags: dict[str, Any]) -> None:
-    _refused(_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), **tags))
+    _refused(write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), **tags))
 
 
 @pytest.mark.parametrize("tag", ["RescaleSlope", "RescaleIntercept", "WindowCenter"])
 def test_dicom_with_numbers_that_are_not_finite(tmp_path: Path, tag: str) -> None:
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), WindowWidth=20, **{"WindowCenter": 30, tag: "7777"})
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), WindowWidth=20, **{"WindowCenter": 30, tag: "7777"})
     content = path.read_bytes()
     assert content.count(b"7777") == 1
     path.write_bytes(content.replace(b"7777", b"nan "))
@@ -233,11 +200,14 @@ def test_dicom_with_numbers_that_are_not_finite(tmp_path: Path, tag: str) -> Non
 
 
 def test_dicom_modality_table(tmp_path: Path) -> None:
+    table = [16 * k * k for k in range(64)]
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=lookup_table(table, 0, 16))
+    np.testing.assert_allclose(_read(path), 16 * RAMP**2 / 65535, atol=1e-6)
     table = [k * k for k in range(64)]
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=_table(table, 0, 16))
-    np.testing.assert_allclose(_read(path), RAMP**2 / 65535, atol=1e-6)
     windowed = {"WindowCenter": 2000, "WindowWidth": 2001}
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=_table(table, 0, 16), **windowed)
+    path = write_dicom(
+        tmp_path / "a.dcm", RAMP.astype(np.uint8), ModalityLUTSequence=lookup_table(table, 0, 16), **windowed
+    )
     np.testing.assert_allclose(_read(path), _linear(RAMP**2, 2000, 2001), atol=1e-6)
 
 
@@ -245,9 +215,9 @@ def test_dicom_modality_table(tmp_path: Path) -> None:
 def test_dicom_value_of_interest_table(tmp_path: Path, syntax: Any) -> None:
     entries = np.arange(20) * 200
     order = ">u2" if syntax == ExplicitVRBigEndian else "<u2"
-    sequence = _table(entries.astype(order).tobytes(), 10, 12, count=20)
+    sequence = lookup_table(entries.astype(order).tobytes(), 10, 12, count=20)
     # the table counts, not the window; values outside take the first or last entry; 12 bits make 4095 white
-    path = _dicom(
+    path = write_dicom(
         tmp_path / "a.dcm", RAMP.astype(np.uint8), syntax=syntax, VOILUTSequence=sequence, WindowCenter=1, WindowWidth=2
     )
     np.testing.assert_allclose(_read(path), entries[np.clip(RAMP - 10, 0, 19)] / 4095, atol=1e-6)
@@ -259,15 +229,15 @@ def test_dicom_table_of_8_bits_with_many_entries(tmp_path: Path, packed: bool) -
     entries = (np.arange(4096) // 16).astype(np.uint8)
     data = entries.tobytes() if packed else entries.astype("<u2").tobytes()
     pixels = (RAMP * 65).astype(np.uint16)
-    path = _dicom(tmp_path / "a.dcm", pixels, bits=12, VOILUTSequence=_table(data, 0, 8, count=4096))
+    path = write_dicom(tmp_path / "a.dcm", pixels, bits=12, VOILUTSequence=lookup_table(data, 0, 8, count=4096))
     np.testing.assert_allclose(_read(path), (pixels // 16) / 255, atol=1e-6)
 
 
 def test_dicom_table_that_begins_below_zero(tmp_path: Path) -> None:
     # numpy refuses to subtract a negative first value from unsigned pixels, so pydicom's functions fail here
-    sequence = _table([k * 100 for k in range(80)], -8, 16)
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint16), bits=16, ModalityLUTSequence=sequence)
-    np.testing.assert_allclose(_read(path), (RAMP + 8) * 100 / 65535, atol=1e-6)
+    sequence = lookup_table([k * 800 for k in range(80)], -8, 16)
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint16), bits=16, ModalityLUTSequence=sequence)
+    np.testing.assert_allclose(_read(path), (RAMP + 8) * 800 / 65535, atol=1e-6)
 
 
 def _colours(dtype: Any = np.uint8, top: int = 255) -> np.ndarray:
@@ -278,9 +248,9 @@ def _colours(dtype: Any = np.uint8, top: int = 255) -> np.ndarray:
 def test_dicom_rgb_in_both_planar_configurations(tmp_path: Path, dtype: Any, bits: int) -> None:
     pixels = _colours(dtype, 2**bits - 1)
     expected = pixels.transpose(2, 0, 1) / (2**bits - 1)
-    np.testing.assert_allclose(_read(_dicom(tmp_path / "a.dcm", pixels, bits=bits), 3), expected, atol=1e-6)
+    np.testing.assert_allclose(_read(write_dicom(tmp_path / "a.dcm", pixels, bits=bits), 3), expected, atol=1e-6)
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).tobytes()
-    path = _dicom(tmp_path / "b.dcm", pixels, bits=bits, PlanarConfiguration=1, PixelData=planes)
+    path = write_dicom(tmp_path / "b.dcm", pixels, bits=bits, PlanarConfiguration=1, PixelData=planes)
     np.testing.assert_allclose(_read(path, 3), expected, atol=1e-6)
     np.testing.assert_allclose(_read(path, 1), expected.mean(0), atol=1e-6)
 
@@ -289,13 +259,24 @@ def test_dicom_ybr_becomes_rgb(tmp_path: Path) -> None:
     rgb = _colours()
     matrix = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
     ybr = np.clip(np.rint(rgb @ matrix.T + [0, 128, 128]), 0, 255).astype(np.uint8)
-    path = _dicom(tmp_path / "a.dcm", ybr, PhotometricInterpretation="YBR_FULL")
+    path = write_dicom(tmp_path / "a.dcm", ybr, PhotometricInterpretation="YBR_FULL")
     np.testing.assert_allclose(_read(path, 3), rgb.transpose(2, 0, 1) / 255, atol=0.015)
 
 
-def test_dicom_palette_is_refused(tmp_path: Path) -> None:
-    message = _refused(_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), PhotometricInterpretation="PALETTE COLOR"))
-    assert "photometric" in message
+@pytest.mark.parametrize("bits", [8, 16])
+def test_dicom_palette(tmp_path: Path, bits: int) -> None:
+    scale, tags = (2**bits - 1) / 255, {"PhotometricInterpretation": "PALETTE COLOR"}
+    tables = {name: np.rint(np.arange(64) * step * scale) for name, step in (("Red", 1), ("Green", 2), ("Blue", 4))}
+    for name, entries in tables.items():
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = [64, 0, bits]
+        tags[f"{name}PaletteColorLookupTableData"] = entries.astype("<u1" if bits == 8 else "<u2").tobytes()
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), **tags)
+    np.testing.assert_allclose(_read(path, 3), np.stack([RAMP, RAMP * 2, RAMP * 4]) / 255, atol=1e-4)
+    assert PALETTE in read_image(path, ImageForm(3, SIZE)).treatments
+
+
+def test_dicom_palette_without_tables_is_refused(tmp_path: Path) -> None:
+    _refused(write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), PhotometricInterpretation="PALETTE COLOR"))
 
 
 def test_dicom_compressed(tmp_path: Path) -> None:
@@ -303,20 +284,20 @@ def test_dicom_compressed(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.fromarray(smooth).save(buffer, "JPEG", quality=95)
     data = encapsulate([buffer.getvalue()])
-    path = _dicom(tmp_path / "a.dcm", smooth, syntax=JPEGBaseline8Bit, PixelData=data)
+    path = write_dicom(tmp_path / "a.dcm", smooth, syntax=JPEGBaseline8Bit, PixelData=data)
     np.testing.assert_allclose(_read(path), smooth / 255, atol=0.03)
     cut = encapsulate([buffer.getvalue()[:200]])
-    _refused(_dicom(tmp_path / "cut.dcm", smooth, syntax=JPEGBaseline8Bit, PixelData=cut))
-    _refused(_dicom(tmp_path / "none.dcm", smooth, syntax=JPEGLSLossless, PixelData=data))
+    _refused(write_dicom(tmp_path / "cut.dcm", smooth, syntax=JPEGBaseline8Bit, PixelData=cut))
+    _refused(write_dicom(tmp_path / "none.dcm", smooth, syntax=JPEGLSLossless, PixelData=data))
 
 
 def test_dicom_deflated_is_refused_without_inflating(tmp_path: Path) -> None:
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), syntax=DeflatedExplicitVRLittleEndian)
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), syntax=DeflatedExplicitVRLittleEndian)
     assert "deflated" in _refused(path)
 
 
 def test_dicom_cut_off_anywhere_is_unreadable(tmp_path: Path) -> None:
-    content = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8)).read_bytes()
+    content = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8)).read_bytes()
     cut = tmp_path / "cut.dcm"
     for length in [*range(0, len(content) - 1, 7), len(content) - 1]:
         cut.write_bytes(content[:length])
@@ -332,13 +313,13 @@ def test_text_with_a_dicom_suffix_is_unreadable(tmp_path: Path) -> None:
 def test_no_tag_value_is_loaded_logged_or_warned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = _dicom(tmp_path / "good.dcm", RAMP.astype(np.uint8))
-    bad = _dicom(tmp_path / "bad.dcm", RAMP.astype(np.uint8), PixelData=bytes(50))
+    good = write_dicom(tmp_path / "good.dcm", RAMP.astype(np.uint8))
+    bad = write_dicom(tmp_path / "bad.dcm", RAMP.astype(np.uint8), PixelData=bytes(50))
     # values that pydicom complains about and quotes; an unknown character set is looked at in any case
     for path in (good, bad):
         content = path.read_bytes().replace(b"19610412", b"Musterma")
         path.write_bytes(content)
-    charset = _dicom(tmp_path / "charset.dcm", RAMP.astype(np.uint8), SpecificCharacterSet="ISO_IR 100")
+    charset = write_dicom(tmp_path / "charset.dcm", RAMP.astype(np.uint8), SpecificCharacterSet="ISO_IR 100")
     charset.write_bytes(charset.read_bytes().replace(b"ISO_IR 100", b"Mustermann"))
     loaded: list[Dataset] = []
     original = pydicom.dcmread
@@ -407,7 +388,7 @@ def test_jpeg(tmp_path: Path, mode: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_exif_orientation(tmp_path: Path, orientation: int, turned: Callable[..., np.ndarray], dtype: Any) -> None:
-    pixels, exif = (RAMP * 4).astype(dtype), Image.Exif()
+    pixels, exif = (RAMP * (4 if dtype == np.uint8 else 1024)).astype(dtype), Image.Exif()
     exif[0x0112] = orientation
     path = _png(tmp_path / "a.png", pixels, exif=exif)
     np.testing.assert_allclose(_read(path), turned(pixels) / np.iinfo(dtype).max, atol=1e-6)
@@ -440,10 +421,10 @@ def test_files_that_are_no_pictures(tmp_path: Path) -> None:
 def test_damaged_files_are_read_or_unreadable_never_anything_else(tmp_path: Path) -> None:
     """Found pydicom's BytesLengthException, struct.error and OverflowError, none of which is a ValueError."""
     draw = random.Random(0)
-    tags = {"WindowCenter": 9, "WindowWidth": 5, "ModalityLUTSequence": _table([1, 2, 3], 0, 16)}
+    tags = {"WindowCenter": 9, "WindowWidth": 5, "ModalityLUTSequence": lookup_table([1, 2, 3], 0, 16)}
     seeds = [
-        _dicom(tmp_path / "grey.dcm", RAMP.astype(np.uint8), **tags),
-        _dicom(tmp_path / "colour.dcm", _colours(), syntax=ImplicitVRLittleEndian),
+        write_dicom(tmp_path / "grey.dcm", RAMP.astype(np.uint8), **tags),
+        write_dicom(tmp_path / "colour.dcm", _colours(), syntax=ImplicitVRLittleEndian),
         _png(tmp_path / "a.png", RAMP.astype(np.uint8)),
         _png(tmp_path / "a.jpg", RAMP.astype(np.uint8), quality=90),
     ]
@@ -456,7 +437,7 @@ def test_damaged_files_are_read_or_unreadable_never_anything_else(tmp_path: Path
         damaged = tmp_path / f"damaged{source.suffix}"
         damaged.write_bytes(content)
         try:
-            image = read_image(damaged, 1, SIZE, "resize")
+            image = read_image(damaged, ImageForm(1, SIZE, "resize", frame="first")).pixels
             assert image.isfinite().all() and image.min() >= 0 and image.max() <= 1
             outcomes.add("read")
         except UnreadableImageError:
@@ -466,7 +447,7 @@ def test_damaged_files_are_read_or_unreadable_never_anything_else(tmp_path: Path
 
 def test_group_length_that_is_damaged_is_unreadable(tmp_path: Path) -> None:
     """Length of the first element of the file meta information: pydicom raises an error that quotes the bytes."""
-    path = _dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8))
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8))
     content = bytearray(path.read_bytes())
     content[138:140] = struct.pack("<H", 299)
     path.write_bytes(content)
@@ -476,21 +457,29 @@ def test_group_length_that_is_damaged_is_unreadable(tmp_path: Path) -> None:
 def test_size(tmp_path: Path) -> None:
     path = _png(tmp_path / "a.png", np.tile(np.repeat([0, 255], 8), (20, 1)).astype(np.uint8))
     with pytest.raises(WrongSizeError, match="a.png is 16x20, expected 8x8: set data.wrong_size"):
-        read_image(path, 1, SIZE, "error")
-    resized = read_image(path, 1, SIZE, "resize")
-    assert resized.shape == (1, 8, 8) and resized[0, 3, 0] == 0 and resized[0, 3, 7] == 1
+        read_image(path, ImageForm(1, SIZE))
+    resized = read_image(path, ImageForm(1, SIZE, "resize", "stretch"))
+    assert resized.treatments[-1] == STRETCHED
+    assert resized.pixels.shape == (1, 8, 8) and resized.pixels[0, 3, 0] == 0 and resized.pixels[0, 3, 7] == 1
     assert not issubclass(WrongSizeError, UnreadableImageError)
 
 
 def test_which_files_of_a_folder_are_images(tmp_path: Path) -> None:
     names = ["IM0001", "1.2.840.10008.77", "a.DCM", "b.JPG", "c.png", "DICOMDIR", ".d.png", "._e.dcm", "g.txt"]
     for name in names:
-        _dicom(tmp_path / name, RAMP.astype(np.uint8))
+        write_dicom(tmp_path / name, RAMP.astype(np.uint8))
     for name in ("README", "notes.1", "short"):
         (tmp_path / name).write_text("x" * (5 if name == "short" else 500))
     (tmp_path / "folder.png").mkdir()
-    found = {path.name for path in tmp_path.iterdir() if is_image_file(path)}
-    assert found == {"IM0001", "1.2.840.10008.77", "a.DCM", "b.JPG", "c.png"}
+    found = {path.name: what_is_left_aside(path) for path in tmp_path.iterdir()}
+    images = {name for name, what in found.items() if what is None}
+    # What is inside counts, where a suffix does not announce an image: g.txt is DICOM.
+    assert images == {"IM0001", "1.2.840.10008.77", "a.DCM", "b.JPG", "c.png", "g.txt"}
+    aside = {name: what for name, what in found.items() if what is not None}
+    assert aside == {
+        "DICOMDIR": "index or cache of a program", ".d.png": "hidden", "._e.dcm": "hidden", "folder.png": "folder",
+        "README": "no image", "notes.1": "no image", "short": "no image",
+    }  # fmt: skip
     np.testing.assert_allclose(_read(tmp_path / "IM0001"), RAMP / 255, atol=1e-6)
     np.testing.assert_allclose(_read(tmp_path / "1.2.840.10008.77"), RAMP / 255, atol=1e-6)
 
@@ -503,5 +492,5 @@ def test_a_file_without_access_is_not_overlooked(tmp_path: Path, monkeypatch: py
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert is_image_file(path)
+    assert what_is_left_aside(path) is None
     assert "Permission denied" in _refused(path)

@@ -15,9 +15,9 @@ from PIL import Image
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.learning.data import loading as data
+from mpc_fl.learning.data import reading as data
 from mpc_fl.learning.data.dataset import Dataset
-from mpc_fl.learning.data.image_files import WrongSizeError
+from mpc_fl.learning.data.image_files import Picture, WrongSizeError
 from mpc_fl.learning.data.loading import load_hospital, load_images, patients_per_hospital, shared_patients
 from mpc_fl.learning.data.partition import patient_of
 from mpc_fl.learning.data.tables import Split
@@ -111,7 +111,7 @@ def test_a_hospital_reads_no_file_of_another(folder: Path, monkeypatch: pytest.M
     read: list[str] = []
     original = data.read_image
 
-    def spy(path: Path, *arguments: Any) -> torch.Tensor:
+    def spy(path: Path, *arguments: Any) -> Picture:
         read.append(path.name)
         return original(path, *arguments)
 
@@ -160,7 +160,7 @@ def test_seed_fixes_the_hospitals(folder: Path) -> None:
 
 
 def test_unreadable_files_are_skipped_counted_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = _config(folder, hospitals=2)
+    config = _config(folder, hospitals=2, most_unreadable=0.5)
     whole = load_hospital(config, 0, "train")
     victim = whole.names[int(whole.records_of_patient[0][0])]
     gone = [whole.names[row] for row in whole.records_of_patient[0].tolist()]
@@ -182,7 +182,9 @@ def test_nothing_readable_names_the_first_file(folder: Path) -> None:
     first = "person0_virus_0.png"
     _fails(lambda: patients_per_hospital(_config(folder)), "no image of class 'ill' can be read", first)
     config = _config(folder, partition={"method": "none"})
-    _fails(lambda: load_hospital(config, 0, "train"), "no image can be read; the first: ", first)
+    _fails(lambda: load_hospital(config, 0, "train"), "24 of 24 train files of class 'ill' cannot be read", first)
+    tolerant = _config(folder, partition={"method": "none"}, most_unreadable=1)
+    _fails(lambda: load_hospital(tolerant, 0, "train"), "no image can be read; the first: ", first)
 
 
 def test_one_unreadable_file_per_class_does_not_stop_the_check(folder: Path) -> None:
@@ -336,7 +338,7 @@ def _npz(path: Path, labels: list[int], split: str = "test") -> Path:
 
 
 def test_npz_and_csv_are_divided(tmp_path: Path) -> None:
-    config = _config(_npz(tmp_path / "a.npz", [0, 1] * 9), source="npz")
+    config = _config(_npz(tmp_path / "a.npz", [0, 1] * 9), source="npz", unit="image")
     parts = [load_hospital(config, rank, "train") for rank in range(3)]
     assert patients_per_hospital(config) == [6, 6, 6] == [len(part) for part in parts]
     assert sorted(int(i.max() * 255 + 0.5) for part in parts for i in part.inputs) == list(range(18))
@@ -353,7 +355,7 @@ def test_npz_and_csv_are_divided(tmp_path: Path) -> None:
 
 
 def test_a_class_without_records_is_a_mistake(tmp_path: Path) -> None:
-    _both(_config(_npz(tmp_path / "a.npz", [0] * 9), source="npz"), "class 'well' has no records")
+    _both(_config(_npz(tmp_path / "a.npz", [0] * 9), source="npz", unit="image"), "class 'well' has no records")
 
 
 @pytest.mark.parametrize("source", ["phantoms", "breast_cancer"])
@@ -426,7 +428,7 @@ def test_load_images_skips_and_refuses(folder: Path, tmp_path: Path) -> None:
     _fails(lambda: load_images(bad, config, None), "no image can be read; the first:", "person0_virus_0.png")
     _fails(lambda: load_images(tmp_path / "absent", config, None), "absent does not exist")
     (tmp_path / "empty").mkdir()
-    _fails(lambda: load_images(tmp_path / "empty", config, None), "holds no PNG, JPEG or DICOM file")
+    _fails(lambda: load_images(tmp_path / "empty", config, None), "holds no file of the kinds DICOM, PNG")
     for source in ("images", "npz", "csv"):
         other = _config(folder, source=source, table={"features": 1})
         _fails(lambda other=other: load_images(None, other, None), "no images were given: pass --images")
@@ -486,7 +488,9 @@ def test_real_xrays_share_no_patient_between_hospitals(
     xrays: Path, partition: dict[str, Any], monkeypatch: Any
 ) -> None:
     # all patients of all hospitals, by name; pixels are not needed
-    monkeypatch.setattr(data, "read_image", lambda path, channels, size, wrong: torch.zeros(channels, size, size))
+    monkeypatch.setattr(
+        data, "read_image", lambda path, form: Picture(torch.zeros(form.channels, form.size, form.size), ())
+    )
     config = _xrays_config(xrays, partition=partition, image_size=8)
     for split in SPLITS:
         parts = [load_hospital(config, rank, split) for rank in range(3)]

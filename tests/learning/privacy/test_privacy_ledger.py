@@ -167,6 +167,24 @@ def test_after_a_release_without_noise_no_epsilon_is_certified(tmp_path: Path) -
     assert again.path.read_bytes() == before
 
 
+def test_no_epsilon_per_patient_is_certified_over_what_was_counted_per_image(tmp_path: Path) -> None:
+    per_image, per_patient = (
+        PrivacyLedger(tmp_path / "p.json", "hospital-0", "image"),
+        PrivacyLedger(tmp_path / "p.json", "hospital-0"),
+    )
+    per_patient.charge(EVENT, run="first", round_number=1)
+    per_image.charge(EVENT, run="second", round_number=1, reserve=True)
+    per_image.release()
+    # Whoever was promised something as a patient has it for each image, too; not the other way round.
+    assert per_image.spent() == [EVENT, EVENT] and math.isfinite(per_image.epsilon(DELTA))
+    assert "unit" not in per_patient.records()[0] and per_patient.records()[1]["unit"] == "image"
+    assert per_patient.epsilon(DELTA) == math.inf
+    with pytest.raises(PrivacyBudgetError, match="run second counted privacy per image on .*set data.unit=image"):
+        per_patient.spent()
+    with pytest.raises(PrivacyBudgetError, match="counted privacy per image"):
+        per_patient.charge(EVENT, run="third", round_number=1)
+
+
 def test_a_ledger_of_version_1_is_read_and_what_it_reserved_stays(tmp_path: Path) -> None:
     """A program of version 1 sent before it marked, so a reservation of it may have left. Written on, it is version 2."""
     ledger = ledger_at(tmp_path)

@@ -1,0 +1,251 @@
+"""Whose a record is. What privacy counts by and what is never split hangs on it, so nothing is guessed.
+
+Of an image says it, in this order: the table DIR/patients.csv, the header of a DICOM file, the pattern of the configuration for
+names of files. With a table no other source is asked: the same patient under two names would be two. PatientID is read inside the
+site and kept as a keyed hash alone (HMAC-SHA256 under a key that only this site has), which tells patients apart and nothing
+else. What is left is refused, or counts by itself where `data.unit` is `image`.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.files import written_whole
+from mpc_fl.learning.data.dicom_files import patient_identifier
+from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_by_name, kind_of
+
+TABLE_FILE = "patients.csv"
+FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
+_KEY_BYTES = 32
+_HASH_DIGITS = 16
+_SPLITS = ("train", "validation", "test")
+_FIX = f"give DIR/{TABLE_FILE} (columns file, patient), set data.patient_pattern, or accept privacy per image with data.unit=image"
+
+
+@dataclass(frozen=True)
+class Owners:
+    """The patient key of each file, and where it comes from."""
+
+    keys: list[str]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class PatientRow:
+    """A row of the table: whose a file is, and what may stand beside it ('' where it does not)."""
+
+    patient: str
+    sex: str = ""
+    age: str = ""
+    scanner: str = ""
+    split: str = ""
+
+
+def owners_of(files: Sequence[Path], config: Config) -> Owners:
+    """Whose each image file is. Of DICOM files that no table names headers are read, without pixels.
+
+    Raises `DataError` for a damaged table, or files of which nothing says whose they are while `data.unit` is `patient`.
+    """
+    root = config.site.data or Path()
+    table, keys, sources = read_table(root), list[str](), list[str]()
+    unknown: list[Path] = []
+    headers = _Headers(config)
+    for path in files:
+        place = PurePosixPath(*path.relative_to(root).parts)
+        key, source = _owner(path, place, table, config, headers)
+        if key is None:
+            unknown.append(path)
+            # By its place in the folder: in two splits two files of one name are two images.
+            key, source = str(place), BY_ITSELF
+        keys.append(key)
+        sources.append(source)
+    if unknown and config.data.unit == "patient":
+        what = "no patient is known of" if table is None else f"{TABLE_FILE} does not name"
+        raise DataError(
+            f"{what} {len(unknown)} of {len(files)} images, the first {unknown[0]}",
+            _FIX if table is None else "complete the table, or remove it",
+        )
+    return Owners(keys, sources)
+
+
+def _owner(
+    path: Path, place: PurePosixPath, table: PatientTable | None, config: Config, headers: _Headers
+) -> tuple[str | None, str]:
+    if table is not None:
+        row = table.row_of(place)
+        return (None if row is None else row.patient), FROM_TABLE
+    patient = headers.patient(path)
+    if patient is not None:
+        return patient, FROM_HEADER
+    pattern = config.data.patient_pattern
+    match = None if pattern is None else re.match(pattern, path.name)
+    return (match.group(1) or None) if match is not None else None, FROM_NAME
+
+
+class _Headers:
+    """What stands for the patients of DICOM files. The site's key is read, or made, when the first file is asked."""
+
+    def __init__(self, config: Config) -> None:
+        self._place = config.site.patient_key
+        self._key: bytes | None = None
+
+    def patient(self, path: Path) -> str | None:
+        """The keyed hash of a file's PatientID; None where it has none, or is no readable DICOM file."""
+        if kind_by_name(path) not in (None, DICOM):
+            return None
+        try:
+            if kind_of(path) != DICOM:
+                return None
+            status = path.stat()
+        except (OSError, UnreadableImageError):
+            return None  # counted when it is to be read
+        if self._key is None:
+            self._key = site_key(self._place)
+        return _hashed(path, status.st_mtime_ns, status.st_size, self._key)
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _hashed(path: Path, changed: int, size: int, key: bytes) -> str | None:
+    """Of a file as it was last changed: a run asks several times, and reading a header takes a millisecond."""
+    identifier = patient_identifier(path)
+    if identifier is None:
+        return None
+    return "patient-" + hmac.new(key, identifier.encode(), hashlib.sha256).hexdigest()[:_HASH_DIGITS]
+
+
+def site_key(place: Path | None) -> bytes:
+    """The key of this site, 32 bytes, from `site.patient_key`, else $XDG_STATE_HOME/mpc-fl/patient.key; made where it is missing.
+
+    Raises `DataError` for a damaged file, and when it can be neither read nor made.
+    """
+    try:
+        state = Path(os.environ.get("XDG_STATE_HOME", ""))
+        path = place or (state if state.is_absolute() else Path.home() / ".local" / "state") / "mpc-fl" / "patient.key"
+        if not path.exists():
+            with written_whole(path, once=True) as temporary:
+                temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
+        key = path.read_bytes()
+    except (OSError, RuntimeError, MpcFlError):
+        raise DataError("the key that patients' identifiers are hashed with cannot be read or made",
+                        "name a file for it with site.patient_key") from None  # fmt: skip
+    if len(key) != _KEY_BYTES:
+        raise DataError(f"{path} is no key of {_KEY_BYTES} bytes", "remove it, and another one is made")
+    return key
+
+
+@dataclass(frozen=True)
+class PatientTable:
+    """Rows by the path of a file below DIR, or by its name alone."""
+
+    path: Path
+    rows: dict[str, PatientRow]
+
+    def row_of(self, place: PurePosixPath) -> PatientRow | None:
+        """The row of a file at DIR/`place`. Raises `DataError` where its split is another than that of its folder."""
+        row = self.rows.get(str(place)) or self.rows.get(place.name)
+        if row is not None and row.split and place.parts[0] in _SPLITS and row.split != place.parts[0]:
+            raise DataError(
+                f"{self.path} says that {place} is for '{row.split}', and it lies in '{place.parts[0]}'",
+                "move it, or correct the row",
+            )
+        return row
+
+
+def read_table(root: Path) -> PatientTable | None:
+    """DIR/patients.csv with the columns file and patient, and perhaps sex, age, scanner and split; None without one.
+
+    Comma, semicolon or tab part the columns. Raises `DataError` naming the line of the first mistake.
+    """
+    path = root / TABLE_FILE
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
+    lines = _cells(path, content)
+    header = [name.strip().lower() for name in lines[0][1]]
+    for column in ("file", "patient"):
+        if header.count(column) != 1:
+            raise DataError(f"{path} needs one column '{column}'", "its first line names the columns: file, patient")
+    rows: dict[str, PatientRow] = {}
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise DataError(f"{path} line {line} has {len(cells)} cells, the header {len(header)}", "correct the row")
+        values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        file, row = values["file"].replace("\\", "/").removeprefix("./"), _row(values, path, line)
+        if rows.setdefault(file, row) != row:
+            raise DataError(f"{path} line {line} names a file again, with another patient", "leave one of the rows")
+    return PatientTable(path, rows)
+
+
+def _row(values: dict[str, str], path: Path, line: int) -> PatientRow:
+    if not values["file"] or not values["patient"]:
+        raise DataError(f"{path} line {line} lacks a file or a patient", "fill or remove the row")
+    beside = {name: values.get(name, "") for name in ("sex", "age", "scanner", "split")}
+    if beside["split"] not in ("", *_SPLITS):
+        raise DataError(f"{path} line {line}: the split is none of {', '.join(_SPLITS)}", "correct the row")
+    return PatientRow(values["patient"], **beside)
+
+
+def _cells(path: Path, content: bytes) -> list[tuple[int, list[str]]]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")  # what spreadsheets write otherwise
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    try:
+        reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
+        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except csv.Error:
+        lines = []
+    if len(lines) < 2:
+        raise DataError(f"{path} holds no table", "give a header line with the columns file and patient, and rows")
+    return lines
+
+
+def owners_in_archive(path: Path, split: str, count: int) -> list[str] | None:
+    """The array `<split>_patients` of a .npz archive, one whole number or text a record; None where there is none.
+
+    Raises `DataError` for an array that cannot be.
+    """
+    name = f"{split}_patients"
+    try:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if name not in archive:
+                return None
+            values = archive[name]
+    except (OSError, ValueError, TypeError, EOFError, LookupError, MemoryError, AttributeError):
+        raise DataError(f"the array {name} of {path} cannot be read", "store whole numbers or texts in it") from None
+    if values.size != count or values.dtype.kind not in "iuUS":
+        raise DataError(f"the array {name} of {path} is not one whole number or text a record", "correct it")
+    return [str(value) for value in values.reshape(count).tolist()]
+
+
+def require_known(count: int, config: Config) -> None:
+    """Raise `DataError` for `count` records of a table or archive whose patients nothing names, unless the unit is the image."""
+    if config.data.unit == "patient":
+        fix = (
+            "set data.table.patient_column"
+            if config.data.source == "csv"
+            else "store arrays train_patients, test_patients"
+        )
+        raise DataError(
+            f"nothing says which of the {count} records are of one patient",
+            f"{fix}, or accept privacy per record with data.unit=image",
+        )

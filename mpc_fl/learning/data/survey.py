@@ -1,0 +1,140 @@
+"""What a run will do with the data, said beforehand: every file is read that training will read, and nothing is kept of it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError
+from mpc_fl.learning.data.file_kinds import UnreadableImageError
+from mpc_fl.learning.data.image_files import ImageForm, read_image
+from mpc_fl.learning.data.loading import Index, records_per_hospital
+from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
+from mpc_fl.learning.data.reading import nothing_of_class, require_readable
+from mpc_fl.learning.data.tables import Split
+
+_MANY_IMAGES = 20  # of one patient, on average: a pattern that takes a word for a patient gives more
+_FEW_FILES = 20  # fewer say nothing about their names
+_NAMED = 5  # unreadable files that are named
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of all hospitals whose data are here: files or records and patients of both splits, each counted once.
+
+    `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
+    files have their patient from where, `first_unreadable` names some files and what to do about them.
+    `training_patients` are those of each hospital of whom something can be read.
+    """
+
+    records: int
+    patients: int
+    unreadable: int
+    unit: str
+    training_patients: list[int]
+    treatments: dict[str, int]
+    left_aside: dict[str, int]
+    patients_from: dict[str, int]
+    first_unreadable: list[str]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _SplitSurvey:
+    """Of one split, what `Survey` adds up."""
+
+    index: Index
+    rows: set[int]
+    unreadable: list[UnreadableImageError]
+    treatments: Counter[str]
+    patients_left: list[int]
+
+
+def survey(config: Config) -> Survey:
+    """Read all that training and testing will read. Raises what `load_hospital` would raise, before any process starts."""
+    splits: tuple[Split, ...] = ("train", "test")
+    found = [_survey_of(config, split) for split in splits]
+    keys = {of.index.patients[row] for of in found for row in of.rows}
+    sources, left_aside, treatments = Counter[str](), Counter[str](), Counter[str]()
+    for of in found:
+        sources.update(of.index.sources[row] for row in of.rows if of.index.sources)
+        left_aside.update(of.index.left_aside)
+        treatments.update(of.treatments)
+    records = sum(len(of.rows) for of in found)
+    return Survey(
+        records=records,
+        patients=len(keys),
+        unreadable=sum(len(of.unreadable) for of in found),
+        unit=config.data.unit,
+        training_patients=found[0].patients_left,
+        treatments=dict(treatments),
+        left_aside=dict(left_aside),
+        patients_from=dict(sources),
+        first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
+        warnings=_warnings(sources, sorted(keys), records) if sources else [],
+    )
+
+
+def _survey_of(config: Config, split: Split) -> _SplitSurvey:
+    index, parts = records_per_hospital(config, split)
+    rows, unreadable = set().union(*parts), dict[int, UnreadableImageError]()
+    treatments, form = Counter[str](), ImageForm.of(config.data)
+    for row in sorted(rows) if index.files else []:
+        try:
+            treatments.update(read_image(index.files[row], form).treatments)
+        except UnreadableImageError as error:
+            unreadable[row] = error
+    for label in range(len(config.data.classes)) if index.files else ():
+        of_class = [row for row in sorted(rows) if index.labels[row] == label]
+        if not (index.labels == label).any() or (of_class and all(row in unreadable for row in of_class)):
+            raise nothing_of_class(label, unreadable[of_class[0]] if of_class else None, config)
+    left = []
+    for own in parts:
+        failed = {place: unreadable[row] for place, row in enumerate(own) if row in unreadable}
+        require_readable([int(index.labels[row]) for row in own], failed, split, config)
+        left.append(len({index.patients[row] for row in own if row not in unreadable}))
+        if not left[-1]:
+            first = next(iter(failed.values()))
+            raise DataError(f"no {split} image can be read; the first: {first.what}", first.fix)
+    return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
+
+
+def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[str]:
+    """What looks wrong about numbers of patients: only a person who knows the data can say whether it is."""
+    said = []
+    if files >= _FEW_FILES and files > _MANY_IMAGES * len(keys):
+        said.append(
+            f"{files} files and {len(keys)} patient{'s' if len(keys) > 1 else ''}: is that right? Anonymised headers may have one "
+            "PatientID for all, and a pattern may take a word for a patient; a table patients.csv says it surely"
+        )
+    if sources[FROM_NAME] >= _FEW_FILES and sources[FROM_NAME] == files == len(keys) and _are_serial(keys):
+        said.append(
+            f"{files} files, {files} patients with serial numbers: do the names number patients, or images? If images, epsilon "
+            "holds per image, not per patient; a table patients.csv says whose they are"
+        )
+    if any(key.removeprefix("NORMAL2-").startswith("IM-") for key in keys) and sources[FROM_NAME]:
+        said.append(
+            "patients are the first numbers of names like IM-0123-0001: right for the public chest X-rays; viewers that export "
+            "pictures number series so, and a patient may have several"
+        )
+    if sources[FROM_HEADER] and sources[FROM_NAME]:
+        said.append(
+            f"{sources[FROM_HEADER]} files have their patient from DICOM headers and {sources[FROM_NAME]} from their names: a "
+            "patient under both counts twice; a table patients.csv mends that"
+        )
+    return said
+
+
+def _are_serial(keys: Sequence[str]) -> bool:
+    """Whether the last numbers of all keys follow each other nearly without gaps."""
+    numbers = [int(found[-1]) for found in map(_NUMBER.findall, keys) if found]
+    return len(set(numbers)) == len(keys) and max(numbers) - min(numbers) < 1.1 * len(keys)

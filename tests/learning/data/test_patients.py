@@ -1,0 +1,319 @@
+"""Whose an image is: table, header, pattern, in this order; what nothing says is refused or counts by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from mpc_fl.config.config import Config
+from mpc_fl.errors import ConfigError, DataError
+from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital, shared_patients
+from mpc_fl.learning.data.patients import BY_ITSELF, FROM_HEADER, FROM_NAME, FROM_TABLE, owners_of, read_table, site_key
+from mpc_fl.learning.data.survey import survey
+from tests.learning.data.dicom_writing import write_dicom
+
+SIZE = 8
+
+
+def _config(root: Path, **data: Any) -> Config:
+    values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, **data}
+    site = {"data": str(root), "patient_key": str(root.parent / "patient.key")}
+    return Config().with_values(data=values, federation={"hospitals": 2}, site=site)
+
+
+def _png(path: Path, value: int = 0) -> Path:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((SIZE, SIZE), value % 256, np.uint8)).save(path)
+    return path
+
+
+def _scan(path: Path, **tags: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_dicom(path, np.arange(64, dtype=np.uint8).reshape(8, 8), **tags)
+
+
+def _keys(files: list[Path], config: Config) -> list[str]:
+    return owners_of(files, config).keys
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("person1_bacteria_2.jpeg", "person1"),
+        ("person1946_bacteria_4875.jpeg", "person1946"),
+        ("NORMAL2-IM-1427-0001.jpeg", "NORMAL2-IM-1427"),
+        ("IM-0115-0001-0002.jpeg", "IM-0115"),
+    ],
+)
+def test_names_of_the_public_xrays_need_no_setting(tmp_path: Path, name: str, patient: str) -> None:
+    files = [_png(tmp_path / "d" / "train" / "ill" / name)]
+    assert owners_of(files, _config(tmp_path / "d")).sources == [FROM_NAME]
+    assert _keys(files, _config(tmp_path / "d")) == [patient]
+
+
+@pytest.mark.parametrize(
+    "name", ["img_0001.png", "P01 AP.png", "1.2.840.113619.png", "IM0001.png", "personal.png", "a.png"]
+)
+def test_any_other_name_is_no_patient(tmp_path: Path, name: str) -> None:
+    """Each of these was one: img_0001 to img_0300 the same, the two views of P01 two."""
+    root = tmp_path / "d"
+    files = [_png(root / "train" / "ill" / name)]
+    with pytest.raises(
+        DataError, match="no patient is known of 1 of 1 images, the first .*patients.csv.*pattern.*unit=image"
+    ):
+        _keys(files, _config(root))
+    owners = owners_of(files, _config(root, unit="image"))
+    assert owners.keys == [f"train/ill/{name}"] and owners.sources == [BY_ITSELF]
+
+
+def test_a_pattern(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    files = [_png(root / "train" / "ill" / name) for name in ("P01 AP.png", "P01 LAT.png", "P02 AP.png")]
+    assert _keys(files, _config(root, patient_pattern=r"(P\d+) ")) == ["P01", "P01", "P02"]
+    with pytest.raises(DataError, match="no patient is known of 3"):
+        _keys(files, _config(root, patient_pattern=r"(Q\d+)"))
+    with pytest.raises(DataError, match="no patient is known of 3"):
+        _keys(files, _config(root, patient_pattern=r"(X?)"))  # an empty group is nobody
+    for wrong, why in (("P\\d+", "needs a group"), ("(", "no regular expression")):
+        with pytest.raises(ConfigError, match=why):
+            _config(root, patient_pattern=wrong)
+
+
+def test_identifiers_of_headers_are_hashed_with_a_key_of_the_site(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, config = tmp_path / "d", _config(tmp_path / "d")
+    numbers = ["4711", "4711", "4712", "4711"]
+    issuers: list[str | None] = [None, None, None, "elsewhere"]
+    files = [
+        _scan(root / "train" / "ill" / f"IM{row}", PatientID=number, IssuerOfPatientID=issuer)
+        for row, (number, issuer) in enumerate(zip(numbers, issuers, strict=True))
+    ]
+    owners = owners_of(files, config)
+    assert set(owners.sources) == {FROM_HEADER}
+    assert owners.keys[0] == owners.keys[1] and len(set(owners.keys)) == 3
+    assert not any(number in key for number in numbers for key in owners.keys)
+    key = tmp_path / "patient.key"
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
+    assert _keys(files, config) == owners.keys  # the same in every process of this site
+    key.unlink()
+    assert not set(_keys(files, config)) & set(owners.keys)  # and at no other
+    assert "4711" not in caplog.text
+
+
+def test_headers_without_a_patient_leave_it_to_the_name(tmp_path: Path) -> None:
+    root = tmp_path / "d"
+    files = [
+        _scan(root / "train" / "ill" / "person3_a.dcm", PatientID=None),
+        _scan(root / "train" / "ill" / "person3_b.dcm", PatientID=""),
+    ]
+    assert owners_of(files, _config(root)).sources == [FROM_NAME] * 2
+    (root / "train" / "ill" / "scan.dcm").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="no patient is known of 1 of 3"):
+        _keys([*files, root / "train" / "ill" / "scan.dcm"], _config(root))
+
+
+def test_the_key_of_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert site_key(None) == (tmp_path / "state" / "mpc-fl" / "patient.key").read_bytes() == site_key(None)
+    (tmp_path / "short").write_bytes(b"12")
+    with pytest.raises(DataError, match="no key of 32 bytes"):
+        site_key(tmp_path / "short")
+    with pytest.raises(DataError, match="site.patient_key"):
+        site_key(tmp_path)
+
+
+TABLE = (
+    "file,patient,sex,age,scanner,split\ntrain/ill/a.png,P1,f,7,X,train\nb.png,P1,,,,\ntrain\\well\\c.png,P2,m,9,Y,\n"
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TABLE.encode(),
+        TABLE.replace(",", ";").replace("\n", "\r\n").encode("utf-8-sig"),
+        TABLE.replace(",", "\t").replace("X", "Röntgen").encode("cp1252"),
+        TABLE.replace("file,patient", " File , Patient ").encode(),
+    ],
+)
+def test_the_table_goes_before_all_else(tmp_path: Path, content: bytes) -> None:
+    root = tmp_path / "d"
+    files = [_png(root / "train" / "ill" / "a.png"), _scan(root / "train" / "ill" / "b.png", PatientID="4711"),
+             _png(root / "train" / "well" / "c.png")]  # fmt: skip
+    (root / "patients.csv").write_bytes(content)
+    owners = owners_of(files, _config(root))
+    assert owners.keys == ["P1", "P1", "P2"] and owners.sources == [FROM_TABLE] * 3
+    table = read_table(root)
+    assert table is not None and table.rows["train/ill/a.png"].age == "7" and table.rows["b.png"].sex == ""
+    # A table that names some files only is no table of this folder: names and headers are not asked.
+    files.append(_png(root / "train" / "ill" / "person7_x.png"))
+    with pytest.raises(DataError, match="patients.csv does not name 1 of 4 images.*person7_x.png.*complete the table"):
+        _keys(files, _config(root))
+    assert owners_of(files, _config(root, unit="image")).sources[-1] == BY_ITSELF
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no table"),
+        ("file,patient\n", "holds no table"),
+        ("name,patient\na,b\n", "needs one column 'file'"),
+        ("file,patient,patient\na,b,c\n", "needs one column 'patient'"),
+        ("file,patient\na.png\n", "line 2 has 1 cells, the header 2"),
+        ("file,patient\na.png,\n", "line 2 lacks a file or a patient"),
+        ("file,patient\na.png,P1\n\na.png,P2\n", "line 4 names a file again"),
+        ("file,patient,split\na.png,P1,holdout\n", "the split is none of train, validation, test"),
+        ('file,patient\na.png,"P1\n', "holds no table"),
+    ],
+)
+def test_damaged_tables(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "patients.csv").write_text(content)
+    with pytest.raises(DataError, match=words):
+        read_table(tmp_path)
+
+
+def test_a_table_that_parts_patients_otherwise_than_the_folders_is_refused(tmp_path: Path) -> None:
+    files = [_png(tmp_path / "d" / "test" / "ill" / "a.png")]
+    (tmp_path / "d" / "patients.csv").write_text("file,patient,split\na.png,P1,train\n")
+    with pytest.raises(DataError, match="says that test/ill/a.png is for 'train', and it lies in 'test'"):
+        _keys(files, _config(tmp_path / "d"))
+
+
+@given(
+    patients=st.lists(
+        st.text("abcÄ7 _-,;'\"", min_size=1, max_size=8).filter(lambda name: name.strip()), min_size=1, max_size=12
+    ),
+    delimiter=st.sampled_from([",", ";", "\t"]),
+)
+def test_tables_at_random_are_read_back(
+    patients: list[str], delimiter: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import csv
+
+    root = tmp_path_factory.mktemp("table")
+    with (root / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["file", "patient"])
+        writer.writerows([f"{row}.png", patient] for row, patient in enumerate(patients))
+    table = read_table(root)
+    assert table is not None and [row.patient for row in table.rows.values()] == [name.strip() for name in patients]
+
+
+def _folder(root: Path, names: dict[str, list[str]]) -> Path:
+    for folder, files in names.items():
+        for number, name in enumerate(files):
+            _png(root / folder / name, number)
+    return root
+
+
+def _serial(count: int, start: int = 0) -> list[str]:
+    return [f"img_{number:04d}.png" for number in range(start, start + count)]
+
+
+def test_the_survey_says_what_a_run_will_do(tmp_path: Path) -> None:
+    root = _folder(
+        tmp_path / "d",
+        {
+            "train/ill": [f"P{n // 2}-{n}.png" for n in range(24)], "train/well": [f"Q{n}-0.png" for n in range(20)],
+            "test/ill": ["R1-0.png", "R2-0.png"], "test/well": ["S1-0.png", "S1-1.png", "S2-0.png"],
+        },
+    )  # fmt: skip
+    (root / "train" / "well" / "Q7-0.png").write_bytes(b"damaged")
+    (root / "train" / "well" / "notes.txt").write_text("words")
+    config = _config(root, patient_pattern=r"([PQRS]\d+)-")
+    found = survey(config)
+    assert (found.records, found.patients, found.unreadable) == (49, 36, 1)
+    assert found.training_patients == [
+        len(set(load_hospital(config, rank, "train").patients.tolist())) for rank in (0, 1)
+    ]
+    assert sum(found.training_patients) == 31 and patients_per_hospital(config) == [16, 16]
+    assert found.left_aside == {"no image (.txt)": 1} and found.patients_from == {FROM_NAME: 49}
+    assert "Q7-0.png" in found.first_unreadable[0] and not found.warnings
+    assert sum(found.treatments.values()) == 48
+
+
+def test_more_unreadable_files_than_allowed_stop_the_site(tmp_path: Path) -> None:
+    folders = ("train/ill", "train/well", "test/ill", "test/well")
+    names = {folder: [f"person{rank}{n}_x.png" for n in range(10)] for rank, folder in enumerate(folders)}
+    root = _folder(tmp_path / "d", names)
+    for number in range(2):
+        (root / "train" / "ill" / f"person0{number}_x.png").write_bytes(b"")
+    config = _config(root).with_values(data={"partition": {"method": "none"}})
+    words = "2 of 10 train files of class 'ill' cannot be read, more than data.most_unreadable=0.1 of them; the first"
+    for action in (lambda: survey(config), lambda: load_hospital(config, 0, "train")):
+        with pytest.raises(DataError, match=words):
+            action()
+    lenient = config.with_values(data={"most_unreadable": 0.2})
+    assert survey(lenient).unreadable == load_hospital(lenient, 0, "train").skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("pattern", "patients", "words"),
+    [
+        (r"(img)_\d+", 1, "and 1 patient: is that right"),
+        (r"(img_\d+)", 300, "300 files, 300 patients with serial numbers"),
+    ],
+)
+def test_numbers_that_look_wrong_are_said(tmp_path: Path, pattern: str, patients: int, words: str) -> None:
+    """As the issue has them: 300 files, 1 patient; 300 files, 300 patients with serial names."""
+    names = {
+        "train/ill": _serial(120),
+        "train/well": _serial(120, 120),
+        "test/ill": _serial(30, 240),
+        "test/well": _serial(30, 270),
+    }
+    config = _config(_folder(tmp_path / "d", names), patient_pattern=pattern, shared_patients="keep")
+    config = config.with_values(data={"partition": {"method": "none"}})
+    found = survey(config)
+    assert (found.records, found.patients, found.unit) == (300, patients, "patient")
+    assert any(words in warning for warning in found.warnings)
+
+
+def test_with_the_unit_image_each_image_counts_by_itself_and_it_is_said(tmp_path: Path) -> None:
+    names = {f"{split}/{name}": _serial(12) for split in ("train", "test") for name in ("ill", "well")}
+    config = _config(_folder(tmp_path / "d", names), unit="image")
+    found = survey(config)
+    assert (found.unit, found.patients, found.training_patients) == ("image", 48, [12, 12])
+    assert shared_patients(config).names == ()  # equal names in two folders are not one image
+
+
+def test_records_of_archives_and_tables_have_patients_or_are_refused(tmp_path: Path) -> None:
+    images, labels = np.zeros((12, SIZE, SIZE), np.uint8), np.array([0, 1] * 6)
+    whose = np.arange(12) // 4 * 2 + labels
+    arrays = {
+        f"{split}_{name}": value
+        for split in ("train", "test")
+        for name, value in (("images", images), ("labels", labels))
+    }
+    np.savez(tmp_path / "none.npz", **arrays)
+    np.savez(tmp_path / "some.npz", **arrays, train_patients=whose, test_patients=np.array([f"T{n}" for n in whose]))
+    np.savez(tmp_path / "short.npz", **arrays, train_patients=whose[:3], test_patients=whose)
+    np.savez(tmp_path / "shared.npz", **arrays, train_patients=whose, test_patients=whose + 4)
+
+    def config(name: str, **data: Any) -> Config:
+        return _config(tmp_path / name, source="npz", **data)
+
+    with pytest.raises(DataError, match="which of the 12 records are of one patient: store arrays train_patients"):
+        load_hospital(config("none.npz"), 0, "train")
+    assert load_hospital(config("none.npz", unit="image"), 0, "train").patient_count == 6
+    part = load_hospital(config("some.npz"), 0, "train")
+    assert (part.patient_count, len(part)) == (4, 8) or part.patient_count * 2 == len(part)
+    with pytest.raises(DataError, match="train_patients of .*short.npz is not one whole number or text a record"):
+        load_hospital(config("short.npz"), 0, "train")
+    assert shared_patients(config("shared.npz")).names == ("4", "5")
+
+    table = tmp_path / "t.csv"
+    table.write_text("age,label\n" + "".join(f"{n},{('ill', 'well')[n % 2]}\n" for n in range(40)))
+    rows = _config(table, source="csv", table={"features": 1})
+    with pytest.raises(DataError, match="which of the .* records are of one patient: set data.table.patient_column"):
+        load_hospital(rows, 0, "train")
+    assert rows.with_values(data={"unit": "image"}).data.counted_unit == "record"
+    assert load_hospital(rows.with_values(data={"unit": "image"}), 0, "train").patient_count
