@@ -160,7 +160,7 @@ def _sum_changes(
             release = hospital.ledger.release
         seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
         records = hospital.records_of("validation")
-        logits = predict(hospital.model, records.inputs)
+        logits = predict(hospital.model, records.inputs, chunk=1)
         encoded = encode_changes(planned, records, logits, seed, config.runtime.threads)
         seen = sum_terms(config, plan.weight_total, hospital.digests)
         agreed = _calibration_sum(plan, hospitals, config, seen)

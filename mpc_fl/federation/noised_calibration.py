@@ -12,7 +12,8 @@ part about temperatures and one about offsets; each is clipped to an L2 norm of 
 number of parts, so the whole has an L2 norm of at most 1. The sum over patients therefore has sensitivity 1 before rounding,
 and is one release of the Gaussian mechanism without sampling, as `noised_evaluation` is: colluders and quorum, ledger and
 headroom are those said there. Without noise multiplier (mechanism none, or public validation patients) the sum is exact, and
-opened over all hospitals or not at all.
+opened over all hospitals or not at all. A patient's logits are computed record by record, and so are the same, bit for bit,
+whoever else validates.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from mpc_fl.federation.audit_trail import figure_digest
 from mpc_fl.federation.choice import Candidate, Choice, best_round
 from mpc_fl.federation.planning import plan_release, releases_beside_steps
 from mpc_fl.files import read_json_lines
+from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.models.calibration import TEMPERATURES, candidate_offsets
 from mpc_fl.learning.models.model_file import load_calibration, load_model
 from mpc_fl.learning.models.parameters import flatten_parameters
@@ -203,7 +204,8 @@ def test_what_a_run_may_release_counts_validation_and_calibration() -> None:
     beside = releases_beside_steps(config)
     spare = config.privacy.spare_rounds
     assert sum(event.steps for event in beside) == (2 + spare) + (3 + spare) + (1 + min(1, spare))
-    planned = plan_release(config, 20, [], "hospital-0")
+    sizes = public_sizes(config)
+    planned = plan_release(config, sizes.smallest, [], "hospital-0")
     assert planned is not None and math.isfinite(planned.noise_multiplier)
     public = parse_config(
         {**NOISED, "evaluation": {"choose": "best", "calibrate": "both", "public_validation": True}}, "test"

@@ -126,7 +126,7 @@ def _brier(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def changes(grid: Grid, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """What every grid point would change for each record, float64 (records, `grid.length`), of float logits (records, k)."""
-    z, columns = torch.nan_to_num(logits.double()), []
+    z, columns = torch.nan_to_num(logits.double()).clamp(-_LARGEST, _LARGEST), []
     if grid.fitted != "offsets":
         now = _brier(torch.softmax(z, dim=1), labels)
         columns += [_brier(torch.softmax(z / value, dim=1), labels) - now for value in TEMPERATURES]
@@ -143,24 +143,28 @@ def patient_changes(
     grid: Grid, logits: torch.Tensor, labels: torch.Tensor, patients: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
     """One row per patient, float32 (patients, `grid.length`), of L2 norm at most 1: the mean over the patient's records, each
-    part clipped to its norm and divided by its scale. `patients` are the row numbers of each patient's records."""
-    of_records = changes(grid, logits, labels)
-    rows = torch.stack([of_records[records].mean(dim=0) for records in patients])
-    pieces = []
-    for part, (_, norm), scale in zip(
-        rows.split([n for n, _ in grid.parts], dim=1), grid.parts, grid.scales(), strict=True
-    ):
-        lengths = part.norm(dim=1, keepdim=True)
-        pieces.append(part * (norm / lengths.clamp(min=norm)) / scale)
-    return torch.cat(pieces, dim=1).float()
+    part clipped to its norm and divided by its scale. `patients` are the row numbers of each patient's records.
+
+    One patient after the other, so that a row is a function of that patient's logits alone, bit for bit.
+    """
+    return torch.stack([_of_patient(grid, logits[records], labels[records]) for records in patients])
+
+
+def _of_patient(grid: Grid, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    parts = changes(grid, logits, labels).mean(dim=0).split([length for length, _ in grid.parts])
+    clipped = [
+        part * (norm / part.norm().clamp(min=norm)) / scale
+        for part, (_, norm), scale in zip(parts, grid.parts, grid.scales(), strict=True)
+    ]
+    return torch.cat(clipped).float()
 
 
 def fit(grid: Grid, total: torch.Tensor, weights: torch.Tensor, deviation: float) -> Calibration:
     """The calibration that the sum of all patients' vectors says, float64 (`grid.length`,).
 
     `weights` float64 (k,) is what a right decision counts for, by true class. `deviation` is that of the noise in each
-    element. Of m grid points with gain but noise alone the best seems better by about sqrt(2 log m) deviations; one is
-    taken above that alone, else nothing is changed.
+    element. Of m grid points that change nothing the best seems better by about sqrt(2 log m) deviations of the noise; one
+    is taken that seems better by one more, else nothing is changed.
     """
     parts, scales = list(total.split([length for length, _ in grid.parts])), grid.scales()
     temperature, offsets = 1.0, (0.0,) * grid.classes
@@ -176,4 +180,4 @@ def fit(grid: Grid, total: torch.Tensor, weights: torch.Tensor, deviation: float
 
 
 def _threshold(points: int, deviation: float) -> float:
-    return deviation * math.sqrt(2 * math.log(max(2, points)))
+    return deviation * (math.sqrt(2 * math.log(points)) + 1)
