@@ -67,6 +67,22 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class ChosenRound:
+    """The round whose model became that of the run, and the figures of all validated rounds, by their numbers as text."""
+
+    round: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FittedCalibration:
+    """Temperature of the probabilities and class offsets of the decision, in logits."""
+
+    temperature: float
+    offsets: list[float]
+
+
+@dataclass(frozen=True)
 class PrivacySpent:
     """What the patients of a hospital have spent; `epsilon` and `noise_multiplier` are None without noise."""
 
@@ -84,7 +100,8 @@ class TrainingSummary:
     """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
 
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
-    are also training patients by name.
+    are also training patients by name. `validation` is the opened validation of the final model where there is one, `chosen`
+    the round that the model is of where it was chosen, `calibration` what was fitted to it.
     """
 
     KIND: ClassVar[str] = "train"
@@ -104,6 +121,9 @@ class TrainingSummary:
     lost: list[str] | None = None
     evaluated_round: int | None = None
     shared_patients: int | None = None
+    validation: Scores | None = None
+    chosen: ChosenRound | None = None
+    calibration: FittedCalibration | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -20,7 +20,7 @@ from mpc_fl.parsing import parse_yaml
 
 _Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
 _TRAINING: _Sections = {
-    "Result": (training_sections.result,),
+    "Result": (training_sections.result, training_sections.choice),
     "Training curves": (
         training_sections.global_curve,
         training_sections.absences,

@@ -34,6 +34,7 @@ from mpc_fl.apps.summaries import (
     DiagnosisSummary,
     ImageResult,
     PrivacySpent,
+    Scores,
     ServedDiagnosisSummary,
     Summary,
     TrainingSummary,
@@ -55,9 +56,10 @@ from mpc_fl.inference.serving.client import asking_hospital
 from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_images, shared_patients
+from mpc_fl.learning.models.class_offsets import with_offsets
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
-from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
@@ -102,6 +104,9 @@ def train(
             final=evaluated[-1].evaluation if evaluated else None,
             evaluated_round=evaluated[-1].round if evaluated else None,
             shared_patients=len(shared_patients(config).names),
+            validation=_validation(rounds),
+            chosen=rounds[-1].chosen if rounds else None,
+            calibration=rounds[-1].calibration if rounds else None,
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,
@@ -111,6 +116,13 @@ def train(
         for checkpoint in directory.glob("parties/*/checkpoint-*.safetensors"):
             checkpoint.unlink()
     return summary
+
+
+def _validation(rounds: list[GlobalRound]) -> Scores | None:
+    """That of the round whose model is the final one: the chosen round, else the last of training; None where none was opened."""
+    trained = [line.round for line in rounds if line.round and line.chosen is None and line.calibration is None]
+    chosen = next((line.chosen.round for line in rounds if line.chosen is not None), max(trained, default=0))
+    return next((line.validation for line in rounds if line.round == chosen), None)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -297,6 +309,7 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
     """The plaintext reference, computed by the user who has both model and images: for checking a simulation only."""
     assert config.site.model is not None
     model = load_model(config.site.model, config)
+    model = with_offsets(model, config, load_calibration(config.site.model, config))
     torch.set_num_threads(1)
     began = time.monotonic()
     logits = predict(
