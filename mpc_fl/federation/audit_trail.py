@@ -69,7 +69,8 @@ def lead_signatures(
     links.set_phase(f"{about} signatures")
     asked = hospitals
     for attempt in range(len(asked)):
-        say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt, figure=what.figure)
+        figure = {} if what.figure is None else {"figure": what.figure}
+        say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt, **figure)
         try:
             _sign(ledger, links, hospitals, replace(what, about=f"{about} ({attempt})" if attempt else about))
             return hospitals
