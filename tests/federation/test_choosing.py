@@ -124,6 +124,23 @@ def test_a_hospital_lost_in_the_last_validation_costs_only_itself(tmp_path: Path
             assert lines(training)[-1]["evaluation"] is not None
 
 
+def test_a_run_that_is_lost_in_its_last_round_goes_on_with_what_was_chosen(tmp_path: Path) -> None:
+    changes = {**NOISED, "federation": {"quorum": 3}}
+    for where in ("ready calibration 4", "ready evaluation 4"):
+        directory = tmp_path / where
+        with trained(directory, Sleeper("hospital-1", where, KILLED), **changes) as training:
+            assert training.said[AGGREGATOR] != "finished"
+            figures = {line["round"]: line["validation"]["accuracy"] for line in lines(training)[1:]}
+        with pytest.MonkeyPatch.context() as patch:
+            again = Training(directory, patch, **changes)
+            again.placed = {name: of.with_values(site={"resume": True}) for name, of in again.placed.items()}
+            again.run()
+            all_finished(again)
+            last = lines(again)[-1]
+            assert last["chosen"]["round"] == best_round(figures) and sorted(again.rounds) == [0, 1, 2, 3, 4]
+            assert len(models(again)) == 1
+
+
 def test_an_exact_validation_that_somebody_misses_is_not_opened(tmp_path: Path) -> None:
     sleeper = Sleeper("hospital-1", "ready validation 2", KILLED)
     with trained(tmp_path, sleeper, **BEST) as training:

@@ -31,6 +31,8 @@ from mpc_fl.errors import ConfigError, RunFailedError
 from mpc_fl.federation.planning import budget_of
 from mpc_fl.federation.search_budget import noise_of_last, noise_of_trials
 from mpc_fl.files import write_json, write_text
+from mpc_fl.learning.data.loading import patients_per_hospital
+from mpc_fl.learning.models.feature_extractor import require_weights
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.progress import Progress
@@ -38,7 +40,7 @@ from mpc_fl.roles import hospital_names
 
 _SEARCHED = ("training.", "model.", "privacy.clipping_norm")
 _MOST_TRIALS = 256
-_PLAN = "search.json"
+_PLAN, _LOCK = "search.json", ".lock"
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def tune(search: Search, out: Path, command: str, progress: Progress, resume: bo
     with _search_directory(out, resume) as directory:
         ledgers = config.site.privacy_ledger or directory.absolute() / "privacy"
         ledgers.mkdir(parents=True, exist_ok=True)
+        require_weights(config)
+        patients_per_hospital(config)  # whatever is wrong with the data is told before a trial is charged
         plan = _Plan.of(search, directory, ledgers, resume)
         for number in range(len(plan.trials) + 1, len(search.settings) + 1):
             trial = _tried(search, number, plan, directory, command, progress)
@@ -134,14 +138,18 @@ def tune(search: Search, out: Path, command: str, progress: Progress, resume: bo
             plan.keep(directory)
         best = best_trial(plan.trials)
         if best is None:
-            raise RunFailedError("no trial has an opened validation", f"see the trials in {directory / 'trials'}")
+            what = f"no trial has an opened validation; the first: {plan.trials[0].failed}"
+            raise RunFailedError(what, f"see the trials in {directory / 'trials'}")
         if plan.after_trials is None:
             plan.after_trials = _epsilons(config, ledgers)
             if config.privacy.mechanism != "none":
                 plan.last_noise = noise_of_last(search.last(best.number, None, ledgers), _spent(config, ledgers))
             plan.keep(directory)
         last = search.last(best.number, plan.last_noise, ledgers)
-        final = _trained(last, directory / "final", command, progress)
+        try:
+            final = _trained(last, directory / "final", command, progress)
+        except RunFailedError as error:
+            raise RunFailedError(f"the last run: {error.what}", "go on with --resume: all trials are kept") from None
         after = _epsilons(config, ledgers)
         summary = SearchSummary(
             name=config.name,
@@ -166,7 +174,8 @@ def tune(search: Search, out: Path, command: str, progress: Progress, resume: bo
         write_text(directory / "config.yaml", config.to_yaml())
         write_json(directory / SEARCH_FILE, summary.to_json())
         write_search_report(directory)
-        (directory / _PLAN).unlink()
+        for path in (directory / _PLAN, directory / _LOCK):
+            path.unlink()
         directory.rename(out)
     return summary
 
@@ -215,7 +224,7 @@ def _search_directory(out: Path, resume: bool) -> Iterator[Path]:
     else:
         require_free(out)
     partial.mkdir(parents=True, exist_ok=resume)
-    with (partial / ".lock").open("w") as lock:
+    with (partial / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
