@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _MOST_DIGITS = 100  # of a whole number; every one of these has a float
 _MOST_NODES = 100_000  # of a YAML file, each as often as it is referred to
 _TEXT = "tag:yaml.org,2002:str"
 _WHOLE = "tag:yaml.org,2002:int"
+_NULL = "tag:yaml.org,2002:null"
 _MERGE = "tag:yaml.org,2002:merge"
 
 
@@ -95,10 +96,11 @@ def _parts(item: dict[str, Any] | list[Any]) -> Iterator[Any]:
 # ---- YAML --------------------------------------------------------------------------------------------------------------
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, takes_text: Callable[[tuple[str, ...]], bool] = lambda _: False) -> Any:
     """The value of a YAML text, with keys that are texts. Raises `ValueError`, whose words begin with the line if it is known.
 
-    Infinities and NaN are numbers in YAML: who takes a number says which.
+    Infinities and NaN are numbers in YAML: who takes a number says which. `takes_text` says whether a value is a text where it
+    stands, by the keys that lead there and an empty one for each element of a list: `007` and `yes` are then what they look like.
     """
     import yaml
 
@@ -108,7 +110,7 @@ def parse_yaml(text: str) -> Any:
             node = loader.get_single_node()
             if node is None:
                 return None
-            _require_sound(node)
+            _require_sound(node, takes_text)
             return loader.construct_document(node)
         finally:
             loader.dispose()
@@ -129,20 +131,25 @@ class _UnsoundError(Exception):
     """YAML that is valid and cannot be used."""
 
 
-def _require_sound(root: yaml.Node) -> None:
-    """Walk what the text stands for, an alias as often as it comes: neither deep nor long, with keys that are texts and differ."""
+def _require_sound(root: yaml.Node, takes_text: Callable[[tuple[str, ...]], bool]) -> None:
+    """Walk what the text stands for, an alias as often as it comes: neither deep nor long, with keys that are texts and differ.
+
+    Values that are texts where they stand become that.
+    """
     import yaml
 
-    waiting, seen = [(root, 0)], 0
+    waiting, seen = [(root, tuple[str, ...]())], 0
     while waiting:
-        node, depth = waiting.pop()
-        seen, line = seen + 1, f"line {node.start_mark.line + 1}: "
+        node, path = waiting.pop()
+        seen, line, depth = seen + 1, f"line {node.start_mark.line + 1}: ", len(path)
         if depth > DEEPEST or seen > _MOST_NODES:
             raise _UnsoundError(f"{line}nested too deeply, or an alias refers to itself or comes too often")
         if node.tag == _WHOLE and len(node.value) > _MOST_DIGITS:
             raise _UnsoundError(f"{line}a number of too many digits")
+        if isinstance(node, yaml.ScalarNode) and node.tag not in (_TEXT, _NULL) and takes_text(path):
+            node.tag = _TEXT
         if isinstance(node, yaml.SequenceNode):
-            waiting += [(part, depth + 1) for part in node.value]
+            waiting += [(part, (*path, "")) for part in node.value]
         elif isinstance(node, yaml.MappingNode):
             if any(key.tag not in (_TEXT, _MERGE) or not isinstance(key, yaml.ScalarNode) for key, _ in node.value):
                 raise _UnsoundError(f"{line}a key is no text; quote it")
@@ -150,4 +157,4 @@ def _require_sound(root: yaml.Node) -> None:
             if len(set(keys)) != len(keys):
                 twice = next(key for index, (key, _) in enumerate(node.value) if key.value in keys[:index])
                 raise _UnsoundError(f"line {twice.start_mark.line + 1}: a key comes twice")
-            waiting += [(part, depth + 1) for _, part in node.value]
+            waiting += [(part, (*path, key.value)) for key, part in node.value]

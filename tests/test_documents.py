@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import typer.main
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
+from mpc_fl.apps.cli import config as config_commands
 from mpc_fl.apps.cli.commands import app
 from mpc_fl.config.config import Config, section_of
 
@@ -126,6 +128,12 @@ def test_every_package_and_protocol_page_is_described() -> None:
         assert f"(protocols/{page.name})" in index, page
         text = page.read_text()
         assert "**In words.**" in text and "```mermaid" in text, page
+
+
+def test_the_page_of_all_settings_is_of_this_version() -> None:
+    made = CliRunner().invoke(config_commands.app, ["explain", "--markdown"])
+    page = (REPOSITORY / "docs" / "settings.md").read_text()
+    assert made.output == page, "write it anew: mpc-fl config explain --markdown > docs/settings.md"
 
 
 def test_the_readme_is_short() -> None:

@@ -1,7 +1,7 @@
 """Co-signing the reveal ledger: all parties of a round sign one block about its openings.
 
 After the openings of a round, each party with its own record of them, one of the parties the leader (`CoSigners.sign`):
-  1. each party makes the block from what it recorded itself, and signs it
+  1. each party makes the block from what it recorded itself, signs it, and writes down that it has
   2. each sends its signature and its digests to the leader: one message per party and round
   3. the leader compares them; where they differ, the run ends with the name of the party and the number of the opening
   4. the leader keeps the block with all signatures, then sends the signatures to all
@@ -162,6 +162,7 @@ class CoSigners:
 
     def _follow(self, draft: Block, own: Signature, tag: str) -> Block:
         """Steps 2 and 5 at all but the leader: send signature and digests, get all signatures."""
+        self.ledger.keep_unconfirmed(replace(draft, signatures=(own,)))
         self.links.send_object(self.leader, tag, {"claim": _claim(draft), "signature": to_json(own)})
         answer = self._hear(tag)
         signatures = _parsed(_list_of(signature_from, len(self.parties)), self.leader, answer.get("signatures"))

@@ -254,11 +254,15 @@ def read_ledger(content: bytes, authority: x509.Certificate) -> Reading:
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of the ledger: where it lies, whose it is (`None` if that is not known), its bytes."""
+    """A copy of the ledger: where it lies, whose it is (`None` if that is not known), its bytes.
+
+    `unconfirmed` is what lies beside it of a block that its owner has signed and did not see signed by all.
+    """
 
     where: str
     owner: str | None
     content: bytes
+    unconfirmed: bytes = b""
 
 
 _OLD = "the ledger is of version 1: no quorum of hospitals had to sign a block, and no opening says what its parties agreed on"
@@ -276,7 +280,8 @@ class Verdict:
 def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: datetime.datetime) -> Verdict:
     """Check every copy and compare them; at least one is needed.
 
-    A copy may lack only blocks that its owner did not sign: those of a party that was lost and did not come back.
+    A copy may lack only blocks that its owner did not sign: those of a party that was lost and did not come back. Before them
+    it may lack one that its owner signed and could not keep, if it had written down its own signature.
     """
     read: dict[bytes, Reading] = {}
     for copy in copies:
@@ -287,12 +292,17 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
     findings = [replace(finding, copy=copy.where) for copy, reading in readings for finding in reading.findings]
     notes = [_OLD] if reference.chain.version == 1 else []
     for copy, reading in readings:
-        difference = _difference(reference, reading, copy.owner)
+        difference = _difference(reference, reading, copy)
         if difference is not None and difference[1]:
             what = f"{difference[0].what} in {best.where}{_signed_twice(reference, reading, difference[0])}"
             findings.append(replace(difference[0], copy=copy.where, what=what))
         elif difference is not None:
-            notes.append(f"{copy.where} ends earlier: {copy.owner} took no part in the blocks after it")
+            lost = f"{copy.owner} took no part in the blocks after it"
+            if _could_not_keep(copy, reference.blocks[len(reading.lines)]):
+                lost = (
+                    f"{copy.owner} signed block {len(reading.lines)} and was lost before it had the signatures of all"
+                )
+            notes.append(f"{copy.where} ends earlier: {lost}")
     if not reference.chain.ended:
         findings.append(
             Finding("the end of the run is missing: blocks were cut off, or the run did not end", copy=best.where)
@@ -306,11 +316,24 @@ def verify_copies(copies: Sequence[Copy], authority: x509.Certificate, now: date
     return Verdict(reference, tuple(findings), tuple(notes))
 
 
-def _difference(reference: Reading, other: Reading, owner: str | None) -> tuple[Finding, bool] | None:
-    """The first block where `other` differs, and whether that is wrong; `None` when they are the same."""
+def _could_not_keep(copy: Copy, block: Block | None) -> bool:
+    """Whether the owner of a copy wrote down its signature under this block, which others then had from all."""
+    if block is None:
+        return False
+    try:
+        own = parse_line(copy.unconfirmed.removesuffix(b"\n"))
+    except ValueError:
+        return False
+    mine = [signature for signature in block.signatures if signature.party == copy.owner]
+    return own.signatures == tuple(mine) != () and own.content_digest() == block.content_digest()
+
+
+def _difference(reference: Reading, other: Reading, copy: Copy) -> tuple[Finding, bool] | None:
+    """The first block where `other`, the reading of `copy`, differs, and whether that is wrong; `None` when they are the same."""
+    owner = copy.owner
     for number, (theirs, mine) in enumerate(zip_longest(reference.lines, other.lines)):
         if mine is None:
-            rest = reference.blocks[number:]
+            rest = reference.blocks[number + _could_not_keep(copy, reference.blocks[number]) :]
             owed = owner is None or any(block is None or owner in block.parties for block in rest)
             return Finding(f"is missing, with all after it: there are {len(reference.lines)} blocks", number), owed
         if theirs is None:

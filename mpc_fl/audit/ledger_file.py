@@ -1,9 +1,12 @@
 """A party's own copy of the reveal ledger, on its disk.
 
-Two files, both only grow. `openings.jsonl` gets an opening before a share of it leaves; `reveal_ledger.jsonl` gets a block
+Two files only grow. `openings.jsonl` gets an opening before a share of it leaves; `reveal_ledger.jsonl` gets a block
 when all its parties have signed it. Both are on the disk when the call returns. A party that is killed at any moment finds
 there what it has recorded and not yet signed. A last line that a crash cut off is removed when the ledger is opened again:
 such an opening was never followed by a share, and such a block is with the leader (`co_signing`).
+
+A third, `unconfirmed_block.json`, holds the block that this party has signed and not yet seen signed by all, from before its
+signature leaves. Who is killed in between can show why its copy lacks a block that bears its signature (`ledger_audit`).
 
 An opening that this party recorded is never dropped. It is signed, or it stays pending; a block that does neither is
 refused (`RevealLedger.add`), whoever signed it. `co_signing` says why no honest run comes to that.
@@ -26,6 +29,7 @@ from mpc_fl.audit.ledger_versions import VERSION
 from mpc_fl.audit.opening_record import OPENINGS_FILE, Opening
 from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
+    UNCONFIRMED_FILE,
     Block,
     Chain,
     ChainedOpening,
@@ -57,6 +61,7 @@ class RevealLedger:
         self.identity = identity
         self.authority = load_root(identity.authority, "the authority's certificate")
         self.path, self.openings_path = directory / LEDGER_FILE, directory / OPENINGS_FILE
+        self._unconfirmed_path = directory / UNCONFIRMED_FILE
         directory.mkdir(parents=True, exist_ok=True)
         reading = read_ledger(_whole_lines(self.path), self.authority)
         if reading.findings and reading.lines:
@@ -145,6 +150,17 @@ class RevealLedger:
         number, seal = self.chain.blocks, self.chain.seal
         return Block(number, kind, about, tuple(parties), openings, dict(values or {}), members, seal)
 
+    def keep_unconfirmed(self, block: Block) -> None:
+        """Write down a block that only this party has signed yet; it is on the disk when this returns, and only then may its
+        signature leave. Raises `MpcFlError` when it cannot be written."""
+        try:
+            # A crash in the middle leaves what is no block, and nothing has left: it need not be whole or nothing.
+            with self._unconfirmed_path.open("wb") as file:
+                file.write(encode_block(block))
+                to_disk(file)
+        except OSError as error:
+            raise unwritable(self._unconfirmed_path, error) from None
+
     def add(self, block: Block, sender: str = "somebody") -> None:
         """Check a signed block, which came from `sender`, and keep it.
 
@@ -171,6 +187,7 @@ class RevealLedger:
         _append(self.path, encode_block(block))
         self.chain, self.pending = chain, pending
         self.blocks.append(block)
+        self._unconfirmed_path.unlink(missing_ok=True)
 
     def begun_among(self, why: str) -> tuple[str, ...] | None:
         """Among whom the first opening for this reason was, signed or not; `None` where there was none."""

@@ -39,6 +39,7 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.signatory import is_genuine, sign_statement, time_text
 
 LEDGER_FILE = "reveal_ledger.jsonl"
+UNCONFIRMED_FILE = "unconfirmed_block.json"
 KINDS = ("start", "resume", "openings", "abandoned", "end")
 _NOTHING = "0" * 64
 _DIGEST = re.compile(r"[0-9a-f]{64}")

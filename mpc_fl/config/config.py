@@ -29,11 +29,15 @@ _SECONDS_PER_LINK = 0.02
 
 
 class Config(Section):
-    """A complete configuration. Build it with `loading.load_config` or `parse_config`."""
+    """All that a run follows: what is learned from what, under which promise, by whom, and where."""
 
-    name: str = "phantoms"
-    task: Literal["train", "infer", "serve"] = "train"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: str = Field(default="phantoms", description="of the run, in reports and privacy ledgers")
+    task: Literal["train", "infer", "serve"] = Field(
+        default="train", description="set by the command: training, one diagnosis, or a model owner that stays up"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0, description="public; first weights and phantoms are drawn from it, never shares, masks or noise"
+    )
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
@@ -85,6 +89,7 @@ class Config(Section):
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
             )
+        _require_parties(self.federation)
         return self
 
     @model_validator(mode="after")
@@ -198,6 +203,19 @@ class Config(Section):
             else:
                 values[name] = change
         return parse_config(values, "the resolved configuration")
+
+
+def _require_parties(federation: FederationSection) -> None:
+    """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
+    known = [*hospital_names(federation.hospitals), AGGREGATOR, HOSPITAL, MODEL_OWNER, DEALER]
+    named = [*federation.addresses, *federation.dial_out_only, *([federation.relay] if federation.relay else [])]
+    for name in named:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"federation names a party '{name[:60]}', and there is none with federation.hospitals: {federation.hospitals}; "
+                f"the nearest known name is '{nearest}'"
+            )
 
 
 def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:

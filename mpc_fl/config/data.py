@@ -15,24 +15,28 @@ from mpc_fl.config.section import Bound, Count, Digest, Positive, Section
 class PartitionSection(Section):
     """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
 
-    method: Literal["equal", "dirichlet", "none"] = "equal"
-    alpha: Positive = 0.5
+    method: Literal["equal", "dirichlet", "none"] = Field(
+        default="equal", description="as evenly as it goes, or with other shares of the classes at each"
+    )
+    alpha: Positive = Field(default=0.5, description="of dirichlet: the smaller, the less the hospitals are alike")
 
 
 class PhantomSection(Section):
     """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
 
-    train_patients: Count = 1200
-    test_patients: Count = 300
+    train_patients: Count = Field(default=1200, description="of all hospitals together")
+    test_patients: Count = Field(default=300, description="of all hospitals together")
 
 
 class TableSection(Section):
     """Columns of a CSV file. Without `patient_column` every row is one patient."""
 
-    label_column: str = "label"
+    label_column: str = Field(default="label", description="holds the class of a row")
     patient_column: str | None = None
     features: Count | None = Field(default=None, description="number of feature columns; needed for csv")
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.25, description="share of patients who are kept for tests, where there is no split of their own"
+    )
     reference_ranges: tuple[tuple[Bound, Bound], ...] | None = Field(
         default=None, description="public (low, high) of each feature column, never taken from patients of this run"
     )
@@ -56,6 +60,8 @@ FEATURE_COUNTS = {
     "mobilenet_v3_small": 1024,
     "mobilenet_v3_large": 1280,
 }
+# Stored weights that `mpc-fl model fetch` makes of what is published: the same at every site.
+FETCHED_WEIGHTS = {"efficientnet_lite0": "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"}
 FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
 
 
@@ -92,20 +98,19 @@ class FeatureSection(Section):
 class SubsetSection(Section):
     """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients."""
 
-    train_patients: Count | None = None
-    test_patients: Count | None = None
+    train_patients: Count | None = Field(default=None, description="of each hospital at most")
+    test_patients: Count | None = Field(default=None, description="of each hospital at most")
 
 
 class DataSection(Section):
-    """What the data are. `images`: DIR/{train,test}/<class>/ with PNG, JPEG or DICOM files.
+    """What the data are. `images`: `DIR/{train,test}/<class>/` with PNG, JPEG or DICOM files.
 
     `normalise`: `secure` brings inputs to mean 0 and standard deviation 1 over the training patients of all hospitals, which
     a secure sum before the first round opens. With differential privacy that sum carries noise of its own,
     `normalise_noise_multiplier` times its sensitivity, and every hospital charges it to its ledger.
 
     `features`: records are features of the images instead of the images, `features.size` numbers and a constant. There
-    `normalise: secure` takes the mean over patients off them (`mean` in `federation.feature_statistics`), and brings them to
-    norm 1 again.
+    `normalise: secure` takes the mean over patients off them, and brings them to norm 1 again.
 
     `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
 
@@ -116,11 +121,18 @@ class DataSection(Section):
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
     """
 
-    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = "phantoms"
-    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
-    image_size: Annotated[int, Field(ge=8, le=1024)] = 32
-    channels: Literal[1, 3] = 1
-    wrong_size: Literal["error", "resize"] = "error"
+    source: Literal["phantoms", "images", "npz", "csv", "breast_cancer"] = Field(
+        default="phantoms", description="where records come from; phantoms and breast_cancer need no files"
+    )
+    classes: tuple[str, ...] = Field(
+        default=("normal", "bacterial", "viral"),
+        description="names of the classes, in the order of the outputs; folders of images are called so",
+    )
+    image_size: Annotated[int, Field(ge=8, le=1024)] = Field(default=32, description="pixels of each side of an image")
+    channels: Literal[1, 3] = Field(default=1, description="1: grey, 3: colour")
+    wrong_size: Literal["error", "resize"] = Field(
+        default="error", description="what becomes of an image of another size"
+    )
     partition: PartitionSection = PartitionSection()
     phantoms: PhantomSection = PhantomSection()
     table: TableSection = TableSection()

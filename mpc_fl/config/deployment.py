@@ -18,7 +18,7 @@ class RuntimeSection(Section):
     """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
 
     In training all other deadlines follow from `connect_timeout`, `receive_timeout` (an answer that takes no work) and
-    `federation.round_timeout` (`deadlines.py`): hospitals wait longer for the aggregator than it waits for them.
+    `federation.round_timeout`: hospitals wait longer for the aggregator than it waits for them.
     """
 
     connect_timeout: Positive = 60.0
@@ -27,12 +27,16 @@ class RuntimeSection(Section):
         default=20.0,
         description="seconds without any sign of life after which another party is lost: stopped, or cut off",
     )
-    threads: Count = 1
-    first_port: Annotated[int, Field(ge=1, le=65000)] | None = None
+    threads: Count = Field(default=1, description="of each party")
+    first_port: Annotated[int, Field(ge=1, le=65000)] | None = Field(
+        default=None, description="of parties on this machine; null: free ones"
+    )
     restarts: Whole = Field(
         default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
     )
-    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = 256 << 20
+    dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = Field(
+        default=256 << 20, description="of corrections that a dealer may send ahead of need"
+    )
 
 
 class FederationSection(Section):
@@ -42,7 +46,7 @@ class FederationSection(Section):
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
 
-    hospitals: Annotated[int, Field(ge=2, le=64)] = 3
+    hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )
@@ -53,7 +57,7 @@ class FederationSection(Section):
         default=False,
         description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
     )
-    session: str = ""
+    session: str = Field(default="", description="sets two runs of one configuration apart")
     addresses: dict[str, str] = Field(default_factory=dict)
     dial_out_only: tuple[str, ...] = ()
     relay: str | None = None
@@ -94,14 +98,16 @@ class SiteSection(Section):
     listen: str | None = None
     resume: bool = False
     training_processes: Count = 1
-    data: Path | None = None
-    images: Path | None = None
+    data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
+    images: Path | None = Field(default=None, description="images to diagnose")
     model: Path | None = None
     weights: Path | None = None
     out: Path | None = None
-    log: Path | None = None
-    identity: Path | None = None
-    privacy_ledger: Path | None = None
+    log: Path | None = Field(default=None, description="file of this party")
+    identity: Path | None = Field(default=None, description="directory with certificate and key of this party")
+    privacy_ledger: Path | None = Field(
+        default=None, description="directory in which what patients have spent is kept over runs; null: of the run"
+    )
     pool: Path | None = None
     reveal_ledger: Path | None = None
     authority: Path | None = None

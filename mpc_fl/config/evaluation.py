@@ -34,15 +34,25 @@ class EvaluationSection(Section):
     every: Count | None = Field(
         default=None, description="rounds between two evaluations; null: before the first round and after the last one"
     )
-    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
+        default=None, description="of what is opened about test and validation patients; null: exact counts"
+    )
     test: bool = Field(default=True, description="false: test patients are left alone, as in trials of `mpc-fl tune`")
     validate_every: Count | None = Field(
         default=None, description="rounds between two validations; null: every one with choose: best, else the last one"
     )
-    choose: Literal["last", "best"] = "last"
-    criterion: Literal["accuracy", "balanced_accuracy"] = "accuracy"
-    calibrate: Literal["none", "temperature", "offsets", "both"] = "none"
-    public_validation: bool = False
+    choose: Literal["last", "best"] = Field(
+        default="last", description="whose model is that of the run: the last round's, or the best validated one's"
+    )
+    criterion: Literal["accuracy", "balanced_accuracy"] = Field(
+        default="accuracy", description="what rounds, offsets and trials are compared by, on validation patients"
+    )
+    calibrate: Literal["none", "temperature", "offsets", "both"] = Field(
+        default="none", description="what is fitted to the final model on validation patients"
+    )
+    public_validation: bool = Field(
+        default=False, description="true: validation patients' records are no secret, so sums of them are exact"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> EvaluationSection:

@@ -5,11 +5,13 @@ Whatever is wrong is told in one line that names the file, the key, and the near
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.settings import takes_text
 from mpc_fl.errors import ConfigError
 from mpc_fl.parsing import DEEPEST, parse_yaml
 
@@ -34,10 +36,14 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             node = child
         try:
             # A dot is needed before an exponent in YAML floats; 1e-5 would stay a string, which pydantic parses.
-            node[last] = _plain(parse_yaml(text))
+            node[last] = _plain(parse_yaml(text, functools.partial(_takes_text, (*parents, last))))
         except ValueError:
             raise ConfigError(f"--set {setting[:200]!r}: the value is not YAML that can be used", "quote it") from None
     return result
+
+
+def _takes_text(setting: tuple[str, ...], within: tuple[str, ...]) -> bool:
+    return takes_text((*setting, *within))
 
 
 def _plain(values: Any) -> Any:
@@ -53,7 +59,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read configuration {path}: {reason}", "give the path of a YAML file") from None
     try:
-        values = parse_yaml(text)
+        values = parse_yaml(text, takes_text)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}", "correct it there; mind indentation and quotes") from None
     if values is not None and not isinstance(values, dict):

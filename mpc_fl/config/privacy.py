@@ -24,7 +24,7 @@ class PrivacySection(Section):
     of them is drawn with probability training.batch_size / smallest_hospital (at most 1), wherever the patient is.
     """
 
-    mechanism: Literal["local", "distributed", "none"] = "local"
+    mechanism: Literal["local", "distributed", "none"] = Field(default="local", description="who adds the noise")
     colluders: Whole | None = Field(
         default=None,
         description="hospitals that may pool with the aggregator, at most federation.quorum - 2; null: 1, or 0 below that",
@@ -39,9 +39,11 @@ class PrivacySection(Section):
     spare_rounds: Annotated[int, Field(ge=0, le=10**6)] = Field(
         default=1, description="rounds that may be lost and made anew within the budget: what was sent stays charged"
     )
-    epsilon: Positive = 8.0
-    delta: Annotated[float, Field(ge=1e-30, lt=1)] = 1e-4
-    clipping_norm: Positive = 1.0
+    epsilon: Positive = Field(default=8.0, description="promised to every patient over all runs of the privacy ledger")
+    delta: Annotated[float, Field(ge=1e-30, lt=1)] = Field(
+        default=1e-4, description="beside epsilon; below one over the number of patients"
+    )
+    clipping_norm: Positive = Field(default=1.0, description="L2 norm that a patient's gradient is cut to")
     noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e6)] | None = Field(
         default=None, description="null calibrates it to epsilon"
     )

@@ -25,7 +25,7 @@ class AggregationSection(Section):
     it cannot be lower.
     """
 
-    fraction_bits: Annotated[int, Field(ge=4, le=40)] = 24
+    fraction_bits: Annotated[int, Field(ge=4, le=40)] = Field(default=24, description="of an encoded update")
     update_bound: Positive = 64.0
     count_bound: Count = 1 << 20
     weighted: bool | None = None
@@ -40,7 +40,7 @@ class InferenceSection(Section):
 
     `engine` fast runs convolutional networks some 50 times faster than reference, which runs all. `reveal` says what is opened
     to the hospital: the class alone (label, engine fast) or logits, from which a hospital that deviates takes the last layer's
-    weights (`config.Config.reveal` says what null means). `fill` stores as many batches in the parties' pools (site.pool)
+    weights. `fill` stores as many batches in the parties' pools (site.pool)
     instead of diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are
     evaluated at the same time (engine fast): more images a second, more memory.
     """
@@ -50,12 +50,16 @@ class InferenceSection(Section):
         default=None,
         description="null: of a model owner that stays up (serve) the label, else logits; at a hospital what that reveals",
     )
-    fraction_bits: Annotated[int, Field(ge=8, le=20)] = 16
-    batch_size: Count = 1
+    fraction_bits: Annotated[int, Field(ge=8, le=20)] = Field(
+        default=16, description="of values on shares, engine reference"
+    )
+    batch_size: Count = Field(default=1, description="images of one evaluation")
     at_once: Annotated[int, Field(ge=1, le=16)] = 1
-    limit: Count | None = None
-    plaintext_reference: bool = False
-    logit_bound: Positive = 4096.0
+    limit: Count | None = Field(default=None, description="images to diagnose; null: all")
+    plaintext_reference: bool = Field(
+        default=False, description="compare with the same model in the clear, where both are at hand: for trials only"
+    )
+    logit_bound: Positive = Field(default=4096.0, description="larger logits are refused before they could wrap")
     fill: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     dealer: bool = True
 

@@ -22,12 +22,12 @@ class ModelSection(Section):
     inverse square roots under encryption).
     """
 
-    architecture: str = "small_cnn"
+    architecture: str = Field(default="small_cnn", description="the network")
     initial_weights: Digest | None = Field(
         default=None, description="SHA-256 of the file of weights to begin with; null: drawn from the seed"
     )
     normalisation: Literal["frozen", "group"] = "frozen"
-    hidden: tuple[Count, ...] = (32, 32)
+    hidden: tuple[Count, ...] = Field(default=(32, 32), description="widths of the hidden layers of an mlp")
 
 
 class TrainingSection(Section):
@@ -42,8 +42,10 @@ class TrainingSection(Section):
     strategy: Strategy | None = Field(
         default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
     )
-    rounds: Steps = 5
-    local_steps: Steps = 10
+    rounds: Steps = Field(default=5, description="of training, each ended by signatures of all")
+    local_steps: Steps = Field(
+        default=10, description="steps in a round; with distributed noise each is a secure sum of its own"
+    )
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
@@ -58,7 +60,9 @@ class TrainingSection(Section):
         default=None, description="the final model is the mean of so many last global models; null: the last one"
     )
     local_normalisation: bool = False
-    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = "auto"
+    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = Field(
+        default="auto", description="how gradients of single patients are computed; auto measures which is fastest"
+    )
     sampling_seed: Whole | None = Field(
         default=None,
         description="null draws the secret sampling order from the system; a number is for simulation only",

@@ -25,6 +25,7 @@ from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.reveal_ledger import (
     LEDGER_FILE,
+    UNCONFIRMED_FILE,
     Block,
     Chain,
     ChainedOpening,
@@ -709,6 +710,56 @@ def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Pat
     ]  # fmt: skip
     lost = verdict.reference.blocks[5]
     assert lost is not None and lost.openings[0].among == FOUR and lost.openings[0].why == "round 3, attempt 2"
+
+
+def _lost_before_it_kept_a_block(links: Any, directory: str) -> None:
+    """hospital-1 signs round 2 and is killed before it keeps the block of all; the others go on without it."""
+    from mpc_fl.audit.co_signing import CoSigners
+
+    parties, leader, out = list(FOUR), "aggregator", Path(directory) / links.name
+    ledger = RevealLedger(out, load_identity(out, links.name))
+    signers = CoSigners(ledger, links, parties, leader)
+    signers.begin("session", "c" * 64, 2)
+    ledger.append(Opening("sum of updates", "round 1", (4, 3), (leader,), tuple(parties)))
+    signers.sign("openings", "round 1")
+    assert not (out / UNCONFIRMED_FILE).exists()
+    ledger.append(Opening("sum of updates", "round 2", (4, 3), (leader,), tuple(parties)))
+    if links.name == "hospital-1":
+        ledger.add = lambda *_: None  # type: ignore[method-assign]
+        signers.sign("openings", "round 2")
+        return
+    signers.sign("openings", "round 2")
+    rest = [name for name in parties if name != "hospital-1"]
+    CoSigners(ledger, links, rest, leader).sign("end", "the run is complete")
+
+
+def _written_without_hospital_1(directory: Path) -> None:
+    """The files that a run leaves in its directory, from those of its parties."""
+    for name in FOUR:
+        (directory / "parties").mkdir(exist_ok=True)
+        (directory / name).rename(directory / "parties" / name)
+    (directory / "parties" / "aggregator" / "federation.crt").rename(directory / "federation.crt")
+
+
+def test_a_party_that_was_lost_before_it_kept_what_it_signed_is_named_and_blamed_for_nothing(tmp_path: Path) -> None:
+    run_parties(_lost_before_it_kept_a_block, list(FOUR), tmp_path, str(tmp_path))
+    _written_without_hospital_1(tmp_path)
+    result = CliRunner().invoke(ledger_commands.app, ["verify", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    said = "hospital-1 signed block 2 and was lost before it had the signatures of all"
+    assert said in " ".join(result.output.split()) and "verifies" in result.output
+
+    # Its signature proves nothing about what else is cut off, and neither does another block or nothing.
+    own, ledger = (tmp_path / "parties" / "hospital-1" / name for name in (UNCONFIRMED_FILE, LEDGER_FILE))
+    content = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(content[0])
+    result = CliRunner().invoke(ledger_commands.app, ["verify", str(tmp_path)])
+    assert result.exit_code == 1 and "block 1: is missing, with all after it" in " ".join(result.output.split())
+    ledger.write_bytes(b"".join(content))
+    for other in (b"", b"[" * 10_000, content[1], own.read_bytes()[:-20]):
+        own.write_bytes(other)
+        result = CliRunner().invoke(ledger_commands.app, ["verify", str(tmp_path)])
+        assert result.exit_code == 1 and "block 2: is missing, with all after it" in " ".join(result.output.split())
 
 
 def _one_differs(links: Any, directory: str) -> None:

@@ -32,6 +32,12 @@ def test_shipped_configurations_are_valid_and_survive_saving(path: Path, tmp_pat
         ({"privacy": {"epsilon": float("nan")}}, "'privacy.epsilon' is not valid"),
         ({"data": {"classes": ["a"]}}, "at least two different classes"),
         ({"data": {"source": "csv"}}, "table.features"),
+        ({"federation": {"addresses": {"hospitl-1": "a:1"}}}, "the nearest known name is 'hospital-1'"),
+        (
+            {"federation": {"dial_out_only": ["hospital-3"]}},
+            "a party 'hospital-3', and there is none with federation.hospitals: 3",
+        ),
+        ({"federation": {"relay": "agregator"}}, "the nearest known name is 'aggregator'"),
         ([1], "not a mapping"),
     ],
 )
@@ -51,6 +57,31 @@ def test_overrides(tmp_path: Path) -> None:
             load_config(path, ["name=x", bad])
     with pytest.raises(ConfigError, match="nearest known name is 'training.rounds'"):
         load_config(path, ["training.rouds=3"])
+
+
+TEXTS = ("007", "0", "yes", "no", "off", "1e5", "0x1f", "1_000", "2026-11-27", ".inf", "True")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_stays_what_it_looks_like_where_a_text_is_expected(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        f"name: {text}\ndata: {{classes: [{text}, other], table: {{patient_column: {text}}}}}\nsite: {{data: {text}}}\n"
+    )
+    config = load_config(path)
+    assert (config.name, config.data.classes, config.data.table.patient_column) == (text, (text, "other"), text)
+    assert str(config.site.data) == text
+    config = load_config(
+        path,
+        [
+            f"name=x{text}",
+            f"federation.session={text}",
+            f"data.classes=[first, {text}]",
+            "data.table.patient_column=null",
+        ],
+    )
+    assert (config.federation.session, config.data.classes) == (text, ("first", text))
+    assert config.data.table.patient_column is None and config.seed == 0
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), st.integers())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_a_run_leaves_everything_the_readme_promises(demo: tuple[Path, dict[str,
     assert sorted(path.stem for path in (out / "logs").iterdir()) == names
     assert not list(out.rglob("*.key")) and not list(out.rglob("*.partial"))
     assert open_to_others(out) == []
+
+
+def test_every_file_of_a_run_is_in_the_documentation(demo: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = demo
+    page = (REPOSITORY / "docs" / "run_directory.md").read_text()
+    for path in out.rglob("*"):
+        name = re.sub(r"hospital-\d+", "hospital-<n>", path.name)
+        if path.is_file() and path.parent.name != "logs":
+            assert f"`{name}`" in page, path
+    assert all(f"`{key}`" in page for key in {**summary["final"], "confusion": None})
 
 
 def test_every_opening_is_recorded_alike_by_all_and_goes_to_the_aggregator(demo: tuple[Path, dict[str, Any]]) -> None:

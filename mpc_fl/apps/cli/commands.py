@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from mpc_fl.apps.cli import diagnosis, sites, training, tuning
+from mpc_fl.apps.cli import beginning, comparison, diagnosis, sites, training, tuning
 from mpc_fl.apps.cli.options import Command, Group
 
 # Each the first sentence of the group's own help.
 GROUPS = {
+    "config": "Explain the settings of a configuration.",
     "model": "Bring weights that others trained, and look into model files.",
     "pki": "Decide who belongs to the federation: its authority and certificates.",
     "bench": "Measure parts of the runtime on this machine, beside what they replace, in one run.",
@@ -58,8 +59,8 @@ def _options(
     pass  # the options of mpc-fl itself act where they are read
 
 
-for command in (training.train, diagnosis.infer, diagnosis.serve, sites.report, sites.party, training.check,
-                training.estimate, tuning.tune):  # fmt: skip
+for command in (beginning.init, training.train, diagnosis.infer, diagnosis.serve, sites.report, comparison.compare,
+                sites.party, training.check, training.estimate, tuning.tune):  # fmt: skip
     app.command(cls=Command)(command)
 for group, summary in GROUPS.items():
     app.add_typer(typer.Typer(help=summary), name=group)

@@ -21,7 +21,7 @@ from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
-from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, ChainedOpening, to_json
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE, Block, ChainedOpening, to_json
 from mpc_fl.crypto.certificates import ROOT_FILE, load_root
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError
@@ -233,7 +233,9 @@ def _find(run_dir: Path, name: str = LEDGER_FILE) -> list[Copy]:
     for path in [run_dir / name, *sorted(run_dir.glob(f"parties/*/{name}"))]:
         if path.is_file():
             owner = None if path.parent == run_dir else path.parent.name
-            copies.append(Copy(str(path.relative_to(run_dir)), owner, _read(path)))
+            beside = path.with_name(UNCONFIRMED_FILE)
+            unconfirmed = _read(beside) if name == LEDGER_FILE and beside.is_file() else b""
+            copies.append(Copy(str(path.relative_to(run_dir)), owner, _read(path), unconfirmed))
     return copies
 
 

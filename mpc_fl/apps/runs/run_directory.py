@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.receipts import RECEIPTS_FILE
-from mpc_fl.audit.reveal_ledger import LEDGER_FILE
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.errors import ConfigError, MpcFlError
@@ -21,7 +21,7 @@ from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.roles import AGGREGATOR
 
 _PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
-_KEPT = (LEDGER_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run that failed
+_KEPT = (LEDGER_FILE, UNCONFIRMED_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run that failed
 
 
 def require_free(out: Path, resume: bool = False) -> None:

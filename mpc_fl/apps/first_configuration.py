@@ -1,0 +1,147 @@
+"""A first configuration with comments, from a few answers: what `mpc-fl init` writes. Pure.
+
+Its values are those of the files in `configs/`, which say what they reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+
+from mpc_fl.config.data import FETCHED_WEIGHTS
+
+Source = Literal["phantoms", "images", "csv"]
+Backbone = Literal["efficientnet_lite0", "scattering", "none"]
+
+SMALLEST_FOR_FULL_BATCHES = 2000  # patients of a hospital up to which every step takes all of them
+_TABLE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What somebody who begins says of the federation.
+
+    `smallest_hospital`: the fewest training patients of any hospital, which is public. `backbone`: what gives the features
+    of images. `features` counts the columns of a table.
+    """
+
+    source: Source = "phantoms"
+    classes: tuple[str, ...] = ("normal", "bacterial", "viral")
+    hospitals: int = 3
+    epsilon: float = 8.0
+    smallest_hospital: int = 800
+    backbone: Backbone = "efficientnet_lite0"
+    features: int = 30
+    label_column: str = "label"
+    patient_column: str | None = None
+
+
+def first_configuration(answers: Answers) -> str:
+    """The text of a YAML configuration."""
+    lines = [
+        "# Written by mpc-fl init. Every party needs this file; only `site` may differ (mpc-fl config explain site).",
+        "# What is not said here has a default: mpc-fl config explain lists all settings.",
+        *_data(answers),
+        *_training(answers),
+        *_privacy(answers),
+        "federation:",
+        f"  hospitals: {answers.hospitals}",
+    ]
+    if answers.source != "phantoms":
+        lines += [
+            "  # quorum: 2        # go on while so many hospitals are left; without it losing one ends the run",
+            "  # addresses:       # who runs where, for mpc-fl party; on one machine mpc-fl train starts all",
+            "  #   aggregator: aggregator.example.org:47100",
+        ]
+    if answers.source == "images":
+        lines += ["inference:", "  engine: fast       # encrypted diagnosis of images"]
+    return "\n".join(lines) + "\n"
+
+
+def _data(answers: Answers) -> list[str]:
+    lines = ["data:", f"  source: {answers.source}", f"  classes: {_written(list(answers.classes))}"]
+    if answers.source == "images":
+        lines[1] += "     # DIR/{train,test}/<class>/ at every hospital"
+        small = answers.backbone != "efficientnet_lite0"
+        lines += [f"  image_size: {64 if small else 224}    # pixels of each side", "  channels: 1        # grey"]
+        lines += ["  wrong_size: resize" if answers.backbone == "none" else ""]
+    if answers.source == "images" and answers.backbone != "none":
+        lines += ["  features:          # computed in the clear at each hospital, by something public"]
+        lines += [f"    extractor: {answers.backbone}"]
+        if answers.backbone in FETCHED_WEIGHTS:
+            weights = FETCHED_WEIGHTS[answers.backbone]
+            lines += [f"    weights: {weights}  # mpc-fl model fetch {answers.backbone}, once a machine"]
+        lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
+        lines += ["  normalise_noise_multiplier: 2.7"]
+    if answers.source == "csv":
+        lines += ["  table:", f"    label_column: {_written(answers.label_column)}"]
+        lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row is one patient"]
+        lines += [
+            f"    features: {answers.features}      # columns beside label and patient, the same at every hospital"
+        ]
+        lines += [
+            "    # reference_ranges: [[0, 1], ...]   # public (low, high) of each column, for data.normalise: secure"
+        ]
+    return [line for line in lines if line]
+
+
+def _training(answers: Answers) -> list[str]:
+    if answers.source == "images" and answers.backbone != "none":
+        full = answers.smallest_hospital <= SMALLEST_FOR_FULL_BATCHES
+        batch = answers.smallest_hospital if full else SMALLEST_FOR_FULL_BATCHES
+        return [
+            "model:",
+            "  architecture: linear",
+            "training:",
+            "  rounds: 12",
+            "  local_steps: 5     # each a secure sum of its own",
+            f"  batch_size: {batch}    # "
+            + ("every patient is in every step" if full else "expected patients of a step"),
+            "  learning_rate: 30  # large, because a clipped gradient is small",
+            "  momentum: 0.9",
+            "  average_last: 30",
+        ]
+    mlp = answers.source == "csv"
+    batch = min(answers.smallest_hospital, _TABLE_BATCH if mlp else 250)
+    return [
+        "model:",
+        f"  architecture: {'mlp' if mlp else 'small_cnn'}",
+        *(["  hidden: [16]"] if mlp else []),
+        "training:",
+        f"  rounds: {5 if mlp else 8}",
+        f"  local_steps: {10 if mlp else 14}",
+        f"  batch_size: {batch}     # expected number of patients of a step and hospital",
+        f"  learning_rate: {0.2 if mlp else 0.08}",
+        "  momentum: 0.9",
+    ]
+
+
+def _privacy(answers: Answers) -> list[str]:
+    features = answers.source == "images" and answers.backbone != "none"
+    lines = [
+        "privacy:",
+        f"  epsilon: {answers.epsilon:g}         # for each patient, over all runs of a privacy ledger; noise is calibrated to it",
+        f"  delta: {_delta(answers)}",
+        f"  clipping_norm: {(0.3 if answers.epsilon >= 4 else 0.1) if features else 1.0}",
+        f"  mechanism: {'distributed' if features else 'local'}   # mpc-fl config explain privacy",
+    ]
+    if answers.source != "phantoms":
+        lines += [
+            f"  smallest_hospital: {answers.smallest_hospital}  # public: the fewest training patients of any hospital"
+        ]
+    return lines
+
+
+def _delta(answers: Answers) -> str:
+    """A power of ten below one over the number of patients of a large hospital."""
+    largest, exponent = 4 * answers.smallest_hospital, 3
+    while 10**exponent <= 2 * largest:
+        exponent += 1
+    return f"1.0e-{max(4, exponent)}"
+
+
+def _written(value: object) -> str:
+    """A value as YAML on one line, texts in quotes where they would be read as something else."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

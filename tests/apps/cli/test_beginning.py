@@ -1,0 +1,89 @@
+"""`mpc-fl init` writes a configuration that is valid whatever was answered, and no file that was there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from mpc_fl.apps.cli.beginning import init
+from mpc_fl.apps.first_configuration import Answers, first_configuration
+from mpc_fl.config.config import parse_config
+from mpc_fl.config.loading import load_config
+from mpc_fl.config.settings import takes_text
+from mpc_fl.parsing import parse_yaml
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+app = typer.Typer()
+app.command()(init)
+
+NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+ANSWERS = st.builds(
+    Answers,
+    source=st.sampled_from(["phantoms", "images", "csv"]),
+    classes=st.lists(NAMES, min_size=2, max_size=4, unique=True).map(tuple),
+    hospitals=st.integers(2, 64),
+    epsilon=st.floats(0.1, 50),
+    smallest_hospital=st.integers(1, 10**6),
+    backbone=st.sampled_from(["efficientnet_lite0", "scattering", "none"]),
+    features=st.integers(1, 500),
+    label_column=NAMES,
+    patient_column=st.none() | NAMES,
+)
+
+
+@given(ANSWERS)
+def test_whatever_is_answered_gives_a_valid_configuration_that_says_it(answers: Answers) -> None:
+    text = first_configuration(answers)
+    config = parse_config(parse_yaml(text, takes_text), "x")
+    assert (config.data.source, config.data.classes) == (answers.source, answers.classes)
+    assert config.federation.hospitals == answers.hospitals
+    assert abs(config.privacy.epsilon - answers.epsilon) <= 1e-5 * answers.epsilon
+    if answers.source == "csv":
+        table = config.data.table
+        assert (table.label_column, table.patient_column) == (answers.label_column, answers.patient_column)
+    if answers.source != "phantoms":
+        assert config.privacy.smallest_hospital == answers.smallest_hospital
+        assert config.privacy.delta * 4 * answers.smallest_hospital < 1
+        assert config.training.batch_size <= answers.smallest_hospital
+
+
+def test_what_is_written_for_x_rays_is_what_the_shipped_configuration_was_measured_with() -> None:
+    shipped = load_config(CONFIGS / "chest_xray.yaml")
+    smallest = shipped.privacy.smallest_hospital or 0
+    written = parse_config(
+        parse_yaml(first_configuration(Answers("images", smallest_hospital=smallest)), takes_text), "x"
+    )
+    for section in ("data", "model", "training"):
+        assert getattr(written, section).model_dump(exclude={"normalise_noise_multiplier"}) == getattr(
+            shipped, section
+        ).model_dump(exclude={"normalise_noise_multiplier"})
+    assert written.privacy.clipping_norm == shipped.privacy.clipping_norm
+
+
+def test_questions_are_asked_again_until_an_answer_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    given = "images\nno, 1\n4\n1\n900\nfoo\nscattering\n"
+    result = CliRunner().invoke(app, [str(path)], input=given)
+    assert result.exit_code == 0, result.output
+    config = load_config(path)
+    assert config.data.classes == ("no", "1") and config.federation.hospitals == 4
+    assert config.data.features is not None and config.data.features.extractor == "scattering"
+
+
+def test_nothing_is_asked_with_defaults_and_no_file_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    result = CliRunner().invoke(app, [str(path), "--source", "csv", "--defaults", "--hospitals", "5"])
+    assert result.exit_code == 0 and load_config(path).federation.hospitals == 5
+    assert "mpc-fl check" in result.output
+    before = path.read_bytes()
+    refused = CliRunner().invoke(app, [str(path), "--json"])
+    assert "exists already" in str(refused.exception) and path.read_bytes() == before
+    other = CliRunner().invoke(app, [str(tmp_path / "other.yaml"), "--source", "phantoms", "--json"])
+    assert json.loads(other.output) == {"configuration": str(tmp_path / "other.yaml")}
+    unknown = CliRunner().invoke(app, [str(tmp_path / "third.yaml"), "--source", "dicom"])
+    assert "phantoms, images or csv" in str(unknown.exception) and not (tmp_path / "third.yaml").exists()
