@@ -28,6 +28,7 @@ from mpc_fl.apps.runs.run_directory import (
     run_directory,
     versions,
 )
+from mpc_fl.apps.search_summary import SEARCH_FILE
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
     Comparison,
@@ -328,11 +329,14 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
 
 
 def report(run_dir: Path) -> Path:
-    """Write the report of a finished run again. Raises `MpcFlError` when `run_dir` is not one."""
+    """Write the report of a finished run or search again. Raises `MpcFlError` when `run_dir` is not one."""
     from mpc_fl.apps.report.page import write_report
+    from mpc_fl.apps.report.search_page import write_search_report
 
+    if (run_dir / SEARCH_FILE).is_file():
+        return write_search_report(run_dir)
     if not (run_dir / SUMMARY_FILE).is_file():
         raise MpcFlError(
-            f"{run_dir} is not a finished run: it has no {SUMMARY_FILE}", "give the --out of a train or infer"
+            f"{run_dir} is not a finished run: it has no {SUMMARY_FILE}", "give the --out of a train, infer or tune"
         )
     return write_report(run_dir)
