@@ -16,6 +16,7 @@ import pytest
 from mpc_fl.apps.report.search_page import write_search_report
 from mpc_fl.apps.runs.search import grid_of, grid_setting, searched
 from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, best_trial
+from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
@@ -25,7 +26,7 @@ SECTIONS: dict[str, Any] = {
     "model": {"architecture": "mlp", "hidden": [2]},
     "training": {"rounds": 2, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "vmap"},
     "privacy": {"epsilon": 20.0, "delta": 1e-3},
-    "evaluation": {"noise_multiplier": 8.0},
+    "evaluation": {"noise_multiplier": 8.0, "choose": "best", "calibrate": "both"},
     "federation": {"hospitals": 2},
 }
 
@@ -48,7 +49,11 @@ def test_every_combination_is_tried() -> None:
 @pytest.mark.parametrize(
     ("sections", "grid", "words"),
     [
-        ({"data": {"validation_fraction": 0.0}}, {"training.rounds": [1, 2]}, "there are none"),
+        (
+            {"data": {"validation_fraction": 0.0}, "evaluation": {"choose": "last", "calibrate": "none"}},
+            {"training.rounds": [1, 2]},
+            "there are none",
+        ),
         ({"privacy": {"noise_multiplier": 3.0}}, {"training.rounds": [1, 2]}, "follows from the budget"),
         ({}, {"privacy.epsilon": [1, 2]}, "cannot be searched"),
         ({}, {"data.classes": [["a", "b"], ["c", "d"]]}, "cannot be searched"),
@@ -126,5 +131,8 @@ def test_a_search_that_is_killed_goes_on_and_stays_within_its_budget(config_file
     for number in (1, 2):  # test patients were left alone
         lines = (out / "trials" / f"trial-{number}" / "metrics.jsonl").read_text().splitlines()
         assert all(json.loads(line)["evaluation"] is None for line in lines)
+    assert model_origin(out / "final" / "model.safetensors").signed and summary.calibration is not None
+    final = json.loads((out / "final" / "summary.json").read_text())
+    assert final["evaluated_round"] == 3 and final["chosen"]["round"] in (1, 2)
     page = write_search_report(out).read_text()
     assert "training.learning_rate=0.5" in page and "SYNTHETIC" in page and "<script" not in page
