@@ -55,6 +55,7 @@ def _config(root: Path | None, hospitals: int = 3, partition: Any = None, subset
     values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, "shared_patients": "keep", **more}
     config = Config().with_values(
         data={**values, "partition": partition or {}, "subset": subset or {}},
+        evaluation={"noise_multiplier": 4.0},
         federation={"hospitals": hospitals},
         site={"data": None if root is None else str(root)},
     )
