@@ -7,6 +7,8 @@ same number of steps in all, and is tested on the same records, those of all hos
 `mpc-fl train`, a process per party; the others train in this process, with the library's own local training. The seed sets
 division, initial weights and sampling; noise always comes from the system, so rows with noise repeat only up to noise.
 
+All rows take augmentation, schedule and average of the configuration; those without noise shorten the mean gradient of a batch.
+
 Patients per step: training.batch_size at each hospital; `central` draws as many from all patients as the hospitals do
 together. Learning rate: every row takes the best of a short list (`--rates`, with noise `--private-rates`) on a fifth of the
 training patients, kept aside for that alone, at the first seed; then it trains on all. Rows without noise choose with a third
@@ -50,9 +52,11 @@ from mpc_fl.learning.models.model_file import load_model
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian, calibrate_noise_multiplier, epsilon_of
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
+from mpc_fl.learning.training.iterate_average import global_average
 from mpc_fl.learning.training.sampling import sampling_rate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+GRADIENT_CLIPPING = 1.0  # of rows without noise, which diverge at the higher rates without it
 KEPT_ASIDE = 5  # one patient in this many decides on a learning rate
 ROWS = {
     "central": "central, no privacy",
@@ -83,18 +87,14 @@ class Result:
 
 
 def together(config: Config) -> Config:
-    """All patients in one place: no division, as many patients per step as the hospitals have together, one round."""
-    training = config.training
-    steps, batch = training.rounds * training.local_steps, training.batch_size * config.federation.hospitals
-    return config.with_values(
-        data={"partition": {"method": "none"}}, training={"rounds": 1, "local_steps": steps, "batch_size": batch}
-    )
+    """All patients in one place: no division, as many patients per step as the hospitals have together."""
+    batch = config.training.batch_size * config.federation.hospitals
+    return by_itself(config.with_values(data={"partition": {"method": "none"}}, training={"batch_size": batch}))
 
 
 def by_itself(config: Config) -> Config:
-    """One hospital with all steps in one round."""
-    training = config.training
-    return config.with_values(training={"rounds": 1, "local_steps": training.rounds * training.local_steps})
+    """One party with all steps: its momentum lasts over rounds, which only say when a model enters the average of models."""
+    return config.with_values(training={"keep_momentum": None if config.privacy.mechanism == "distributed" else True})
 
 
 def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
@@ -127,17 +127,19 @@ def averaged(
 ) -> torch.nn.Module:
     """Federated averaging of hospitals in this process, in the clear, weighted by patients."""
     model, noise_seeds = initial_model(config), [Seed.from_system() for _ in hospitals]
+    average, velocities = global_average(config), [None for _ in hospitals]
     total = sum(data.patient_count for data in hospitals)
     for number in range(1, config.training.rounds + 1):
         mean = torch.zeros_like(flatten_parameters(model))
         for index, data in enumerate(hospitals):
             sampling_seed, rate = config.seed * 1000 + rank + index, sampling_rate(config, data.patient_count)
-            training = LocalTraining(config, noise, rate, sampling_seed)
+            training = LocalTraining(config, noise, rate, sampling_seed, velocity=velocities[index])
             local = train_locally(model, data, training, number, noise_seeds[index])
             if float(local.update.abs().max()) > config.aggregation.update_bound:  # a hospital would refuse to send it
                 raise ModelError("an update exceeds aggregation.update_bound", "lower training.learning_rate")
             mean += local.update * (data.patient_count / total)
-        load_flat_parameters(model, flatten_parameters(model) + mean)
+            velocities[index] = local.velocity
+        load_flat_parameters(model, average.take(flatten_parameters(model) + mean, number - 1))
     return model
 
 
@@ -152,10 +154,12 @@ def choose_rates(config: Config, row: str, rates: Sequence[float]) -> dict[str, 
     with n / (n - t) times the variance.
     """
     number, privacy, training = config.federation.hospitals, config.privacy, config.training
-    config = config.with_values(training={"sampling_seed": config.seed}, privacy={"mechanism": "none"})
-    if row in PRIVATE:
-        config = config.with_values(privacy={"mechanism": "local"})
-    else:
+    clipping = None if row in PRIVATE else GRADIENT_CLIPPING
+    config = config.with_values(
+        training={"sampling_seed": config.seed, "gradient_clipping": clipping},
+        privacy={"mechanism": "local" if row in PRIVATE else "none"},
+    )
+    if row not in PRIVATE:
         config = config.with_values(training={"batch_size": max(1, training.batch_size // number)})
     if row == "alone":
         config = by_itself(config)
@@ -203,7 +207,8 @@ def in_this_process(row: str, config: Config, test: Dataset) -> tuple[list[dict[
     config, noise, epsilon = together(config), None, None
     data = load_hospital(config, 0, "train")
     if config.privacy.mechanism != "none":
-        rate, steps = sampling_rate(config, data.patient_count), config.training.local_steps
+        rate = sampling_rate(config, data.patient_count)
+        steps = config.training.rounds * config.training.local_steps
         noise = calibrate_noise_multiplier(PrivacyBudget(config.privacy.epsilon, config.privacy.delta), rate, steps)
     model = trained(config, data, noise)
     if noise is not None:
@@ -233,7 +238,11 @@ def measure(row: str, config: Config, seed: int, rate: float, smallest: int) -> 
     mechanism = {"local": "local", "distributed": "distributed", "central-private": "local"}.get(row, "none")
     config = config.with_values(
         seed=seed,
-        training={"learning_rate": rate, "sampling_seed": seed},
+        training={
+            "learning_rate": rate,
+            "sampling_seed": seed,
+            "gradient_clipping": GRADIENT_CLIPPING if mechanism == "none" else None,
+        },
         privacy={"mechanism": mechanism, "smallest_hospital": smallest},
     )
     test = load_hospital(together(config), 0, "test")

@@ -56,6 +56,10 @@ class DataError(MpcFlError):
         return "its data cannot be used"
 
 
+class BrokenSealError(DataError):
+    """A sealed file is not what was sealed with this key, or for this purpose."""
+
+
 class PoolError(DataError):
     """A pool of correlations is missing, empty, damaged, in use, or another's."""
 

@@ -23,6 +23,8 @@ _OF_PROCESSES = {
     errno.EAGAIN: ("processes or threads", f"allow more (ulimit -u), {_AGAIN}"),
 }
 _MEMORY_WORDS = ("allocate memory", "not enough memory", "bad_alloc", "failed to map segment", "out of memory")
+_GPU_WORDS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OF_GPU = f"end other programs on it, set training.per_sample_gradients=loop or site.device=cpu, {_AGAIN}"
 _THREAD_WORDS = ("can't start new thread", "Resource temporarily unavailable")
 
 
@@ -57,6 +59,8 @@ def exhaustion(error: BaseException) -> MpcFlError | None:
         return system_error(error)
     if isinstance(error, (RuntimeError, ImportError)):
         said = str(error)
+        if any(word in said for word in _GPU_WORDS):
+            return ExhaustedError("the GPU ran out of memory", _OF_GPU)
         if any(word in said for word in _MEMORY_WORDS):
             return _exhausted(*_OF_PROCESSES[errno.ENOMEM])
         if any(word in said for word in _THREAD_WORDS):

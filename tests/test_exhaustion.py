@@ -25,6 +25,11 @@ def refusal(number: int, path: str | None = "/site/model") -> OSError:
         (refusal(errno.ENOMEM, None), "this machine ran out of memory"),
         (refusal(errno.EAGAIN, None), "this machine ran out of processes or threads"),
         (MemoryError(), "this machine ran out of memory"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "the GPU ran out of memory: end other",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "the GPU ran out of memory"),
         (RuntimeError("can't start new thread"), "this machine ran out of processes or threads"),
         (ImportError("libtorch.so: cannot allocate memory in static TLS block"), "this machine ran out of memory"),
         (ImportError("libc10.so: failed to map segment from shared object"), "this machine ran out of memory"),

@@ -6,6 +6,7 @@ asks (`summaries.ImageResult`), `openings.jsonl` the record of openings, `traffi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -92,6 +93,11 @@ class PlaintextReference:
     """plaintext_reference.json: the logits (images, classes) of the same network in the clear."""
 
     logits: list[list[float]]
+
+
+def why_of_all(why: str) -> str:
+    """Why something is opened, of all rounds, and of all their steps, under one name."""
+    return re.sub(r"^round \d+( step)?[ \d]*: ", lambda found: f"each{found[1] or ' round'}: ", why)
 
 
 def read_text(directory: Path, name: str) -> str:

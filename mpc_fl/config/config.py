@@ -81,10 +81,20 @@ class Config(Section):
             raise ValueError(
                 f"a run has {self.global_models} global models; set training.average_last to no more than that"
             )
+        if distributed and self.site.precision != "float32":
+            # A patient's rounded gradient must come out the same whoever else is drawn: shown for float32 alone.
+            raise ValueError("privacy.mechanism distributed needs gradients in float32; set site.precision to float32")
+        self._check_recipe()
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):
             raise ValueError("features are rows of numbers; set model.architecture to linear or mlp")
+        if self.inference.public_features not in (None, self.data.features is not None):
+            raise ValueError(
+                "inference.public_features follows from data.features: set both, or neither, or leave the former null"
+            )
+        if self.data.features is None and self.site.feature_cache != "memory":
+            raise ValueError("site.feature_cache keeps features of images; set data.features, or leave it at memory")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
@@ -120,6 +130,28 @@ class Config(Section):
             )
         return self
 
+    def _check_recipe(self) -> None:
+        """What `training` has of recipes must have an effect."""
+        training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if training.augmentation.varies and (self.data.is_table or self.data.features is not None):
+            raise ValueError("training.augmentation is for images that are records; features and tables have none")
+        if training.keep_momentum and (distributed or self.strategy == "fedsgd"):
+            raise ValueError(
+                "the aggregator has the momentum, over all rounds, where every gradient is opened; set "
+                "training.keep_momentum to false"
+            )
+        if training.class_weights is not None and len(training.class_weights) != len(self.data.classes):
+            raise ValueError("training.class_weights must have one number for each of data.classes")
+        if training.gradient_clipping is not None and self.privacy.mechanism != "none":
+            raise ValueError(
+                "with a privacy mechanism each patient's gradient is clipped to privacy.clipping_norm; leave "
+                "training.gradient_clipping null"
+            )
+        if self.model.weight_standardisation and self.model.architecture in ("mlp", "linear", "scattering"):
+            raise ValueError(
+                f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
+            )
+
     @property
     def counts_patients(self) -> bool:
         """Whether the exact number of patients of all hospitals is opened, and updates are weighted by their own."""
@@ -146,6 +178,14 @@ class Config(Section):
     def strategy(self) -> Strategy:
         """The strategy in force: the configured one, else FedSGD with distributed noise and FedAvg without."""
         return self.training.strategy or ("fedsgd" if self.privacy.mechanism == "distributed" else "fedavg")
+
+    @property
+    def keeps_momentum(self) -> bool:
+        """Whether a hospital's momentum lasts over rounds: as configured, else with local noise, where there is any."""
+        training = self.training
+        if training.keep_momentum is None:
+            return self.privacy.mechanism == "local" and self.strategy != "fedsgd" and training.momentum > 0
+        return training.keep_momentum
 
     @property
     def global_models(self) -> int:

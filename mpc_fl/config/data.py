@@ -5,7 +5,7 @@ Each class checks what can be checked within it; what must fit between two secti
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -60,9 +60,23 @@ FEATURE_COUNTS = {
     "mobilenet_v3_small": 1024,
     "mobilenet_v3_large": 1280,
 }
+# Channels of the blocks of an extractor that `stages` may name; of others `count` says it.
+_LITE0_BLOCKS = (16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192, 320)
+_RESNET, _BOTTLENECK_RESNET = ({f"layer{n}": c << n for n in range(1, 5)} for c in (32, 128))
+STAGE_COUNTS: dict[str, dict[str, int]] = {
+    "efficientnet_lite0": {f"features.blocks.{n}": count for n, count in enumerate(_LITE0_BLOCKS)}
+    | {"features.last": 1280},
+    "resnet18": _RESNET,
+    "resnet34": _RESNET,
+    "resnet50": _BOTTLENECK_RESNET,
+}
 # Stored weights that `mpc-fl model fetch` makes of what is published: the same at every site.
 FETCHED_WEIGHTS = {"efficientnet_lite0": "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"}
 FEATURE_CONSTANT = 0.1  # stands beside the features of every record, for a network to learn an offset with
+
+
+# The path of a block within a network: layer3, features.blocks.10
+Stage = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.\w+)*$", max_length=100)]
 
 
 class FeatureSection(Section):
@@ -71,28 +85,59 @@ class FeatureSection(Section):
     `extractor` is `scattering`, which comes from no data, or a network whose `weights` (SHA-256 of the file, as `mpc-fl
     model fetch` and `mpc-fl model import` print it) everybody has: what stands before its last linear layer. The features of
     an image have L2 norm 1; with `mirror` they are the mean of those of the image and of its mirror, again at norm 1.
+
+    `stages` takes blocks of the network by their paths in it (`features.blocks.10` of `efficientnet_lite0`, `layer3` of
+    `resnet18`): the average of each one's output over all pixels, at norm 1, one beside the other, at norm 1 again.
     """
 
     extractor: str = "efficientnet_lite0"
     weights: Digest | None = None
     mirror: bool = True
+    stages: Annotated[tuple[Stage, ...], Field(max_length=32)] = Field(
+        default=(), description="blocks whose averages are joined; empty: what stands before the last linear layer"
+    )
     count: Count | None = Field(default=None, description="number of features; null: known of the extractor")
 
     @model_validator(mode="after")
     def _check(self) -> FeatureSection:
         if (self.weights is None) != (self.extractor == "scattering"):
             raise ValueError("scattering has no weights, and every other extractor needs them (`mpc-fl model --help`)")
-        known = FEATURE_COUNTS.get(self.extractor)
+        if self.stages and self.extractor == "scattering":
+            raise ValueError("scattering has no stages; leave data.features.stages empty")
+        if len(set(self.stages)) != len(self.stages):
+            raise ValueError("data.features.stages names a block twice")
+        known = self._known
         if known is None and self.count is None:
-            raise ValueError(f"set data.features.count: how many features '{self.extractor}' gives is not known here")
+            of = (
+                f"blocks {', '.join(self.stages)} of '{self.extractor}' give"
+                if self.stages
+                else f"'{self.extractor}' gives"
+            )
+            raise ValueError(f"set data.features.count: how many features {of} is not known here")
         if known is not None and self.count not in (None, known):
-            raise ValueError(f"{self.extractor} gives {known} features; leave data.features.count null")
+            what = "these stages give" if self.stages else f"{self.extractor} gives"
+            raise ValueError(f"{what} {known} features; leave data.features.count null")
         return self
+
+    @property
+    def _known(self) -> int | None:
+        """Features of one image, where that is known of the extractor."""
+        if not self.stages:
+            return FEATURE_COUNTS.get(self.extractor)
+        counts = STAGE_COUNTS.get(self.extractor, {})
+        return sum(counts[stage] for stage in self.stages) if set(self.stages) <= set(counts) else None
 
     @property
     def size(self) -> int:
         """Features of one image."""
-        return self.count or FEATURE_COUNTS[self.extractor]
+        size = self.count or self._known
+        assert size is not None  # `_check` saw to it
+        return size
+
+    def described(self) -> dict[str, Any]:
+        """As a model file says it, ready for JSON; without `stages` where there are none, as files had it before them."""
+        values = self.model_dump(mode="json")
+        return values if self.stages else {name: value for name, value in values.items() if name != "stages"}
 
 
 class SubsetSection(Section):

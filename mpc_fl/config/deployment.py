@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -88,16 +88,34 @@ class SiteSection(Section):
 
     `resume` goes on from the last checkpoint in `out`: after a restart of all parties, or of this hospital alone.
 
+    A hospital computes gradients, features and evaluation on `device`, gradients in `precision`; all else stays on the CPU.
     `listen` is the host:port this party serves where that differs from its address in the federation (0.0.0.0:47100).
     `weights` is the file of a feature extractor's weights, or a folder of such files; null: where `mpc-fl model` keeps them.
     `training_processes` share out each step of a hospital's local training, each with `runtime.threads` threads. `pool` is
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
+
+    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
+    to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
+    own below it.
     """
 
     listen: str | None = None
     resume: bool = False
     training_processes: Count = 1
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = Field(
+        default="cpu",
+        description="where a hospital computes gradients, features and evaluation: auto (a GPU if there is one), cpu, cuda, cuda:N",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of products in gradients; clipping and noise are in float32 and float64 always"
+    )
+    watch: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        default=(), description="where this party draws curves of its own metrics while it trains"
+    )
+    mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
+        default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
+    )
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
     images: Path | None = Field(default=None, description="images to diagnose")
     model: Path | None = None
@@ -111,10 +129,19 @@ class SiteSection(Section):
     pool: Path | None = None
     reveal_ledger: Path | None = None
     authority: Path | None = None
+    feature_cache: Literal["memory"] | Path = "memory"
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.mlflow_uri is not None and "mlflow" not in self.watch:
+            raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
+        if len(set(self.watch)) != len(self.watch):
+            raise ValueError("watch names one of them twice")
+        if self.training_processes > 1 and (self.device, self.precision) != ("cpu", "float32"):
+            raise ValueError(
+                "training_processes share out work on the CPU in float32; leave device and precision, or set 1"
+            )
         return self

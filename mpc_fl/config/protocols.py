@@ -43,6 +43,9 @@ class InferenceSection(Section):
     weights. `fill` stores as many batches in the parties' pools (site.pool)
     instead of diagnosing; without `dealer` diagnoses come from pools alone and the dealer need not run. `at_once` batches are
     evaluated at the same time (engine fast): more images a second, more memory.
+
+    `public_features` says in so many words what follows from `data.features`: the hospital computes these features in the clear,
+    and only the network on top, the model owner's secret, is evaluated. What contradicts `data.features` is refused.
     """
 
     engine: Literal["reference", "fast"] = "reference"
@@ -60,6 +63,7 @@ class InferenceSection(Section):
         default=False, description="compare with the same model in the clear, where both are at hand: for trials only"
     )
     logit_bound: Positive = Field(default=4096.0, description="larger logits are refused before they could wrap")
+    public_features: bool | None = Field(default=None, description="null: whether data.features is set")
     fill: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     dealer: bool = True
 

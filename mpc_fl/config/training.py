@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 
 from mpc_fl.config.section import Count, Digest, Momentum, Positive, Section, Steps, Strategy, Whole
 
+Weight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
 
 class ModelSection(Section):
     """Architecture: `small_cnn`, `mlp`, `linear` (weights alone, zero at first), `efficientnet_lite0`, `scattering`, or any
@@ -27,7 +29,38 @@ class ModelSection(Section):
         default=None, description="SHA-256 of the file of weights to begin with; null: drawn from the seed"
     )
     normalisation: Literal["frozen", "group"] = "frozen"
+    weight_standardisation: bool = Field(
+        default=False,
+        description="train convolutions through filters of mean 0 and norm 1; the model file has plain ones",
+    )
     hidden: tuple[Count, ...] = Field(default=(32, 32), description="widths of the hidden layers of an mlp")
+
+
+class AugmentationSection(Section):
+    """Random copies of images: a patient's gradient is the mean over `copies` of them, before it is clipped. Images only.
+
+    Each copy is mirrored with probability 1/2 (`flip`), shifted by up to a share `shift` of its side, turned by up to
+    `rotation` degrees either way, scaled by up to a share `scale`, and changed in contrast by up to a share `contrast`. Without
+    any of these nothing is augmented.
+    """
+
+    copies: Annotated[int, Field(ge=1, le=64)] = 1
+    flip: bool = False
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether copies differ from their image at all."""
+        return self.flip or any((self.shift, self.rotation, self.scale, self.contrast))
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentationSection:
+        if self.copies > 1 and not self.varies:
+            raise ValueError("copies would all be alike; set flip, shift, rotation, scale or contrast, or copies: 1")
+        return self
 
 
 class TrainingSection(Section):
@@ -37,6 +70,9 @@ class TrainingSection(Section):
     along it with momentum or adaptively, `fedsgd` opens every single gradient and steps with `learning_rate` and
     `momentum`. `fedprox` is `fedavg` with a `proximal` term in the local steps, which other strategies may have as well.
     `local_normalisation` (FedBN) leaves parameters and statistics of normalisation layers at each hospital.
+
+    `schedule` and `warm_up` say how `learning_rate` goes over all steps of the run; with distributed noise it is the aggregator
+    that steps, with whatever rate the strategy has. docs/training.md has recipes.
     """
 
     strategy: Strategy | None = Field(
@@ -49,15 +85,36 @@ class TrainingSection(Section):
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     momentum: Momentum = 0.9
+    keep_momentum: bool | None = Field(
+        default=None,
+        description="a hospital's momentum lasts over rounds, instead of starting at zero in each; null: with local noise",
+    )
+    schedule: Literal["constant", "cosine"] = "constant"
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of all steps in which the learning rate rises"
+    )
+    gradient_clipping: Positive | None = Field(
+        default=None, description="without privacy: norm to which a batch's mean gradient is shortened"
+    )
+    class_weights: tuple[Weight, ...] | None = Field(
+        default=None, description="public, one for each class: what the loss of its records is multiplied with"
+    )
+    augmentation: AugmentationSection = AugmentationSection()
     server_learning_rate: Positive | None = Field(default=None, description="null: 1, or 0.03 for fedadam and fedyogi")
     server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
     server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3})$")] = Field(
-        default="all", description="which parameters are trained: all, head, bias (and the head), or last:N layers"
+    trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3}|lora:[1-9][0-9]{0,2})$")] = Field(
+        default="all",
+        description="which parameters are trained: all, head, bias (and the head), last:N layers, or lora:R (adapters of "
+        "rank R, and the head)",
     )
     average_last: Count | None = Field(
         default=None, description="the final model is the mean of so many last global models; null: the last one"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="the final model is the exponential moving average of global models; not with average_last",
     )
     local_normalisation: bool = False
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = Field(
@@ -83,4 +140,8 @@ class TrainingSection(Section):
             raise ValueError(f"{name} has no server_momentum; use fedavgm, fedadam or fedyogi")
         if self.server_adaptivity is not None and name not in ("fedadam", "fedyogi"):
             raise ValueError(f"{name} has no server_adaptivity; use fedadam or fedyogi")
+        if self.average_last is not None and self.ema_decay is not None:
+            raise ValueError("average_last and ema_decay are two means of global models; set one of them")
+        if self.keep_momentum and not self.momentum:
+            raise ValueError("keep_momentum keeps no momentum of 0; set momentum, or keep_momentum: false")
         return self

@@ -8,6 +8,8 @@ A site makes its key with `make_request` and never gives it away; a run on one m
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import os
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from mpc_fl.crypto.certificates import (
     revoked_serials,
     verify_certificate,
 )
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import IdentityError
 from mpc_fl.files import written_whole
 from mpc_fl.roles import check_party_name, role_of
@@ -111,6 +114,19 @@ def read_private(path: Path) -> bytes:
     if path.stat().st_mode & 0o077:
         raise IdentityError(f"the file {path} can be read by other users", f"run: chmod 600 {path}")
     return path.read_bytes()
+
+
+def sealing_key(directory: Path, name: str, purpose: str) -> Seed:
+    """A key for what this party keeps on its disk for itself, from its private key: another for each purpose.
+
+    Raises `IdentityError` when the private key can be read by others, or not at all.
+    """
+    path = directory / f"{name}.key"
+    try:
+        private = read_private(path)
+    except OSError as error:
+        raise IdentityError(f"cannot read {path}: {error.strerror}", ASK_ADMINISTRATOR) from None
+    return Seed(hmac.new(private, b"mpc-fl seals " + purpose.encode(), hashlib.sha256).digest())
 
 
 def load_identity(directory: Path, name: str) -> Identity:

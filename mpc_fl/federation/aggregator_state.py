@@ -26,7 +26,7 @@ from mpc_fl.learning.models.parameters import (
     trainable_parameters,
 )
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
-from mpc_fl.learning.training.iterate_average import IterateAverage
+from mpc_fl.learning.training.iterate_average import GlobalAverage, global_average
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
 
 
@@ -42,7 +42,7 @@ class Aggregator:
     model: nn.Module
     mechanism: DistributedGaussian | None
     optimizer: ServerOptimizer
-    average: IterateAverage
+    average: GlobalAverage
     coordinates: torch.Tensor
     round: int = -1
     patients: int = 0
@@ -155,6 +155,6 @@ def prepare_aggregator(config: Config) -> Aggregator:
     mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
-    average = IterateAverage(config.training.average_last, config.global_models)
+    average = global_average(config)
     optimizer, normalisation = server_optimizer(config), normalisation_of_weights(config)
     return Aggregator(config, model, mechanism, optimizer, average, coordinates, normalisation=normalisation)

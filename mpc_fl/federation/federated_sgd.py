@@ -34,10 +34,13 @@ from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import privacy_of_steps
+from mpc_fl.learning.device import follow, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share, require_patients
-from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.augmentation import augmented
+from mpc_fl.learning.training.per_sample_gradients import loss_with, rounded_sum, working_copy
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
+from mpc_fl.learning.training.schedules import learning_rate_factor
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
@@ -72,15 +75,19 @@ def hospital_steps(
     steps, number, round_of, hospitals = config.training.local_steps, plan.number, plan.round_of, plan.hospitals
     working, order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
     noise_seed = hospital.noise_seed.derive("round", *round_of)  # fresh for every attempt
-    losses, used, clipped = 0.0, 0, 0
+    computed = on_device(working, hospital.device)
+    loss, losses, used, clipped = loss_with(config.training.class_weights), 0.0, 0, 0
     for step in range(steps):
         # 1. and 2.
         links.set_phase(f"round {number} training")
         drawn = order.stream("poisson sampling", number, step)
         rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
         require_patients(mechanism, len(rows), links.name)
-        inputs, labels = hospital.train.inputs[rows], hospital.train.labels[rows]
-        sums = rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
+        copies_seed = order.derive("augmentation", number, step)
+        inputs = augmented(config.training.augmentation, hospital.train.inputs[rows], copies_seed)
+        follow(computed, working)
+        with repeatable():
+            sums = rounded_sum(computed, loss, inputs, hospital.train.labels[rows], mechanism, method)
         losses += float(sums.losses.sum())
         clipped += int((sums.norms > config.privacy.clipping_norm).sum())
         used += len(rows)
@@ -125,7 +132,8 @@ def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
         hospitals, opened = collect(domain, rules, agreed, plan.starts, mechanism.dtype, (mechanism.parameters,))
         # The mean over those present: `mean_gradient` divides by the number of all hospitals.
         gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
-        stepped = aggregator.optimizer.step(parameters, gradient)
+        factor = learning_rate_factor(config.training, plan.number, step)
+        stepped = aggregator.optimizer.step(parameters, gradient, factor)
         parameters = aggregator.average.take(stepped, (plan.number - 1) * config.training.local_steps + step)
         send_global(links, aggregator.digests, hospitals, parameters)
     load_flat_parameters(working, parameters)

@@ -21,6 +21,7 @@ from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.class_offsets import last_layer
 from mpc_fl.learning.models.foreign_weights import fit_weights
 from mpc_fl.learning.models.trainable import set_trainable
+from mpc_fl.learning.models.weight_standardisation import require_standardised, with_weight_standardisation
 from mpc_fl.learning.models.weights_store import load
 
 log = logging.getLogger(__name__)
@@ -36,16 +37,19 @@ def initial_model(config: Config) -> nn.Module:
     Raises `ModelError` where these are not at hand or do not fit.
     """
     model = build_model(config)
+    if config.model.weight_standardisation:
+        with_weight_standardisation(model)
     if config.model.initial_weights is None:
         calibrate_on_public_images(model, config, None)
     else:
         tensors, _ = load(config.model.initial_weights, config.site.weights)
         fitted = fit_weights(model, tensors)
+        require_standardised(model, fitted.replaced)
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
     if config.evaluation.calibrate in ("offsets", "both"):
         last_layer(model)  # now, not when a model is trained that cannot be served
-    return set_trainable(model, config.training.trainable)
+    return set_trainable(model, config.training.trainable, config.seed)
 
 
 def normalisation_of_weights(config: Config) -> Normalisation | None:

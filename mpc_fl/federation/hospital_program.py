@@ -40,6 +40,7 @@ from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.tables import Part
+from mpc_fl.learning.models.feature_cache import open_feature_cache
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
@@ -78,9 +79,8 @@ def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospita
     if config.data.validation_fraction:
         parts.append("validation")
     loaded = (load_hospital(config, rank, part) for part in parts)  # one after the other: images are large
-    patients, held_out, *aside = (
-        as_records(images, config, functools.partial(notify, "features")) for images in loaded
-    )
+    cache, progress = open_feature_cache(config, name), functools.partial(notify, "features")
+    patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
     privacy_ledger = PrivacyLedger((config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3", name)
     hospital = join(config, rank, patients, held_out, privacy_ledger, out)
     hospital.validation = aside[0] if aside else None

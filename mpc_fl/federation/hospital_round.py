@@ -135,6 +135,7 @@ def _local_steps(
     trained_model = flatten_parameters(hospital.model) + local.update
     load_flat_parameters(hospital.model, trained_model)
     hospital.take_global(shared)
+    hospital.velocity = local.velocity
     return admitted, Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained
 
 

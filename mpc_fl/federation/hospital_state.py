@@ -15,7 +15,7 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, ModelError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mpc_fl.federation.global_model import calibrate_own, initial_model
 from mpc_fl.federation.model_digests import ModelDigests
@@ -35,6 +35,7 @@ from mpc_fl.federation.planning import (
 )
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
@@ -43,9 +44,12 @@ from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
-from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method
+from mpc_fl.learning.training.independent_records import require_independent_records
+from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method, working_copy
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.roles import hospital_name
+
+_VELOCITY = "momentum of local steps"  # in a checkpoint, beside normalisation layers by their names
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Hospital:
     coordinates: torch.Tensor
     method: Method | None = None
     group: TrainingGroup | None = None
+    device: Device = CPU
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
     validation: Dataset | None = None
@@ -72,6 +77,7 @@ class Hospital:
     digests: ModelDigests = field(default_factory=ModelDigests)
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
+    velocity: torch.Tensor | None = None  # the momentum of its last round, where it is kept
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -90,7 +96,8 @@ class Hospital:
     def local_training(self) -> LocalTraining:
         """How it trains in every round."""
         config, noise, rate = self.config, self.noise_multiplier, self.sample_rate
-        return LocalTraining(config, noise, rate, self.sampling_seed, self.method, self.group)
+        of_steps = (self.sampling_seed, self.method, self.group, self.velocity, self.device)
+        return LocalTraining(config, noise, rate, *of_steps)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -140,15 +147,14 @@ class Hospital:
         return functools.partial(self.ledger.charge_unprotected, run=run, round_number=round_number)
 
     def checkpoint(self, directory: Path, number: int) -> None:
-        """Keep what is this hospital's own after round `number`: its normalisation layers, and its accountant's state."""
-        save_checkpoint(
-            directory,
-            Checkpoint(number, normalisation_state(self.model), {"privacy accountant": self.ledger.state()}),
-            self.config.run_digest(),
-        )
+        """Keep what is this hospital's own after round `number`: its normalisation layers, its momentum where that lasts over
+        rounds, and its accountant's state."""
+        tensors = normalisation_state(self.model) | ({} if self.velocity is None else {_VELOCITY: self.velocity})
+        saved = Checkpoint(number, tensors, {"privacy accountant": self.ledger.state()})
+        save_checkpoint(directory, saved, self.config.run_digest())
 
     def resume(self, directory: Path, number: int) -> None:
-        """Go back to this hospital's own layers after round `number`, if it has kept them.
+        """Go back to this hospital's own layers and momentum after round `number`, if it has kept them.
 
         The shared parameters come from the aggregator and are held against what all signed (`audit_trail`). Raises
         `MpcFlError` when what was kept is not what it should be, `PrivacyBudgetError` when the privacy ledger lacks a
@@ -158,8 +164,21 @@ class Hospital:
         if saved is None:
             return
         self.ledger.require(saved.facts["privacy accountant"])
+        tensors = dict(saved.tensors)
+        velocity = tensors.pop(_VELOCITY, None)
+        if self.config.keeps_momentum:
+            self.velocity = self._checked(velocity)
         if self.config.training.local_normalisation:
-            load_normalisation_state(self.model, saved.tensors)
+            load_normalisation_state(self.model, tensors)
+
+    def _checked(self, velocity: torch.Tensor | None) -> torch.Tensor | None:
+        """A momentum that may be this hospital's; None before its first round. Raises `ModelError`."""
+        if velocity is None:
+            return None
+        shape, is_float = flatten_parameters(self.model).shape, velocity.dtype == torch.float32
+        if not is_float or velocity.shape != shape or not bool(torch.isfinite(velocity).all()):
+            raise ModelError("the momentum in a checkpoint cannot be", "remove the directory and start the run anew")
+        return velocity
 
 
 def _wrong_facts(saved: Checkpoint) -> str | None:
@@ -187,6 +206,7 @@ def join(
     model = initial_model(config)
     coordinates = shared_coordinates(model, config.training.local_normalisation)
     hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
+    hospital.device = device_of(config)
     hospital.kept_round = -1 if last is None else last.round
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
@@ -195,8 +215,15 @@ def join(
     if config.privacy.mechanism != "none":
         wanted = config.training.per_sample_gradients
         if wanted == "auto":
-            wanted = choose_per_sample_method(model, config.data.input_shape, mechanism=hospital.mechanism)
+            shape, copies = config.data.input_shape, config.training.augmentation.copies
+            wanted = choose_per_sample_method(
+                model, shape, mechanism=hospital.mechanism, device=hospital.device, copies=copies
+            )
         hospital.method = wanted
+        if hospital.mechanism is not None and hospital.device.place.type != "cpu":
+            computed = on_device(working_copy(model), hospital.device)
+            with repeatable():
+                require_independent_records(computed, config.data.input_shape, hospital.mechanism, wanted)
     return hospital
 
 

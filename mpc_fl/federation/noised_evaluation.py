@@ -95,11 +95,8 @@ class NoisedEvaluation:
 
     def confidence_interval(self) -> tuple[float, float]:
         """About 95 %: what sampling of patients and noise of counts add to each other as variances."""
-        n, p, classes = self.patients, self.accuracy, len(self.counts)
-        sampling = max(p * (1 - p), 1 / n) / n
-        noise = (self.deviation / n) ** 2 * (classes * (1 - p) ** 2 + classes * (classes - 1) * p**2)
-        half = _LIKELY * math.sqrt(sampling + noise)
-        return max(0.0, p - half), min(1.0, p + half)
+        classes = len(self.counts)
+        return noised_interval(self.accuracy, self.patients, self.deviation, (classes, classes * (classes - 1)))
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers for metrics files and reports; counts rounded, none below 0."""
@@ -115,6 +112,17 @@ class NoisedEvaluation:
             "confusion": shown.tolist(),
             "noise": round(self.deviation, 5),
         }
+
+
+def noised_interval(share: float, count: float, deviation: float, cells: tuple[int, int]) -> tuple[float, float]:
+    """About 95 % of a share of `count` >= 1 patients that noised counts say: sampling and noise, added as variances.
+
+    `cells`: how many counts, each with noise of `deviation`, make up the patients of the share, and how many the others.
+    """
+    sampling = max(share * (1 - share), 1 / count) / count
+    noise = (deviation / count) ** 2 * (cells[0] * (1 - share) ** 2 + cells[1] * share**2)
+    half = _LIKELY * math.sqrt(sampling + noise)
+    return max(0.0, share - half), min(1.0, share + half)
 
 
 def plan_noised_evaluation(config: Config, whom: Evaluated = "test") -> EvaluationPlan | None:

@@ -38,6 +38,7 @@ from mpc_fl.federation.noised_evaluation import (
     plan_noised_evaluation,
 )
 from mpc_fl.federation.planning import evaluation_run_name, over_all_hospitals, validation_run_name
+from mpc_fl.learning.device import on_device
 from mpc_fl.learning.models.evaluation import (
     Evaluation,
     decode_evaluation,
@@ -97,7 +98,8 @@ def _evaluate(
     domain.links.set_phase(f"round {number} {_PHASES[whom]}")
     # Where test patients are left alone, a hospital does not look at its own either.
     records = hospital.records_of(whom if config.evaluation.test else "validation")
-    logits, calibration = predict(hospital.model, records.inputs), hospital.calibration
+    computed = on_device(hospital.model, hospital.device.exact)
+    logits, calibration = predict(computed, records.inputs), hospital.calibration
     probabilities = torch.softmax(logits, dim=1) if calibration is None else calibration.probabilities(logits)
     predicted = None if calibration is None else calibration.decided(logits)
     own = evaluate_locally(probabilities, records.labels, predicted)

@@ -315,6 +315,25 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(victim: str, p
         site.verify("aggregator", *ALL)
 
 
+@pytest.mark.slow
+def test_momentum_schedule_and_mean_go_on_where_they_were(tmp_path: Path) -> None:
+    """A hospital's momentum of the rounds before is its own and in no message: it must be in its checkpoint."""
+    recipe = {"keep_momentum": True, "schedule": "cosine", "warm_up": 0.3, "ema_decay": 0.6}
+    changes = {"training": {**SETTINGS["training"], **recipe}, "federation": {"quorum": None}}
+    with Site(tmp_path / "whole", **changes) as site:
+        site.start_all()
+        assert set(site.await_words(4).values()) == {"finished"}
+        expected = site.parameters("aggregator")
+    with Site(tmp_path / "killed", **changes) as site:
+        site.start_all(hospital_1="round 3 aggregation")
+        site.await_death("hospital-1")
+        site.await_words(3)
+        site.start_all(resume=True)
+        assert set(site.await_words(4).values()) == {"finished"}
+        for name in party_names(site.config):
+            assert torch.equal(site.parameters(name), expected), name
+
+
 def test_a_run_goes_on_from_the_round_before_a_damaged_checkpoint(tmp_path: Path) -> None:
     """One flipped bit of a parameter was another model, and every ledger verified."""
     complete = {"federation": {"quorum": None}}

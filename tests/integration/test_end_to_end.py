@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from mpc_fl.audit.model_origin import model_origin
 
 pytestmark = pytest.mark.processes
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,6 +68,35 @@ def test_a_run_leaves_everything_the_readme_promises(demo: tuple[Path, dict[str,
     assert sorted(path.stem for path in (out / "logs").iterdir()) == names
     assert not list(out.rglob("*.key")) and not list(out.rglob("*.partial"))
     assert open_to_others(out) == []
+
+
+def test_the_model_has_a_card_that_can_be_made_anew_and_refuses_another_model(
+    demo: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, summary = demo
+    text = (out / "model_card.md").read_text()
+    assert (
+        text
+        == mpc_fl("model", "card", out)["model_card"]
+        == mpc_fl("model", "card", out / "model.safetensors")["model_card"]
+    )
+    blocks = [json.loads(line) for line in (out / "reveal_ledger.jsonl").read_text().splitlines()]
+    assert f"SHA-256 `{blocks[-1]['values']['model.safetensors']}`" in text
+    assert "is in the last block of the reveal ledger" in text and "SYNTHETIC" in text
+    spent = {line["epsilon"] for line in summary["privacy"]}
+    assert {f"{epsilon:.3f}" for epsilon in spent} == set(re.findall(r"this run alone \| ([\d.]+);", text))
+    assert f"{summary['final']['records']} test records of all hospitals" in text
+    # A model that was exchanged gets no card.
+    other = tmp_path / "other"
+    shutil.copytree(out, other, ignore=shutil.ignore_patterns("parties", "logs"))
+    tensors = load_file(other / "model.safetensors")
+    with safe_open(other / "model.safetensors", framework="pt") as model:
+        said = model.metadata()
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors", said)
+    command = [sys.executable, "-m", "mpc_fl", "model", "card", str(other)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert refused.returncode != 0 and "is not the one that all parties signed" in refused.stderr
+    assert refused.stdout == "" and len(refused.stderr.splitlines()) == 1
 
 
 def test_every_file_of_a_run_is_in_the_documentation(demo: tuple[Path, dict[str, Any]]) -> None:
@@ -196,3 +229,71 @@ def test_a_linear_layer_on_public_features(tmp_path: Path, mechanism: str, round
     )
     assert diagnosis["images"] == 3 and diagnosis["comparison"]["classes_agree"] is True
     assert diagnosis["comparison"]["largest_logit_difference"] < 0.05
+
+
+@pytest.mark.slow
+def test_a_network_with_adapters_is_trained_signed_and_asked_as_a_plain_one(tmp_path: Path) -> None:
+    """Distributed noise for the adapters alone; the encrypted diagnosis and the ledger know a network like any other."""
+    values: dict[str, Any] = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "training": {"trainable": "lora:2", "rounds": 1, "local_steps": 2, "batch_size": 20, "learning_rate": 0.05},
+        "privacy": {"mechanism": "distributed", "epsilon": 500.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, run = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", run)
+    assert model_origin(run / "model.safetensors").signed
+    assert len({path.read_bytes() for path in run.rglob("model.safetensors")}) == 1
+    diagnosis = mpc_fl("infer", config, "--model", run / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["classes_agree"] is True
+
+
+@pytest.mark.slow
+def test_features_of_a_run_stay_sealed_with_each_hospital(tmp_path: Path) -> None:
+    """That a second run computes none: `tests/federation/test_feature_cache.py`."""
+    values: dict[str, Any] = {
+        "data": {
+            "image_size": 64,
+            "phantoms": {"train_patients": 12, "test_patients": 6},
+            "features": {"extractor": "scattering", "mirror": False},
+        },
+        "model": {"architecture": "linear"},
+        "training": {"rounds": 1, "local_steps": 1, "batch_size": 4},
+        "privacy": {"mechanism": "none"},
+        "site": {"feature_cache": str(tmp_path / "cache")},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", tmp_path / "run")
+    logs = [(tmp_path / "run" / "logs" / f"hospital-{rank}.log").read_text() for rank in range(3)]
+    found = [re.findall(r"features of (\d+) of (\d+) images are of the cache", log) for log in logs]
+    assert all(len(pairs) == 2 for pairs in found), found
+    images = sum(int(of) for pairs in found for _, of in pairs)
+    assert f"which has {images} records" in mpc_fl("check", config)["features"]
+    assert not open_to_others(tmp_path / "cache")
+
+
+def test_a_network_trained_by_a_recipe_is_an_ordinary_one_for_diagnosis(tmp_path: Path) -> None:
+    """Augmented copies, a schedule, an average, weights of classes and standardised convolutions, with distributed noise."""
+    values = {
+        "data": {"image_size": 16, "phantoms": {"train_patients": 90, "test_patients": 30}},
+        "model": {"weight_standardisation": True},
+        "training": {
+            "rounds": 2,
+            "local_steps": 4,
+            "batch_size": 20,
+            "schedule": "cosine",
+            "warm_up": 0.2,
+            "ema_decay": 0.7,
+            "class_weights": [1.0, 1.5, 1.0],
+            "augmentation": {"copies": 2, "flip": True, "rotation": 5, "contrast": 0.1},
+        },
+        "privacy": {"mechanism": "distributed", "epsilon": 100.0, "delta": 1e-3},
+        "inference": {"engine": "fast", "plaintext_reference": True, "limit": 2},
+    }
+    config, out = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(values))
+    mpc_fl("train", config, "--out", out)
+    diagnosis = mpc_fl("infer", config, "--model", out / "model.safetensors", "--out", tmp_path / "diagnosis")
+    assert diagnosis["images"] == 2 and diagnosis["comparison"]["largest_logit_difference"] < 0.1

@@ -7,6 +7,7 @@ import signal as signals
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mpc_fl.apps.cli.progress import PROGRESS_LINE
 from tests.soak.plan import (
     ASKING,
     FORK_SERVER,
@@ -30,6 +31,7 @@ _LINK_OF_A_CHAIN = re.compile(r"(hospital-\d+|aggregator|dealer|model-owner) (?:
 _NOT_FOR_USERS = ("Traceback (most recent call last)", "a defect", "Logging error", "unexpected ")
 _OF_SERVICE = ("model-owner", "dealer")
 INTERRUPTED = "mpc-fl: interrupted by SIGTERM: nothing was left running"
+_CAN_GO_ON = "; --resume goes on from the last round"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What a user reads, without progress bars."""
-        return [line for line in self.said.splitlines() if line.strip() and "━" not in line]
+        """What a user reads, without lines of progress."""
+        return [line for line in self.said.splitlines() if not PROGRESS_LINE.fullmatch(line)]
 
 
 def blamed(line: str) -> str | None:
@@ -98,7 +100,11 @@ def _judge_ended_launcher(injection: Injection, ended: Ended) -> list[str]:
     number = getattr(signals, f"SIG{injection.signal}")
     if ended.code in (0, -number) and not ended.lines:
         return []  # over already; or killed, by TERM before it listened
-    if injection.signal == TERM and ended.code == 128 + number and ended.lines == [INTERRUPTED]:
+    if (
+        injection.signal == TERM
+        and ended.code == 128 + number
+        and ended.lines in ([INTERRUPTED], [INTERRUPTED + _CAN_GO_ON])
+    ):
         return []
     return [f"exit code {ended.code} after SIG{injection.signal}: {' | '.join(ended.lines)}"]
 

@@ -22,7 +22,7 @@ from tests.soak.plan import (
     injection,
 )
 
-PROGRESS = "connect   ━━━━━━━━━ 4/4   0:00:00\n"
+PROGRESS = "progress: training 12 of 50, 34 s\nprogress: hospital-1 lost, 35 s\n"
 FROZEN = "hospital-1 has given no sign of life for 10 s in phase 'x': see its log"
 
 
@@ -79,6 +79,10 @@ def test_the_cause_is_the_last_of_a_chain(line: str, name: str | None) -> None:
         (struck("hospital-1", STOP_AND_CONT, pause=20.0), ended(11, f"hospital-0 failed: {FROZEN}")),
         (struck(LAUNCHER, KILL), Ended(-9, "", 1.0)),
         (struck(LAUNCHER, TERM), ended(143, "interrupted by SIGTERM: nothing was left running")),
+        (
+            struck(LAUNCHER, TERM),
+            ended(143, "interrupted by SIGTERM: nothing was left running; --resume goes on from the last round"),
+        ),
         (struck(LAUNCHER, TERM), Ended(-15, "", 1.0)),
         (struck(FORK_SERVER, KILL), ended(11, "the process that parties are forked from was killed by signal 9: all")),
     ],
@@ -94,6 +98,10 @@ def test_what_is_right(injection: Injection, how: Ended) -> None:
         (struck("hospital-1", STOP), ended(11, "hospital-2 failed: aggregator is late in phase 'x'")),
         (struck("hospital-1", KILL), ended(11)),
         (struck("hospital-1", KILL), Ended(11, "mpc-fl: hospital-1 was killed\nmpc-fl: and more\n", 1.0)),
+        (
+            struck("hospital-1", KILL),
+            Ended(11, "connect        0/4 0:00:00\nmpc-fl: hospital-1 was killed by signal 9\n", 1.0),
+        ),
         (struck("hospital-1", KILL), Ended(1, "Traceback (most recent call last):\n", 1.0)),
         (struck("hospital-1", KILL, "train, quorum 2 of 3"), ended(11, "hospital-1 was killed by signal 9")),
         (struck("hospital-1", STOP_AND_CONT, pause=2.0), ended(11, f"hospital-0 failed: {FROZEN}")),

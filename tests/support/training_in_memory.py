@@ -91,11 +91,16 @@ class Training:
         self.said: dict[str, str] = {}
         self.ended: dict[str, float] = {}
         self.log: list[str] = []
-        agreement = Agreement("session", self.config.digest(), "train")
-        self.network = InMemoryNetwork(party_names(self.config), agreement, timeouts_of(self.config, AGGREGATOR))
+        self.start_anew()
         for program in (aggregator_program, hospital_program):
             monkeypatch.setattr(program, "connect", self._links)
             monkeypatch.setattr(program, "training_runtime", self._runtime)
+
+    def start_anew(self) -> None:
+        """Fresh links between all parties, as when they are started again."""
+        agreement = Agreement("session", self.config.digest(), "train")
+        self.network = InMemoryNetwork(party_names(self.config), agreement, timeouts_of(self.config, AGGREGATOR))
+        self.said.clear()
 
     def _links(self, config: Config, name: str, _observer: Any) -> Links:
         return self.network.links(name, tolerance_of(config), timeouts=timeouts_of(config, name))

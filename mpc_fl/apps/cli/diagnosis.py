@@ -15,10 +15,10 @@ from mpc_fl.apps.cli.options import (
     command_line,
     configure,
     print_json,
-    progress_bars,
     say,
     say_skipped,
 )
+from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 
@@ -82,7 +82,7 @@ def infer(
     with start_early(settings, "infer") as starter:  # it imports while this process does
         from mpc_fl.apps.runs import local_runs as run
 
-        with progress_bars() as progress:
+        with shown_progress() as progress:
             summary = run.infer(settings, out, command_line(), progress, starter)
     if as_json:
         _print_summary(summary, out)
@@ -126,7 +126,7 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
 
     if model is not None:
         raise ConfigError("the model is the server's", "leave --model out to ask a server")
-    with progress_bars() as progress:
+    with shown_progress() as progress:
         summary = run.ask(settings, out, command_line(), progress)
     if as_json:
         _print_summary(summary, out)

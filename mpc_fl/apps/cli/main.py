@@ -10,6 +10,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, NoReturn
 
+from mpc_fl.apps.cli.interrupts import Interrupted
 from mpc_fl.errors import MpcFlError
 from mpc_fl.exhaustion import exhaustion
 
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     import typer
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP. Not a KeyboardInterrupt, which typer would end without a word."""
 
 
 def _interrupted(number: int, _frame: object) -> NoReturn:
@@ -48,7 +45,7 @@ def main() -> None:
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
         _end_exhausted(error)
     except Interrupted as error:
-        _end(f"interrupted by {signal.Signals(error.args[0]).name}: nothing was left running", 128 + error.args[0])
+        _end(str(error), 128 + error.number)
     finally:
         os.umask(umask)
         for number, handler in before.items():

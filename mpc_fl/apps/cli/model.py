@@ -1,4 +1,4 @@
-"""`mpc-fl model fetch | import | show`: weights that a training run starts from, and what a model file holds."""
+"""`mpc-fl model fetch | import | show | card`: weights that a training run starts from, and what is known of a model file."""
 
 from __future__ import annotations
 
@@ -105,6 +105,29 @@ def show(
         return
     for key, value in found.items():
         say(f"{key.replace('_', ' ') + ':':<26} {_shown(value)}")
+
+
+@app.command(cls=Command)
+def card(
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR_OR_MODEL", help="Directory of a training run, or its model.safetensors.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The run's configuration. Default: config.yaml beside the model."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the model card of a training run anew: data, privacy, results by class, limits.
+
+    A run writes it as model_card.md beside its model. It is made from the
+    configuration, the opened evaluations and the signed ledger, and holds
+    nothing that one hospital alone knows.
+    """
+    from mpc_fl.apps.runs.model_card_file import card_of
+
+    text = card_of(path, config)
+    print_json({"model_card": text}) if as_json else say(text.rstrip())
 
 
 def _shown(value: Any) -> str:

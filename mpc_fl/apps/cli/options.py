@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +19,6 @@ from mpc_fl.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
     from rich.table import Table
 
     from mpc_fl.config.config import Config
@@ -113,31 +110,6 @@ def output_console() -> Console:
     from rich.console import Console
 
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-
-
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, str, int, int], None]]:
-    """One progress bar per phase; each party's part of it adds up. Nothing is drawn before the first step."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars = Progress(*columns, console=error_console(), transient=False)
-    tasks: dict[str, TaskID] = {}
-    states: dict[str, dict[str, tuple[int, int]]] = {}
-
-    def progress(party: str, phase: str, done: int, total: int) -> None:
-        bars.start()
-        states.setdefault(phase, {})[party] = (done, total)
-        if phase not in tasks:
-            tasks[phase] = bars.add_task(phase)
-        parts = states[phase].values()
-        bars.update(tasks[phase], completed=sum(p[0] for p in parts), total=sum(p[1] for p in parts))
-
-    try:
-        yield progress
-    finally:
-        if tasks:
-            bars.stop()
 
 
 def gigabytes(count: int) -> str:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mpc_fl.apps.cli.options import AsJson, DataPath, Overrides, configure, print_json, progress_bars, say
+from mpc_fl.apps.cli.options import AsJson, DataPath, Overrides, configure, print_json, say
+from mpc_fl.apps.cli.progress import shown_progress
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], as_json: AsJson = False) -> None:
@@ -48,5 +49,5 @@ def party(
     name = party_of(settings, role, rank, os.environ)
     settings = site_of(settings, name)
     set_up_log(settings.site.log)
-    with progress_bars() as progress:
+    with shown_progress() as progress:
         run_alone(name, settings, lambda phase, done, total: progress(name, phase, done, total))

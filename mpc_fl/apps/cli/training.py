@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpc_fl.apps.cli.interrupts import Interrupted
 from mpc_fl.apps.cli.options import (
     AsJson,
     ConfigPath,
@@ -19,10 +20,10 @@ from mpc_fl.apps.cli.options import (
     gigabytes,
     print_json,
     privacy_words,
-    progress_bars,
     say,
     say_skipped,
 )
+from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import DataError, MpcFlError, RunFailedError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
     from mpc_fl.learning.data.loading import SharedPatients
+
+_GO_ON = "--resume goes on from the last round"
 
 
 def train(
@@ -46,7 +49,7 @@ def train(
     """Train one model with several hospitals on this machine, each a process of its own.
 
     Every hospital adds differential-privacy noise, shares its update, and only the mean is opened. Writes
-    model.safetensors, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
+    model.safetensors with its model_card.md, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
     """
     from mpc_fl.apps.runs.launcher import start_early
 
@@ -59,12 +62,15 @@ def train(
         _preflight(settings)
         _say_shared_patients(settings, as_json)
         try:
-            with progress_bars() as progress:
+            with shown_progress() as progress:
                 summary = run.train(settings, out, command_line(), progress, resume, starter)
         except RunFailedError as error:
             # A party that failed by itself says what to do; here one was ended from outside.
             if error.fix and may_go_on(out):
-                raise RunFailedError(error.what, f"{error.fix}; --resume goes on from the last round") from None
+                raise RunFailedError(error.what, f"{error.fix}; {_GO_ON}") from None
+            raise
+        except Interrupted as error:
+            error.then = _GO_ON if may_go_on(out) else ""
             raise
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})
@@ -73,7 +79,7 @@ def train(
     if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
-    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
+    say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
 
 
 def in_ranges(numbers: list[str]) -> str:
@@ -144,6 +150,8 @@ def _say_choice(summary: TrainingSummary) -> None:
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory."""
+    from mpc_fl.learning.device import device_of
+
     try:
         settings = configure(config, overrides, data=data)
         found = _preflight(settings)
@@ -153,12 +161,16 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
             print_json({"ok": False, "error": error.what, "fix": error.fix})
         raise
     if as_json:
-        print_json({"ok": True, **found.to_json(), "shared_patients": list(_shared_patients(settings).names)})
+        shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of = {"device": device_of(settings).words, **found.to_json()}
+        print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
     _say_shared_patients(settings, False)
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training patients{words}")
+    say(f"Device of hospitals here: {device_of(settings).words}.")
+    _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
@@ -172,7 +184,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     training = estimate_training(settings, patients_per_hospital(settings))
     inference = estimate_inference(settings)
     if as_json:
-        print_json({"training": training.to_json(), "inference": inference.to_json()})
+        about = {**training.to_json(), "features": _about_features(settings)}
+        print_json({"training": about, "inference": inference.to_json()})
         return
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
     sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
@@ -185,6 +198,7 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     )
     for line in training.privacy:
         say(f"  {line.hospital}: {line.patients} patients" + privacy_words(line.epsilon, line.noise_multiplier))
+    _say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
     say(f"  {inference.bytes_per_party / 1e6:,.1f} MB sent per party in {inference.rounds} {steps}")
@@ -197,6 +211,21 @@ def _shared_patients(config: Config) -> SharedPatients:
     from mpc_fl.learning.data.loading import shared_patients
 
     return shared_patients(config)
+
+
+def _about_features(config: Config) -> str | None:
+    if config.data.features is None:
+        return None
+    from mpc_fl.learning.models.feature_cache import about_features
+
+    return about_features(config)
+
+
+def _say_features(config: Config) -> None:
+    """Whether features of images will be read or computed, where they are the records."""
+    about = _about_features(config)
+    if about is not None:
+        say(about)
 
 
 def _refuse_shared_patients(config: Config) -> None:
@@ -217,12 +246,16 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
 
 def _preflight(config: Config) -> TrainingEstimate:
     """Everything that can be refused before a process starts. Raises the error the run would raise."""
+    from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
+    from mpc_fl.learning.device import device_of
     from mpc_fl.learning.models.feature_extractor import require_weights
 
     headroom_of(config).require()
+    device_of(config)
+    require_watchers(config)
     require_weights(config)
     _refuse_shared_patients(config)
     return estimate_training(config, patients_per_hospital(config))

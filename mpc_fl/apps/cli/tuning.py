@@ -17,9 +17,9 @@ from mpc_fl.apps.cli.options import (
     configure,
     print_json,
     print_table,
-    progress_bars,
     say,
 )
+from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def tune(
     from mpc_fl.apps.runs.search import tune as run_search
 
     search = searched(settings, _grid(tries, grid), share)
-    with progress_bars() as progress:
+    with shown_progress() as progress:
         summary = run_search(search, out, command_line(), progress, resume)
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})

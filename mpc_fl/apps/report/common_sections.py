@@ -10,7 +10,7 @@ from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.formats import duration, size
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table
 from mpc_fl.apps.report.run_files import Run, each, guarded, missing
-from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text
+from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text, why_of_all
 
 _TRAINING_STATEMENT = """These sums are the only values that left the secret domain. Everything else that was computed
 from patients and sent to another party was a share, which alone is uniformly random. The global model, which the
@@ -86,7 +86,7 @@ def openings(run: Run) -> Markup:
     name = "openings.jsonl" if training else f"parties/{run.hospital}/openings.jsonl"
     groups: dict[tuple[str, ...], list[OpenedValue]] = {}
     for line in read_rows(OpenedValue, run.directory, name):
-        why, shape = re.sub(r"^round \d+: ", "each round: ", line.why), " x ".join(map(str, line.shape))
+        why, shape = why_of_all(line.why), " x ".join(map(str, line.shape))
         key = (line.what, why, ", ".join(line.to), ", ".join(line.among), shape or "single")
         groups.setdefault(key, []).append(line)
     rows = [(*key, len(of), f"{sum(math.prod(line.shape) for line in of):,}") for key, of in groups.items()]

@@ -14,6 +14,7 @@ from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
 from mpc_fl.apps.report.run_files import Run, each, missing, skipped
 from mpc_fl.apps.rows import PlaintextReference, read_object, read_rows
 from mpc_fl.apps.summaries import ImageResult
+from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 
 _MOST_IMAGES = 24
@@ -89,10 +90,15 @@ def diagnosis(run: Run) -> Markup:
     signed = (run.directory / f"parties/{run.hospital}/{RECEIPTS_FILE}").is_file()
     return Markup(
         tiles(facts)
-        + (paragraph(f"The model file {origin.words}.", "soft" if origin.signed else "warning") if origin else "")
+        + (_of_model(origin) if origin else "")
         + (paragraph(f"Not all images were answered: {refused}", "warning") if refused else "")
         + (paragraph(_RECEIPTS, "soft") if signed else "")
     )
+
+
+def _of_model(origin: ModelOrigin) -> Markup:
+    text = f"The model file {origin.words}. Its SHA-256 is {origin.sha256}: that of the model card to read with it."
+    return paragraph(text, "soft" if origin.signed else "warning")
 
 
 def images(run: Run) -> Markup:

@@ -42,6 +42,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
 from mpc_fl.learning.models.trainable import set_trainable
+from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
@@ -126,7 +127,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         messages_per_hospital=1 + messages * opened + signed,  # it announces itself
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
-        privacy=[_privacy(config, rank, count) for rank, count in enumerate(patients)],
+        privacy=[planned_privacy(config, hospital_name(rank), count) for rank, count in enumerate(patients)],
     )
 
 
@@ -171,8 +172,11 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
     return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
 
 
-def _privacy(config: Config, rank: int, patients: int) -> NoPrivacy | PlannedPrivacy:
-    name = hospital_name(rank)
+def planned_privacy(config: Config, name: str, patients: int) -> NoPrivacy | PlannedPrivacy:
+    """What a whole run spends of the privacy of a hospital's patients whose ledger holds nothing yet.
+
+    But for `patients` in it all follows from public values. Raises what `plan_release` raises.
+    """
     planned = plan_release(config, patients, [], name)
     if planned is None:
         return NoPrivacy(name, patients)
@@ -226,7 +230,7 @@ def _fast_inference(config: Config) -> FastInferenceEstimate:
 
     size, reveal = config.inference.batch_size, config.reveal
     records = _public_records(config)
-    network = calibrate(initial_model(config), records).network
+    network = calibrate(plain_network(initial_model(config)), records).network
     found = cost_of(network, size, reveal)
     held = _HELD_OF_CORRECTIONS * config.inference.at_once * found.correction_bytes
     return FastInferenceEstimate(

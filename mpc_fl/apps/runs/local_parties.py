@@ -58,6 +58,17 @@ def _session(run_dir: Path) -> str:
         raise ConfigError(f"{path} is damaged", "restore it, or start the run anew in another directory") from None
 
 
+def _feature_cache_of(config: Config, name: str) -> dict[str, str]:
+    """A hospital's own folder of the cache, with a key that outlives the run; nobody else's."""
+    cache = config.site.feature_cache
+    if cache == "memory" or role_of(name) != HOSPITAL_ROLE:
+        return {"feature_cache": "memory"}
+    from mpc_fl.learning.models.feature_cache import make_simulation_key  # torch: only where there is one
+
+    make_simulation_key(cache / name)
+    return {"feature_cache": str(cache / name)}
+
+
 def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
     """One configuration per party of a local run: fresh session, addresses, identities, a directory of its own."""
     names = party_names(config)
@@ -84,6 +95,7 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
         for key, owner in _OWN_FILES.items():
             if role != owner:
                 site[key] = None
+        site |= _feature_cache_of(config, name)
         placed[name] = config.with_values(federation=federation, site=site)
         directories[name].mkdir(parents=True, exist_ok=True)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from mpc_fl.apps.model_card import CARD_FILE
 from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
@@ -64,7 +65,7 @@ from mpc_fl.learning.models.model_file import load_calibration, load_model, load
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
-_OF_ALL = ("model.safetensors", "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE)
+_OF_ALL = ("model.safetensors", CARD_FILE, "metrics.jsonl", OPENINGS_FILE, LEDGER_FILE)
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
 

@@ -22,12 +22,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mpc_fl.apps.runs.curves import curves_of
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
+from mpc_fl.links.party_links import site_directory
 from mpc_fl.links.silence import SIGN
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
@@ -79,7 +81,16 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
         raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
     log = logging.getLogger("mpc_fl")
     log.info("%s starts (%s), process %d", name, config.task, os.getpid())
-    importlib.import_module(ROLES[role]).run(config, rank, notify, observer)
+    program = importlib.import_module(ROLES[role])
+    if config.task != "train":
+        program.run(config, rank, notify, observer)
+    else:
+        with curves_of(config, name):
+            program.run(config, rank, notify, observer)
+    if role == AGGREGATOR:
+        from mpc_fl.apps.runs.model_card_file import write_model_card
+
+        write_model_card(config, site_directory(config))
     log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)
 
 

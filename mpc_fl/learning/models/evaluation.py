@@ -112,10 +112,7 @@ class Evaluation:
 
     def confidence_interval(self, z: float = 1.96) -> tuple[float, float]:
         """Wilson score interval of the accuracy (Wilson, JASA 1927); z = 1.96 for 95 %."""
-        n, p = max(1, self.records), self.accuracy
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, centre - half), min(1.0, centre + half)
+        return wilson_interval(self.accuracy, max(1, self.records), z)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers for metrics files and reports."""
@@ -138,6 +135,13 @@ class Evaluation:
             "reliability": [[count, _rounded(mean), _rounded(right)] for count, mean, right in self.reliability_bins],
             "noise": None,
         }
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a share of `count` >= 1 records taken as independent (Wilson, JASA 1927); z = 1.96 for 95 %."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -6,7 +6,8 @@ to encrypted diagnosis the features are the record. What is learned, and what st
 on top (`model.architecture`, usually `linear`): thousands of parameters instead of millions, so far less noise for the same
 privacy (Tramer and Boneh, ICLR 2021; De et al., 2022).
 
-Exactly, for one image: scale the pixels as the network's weights expect it; f = network(image) / |.|; with `mirror` the mean of
+Exactly, for one image: scale the pixels as the network's weights expect it; f = network(image) / |.| (with
+`stages` the network gives the averages of several blocks, each at norm 1); with `mirror` the mean of
 f and of the mirror's, at norm 1 again; the constant 0.1 is put beside. Images are taken one at a time, each with its mirror,
 so a record is a function of that image alone, bit for bit, whoever else is in the data set: privacy is counted by patient.
 """
@@ -14,7 +15,6 @@ so a record is a function of that image alone, bit for bit, whoever else is in t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +24,16 @@ from torch import nn
 from mpc_fl.config.config import Config
 from mpc_fl.config.data import FEATURE_CONSTANT, FeatureSection
 from mpc_fl.errors import DataError, ModelError
+from mpc_fl.exhaustion import exhaustion
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
+from mpc_fl.learning.device import Device, device_of, on_device
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
+from mpc_fl.learning.models.feature_cache import FeatureCache, Progress
 from mpc_fl.learning.models.foreign_weights import fit_weights
+from mpc_fl.learning.models.stages import Stages
 from mpc_fl.learning.models.weights_store import find, load
-
-Progress = Callable[[int, int], None]
 
 # What weights expect of pixels in [0, 1] that do not say it themselves.
 _IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -72,7 +74,9 @@ class FeatureExtractor:
             views = self.scale.apply(views)
         try:
             outputs = self.network(views.contiguous(memory_format=torch.channels_last)).flatten(1)
-        except (RuntimeError, ValueError, AssertionError):
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if (exhausted := exhaustion(error)) is not None:
+                raise exhausted from None
             size = "x".join(map(str, image.shape))
             raise ModelError(
                 f"the feature extractor takes no image of {size}", "set data.image_size to what it takes"
@@ -103,11 +107,11 @@ def without_last_layer(network: nn.Module) -> tuple[nn.Module, int]:
 
 
 @functools.lru_cache(_EXTRACTORS_KEPT)
-def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor:
+def _extractor(features: FeatureSection, place: Path | None, device: Device) -> FeatureExtractor:
     if features.extractor == "scattering":
         from mpc_fl.learning.models.scattering import Scattering
 
-        return FeatureExtractor(Scattering().eval(), features.size, 1, features.mirror)
+        return FeatureExtractor(on_device(Scattering().eval(), device), features.size, 1, features.mirror)
     assert features.weights is not None  # `FeatureSection` saw to it
     tensors, description = load(features.weights, place)
     if description.get("architecture") != features.extractor:
@@ -116,9 +120,9 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
             f"'{features.extractor}'",
             "correct data.features.extractor or data.features.weights",
         )
-    network = freeze_normalisation(build_network(features.extractor, _IMAGENET_CLASSES))
-    fit_weights(network, tensors)  # what it replaces is the last layer at most
-    network, size = without_last_layer(network)
+    whole = freeze_normalisation(build_network(features.extractor, _IMAGENET_CLASSES)).eval()
+    fit_weights(whole, tensors)  # what it replaces is the last layer at most
+    network, size = (Stages(whole, features.stages), features.size) if features.stages else without_last_layer(whole)
     if size != features.size:
         raise ModelError(
             f"{features.extractor} gives {size} features, {features.size} are configured", "correct data.features.count"
@@ -130,15 +134,18 @@ def _extractor(features: FeatureSection, place: Path | None) -> FeatureExtractor
         raise ModelError(
             f"the weights {features.weights[:12]} say nothing usable of their inputs", "import them again"
         ) from None
-    return FeatureExtractor(network.eval().requires_grad_(False), size, 3, features.mirror, scale)
+    return FeatureExtractor(on_device(network.eval().requires_grad_(False), device), size, 3, features.mirror, scale)
 
 
 def extractor_of(config: Config) -> FeatureExtractor | None:
     """What makes records of images in such a configuration; None where images are the records.
 
-    Raises `ModelError` when its weights are not on this machine, or are not what the configuration says.
+    Raises `ModelError` when its weights are not on this machine, or are not what the configuration says, `ConfigError` for a
+    device that is not there.
     """
-    return None if config.data.features is None else _extractor(config.data.features, config.site.weights)
+    if config.data.features is None:
+        return None
+    return _extractor(config.data.features, config.site.weights, device_of(config).exact)
 
 
 def require_weights(config: Config) -> None:
@@ -149,7 +156,16 @@ def require_weights(config: Config) -> None:
             find(digest, config.site.weights)
 
 
-def as_records(images: Dataset, config: Config, progress: Progress | None = None) -> Dataset:
-    """The records of images, as the configuration wants them; `progress(done, of)` follows each image that takes time."""
+def as_records(
+    images: Dataset, config: Config, progress: Progress | None = None, cache: FeatureCache | None = None
+) -> Dataset:
+    """The records of images, as the configuration wants them: of the cache where it has them, else computed.
+
+    `progress(done, of)` follows each image that takes time.
+    """
     extractor = extractor_of(config)
-    return images if extractor is None else replace(images, inputs=extractor.records(images.inputs, progress))
+    if extractor is None:
+        return images
+    if cache is None:
+        return replace(images, inputs=extractor.records(images.inputs, progress))
+    return replace(images, inputs=cache.records(images.inputs, extractor.records, progress))

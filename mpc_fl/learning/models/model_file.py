@@ -23,6 +23,8 @@ from mpc_fl.files import written_whole
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.calibration import CALIBRATION, Calibration
+from mpc_fl.learning.models.low_rank import merged
+from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.parsing import parse_json
 
 _FORMAT = "mpc-fl model 1"
@@ -40,7 +42,7 @@ def describe(
     if normalisation is not None:
         constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
-        constants["features"] = config.data.features.model_dump(mode="json")
+        constants["features"] = config.data.features.described()
     return {
         **constants,
         "format": _FORMAT,
@@ -59,6 +61,8 @@ def model_file(
 ) -> bytes:
     """The content of a model file: all parameters and buffers with the description of the architecture.
 
+    Adapters (`low_rank`) are taken into the weights they stand beside, and standardised weights are folded: the file is that of
+    an ordinary network.
     `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there; so is
     `calibration` where `evaluation.calibrate` is not none.
     """
@@ -66,7 +70,8 @@ def model_file(
         raise ModelError("the model has another calibration than evaluation.calibrate says", "pass it on")
     if (normalisation is not None) != (config.data.normalise != "none"):
         raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    state = plain_network(merged(model)).state_dict()
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation, calibration))})
 
 

@@ -41,10 +41,10 @@ _ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._Dro
 
 
 class _LayerTracer(fx.Tracer):
-    """Keeps layers whole: those of torch.nn, and classes derived from its BatchNorm."""
+    """Keeps layers whole: those of torch.nn, and classes derived from its BatchNorm and its convolutions."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _BatchNorm | _ConvNd) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

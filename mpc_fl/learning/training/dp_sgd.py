@@ -13,8 +13,15 @@ FedProx (Li et al., MLSys 2020) adds mu/2 |w - w_0|^2 to the loss, w_0 where the
 after clipping, noise and division: clipping would let it crowd out patients. It costs no privacy, because w_0 is the
 global model and w what earlier noised steps made of it: nothing else of a patient is in it (post-processing).
 
+An augmented patient's gradient is the mean over random copies of its record, before clipping (`augmentation`), so it moves the sum
+by no more. Weights of classes scale the loss before clipping, too. The learning rate follows a schedule of public numbers.
+
+Momentum starts at zero in every round, or goes on from the round before (`training.keep_momentum`): it is made of earlier noised
+steps, which were charged, and stays at the hospital.
+
 Where a hospital trains in several processes, they share out the clipping and summing of step 3 (`process_group`).
-Sampling, noise and the step itself stay in the hospital's own process.
+Sampling, noise and the step itself stay in the hospital's own process. So they do on its CPU where gradients are computed on
+a GPU (`device`): for the noise every step brings them from there, and then takes the parameters up.
 """
 
 from __future__ import annotations
@@ -30,17 +37,22 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
 from mpc_fl.learning.data.dataset import PatientRecords
+from mpc_fl.learning.device import CPU, Device, follow, gradients_of, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, trainable_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.training.augmentation import Inputs, augmented, copies_per_record
+from mpc_fl.learning.training.batch_pieces import pieces_of
 from mpc_fl.learning.training.per_sample_gradients import (
+    Loss,
     Method,
     choose_per_sample_method,
     clipped_sum,
-    sum_cross_entropy,
+    loss_with,
     working_copy,
 )
 from mpc_fl.learning.training.proximal_term import add_proximal_term
 from mpc_fl.learning.training.sampling import sample_patients, sampling_seed_of
+from mpc_fl.learning.training.schedules import learning_rate_factor
 
 if TYPE_CHECKING:
     from mpc_fl.learning.training.process_group import TrainingGroup
@@ -53,7 +65,8 @@ class LocalTraining:
     `noise_multiplier`: None without differential privacy. `sample_rate`: the probability of a patient per step.
     `sampling_seed`: a `Seed`, None for a fresh one in every round, a number for simulation only. `method` overrides
     `training.per_sample_gradients` (choose once, use for all rounds). `group` shares out each step over its processes; the
-    result is the same up to rounding.
+    result is the same up to rounding. `velocity`, float32 (P,), is the momentum a round begins with; None: zero. `device`: where
+    gradients are computed.
     """
 
     config: Config
@@ -62,6 +75,8 @@ class LocalTraining:
     sampling_seed: Seed | int | None = None
     method: Method | None = None
     group: TrainingGroup | None = None
+    velocity: torch.Tensor | None = None
+    device: Device = CPU
 
     @property
     def event(self) -> SubsampledGaussian | None:
@@ -76,7 +91,8 @@ class LocalTraining:
 @dataclass(frozen=True)
 class LocalRound:
     """Outcome of one round. `update` (new minus old parameters, float32 (P,)) and `event` may be released together;
-    everything else describes the hospital's patients without noise and is for its own eyes."""
+    everything else describes the hospital's patients without noise and is for its own eyes, `velocity` (float32 (P,)) too: it is
+    the momentum after the last step, None where it is not kept."""
 
     update: torch.Tensor
     event: SubsampledGaussian | None
@@ -85,6 +101,7 @@ class LocalRound:
     mean_loss: float
     clipped_fraction: float
     method: str
+    velocity: torch.Tensor | None = None
 
 
 def _check(data: PatientRecords, sample_rate: float) -> None:
@@ -99,11 +116,14 @@ def _check(data: PatientRecords, sample_rate: float) -> None:
         raise PrivacyBudgetError(f"the sampling rate must lie in (0, 1], got {sample_rate}", "see training.batch_size")
 
 
-def _mean_gradient(model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean gradient of the batch into `.grad`, without clipping; returns the summed loss."""
-    value = sum_cross_entropy(model(inputs), labels)
-    (value / len(inputs)).backward()
-    return float(value.detach())
+def _mean_gradient(model: nn.Module, loss: Loss, inputs: Inputs, labels: torch.Tensor) -> float:
+    """Mean gradient of the batch into `.grad`, without clipping; returns the summed loss. In pieces that fit memory."""
+    total, copies = 0.0, copies_per_record(inputs)
+    for piece, own in pieces_of(inputs, labels):
+        value = loss(model(piece), own) / copies
+        (value / len(inputs)).backward()
+        total += float(value.detach())
+    return total
 
 
 @dataclass
@@ -121,8 +141,8 @@ class _Measured:
         return self.clipped / self.records if self.records else 0.0
 
 
-# Makes one step from inputs float32 (N, ...) and labels int64 (N,), perhaps of no patient; `measured` gets its losses.
-TakeStep = Callable[[torch.Tensor, torch.Tensor, _Measured], None]
+# Makes one step from inputs of N records and labels int64 (N,), perhaps of no patient; `measured` gets its losses.
+TakeStep = Callable[[Inputs, torch.Tensor, _Measured], None]
 
 
 def _private_steps(
@@ -136,6 +156,7 @@ def _private_steps(
     from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer
 
     norm, group, noise_multiplier = training.config.privacy.clipping_norm, training.group, training.noise_multiplier
+    loss = loss_with(training.config.training.class_weights)
     assert noise_multiplier is not None  # `event` came first
     optimizer = StreamNoiseOptimizer(
         sgd,
@@ -145,9 +166,12 @@ def _private_steps(
         noise_stream=noise_stream,
     )
 
-    def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
+    computed = on_device(working, training.device)
+
+    def take(inputs: Inputs, labels: torch.Tensor, measured: _Measured) -> None:
         if group is None:
-            sums = clipped_sum(working, sum_cross_entropy, inputs, labels, norm, method)
+            follow(computed, working)
+            sums = clipped_sum(computed, loss, inputs, labels, norm, method)
         else:
             sums = group.clipped_sum(working, inputs, labels, norm, method)
         measured.losses += float(sums.losses.sum())
@@ -160,14 +184,28 @@ def _private_steps(
 
 
 def _plain_steps(working: nn.Module, sgd: torch.optim.SGD, training: LocalTraining) -> TakeStep:
-    """Steps of SGD without clipping and noise; a batch of nobody makes none."""
-    gradient = _mean_gradient if training.group is None else training.group.mean_gradient
+    """Steps of SGD without clipping of patients and without noise; a batch of nobody makes none.
 
-    def take(inputs: torch.Tensor, labels: torch.Tensor, measured: _Measured) -> None:
-        if len(inputs):
-            sgd.zero_grad()
-            measured.losses += gradient(working, inputs, labels)
-            sgd.step()
+    `training.gradient_clipping` shortens the batch's mean gradient, which bounds a step and protects nobody.
+    """
+    settings, group = training.config.training, training.group
+    loss, norm = loss_with(settings.class_weights), settings.gradient_clipping
+    parameters = [parameter for _, parameter in trainable_parameters(working)]
+    computed = on_device(working, training.device)
+
+    def take(inputs: Inputs, labels: torch.Tensor, measured: _Measured) -> None:
+        if not len(inputs):
+            return
+        sgd.zero_grad()
+        if group is None:
+            follow(computed, working)
+            measured.losses += _mean_gradient(computed, loss, inputs, labels)
+            gradients_of(computed, working)
+        else:
+            measured.losses += group.mean_gradient(working, inputs, labels)
+        if norm is not None:
+            nn.utils.clip_grad_norm_(parameters, norm)
+        sgd.step()
 
     return take
 
@@ -176,7 +214,10 @@ def _method_of(training: LocalTraining, working: nn.Module, input_shape: tuple[i
     if training.method is not None:
         return training.method
     configured = training.config.training.per_sample_gradients
-    return choose_per_sample_method(working, input_shape) if configured == "auto" else configured
+    if configured != "auto":
+        return configured
+    copies = training.config.training.augmentation.copies
+    return choose_per_sample_method(working, input_shape, device=training.device, copies=copies)
 
 
 def _update(model: nn.Module, working: nn.Module, round_number: int) -> torch.Tensor:
@@ -185,8 +226,28 @@ def _update(model: nn.Module, working: nn.Module, round_number: int) -> torch.Te
     new = torch.cat([trained.get(name, old).detach().reshape(-1) for name, old in trainable_parameters(model)])
     update = new - flatten_parameters(model)
     if not bool(torch.isfinite(update).all()):
-        raise ModelError(f"training diverged in round {round_number}", "lower training.learning_rate")
+        fix = "lower training.learning_rate, or without privacy set training.gradient_clipping=1"
+        raise ModelError(f"training diverged in round {round_number}", fix)
     return update
+
+
+def _begin_with(sgd: torch.optim.SGD, model: nn.Module, working: nn.Module, velocity: torch.Tensor | None) -> None:
+    """Let the first step have momentum `velocity`, float32 (P,) in the order of the model's own parameters."""
+    if velocity is None:
+        return
+    own = trainable_parameters(model)
+    pieces = dict(zip((name for name, _ in own), velocity.split([value.numel() for _, value in own]), strict=True))
+    for name, parameter in trainable_parameters(working):
+        sgd.state[parameter]["momentum_buffer"] = pieces[name].view_as(parameter).clone()
+
+
+def _velocity(sgd: torch.optim.SGD, model: nn.Module, working: nn.Module) -> torch.Tensor:
+    """The momentum after the last step, as `_begin_with` takes it; zero for a parameter that was never stepped."""
+    trained = dict(working.named_parameters())
+    moving = {name: sgd.state.get(parameter, {}).get("momentum_buffer") for name, parameter in trained.items()}
+    of_model = trainable_parameters(model)
+    pieces = [(torch.zeros_like(old) if moving.get(name) is None else moving[name]) for name, old in of_model]
+    return torch.cat([piece.detach().reshape(-1) for piece in pieces])
 
 
 def train_locally(
@@ -216,6 +277,8 @@ def train_locally(
     sgd = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
     if settings.proximal:
         add_proximal_term(sgd, settings.proximal)
+    if training.config.keeps_momentum:
+        _begin_with(sgd, model, working, training.velocity)
     step, method = 0, None
     if event is None:
         take_step = _plain_steps(working, sgd, training)
@@ -233,8 +296,12 @@ def train_locally(
         drawn = order.stream("poisson sampling", round_number, step)
         rows = sample_patients(data.records_of_patient, training.sample_rate, drawn)
         measured.records += len(rows)
+        inputs = augmented(settings.augmentation, data.inputs[rows], order.derive("augmentation", round_number, step))
         # 3. Clip and sum, add noise, scale, step.
-        take_step(data.inputs[rows], data.labels[rows], measured)
+        for parameter_group in sgd.param_groups:
+            parameter_group["lr"] = settings.learning_rate * learning_rate_factor(settings, round_number, step)
+        with repeatable():
+            take_step(inputs, data.labels[rows], measured)
         if progress is not None:
             progress(step + 1, settings.local_steps)
 
@@ -247,4 +314,5 @@ def train_locally(
         mean_loss=measured.mean_loss(),
         clipped_fraction=measured.clipped_fraction(),
         method=method or "plain",
+        velocity=_velocity(sgd, model, working) if training.config.keeps_momentum else None,
     )

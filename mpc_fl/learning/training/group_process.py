@@ -28,7 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpc_fl.errors import MpcFlError
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.training.per_sample_gradients import Method, clipped_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.augmentation import AugmentedRecords, Inputs, copies_per_record, records_of
+from mpc_fl.learning.training.batch_pieces import pieces_of
+from mpc_fl.learning.training.per_sample_gradients import Loss, Method, clipped_sum, loss_with, working_copy
 
 _LOOPBACK = "127.0.0.1"
 
@@ -56,16 +58,45 @@ def averaging(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataPara
     return DistributedDataParallel(model, process_group=group, forward_sync_buffers=False, static_graph=True)
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a mean gradient is divided by: the `records` of a step in all `processes`."""
+
+    records: int
+    processes: int
+
+
 def shared_gradient(
-    model: DistributedDataParallel, inputs: torch.Tensor, labels: torch.Tensor, records: int, processes: int
+    model: DistributedDataParallel, loss: Loss, inputs: Inputs, labels: torch.Tensor, whole: Whole
 ) -> float:
-    """Mean gradient over the `records` of all processes into `.grad`; returns this process's summed loss."""
-    weight = processes / records  # the average of N gradients is to be the sum over all records / their number
-    if len(inputs) == 0:  # every process must take part in the average
-        inputs, labels, weight = inputs.new_zeros(1, *inputs.shape[1:]), labels.new_zeros(1), 0.0
-    loss = sum_cross_entropy(model(inputs), labels)
-    (loss * weight).backward()
-    return float(loss.detach()) if weight else 0.0
+    """Mean gradient over the records of all processes into `.grad`; returns this process's summed loss.
+
+    In pieces that fit memory; the gradients of all but the last are added up before they are averaged over the processes.
+    """
+    copies = copies_per_record(inputs)
+    # The average of N gradients is to be the sum over all records / their number.
+    weight, total = whole.processes / whole.records, 0.0
+    pieces = list(pieces_of(inputs, labels)) if len(inputs) else []
+    if not pieces:  # every process must take part in the average
+        record = records_of(inputs)
+        pieces, weight = [(record.new_zeros(1, *record.shape[1:]), labels.new_zeros(1))], 0.0
+    for number, (piece, own) in enumerate(pieces, start=1):
+        last = number == len(pieces)
+        value = loss((model if last else model.module)(piece), own) / copies
+        if last:  # averages what has been added up in `.grad`
+            (value * weight).backward()
+        else:
+            _accumulate(model.module, value * weight)
+        total += float(value.detach()) if weight else 0.0
+    return total
+
+
+def _accumulate(model: nn.Module, value: torch.Tensor) -> None:
+    """Add the gradient of `value` to `.grad` without a word to the other processes: a static graph knows no `no_sync`."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def tell(pipe: Connection, **message: Any) -> None:
@@ -80,19 +111,23 @@ def _end_with_parent() -> NoReturn:
     os._exit(3)
 
 
-def _receive_share(group: dist.ProcessGroup, shape: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs, labels = torch.empty(shape), torch.empty(shape[:1], dtype=torch.int64)
-    if shape[0]:
-        group.recv([inputs], 0, 0).wait()
-        group.recv([labels], 0, 0).wait()
-    return inputs, labels
+def _receive_share(
+    group: dist.ProcessGroup, shape: list[int], transformed: list[int] | None
+) -> tuple[Inputs, torch.Tensor]:
+    """A share of the records, with their transformations of shape `transformed` where they are augmented."""
+    tensors = [torch.empty(shape), torch.empty(shape[:1], dtype=torch.int64)]
+    tensors += [] if transformed is None else [torch.empty(transformed)]
+    for tensor in tensors if shape[0] else ():
+        group.recv([tensor], 0, 0).wait()
+    records, labels, *transformations = tensors
+    return AugmentedRecords(records, *transformations) if transformations else records, labels
 
 
 class _TrainingProcess:
     """One of the processes 1..N-1: obeys commands until its pipe ends."""
 
-    def __init__(self, model: nn.Module, group: dist.ProcessGroup, pipe: Connection) -> None:
-        self._model, self._group, self._pipe = model, group, pipe
+    def __init__(self, model: nn.Module, loss: Loss, group: dist.ProcessGroup, pipe: Connection) -> None:
+        self._model, self._loss, self._group, self._pipe = model, loss, group, pipe
         self._averaging: DistributedDataParallel | None = None
 
     def obey(self, command: dict[str, Any]) -> None:
@@ -102,7 +137,7 @@ class _TrainingProcess:
         parameters = flatten_parameters(self._model)
         self._group.broadcast(parameters, 0).wait()
         load_flat_parameters(self._model, parameters)
-        inputs, labels = _receive_share(self._group, command["shape"])
+        inputs, labels = _receive_share(self._group, command["shape"], command["transformed"])
         if command["do"] == "clipped sum":
             self._clipped_sum(inputs, labels, command["clipping_norm"], command["method"])
         else:
@@ -114,17 +149,18 @@ class _TrainingProcess:
         self._averaging = None if private else averaging(self._model, self._group)
         tell(self._pipe, computed=True)
 
-    def _clipped_sum(self, inputs: torch.Tensor, labels: torch.Tensor, clipping_norm: float, method: Method) -> None:
-        own = clipped_sum(self._model, sum_cross_entropy, inputs, labels, clipping_norm, method)
+    def _clipped_sum(self, inputs: Inputs, labels: torch.Tensor, clipping_norm: float, method: Method) -> None:
+        own = clipped_sum(self._model, self._loss, inputs, labels, clipping_norm, method)
         tell(self._pipe, computed=True)
         self._group.reduce(torch.cat([gradient.reshape(-1) for gradient in own.gradients]), 0).wait()
         if len(inputs):
             self._group.send([torch.stack([own.norms, own.losses])], 0, 0).wait()
 
-    def _mean_gradient(self, inputs: torch.Tensor, labels: torch.Tensor, records: int) -> None:
+    def _mean_gradient(self, inputs: Inputs, labels: torch.Tensor, records: int) -> None:
         assert self._averaging is not None
         self._model.zero_grad()
-        loss = shared_gradient(self._averaging, inputs, labels, records, self._group.size())
+        whole = Whole(records, self._group.size())
+        loss = shared_gradient(self._averaging, self._loss, inputs, labels, whole)
         tell(self._pipe, computed=True, loss=loss)
 
 
@@ -133,7 +169,7 @@ class GroupTerms:
     """What all processes of a group start with.
 
     They meet in the file `meeting`; `structure` is the network on the meta device, `threads` those of torch in each
-    process; `timeout` bounds every wait for another process, in seconds.
+    process; `timeout` bounds every wait for another process, in seconds; `class_weights` are those of the loss.
     """
 
     processes: int
@@ -141,6 +177,7 @@ class GroupTerms:
     structure: nn.Module
     threads: int
     timeout: float
+    class_weights: tuple[float, ...] | None = None
 
 
 def obey_commands(rank: int, terms: GroupTerms, pipe: Connection) -> None:
@@ -151,7 +188,7 @@ def obey_commands(rank: int, terms: GroupTerms, pipe: Connection) -> None:
         model = working_copy(terms.structure.to_empty(device="cpu"))
         tell(pipe, started=True)
         group = join_group(terms.meeting, rank, terms.processes, terms.timeout)
-        process = _TrainingProcess(model, group, pipe)
+        process = _TrainingProcess(model, loss_with(terms.class_weights), group, pipe)
         tell(pipe, joined=True)
         while True:
             process.obey(json.loads(pipe.recv_bytes()))

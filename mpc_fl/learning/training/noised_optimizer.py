@@ -57,7 +57,7 @@ class StreamNoiseOptimizer(DPOptimizer):
     def accumulate(self, sums: Sequence[torch.Tensor]) -> None:
         """Take the clipped sum of this step, one tensor per parameter."""
         for parameter, total in zip(self.params, sums, strict=True):
-            parameter.summed_grad = total
+            parameter.summed_grad = total.to(parameter.device)  # of a GPU, where gradients may have been computed
 
     @property
     def grad_samples(self) -> list[torch.Tensor]:

@@ -7,23 +7,35 @@ is fastest depends on the network, so `choose_per_sample_method` measures; tests
 from __future__ import annotations
 
 import copy
-import hashlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from mpc_fl.errors import ModelError
+from mpc_fl.errors import ExhaustedError, ModelError
+from mpc_fl.exhaustion import exhaustion
+from mpc_fl.learning.device import CPU, Device, on_device, repeatable
 from mpc_fl.learning.models.parameters import trainable_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, add_patients
+from mpc_fl.learning.training.augmentation import (
+    AugmentedRecords,
+    Inputs,
+    copies_of,
+    copies_per_record,
+    record_digest,
+    records_of,
+    unchanged,
+)
+from mpc_fl.learning.training.batch_pieces import copies_at_once
 
 Method = Literal["vmap", "loop", "hooks"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-_VMAP_BYTES = 1 << 30
+_GRADIENT_BYTES = 1 << 30
 _HOOKS_PARAMETERS = 1_000_000
 _PLACES = 16  # of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty
 
@@ -39,19 +51,29 @@ class ClippedSum(NamedTuple):
     losses: torch.Tensor
 
 
-def sum_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over the batch: logits float32 (N, classes), labels int64 (N,)."""
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+def sum_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy summed over the batch: logits float32 (N, classes), labels int64 (N,), each times the weight of its class
+    where there are `class_weights`, float32 (classes,)."""
+    return nn.functional.cross_entropy(logits, labels, weight=class_weights, reduction="sum")
+
+
+def loss_with(class_weights: Sequence[float] | None) -> Loss:
+    """Summed cross-entropy with these public weights of classes. They come before clipping, so they change no sensitivity."""
+    if class_weights is None:
+        return sum_cross_entropy
+    return functools.partial(sum_cross_entropy, class_weights=torch.tensor(class_weights))
 
 
 Chunk = tuple[list[torch.Tensor], torch.Tensor]
 
 
-def _by_loop(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
+def _by_loop(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
     """One backward pass per record; never holds more than one gradient."""
     parameters = [parameter for _, parameter in trainable_parameters(model)]
-    for row in range(len(inputs)):
-        value = loss(model(inputs[row : row + 1]), labels[row : row + 1])
+    for row in range(len(copies)):
+        value = loss(model(copies[row]), labels[row].expand(copies.shape[1]))
         gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
         yield [gradient.unsqueeze(0) for gradient in gradients], value.detach().reshape(1)
 
@@ -60,30 +82,29 @@ def _unsuitable(what: str, error: Exception) -> ModelError:
     return ModelError(f"{what}: {str(error).splitlines()[0][:120]}", "set training.per_sample_gradients=loop")
 
 
-def _by_vmap(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
-    """Vectorised over records (torch.func), in chunks whose gradients fit the memory bound."""
+def _by_vmap(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
+    """Vectorised over records (torch.func)."""
     parameters = {name: parameter.detach() for name, parameter in trainable_parameters(model)}
-    size = max(1, _VMAP_BYTES // (4 * max(1, sum(parameter.numel() for parameter in parameters.values()))))
 
     def record_loss(values: dict[str, torch.Tensor], record: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return loss(functional_call(model, values, (record.unsqueeze(0),)), label.unsqueeze(0))
+        return loss(functional_call(model, values, (record,)), label.expand(len(record)))
 
-    per_record = vmap(grad_and_value(record_loss), in_dims=(None, 0, 0))
-    for start in range(0, len(inputs), size):
-        try:
-            gradients, values = per_record(parameters, inputs[start : start + size], labels[start : start + size])
-        except (RuntimeError, NotImplementedError) as error:
-            raise _unsuitable("torch.func cannot vectorise this model", error) from None
-        yield [gradients[name] for name in parameters], values.detach()
+    try:
+        gradients, values = vmap(grad_and_value(record_loss), in_dims=(None, 0, 0))(parameters, copies, labels)
+    except (RuntimeError, NotImplementedError) as error:
+        raise exhaustion(error) or _unsuitable("torch.func cannot vectorise this model", error) from None
+    yield [gradients[name] for name in parameters], values.detach()
 
 
-def _by_hooks(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
-    """Opacus's own rules, layer by layer, for the whole batch at once; no BatchNorm, frozen or not."""
+def _by_hooks(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
+    """Opacus's own rules, layer by layer, for all records at once; no BatchNorm, frozen or not."""
     from opacus.grad_sample import GradSampleModule
 
     shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for layer in shared.modules():  # the hooks act on layers in training mode; dropout stays off
-        layer.training = next(layer.parameters(recurse=False), None) is not None
+    # The hooks act on trained layers in training mode; dropout stays off, and so do batch statistics of BatchNorm that is
+    # not trained, which would mix patients.
+    for layer in shared.modules():
+        layer.training = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
     try:
         observed = GradSampleModule(shared, loss_reduction="sum", strict=True)
     except NotImplementedError:
@@ -93,21 +114,29 @@ def _by_hooks(model: nn.Module, loss: Loss, inputs: torch.Tensor, labels: torch.
         ) from None
     try:
         parameters = [parameter for _, parameter in trainable_parameters(model)]
+        inputs, repeated = copies.flatten(0, 1), labels.repeat_interleave(copies.shape[1])
         try:
             logits = observed(inputs.detach().requires_grad_())  # its backward hooks warn about constant inputs
-            rows = zip(logits.split(1), labels.split(1), strict=True)
+            rows = zip(logits.split(1), repeated.split(1), strict=True)
             losses = torch.stack([loss(logit, label) for logit, label in rows])
             losses.sum().backward()
         except RuntimeError as error:
-            raise _unsuitable("Opacus's hooks cannot handle this model", error) from None
+            raise exhaustion(error) or _unsuitable("Opacus's hooks cannot handle this model", error) from None
         samples = [(parameter, getattr(parameter, "grad_sample", None)) for parameter in parameters]
-        yield [p.new_zeros((len(inputs), *p.shape)) if g is None else g for p, g in samples], losses.detach()
+        gradients = [p.new_zeros((len(inputs), *p.shape)) if g is None else g for p, g in samples]
+        yield [_over_copies(g, len(copies)) for g in gradients], _over_copies(losses.detach(), len(copies))
     finally:
         observed.to_standard_module()
         for parameter in model.parameters():
             parameter.grad = None
 
 
+def _over_copies(values: torch.Tensor, records: int) -> torch.Tensor:
+    """Sums (N, ...) over the copies of each of N records, from (N * K, ...), added one after the other, element by element."""
+    return functools.reduce(torch.add, values.unflatten(0, (records, -1)).unbind(1))
+
+
+# Gradients of the summed loss over the copies (N, K, ...) of each record, and that loss (N,).
 _IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Loss, torch.Tensor, torch.Tensor], Iterator[Chunk]]] = {
     "loop": _by_loop,
     "vmap": _by_vmap,
@@ -115,27 +144,53 @@ _IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Loss, torch.Tensor, torch.Tenso
 }
 
 
+def _of_records(
+    model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor, method: Method
+) -> Iterator[Chunk]:
+    """Gradient and loss of each record, both means over its copies (N, K, ...), in chunks of records.
+
+    How it is cut depends on shapes alone. At most `copies_at_once` go through the network at once, and gradients held at once
+    fit their memory bound.
+    """
+    count = copies.shape[1]
+    at_once = copies_at_once(copies.flatten(0, 1))
+    if method != "loop":
+        size = sum(parameter.numel() for _, parameter in trainable_parameters(model))
+        at_once = max(1, min(at_once, _GRADIENT_BYTES // (4 * max(1, size))))
+    records = max(1, at_once // count)
+    for start in range(0, len(copies), records):
+        of_records, own = copies[start : start + records], labels[start : start + records]
+        # A single record may have more copies than go at once; then this is a chunk of one record.
+        pieces = [_IMPLEMENTATIONS[method](model, loss, piece, own) for piece in of_records.split(at_once, dim=1)]
+        for chunks in zip(*pieces, strict=True):
+            gradients = [functools.reduce(torch.add, parts) for parts in zip(*(g for g, _ in chunks), strict=True)]
+            values = functools.reduce(torch.add, (losses for _, losses in chunks))
+            yield ([gradient / count for gradient in gradients], values / count) if count > 1 else (gradients, values)
+
+
 def clipped_sum(
     model: nn.Module,
     loss: Loss,
-    inputs: torch.Tensor,
+    inputs: Inputs,
     labels: torch.Tensor,
     clipping_norm: float,
     method: Method = "loop",
 ) -> ClippedSum:
     """Clip each record's gradient to L2 norm `clipping_norm` and sum (Abadi et al. 2016, Algorithm 1).
 
-    `inputs` float32 (N, ...), `labels` int64 (N,), `loss` sums over its batch. N = 0 gives zeros. The methods differ in
-    speed and memory, and in rounding (about 1e-7), in nothing else. A record whose gradient is not finite counts as
-    zero: otherwise one patient could spoil the sum. Raises `ModelError` if `method` cannot handle the model.
+    `inputs` float32 (N, ...) or augmented, `labels` int64 (N,), `loss` sums over its batch. N = 0 gives zeros. The gradient of an
+    augmented record is the mean over its copies. The methods differ in speed and memory, and in rounding (about 1e-7), in nothing
+    else. A record whose gradient is not finite counts as zero: otherwise one patient could spoil the sum. Raises `ModelError` if
+    `method` cannot handle the model.
     """
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     sums = [torch.zeros_like(parameter, requires_grad=False).reshape(-1) for parameter in parameters]
     norms, losses = [], []
-    chunks = _IMPLEMENTATIONS[method](model, loss, inputs, labels) if len(inputs) else iter(())
-    for gradients, values in chunks:
+    for gradients, values in _of_batch(model, loss, inputs, labels, method):
         rows = [gradient.detach().reshape(len(values), -1) for gradient in gradients]
-        chunk_norms = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]).double().norm(dim=0)
+        chunk_norms = torch.stack([torch.linalg.vector_norm(row, dim=1, dtype=torch.float64) for row in rows]).norm(
+            dim=0
+        )
         finite = torch.isfinite(chunk_norms)
         if not bool(finite.all()):
             rows = [torch.where(finite.unsqueeze(1), row, 0.0) for row in rows]
@@ -154,6 +209,14 @@ def clipped_sum(
     )
 
 
+def _of_batch(model: nn.Module, loss: Loss, inputs: Inputs, labels: torch.Tensor, method: Method) -> Iterator[Chunk]:
+    """`_of_records` of a batch of any size, whose copies are made as they are needed."""
+    records = max(1, copies_at_once(inputs) // copies_per_record(inputs))
+    for start in range(0, len(inputs), records):
+        rows = slice(start, start + records)
+        yield from _of_records(model, loss, copies_of(inputs[rows]), labels[rows], method)
+
+
 class RoundedSum(NamedTuple):
     """`total` integers (P,) of the mechanism's ring, norms before clipping and losses of each record (N,)."""
 
@@ -165,7 +228,7 @@ class RoundedSum(NamedTuple):
 def rounded_sum(
     model: nn.Module,
     loss: Loss,
-    inputs: torch.Tensor,
+    inputs: Inputs,
     labels: torch.Tensor,
     mechanism: DistributedGaussian,
     method: Method = "loop",
@@ -178,38 +241,40 @@ def rounded_sum(
     the same for a record wherever it occurs: batches have one size, empty places hold zeros, every batch lies in memory
     of its own, and a record's place is read from its own content (`_batches`). Rows do not mix: each number of a record's
     gradient is computed from that record and the parameters, by a program that depends on shapes and threads alone.
-    (`loop` has batches of one.) Norms and losses are in the order of the records.
+    (`loop` has batches of one.) An augmented record's copies are made of it alone (`augmentation`) and keep its place. On a GPU
+    all this rests on how kernels are chosen there (`independent_records`). Norms and losses are in the order of the records.
     """
     total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
     norms, losses = torch.zeros(len(inputs), dtype=torch.float64), torch.zeros(len(inputs))
-    for places, records in _batches(inputs, 1 if method == "loop" else _PLACES):
-        batch = inputs.new_zeros(1 if method == "loop" else _PLACES, *inputs.shape[1:])
-        batch[places], batch_labels = inputs[records], labels.new_zeros(len(batch))
-        batch_labels[places] = labels[records]
+    size = 1 if method == "loop" else _PLACES
+    for places, records in _batches(records_of(inputs), size):
+        copies = copies_of(inputs[records])
+        batch, batch_labels = copies.new_zeros(size, *copies.shape[1:]), labels.new_zeros(size)
+        batch[places], batch_labels[places] = copies, labels[records]
         first = 0
-        for gradients, values in _IMPLEMENTATIONS[method](model, loss, batch, batch_labels):
+        for gradients, values in _of_records(model, loss, batch, batch_labels, method):
             within = (places >= first) & (places < first + len(values))
             own, who = places[within] - first, records[within]
             if len(own):
-                norms[who] = add_patients(mechanism, total, [gradient[own] for gradient in gradients])
+                norms[who] = add_patients(mechanism, total, [gradient.cpu()[own] for gradient in gradients])
                 losses[who] = values[own]
             first += len(values)
     return RoundedSum(total, norms, losses)
 
 
-def _batches(inputs: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of at most `size` records that have different places: the places, and which records, int64 (N,) each.
 
     A record's place is a digest of its content, so it is the same in every batch and for every other data set.
     """
     waiting: list[list[int]] = [[] for _ in range(size)]
-    for number, record in enumerate(inputs):
-        digest = hashlib.blake2b(record.contiguous().numpy().tobytes(), digest_size=8).digest() if size > 1 else b""
+    for number, record in enumerate(records):
+        digest = record_digest(record) if size > 1 else b""
         waiting[int.from_bytes(digest, "little") % size].append(number)
     while any(waiting):
-        taken = [(place, numbers.pop()) for place, numbers in enumerate(waiting) if numbers]
-        places, records = torch.tensor(taken, dtype=torch.int64).unbind(1)
-        yield places, records
+        taken = [(place, queue.pop()) for place, queue in enumerate(waiting) if queue]
+        places, numbers = torch.tensor(taken, dtype=torch.int64).unbind(1)
+        yield places, numbers
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -221,40 +286,48 @@ def working_copy(model: nn.Module) -> nn.Module:
 
 
 def choose_per_sample_method(
-    model: nn.Module, input_shape: tuple[int, ...], batch_size: int = 32, mechanism: DistributedGaussian | None = None
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    batch_size: int = 32,
+    mechanism: DistributedGaussian | None = None,
+    device: Device = CPU,
+    copies: int = 1,
 ) -> Method:
-    """The fastest method for this model and batch size on this machine, measured on plain records of `input_shape`.
+    """The fastest method for this model and batch size on this device, measured on plain records of `input_shape`.
 
-    With `mechanism` for sums that are rounded to its grid (`rounded_sum`), else for `clipped_sum`.
+    With `copies` of each record, which are all alike then and take as long. With `mechanism` for sums that are rounded to its
+    grid (`rounded_sum`), else for `clipped_sum`.
 
     Measures 2 to 32 records, as many as `loop` does in about 0.2 s. Left out are methods that cannot handle the model,
     `hooks` above a million parameters, and `vmap` where these gradients exceed 1 GB. The clock decides about speed
     only: all methods give the same sum up to rounding, and of each what a record adds to a rounded sum is its own.
     """
-    working = working_copy(model)
+    working = on_device(working_copy(model), device)
     size = sum(parameter.numel() for _, parameter in trainable_parameters(working))
 
     def seconds(method: Method, count: int) -> float:
-        inputs, labels = torch.zeros(count, *input_shape), torch.zeros(count, dtype=torch.int64)
-        inputs.reshape(count, -1)[:] = torch.arange(count).unsqueeze(1) / count  # all alike would share one place
+        records, labels = torch.zeros(count, *input_shape), torch.zeros(count, dtype=torch.int64)
+        records.reshape(count, -1)[:] = torch.arange(count).unsqueeze(1) / count  # all alike would share one place
+        inputs = records if copies == 1 else AugmentedRecords(records, unchanged(count, copies))
         start = time.perf_counter()
-        if mechanism is None:
-            clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method)
-        else:
-            rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
+        with repeatable():
+            if mechanism is None:
+                float(clipped_sum(working, sum_cross_entropy, inputs, labels, 1.0, method).gradients[0].sum())  # waits
+            else:
+                rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
         return time.perf_counter() - start
 
     seconds("loop", 1)  # first calls are slower
     single = seconds("loop", 1)
     count = max(2, min(batch_size, 32, int(0.2 / single)))
     measured: dict[Method, float] = {"loop": seconds("loop", count)}
-    candidates: list[Method] = ["vmap"] if 4 * size * count < _VMAP_BYTES else []
+    candidates: list[Method] = ["vmap"] if 4 * size * count < _GRADIENT_BYTES else []
     if size <= _HOOKS_PARAMETERS:
         candidates.append("hooks")
     for method in candidates:
         try:
             seconds(method, 2)
             measured[method] = seconds(method, count)
-        except ModelError:
+        except (ModelError, ExhaustedError):
             continue
     return min(measured, key=measured.__getitem__)

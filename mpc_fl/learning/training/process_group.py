@@ -42,21 +42,23 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.errors import MpcFlError
 from mpc_fl.learning.models.parameters import flatten_parameters
+from mpc_fl.learning.training.augmentation import AugmentedRecords, Inputs, records_of
 from mpc_fl.learning.training.group_process import (
     GroupTerms,
+    Whole,
     averaging,
     join_group,
     obey_commands,
     shared_gradient,
     tell,
 )
-from mpc_fl.learning.training.per_sample_gradients import ClippedSum, Method, clipped_sum, sum_cross_entropy
+from mpc_fl.learning.training.per_sample_gradients import ClippedSum, Method, clipped_sum, loss_with
 
 _EXPLAIN_GRACE = 5.0
 _END_GRACE = 3.0
 _FIX = "the round is lost; see the system's log and its free memory, or set site.training_processes=1"
 
-Share = tuple[torch.Tensor, torch.Tensor]
+Share = tuple[Inputs, torch.Tensor]
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +118,21 @@ class TrainingGroup:
     failure, also of the caller's own part, ends the other processes, and the group with them.
     """
 
-    def __init__(self, model: nn.Module, processes: int, start_timeout: float, step_timeout: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processes: int,
+        start_timeout: float,
+        step_timeout: float,
+        class_weights: tuple[float, ...] | None = None,
+    ) -> None:
         """Start `processes` - 1 others for networks of the structure of `model`, each with this one's torch threads.
 
-        `step_timeout`, in seconds, bounds every wait for another process in a step. Raises `TrainingProcessError` when
-        one ends at once or has not started within `start_timeout`.
+        `step_timeout`, in seconds, bounds every wait for another process in a step. `class_weights` are those of the loss.
+        Raises `TrainingProcessError` when one ends at once or has not started within `start_timeout`.
         """
         self.processes = processes
+        self._loss = loss_with(class_weights)
         self._step_timeout = step_timeout
         self._waiting_since, self._patience = time.monotonic(), start_timeout
         self._members: list[_Member] = []
@@ -132,7 +142,8 @@ class TrainingGroup:
         context = multiprocessing.get_context("spawn")
         structure = copy.deepcopy(model).to("meta")  # no values: they follow over gloo
         directory = Path(tempfile.mkdtemp(prefix="mpc-fl-"))  # mode 0700
-        terms = GroupTerms(processes, directory / "meeting", structure, torch.get_num_threads(), step_timeout)
+        threads = torch.get_num_threads()
+        terms = GroupTerms(processes, directory / "meeting", structure, threads, step_timeout, class_weights)
         try:
             with self._failures_explained():
                 for rank in range(1, processes):
@@ -167,18 +178,18 @@ class TrainingGroup:
             self._answers()
 
     def clipped_sum(
-        self, model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, clipping_norm: float, method: Method
+        self, model: nn.Module, inputs: Inputs, labels: torch.Tensor, clipping_norm: float, method: Method
     ) -> ClippedSum:
         """`per_sample_gradients.clipped_sum` of the cross-entropy, each process with its share of the records.
 
-        `inputs` float32 (N, ...), `labels` int64 (N,). Raises what that function raises, and `TrainingProcessError`
+        `inputs` float32 (N, ...) or augmented, `labels` int64 (N,). Raises what that function raises, and `TrainingProcessError`
         when a process dies or is late.
         """
         with self._failures_explained():
             shares = self._shares(inputs, labels)
             self._command(shares, do="clipped sum", clipping_norm=clipping_norm, method=method)
             self._send(model, shares)
-            own = clipped_sum(model, sum_cross_entropy, *shares[0], clipping_norm, method)
+            own = clipped_sum(model, self._loss, *shares[0], clipping_norm, method)
             self._answers()
             total = torch.cat([gradient.reshape(-1) for gradient in own.gradients])
             self._group.reduce(total, 0).wait()
@@ -192,7 +203,7 @@ class TrainingGroup:
         norms, losses = torch.cat(measured, dim=1)
         return ClippedSum(gradients, norms, losses)
 
-    def mean_gradient(self, model: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+    def mean_gradient(self, model: nn.Module, inputs: Inputs, labels: torch.Tensor) -> float:
         """Mean gradient of N >= 1 records into the `.grad` of `model`, that of `begin_round`; returns the summed loss.
 
         Raises `TrainingProcessError` when a process dies or is late.
@@ -203,7 +214,8 @@ class TrainingGroup:
             shares = self._shares(inputs, labels)
             self._command(shares, do="mean gradient", records=len(inputs))
             self._send(model, shares)
-            loss = shared_gradient(self._averaging, *shares[0], len(inputs), self.processes)
+            whole = Whole(len(inputs), self.processes)
+            loss = shared_gradient(self._averaging, self._loss, *shares[0], whole)
             return loss + sum(answer["loss"] for answer in self._answers())
 
     def close(self) -> None:
@@ -217,7 +229,7 @@ class TrainingGroup:
             member.process.join()
         self._members, self._averaging = [], None
 
-    def _shares(self, inputs: torch.Tensor, labels: torch.Tensor) -> list[Share]:
+    def _shares(self, inputs: Inputs, labels: torch.Tensor) -> list[Share]:
         return list(zip(inputs.tensor_split(self.processes), labels.tensor_split(self.processes), strict=True))
 
     def _command(self, shares: list[Share] | None, **command: Any) -> None:
@@ -225,13 +237,17 @@ class TrainingGroup:
             raise TrainingProcessError("the processes of local training have ended", "start a new group")
         self._waiting_since, self._patience = time.monotonic(), self._step_timeout
         for member in self._members:
-            shape = list(shares[member.rank][0].shape) if shares else None
-            tell(member.pipe, shape=shape, **command)
+            inputs = shares[member.rank][0] if shares else None
+            shape = None if inputs is None else list(records_of(inputs).shape)
+            transformed = list(inputs.transformations.shape) if isinstance(inputs, AugmentedRecords) else None
+            tell(member.pipe, shape=shape, transformed=transformed, **command)
 
     def _send(self, model: nn.Module, shares: list[Share]) -> None:
         self._group.broadcast(flatten_parameters(model), 0).wait()
-        for rank, share in enumerate(shares):
-            for tensor in share if rank and len(share[1]) else ():
+        for rank, (inputs, labels) in enumerate(shares):
+            tensors = [records_of(inputs), labels]
+            tensors += [inputs.transformations] if isinstance(inputs, AugmentedRecords) else []
+            for tensor in tensors if rank and len(labels) else ():
                 self._group.send([tensor.contiguous()], rank, 0).wait()
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -301,7 +317,8 @@ def training_group(config: Config, model: nn.Module) -> Iterator[TrainingGroup |
         return
     # Half of what the others wait for this hospital, so that it can tell the cause before they give it up.
     step_timeout = deadlines_of(config).summand / 2
-    group = TrainingGroup(model, config.site.training_processes, config.runtime.connect_timeout, step_timeout)
+    processes, weights = config.site.training_processes, config.training.class_weights
+    group = TrainingGroup(model, processes, config.runtime.connect_timeout, step_timeout, weights)
     try:
         yield group
     finally:

@@ -38,11 +38,11 @@ _ADAPTIVITY = 1e-3
 class ServerOptimizer(Protocol):
     """A rule by which the aggregator steps. Its state is a function of opened values alone."""
 
-    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor) -> torch.Tensor:
+    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """New parameters, float32 (P,), from float32 parameters and the float64 pseudo-gradient of the same shape.
 
-        Computed in float64 and rounded once. Raises `ModelError` when a new parameter is no finite float32; the state
-        then stays as it was.
+        `factor` is what the schedule makes of the learning rate in this step. Computed in float64 and rounded once. Raises
+        `ModelError` when a new parameter is no finite float32; the state then stays as it was.
         """
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -62,11 +62,11 @@ class ServerSGD:
         self._learning_rate, self._momentum = learning_rate, momentum
         self._velocity: torch.Tensor | None = None
 
-    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor) -> torch.Tensor:
+    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """See `ServerOptimizer.step`."""
         _check_step(parameters, pseudo_gradient, self._velocity)
         velocity = pseudo_gradient if self._velocity is None else self._momentum * self._velocity + pseudo_gradient
-        stepped = _rounded(parameters.double() - self._learning_rate * velocity)
+        stepped = _rounded(parameters.double() - self._learning_rate * factor * velocity)
         if self._momentum:
             self._velocity = velocity.clone() if velocity is pseudo_gradient else velocity
         return stepped
@@ -94,7 +94,7 @@ class ServerAdam:
         self._adaptivity, self._yogi = adaptivity, yogi
         self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor) -> torch.Tensor:
+    def step(self, parameters: torch.Tensor, pseudo_gradient: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
         """See `ServerOptimizer.step`."""
         _check_step(parameters, pseudo_gradient, self._moments[0] if self._moments else None)
         if self._moments is None:
@@ -108,7 +108,7 @@ class ServerAdam:
         else:
             second = _SECOND_MOMENT_DECAY * second + (1 - _SECOND_MOMENT_DECAY) * squares
         direction = first / (second.sqrt() + self._adaptivity)
-        stepped = _rounded(parameters.double() - self._learning_rate * direction)
+        stepped = _rounded(parameters.double() - self._learning_rate * factor * direction)
         self._moments = (first, second)
         return stepped
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from mpc_fl.apps.cli.options import progress_bars
+from mpc_fl.apps.cli.progress import PROGRESS_LINE
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.local_runs import train
 from mpc_fl.apps.runs.run_directory import run_directory
@@ -188,6 +188,11 @@ class Command:
     def said(self) -> str:
         return self._said.read_text()
 
+    @property
+    def lines(self) -> list[str]:
+        """What it said beside its progress."""
+        return [line for line in self.said.splitlines() if not PROGRESS_LINE.fullmatch(line)]
+
     def wait_for_parties(self) -> list[psutil.Process]:
         """Wait until all parties have been started; the launcher, they and the process they were forked from."""
         helper = 1  # the fork server
@@ -219,17 +224,18 @@ def test_ctrl_c_stops_every_party(command: Command, record_property: Record) -> 
     """Ctrl-C reaches all processes of a terminal, here first the parties alone: it is the launcher that decides."""
     for party in command.wait_for_parties()[1:]:
         party.send_signal(signal.SIGINT)
-    processes = command.wait_for("parties/hospital-1/metrics.jsonl")
+    processes = command.wait_for("parties/aggregator/checkpoint-*.safetensors")
     began = time.monotonic()
     for process in processes * 2:  # twice, as impatient people press it
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGINT)
     assert command.launcher.wait(TO_END) == 128 + signal.SIGINT
     end_of(processes, began, record_property)
-    assert command.said.splitlines()[-1] == "mpc-fl: interrupted by SIGINT: nothing was left running"
+    assert command.lines == [
+        "mpc-fl: interrupted by SIGINT: nothing was left running; --resume goes on from the last round"
+    ]
     assert "Traceback" not in command.said
     only_logs_are_left(command.out)
-    assert re.search(r"^load data +━* 2/2 ", command.said, re.MULTILINE)
 
 
 @pytest.mark.processes
@@ -242,7 +248,7 @@ def test_a_launcher_stopped_while_parties_start(command: Command, record_propert
     assert command.launcher.wait(TO_END) == 128 + signal.SIGTERM
     end_of(processes, began, record_property)
     # One that was quick may have told of its data before.
-    assert command.said.splitlines()[-1] == "mpc-fl: interrupted by SIGTERM: nothing was left running"
+    assert command.lines == ["mpc-fl: interrupted by SIGTERM: nothing was left running"]
     assert "Traceback" not in command.said
     assert not command.out.exists() and not command.out.with_name("run.partial").exists()
 
@@ -261,26 +267,6 @@ def test_parties_end_themselves_when_the_launcher_is_killed(command: Command, re
         with run_directory(command.out):
             pass
     assert refusal.type.__name__ == "ConfigError"
-
-
-# ---- progress ----------------------------------------------------------------------------------------------------------
-
-
-def test_one_bar_per_phase_in_which_parties_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bars() as progress:
-        for party in ("hospital-0", "hospital-1"):
-            progress(party, "connect", 1, 1)
-            progress(party, "training", 3, 20)
-        progress("hospital-0", "training", 5, 20)
-    bars = [line.split() for line in capsys.readouterr().err.splitlines()]
-    assert [(line[0], line[-2]) for line in bars] == [("connect", "2/2"), ("training", "8/40")]
-
-
-def test_no_bar_without_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    """An error before the first step is one line, with nothing around it."""
-    with pytest.raises(LinkError), progress_bars():
-        raise LinkError("no")
-    assert capsys.readouterr() == ("", "")
 
 
 # ---- ports -------------------------------------------------------------------------------------------------------------

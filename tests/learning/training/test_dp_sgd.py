@@ -21,8 +21,9 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError, SecrecyError
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.parameters import flatten_parameters
+from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, trainable_parameters
 from mpc_fl.learning.models.rewriting import without_in_place
+from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.noised_optimizer import StreamNoiseOptimizer, gaussian_noise
@@ -100,6 +101,26 @@ def test_methods_agree_with_frozen_batchnorm_and_hooks_refuse_it() -> None:
     with pytest.raises(ModelError, match="BatchNorm"):
         clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, "hooks")
     assert choose_per_sample_method(model, (1, 32, 32), 8) in ("loop", "vmap")
+
+
+@pytest.mark.parametrize("which", ["head", "lora:1"])
+def test_batchnorm_that_is_not_trained_mixes_no_records_under_hooks(which: str) -> None:
+    """Opacus's hooks want layers in training mode, where BatchNorm would take its statistics from the batch."""
+    model = build_model(configured("small_cnn", "frozen"), input_shape=(1, 32, 32), seed=0)
+    inputs, labels = batch(6, 1, 32, 32)
+    calibrate_batchnorm(model, inputs)
+    pure = without_in_place(set_trainable(model, which))
+    for name, parameter in trainable_parameters(pure):
+        if name.endswith("up.weight"):
+            nn.init.constant_(parameter, 0.1)
+    statistics = flatten_buffers(pure)
+    loop, hooks, vectorised = (
+        joined(clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, method).gradients)
+        for method in ("loop", "hooks", "vmap")
+    )
+    torch.testing.assert_close(hooks, loop, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vectorised, loop, rtol=0, atol=1e-5)
+    assert torch.equal(flatten_buffers(pure), statistics)
 
 
 def linear_model(seed: int = 0) -> nn.Module:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.training import AugmentationSection
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
 from mpc_fl.learning.models.parameters import flatten_parameters
@@ -20,6 +22,7 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
     add_patients,
     plan_mechanism,
 )
+from mpc_fl.learning.training.augmentation import augmented
 from mpc_fl.learning.training.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
 
 CASES: list[tuple[str, str, tuple[int, ...], Method]] = [
@@ -115,6 +118,39 @@ def test_what_a_row_adds_depends_on_that_row_alone(count: int, size: int, seed: 
     alone = torch.zeros(size, dtype=torch.int64)
     own = [add_patients(mechanism, alone, [row.unsqueeze(0).clone()]) for row in rows]
     assert torch.equal(together, alone) and torch.equal(norms, torch.cat(own))
+
+
+AUGMENTED: list[tuple[str, tuple[int, ...], Method]] = [
+    ("frozen", (1, 32, 32), "vmap"),
+    ("group", (1, 16, 16), "hooks"),
+    ("frozen", (1, 32, 32), "loop"),
+]
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    st.sampled_from(AUGMENTED),
+    st.integers(0, 1000),
+    st.lists(st.integers(0, 15), min_size=2, max_size=10, unique=True),
+    st.data(),
+)
+def test_augmented_patients_leave_the_others_digits_too(
+    case: tuple[str, tuple[int, ...], Method], seed: int, rows: list[int], data: st.DataObject
+) -> None:
+    normalisation, shape, method = case
+    model, records = network("small_cnn", normalisation, shape, seed)
+    mechanism, labels = mechanism_for(model), torch.arange(16) % 3
+    section = AugmentationSection(copies=data.draw(st.integers(1, 5)), flip=True, shift=0.1, rotation=10, contrast=0.2)
+    removed = data.draw(st.sampled_from(rows))
+    others = data.draw(st.permutations([row for row in rows if row != removed]))
+
+    def total(chosen: list[int]) -> torch.Tensor:
+        inputs = augmented(section, records[chosen], Seed(bytes(32)))
+        return rounded_sum(model, sum_cross_entropy, inputs, labels[chosen], mechanism, method).total
+
+    moved = total(rows) - total(list(others))
+    assert int(moved.abs().sum()) and torch.equal(moved, total([removed]))
+    assert float(moved.double().norm()) <= mechanism.sensitivity
 
 
 def test_norms_and_losses_are_in_the_order_of_the_records() -> None:

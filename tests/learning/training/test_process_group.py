@@ -27,6 +27,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.training import batch_pieces
 from mpc_fl.learning.training.dp_sgd import LocalRound, LocalTraining, train_locally
 from mpc_fl.learning.training.per_sample_gradients import clipped_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.process_group import TrainingGroup, TrainingProcessError, training_group
@@ -147,6 +148,28 @@ def test_records_are_clipped_one_by_one_however_few(three: TrainingGroup, count:
     for parameter, expected in zip(parameters, torch.autograd.grad(value / count, parameters), strict=True):
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
     assert loss == pytest.approx(float(value.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize("mechanism", ["local", "none"])
+def test_recipes_are_the_same_in_three_processes(mechanism: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmented, with weights of classes and clipping, and more records than one piece of the hospital's own process has."""
+    recipe = {"augmentation": {"copies": 3, "flip": True, "shift": 0.1}, "class_weights": [1.0, 3.0, 0.5]}
+    recipe |= {"gradient_clipping": 0.2} if mechanism == "none" else {}
+    config, model = (
+        configured(mechanism).with_values(training={**configured(mechanism).training.model_dump(), **recipe}),
+        convolutional(),
+    )
+    monkeypatch.setattr(batch_pieces, "_RECORD_BYTES", 2 * 4 * 64)
+    noise = None if mechanism == "none" else 1.0
+    with training_group(config, model) as group:
+        alone, shared = (
+            train_locally(model, records(), LocalTraining(config, noise, 0.9, 7, None, members), 1, Seed(KEY))
+            for members in (None, group)
+        )
+    largest = float(alone.update.abs().max())
+    assert alone.records_used > 12 and largest > 1e-4
+    torch.testing.assert_close(shared.update, alone.update, rtol=0, atol=1e-4 * largest)
+    assert shared.mean_loss == pytest.approx(alone.mean_loss, rel=1e-5)
 
 
 class WithUnusedLayer(nn.Module):
