@@ -38,7 +38,7 @@ from mpc_fl.federation.planning import mechanism_of, plan_release, releases_besi
 from mpc_fl.files import write_json, write_text
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_hospital
-from mpc_fl.learning.data.partition import partition_equal
+from mpc_fl.learning.data.partition import partition_equal, patient_of
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
@@ -91,7 +91,8 @@ def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
 def divided(dataset: Dataset, hospitals: int, seed: int) -> list[Dataset]:
     """Patients over hospitals, as a run with this seed divides them."""
     labels = torch.stack([dataset.labels[records[0]] for records in dataset.records_of_patient]).numpy()
-    return [restricted(dataset, part.tolist()) for part in partition_equal(labels, hospitals, seed)]
+    names = [patient_of(dataset.names[int(records[0])]) for records in dataset.records_of_patient]
+    return [restricted(dataset, part.tolist()) for part in partition_equal(names, labels, hospitals, seed)]
 
 
 def records(config: Config) -> tuple[Dataset, Dataset]:

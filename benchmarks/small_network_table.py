@@ -109,7 +109,8 @@ def restricted(dataset: Dataset, patients: Sequence[int]) -> Dataset:
 def kept_aside(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset]:
     """Training patients without every fifth, and those."""
     labels = torch.stack([dataset.labels[records[0]] for records in dataset.records_of_patient]).numpy()
-    aside, *rest = [part.tolist() for part in partition_equal(labels, KEPT_ASIDE, seed)]
+    names = [patient_of(dataset.names[int(records[0])]) for records in dataset.records_of_patient]
+    aside, *rest = [part.tolist() for part in partition_equal(names, labels, KEPT_ASIDE, seed)]
     return restricted(dataset, [patient for part in rest for patient in part]), restricted(dataset, aside)
 
 

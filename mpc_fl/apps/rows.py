@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.summaries import ChosenRound, FittedCalibration, Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.errors import DataError
 from mpc_fl.parsing import parse_json, parse_json_lines
@@ -21,11 +21,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GlobalRound:
-    """A line of the aggregator's metrics.jsonl; round 0 is the model before training."""
+    """A line of the aggregator's metrics.jsonl; round 0 is the model before training.
+
+    `validation` is on validation patients; the round after training may have `chosen` and calibrated the model.
+    """
 
     round: int
     evaluation: Scores | None
     hospitals: list[str] = field(default_factory=list)
+    validation: Scores | None = None
+    chosen: ChosenRound | None = None
+    calibration: FittedCalibration | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

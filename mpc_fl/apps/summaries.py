@@ -67,6 +67,22 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class ChosenRound:
+    """The round whose model became that of the run, and the figures of all validated rounds, by their numbers as text."""
+
+    round: int
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FittedCalibration:
+    """Temperature of the probabilities and class offsets of the decision, in logits."""
+
+    temperature: float
+    offsets: list[float]
+
+
+@dataclass(frozen=True)
 class PrivacySpent:
     """What the patients of a hospital have spent; `epsilon` and `noise_multiplier` are None without noise."""
 
@@ -86,7 +102,8 @@ class TrainingSummary:
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
     are also training patients by name. `began_with` is the SHA-256 of the weights it began with, of others or of an earlier run.
     `unit` is what privacy is counted by, a patient unless it says otherwise, and `treatments` says to how many images of all
-    hospitals was done what.
+    hospitals was done what. `validation` is the opened validation of the final model where there is one, `chosen` the round that
+    the model is of where it was chosen, `calibration` what was fitted to it.
     """
 
     KIND: ClassVar[str] = "train"
@@ -109,6 +126,9 @@ class TrainingSummary:
     began_with: str | None = None
     unit: str | None = None
     treatments: dict[str, int] | None = None
+    validation: Scores | None = None
+    chosen: ChosenRound | None = None
+    calibration: FittedCalibration | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -17,7 +17,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mpc_fl.config.data import DataSection
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
-from mpc_fl.config.privacy import EvaluationSection, PrivacySection
+from mpc_fl.config.evaluation import Evaluated, EvaluationSection
+from mpc_fl.config.privacy import PrivacySection
 from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.config.training import ModelSection, TrainingSection
@@ -101,6 +102,34 @@ class Config(Section):
         _require_parties(self.federation)
         return self
 
+    @model_validator(mode="after")
+    def _check_validation(self) -> Config:
+        evaluation, mechanism = self.evaluation, self.privacy.mechanism
+        if not self.data.validation_fraction:
+            kept = evaluation.model_copy(update={"every": None, "noise_multiplier": None})
+            if kept != EvaluationSection():
+                raise ValueError(
+                    "without validation patients there is nothing to choose, calibrate or judge trials by; set "
+                    "data.validation_fraction, or leave evaluation.choose, calibrate, criterion, validate_every, "
+                    "public_validation and test as they are"
+                )
+            return self
+        if evaluation.public_validation and mechanism == "none":
+            raise ValueError("evaluation.public_validation says whom privacy.mechanism need not protect; there is none")
+        if mechanism != "none" and evaluation.noise_multiplier is None and not evaluation.public_validation:
+            raise ValueError(
+                "validation would open exact counts of patients whom privacy.mechanism protects; set "
+                "evaluation.noise_multiplier, or evaluation.public_validation where they need no protection"
+            )
+        if (evaluation.validate_every or 1) > self.training.rounds:
+            raise ValueError("evaluation.validate_every exceeds training.rounds")
+        if evaluation.chooses and self.training.local_normalisation:
+            raise ValueError(
+                "with training.local_normalisation each hospital has a model of its own; set evaluation.choose to last and "
+                "evaluation.calibrate to none"
+            )
+        return self
+
     def _check_recipe(self) -> None:
         """What `training` has of recipes must have an effect."""
         training, distributed = self.training, self.privacy.mechanism == "distributed"
@@ -130,10 +159,22 @@ class Config(Section):
         """Whether the exact number of patients of all hospitals is opened, and updates are weighted by their own."""
         return self.privacy.mechanism == "none" and self.aggregation.weighted is not False
 
-    def evaluates(self, number: int) -> bool:
+    @property
+    def last_round(self) -> int:
+        """The number of the run's last round: of training, or the one after it that chooses and calibrates the model."""
+        return self.training.rounds + int(self.evaluation.chooses)
+
+    def evaluates(self, number: int, whom: Evaluated = "test") -> bool:
         """Whether sums of evaluation are opened after round `number`, 0 for before the first one."""
+        if whom == "validation":
+            return bool(self.data.validation_fraction) and self.evaluation.validates(number, self.training.rounds)
         every = self.evaluation.every
-        return number in (0, self.training.rounds) or (every is not None and number % every == 0)
+        due = number in (0, self.last_round) or (every is not None and number % every == 0)
+        return self.evaluation.test and due
+
+    def evaluation_noise(self, whom: Evaluated) -> float | None:
+        """The noise multiplier of sums about these patients; None where they are exact."""
+        return None if whom == "validation" and self.evaluation.public_validation else self.evaluation.noise_multiplier
 
     @property
     def strategy(self) -> Strategy:

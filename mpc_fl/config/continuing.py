@@ -40,6 +40,11 @@ def require_same_run(began: Mapping[str, Any], config: Config, where: str) -> No
     was, now = changed.get(ROUNDS, (0, 0))
     if not (type(was) is int and type(now) is int and was <= now):
         raise ConfigError(f"{where} was started with {ROUNDS} {was}, not {now}", "set it to more, never to fewer")
+    if was < now and config.evaluation.chooses:
+        raise ConfigError(
+            f"{where} ends with the choice or calibration of its model, and cannot be given more rounds",
+            "begin another run with its model: --from model.safetensors",
+        )
     may_change = MAY_CHANGE if was < now else ()
     others = [key for key in changed if key not in may_change]
     if not others:

@@ -144,7 +144,7 @@ class FeatureSection(Section):
 
 
 class SubsetSection(Section):
-    """Upper limits on patients per hospital, for short runs; null takes all."""
+    """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients."""
 
     train_patients: Count | None = Field(default=None, description="of each hospital at most")
     test_patients: Count | None = Field(default=None, description="of each hospital at most")
@@ -178,6 +178,9 @@ class DataSection(Section):
     `normalise: secure` takes the mean over patients off them, and brings them to norm 1 again.
 
     `normalise: weights` scales inputs as the weights expect it that the network begins with (`model.initial_weights`).
+
+    `validation_fraction` of the training patients are kept aside from training, to choose a model by. A hash of the patient's
+    name says who: the same ones at every hospital and in every run, whoever else there is.
 
     `shared_patients` says what becomes of a test patient who is by name also a training patient, at any hospital whose
     names are known before the run: the patient is left out of the test set, kept, or the run is refused. All are named.
@@ -217,6 +220,7 @@ class DataSection(Section):
     table: TableSection = TableSection()
     features: FeatureSection | None = None
     subset: SubsetSection = SubsetSection()
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
     normalise: Literal["none", "secure", "weights"] = "none"
     normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0

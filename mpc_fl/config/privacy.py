@@ -1,6 +1,6 @@
-"""Sections about what is promised to patients: of those who train, and of those who test.
+"""The section about what is promised to patients.
 
-Each class checks what can be checked within it; what must fit between two sections is checked by `config.Config`.
+It checks what can be checked within it; what must fit between two sections is checked by `config.Config`.
 """
 
 from __future__ import annotations
@@ -57,17 +57,3 @@ class PrivacySection(Section):
         if largest is not None and (smallest is None or smallest > largest):
             raise ValueError("largest_hospital needs a smallest_hospital that does not exceed it")
         return self
-
-
-class EvaluationSection(Section):
-    """Evaluation on the test patients of all hospitals together: only sums over hospitals are opened.
-
-    Without `noise_multiplier` their counts are exact, and known to the aggregator: the confusion matrix, histograms of
-    predicted probabilities, and what calibration needs. With it the confusion matrix alone is opened, in patients, with
-    noise of so many times what one test patient can move; every hospital charges that to its privacy ledger.
-    """
-
-    every: Count | None = Field(
-        default=None, description="rounds between two evaluations; null: before the first round and after the last one"
-    )
-    noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] | None = None

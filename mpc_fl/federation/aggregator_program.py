@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from mpc_fl.aggregation.rules import Rules
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.errors import PeerLostError, SumLostError
@@ -23,6 +24,7 @@ from mpc_fl.federation.aggregator_round import aggregator_round
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.attendance import Attendance, RoundPlan, announce_end
 from mpc_fl.federation.audit_trail import (
+    RoundSigned,
     begin_ledger,
     lead_signatures,
     open_ledger,
@@ -30,11 +32,12 @@ from mpc_fl.federation.audit_trail import (
     signatory_of,
     signed_model,
 )
-from mpc_fl.federation.distribution import send_model
+from mpc_fl.federation.distribution import send_calibration, send_model
+from mpc_fl.federation.final_round import aggregator_final
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.planning import sum_rules, training_runtime
 from mpc_fl.federation.preparation import aggregator_preparation
-from mpc_fl.federation.secure_evaluation import Evaluated, aggregator_evaluation
+from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.links.frames import Observer
@@ -63,21 +66,22 @@ class _Run:
         """All hospitals that are there, before the first round: the same model, the sums of once, a first evaluation."""
         aggregator, domain, rules = self.aggregator, self.domain, self.rules
 
-        def lead(plan: RoundPlan) -> tuple[tuple[str, ...], Evaluated | None]:
+        def lead(plan: RoundPlan) -> RoundOpened:
             hospitals = aggregator_preparation(aggregator, domain, self.ledger, rules, plan)
-            return aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
+            return RoundOpened(*aggregator_evaluation(aggregator, domain, rules, hospitals, plan))
 
-        self._conclude(0, *self._lead(0, lead), 0.0)
+        self._conclude(0, self._lead(0, lead), 0.0)
 
     def round(self, number: int) -> None:
-        """A round, as often as it takes until it has a result."""
-        began = time.monotonic()
+        """A round, as often as it takes until it has a result: of training, or the one that chooses the model."""
+        began, rounds = time.monotonic(), self.aggregator.config.training.rounds
 
-        def lead(plan: RoundPlan) -> tuple[tuple[str, ...], Evaluated | None]:
+        def lead(plan: RoundPlan) -> RoundOpened:
+            if number > rounds:
+                return aggregator_final(self.aggregator, self.domain, self.rules, plan)
             return aggregator_round(self.aggregator, self.domain, self.rules, plan, self.notify)
 
-        hospitals, evaluation = self._lead(number, lead)
-        self._conclude(number, hospitals, evaluation, time.monotonic() - began)
+        self._conclude(number, self._lead(number, lead), time.monotonic() - began)
 
     def end(self) -> None:
         """Whoever has come back since takes the last model, and all sign the end.
@@ -85,14 +89,15 @@ class _Run:
         The model is written first: a full disk then leaves a run that goes on.
         """
         aggregator, config, links = self.aggregator, self.aggregator.config, self.domain.links
-        save_model(site_directory(config) / "model.safetensors", aggregator.model, config, aggregator.normalisation)
+        path, about = site_directory(config) / MODEL_FILE, (aggregator.normalisation, aggregator.calibration)
+        save_model(path, aggregator.model, config, *about)
 
         def lead(plan: RoundPlan) -> tuple[str, ...]:
             with _planned_anew(self.rules):
                 sign_end(self.ledger, links, plan, aggregator)
             return plan.hospitals
 
-        announce_end(links, self._lead(config.training.rounds + 1, lead), config.training.rounds)
+        announce_end(links, self._lead(config.last_round + 1, lead), config.last_round)
 
     def _lead(self, number: int, lead: Callable[[RoundPlan], T]) -> T:
         """Plan round `number` and `lead` it, anew without those that are lost, until it has a result.
@@ -117,16 +122,21 @@ class _Run:
         if plan.newcomers:
             links.set_phase("distribution")
             send_model(self.aggregator, links, plan.newcomers)
+            if plan.number > self.aggregator.config.last_round and self.aggregator.calibration is not None:
+                send_calibration(links, self.aggregator.digests, plan.newcomers, self.aggregator.calibration)
             with _planned_anew(self.rules):
                 begin_ledger(self.ledger, links, self.aggregator.config, plan)
 
-    def _conclude(self, number: int, hospitals: tuple[str, ...], evaluation: Evaluated | None, seconds: float) -> None:
+    def _conclude(self, number: int, opened: RoundOpened, seconds: float) -> None:
         """All sign the round; it is written down and kept."""
         aggregator, out = self.aggregator, site_directory(self.aggregator.config)
-        about, links = f"round {number}", self.domain.links
-        self.attendance.keep(lead_signatures(self.ledger, links, self.rules, hospitals, about, aggregator.digests))
-        counts = None if evaluation is None else evaluation.to_json()
-        line = {"round": number, "hospitals": list(hospitals), "evaluation": counts, "seconds": seconds}
+        what = RoundSigned(f"round {number}", aggregator.digests, aggregator.choice.figures.get(number))
+        self.attendance.keep(lead_signatures(self.ledger, self.domain.links, self.rules, opened.hospitals, what))
+        counts = None if opened.evaluation is None else opened.evaluation.to_json()
+        line = {"round": number, "hospitals": list(opened.hospitals), "evaluation": counts, "seconds": seconds}
+        if opened.validation is not None:
+            line["validation"] = opened.validation.to_json()
+        line |= opened.about
         append_json_line(out / "metrics.jsonl", line)
         aggregator.checkpoint(out, number)
 
@@ -159,7 +169,7 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
                 keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] <= aggregator.round)
             else:
                 led.begin()
-            for number in range(aggregator.round + 1, config.training.rounds + 1):
+            for number in range(aggregator.round + 1, config.last_round + 1):
                 led.round(number)
             led.end()
     write_traffic(links, out)

@@ -16,7 +16,7 @@ from mpc_fl.federation.distribution import send_global
 from mpc_fl.federation.federated_sgd import aggregator_steps
 from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.planning import describe_mean_update, headroom_of, with_norm_check
-from mpc_fl.federation.secure_evaluation import Evaluated, aggregator_evaluation
+from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation
 from mpc_fl.progress import Notify
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 def aggregator_round(
     aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
-) -> tuple[tuple[str, ...], Evaluated | None]:
-    """Steps 4 to 6 at the aggregator: which hospitals made the round, and the evaluation where it may be opened.
+) -> RoundOpened:
+    """Steps 4 to 6 at the aggregator: which hospitals made the round, and the evaluations where they may be opened.
 
     Raises `QuorumError` when too few are left, `SumLostError` when the round has no result and is to be made anew.
     """
@@ -40,12 +40,17 @@ def aggregator_round(
         hospitals = _average(aggregator, domain, check, plan)
     notify("aggregation", number, config.training.rounds)
 
-    # 6. Sum of the hospitals' evaluation counts.
+    # 6. Sums of the hospitals' evaluation counts.
+    hospitals, validation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan, "validation")
+    if validation is not None:
+        aggregator.choice.consider(config, number, validation, aggregator.shared_parameters)
+        figure, criterion = aggregator.choice.figures[number], config.evaluation.criterion.replace("_", " ")
+        log.info("round %d: %s %.1f %% on the validation patients of all hospitals", number, criterion, 100 * figure)
     hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
     notify("evaluation", number, config.training.rounds)
     if evaluation is not None:
         log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
-    return hospitals, evaluation
+    return RoundOpened(hospitals, evaluation, validation)
 
 
 def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:

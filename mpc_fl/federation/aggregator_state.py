@@ -13,11 +13,13 @@ from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.config.continuing import has_more_rounds
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mpc_fl.federation.choice import Choice, signed_round
 from mpc_fl.federation.continuation import require_room_for_mean
 from mpc_fl.federation.global_model import initial_model, normalisation_of_weights
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.parameters import (
     flatten_parameters,
     join_parts,
@@ -49,6 +51,8 @@ class Aggregator:
     counted: int = 0
     weight_total: int = 1
     normalisation: Normalisation | None = None
+    choice: Choice = field(default_factory=Choice)
+    calibration: Calibration | None = None  # of the final model, once it is fitted
     digests: ModelDigests = field(default_factory=ModelDigests)
 
     @property
@@ -76,8 +80,11 @@ class Aggregator:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
+        tensors |= {f"choice.{name}": value for name, value in self.choice.state().items()}
         if self.normalisation is not None:
             tensors["normalisation"] = self.normalisation.tensor()
+        if self.calibration is not None:
+            tensors["calibration"] = self.calibration.tensor()
         facts = {"patients": self.patients, "counted": self.counted, "weight total": self.weight_total}
         save_checkpoint(directory, Checkpoint(number, tensors, facts), self.config)
 
@@ -88,7 +95,7 @@ class Aggregator:
         """
 
         def wrong(saved: Checkpoint) -> str | None:
-            return self._wrong(saved, signed(saved.round))
+            return self._wrong(saved, signed(saved.round)) or _wrong_choice(saved, signed)
 
         saved = load_checkpoint(directory, self.config, check=wrong)
         if saved is None:
@@ -101,6 +108,10 @@ class Aggregator:
             require_room_for_mean(self.config, saved.round)
         else:
             self.average.load_state(_part(saved, "average"), len(self.shared_parameters))
+        self.choice.load_state(_part(saved, "choice"))
+        if "calibration" in saved.tensors:
+            self.calibration = Calibration.of_tensor(saved.tensors["calibration"])
+            self.digests.take(calibration=saved.tensors["calibration"])
         if "normalisation" in saved.tensors:
             self.normalisation = Normalisation.of_tensor(saved.tensors["normalisation"], self.config)
         self.round, self.patients, self.weight_total = saved.round, saved.facts["patients"], saved.facts["weight total"]
@@ -121,6 +132,17 @@ class Aggregator:
         if tensor_digest(torch.cat(parameters)[self.coordinates]) != signed:
             return f"holds another global model than all parties signed after round {saved.round}"
         return None
+
+
+def _wrong_choice(saved: Checkpoint, signed: Callable[[int], str | None]) -> str | None:
+    """What is wrong with the candidate in a checkpoint: it must be the model that all signed for its round."""
+    try:
+        found = signed_round(_part(saved, "choice"))
+    except ValueError:
+        return "holds a choice of rounds that cannot be"
+    if found is not None and signed(found[0]) != found[1]:
+        return f"holds another candidate than the model that all parties signed after round {found[0]}"
+    return None
 
 
 def _part(saved: Checkpoint, part: str) -> dict[str, torch.Tensor]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import dataclass, replace
+
+import torch
 
 from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
@@ -12,7 +15,7 @@ from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import Signatory
-from mpc_fl.errors import MpcFlError, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_state import Hospital
@@ -47,19 +50,35 @@ def begin_ledger(ledger: RevealLedger, links: Links, config: Config, plan: Round
         links.end_scope()
 
 
-def lead_signatures(
-    ledger: RevealLedger, links: Links, rules: Rules, hospitals: tuple[str, ...], about: str, held: ModelDigests
-) -> tuple[str, ...]:
-    """Step 7 at the aggregator: all of `hospitals` that are left sign the openings since the block before.
+def figure_digest(figure: float) -> str:
+    """How a figure of validation stands in the reveal ledger, float64 ()."""
+    return tensor_digest(torch.tensor(figure, dtype=torch.float64))
 
-    `held` is the model that all of them have. Returns those who signed; raises `QuorumError`.
+
+@dataclass(frozen=True)
+class RoundSigned:
+    """What is signed of a round beside its openings: the model that all have, and the `figure` of validation, if any."""
+
+    about: str
+    held: ModelDigests
+    figure: float | None = None
+
+
+def lead_signatures(
+    ledger: RevealLedger, links: Links, rules: Rules, hospitals: tuple[str, ...], what: RoundSigned
+) -> tuple[str, ...]:
+    """Step 7 at the aggregator: all of `hospitals` that are left sign the openings since the block before, and `what`.
+
+    The figure comes with the word to sign. Returns those who signed; raises `QuorumError`.
     """
+    about = what.about
     links.set_phase(f"{about} signatures")
     asked = hospitals
     for attempt in range(len(asked)):
-        say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt)
+        figure = {} if what.figure is None else {"figure": what.figure}
+        say(links, hospitals, "sign", hospitals=list(hospitals), attempt=attempt, **figure)
         try:
-            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held)
+            _sign(ledger, links, hospitals, replace(what, about=f"{about} ({attempt})" if attempt else about))
             return hospitals
         except PeerLostError as error:
             if not rules.closing:
@@ -80,8 +99,9 @@ def sign_round(ledger: RevealLedger, links: Links, rules: Rules, about: str, hel
         word = next_word(links, AGGREGATOR, ("sign",))
         hospitals = names_in(word, "hospitals")
         require_hospitals(rules, hospitals, links.name)
+        signed = RoundSigned(f"{about} ({attempt})" if attempt else about, held, figure_in(word.get("figure")))
         try:
-            _sign(ledger, links, hospitals, f"{about} ({attempt})" if attempt else about, held)
+            _sign(ledger, links, hospitals, signed)
             return True
         except PeerLostError as error:
             if error.peer == AGGREGATOR:
@@ -92,11 +112,24 @@ def sign_round(ledger: RevealLedger, links: Links, rules: Rules, about: str, hel
     raise ProtocolError(f"{AGGREGATOR} had '{about}' signed too often", "it does not follow the protocol")
 
 
-def _sign(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], about: str, held: ModelDigests) -> None:
-    parties, same = [*hospitals, AGGREGATOR], {"global model": held.parameters}
+def figure_in(said: object) -> float | None:
+    """A figure of validation as the aggregator said it, None for none. Raises `ProtocolError` for what is no share."""
+    if said is None:
+        return None
+    if not isinstance(said, float) or not 0 <= said <= 1:
+        raise ProtocolError(f"{AGGREGATOR} sent a figure of validation that cannot be", SAME_VERSION)
+    return said
+
+
+def _sign(ledger: RevealLedger, links: Links, hospitals: tuple[str, ...], what: RoundSigned) -> None:
+    parties, same = [*hospitals, AGGREGATOR], {"global model": what.held.parameters}
+    if what.figure is not None:
+        same["validation"] = figure_digest(what.figure)
+    if what.held.calibration:
+        same["calibration"] = what.held.calibration
     complete = all(set(opening.among) <= set(parties) for opening in ledger.pending)
     kind = "openings" if complete else "abandoned"
-    CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, about, same)
+    CoSigners(ledger, links, parties, AGGREGATOR).sign(kind, what.about, same)
 
 
 def sign_end(ledger: RevealLedger, links: Links, plan: RoundPlan, state: Hospital | Aggregator) -> None:
@@ -111,7 +144,7 @@ def sign_end(ledger: RevealLedger, links: Links, plan: RoundPlan, state: Hospita
     links.set_phase("reveal ledger")
     same = {"global model": tensor_digest(state.shared_parameters)}
     if not state.config.training.local_normalisation:
-        written = model_file(state.model, state.config, state.normalisation)
+        written = model_file(state.model, state.config, state.normalisation, state.calibration)
         same["model.safetensors"] = hashlib.sha256(written).hexdigest()
     about = f"the run is complete ({plan.attempt})" if plan.attempt else "the run is complete"
     CoSigners(ledger, links, [*plan.hospitals, AGGREGATOR], AGGREGATOR).sign("end", about, same)
@@ -128,6 +161,15 @@ def require_signed_model(ledger: RevealLedger, number: int, held: ModelDigests) 
         raise ProtocolError(
             f"{AGGREGATOR} sent another global model than all parties signed after round {number}",
             "nothing was sent to it; compare the reveal ledgers, and the aggregator's checkpoints with its ledger",
+        )
+
+
+def require_signed_calibration(ledger: RevealLedger, number: int, held: ModelDigests) -> None:
+    """The same of what calibrates the final model, fitted in round `number`. Raises `ProtocolError`."""
+    if ledger.signed_value(f"round {number}", "calibration") != held.calibration:
+        raise ProtocolError(
+            f"{AGGREGATOR} sent another calibration than all parties signed after round {number}",
+            "compare the reveal ledgers, and the aggregator's checkpoints with its ledger",
         )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from mpc_fl.aggregation.words import broadcast
+from mpc_fl.config.config import Config
 from mpc_fl.errors import SAME_VERSION, DataError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.parameters import (
     flatten_buffers,
     flatten_parameters,
@@ -64,6 +66,24 @@ def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
             )
         hospital.digests.take(normalisation=values)
         hospital.normalise(normalisation)
+
+
+def send_calibration(links: Links, digests: ModelDigests, hospitals: tuple[str, ...], fitted: Calibration) -> None:
+    """At the aggregator: what calibrates the final model, for those that have it."""
+    values = fitted.tensor()
+    digests.take(calibration=values)
+    broadcast(hospitals, lambda name: links.send_tensor(name, "calibration", values))
+
+
+def receive_calibration(links: Links, digests: ModelDigests, config: Config) -> Calibration:
+    """A hospital's side of `send_calibration`. Raises `ProtocolError` for what cannot be a calibration."""
+    values = links.receive_tensor(AGGREGATOR, "calibration", torch.float64, (1 + len(config.data.classes),))
+    try:
+        calibration = Calibration.of_tensor(values)
+    except DataError as error:
+        raise ProtocolError(f"{AGGREGATOR} sent a calibration that cannot be: {error.what}", SAME_VERSION) from None
+    digests.take(calibration=values)
+    return calibration
 
 
 def send_global(links: Links, digests: ModelDigests, hospitals: tuple[str, ...], shared: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
+from mpc_fl.learning.models.class_offsets import last_layer
 from mpc_fl.learning.models.earlier_model import load_initial_weights
 from mpc_fl.learning.models.own_networks import is_own_network, said_of_network
 from mpc_fl.learning.models.trainable import set_trainable
@@ -46,6 +47,8 @@ def initial_model(config: Config) -> nn.Module:
         require_standardised(model, fitted.replaced)
         if fitted.replaced:
             log.info("not of the initial weights, but from the seed: %s", ", ".join(fitted.replaced))
+    if config.evaluation.calibrate in ("offsets", "both"):
+        last_layer(model)  # now, not when a model is trained that cannot be served
     return set_trainable(model, config.training.trainable, config.seed)
 
 

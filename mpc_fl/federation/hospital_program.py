@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mpc_fl.aggregation.rules import Missed, Rules
 from mpc_fl.aggregation.words import next_word
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.errors import PeerLostError, ProtocolError
@@ -22,12 +23,14 @@ from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, awa
 from mpc_fl.federation.audit_trail import (
     begin_ledger,
     open_ledger,
+    require_signed_calibration,
     require_signed_model,
     sign_end,
     sign_round,
     signatory_of,
 )
-from mpc_fl.federation.distribution import receive_model
+from mpc_fl.federation.distribution import receive_calibration, receive_model
+from mpc_fl.federation.final_round import hospital_final
 from mpc_fl.federation.global_model import calibrate_own, code_of
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Hospital, join
@@ -36,7 +39,7 @@ from mpc_fl.federation.preparation import heaviest_weight, hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.data.loading import load_hospital
-from mpc_fl.learning.data.tables import Split
+from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.models.feature_cache import open_feature_cache
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import save_model
@@ -64,7 +67,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             ledger = open_ledger(config, name)
             domain = runtime.domain(ledger, signatory_of(ledger))
             _Run(hospital, domain, ledger, rules, notify).until_complete()
-        await_end(links, config.training.rounds)
+        await_end(links, config.last_round)
     write_traffic(links, out)
 
 
@@ -72,13 +75,17 @@ def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospita
     """Read the patients and the privacy ledger, and plan what the run may release of them."""
     links.set_phase("data")
     out, name = site_directory(config), hospital_name(rank)
-    splits: tuple[Split, ...] = ("train", "test")
-    loaded = (load_hospital(config, rank, split) for split in splits)  # one after the other: images are large
+    parts: list[Part] = ["train", "test"]
+    if config.data.validation_fraction:
+        parts.append("validation")
+    loaded = (load_hospital(config, rank, part) for part in parts)  # one after the other: images are large
     cache, progress = open_feature_cache(config, name), functools.partial(notify, "features")
-    patients, held_out = (as_records(images, config, progress, cache) for images in loaded)
+    patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
     path = (config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3"
     privacy_ledger = PrivacyLedger(path, name, config.data.counted_unit)
-    return join(config, rank, patients, held_out, privacy_ledger, out)
+    hospital = join(config, rank, patients, held_out, privacy_ledger, out)
+    hospital.validation = aside[0] if aside else None
+    return hospital
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ class _Run:
     def until_complete(self) -> None:
         """Plan after plan, until all have signed that the run is complete."""
         config, links, hospitals = self.hospital.config, self.domain.links, self.rules.hospitals
-        deadlines, last = deadlines_of(config), config.training.rounds + 1
+        deadlines, last = deadlines_of(config), config.last_round + 1
         plans = PlansFollowed(self.rules, last - 1, largest_weight_total(config), self.hospital.kept_round)
         announce(links, AGGREGATOR, hospitals)
         waits = (last + 1) * len(hospitals)  # one for each plan that it may miss
@@ -126,7 +133,7 @@ class _Run:
         try:
             if plan.newcomers:
                 self._begin(plan)
-            if plan.number > hospital.config.training.rounds:
+            if plan.number > hospital.config.last_round:
                 self._end(plan)
                 return None
         except PeerLostError as error:
@@ -139,7 +146,8 @@ class _Run:
     def _end(self, plan: RoundPlan) -> None:
         """Keep the last model, then sign the end: who has signed has the model, so a full disk leaves a run that goes on."""
         hospital, config = self.hospital, self.hospital.config
-        save_model(site_directory(config) / "model.safetensors", hospital.model, config, hospital.normalisation)
+        path, about = site_directory(config) / MODEL_FILE, (hospital.normalisation, hospital.calibration)
+        save_model(path, hospital.model, config, *about)
         sign_end(self.ledger, self.domain.links, plan, hospital)
 
     def _begin(self, plan: RoundPlan) -> None:
@@ -150,12 +158,16 @@ class _Run:
             links.set_phase("distribution")
             known = {"none": False, "weights": True, "secure": plan.number > 0 or plan.normalised}
             receive_model(hospital, links, known[config.data.normalise])
+            if plan.number > config.last_round and config.evaluation.calibrate != "none":
+                hospital.calibration = receive_calibration(links, hospital.digests, config)
             calibrate_own(hospital.model, hospital.train.inputs, config)
             hospital.resume(out, plan.number - 1)
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
         begin_ledger(ledger, links, config, plan)
         if is_new and plan.number > 0:
             require_signed_model(ledger, plan.number - 1, hospital.digests)
+            if hospital.calibration is not None:
+                require_signed_calibration(ledger, plan.number - 1, hospital.digests)
             hospital.heaviest = heaviest_weight(config, ledger, hospital.name, plan.weight_total)
 
     def _round(self, plan: RoundPlan) -> Missed | None:
@@ -172,7 +184,12 @@ class _Run:
             if hospital_evaluation(hospital, domain, rules, prepared, plan) is None:
                 return "left out"
         else:
-            result = hospital_round(hospital, domain, rules, plan, self.notify)
+            trains = plan.number <= hospital.config.training.rounds
+            result = (
+                hospital_round(hospital, domain, rules, plan, self.notify)
+                if trains
+                else hospital_final(hospital, domain, ledger, rules, plan)
+            )
             if isinstance(result, str):
                 return result
             append_json_line(out / "metrics.jsonl", result)

@@ -7,7 +7,7 @@ Round k, hospitals 0..n-1 and the aggregator, all of them CrypTen parties of one
   4. closed sum: the update is masked and sent, who is late is left out, the quorum is checked, the sum is opened to the
      aggregator alone (`quorum_sum`)
   5. the aggregator steps along the mean and sends the new global model
-  6. all hospitals evaluate it on their own test patients; only the sum of the counts is opened
+  6. all hospitals evaluate it on their own validation or test patients, where that is due; only the sum of the counts is opened
   7. all sign the round's openings and the new global model into the reveal ledger
 
 Weights. With a privacy mechanism all hospitals weigh the same, and no number of patients is opened. Their steps divide by
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +69,7 @@ def hospital_round(
     log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, train_seconds, aggregate_seconds)
     notify("aggregation", number, rounds)
 
-    # 6. Evaluate on the hospital's own test patients; only sums over hospitals are opened.
+    # 6. Evaluate on the hospital's own validation and test patients; only sums over hospitals are opened.
     evaluation_began = time.monotonic()
     own = hospital_evaluation(hospital, domain, rules, hospitals, plan)
     if own is None:
@@ -86,8 +85,8 @@ def hospital_round(
         "method": steps.method,
         "own_accuracy": own.accuracy,
         "own_records": own.records,
-        "skipped_files": hospital.train.skipped + hospital.test.skipped,
-        "treatments": dict(Counter(hospital.train.treatments) + Counter(hospital.test.treatments)),
+        "skipped_files": hospital.skipped_files,
+        "treatments": hospital.treatments,
         "seconds": {
             "train": train_seconds,
             "aggregate": aggregate_seconds,

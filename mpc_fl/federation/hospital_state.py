@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ConfigError, ModelError
 from mpc_fl.federation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -23,6 +24,7 @@ from mpc_fl.federation.planning import (
     NOTHING_DONE,
     Done,
     budget_of,
+    calibration_run_name,
     evaluation_run_name,
     features_run_name,
     headroom_of,
@@ -30,11 +32,13 @@ from mpc_fl.federation.planning import (
     plan_release,
     run_name,
     sample_rate_of,
+    validation_run_name,
 )
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
+from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.evaluation import require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
@@ -69,6 +73,8 @@ class Hospital:
     device: Device = CPU
     mechanism: DistributedGaussian | None = None
     normalisation: Normalisation | None = None
+    validation: Dataset | None = None
+    calibration: Calibration | None = None  # of the final model, once it is fitted
     digests: ModelDigests = field(default_factory=ModelDigests)
     ends: tuple[int, ...] = ()  # after which rounds the run was complete before it was given more
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
@@ -110,7 +116,29 @@ class Hospital:
         if self.normalisation is None:
             self.train = replace(self.train, inputs=normalisation.apply(self.train.inputs))
             self.test = replace(self.test, inputs=normalisation.apply(self.test.inputs))
+            if self.validation is not None:
+                self.validation = replace(self.validation, inputs=normalisation.apply(self.validation.inputs))
             self.normalisation = normalisation
+
+    @property
+    def skipped_files(self) -> int:
+        """Files that could not be read."""
+        aside = 0 if self.validation is None else self.validation.skipped
+        return self.train.skipped + self.test.skipped + aside
+
+    @property
+    def treatments(self) -> dict[str, int]:
+        """To how many of its images was done what."""
+        sets = (self.train, self.test, *(() if self.validation is None else (self.validation,)))
+        return dict(sum((Counter(of.treatments) for of in sets), Counter[str]()))
+
+    def records_of(self, whom: Evaluated) -> Dataset:
+        """What it evaluates on. Raises `ConfigError` where no patient is kept aside to validate."""
+        if whom == "test":
+            return self.test
+        if self.validation is None:
+            raise ConfigError(f"{self.name} has no validation patients", "set data.validation_fraction")
+        return self.validation
 
     def epsilon(self) -> float | None:
         """Epsilon spent on these patients so far, all runs in the ledger together; None where none holds any more."""
@@ -222,6 +250,6 @@ def _done(config: Config, ledger: PrivacyLedger, rounds: int | None, ends: tuple
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
     # What this run has reserved and not released never left, and will be replaced.
     charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
-    names = (run_name(config), features_run_name(config), evaluation_run_name(config))
-    rounds_charged, features, evaluations = (charged[name] for name in names)
-    return Done(rounds, rounds_charged, features, evaluations, ends)
+    named = (run_name, features_run_name, evaluation_run_name, validation_run_name, calibration_run_name)
+    steps, features, evaluations, validations, calibrations = (charged[name(config)] for name in named)
+    return Done(rounds, steps, features, evaluations, validations, calibrations, ends)

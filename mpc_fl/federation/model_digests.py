@@ -17,14 +17,16 @@ from mpc_fl.config.config import Config
 
 @dataclass
 class ModelDigests:
-    """SHA-256 of the global parameters, the frozen statistics, and the normalisation of inputs; empty before there are any."""
+    """SHA-256 of the global parameters, the frozen statistics, the normalisation of inputs, and what calibrates the final
+    model; empty before there are any."""
 
     parameters: str = ""
     statistics: str = ""
     normalisation: str = ""
+    calibration: str = ""
 
     def take(self, **tensors: torch.Tensor | None) -> None:
-        """Take the digest of each of these tensors in its place: `parameters`, `statistics` or `normalisation`."""
+        """Take the digest of each of these tensors in its place: `parameters`, `statistics`, `normalisation` or `calibration`."""
         for name, tensor in tensors.items():
             if tensor is not None:
                 setattr(self, name, tensor_digest(tensor))

@@ -1,19 +1,20 @@
-"""The confusion matrix of all hospitals' test patients with noise that is charged: what `evaluation.noise_multiplier` opens.
+"""The confusion matrix of all hospitals' test or validation patients with noise that is charged: what
+`evaluation.noise_multiplier` opens.
 
 Protocol, hospital i of n, after a round whose evaluation is due; k classes:
-  1. each test patient becomes one vector of k^2 numbers, the mean of its records' unit vectors: true class and predicted
+  1. each of these patients becomes one vector of k^2 numbers, the mean of its records' unit vectors: true class and predicted
      class (`patient_vectors`). Its L2 norm is at most 1, however many records the patient has
   2. the hospital charges `EvaluationPlan.event` to its privacy ledger
   3. the vectors are rounded to a grid and added up exactly, integer noise is added (`encode_confusion`, by
      `distributed_gaussian`), and the sum is masked and opened to the aggregator alone (`quorum_sum`)
   4. accuracy and confusion matrix are read from the sum (`decode_confusion`): post-processing, which costs nothing
 
-Privacy. Unit: one test patient, all its records together, added or removed. One release of the Gaussian mechanism without
+Privacy. Unit: one patient, all its records together, added or removed. One release of the Gaussian mechanism without
 sampling; sensitivity and rounding as `distributed_gaussian` proves them. With mechanism `local` each hospital adds all
 of the noise. With `distributed` the parts of any quorum - `colluders` hospitals add up to what is charged: hospitals that
 may be missing are taken for colluders, so the sum may be opened over any quorum, unlike exact counts.
-The charge goes to the ledger that training is charged to. A patient of a hospital either trains or tests there, so nobody
-spends both at one hospital; that the larger of the two would do is not used: it would rest on the split of the data.
+The charge goes to the ledger that training is charged to. A patient of a hospital either trains, validates or tests there, so
+nobody spends two of them at one hospital; that the largest would do is not used: it would rest on the split of the data.
 
 Nothing else of an evaluation is opened: histograms of probabilities, as exact evaluation has them, would move by more per
 patient, and noise would leave little of them.
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
@@ -61,7 +63,7 @@ class EvaluationPlan:
         return self.classes**2
 
     def event(self, times: int) -> SubsampledGaussian:
-        """What `times` evaluations cost every test patient."""
+        """What `times` evaluations cost every patient."""
         return self.mechanism.event(1.0, times)
 
 
@@ -75,7 +77,7 @@ class NoisedEvaluation:
 
     @property
     def patients(self) -> float:
-        """Number of test patients of all hospitals, noised, at least 1."""
+        """Number of patients of all hospitals, noised, at least 1."""
         return max(1.0, float(self.counts.sum()))
 
     @property
@@ -123,10 +125,10 @@ def noised_interval(share: float, count: float, deviation: float, cells: tuple[i
     return max(0.0, share - half), min(1.0, share + half)
 
 
-def plan_noised_evaluation(config: Config) -> EvaluationPlan | None:
+def plan_noised_evaluation(config: Config, whom: Evaluated = "test") -> EvaluationPlan | None:
     """The plan of a run, from public values alone; `None` where evaluation is exact. Raises `HeadroomError`."""
     noise, hospitals, classes = (
-        config.evaluation.noise_multiplier,
+        config.evaluation_noise(whom),
         config.federation.hospitals,
         len(config.data.classes),
     )
@@ -139,23 +141,25 @@ def plan_noised_evaluation(config: Config) -> EvaluationPlan | None:
     return EvaluationPlan(classes, mechanism)
 
 
-def patient_vectors(plan: EvaluationPlan, test: Dataset, predicted: torch.Tensor) -> torch.Tensor:
-    """One row per test patient, float32 (patients, k^2), from the predicted class of each record, int64 (records,)."""
-    cells = torch.nn.functional.one_hot(test.labels * plan.classes + predicted, plan.length).float()
-    return torch.stack([cells[records].mean(dim=0) for records in test.records_of_patient])
+def patient_vectors(plan: EvaluationPlan, patients: Dataset, predicted: torch.Tensor) -> torch.Tensor:
+    """One row per patient, float32 (patients, k^2), from the predicted class of each record, int64 (records,)."""
+    cells = torch.nn.functional.one_hot(patients.labels * plan.classes + predicted, plan.length).float()
+    return torch.stack([cells[records].mean(dim=0) for records in patients.records_of_patient])
 
 
 def encode_confusion(
-    plan: EvaluationPlan, test: Dataset, predicted: torch.Tensor, seed: Seed, threads: int = 1
+    plan: EvaluationPlan, patients: Dataset, predicted: torch.Tensor, seed: Seed, threads: int = 1
 ) -> Private[torch.Tensor]:
     """Step 3 at a hospital: its summand with its part of the noise, int64 (k^2,). `plan.event(1)` is charged before.
 
     `seed` must be fresh for every attempt. Raises `HeadroomError` for more patients than `aggregation.count_bound`.
     """
-    if len(test.records_of_patient) > plan.mechanism.expected_patients:
-        raise HeadroomError("a hospital has more test patients than aggregation.count_bound", "raise that bound")
+    if len(patients.records_of_patient) > plan.mechanism.expected_patients:
+        raise HeadroomError(
+            "a hospital has more patients to evaluate on than aggregation.count_bound", "raise that bound"
+        )
     total = torch.zeros(plan.length, dtype=torch.int64)
-    add_patients(plan.mechanism, total, [patient_vectors(plan, test, predicted)])
+    add_patients(plan.mechanism, total, [patient_vectors(plan, patients, predicted)])
     return noised_share(plan.mechanism, Private("confusion matrix", total), seed, threads)
 
 

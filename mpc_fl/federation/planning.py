@@ -15,9 +15,11 @@ from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deadlines import deadlines_of
+from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.models.architectures import build_model
@@ -88,15 +90,18 @@ def budget_of(config: Config) -> PrivacyBudget:
 class Done:
     """How far a run has come, by a hospital's last checkpoint and its privacy ledger.
 
-    `rounds`: the last one that is complete, None before the sums that come before the first. `charged`, `features` and
-    `evaluations`: how many rounds, sums of features and sums of evaluation were charged, those that were lost among them.
-    `ends`: after which rounds it was complete, and evaluated, before it was given more.
+    `rounds`: the last one that is complete, None before the sums that come before the first. `charged`, `features`,
+    `evaluations`, `validations` and `calibrations`: how many rounds, sums of features, of evaluation on test and on validation
+    patients, and of calibration were charged, those that were lost among them. `ends`: after which rounds it was complete, and
+    evaluated, before it was given more.
     """
 
     rounds: int | None = None
     charged: int = 0
     features: int = 0
     evaluations: int = 0
+    validations: int = 0
+    calibrations: int = 0
     ends: tuple[int, ...] = ()
 
 
@@ -115,19 +120,27 @@ def rounds_to_come(config: Config, done: Done = NOTHING_DONE) -> int:
 
 
 def releases_beside_steps(config: Config, done: Done = NOTHING_DONE) -> list[SubsampledGaussian]:
-    """What a run may still charge besides rounds: sums of features and of noised evaluation, from public values alone."""
+    """What a run may still charge besides rounds: sums of features, of noised evaluation on test and validation patients,
+    and of calibration, from public values alone."""
     spare, events = config.privacy.spare_rounds, list[SubsampledGaussian]()
     features = plan_features(config).event() if config.data.normalise == "secure" else None
     if features is not None:
         times = _to_come(int(done.rounds is None), 1 + min(1, spare), done.features)
         events += [features] * (times if done.rounds is None else 0)
-    evaluation = plan_noised_evaluation(config)
-    if evaluation is not None:
-        every = range(config.training.rounds + 1)
-        numbers = [number for number in every if config.evaluates(number) or number in done.ends]
-        left = [number for number in numbers if done.rounds is None or number > done.rounds]
-        times = _to_come(len(left), len(numbers) + spare, done.evaluations)
-        events += [evaluation.event(times)] if times else []
+    charged: tuple[tuple[Evaluated, int], ...] = (("test", done.evaluations), ("validation", done.validations))
+    for whom, before in charged:
+        evaluation = plan_noised_evaluation(config, whom)
+        every = range(config.last_round + 1)
+        ends = done.ends if any(config.evaluates(number, whom) for number in every) else ()
+        numbers = [number for number in every if config.evaluates(number, whom) or number in ends]
+        if evaluation is not None and numbers:
+            left = [number for number in numbers if done.rounds is None or number > done.rounds]
+            times = _to_come(len(left), len(numbers) + spare, before)
+            events += [evaluation.event(times)] if times else []
+    calibration = plan_calibration(config)
+    event = None if calibration is None else calibration.event()
+    if event is not None and (done.rounds is None or done.rounds < config.last_round):
+        events += [event] * _to_come(1, 1 + min(1, spare), done.calibrations)
     return events
 
 
@@ -205,6 +218,16 @@ def features_run_name(config: Config) -> str:
 def evaluation_run_name(config: Config) -> str:
     """How a privacy ledger names what noised evaluation spends."""
     return f"{run_name(config)} evaluation"
+
+
+def validation_run_name(config: Config) -> str:
+    """How a privacy ledger names what noised evaluation on validation patients spends."""
+    return f"{run_name(config)} validation"
+
+
+def calibration_run_name(config: Config) -> str:
+    """How a privacy ledger names what calibration spends."""
+    return f"{run_name(config)} calibration"
 
 
 def run_name(config: Config) -> str:

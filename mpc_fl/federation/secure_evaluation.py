@@ -1,7 +1,8 @@
-"""Evaluation over all hospitals: each counts on its own test patients, and only the sum of the counts is opened.
+"""Evaluation over all hospitals: each counts on its own patients, and only the sum of the counts is opened.
 
-A hospital's own evaluation stays with it and is made after every round. Sums are opened after the rounds that
-`evaluation.every` says (`Config.evaluates`), by default before the first one and after the last.
+It is made on test patients, and on validation patients where some are kept aside. A hospital's own evaluation stays with it and
+is made after every round. Sums are opened after the rounds that `Config.evaluates` says: of test patients by default before the
+first one and after the last.
 
 Exact counts carry no noise, so their sum is opened over all hospitals or not at all, unless `federation.evaluate_incomplete`
 says otherwise: the difference of two sums would be one hospital's counts. With `evaluation.noise_multiplier` a noised
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.words import next_word, say
+from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.config.config import Config
+from mpc_fl.config.evaluation import Evaluated as Of
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
@@ -33,7 +37,7 @@ from mpc_fl.federation.noised_evaluation import (
     encode_confusion,
     plan_noised_evaluation,
 )
-from mpc_fl.federation.planning import evaluation_run_name, over_all_hospitals
+from mpc_fl.federation.planning import evaluation_run_name, over_all_hospitals, validation_run_name
 from mpc_fl.learning.device import on_device
 from mpc_fl.learning.models.evaluation import (
     Evaluation,
@@ -49,80 +53,115 @@ from mpc_fl.sharing.opening import SecretDomain
 log = logging.getLogger(__name__)
 
 Evaluated = Evaluation | NoisedEvaluation
+_PHASES: dict[Of, str] = {"test": "evaluation", "validation": "validation"}
+
+
+@dataclass(frozen=True)
+class RoundOpened:
+    """Which hospitals made a round, what evaluation opened of its model, and what else the aggregator notes `about` it."""
+
+    hospitals: tuple[str, ...]
+    evaluation: Evaluated | None
+    validation: Evaluated | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def hospital_evaluation(
     hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
 ) -> Evaluation | None:
-    """Step 6 at a hospital; also run once before the first round. Returns its own evaluation, which stays with it, or `None`
-    when it was left out of what the others opened.
+    """Step 6 at a hospital, on validation and on test patients; also run once before the first round. Returns its own
+    evaluation, which stays with it, or `None` when it was left out of what the others opened.
 
     Raises `PrivacyBudgetError` before anything is sent where a noised evaluation would exceed the budget.
     """
+    if hospital.config.evaluates(plan.number, "validation"):
+        validated = _evaluate(hospital, domain, rules, hospitals, plan, "validation")
+        if validated is None:
+            return None
+        hospitals = validated.hospitals
+    found = _evaluate(hospital, domain, rules, hospitals, plan, "test")
+    return None if found is None else found.own
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A hospital's own evaluation, and who is still in the round."""
+
+    own: Evaluation
+    hospitals: tuple[str, ...]
+
+
+def _evaluate(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan, whom: Of
+) -> _Own | None:
     number, config = plan.number, hospital.config
-    domain.links.set_phase(f"round {number} evaluation")
+    domain.links.set_phase(f"round {number} {_PHASES[whom]}")
+    # Where test patients are left alone, a hospital does not look at its own either.
+    records = hospital.records_of(whom if config.evaluation.test else "validation")
     computed = on_device(hospital.model, hospital.device.exact)
-    probabilities = torch.softmax(predict(computed, hospital.test.inputs), dim=1)
-    own = evaluate_locally(probabilities, hospital.test.labels)
-    if not config.evaluates(number):
-        return own
+    logits, calibration = predict(computed, records.inputs), hospital.calibration
+    probabilities = torch.softmax(logits, dim=1) if calibration is None else calibration.probabilities(logits)
+    predicted = None if calibration is None else calibration.decided(logits)
+    own = evaluate_locally(probabilities, records.labels, predicted)
+    if not config.evaluates(number, whom):
+        return _Own(own, hospitals)
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
-        noised = plan_noised_evaluation(config)
+        noised = plan_noised_evaluation(config, whom)
         release: Callable[[], None] | None = None
         if noised is None:
             exact = encode_evaluation(own, config.aggregation.count_bound)
             counts = Private(f"evaluation of {hospital.name}", exact)
         else:
-            counts, release = _noised(hospital, noised, probabilities, plan), hospital.ledger.release
-        rules, label = _evaluating(config, rules), ("evaluation", *plan.round_of)
+            # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
+            decided = torch.nan_to_num(probabilities).argmax(dim=1) if predicted is None else predicted
+            counts, release = _noised(hospital, noised, decided, plan, whom), hospital.ledger.release
+        rules, label = evaluation_rules(config, rules, whom), (_PHASES[whom], *plan.round_of)
         seen = sum_terms(config, plan.weight_total, hospital.digests)
-        agreed = AgreedSum(hospitals, label, _evaluation_counts(config, number), seen)
+        agreed = AgreedSum(hospitals, label, _evaluation_counts(config, number, whom), seen)
         try:
             admitted = contribute(domain, rules, agreed, counts, release)
         except SumLostError as error:
             log.warning("%s", error)
-            return own
+            return _Own(own, hospitals)
         if admitted and hospital.name not in admitted:
             return None
-    return own
+        hospitals = admitted or hospitals  # nobody: nothing was opened
+    return _Own(own, hospitals)
 
 
 def _noised(
-    hospital: Hospital, noised: EvaluationPlan, probabilities: torch.Tensor, plan: RoundPlan
+    hospital: Hospital, noised: EvaluationPlan, predicted: torch.Tensor, plan: RoundPlan, whom: Of
 ) -> Private[torch.Tensor]:
     """Charge the release of a noised confusion matrix, then make this hospital's part of it."""
-    run, budget = evaluation_run_name(hospital.config), hospital.budget
-    hospital.ledger.charge(noised.event(1), run=run, round_number=plan.number, budget=budget, reserve=True)
-    seed, threads = hospital.noise_seed.derive("evaluation", *plan.round_of), hospital.config.runtime.threads
-    # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
-    predicted = torch.nan_to_num(probabilities).argmax(dim=1)
-    return encode_confusion(noised, hospital.test, predicted, seed, threads)
+    run = (evaluation_run_name if whom == "test" else validation_run_name)(hospital.config)
+    hospital.ledger.charge(noised.event(1), run=run, round_number=plan.number, budget=hospital.budget, reserve=True)
+    seed, threads = hospital.noise_seed.derive(_PHASES[whom], *plan.round_of), hospital.config.runtime.threads
+    return encode_confusion(noised, hospital.records_of(whom), predicted, seed, threads)
 
 
-def _evaluation_counts(config: Config, number: int) -> Description:
-    noise = config.evaluation.noise_multiplier
+def _evaluation_counts(config: Config, number: int, whom: Of) -> Description:
+    noise, what = config.evaluation_noise(whom), _PHASES[whom]
     if noise is None:
-        return Description("sum of evaluation counts", f"round {number}: evaluation counts")
-    return Description(
-        "sum of confusion matrices",
-        f"round {number}: noised evaluation",
-        {
-            "mechanism": config.privacy.mechanism,
-            "unit": f"test {config.data.counted_unit}",
-            "noise multiplier": noise,
-        },
-    )
+        return Description(f"sum of {what} counts", f"round {number}: {what} counts")
+    unit = f"{whom} {config.data.counted_unit}"
+    privacy: dict[str, Scalar] = {"mechanism": config.privacy.mechanism, "unit": unit, "noise multiplier": noise}
+    return Description("sum of confusion matrices", f"round {number}: noised {what}", privacy)
 
 
-def _evaluating(config: Config, rules: Rules) -> Rules:
+def evaluation_rules(config: Config, rules: Rules, whom: Of) -> Rules:
     """Exact counts are opened over all hospitals or not at all, unless configured otherwise; noised ones over any quorum."""
-    if config.evaluation.noise_multiplier is not None:
+    if config.evaluation_noise(whom) is not None:
         return replace(rules, check=None)
     return rules if config.federation.evaluate_incomplete else over_all_hospitals(config, rules)
 
 
 def aggregator_evaluation(
-    aggregator: Aggregator, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan
+    aggregator: Aggregator,
+    domain: SecretDomain,
+    rules: Rules,
+    hospitals: tuple[str, ...],
+    plan: RoundPlan,
+    whom: Of = "test",
 ) -> tuple[tuple[str, ...], Evaluated | None]:
     """Step 6 at the aggregator; also run once before the first round: who goes on, and what was opened.
 
@@ -130,18 +169,18 @@ def aggregator_evaluation(
     of it to sign, and comes back with the next round.
     """
     config = aggregator.config
-    if not config.evaluates(plan.number):
+    if not config.evaluates(plan.number, whom):
         return hospitals, None
-    domain.links.set_phase(f"round {plan.number} evaluation")
-    rules, label = _evaluating(config, rules), ("evaluation", *plan.round_of)
+    domain.links.set_phase(f"round {plan.number} {_PHASES[whom]}")
+    rules, label = evaluation_rules(config, rules, whom), (_PHASES[whom], *plan.round_of)
     if len(hospitals) < rules.smallest:
         say(domain.links, hospitals, "skip")
         return hospitals, None
     say(domain.links, hospitals, "evaluate")
-    classes, noised = len(config.data.classes), plan_noised_evaluation(config)
+    classes, noised = len(config.data.classes), plan_noised_evaluation(config, whom)
     length = evaluation_length(classes) if noised is None else noised.length
     seen = sum_terms(config, plan.weight_total, aggregator.digests)
-    agreed = AgreedSum(hospitals, label, _evaluation_counts(config, plan.number), seen)
+    agreed = AgreedSum(hospitals, label, _evaluation_counts(config, plan.number, whom), seen)
     try:
         present, total = collect(domain, rules, agreed, plan.starts, torch.int64, (length,))
     except QuorumError as error:

@@ -11,13 +11,14 @@ owner loads what reads model files.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError
-from mpc_fl.inference.inputs import as_the_model_takes_them
+from mpc_fl.inference.inputs import as_the_model_takes_them, calibration_of_model, send_calibration
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -51,15 +52,18 @@ def require_supported(config: Config, model: nn.Module | None = None) -> None:
 def request_diagnoses(config: Config, images: Dataset, links: Links, record: Record, notify: Notify) -> list[Diagnosis]:
     """The hospital's side of a session: one `Diagnosis` per record of `images`."""
     inputs = as_the_model_takes_them(config, images, links)
+    calibration = calibration_of_model(config, links)
     if config.inference.engine == "fast":
         from mpc_fl.inference.fast import diagnosis as fast
 
-        return fast.ask(config, inputs, links, record, notify)
-    from mpc_fl.inference.reference import diagnosis as reference
+        found = fast.ask(config, inputs, links, record, notify)
+    else:
+        from mpc_fl.inference.reference import diagnosis as reference
 
-    graph = reference.public_graph(config)
-    with reference.runtime_of(config, links) as runtime:
-        return reference.ask(config, graph, inputs.records, runtime.domain(record), notify)
+        graph = reference.public_graph(config)
+        with reference.runtime_of(config, links) as runtime:
+            found = reference.ask(config, graph, inputs.records, runtime.domain(record), notify)
+    return [replace(diagnosis, calibration=calibration) for diagnosis in found]
 
 
 def answer_requests(config: Config, model: nn.Module, links: Links, record: Record) -> int:
@@ -70,6 +74,7 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
     normalisation = _normalisation_of_inputs(config)
     if normalisation is not None:
         links.send_tensor(HOSPITAL, "normalisation", normalisation.tensor())
+    model = _calibrated(config, model, links)
     if config.inference.engine == "fast":
         from mpc_fl.inference.fast import diagnosis as fast
 
@@ -79,6 +84,18 @@ def answer_requests(config: Config, model: nn.Module, links: Links, record: Reco
     graph = reference.private_graph(config, model)
     with reference.runtime_of(config, links) as runtime:
         return reference.answer(config, graph, runtime.domain(record))
+
+
+def _calibrated(config: Config, model: nn.Module, links: Links) -> nn.Module:
+    """The model with the offsets of its file; the hospital is told what to make probabilities with."""
+    if config.evaluation.calibrate == "none" or config.site.model is None:
+        return model
+    from mpc_fl.learning.models.class_offsets import with_offsets
+    from mpc_fl.learning.models.model_file import load_calibration
+
+    calibration = load_calibration(config.site.model, config)
+    send_calibration(config, links, HOSPITAL, calibration)
+    return with_offsets(model, config, calibration)
 
 
 def _normalisation_of_inputs(config: Config) -> Normalisation | None:

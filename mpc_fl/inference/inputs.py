@@ -18,6 +18,7 @@ from mpc_fl.errors import DataError, ProtocolError
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.normalisation import Normalisation, range_of_inputs
 from mpc_fl.learning.data.phantoms import public_phantoms
+from mpc_fl.learning.models.calibration import CALIBRATION, Calibration
 from mpc_fl.links.links import Links
 from mpc_fl.roles import MODEL_OWNER
 
@@ -56,6 +57,26 @@ def as_the_model_takes_them(config: Config, images: Dataset, links: Links) -> Mo
         records = as_records(replace(images, inputs=pixels), config)
     inputs = records.inputs.nan_to_num(nan=low).clamp(low, high)
     return ModelInputs(normalised(replace(records, inputs=inputs), constants), largest)
+
+
+def calibration_of_model(config: Config, links: Links) -> Calibration | None:
+    """At the hospital: what the model owner's logits are calibrated with, where logits are opened and the model has it.
+
+    Raises `ProtocolError` for what cannot be a calibration, before an image is asked about.
+    """
+    if config.evaluation.calibrate == "none" or config.reveal != "logits":
+        return None
+    values = links.receive_tensor(MODEL_OWNER, CALIBRATION, torch.float64, (1 + len(config.data.classes),))
+    try:
+        return Calibration.of_tensor(values)
+    except DataError as error:
+        raise ProtocolError(f"the model owner sent {error.what}", "ask it for its model file") from None
+
+
+def send_calibration(config: Config, links: Links, hospital: str, calibration: Calibration | None) -> None:
+    """The model owner's side of `calibration_of_model`: no secret of the model, like the normalisation of its inputs."""
+    if calibration is not None and config.reveal == "logits":
+        links.send_tensor(hospital, CALIBRATION, calibration.tensor())
 
 
 def _constants(config: Config, links: Links) -> Normalisation:

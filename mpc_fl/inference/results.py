@@ -13,6 +13,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import MpcFlError, ProtocolError
 from mpc_fl.files import finite, write_text, written_whole
 from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.models.calibration import Calibration
 
 RESULTS_FILE = "results.jsonl"
 
@@ -21,7 +22,8 @@ RESULTS_FILE = "results.jsonl"
 class Diagnosis:
     """The hospital's result for one image, and the seconds its batch took per image.
 
-    `logits`, float (classes,), is None where inference.reveal opens the label alone; `predicted` is the class's index.
+    `logits`, float (classes,), is None where inference.reveal opens the label alone; `predicted` is the class's index. The
+    offsets of a `calibration` are in both already.
     `doubt` says why what was opened is no result, where it is none. The hospital keeps that to itself while the session
     lasts: a batch asked for again, or an error, would tell the model owner something that is true of the image.
     """
@@ -30,6 +32,7 @@ class Diagnosis:
     seconds: float
     predicted: int
     doubt: str | None = None
+    calibration: Calibration | None = None
 
     @classmethod
     def of(cls, logits: torch.Tensor, seconds: float, doubt: str | None = None) -> Diagnosis:
@@ -43,8 +46,13 @@ class Diagnosis:
 
     @property
     def probabilities(self) -> torch.Tensor | None:
-        """Softmax of the logits, computed at the hospital; None without logits."""
-        return None if self.logits is None else torch.softmax(self.logits.double(), dim=0)
+        """Softmax of the logits, calibrated if the model is, computed at the hospital; None without logits."""
+        if self.logits is None:
+            return None
+        logits = self.logits.double()
+        if self.calibration is None:
+            return torch.softmax(logits, dim=0)
+        return self.calibration.probabilities(logits - torch.tensor(self.calibration.offsets))
 
 
 def _rounded(values: torch.Tensor | None) -> list[float] | None:

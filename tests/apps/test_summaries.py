@@ -11,8 +11,10 @@ import torch
 
 from mpc_fl.apps.summaries import (
     KINDS,
+    ChosenRound,
     Comparison,
     DiagnosisSummary,
+    FittedCalibration,
     ImageResult,
     PrivacySpent,
     Scores,
@@ -45,7 +47,8 @@ TRAIN: dict[str, Any] = {
     "versions": {"python": "3.11.9"}, "final": FINAL, "privacy": [PRIVACY],
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
     "evaluated_round": 2, "shared_patients": 0, "began_with": None,
-    "unit": "image", "treatments": {"resized": 4},
+    "unit": "image", "treatments": {"resized": 4}, "validation": None, "chosen": {"round": 1, "figures": {"1": 0.5}},
+    "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]},
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
@@ -75,8 +78,9 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
     shared = {key: INFER[key] for key in ("name", "synthetic", "images", "classes", "seconds", "seconds_per_image")}
     shared |= {"command": INFER["command"], "versions": {}, "results": [result]}
     trained = {key: value for key, value in TRAIN.items() if key != "kind"}
+    chosen = {"chosen": ChosenRound(1, {"1": 0.5}), "calibration": FittedCalibration(2.0, [0.0, 0.5])}
     made = [
-        TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)]}),
+        TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)], **chosen}),
         DiagnosisSummary(
             **shared,
             skipped_files=0,
@@ -114,6 +118,7 @@ def test_absences_are_the_hospitals_that_a_round_did_without() -> None:
         "began_with",
         "unit",
         "treatments",
+        "chosen",
     ],
 )
 def test_a_training_of_an_earlier_version_is_read(key: str) -> None:

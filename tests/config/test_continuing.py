@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config.config import Config
+from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.continuing import MAY_CHANGE, changed_settings, has_more_rounds, require_same_run
 from mpc_fl.errors import ConfigError
 
@@ -56,3 +56,11 @@ def test_a_setting_that_there_was_not_yet_had_its_default() -> None:
     require_same_run(earlier, BEGAN, "the run")
     with pytest.raises(ConfigError, match=r"training.strategy null.*training.proximal 0.0, not 0.1"):
         require_same_run(earlier, BEGAN.with_values(training={"strategy": "fedprox", "proximal": 0.1}), "the run")
+
+
+def test_a_run_that_chose_or_calibrated_its_model_gets_no_more_rounds() -> None:
+    values = {"data": {"validation_fraction": 0.2}, "privacy": {"mechanism": "none"}, "evaluation": {"choose": "best"}}
+    began = parse_config({**values, "training": {"rounds": 3}}, "x")
+    require_same_run(began.settings_of_run(), began, "the run r")
+    with pytest.raises(ConfigError, match="choice or calibration of its model"):
+        require_same_run(began.settings_of_run(), began.with_values(training={"rounds": 4}), "the run r")

@@ -127,7 +127,7 @@ def test_the_noise_that_may_be_relied_on_is_that_of_the_event(mechanism: str, qu
 
 def test_what_cannot_be_is_refused() -> None:
     plan = planned(configured(aggregation={"count_bound": 3}))
-    with pytest.raises(HeadroomError, match="more test patients than aggregation.count_bound"):
+    with pytest.raises(HeadroomError, match="more patients to evaluate on than aggregation.count_bound"):
         encode_confusion(plan, records([[0]] * 4), torch.zeros(4, dtype=torch.int64), Seed.from_system())
     with pytest.raises(ProtocolError, match="another shape"):
         decode_confusion(plan, torch.zeros(8, dtype=torch.int64), 3)
@@ -232,5 +232,7 @@ def test_a_budget_that_is_spent_stops_an_evaluation_before_it_is_made(
     monkeypatch.setattr(secure_evaluation, "encode_confusion", lambda *_: made.append(_[0]))
     plan = RoundPlan(1, 0, HOSPITALS, {}, (), 4, False)
     with pytest.raises(PrivacyBudgetError, match="would raise epsilon"):
-        secure_evaluation._noised(hospital, planned(config), torch.zeros(len(hospital.test), 3), plan)
+        secure_evaluation._noised(
+            hospital, planned(config), torch.zeros(len(hospital.test), dtype=torch.int64), plan, "test"
+        )
     assert made == [] and len(ledger.records()) == 1

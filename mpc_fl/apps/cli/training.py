@@ -122,7 +122,8 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
         counted = "test records"
         if final.noise is not None:
             counted = f"test {summary.counted_unit}s, counted with noise of {final.noise:.1f}"
-        after = "" if summary.evaluated_round in (None, summary.rounds) else f" after round {summary.evaluated_round}"
+        early = summary.evaluated_round is not None and summary.evaluated_round < summary.rounds
+        after = f" after round {summary.evaluated_round}" if early else ""
         say(
             f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
             f"on {final.records} {counted}; chance {chance:.1%}."
@@ -131,8 +132,9 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
             say(
                 "No evaluation was opened after the last round: exact counts are opened over all hospitals, and some were absent."
             )
-    else:
+    elif summary.validation is None:
         say("No evaluation was opened: hospitals were absent.")
+    _say_choice(summary)
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
@@ -150,6 +152,22 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
         missed = [number for number, absent in rounds_missed.items() if name in absent]
         if missed:
             say(f"{name} took no part in round {in_ranges(missed)}; its log says why.")
+
+
+def _say_choice(summary: TrainingSummary) -> None:
+    """What validation patients said, and what was chosen and fitted by them."""
+    found, chosen, fitted = summary.validation, summary.chosen, summary.calibration
+    if found is not None:
+        noise = "" if found.noise is None else f", counted with noise of {found.noise:.1f}"
+        say(
+            f"Validation: accuracy {found.accuracy:.1%}, balanced accuracy {found.balanced_accuracy:.1%}, on {found.records} "
+            f"validation {'records' if found.noise is None else 'patients'}{noise}."
+        )
+    if chosen is not None:
+        say(f"The model is that of round {chosen.round}, the best of {len(chosen.figures)} validated rounds.")
+    if fitted is not None:
+        offsets = ", ".join(f"{offset:+g}" for offset in fitted.offsets)
+        say(f"Calibration: temperature {fitted.temperature:g}, class offsets {offsets}.")
 
 
 def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:

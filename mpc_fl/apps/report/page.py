@@ -6,7 +6,7 @@ page forbids itself any outside source. A file that is missing or unreadable cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mpc_fl.apps.report import common_sections, inference_sections, training_sections
@@ -20,7 +20,7 @@ from mpc_fl.parsing import parse_yaml
 
 _Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
 _TRAINING: _Sections = {
-    "Result": (training_sections.result, training_sections.images),
+    "Result": (training_sections.result, training_sections.choice, training_sections.images),
     "Training curves": (
         training_sections.global_curve,
         training_sections.absences,
@@ -57,12 +57,19 @@ def _load(run_dir: Path) -> Run:
 
 
 def _page(run: Run) -> str:
-    title = escape(f"{'Federated training' if run.is_training else 'Encrypted diagnosis'}: {run.header.name}")
-    banner = paragraph("SYNTHETIC DATA: phantoms, not patients", "banner") if run.header.synthetic else ""
-    contents = main = ""
-    for index, (name, builders) in enumerate({**(_TRAINING if run.is_training else _DIAGNOSIS), **_BOTH}.items()):
+    title = f"{'Federated training' if run.is_training else 'Encrypted diagnosis'}: {run.header.name}"
+    builders = {**(_TRAINING if run.is_training else _DIAGNOSIS), **_BOTH}
+    sections = {name: Markup("".join(guarded(build, run) for build in of)) for name, of in builders.items()}
+    return document(title, run.header.synthetic, sections)
+
+
+def document(title: str, synthetic: bool, sections: Mapping[str, Markup]) -> str:
+    """A page of sections by name, with a banner where the data are synthetic."""
+    banner = paragraph("SYNTHETIC DATA: phantoms, not patients", "banner") if synthetic else ""
+    title, contents, main = escape(title), "", ""
+    for index, (name, content) in enumerate(sections.items()):
         contents += f'<li><a href="#s{index}">{name}</a></li>'
-        main += f'<section id="s{index}"><h2>{name}</h2>{"".join(guarded(b, run) for b in builders)}</section>'
+        main += f'<section id="s{index}"><h2>{name}</h2>{content}</section>'
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{title}</title>

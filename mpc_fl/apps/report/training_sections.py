@@ -78,7 +78,7 @@ def images(run: Run) -> Markup:
 def _caveats(run: Run) -> Markup:
     """Of which round the result is where it is not the last, and what became of test patients that train."""
     summary, text = run.training, ""
-    if summary.evaluated_round not in (None, summary.rounds):
+    if summary.evaluated_round is not None and summary.evaluated_round < summary.rounds:
         text += paragraph(
             f"The result is that after round {summary.evaluated_round}: no evaluation was opened after the last one, "
             "because hospitals were absent.",
@@ -93,6 +93,41 @@ def _caveats(run: Run) -> Markup:
             f"{summary.shared_patients} test patients are also training patients by name. {become}.", "warning"
         )
     return Markup(text)
+
+
+def choice(run: Run) -> Markup:
+    """Which round's model it is, by what figure on validation patients, with what noise, and how it was calibrated."""
+    summary, evaluation = run.training, run.config.get("evaluation") or {}
+    if summary.validation is None and summary.chosen is None:
+        return Markup("") if summary.calibration is None else _calibrated(run)
+    figure, chosen, found = str(evaluation.get("criterion", "accuracy")), summary.chosen, summary.validation
+    facts: list[tuple[str, object, str]] = []
+    if chosen is not None:
+        facts.append(("Chosen round", chosen.round, f"of {len(chosen.figures)} validated ones, of {summary.rounds}"))
+    if found is not None:
+        value = found.accuracy if figure == "accuracy" else found.balanced_accuracy
+        noise = "exact counts" if found.noise is None else f"counts with noise of {found.noise:.1f} patients"
+        facts.append((f"Validation {figure.replace('_', ' ')}", percent(value), f"{found.records} counted; {noise}"))
+    text = """The model was chosen by sums over the validation patients of all hospitals, which training does not see: of all
+    validated rounds the one with the best figure, of equal ones the last. The best of several figures is too high by chance;
+    the result above is on test patients, who were not asked before."""
+    if chosen is None:
+        text = "Validation patients are kept aside from training, to choose settings by; nothing of this run was chosen by them."
+    rows = [(number, percent(value)) for number, value in (chosen.figures if chosen is not None else {}).items()]
+    shown = table("Opened figures of validation by round", ("Round", figure.replace("_", " ")), rows, 1) if rows else ""
+    return Markup(tiles(facts) + paragraph(text) + shown + _calibrated(run))
+
+
+def _calibrated(run: Run) -> Markup:
+    fitted = run.training.calibration
+    if fitted is None:
+        return Markup("")
+    names = run.classes(len(fitted.offsets))
+    rows = [(name, f"{offset:+g}") for name, offset in zip(names, fitted.offsets, strict=True)]
+    text = f"""Calibration on validation patients: logits are divided by a temperature of {fitted.temperature:g} for probabilities
+    (1 changes nothing), and the class offsets are added to them for the decision. A value that does not stand out of the noise
+    is left as it was."""
+    return Markup(paragraph(text) + table("Class offsets, in logits", ("Class", "Offset"), rows, 1))
 
 
 def global_curve(run: Run) -> Markup:
@@ -246,15 +281,22 @@ def _guarantee(run: Run) -> Markup:
         shared = """A patient known to k hospitals may be in one sum k times, under the noise for once: as if the noise multiplier
         were k times smaller."""
     noise, unit = evaluation.get("noise_multiplier"), run.training.counted_unit
+    validated = ""
+    if (run.config.get("data") or {}).get("validation_fraction"):
+        validated = "Validation and calibration carry noise of the same kind, and are in epsilon."
+        if evaluation.get("public_validation"):
+            validated = f"Validation {unit}s are said to be public: no epsilon covers them."
     tested = f"""Evaluation carries noise of {noise} times what one test {unit} can move, and is in epsilon."""
-    if noise is None:
+    if evaluation.get("test") is False:
+        tested = f"Test {unit}s were left alone."
+    elif noise is None:
         tested = "Evaluation opened exact sums of counts over hospitals: no epsilon covers test patients."
     whole = "patient, with all records," if unit == "patient" else unit
     text = f"""Guaranteed: whoever sees all that was opened, and the model, can hardly tell whether one {whole}
     was among a hospital's training {unit}s or not. Sampling, divisors, weights and noise follow from public figures, and no
     number of patients was opened. Not guaranteed: that public bounds on hospitals' sizes are hidden, or who took part. {shared}
     {_of_the_beginning(run)}
-    {tested} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""
+    {tested} {validated} Rounds that were lost and made anew are in epsilon; the budget had room for {settings["spare_rounds"]}."""
     return Markup(paragraph(text))
 
 

@@ -30,9 +30,11 @@ from mpc_fl.apps.estimates import (
 )
 from mpc_fl.apps.runs.party_starter import modules_to_share
 from mpc_fl.config.config import Config, connect_seconds
+from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, releases_beside_steps, sum_rules
 from mpc_fl.learning.data.phantoms import public_phantoms
@@ -97,9 +99,8 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
     classes, rounds = len(config.data.classes), config.training.rounds
     shared = int(shared_coordinates(model, config.training.local_normalisation).sum())
-    noised, hospitals, headroom = plan_noised_evaluation(config), config.federation.hospitals, headroom_of(config)
-    counts = evaluation_length(classes) if noised is None else noised.length
-    evaluations = sum(config.evaluates(number) for number in range(rounds + 1))
+    hospitals, headroom = config.federation.hospitals, headroom_of(config)
+    evaluations = _evaluations(config, classes)
     # An update or gradient up and a model down, once per round or, with distributed noise, once per step.
     sums, ring_bits = 1, headroom.ring_bits
     if config.privacy.mechanism == "distributed":
@@ -107,13 +108,16 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
     before = [_WORD] if config.counts_patients else []
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
-    opened = len(before) + rounds * sums + evaluations
+    opened = len(before) + rounds * sums + len(evaluations)
     closing = min(sum_rules(config).closing, hospitals - 1)
     keys = KEY_BYTES * 2 * closing
     messages = 4 if closing else 2  # ready and summand; signature and keys with closing masks
-    up = sum(before) + rounds * sums * ring_bits // 8 * shared + evaluations * _WORD * counts + opened * keys
+    up = sum(before) + rounds * sums * ring_bits // 8 * shared + _WORD * sum(evaluations) + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
-    signed = rounds + 5  # certificate, state of the ledger, start, evaluation before round 1, each round, end
+    down += _FLOAT * shared if config.evaluation.choose == "best" else 0
+    signed = (
+        config.last_round + 5
+    )  # certificate, state of the ledger, start, evaluation before round 1, each round, end
     return TrainingEstimate(
         parameters=parameters,
         rounds=rounds,
@@ -126,6 +130,18 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[planned_privacy(config, hospital_name(rank), count) for rank, count in enumerate(patients)],
     )
+
+
+def _evaluations(config: Config, classes: int) -> list[int]:
+    """Elements of every sum of evaluation and calibration that a run opens."""
+    found = list[int]()
+    of: tuple[Evaluated, ...] = ("test", "validation")
+    for whom in of:
+        noised = plan_noised_evaluation(config, whom)
+        counts = evaluation_length(classes) if noised is None else noised.length
+        found += [counts] * sum(config.evaluates(number, whom) for number in range(config.last_round + 1))
+    calibration = plan_calibration(config)
+    return found if calibration is None else [*found, calibration.grid.length]
 
 
 def _connecting(config: Config) -> float:

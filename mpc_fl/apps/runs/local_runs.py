@@ -31,12 +31,14 @@ from mpc_fl.apps.runs.run_directory import (
     run_directory,
     versions,
 )
+from mpc_fl.apps.search_summary import SEARCH_FILE
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
     Comparison,
     DiagnosisSummary,
     ImageResult,
     PrivacySpent,
+    Scores,
     ServedDiagnosisSummary,
     Summary,
     TrainingSummary,
@@ -57,9 +59,10 @@ from mpc_fl.inference.serving.client import asking_hospital
 from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_images, shared_patients
+from mpc_fl.learning.models.class_offsets import with_offsets
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
-from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation
 from mpc_fl.progress import Progress
 from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
 
@@ -107,6 +110,9 @@ def train(
             shared_patients=len(shared_patients(config).names),
             unit=config.data.counted_unit,
             treatments=dict(sum((Counter(line.treatments) for line in last.values()), Counter[str]())),
+            validation=_validation(rounds),
+            chosen=rounds[-1].chosen if rounds else None,
+            calibration=rounds[-1].calibration if rounds else None,
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,
@@ -116,6 +122,13 @@ def train(
         for party in (directory / "parties").iterdir():
             keep_last_checkpoint(party)  # for a run that is given more rounds
     return summary
+
+
+def _validation(rounds: list[GlobalRound]) -> Scores | None:
+    """That of the round whose model is the final one: the chosen round, else the last of training; None where none was opened."""
+    trained = [line.round for line in rounds if line.round and line.chosen is None and line.calibration is None]
+    chosen = next((line.chosen.round for line in rounds if line.chosen is not None), max(trained, default=0))
+    return next((line.validation for line in rounds if line.round == chosen), None)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -302,6 +315,7 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
     """The plaintext reference, computed by the user who has both model and images: for checking a simulation only."""
     assert config.site.model is not None
     model = load_model(config.site.model, config)
+    model = with_offsets(model, config, load_calibration(config.site.model, config))
     torch.set_num_threads(1)
     began = time.monotonic()
     logits = predict(
@@ -320,11 +334,14 @@ def _compare(config: Config, images: Dataset, results: list[ImageResult], direct
 
 
 def report(run_dir: Path) -> Path:
-    """Write the report of a finished run again. Raises `MpcFlError` when `run_dir` is not one."""
+    """Write the report of a finished run or search again. Raises `MpcFlError` when `run_dir` is not one."""
     from mpc_fl.apps.report.page import write_report
+    from mpc_fl.apps.report.search_page import write_search_report
 
+    if (run_dir / SEARCH_FILE).is_file():
+        return write_search_report(run_dir)
     if not (run_dir / SUMMARY_FILE).is_file():
         raise MpcFlError(
-            f"{run_dir} is not a finished run: it has no {SUMMARY_FILE}", "give the --out of a train or infer"
+            f"{run_dir} is not a finished run: it has no {SUMMARY_FILE}", "give the --out of a train, infer or tune"
         )
     return write_report(run_dir)

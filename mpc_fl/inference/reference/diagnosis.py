@@ -42,6 +42,8 @@ from mpc_fl.inference.reference.network import EncryptedGraph, OnLayer, build_gr
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.calibration import Calibration
+from mpc_fl.learning.models.class_offsets import with_offsets
 from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
@@ -66,7 +68,10 @@ def public_graph(config: Config) -> EncryptedGraph:
 
     Raises `UnsupportedLayerError` for a layer without encrypted counterpart, before any data moves.
     """
-    return build_graph(build_model(config), config.data.input_shape)
+    model = build_model(config)
+    # Offsets are the model owner's, but that the last layer has a bias then is public.
+    model = with_offsets(model, config, Calibration.none(len(config.data.classes)))
+    return build_graph(model, config.data.input_shape)
 
 
 def private_graph(config: Config, model: nn.Module) -> EncryptedGraph:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mpc_fl.audit.opening_record import Record
@@ -28,7 +29,7 @@ from mpc_fl.inference.fast.diagnosis import asking_session, diagnose_batches, fi
 from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool
-from mpc_fl.inference.inputs import as_the_model_takes_them
+from mpc_fl.inference.inputs import as_the_model_takes_them, calibration_of_model
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.inference.serving.receipt_exchange import HospitalReceipts
 from mpc_fl.inference.serving.service_links import REFUSED, identity_of, require_servable, session_links
@@ -87,9 +88,12 @@ def ask_service(
         with _explained(links):
             config, receipts = _met(config, links, record)
             inputs = as_the_model_takes_them(config, images, links)
+            calibration = calibration_of_model(config, links)
             with _session(config, links, receipts, filling=False) as session:
                 for diagnosis in diagnose_batches(config, inputs, session, notify):
-                    found.append(diagnosis)  # kept also when the next batch is refused
+                    found.append(
+                        replace(diagnosis, calibration=calibration)
+                    )  # kept also when the next batch is refused
     except RefusedError as error:
         if not found:
             raise

@@ -26,6 +26,7 @@ from mpc_fl.inference.fast.diagnosis import answering_session, calibrated, pool_
 from mpc_fl.inference.fast.messages import network_digest
 from mpc_fl.inference.fast.network import IntegerModel, label_bits
 from mpc_fl.inference.fast.preprocessing.party_pools import OwnerPool, weights_digest
+from mpc_fl.inference.inputs import send_calibration
 from mpc_fl.inference.serving.front import Admission, ServiceFront
 from mpc_fl.inference.serving.gate import SessionGate, SignedGate
 from mpc_fl.inference.serving.quota import SessionRate, UsageLedger, quotas_of
@@ -35,7 +36,9 @@ from mpc_fl.inference.serving.service_records import open_records
 from mpc_fl.inference.serving.turns import Turns
 from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.model_file import load_model, load_normalisation
+from mpc_fl.learning.models.calibration import Calibration
+from mpc_fl.learning.models.class_offsets import with_offsets
+from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
@@ -52,13 +55,14 @@ _KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class ServedModel(IntegerModel):
-    """What is alike in all sessions: the integer network, its weights, what inputs are normalised with.
+    """What is alike in all sessions: the integer network, its weights, what inputs are normalised and logits calibrated with.
 
     `commitment` is to the weights, empty until `commitment_to` has made one.
     """
 
     normalisation: Normalisation | None
     commitment: str = ""
+    calibration: Calibration | None = None
 
 
 def served_model(config: Config) -> ServedModel:
@@ -69,8 +73,9 @@ def served_model(config: Config) -> ServedModel:
     model = load_model(config.site.model, config)
     require_supported(config, model)
     normalisation = load_normalisation(config.site.model, config)
-    calibration = calibrated(config, model, normalisation)
-    return ServedModel(calibration.network, calibration.weights, normalisation)
+    calibration = load_calibration(config.site.model, config)
+    integers = calibrated(config, with_offsets(model, config, calibration), normalisation)
+    return ServedModel(integers.network, integers.weights, normalisation, calibration=calibration)
 
 
 def say_what_is_revealed(config: Config, model: ServedModel) -> None:
@@ -124,6 +129,8 @@ def answer_hospital(
         receipts.meet(ServedTerms(config.reveal, network_digest(model.network), model.commitment))
         if model.normalisation is not None and not filling:
             links.send_tensor(hospital, "normalisation", model.normalisation.tensor())
+        if not filling:
+            send_calibration(config, links, hospital, model.calibration)
         with gate.session(), pool_of(config, OwnerPool, MODEL_OWNER, hospital, filling) as pool:
             if pool is not None and not filling and not _fits(pool, model):
                 pool = None

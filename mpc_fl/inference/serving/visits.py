@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mpc_fl.config.config import Config
 from mpc_fl.roles import is_hospital
@@ -46,9 +46,11 @@ def service_digest(config: Config) -> str:
     What is revealed is the model owner's choice: it tells it when a session begins (`receipt_exchange`).
     """
     inference, data = config.inference, config.data
-    shared = {
+    shared: dict[str, Any] = {
         "inputs": [list(data.input_shape), list(data.classes), data.normalise],
         "inference": [inference.engine, inference.batch_size],
         "model": config.model.model_dump(mode="json"),
     }
+    if config.evaluation.calibrate != "none":  # the hospital is told with what
+        shared["calibrate"] = config.evaluation.calibrate
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

@@ -18,11 +18,11 @@ from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
 from mpc_fl.learning.data.image_folders import ImageFolder, class_folders
 from mpc_fl.learning.data.loaders import read_with_loader
-from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal
+from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, place_of
 from mpc_fl.learning.data.patients import owners_in_archive, owners_of, require_known
 from mpc_fl.learning.data.phantoms import make_phantoms, phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
-from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
+from mpc_fl.learning.data.tables import Part, Records, Split, read_breast_cancer, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def _index(config: Config, split: Split) -> Index:
         names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
         inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
         # No phantom of one split is one of another, and so are their names.
-        return Index(phantoms.labels, [f"{split}-{patient}" for patient in phantoms.patients], names, arrays=inputs)
+        return Index(phantoms.labels, _phantom_names(phantoms.patients.tolist(), split), names, arrays=inputs)
     if source == "images":
         return _index_of_images(config, split)
     return _from_records(_read_records(config, split), config)
@@ -131,19 +131,24 @@ def _patients_of_hospitals(index: Index, config: Config) -> list[list[str]]:
     for patient, label in zip(index.patients, index.labels.tolist(), strict=True):
         first_label.setdefault(patient, label)
     keys = list(first_label)
-    parts = _divided(np.array([first_label[key] for key in keys]), config)
+    parts = _divided(keys, np.array([first_label[key] for key in keys]), config)
     return [[keys[i] for i in part] for part in parts]
 
 
-def _divided(labels: np.ndarray, config: Config) -> list[np.ndarray]:
-    """Numbers of each hospital's patients, from their classes, int (patients,)."""
+def _divided(patients: Sequence[str], labels: np.ndarray, config: Config) -> list[np.ndarray]:
+    """Numbers of each hospital's patients, from their names and classes, int (patients,)."""
     hospitals, method = config.federation.hospitals, config.data.partition.method
     if method == "none":
-        (whole,) = partition_equal(labels, 1, config.seed)
+        (whole,) = partition_equal(patients, labels, 1, config.seed)
         return [whole] * hospitals
     if method == "equal":
-        return partition_equal(labels, hospitals, config.seed)
-    return partition_dirichlet(labels, hospitals, config.data.partition.alpha, config.seed)
+        return partition_equal(patients, labels, hospitals, config.seed)
+    return partition_dirichlet(patients, labels, hospitals, config.data.partition.alpha, config.seed)
+
+
+def _phantom_names(patients: Sequence[int], split: Split) -> list[str]:
+    # No phantom of one split is one of another, and so are their names.
+    return [f"{split}-{patient}" for patient in patients]
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,9 @@ def public_sizes(config: Config) -> PublicSizes:
                 "set it to what all hospitals may publish as the fewest training patients that any of them has",
             )
         labels = phantom_labels(config.data.phantoms.train_patients, len(config.data.classes), config.seed, "train")
-        sizes = [len(part[: config.data.subset.train_patients]) for part in _divided(labels, config)]
+        names, limit = _phantom_names(range(len(labels)), "train"), config.data.subset.train_patients
+        parts = ([names[number] for number in part[:limit]] for part in _divided(names, labels, config))
+        sizes = [len(_for_part(part, "train", config)) for part in parts]
         return PublicSizes(max(1, min(sizes)), max(1, *sizes))
     if largest is None:
         largest = max(smallest, min(_LARGEST_OVER_SMALLEST * smallest, config.aggregation.count_bound))
@@ -224,37 +231,53 @@ def _index_of(config: Config, split: Split) -> Index:
     return index.only(kept)
 
 
-def _own_patients(index: Index, config: Config, rank: int, split: Split) -> list[str]:
+def validates(patient: str, config: Config) -> bool:
+    """Whether a training patient is kept aside to validate: as the name alone says, at every hospital and in every run."""
+    return place_of(patient, "validation") < config.data.validation_fraction
+
+
+def _for_part(patients: Sequence[str], part: Part, config: Config) -> list[str]:
+    """Of a hospital's patients of one split those that train, or validate; all that test."""
+    if part == "test":
+        return list(patients)
+    return [patient for patient in patients if validates(patient, config) == (part == "validation")]
+
+
+def _split_of(part: Part) -> Split:
+    return "test" if part == "test" else "train"
+
+
+def _own_patients(index: Index, config: Config, rank: int, part: Part) -> list[str]:
     subset = config.data.subset
-    limit = subset.train_patients if split == "train" else subset.test_patients
-    patients = _patients_of_hospitals(index, config)[rank][:limit]
+    limit = subset.test_patients if part == "test" else subset.train_patients
+    patients = _for_part(_patients_of_hospitals(index, config)[rank][:limit], part, config)
     if not patients:
-        raise DataError(
-            f"{hospital_name(rank)} has no {split} patients",
-            "use fewer hospitals, more data, or a larger data.partition.alpha",
-        )
+        fix = "use fewer hospitals, more data, or a larger data.partition.alpha"
+        if config.data.validation_fraction and part != "test":
+            fix = "use fewer hospitals, more data, or another data.validation_fraction"
+        raise DataError(f"{hospital_name(rank)} has no {part} patients", fix)
     return patients
 
 
-def load_hospital(config: Config, rank: int, split: Split) -> Dataset:
-    """The patients of hospital `rank` in one split; only its own image files are read.
+def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
+    """The patients of hospital `rank` that are for one part; only its own image files are read.
 
     (Of files with an unknown suffix the first bytes are looked at, to tell what they are, and of DICOM files that no table
     names the header, to tell whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
     an empty class, a hospital without patients, records of unknown patients, images of a wrong size, labels beyond the classes,
     or when more files of a class are unreadable than `data.most_unreadable` allows.
     """
-    index = _index_of(config, split)
-    position = {key: number for number, key in enumerate(_own_patients(index, config, rank, split))}
+    index = _index_of(config, _split_of(part))
+    position = {key: number for number, key in enumerate(_own_patients(index, config, rank, part))}
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
         inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
         kept, read = rows, ReadImages([], [], Counter(), {})
     else:
         read = read_files([index.files[row] for row in rows], config)
-        require_readable([int(index.labels[row]) for row in rows], read.unreadable, split, config)
+        require_readable([int(index.labels[row]) for row in rows], read.unreadable, part, config)
         inputs, kept = read.stacked(), [rows[position] for position in read.kept]
-        log.info("%s: %d images: %s", split, len(kept), "; ".join(f"{n} {what}" for what, n in read.treatments.items()))
+        log.info("%s: %d images: %s", part, len(kept), "; ".join(f"{n} {what}" for what, n in read.treatments.items()))
     owners = _renumbered([position[index.patients[row]] for row in kept])
     labels = torch.from_numpy(index.labels[kept])
     names = tuple(index.names[row] for row in kept)
@@ -332,17 +355,17 @@ def _evenly(labels: Sequence[int], limit: int | None) -> list[int]:
     return sorted(turn[:limit])
 
 
-def records_per_hospital(config: Config, split: Split) -> tuple[Index, list[list[int]]]:
-    """All records of a split, and which of them, by number, each hospital will read. Raises `DataError` like `load_hospital`."""
-    index, parts = _index_of(config, split), []
+def records_per_hospital(config: Config, part: Part) -> tuple[Index, list[list[int]]]:
+    """All records of a part's split, and which of them, by number, each hospital will read. Raises as `load_hospital`."""
+    index, parts = _index_of(config, _split_of(part)), list[list[int]]()
     for rank in range(config.federation.hospitals):
-        own = set(_own_patients(index, config, rank, split))
+        own = set(_own_patients(index, config, rank, part))
         parts.append([row for row, patient in enumerate(index.patients) if patient in own])
     return index, parts
 
 
 def patients_per_hospital(config: Config) -> list[int]:
-    """Training patients of every hospital, after checking both splits and that one file per class can be read.
+    """Training patients of every hospital, after checking all parts and that one file per class can be read.
 
     Raises what `load_hospital` would raise for the same reasons, before any process starts; `survey` reads every file.
     """
@@ -352,6 +375,8 @@ def patients_per_hospital(config: Config) -> list[int]:
         index, parts = records_per_hospital(config, split)
         if split == "train":
             counts = [len({index.patients[row] for row in rows}) for rows in parts]
+            if config.data.validation_fraction:
+                records_per_hospital(config, "validation")
         if index.files:
             for label in range(len(config.data.classes)):
                 require_one_readable([index.files[row] for row in np.flatnonzero(index.labels == label)], label, config)

@@ -15,7 +15,7 @@ from mpc_fl.learning.data.image_files import ImageForm, read_image
 from mpc_fl.learning.data.loading import Index, records_per_hospital
 from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
 from mpc_fl.learning.data.reading import nothing_of_class, require_readable
-from mpc_fl.learning.data.tables import Split
+from mpc_fl.learning.data.tables import Part
 
 _MANY_IMAGES = 20  # of one patient, on average: a pattern that takes a word for a patient gives more
 _FEW_FILES = 20  # fewer say nothing about their names
@@ -61,14 +61,15 @@ class _SplitSurvey:
 
 def survey(config: Config) -> Survey:
     """Read all that training and testing will read. Raises what `load_hospital` would raise, before any process starts."""
-    splits: tuple[Split, ...] = ("train", "test")
-    found = [_survey_of(config, split) for split in splits]
+    parts: tuple[Part, ...] = ("train", "test", "validation") if config.data.validation_fraction else ("train", "test")
+    found = [_survey_of(config, part) for part in parts]
     keys = {of.index.patients[row] for of in found for row in of.rows}
     sources, left_aside, treatments = Counter[str](), Counter[str](), Counter[str]()
     for of in found:
         sources.update(of.index.sources[row] for row in of.rows if of.index.sources)
-        left_aside.update(of.index.left_aside)
         treatments.update(of.treatments)
+    for of in found[:2]:  # who validate lie in the folders of those who train
+        left_aside.update(of.index.left_aside)
     records = sum(len(of.rows) for of in found)
     return Survey(
         records=records,
@@ -84,8 +85,8 @@ def survey(config: Config) -> Survey:
     )
 
 
-def _survey_of(config: Config, split: Split) -> _SplitSurvey:
-    index, parts = records_per_hospital(config, split)
+def _survey_of(config: Config, part: Part) -> _SplitSurvey:
+    index, parts = records_per_hospital(config, part)
     rows, unreadable = set().union(*parts), dict[int, UnreadableImageError]()
     treatments, form = Counter[str](), ImageForm.of(config.data)
     for row in sorted(rows) if index.files else []:
@@ -100,11 +101,11 @@ def _survey_of(config: Config, split: Split) -> _SplitSurvey:
     left = []
     for own in parts:
         failed = {place: unreadable[row] for place, row in enumerate(own) if row in unreadable}
-        require_readable([int(index.labels[row]) for row in own], failed, split, config)
+        require_readable([int(index.labels[row]) for row in own], failed, part, config)
         left.append(len({index.patients[row] for row in own if row not in unreadable}))
         if not left[-1]:
             first = next(iter(failed.values()))
-            raise DataError(f"no {split} image can be read; the first: {first.what}", first.fix)
+            raise DataError(f"no {part} image can be read; the first: {first.what}", first.fix)
     return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
 
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
-from mpc_fl.learning.data.partition import generator
+from mpc_fl.learning.data.partition import place_of
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test"]  # what sources have
+Part = Literal["train", "validation", "test"]  # what a hospital's patients are for
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,17 @@ def scale_features(features: np.ndarray, config: Config) -> np.ndarray:
 
 
 def _split(patients: list[str], config: Config, split: Split) -> np.ndarray:
-    """Rows of the split, divided by patient."""
-    unique = sorted(set(patients))
-    order = generator(config.seed, 3).permutation(len(unique))
-    # At least one patient on either side, whatever the fraction.
-    count = max(1, min(len(unique) - 1, round(len(unique) * config.data.table.test_fraction)))
-    held_out = {unique[i] for i in order[:count]}
-    return np.array(
-        [row for row, patient in enumerate(patients) if (patient in held_out) == (split == "test")], dtype=int
-    )
+    """Rows of the split, divided by patient: one whose place lies below `data.table.test_fraction` tests. Raises `DataError`."""
+    fraction = config.data.table.test_fraction
+    tests = {patient: place_of(patient, "held out", config.seed) < fraction for patient in set(patients)}
+    rows = [row for row, patient in enumerate(patients) if tests[patient] == (split == "test")]
+    if not rows:
+        side = "below" if split == "test" else "above"
+        raise DataError(
+            f"no {split} patient: of {len(tests)} patients none falls {side} data.table.test_fraction={fraction:g}",
+            "use more patients, or another fraction",
+        )
+    return np.array(rows, dtype=int)
 
 
 def _chosen(records: Records, rows: np.ndarray) -> Records:

@@ -190,14 +190,17 @@ def area_resolution(negative: Sequence[int], positive: Sequence[int]) -> float |
     return sum(others * own for others, own in zip(negative, positive, strict=True)) / pairs / 2
 
 
-def evaluate_locally(probabilities: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+def evaluate_locally(
+    probabilities: torch.Tensor, labels: torch.Tensor, decided: torch.Tensor | None = None
+) -> Evaluation:
     """Count predictions: float probabilities (records, classes) against int64 labels (records,).
 
+    The class `decided` for each record, int64 (records,), is by default the most probable one.
     A probability that is not finite counts as 0: a model that diverged is bad, and its counts stay in their range.
     """
     classes = probabilities.shape[1]
     chances = torch.where(torch.isfinite(probabilities), probabilities, 0.0).double().clamp(0.0, 1.0)
-    predicted = chances.argmax(dim=1)
+    predicted = chances.argmax(dim=1) if decided is None else decided
     confidence = chances.gather(1, predicted.unsqueeze(1)).squeeze(1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
     bins = (chances * SCORE_BINS).long().clamp(0, SCORE_BINS - 1)

@@ -3,6 +3,7 @@
 A model that was trained on normalised inputs (`data.normalise: secure`) says so in its description, with the public
 constants: whoever has an image applies them before the network or before sharing the image. The network itself stays
 as it was, so encryption costs nothing more, and zero padding stays exact, which it would not if they were folded in.
+A model that was calibrated on validation patients says so, too: `calibration` is applied to its logits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mpc_fl.errors import DataError, ModelError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.calibration import CALIBRATION, Calibration
 from mpc_fl.learning.models.low_rank import merged
 from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.parsing import parse_json
@@ -30,9 +32,13 @@ _RETRAIN = "give a model.safetensors written by mpc-fl train"
 _KEY = "mpc-fl"  # one entry: safetensors writes several in no fixed order, and equal models shall be equal files
 
 
-def describe(config: Config, normalisation: Normalisation | None = None) -> dict[str, Any]:
-    """What a model file says about its network and, if it has them, the constants of its inputs."""
+def describe(
+    config: Config, normalisation: Normalisation | None = None, calibration: Calibration | None = None
+) -> dict[str, Any]:
+    """What a model file says about its network and, if it has them, the constants of its inputs and its calibration."""
     constants: dict[str, Any] = {}
+    if calibration is not None:
+        constants[CALIBRATION] = calibration.to_json()
     if normalisation is not None:
         constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
@@ -47,24 +53,38 @@ def describe(config: Config, normalisation: Normalisation | None = None) -> dict
     }
 
 
-def model_file(model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> bytes:
+def model_file(
+    model: nn.Module,
+    config: Config,
+    normalisation: Normalisation | None = None,
+    calibration: Calibration | None = None,
+) -> bytes:
     """The content of a model file: all parameters and buffers with the description of the architecture.
 
     Adapters (`low_rank`) are taken into the weights they stand beside, and standardised weights are folded: the file is that of
     an ordinary network.
-    `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there.
+    `normalisation` is that of the inputs it was trained on, needed where `data.normalise` is not none, and only there; so is
+    `calibration` where `evaluation.calibrate` is not none.
     """
+    if (calibration is not None) != (config.evaluation.calibrate != "none"):
+        raise ModelError("the model has another calibration than evaluation.calibrate says", "pass it on")
     if (normalisation is not None) != (config.data.normalise != "none"):
         raise ModelError("the model has another normalisation of inputs than data.normalise says", "pass it on")
     state = plain_network(merged(model)).state_dict()
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-    return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation))})
+    return save(tensors, metadata={_KEY: json.dumps(describe(config, normalisation, calibration))})
 
 
-def save_model(path: Path, model: nn.Module, config: Config, normalisation: Normalisation | None = None) -> None:
+def save_model(
+    path: Path,
+    model: nn.Module,
+    config: Config,
+    normalisation: Normalisation | None = None,
+    calibration: Calibration | None = None,
+) -> None:
     """Write a model file whole or not at all; see `model_file`."""
     with written_whole(path) as temporary:
-        temporary.write_bytes(model_file(model, config, normalisation))
+        temporary.write_bytes(model_file(model, config, normalisation, calibration))
 
 
 def load_model(path: Path, config: Config) -> nn.Module:
@@ -84,6 +104,7 @@ def load_model(path: Path, config: Config) -> nn.Module:
                 "use the configuration the model was trained with",
             )
     _normalisation_of(description, path, config)
+    _calibration_of(description, path, config)
     model = build_model(config)
     forms = {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
     if forms != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}:
@@ -121,6 +142,33 @@ def _normalisation_of(description: dict[str, Any], path: Path, config: Config) -
     if len(normalisation.mean) != config.data.input_shape[0]:
         raise ModelError(f"model file {path} normalises inputs of another shape", _RETRAIN)
     return normalisation
+
+
+def load_calibration(path: Path, config: Config) -> Calibration | None:
+    """The calibration in this model file; `None` where `evaluation.calibrate` is none.
+
+    Raises `ModelError` when the file cannot be read, has a calibration that cannot be, or none where one is configured, or the
+    other way round.
+    """
+    return _calibration_of(_read_described(path)[0], path, config)
+
+
+def _calibration_of(description: dict[str, Any], path: Path, config: Config) -> Calibration | None:
+    values, configured = description.get(CALIBRATION), config.evaluation.calibrate
+    if (values is not None) != (configured != "none"):
+        raise ModelError(
+            f"model file {path} has {'no' if values is None else 'a'} calibration, evaluation.calibrate is '{configured}'",
+            "use the configuration the model was trained with",
+        )
+    if values is None:
+        return None
+    try:
+        calibration = Calibration.from_json(values)
+    except DataError:
+        raise ModelError(f"model file {path} has a calibration that cannot be", _RETRAIN) from None
+    if len(calibration.offsets) != len(config.data.classes):
+        raise ModelError(f"model file {path} has a calibration of other classes", _RETRAIN)
+    return calibration
 
 
 def _read_described(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

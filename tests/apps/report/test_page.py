@@ -302,6 +302,23 @@ def test_only_a_summary_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_it_is_said_which_round_was_chosen_by_what_and_how_it_was_calibrated(tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    noised = {**summary["final"], "noise": 6.9, "records": 121, "accuracy": 0.8125, "balanced_accuracy": 0.75}
+    summary |= {"validation": noised, "evaluated_round": 5, "chosen": {"round": 2, "figures": {"1": 0.5, "2": 0.8125}}}
+    summary |= {"calibration": {"temperature": 2.0, "offsets": [0.0, -0.5, 0.0]}}
+    write(run / "summary.json", summary)
+    page = write_report(run).read_text()
+    assert "Chosen round" in page and "of 2 validated ones, of 4" in page and "121 counted" in page
+    assert "81.2" in page and "noise of 6.9 patients" in page
+    assert "temperature of 2" in page and "-0.5" in page
+    assert "no evaluation was opened after the last one" not in page
+    summary |= {"chosen": None, "calibration": None}
+    write(run / "summary.json", summary)
+    assert "nothing of this run was chosen by them" in write_report(run).read_text()
+
+
 def test_run_without_differential_privacy_says_so(tmp_path: Path) -> None:
     text = page(training_run(tmp_path / "run", private=False, rounds=1))
     assert "No differential privacy" in text and "<dd>none<small>no differential privacy" in text

@@ -18,9 +18,15 @@ from mpc_fl.errors import DataError
 from mpc_fl.learning.data import reading as data
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import Picture, WrongSizeError
-from mpc_fl.learning.data.loading import load_hospital, load_images, patients_per_hospital, shared_patients
-from mpc_fl.learning.data.partition import patient_of
-from mpc_fl.learning.data.tables import Split
+from mpc_fl.learning.data.loading import (
+    load_hospital,
+    load_images,
+    patients_per_hospital,
+    public_sizes,
+    shared_patients,
+)
+from mpc_fl.learning.data.partition import patient_of, place_of
+from mpc_fl.learning.data.tables import Part, Split
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 SIZE = 8
@@ -49,6 +55,7 @@ def _config(root: Path | None, hospitals: int = 3, partition: Any = None, subset
     values = {"source": "images", "classes": ["ill", "well"], "image_size": SIZE, "shared_patients": "keep", **more}
     config = Config().with_values(
         data={**values, "partition": partition or {}, "subset": subset or {}},
+        evaluation={"noise_multiplier": 4.0},
         federation={"hospitals": hospitals},
         site={"data": None if root is None else str(root)},
     )
@@ -305,8 +312,8 @@ def test_patients_beyond_the_subset_do_not_train(folder: Path) -> None:
 
 def test_hospitals_without_patients(folder: Path) -> None:
     many = _config(folder, hospitals=40)
-    _fails(lambda: patients_per_hospital(many), "hospital-27 has no train patients", "fewer hospitals")
-    _fails(lambda: load_hospital(many, 39, "test"), "hospital-39 has no test patients")
+    _fails(lambda: patients_per_hospital(many), "has no train patients", "fewer hospitals")
+    _fails(lambda: load_hospital(many, 0, "test"), "hospital-0 has no test patients")
     # two classes cannot reach three hospitals when each goes to one
     uneven = _config(folder, partition={"method": "dirichlet", "alpha": 1e-9})
     _fails(lambda: patients_per_hospital(uneven), "has no train patients", "data.partition.alpha")
@@ -350,8 +357,9 @@ def test_npz_and_csv_are_divided(tmp_path: Path) -> None:
     for part in parts:
         _check(part, config)
         assert len(part) == 2 * part.patient_count
-    assert patients_per_hospital(config) == [10, 10, 10] == [part.patient_count for part in parts]
-    assert len({name for part in parts for name in part.names}) == 60
+    counts = [part.patient_count for part in parts]
+    assert patients_per_hospital(config) == counts and max(counts) - min(counts) <= 1
+    assert len({name for part in parts for name in part.names}) == 2 * sum(counts)
 
 
 def test_a_class_without_records_is_a_mistake(tmp_path: Path) -> None:
@@ -370,7 +378,7 @@ def test_embedded_sources_are_divided(source: str) -> None:
         assert len(set(names)) == len(names)
         if split == "train":
             assert patients_per_hospital(config) == [part.patient_count for part in parts]
-            assert sum(part.patient_count for part in parts) == (427 if source == "breast_cancer" else 70)
+            assert sum(part.patient_count for part in parts) == (437 if source == "breast_cancer" else 70)
 
 
 def test_phantoms_in_three_channels() -> None:
@@ -509,3 +517,34 @@ def test_real_xrays_have_the_native_size(xrays: Path) -> None:
     part = load_images(xrays / "test", config, 3)
     assert part.inputs.shape == (3, 3, 224, 224) and part.labels.tolist() == [0, 1, 2]
     assert (part.inputs[:, 0] - part.inputs[:, 1]).abs().max() < 0.02  # three equal channels
+
+
+@pytest.mark.parametrize("method", ["equal", "none"])
+def test_who_validates_is_fixed_by_name(folder: Path, method: str) -> None:
+    config = _config(folder, partition={"method": method}, validation_fraction=0.3)
+    ranks = range(3) if method == "equal" else [0]
+
+    def names(part: Part) -> set[str]:
+        return {patient_of(name) for rank in ranks for name in load_hospital(config, rank, part).names}
+
+    train, validation = names("train"), names("validation")
+    assert train and validation and not train & validation
+    assert train | validation == {patient_of(path.name) for path in (folder / "train").rglob("*.png")}
+    assert all((place_of(name, "validation") < 0.3) == (name in validation) for name in train | validation)
+    _image(folder / "train" / "ill" / "person7777_virus_0.png", 50)  # one patient more, and nobody else moves
+    assert names("train") - {"person7777"} == train and names("validation") - {"person7777"} == validation
+
+
+def test_who_validates_trains_not_and_counts_not() -> None:
+    config = _config(None, source="phantoms", validation_fraction=0.25, phantoms={"train_patients": 90})
+    counts = patients_per_hospital(config)
+    found = [load_hospital(config, rank, "train").patient_count for rank in range(3)]
+    aside = [load_hospital(config, rank, "validation").patient_count for rank in range(3)]
+    assert counts == found and sum(found) + sum(aside) == 90 and min(aside) > 0
+    sizes = public_sizes(config)
+    assert (sizes.smallest, sizes.largest) == (min(found), max(found))
+    _fails(
+        lambda: patients_per_hospital(config.with_values(data={"validation_fraction": 1e-6})),
+        "has no validation patients",
+        "data.validation_fraction",
+    )

@@ -7,11 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.learning.data.partition import generator, partition_dirichlet, partition_equal, patient_of
+from mpc_fl.learning.data import partition
+from mpc_fl.learning.data.partition import generator, patient_of, place_of, places_of
 
 LABELS = st.lists(st.integers(0, 3), min_size=1, max_size=60).map(lambda values: np.array(values, dtype=np.int64))
 HOSPITALS = st.integers(1, 9)
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _names(count: int) -> list[str]:
+    return [f"patient {number}" for number in range(count)]
+
+
+def partition_equal(labels: np.ndarray, hospitals: int, seed: int) -> list[np.ndarray]:
+    return partition.partition_equal(_names(len(labels)), labels, hospitals, seed)
+
+
+def partition_dirichlet(labels: np.ndarray, hospitals: int, alpha: float, seed: int) -> list[np.ndarray]:
+    return partition.partition_dirichlet(_names(len(labels)), labels, hospitals, alpha, seed)
 
 
 def _check_disjoint_and_complete(parts: list[np.ndarray], count: int, hospitals: int) -> None:
@@ -23,7 +36,7 @@ def _check_disjoint_and_complete(parts: list[np.ndarray], count: int, hospitals:
 def test_equal_is_disjoint_complete_and_even(labels: np.ndarray, hospitals: int, seed: int) -> None:
     parts = partition_equal(labels, hospitals, seed)
     _check_disjoint_and_complete(parts, len(labels), hospitals)
-    assert np.ptp([len(part) for part in parts]) <= 1
+    assert np.ptp([len(part) for part in parts]) <= 4  # classes
     for label in range(4):
         assert np.ptp([int((labels[part] == label).sum()) for part in parts]) <= 1
 
@@ -83,6 +96,45 @@ def test_test_patients_of_a_hospital_are_like_its_training_patients() -> None:
         shares = [_shares(partition_dirichlet(labels, 3, 0.5, seed), labels) for labels in (train, test)]
         np.testing.assert_allclose(shares[0], shares[1], atol=0.01)
     assert np.abs(shares[0] - 1 / 3).max() > 0.1
+
+
+@given(LABELS, HOSPITALS, SEEDS, st.integers(0, 3), st.booleans())
+def test_one_patient_more_moves_a_few_neighbours_at_most(
+    labels: np.ndarray, hospitals: int, seed: int, label: int, dirichlet: bool
+) -> None:
+    # With Dirichlet a class that is new draws for itself, so all classes are there before.
+    labels = np.concatenate([np.arange(4), labels])
+    more = np.append(labels, label)
+
+    def owners(values: np.ndarray) -> np.ndarray:
+        parts = (
+            partition_dirichlet(values, hospitals, 0.5, seed) if dirichlet else partition_equal(values, hospitals, seed)
+        )
+        found = np.empty(len(values), dtype=int)
+        for rank, part in enumerate(parts):
+            found[part] = rank
+        return found
+
+    before, after = owners(labels), owners(more)[:-1]
+    moved = np.flatnonzero(before != after)
+    assert len(moved) < hospitals
+    assert np.all(labels[moved] == label)
+
+
+def test_the_order_within_a_hospital_is_kept() -> None:
+    labels = np.zeros(40, dtype=int)
+    (before,), (after,) = partition_equal(labels, 1, 3), partition_equal(np.zeros(41, dtype=int), 1, 3)
+    assert [number for number in after.tolist() if number != 40] == before.tolist()
+
+
+def test_places_are_even_and_differ_by_purpose_and_seed() -> None:
+    names = _names(4000)
+    places = [places_of(names, *of) for of in (("a",), ("b",), ("a", 1))]
+    for found in places:
+        assert found.min() >= 0 and found.max() < 1
+        np.testing.assert_allclose(np.histogram(found, 10, (0, 1))[0], 400, atol=100)  # 5 standard deviations
+    assert np.abs(np.corrcoef(places)[np.triu_indices(3, 1)]).max() < 0.08
+    assert place_of("patient 7", "a") == places[0][7] == place_of("patient 7", "a", 0)
 
 
 def test_generators_of_different_purpose_differ() -> None:

@@ -68,21 +68,37 @@ def test_csv_values_labels_names(tmp_path: Path) -> None:
     assert records.names[0] == "t.csv line 2" and len(set(records.patients)) == 40
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.99])
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.9])
 def test_csv_splits_are_disjoint_and_complete_by_patient(tmp_path: Path, fraction: float) -> None:
-    rows = "".join(f"p{row % 9} ,{row},{row % 2},1\n" if row % 2 else f"p{row % 9},{row},0,1\n" for row in range(40))
+    rows = "".join(f"p{row % 39} ,{row},{row % 2},1\n" if row % 2 else f"p{row % 39},{row},0,1\n" for row in range(160))
     path = _write(tmp_path / "t.csv", "who,age,label,size\n" + rows)
     config = _csv_config(patient_column="who", test_fraction=fraction)
     train, test = read_csv(path, config, "train"), read_csv(path, config, "test")
     # a space after the name does not make another patient of it
-    assert set(train.patients) | set(test.patients) == {f"p{k}" for k in range(9)}
+    assert set(train.patients) | set(test.patients) == {f"p{k}" for k in range(39)}
     assert not set(train.patients) & set(test.patients)
     assert train.patients and test.patients
-    assert sorted(train.names + test.names) == sorted(f"t.csv line {line}" for line in range(2, 42))
-    assert len(set(test.patients)) == min(8, max(1, round(9 * fraction)))
+    assert sorted(train.names + test.names) == sorted(f"t.csv line {line}" for line in range(2, 162))
+    assert abs(len(set(test.patients)) - 39 * fraction) < 10
     assert read_csv(path, config, "test").names == test.names
     splits = {tuple(read_csv(path, config.with_values(seed=seed), "test").names) for seed in range(6)}
     assert len(splits) > 1  # the seed decides who is held out
+
+
+def test_a_patient_more_moves_no_other_into_or_out_of_the_test_set(tmp_path: Path) -> None:
+    config = _csv_config(patient_column="who")
+    rows = [f"p{row},{row},{row % 2},1\n" for row in range(60)]
+    before, after = (
+        read_csv(_write(tmp_path / name, "who,age,label,size\n" + "".join(lines)), config, "test").patients
+        for name, lines in (("a.csv", rows), ("b.csv", ["another,7,1,1\n", *rows]))
+    )
+    assert set(before) == set(after) - {"another"} and before
+
+
+def test_a_table_without_test_patients_is_a_mistake(tmp_path: Path) -> None:
+    path = _write(tmp_path / "t.csv", "age,label,size\n1,0,2\n2,1,3\n")
+    with pytest.raises(DataError, match="no test patient: of 2 patients none falls below"):
+        read_csv(path, _csv_config(test_fraction=0.001), "test")
 
 
 def test_csv_labels_by_number_and_class_names_first(tmp_path: Path) -> None:
@@ -163,7 +179,7 @@ def test_breast_cancer() -> None:
     config = _config("breast_cancer", classes=["malignant", "benign"])
     train, test = read_breast_cancer(config, "train"), read_breast_cancer(config, "test")
     assert len(train.labels) + len(test.labels) == 569 == len(set(train.names) | set(test.names))
-    assert train.inputs.shape[1] == 30 and train.inputs.dtype == np.float32 and len(test.labels) == 142
+    assert train.inputs.shape[1] == 30 and train.inputs.dtype == np.float32 and len(test.labels) == 132
     counts = Counter(train.labels.tolist()) + Counter(test.labels.tolist())
     assert counts == {0: 212, 1: 357}  # 212 malignant, 357 benign
 

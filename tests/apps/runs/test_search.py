@@ -1,0 +1,138 @@
+"""A search over settings: which are refused, that it is one budget, and that it goes on where it was ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpc_fl.apps.report.search_page import write_search_report
+from mpc_fl.apps.runs.search import grid_of, grid_setting, searched
+from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, best_trial
+from mpc_fl.audit.model_origin import model_origin
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.errors import ConfigError
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+
+SECTIONS: dict[str, Any] = {
+    "data": {"image_size": 8, "validation_fraction": 0.3, "phantoms": {"train_patients": 60, "test_patients": 20}},
+    "model": {"architecture": "mlp", "hidden": [2]},
+    "training": {"rounds": 2, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "vmap"},
+    "privacy": {"epsilon": 20.0, "delta": 1e-3},
+    "evaluation": {"noise_multiplier": 8.0, "choose": "best", "calibrate": "both"},
+    "federation": {"hospitals": 2},
+}
+
+
+def configured(**sections: Any) -> Config:
+    return parse_config({**SECTIONS, **{name: {**SECTIONS[name], **of} for name, of in sections.items()}}, "test")
+
+
+def test_every_combination_is_tried() -> None:
+    search = searched(configured(), {"training.learning_rate": [0.1, 0.2], "model.hidden": [[2], [4], [2, 2]]})
+    assert len(search.settings) == 6
+    trial = search.trial(6, 2.5, Path("/somewhere"))
+    assert (trial.training.learning_rate, trial.model.hidden) == (0.2, (2, 2))
+    assert not trial.evaluation.test and trial.privacy.noise_multiplier == 2.5 and trial.name == "phantoms trial 6"
+    last = search.last(6, 3.0, Path("/somewhere"))
+    assert last.evaluation.test and last.privacy.noise_multiplier == 3.0 and last.name == "phantoms"
+    assert last.training == trial.training and last.site.privacy_ledger == Path("/somewhere")
+
+
+@pytest.mark.parametrize(
+    ("sections", "grid", "words"),
+    [
+        (
+            {"data": {"validation_fraction": 0.0}, "evaluation": {"choose": "last", "calibrate": "none"}},
+            {"training.rounds": [1, 2]},
+            "there are none",
+        ),
+        ({"privacy": {"noise_multiplier": 3.0}}, {"training.rounds": [1, 2]}, "follows from the budget"),
+        ({}, {"privacy.epsilon": [1, 2]}, "cannot be searched"),
+        ({}, {"data.classes": [["a", "b"], ["c", "d"]]}, "cannot be searched"),
+        ({}, {"training.rounds": []}, "has no values"),
+        ({}, {"training.rounds": [3]}, "at least two"),
+        ({}, {"training.rounds": [3, 3]}, "at least two"),
+        ({}, {"training.rounds": list(range(1, 300))}, "are more than"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(sections: Any, grid: dict[str, list[Any]], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        searched(configured(**sections), grid)
+
+
+def test_values_are_read_as_yaml() -> None:
+    assert grid_setting("training.learning_rate=0.1, 1") == ("training.learning_rate", [0.1, 1])
+    assert grid_setting("model.hidden=[2],[4, 4]") == ("model.hidden", [[2], [4, 4]])
+    for text in ("training.rounds", "=3,4"):
+        with pytest.raises(ConfigError, match="not of the form"):
+            grid_setting(text)
+    assert grid_of({"training.rounds": [1, 2]}, "grid.yaml") == {"training.rounds": [1, 2]}
+    for wrong in (None, [1], {"training.rounds": 3}):
+        with pytest.raises(ConfigError, match="no lists of values"):
+            grid_of(wrong, "grid.yaml")
+
+
+def test_the_best_trial_is_the_first_of_the_best() -> None:
+    trials = [TrialResult(n, {}, figure) for n, figure in ((1, 0.5), (2, 0.75), (3, 0.75), (4, None))]
+    found = best_trial(trials)
+    assert found is not None and found.number == 2
+    assert best_trial([TrialResult(1, {}, failed="it went wrong")]) is None
+
+
+def command(config: Path, out: Path, *more: str) -> list[str]:
+    tries = ["--try", "training.learning_rate=0.1,0.5"]
+    return [sys.executable, "-m", "mpc_fl", "tune", str(config), "--out", str(out), *tries, *more]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(SECTIONS))  # JSON is YAML
+    return path
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_and_stays_within_its_budget(config_file: Path, tmp_path: Path) -> None:
+    out, ledgers = tmp_path / "search", tmp_path / "ledgers"
+    more = ["--ledger", str(ledgers)]
+    first = subprocess.Popen(command(config_file, out, *more), stderr=subprocess.DEVNULL, start_new_session=True)
+    done = tmp_path / "search.partial" / "trials" / "trial-1" / "summary.json"
+    while not done.exists() and first.poll() is None:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not out.exists()
+    again = subprocess.run(command(config_file, out, *more), capture_output=True, text=True, check=False)
+    assert again.returncode != 0 and "exists" in again.stderr
+    before = done.stat().st_mtime_ns
+    subprocess.run(command(config_file, out, *more, "--resume"), check=True, capture_output=True)
+    assert (out / "trials" / "trial-1" / "summary.json").stat().st_mtime_ns == before
+    summary = SearchSummary.from_json(json.loads((out / SEARCH_FILE).read_text()))
+    assert [trial.settings for trial in summary.trials] == [
+        {"training.learning_rate": f"{rate}"} for rate in (0.1, 0.5)
+    ]
+    assert all(trial.figure is not None for trial in summary.trials) and summary.final is not None
+    for spent in summary.spent:
+        assert spent.after_trials is not None and spent.after_all is not None
+        assert 0 < spent.after_trials < spent.after_all <= 20.0
+        ledger = PrivacyLedger(ledgers / f"{spent.hospital}-privacy.sqlite3", spent.hospital)
+        assert ledger.epsilon(1e-3) == spent.after_all
+        runs = {" ".join(record["run"].split()[:3]) for record in ledger.records()}
+        assert {"phantoms trial 1", "phantoms trial 2"} <= runs
+    for number in (1, 2):  # test patients were left alone
+        lines = (out / "trials" / f"trial-{number}" / "metrics.jsonl").read_text().splitlines()
+        assert all(json.loads(line)["evaluation"] is None for line in lines)
+    assert model_origin(out / "final" / "model.safetensors").signed and summary.calibration is not None
+    final = json.loads((out / "final" / "summary.json").read_text())
+    assert final["evaluated_round"] == 3 and final["chosen"]["round"] in (1, 2)
+    page = write_search_report(out).read_text()
+    assert "training.learning_rate=0.5" in page and "SYNTHETIC" in page and "<script" not in page
