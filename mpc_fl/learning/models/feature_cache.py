@@ -4,7 +4,7 @@ An image's features say much about the image, so they are never on the disk as t
 (`crypto.sealed_file`) below DIR/<settings>/, under the HMAC-SHA256 of the image with a key of the site: who has the directory and
 not the key can neither read a record nor tell whether a certain image is among them. The name is authenticated with the content,
 so no entry stands for another. `settings` is the digest of all that features follow from besides the image: extractor, its
-weights, stages, mirror, and the version of torch.
+weights, stages, mirror, the version of torch, and the device.
 
 An entry that cannot be opened is computed anew and said. Nothing depends on the cache but time: where it cannot be written, one
 line of the log says why, and the run goes on. The oldest entries make room for new ones.
@@ -34,6 +34,7 @@ from mpc_fl.crypto.sealed_file import TAG_BYTES, seal, sealed_size, unseal
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import BrokenSealError, DataError, MpcFlError
 from mpc_fl.files import written_whole
+from mpc_fl.learning.device import device_of
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ Progress = Callable[[int, int], None]
 
 
 def settings_digest(config: Config) -> str:
-    """SHA-256 of what features follow from besides the image, as hex. `config.data.features` is set."""
+    """SHA-256 of what features follow from besides the image, as hex; `config.data.features` is set. Raises `ConfigError`."""
     assert config.data.features is not None
-    said = {"features": config.data.features.described(), "constant": FEATURE_CONSTANT, "torch": str(torch.__version__)}
+    where = {"torch": str(torch.__version__), "device": device_of(config).exact.words}  # others round otherwise
+    said = {"features": config.data.features.described(), "constant": FEATURE_CONSTANT, **where}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
