@@ -60,7 +60,7 @@ def hospital_evaluation(
     """
     number, config = plan.number, hospital.config
     domain.links.set_phase(f"round {number} evaluation")
-    probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs), dim=1)
+    probabilities = torch.softmax(predict(hospital.model, hospital.test.inputs).double(), dim=1)
     own = evaluate_locally(probabilities, hospital.test.labels)
     if not config.evaluates(number):
         return own
