@@ -1,11 +1,17 @@
-"""Accuracy on real chest X-rays against epsilon: what hospitals reach together and alone, with a linear layer on public features.
+"""Accuracy on real chest X-rays against epsilon: what hospitals reach together and alone.
 
-    nice python benchmarks/chest_xray_table.py --data DIR --out docs/chest_xray_table.md
+    python benchmarks/chest_xray_table.py --data DIR --cache CACHE --out docs/chest_xray_table.md
 
-DIR/{train,test}/<class>/ as for `mpc-fl train`. Rows: all patients in one place (`central`), one hospital by itself (`alone`), and
-the federation with either noise. The patient is the unit of privacy, and the mean of the features is charged as in a run
-(`plan_release`). Everything is computed in this process by the functions that hospitals and aggregator call, without masks:
-masks cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of the noise. Features are computed once.
+DIR/{train,test}/<class>/ as for `mpc-fl train`. Models: a linear layer on features of EfficientNet-Lite0 or on scattering, and
+the small network, which is trained as a whole and therefore for a few rows and seeds alone. Rows: all patients in one place
+(`central`), one hospital by itself (`alone`), and the federation with either noise. The patient is the unit of privacy, and
+the mean of the features is charged as in a run (`plan_release`). Everything is computed by the functions that hospitals and
+aggregator call, without masks and links: masks cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of
+the noise (`chest_xray_federation.py` makes such runs). Features are computed once, and kept in CACHE.
+
+With `--block K` test records stay aside: the K-th quarter of the training patients, by the numbers in their names, is tested
+by models of the others. Settings are chosen so. Neighbours in number were X-rayed at about the same time, so that this tells more
+of other patients than a quarter drawn at random, which flatters.
 
 The seed divides the patients; noise comes from the system. Intervals: both seeds and test patients are drawn anew (2,000 times,
 a patient's records together), so they cover the choice of either.
@@ -15,10 +21,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
+import hashlib
 import math
+import multiprocessing
+import re
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +46,11 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.planning import mechanism_of, plan_release, releases_beside_steps, sample_rate_of
-from mpc_fl.files import write_json, write_text
+from mpc_fl.files import write_json, write_text, written_whole
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.partition import partition_equal, patient_of
+from mpc_fl.learning.data.tables import Split
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
@@ -51,20 +63,27 @@ from mpc_fl.learning.training.sampling import sample_patients
 from mpc_fl.learning.training.server_optimizers import server_optimizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml"}
+CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml", "small": "chest_xray_small.yaml"}
+NETWORKS = {"lite0": "Lite0, linear", "scattering": "scattering, linear", "small": "small network"}
+# What the small network is trained for: minutes a row and seed.
+SMALL_ROWS, SMALL_EPSILONS, SMALL_SEEDS = ("central", "local", "distributed"), (math.inf, 8.0), 2
+RATE_WITHOUT_CLIPPING = 5.0  # of a linear layer on features; gradients of the other rows are clipped to a tenth
 ROWS = {
     "central": "central",
     "alone": "one hospital alone (mean of all)",
     "local": "federated, local noise",
     "distributed": "federated, distributed noise",
 }
+SOURCES = ("data/image_files.py", "models/feature_extractor.py", "models/scattering.py", "models/efficientnet_lite.py")
+NUMBERED, BLOCKS = re.compile(r"(.*?)(\d+)$"), 4
 RESAMPLES = 2000
+CORES = 2
 FIGURES = ("accuracy", "balanced accuracy", "macro AUC", "MCC")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row at one seed: probabilities (M, records, classes) of its M models, and epsilon of what was released."""
+    """One row at one seed: probabilities float64 (M, records, classes) of its M models, epsilon of what was released."""
 
     features: str
     row: str
@@ -72,7 +91,20 @@ class Result:
     seed: int
     spent: float | None
     seconds: float
-    probabilities: torch.Tensor
+    probabilities: np.ndarray
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process trains and evaluates: a row at one seed, on records that were kept as arrays (`stored`)."""
+
+    features: str
+    row: str
+    epsilon: float | None
+    seed: int
+    config: Config
+    files: tuple[Path, Path]
+    block: int | None = None
 
 
 # ---- data --------------------------------------------------------------------------------------------------------------
@@ -95,15 +127,50 @@ def divided(dataset: Dataset, hospitals: int, seed: int) -> list[Dataset]:
     return [restricted(dataset, part.tolist()) for part in partition_equal(names, labels, hospitals, seed)]
 
 
-def records(config: Config) -> tuple[Dataset, Dataset]:
-    """Records of all patients in one place: training and test."""
+def without_block(dataset: Dataset, block: int) -> tuple[Dataset, Dataset]:
+    """All patients but a quarter of each kind of name (`person`, `IM-`, `NORMAL2-IM-`), in order of number; and that quarter."""
+    kinds: dict[str, list[tuple[int, int]]] = {}
+    for patient, rows in enumerate(dataset.records_of_patient):
+        name = patient_of(dataset.names[int(rows[0])])
+        found = NUMBERED.match(name)
+        kind, number = (name, "0") if found is None else found.groups()
+        kinds.setdefault(kind, []).append((int(number), patient))
+    aside = set()
+    for members in kinds.values():
+        first, last = (len(members) * edge // BLOCKS for edge in (block, block + 1))
+        aside.update(patient for _, patient in sorted(members)[first:last])
+    rest = [patient for patient in range(dataset.patient_count) if patient not in aside]
+    return restricted(dataset, rest), restricted(dataset, sorted(aside))
+
+
+def restored(file: Path) -> Dataset:
+    """A data set as `stored` left it."""
+    with np.load(file, allow_pickle=False) as arrays:
+        inputs, labels, patients = (torch.from_numpy(arrays[name]) for name in ("inputs", "labels", "patients"))
+        return Dataset(inputs, labels, patients, tuple(arrays["names"].tolist()))
+
+
+def stored(config: Config, split: Split, cache: Path) -> Path:
+    """The file with the records of all patients in one place, which is made where it is not there yet.
+
+    Its name says of what settings, code and files it was made.
+    """
     whole = config.with_values(data={"partition": {"method": "none"}})
-    sets = []
-    for split in ("train", "test"):
+    assert config.site.data is not None
+    images = sorted(path.relative_to(config.site.data).as_posix() for path in (config.site.data / split).rglob("*.*"))
+    sources = [(REPOSITORY / "mpc_fl" / "learning" / name).read_bytes() for name in SOURCES]
+    described = [whole.data.model_dump_json().encode(), *sources, *(name.encode() for name in images)]
+    digest = hashlib.sha256(b"\n".join(described)).hexdigest()
+    file = cache / f"{config.name}-{split}-{digest[:16]}.npz"
+    if not file.exists():
         began = time.monotonic()
-        sets.append(as_records(load_hospital(whole, 0, split), whole))
-        say(f"{config.name}: features of {len(sets[-1])} {split} images in {time.monotonic() - began:.0f} s")
-    return sets[0], sets[1]
+        data = as_records(load_hospital(whole, 0, split), whole)
+        arrays = {name: getattr(data, name).numpy() for name in ("inputs", "labels", "patients")}
+        cache.mkdir(parents=True, exist_ok=True)
+        with written_whole(file) as place, place.open("wb") as opened:
+            np.savez(opened, names=np.array(data.names), **arrays)
+        say(f"{config.name}: {len(data)} {split} records in {time.monotonic() - began:.0f} s")
+    return file
 
 
 # ---- training ----------------------------------------------------------------------------------------------------------
@@ -173,41 +240,50 @@ def spent_by(config: Config, patients: int) -> float | None:
 def configured(config: Config, row: str, epsilon: float | None, patients: int) -> Config:
     """The settings of a row: who adds the noise, and for whom it is enough."""
     mechanism = "none" if epsilon is None else "distributed" if row == "distributed" else "local"
-    rounds, steps = config.training.rounds, config.training.local_steps
-    training: dict[str, Any] = {"strategy": "fedsgd", "rounds": rounds * steps, "local_steps": 1}
-    if mechanism == "distributed":
-        training = {"rounds": rounds, "local_steps": steps}
-    # A small clipping norm is better where noise is large.
-    clipping = config.privacy.clipping_norm / (3.0 if epsilon is not None and epsilon < 4 else 1.0)
     smallest = patients // 10 * 10  # a public lower bound, not the number itself
-    privacy: dict[str, Any] = {"mechanism": mechanism, "clipping_norm": clipping, "smallest_hospital": smallest}
-    privacy["largest_hospital"] = 2 * smallest
+    privacy: dict[str, Any] = {"mechanism": mechanism, "smallest_hospital": smallest, "largest_hospital": 2 * smallest}
     if epsilon is not None:
         privacy["epsilon"] = epsilon
+    if config.data.features is None:
+        hospitals = config.federation.hospitals if row == "central" else 1
+        training = {"batch_size": min(smallest, config.training.batch_size * hospitals)}
+        return config.with_values(training=training, privacy={**privacy, "delta": 1e-5})
+    training = {"batch_size": smallest}
+    if mechanism != "distributed":  # one step a round, so that steps are those of the federation
+        steps = config.training.rounds * config.training.local_steps
+        training = {"batch_size": smallest, "strategy": "fedsgd", "rounds": steps, "local_steps": 1}
+    if epsilon is None:
+        training["learning_rate"] = RATE_WITHOUT_CLIPPING
     data: dict[str, Any] = {"normalise_noise_multiplier": config.data.normalise_noise_multiplier * 8 / (epsilon or 8)}
     if (
         row == "alone" and epsilon is not None and epsilon <= 1
     ):  # there are too few patients for the noise of their mean
         data["normalise"] = "none"
-    return config.with_values(training={**training, "batch_size": smallest}, privacy=privacy, data=data)
+    return config.with_values(training=training, privacy=privacy, data=data)
 
 
-def measure(
-    features: str, row: str, config: Config, epsilon: float | None, seed: int, data: tuple[Dataset, Dataset]
-) -> Result:
+@functools.lru_cache(maxsize=2)
+def _data(files: tuple[Path, Path], block: int | None) -> tuple[Dataset, Dataset]:
+    """Of training and of test."""
+    return (restored(files[0]), restored(files[1])) if block is None else without_block(restored(files[0]), block)
+
+
+def measure(task: Task) -> Result:
     """Train and evaluate one row at one seed."""
-    began, (train, test) = time.monotonic(), data
-    hospitals = divided(train, config.federation.hospitals, seed)
-    groups = {"central": [[train]], "alone": [[hospital] for hospital in hospitals]}.get(row, [hospitals])
+    torch.set_num_threads(1)
+    began, (train, test), config = time.monotonic(), _data(task.files, task.block), task.config
+    hospitals = divided(train, config.federation.hospitals, task.seed)
+    groups = {"central": [[train]], "alone": [[hospital] for hospital in hospitals]}.get(task.row, [hospitals])
     found, spent = [], None
     for group in groups:
         patients = min(hospital.patient_count for hospital in group)
-        own = configured(config, row, epsilon, patients)
+        own = configured(config, task.row, task.epsilon, patients)
         inputs, held_out = centred(own, group, test)
         train_with = with_distributed_noise if own.privacy.mechanism == "distributed" else with_local_noise
-        found.append(torch.softmax(predict(train_with(own, inputs), held_out.inputs), dim=1))
+        found.append(torch.softmax(predict(train_with(own, inputs), held_out.inputs).double(), dim=1))
         spent = spent_by(own, patients)
-    return Result(features, row, epsilon, seed, spent, time.monotonic() - began, torch.stack(found))
+    probabilities = torch.stack(found).numpy()
+    return Result(task.features, task.row, task.epsilon, task.seed, spent, time.monotonic() - began, probabilities)
 
 
 # ---- statistics and text -----------------------------------------------------------------------------------------------
@@ -224,7 +300,7 @@ def figures_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, ..
 def interval(results: Sequence[Result], test: Dataset) -> list[tuple[float, float, float]]:
     """Mean of each figure over seeds and models, with a 95 % interval over seeds and test patients (bootstrap)."""
     labels, rows = test.labels.numpy(), [records.numpy() for records in test.records_of_patient]
-    by_seed = [result.probabilities.numpy() for result in results]
+    by_seed = [result.probabilities for result in results]
     means = np.mean([[figures_of(model, labels) for model in models] for models in by_seed], axis=(0, 1))
     draw, drawn = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
@@ -248,56 +324,70 @@ def line(results: Sequence[Result], test: Dataset) -> str:
     spent = "none" if first.spent is None else f"{max(result.spent or 0.0 for result in results):.2f}"
     seconds = sum(result.seconds for result in results) / len(results)
     row = "federated" if first.row == "local" and first.epsilon is None else ROWS[first.row]
-    return f"| {first.features} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
+    return f"| {NETWORKS[first.features]} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def tasks(arguments: argparse.Namespace, features: str) -> list[list[Task]]:
+    """One list for each row of the table, a task for each seed."""
+    config = load_config(REPOSITORY / "configs" / CONFIGS[features], arguments.set)
+    config = config.with_values(site={**config.site.model_dump(mode="json"), "data": str(arguments.data.resolve())})
+    files = (stored(config, "train", arguments.cache), stored(config, "test", arguments.cache))
+    small, rows = features == "small", list[list[Task]]()
+    for epsilon in arguments.epsilons:
+        budget = None if math.isinf(epsilon) else epsilon
+        for row in arguments.rows:
+            # Without noise there is nothing to distribute.
+            if budget is None and row == "distributed":
+                continue
+            if small and (row not in SMALL_ROWS or epsilon not in SMALL_EPSILONS):
+                continue
+            seeds = arguments.seeds[: SMALL_SEEDS if small else None]
+            rows.append([Task(features, row, budget, seed, config, files, arguments.block) for seed in seeds])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="DIR with {train,test}/<class>/")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for records, made once")
     parser.add_argument("--features", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--epsilons", type=float, nargs="+", default=[math.inf, 8, 4, 2, 1], help="inf: no privacy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="a setting of all rows")
+    parser.add_argument(
+        "--block", type=int, choices=range(BLOCKS), help="test on a quarter of the training patients instead"
+    )
+    parser.add_argument("--processes", type=int, default=CORES, help="rows trained at a time")
     parser.add_argument("--out", type=Path, help="Markdown file")
     parser.add_argument("--json", type=Path, help="the predictions as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    words = ["DIR" if word == str(arguments.data) else word for word in sys.argv[1:]]
+    places = {str(arguments.data): "DIR", str(arguments.cache): "CACHE"}
+    words = [places.get(word, word) for word in sys.argv[1:]]
     command, began = " ".join(["python", "benchmarks/chest_xray_table.py", *words]), time.monotonic()
-    head = " | ".join(["features", "row", "epsilon", "seeds", *FIGURES, "seconds"])
+    head = " | ".join(["model", "row", "epsilon", "seeds", *FIGURES, "seconds"])
     lines, results = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)], list[Result]()
-    about: list[str] = []
-    for features in arguments.features:
-        config = load_config(REPOSITORY / "configs" / CONFIGS[features], arguments.set)
-        config = config.with_values(site={**config.site.model_dump(mode="json"), "data": str(arguments.data.resolve())})
-        data = records(config)
-        about = [
-            f"- Data: {data[0].patient_count} training patients over {config.federation.hospitals} hospitals; {len(data[1])} "
-            f"test records of {data[1].patient_count} patients (data.shared_patients: {config.data.shared_patients}).",
-            f"- Privacy: delta {config.privacy.delta:g}, unit the patient; epsilon is that of what was released.",
-            f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}; one thread.",
-        ]
-        for epsilon in arguments.epsilons:
-            for row in arguments.rows:
-                if math.isinf(epsilon) and row == "distributed":  # without noise there is nothing to distribute
-                    continue
-                budget = None if math.isinf(epsilon) else epsilon
-                own = [measure(features, row, config, budget, seed, data) for seed in arguments.seeds]
-                results += own
-                lines.append(line(own, data[1]))
-                say(lines[-1])
-                made = f"Made {datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes by"
-                text = "\n".join([f"{made}\n\n    {command}\n", *lines, "", *about, ""])
-                if arguments.out is not None:  # after every row, so that an interrupted run leaves what it has
-                    write_text(arguments.out, "# Chest X-rays: accuracy against epsilon\n\n" + text)
-                if arguments.json is not None:
-                    values = [{**vars(item), "probabilities": item.probabilities.tolist()} for item in results]
-                    write_json(arguments.json, {"command": command, "results": values})
+    rows = [row for features in arguments.features for row in tasks(arguments, features)]
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        waiting = [[pool.submit(measure, task) for task in row] for row in rows]
+        for row, futures in zip(rows, waiting, strict=True):
+            own, test = [future.result() for future in futures], _data(row[0].files, arguments.block)[1]
+            results += own
+            lines.append(line(own, test))
+            say(lines[-1])
+            made = f"Made {datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes by"
+            about = f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}; one thread a process."
+            text = "\n".join([f"{made}\n\n    {command}\n", *lines, "", about, ""])
+            if arguments.out is not None:  # after every row, so that an interrupted run leaves what it has
+                write_text(arguments.out, "# Chest X-rays: accuracy against epsilon\n\n" + text)
+            if arguments.json is not None:
+                values = [{**vars(item), "probabilities": item.probabilities.tolist()} for item in results]
+                write_json(arguments.json, {"command": command, "results": values})
     print(text)
 
 

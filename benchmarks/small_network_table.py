@@ -191,7 +191,7 @@ def choose_rates(config: Config, row: str, rates: Sequence[float]) -> dict[str, 
 
 def evaluated(model: torch.nn.Module, test: Dataset) -> tuple[dict[str, Any], torch.Tensor]:
     """Figures, and which records are right, float64 (records,)."""
-    probabilities = torch.softmax(predict(model, test.inputs), dim=1)
+    probabilities = torch.softmax(predict(model, test.inputs).double(), dim=1)
     return evaluate_locally(probabilities, test.labels).to_json(), (probabilities.argmax(1) == test.labels).double()
 
 

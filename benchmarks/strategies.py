@@ -120,7 +120,7 @@ def simulate(config: Config, division: str) -> list[Evaluation]:
             load_flat_parameters(model, join_parts(shared, parameters, coordinates))
             calibrate_own(model, patients.inputs, config)
             with torch.no_grad():
-                chances = torch.softmax(model(test.inputs), dim=1)
+                chances = torch.softmax(model(test.inputs).double(), dim=1)
             total.append(encode_evaluation(evaluate_locally(chances, test.labels), 1 << 20))
         evaluations.append(decode_evaluation(torch.stack(total).sum(dim=0), len(config.data.classes)))
     return evaluations

@@ -49,7 +49,7 @@ from mpc_fl.federation.secure_evaluation import (
     hospital_evaluation,
 )
 from mpc_fl.learning.models.calibration import Calibration, fit
-from mpc_fl.learning.models.evaluation import predict
+from mpc_fl.learning.models.evaluation import predict_each
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters
 from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR
@@ -160,7 +160,7 @@ def _sum_changes(
             release = hospital.ledger.release
         seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
         records = hospital.records_of("validation")
-        logits = predict(hospital.model, records.inputs, chunk=1)
+        logits = predict_each(hospital.model, records.inputs)
         encoded = encode_changes(planned, records, logits, seed, config.runtime.threads)
         seen = sum_terms(config, plan.weight_total, hospital.digests)
         agreed = _calibration_sum(plan, hospitals, config, seen)

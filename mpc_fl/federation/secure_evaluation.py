@@ -46,6 +46,7 @@ from mpc_fl.learning.models.evaluation import (
     evaluate_locally,
     evaluation_length,
     predict,
+    predict_each,
 )
 from mpc_fl.roles import AGGREGATOR
 from mpc_fl.sharing.opening import SecretDomain
@@ -99,14 +100,16 @@ def _evaluate(
     # Where test patients are left alone, a hospital does not look at its own either.
     records = hospital.records_of(whom if config.evaluation.test else "validation")
     computed = on_device(hospital.model, hospital.device.exact)
-    logits, calibration = predict(computed, records.inputs), hospital.calibration
+    noised = plan_noised_evaluation(config, whom) if config.evaluates(number, whom) else None
+    # Sensitivity is that of one patient: nobody's prediction may depend on who else is there.
+    logits = (predict if noised is None else predict_each)(computed, records.inputs).double()
+    calibration = hospital.calibration
     probabilities = torch.softmax(logits, dim=1) if calibration is None else calibration.probabilities(logits)
     predicted = None if calibration is None else calibration.decided(logits)
     own = evaluate_locally(probabilities, records.labels, predicted)
     if not config.evaluates(number, whom):
         return _Own(own, hospitals)
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
-        noised = plan_noised_evaluation(config, whom)
         release: Callable[[], None] | None = None
         if noised is None:
             exact = encode_evaluation(own, config.aggregation.count_bound)

@@ -36,6 +36,8 @@ from mpc_fl.federation.planning import evaluation_run_name
 from mpc_fl.federation.secure_evaluation import aggregator_evaluation, hospital_evaluation
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital
+from mpc_fl.learning.models.architectures import build_model
+from mpc_fl.learning.models.evaluation import predict_each
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import add_patients
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
@@ -236,3 +238,12 @@ def test_a_budget_that_is_spent_stops_an_evaluation_before_it_is_made(
             hospital, planned(config), torch.zeros(len(hospital.test), dtype=torch.int64), plan, "test"
         )
     assert made == [] and len(ledger.records()) == 1
+
+
+def test_what_is_predicted_of_a_record_does_not_depend_on_who_else_is_there() -> None:
+    model = build_model(Config().with_values(data={"image_size": 16}))
+    inputs = torch.rand(70, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    alone = torch.cat([predict_each(model, inputs[row : row + 1]) for row in range(len(inputs))])
+    for rows in (torch.arange(70), torch.arange(70).flip(0), torch.arange(1, 70, 3)):
+        assert torch.equal(predict_each(model, inputs[rows]), alone[rows])
+    assert len(predict_each(model, inputs[:0])) == 0

@@ -49,6 +49,7 @@ from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import (
     CALIBRATION_RESOLUTION,
     RELIABILITY_BINS,
+    SCORE_BINS,
     Evaluation,
     area_resolution,
     area_under_curve,
@@ -57,6 +58,7 @@ from mpc_fl.learning.models.evaluation import (
     evaluate_locally,
     evaluation_length,
     require_evaluation_headroom,
+    score_edges,
 )
 from mpc_fl.learning.models.model_file import load_model, load_normalisation, save_model
 from mpc_fl.learning.privacy.accounting import epsilon_of
@@ -135,6 +137,29 @@ def test_sums_over_hospitals_say_what_pooled_records_say(classes: int, sizes: li
         assert abs(macro - sum(pooled) / classes) <= bound + 1e-12
 
 
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 4.0, 16.0])
+def test_the_area_is_that_of_the_scores_however_sure_a_model_is(sharpness: float) -> None:
+    """Bins follow the size of the logits, so that the AUC hardly moves."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(600) % 3
+    logits = torch.randn(600, 3, generator=generator, dtype=torch.float64)
+    logits[torch.arange(600), labels] += 1.5
+    chances = torch.softmax(sharpness * logits, dim=1)
+    evaluation = evaluate_locally(chances, labels)
+    pooled = [roc_auc_score(labels == label, chances[:, label]) for label in range(3)]
+    assert evaluation.macro_area == pytest.approx(sum(pooled) / 3, abs=0.003)
+    assert evaluation.macro_area_resolution is not None and evaluation.macro_area_resolution < 0.03
+
+
+def test_edges_of_score_bins_increase_and_lie_alike_on_both_sides() -> None:
+    edges = score_edges()
+    assert edges.shape == (SCORE_BINS - 1,) and bool((edges.diff() > 0).all())
+    assert torch.allclose(edges + edges.flip(0), torch.ones(SCORE_BINS - 1, dtype=torch.float64))
+    chances = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    scores = evaluate_locally(chances, torch.tensor([1, 0, 0])).scores
+    assert scores[0].sum(dim=0).nonzero().flatten().tolist() == [0, SCORE_BINS // 2, SCORE_BINS - 1]
+
+
 def test_the_resolution_of_the_area_is_reached() -> None:
     """All own scores just above all others within one bin: the histogram sees ties, the scores tell all apart."""
     negative, positive = [0, 7, 0], [0, 3, 0]
@@ -170,14 +195,14 @@ def test_models_that_diverged_keep_counts_in_range(values: list[float]) -> None:
 def test_evaluations_survive_encoding_and_contradictions_are_refused() -> None:
     evaluation = evaluate_locally(*predictions(50, 3, 1))
     encoded = encode_evaluation(evaluation, 50)
-    assert encoded.shape == (evaluation_length(3),) == (9 + 120 + 30 + 3,)
+    assert encoded.shape == (evaluation_length(3),) == (9 + 384 + 30 + 3,)
     back = decode_evaluation(encoded, 3)
     for name in ("confusion", "scores", "reliability", "squared_errors"):
         assert torch.equal(getattr(back, name), getattr(evaluation, name))
     json.dumps(back.to_json(), allow_nan=False)
     with pytest.raises(HeadroomError, match="more test records"):
         encode_evaluation(evaluation, 49)
-    for place in (0, 20, 130, 145):
+    for place in (0, 20, 394, 409):
         wrong = encoded.clone()
         wrong[place] += 1
         with pytest.raises(ProtocolError, match="contradicts itself"):

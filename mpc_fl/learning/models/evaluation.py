@@ -4,16 +4,20 @@ A hospital counts its own test records (`evaluate_locally`), the counts become o
 the sum of these vectors says about all hospitals together is read from it (`decode_evaluation`): class counts, confusion
 matrix, ROC and AUC, calibration, Brier score. No hospital's own number is needed for any of them.
 
-Resolution. Counts are exact. Predicted probabilities enter as histograms of 20 bins and as sums of whole multiples of
+Resolution. Counts are exact. Predicted probabilities enter as histograms of 64 bins and as sums of whole multiples of
 2^-10, no finer than the results need: a bin may hold a single patient, whose probability the sum then shows.
 - AUC: two scores in one bin count as a tie. That moves it by at most half the share of pairs that meet in a bin
-  (`area_resolution`), because scores in different bins keep their order.
+  (`area_resolution`), because scores in different bins keep their order. Bins are even in asinh of the log odds: a seventh of
+  a log odds wide near probability 1/2, a seventh of the log odds where a model is sure. So a model that is sure of
+  most, as linear layers on good features are, fills as many bins as a model that is sure of nothing. A bin of a single patient
+  shows its probability to about 0.03 in the middle, and the logarithm of its odds to a seventh elsewhere.
 - Expected calibration error: mean confidences are off by at most 2^-11 (`CALIBRATION_RESOLUTION`), and it with them.
 - Brier score of a class: off by at most 2^-11; that of all classes by as much for each.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,19 +29,20 @@ from torch import nn
 from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 
-SCORE_BINS = 20
+SCORE_BINS = 64
 RELIABILITY_BINS = 10
 CALIBRATION_BITS = 10
 EVALUATION_CHUNK = 64  # records at a time
 CALIBRATION_RESOLUTION = 2.0 ** -(CALIBRATION_BITS + 1)
 _UNIT = float(1 << CALIBRATION_BITS)
+_LARGEST_LOG_ODDS = 36.0  # above, 1 - p is no float64
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Counts of one evaluation over `confusion.sum()` records, all int64.
 
-    `confusion` (classes, classes), rows are true classes. `scores` (classes, 2, 20): for each class the histogram of its
+    `confusion` (classes, classes), rows are true classes. `scores` (classes, 2, 64): for each class the histogram of its
     predicted probability among records of other classes (0) and of the class itself (1). `reliability` (3, 10): by the
     predicted class's probability, how many records, how many of them right, and the sum of that probability in units of
     2^-10. `squared_errors` (classes,): sum over records of (probability of the class - [it is the class])^2, in 2^-10.
@@ -190,12 +195,21 @@ def area_resolution(negative: Sequence[int], positive: Sequence[int]) -> float |
     return sum(others * own for others, own in zip(negative, positive, strict=True)) / pairs / 2
 
 
+@functools.lru_cache
+def score_edges() -> torch.Tensor:
+    """Probabilities between neighbouring bins of scores, increasing, float64 (63,): even steps of asinh(log(p / (1 - p)))."""
+    largest = math.asinh(_LARGEST_LOG_ODDS)
+    steps = torch.arange(1, SCORE_BINS, dtype=torch.float64) / SCORE_BINS
+    return torch.sigmoid(torch.sinh((2 * steps - 1) * largest))
+
+
 def evaluate_locally(
     probabilities: torch.Tensor, labels: torch.Tensor, decided: torch.Tensor | None = None
 ) -> Evaluation:
     """Count predictions: float probabilities (records, classes) against int64 labels (records,).
 
-    The class `decided` for each record, int64 (records,), is by default the most probable one.
+    Give float64 of a model that is sure of much: float32 knows no probability between 1 - 2^-24 and 1. The class `decided` for
+    each record, int64 (records,), is by default the most probable one.
     A probability that is not finite counts as 0: a model that diverged is bad, and its counts stay in their range.
     """
     classes = probabilities.shape[1]
@@ -203,7 +217,7 @@ def evaluate_locally(
     predicted = chances.argmax(dim=1) if decided is None else decided
     confidence = chances.gather(1, predicted.unsqueeze(1)).squeeze(1)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-    bins = (chances * SCORE_BINS).long().clamp(0, SCORE_BINS - 1)
+    bins = torch.bucketize(chances, score_edges(), right=True)
     scores = torch.zeros(classes, 2, SCORE_BINS, dtype=torch.int64)
     for label in range(classes):
         for is_class in (0, 1):
@@ -223,7 +237,7 @@ def _fixed(values: torch.Tensor) -> torch.Tensor:
 
 
 def evaluation_length(classes: int) -> int:
-    """Elements of an encoded evaluation: 9 + 120 + 30 + 3 for three classes."""
+    """Elements of an encoded evaluation: 9 + 384 + 30 + 3 for three classes."""
     return classes * classes + 2 * classes * SCORE_BINS + 3 * RELIABILITY_BINS + classes
 
 
@@ -275,3 +289,16 @@ def predict(model: nn.Module, inputs: torch.Tensor, chunk: int = EVALUATION_CHUN
     model.eval()
     pieces = [model(inputs[start : start + chunk]) for start in range(0, len(inputs), chunk)]
     return torch.cat(pieces) if pieces else torch.zeros(0, 1)
+
+
+@torch.no_grad()
+def predict_each(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """`predict`, so that a record's logits are a function of that record alone, bit for bit, whoever else is in the data.
+
+    Kernels round differently by number of rows, place in a batch and alignment: every record goes by itself, in memory of its own.
+    """
+    return (
+        torch.cat([predict(model, record.clone()[None], chunk=1) for record in inputs])
+        if len(inputs)
+        else predict(model, inputs)
+    )

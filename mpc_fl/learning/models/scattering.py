@@ -8,8 +8,10 @@ Mathematics 2012; Bruna and Mallat, PAMI 2013). Filters and steps are those of A
 it by a test where it is installed; it is no dependency, because its release cannot be imported beside a current SciPy. With a
 linear layer such features learn well under differential privacy (Tramer and Boneh, ICLR 2021).
 
-Before: the image is brought to mean 0 and deviation 1 by itself. After: averages over 4 x 4 fields; the logarithm of orders 1 and
-2; every order centred and of length 1, divided by sqrt(3), so that the whole vector has length 1.
+Before: the image is brought to mean 0 and deviation 1 by itself. After: averages over 4 x 4 fields; the logarithm of order 1, and
+of order 2 over the first-order coefficient that it comes from, which takes out what both say twice (Anden and Mallat, Deep
+scattering spectrum, IEEE Transactions on Signal Processing 2014, section IV); every order centred and of length 1, divided by
+sqrt(3), so that the whole vector has length 1.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ _PADDED = SIDE + 2 * _MARGIN
 _OFFSET = 0.01  # added before the logarithm
 _LEAST_DEVIATION = 1e-3  # of an image: a constant one has none
 _CHANNELS = (1, SCALES * ANGLES, SCALES * (SCALES - 1) // 2 * ANGLES**2)  # of each order
+
+# The channel of order 1 that each channel of order 2 comes from: by first scale, second scale, first angle, second angle.
+_PARENTS = [
+    ANGLES * scale + angle for scale in range(SCALES) for _ in range(scale + 1, SCALES)
+    for angle in range(ANGLES) for _ in range(ANGLES)
+]  # fmt: skip
 
 
 def _gabor(width: float, angle: float, frequency: float, slant: float) -> torch.Tensor:
@@ -104,8 +112,8 @@ def _features_of_one(
         for wider in range(scale + 1, SCALES):
             twice = _magnitudes(once, wavelets[wider][scale], wider - scale)
             second.append(_averages(twice, low_passes[wider]))
-    orders = [_averages(transform[None], low_passes[0])]
-    orders += [torch.log(torch.cat(order).clamp(min=0) + _OFFSET) for order in (first, second)]
+    once, twice = (torch.log(torch.cat(order).clamp(min=0) + _OFFSET) for order in (first, second))
+    orders = [_averages(transform[None], low_passes[0]), once, twice - once[_PARENTS]]
     return torch.cat([_unit(order) for order in orders]) / math.sqrt(len(orders))
 
 

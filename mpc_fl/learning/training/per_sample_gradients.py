@@ -37,7 +37,9 @@ Method = Literal["vmap", "loop", "hooks"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _GRADIENT_BYTES = 1 << 30
 _HOOKS_PARAMETERS = 1_000_000
-_PLACES = 16  # of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty
+# Places of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty.
+_FEWEST_PLACES, _MOST_PLACES = 16, 64
+_GRADIENT_ELEMENTS = 1 << 19  # of a batch with more than the fewest places
 
 
 class ClippedSum(NamedTuple):
@@ -246,7 +248,7 @@ def rounded_sum(
     """
     total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
     norms, losses = torch.zeros(len(inputs), dtype=torch.float64), torch.zeros(len(inputs))
-    size = 1 if method == "loop" else _PLACES
+    size = 1 if method == "loop" else _places(mechanism.parameters)
     for places, records in _batches(records_of(inputs), size):
         copies = copies_of(inputs[records])
         batch, batch_labels = copies.new_zeros(size, *copies.shape[1:]), labels.new_zeros(size)
@@ -260,6 +262,11 @@ def rounded_sum(
                 losses[who] = values[own]
             first += len(values)
     return RoundedSum(total, norms, losses)
+
+
+def _places(parameters: int) -> int:
+    """How many places a batch has for a network of this size: public, and the same in every step."""
+    return max(_FEWEST_PLACES, min(_MOST_PLACES, _GRADIENT_ELEMENTS // parameters))
 
 
 def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
