@@ -27,7 +27,7 @@ LOCAL = {"training.strategy": "fedsgd", "training.rounds": 60, "training.local_s
 
 @dataclass(frozen=True)
 class Line:
-    """One line: what is trained, and what issue 14 asks of the mean over runs."""
+    """One line: what is trained, and what the mean over runs should reach."""
 
     config: str
     epsilon: float
