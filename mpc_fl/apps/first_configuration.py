@@ -17,6 +17,7 @@ Backbone = Literal["efficientnet_lite0", "scattering", "none"]
 
 SMALLEST_FOR_FULL_BATCHES = 2000  # patients of a hospital up to which every step takes all of them
 _TABLE_BATCH = 64
+_NORMALISE_NOISE = 21.6  # over epsilon: a tenth of the budget
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,11 @@ def _data(answers: Answers) -> list[str]:
         if answers.backbone in FETCHED_WEIGHTS:
             weights = FETCHED_WEIGHTS[answers.backbone]
             lines += [f"    weights: {weights}  # mpc-fl model fetch {answers.backbone}, once a machine"]
+        else:
+            lines += ["    mirror: false    # the mirror image costs as much again and was worth nothing"]
         lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
-        lines += ["  normalise_noise_multiplier: 2.7"]
+        noise = round(_NORMALISE_NOISE / answers.epsilon, 3)
+        lines += [f"  normalise_noise_multiplier: {min(1000.0, max(0.001, noise))}  # about a tenth of the budget"]
     if answers.source == "csv":
         if answers.patient_column is None:
             lines += ["  unit: image        # no column says whose a row is: privacy is counted per row"]
@@ -101,7 +105,7 @@ def _training(answers: Answers) -> list[str]:
             "  local_steps: 5     # each a secure sum of its own",
             f"  batch_size: {batch}    # "
             + ("every patient is in every step" if full else "expected patients of a step"),
-            "  learning_rate: 30  # large, because a clipped gradient is small",
+            f"  learning_rate: {30 if answers.epsilon > 1 else 15}  # large, because a clipped gradient is small",
             "  momentum: 0.9",
             "  average_last: 30",
         ]
@@ -126,7 +130,7 @@ def _privacy(answers: Answers) -> list[str]:
         "privacy:",
         f"  epsilon: {answers.epsilon:g}         # for each patient, over all runs of a privacy ledger; noise is calibrated to it",
         f"  delta: {_delta(answers)}",
-        f"  clipping_norm: {(0.3 if answers.epsilon >= 4 else 0.1) if features else 1.0}",
+        f"  clipping_norm: {0.1 if features else 1.0}",
         f"  mechanism: {'distributed' if features else 'local'}   # mpc-fl config explain privacy",
     ]
     if answers.source != "phantoms":

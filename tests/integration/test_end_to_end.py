@@ -103,7 +103,7 @@ def test_every_file_of_a_run_is_in_the_documentation(demo: tuple[Path, dict[str,
     out, summary = demo
     page = (REPOSITORY / "docs" / "run_directory.md").read_text()
     for path in out.rglob("*"):
-        name = re.sub(r"hospital-\d+", "hospital-<n>", path.name)
+        name = re.sub(r"hospital-\d+", "hospital-<n>", re.sub(r"checkpoint-\d+", "checkpoint-<round>", path.name))
         if path.is_file() and path.parent.name != "logs":
             assert f"`{name}`" in page, path
     assert all(f"`{key}`" in page for key in {**summary["final"], "confusion": None})

@@ -29,7 +29,6 @@ from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
-from mpc_fl.links.party_links import site_directory
 from mpc_fl.links.silence import SIGN
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
@@ -89,6 +88,7 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
             program.run(config, rank, notify, observer)
     if role == AGGREGATOR:
         from mpc_fl.apps.runs.model_card_file import write_model_card
+        from mpc_fl.links.party_links import site_directory  # brings gRPC, which reads where to log when it is loaded
 
         write_model_card(config, site_directory(config))
     log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)
