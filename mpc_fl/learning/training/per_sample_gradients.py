@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -40,6 +41,7 @@ _HOOKS_PARAMETERS = 1_000_000
 # Places of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty.
 _FEWEST_PLACES, _MOST_PLACES = 16, 64
 _GRADIENT_ELEMENTS = 1 << 19  # of a batch with more than the fewest places
+_ROUNDING = 0.1  # of a gradient, between two methods: products may be in bfloat16
 
 
 class ClippedSum(NamedTuple):
@@ -81,7 +83,7 @@ def _by_loop(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.T
 
 
 def _unsuitable(what: str, error: Exception) -> ModelError:
-    return ModelError(f"{what}: {str(error).splitlines()[0][:120]}", "set training.per_sample_gradients=loop")
+    return ModelError(f"{what}: {(str(error).splitlines() or [''])[0][:120]}", "set training.per_sample_gradients=loop")
 
 
 def _by_vmap(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
@@ -122,10 +124,11 @@ def _by_hooks(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.
             rows = zip(logits.split(1), repeated.split(1), strict=True)
             losses = torch.stack([loss(logit, label) for logit, label in rows])
             losses.sum().backward()
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise exhaustion(error) or _unsuitable("Opacus's hooks cannot handle this model", error) from None
         samples = [(parameter, getattr(parameter, "grad_sample", None)) for parameter in parameters]
-        gradients = [p.new_zeros((len(inputs), *p.shape)) if g is None else g for p, g in samples]
+        # Of products in bfloat16 Opacus makes gradients in bfloat16; norms and sums are taken of float32.
+        gradients = [p.new_zeros((len(inputs), *p.shape)) if g is None else g.to(p.dtype) for p, g in samples]
         yield [_over_copies(g, len(copies)) for g in gradients], _over_copies(losses.detach(), len(copies))
     finally:
         observed.to_standard_module()
@@ -284,6 +287,52 @@ def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, t
         yield places, numbers
 
 
+def require_gradients_of_each(model: nn.Module, input_shape: tuple[int, ...], method: Method) -> None:
+    """Raise `ModelError` unless the gradients that `hooks` gives are each of one record of `input_shape` alone.
+
+    `loop` and `vmap` have one record at a time in the network. `hooks` has them all, and takes the first dimension of what each
+    layer reads for the records: a network that mixes them, or holds them in another dimension, gives gradients in which a patient
+    moves those of others, and clipping bounds none of that. So on public records, with parameters of which none is zero, a
+    record's gradient has to stay as it is, bit for bit, whatever another one is, and to be that of `loop` up to rounding.
+    """
+    if method != "hooks":
+        return
+    trial = copy.deepcopy(model)
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate(trainable_parameters(trial)):
+            waves = torch.sin(1.7 * torch.arange(parameter.numel(), device=parameter.device) + number)
+            width = max(1, parameter[0].numel()) if parameter.dim() else 1
+            parameter.add_(waves.view_as(parameter) / math.sqrt(width))
+    size = torch.Size(input_shape).numel()
+    records = torch.sin(torch.arange(3 * size) * 0.9).reshape(3, *input_shape)
+    labels = torch.arange(3) % 2
+
+    def gradients(last: torch.Tensor, by: Method) -> torch.Tensor:
+        batch = torch.cat([records[:2], last[None]]).unsqueeze(1)
+        chunks = [
+            torch.cat([gradient.detach().reshape(len(values), -1).cpu() for gradient in of_each], dim=1)
+            for of_each, values in _of_records(trial, sum_cross_entropy, batch, labels, by)
+        ]
+        return torch.cat(chunks)
+
+    refused = ModelError(
+        "Opacus's hooks give gradients of this network that mix records of a batch, so clipping would not bound one patient",
+        "set training.per_sample_gradients=loop, or let the network keep each record by itself in the first dimension",
+    )
+    try:
+        found, alone = gradients(records[2], "hooks"), gradients(records[2], "loop")
+        others = [gradients(last, "hooks") for last in (-3 * records[2], torch.full_like(records[2], math.nan))]
+    except ModelError:
+        raise
+    except RuntimeError as error:  # shapes that do not fit
+        raise exhaustion(error) or refused from None
+    if not all(torch.equal(found[:2], other[:2]) for other in others):
+        raise refused
+    apart = torch.linalg.vector_norm((found - alone).double(), dim=1)
+    if bool((apart > _ROUNDING * torch.linalg.vector_norm(alone.double(), dim=1)).any()):
+        raise refused
+
+
 def working_copy(model: nn.Module) -> nn.Module:
     """A copy to train, in evaluation mode and without in-place operations where the model can be traced."""
     try:
@@ -333,6 +382,8 @@ def choose_per_sample_method(
         candidates.append("hooks")
     for method in candidates:
         try:
+            with repeatable():
+                require_gradients_of_each(working, input_shape, method)
             seconds(method, 2)
             measured[method] = seconds(method, count)
         except (ModelError, ExhaustedError):
