@@ -5,6 +5,7 @@ A patient would then move the gradients of others, each of which is clipped by i
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import hypothesis.strategies as st
@@ -97,10 +98,45 @@ MIXED = {
 @pytest.mark.parametrize("name", MIXED)
 def test_hooks_are_refused_and_never_chosen(name: str) -> None:
     network, shape = MIXED[name]
-    with pytest.raises(ModelError, match="mix records of a batch"):
+    with pytest.raises(ModelError, match="depend on other records"):
         require_gradients_of_each(working_copy(network), shape, "hooks")
     assert choose_per_sample_method(network, shape) != "hooks"
     require_gradients_of_each(working_copy(network), shape, "loop")
+
+
+class Remembering(nn.Module):
+    """Subtracts what it saw before, also where it is evaluated: `loop` shows it one record after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.seen: torch.Tensor | float = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        before, self.seen = self.seen, hidden.detach().mean() * 1e-3
+        return self.last(torch.relu(hidden - before))
+
+
+class Dropping(nn.Module):
+    """Dropout that its author forgot to end: by default `functional.dropout` is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(40, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize(("network", "shape"), [(Remembering(), (4,)), (Dropping(), (40,))], ids=["state", "dropout"])
+@pytest.mark.parametrize("method", ["loop", "vmap", "hooks"])
+def test_a_network_that_is_another_at_each_call_is_refused(network: Any, shape: Any, method: Any) -> None:
+    with pytest.raises(ModelError, match="depend on other records|torch.func cannot vectorise"):
+        require_gradients_of_each(copy.deepcopy(network).eval(), shape, method)
+    if isinstance(network, Dropping):  # what a network remembers, tracing leaves out (`working_copy`)
+        with pytest.raises(ModelError, match="depend on other records"):
+            choose_per_sample_method(network, shape)
 
 
 def test_attention_over_the_batch_is_never_trained_by_hooks() -> None:
@@ -139,7 +175,7 @@ def test_a_run_that_asks_for_hooks_ends_before_anything_is_charged(
         privacy={"mechanism": mechanism, "delta": 1e-3, "epsilon": 50.0},
     )  # fmt: skip
     training.run()
-    assert any("mix records of a batch" in said for said in training.said.values()), training.said
+    assert any("depend on other records" in said for said in training.said.values()), training.said
     assert not list((tmp_path / "run").glob("**/*-privacy.sqlite3"))
 
 

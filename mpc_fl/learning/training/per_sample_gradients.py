@@ -63,6 +63,11 @@ def sum_cross_entropy(
     return nn.functional.cross_entropy(logits, labels, weight=class_weights, reduction="sum")
 
 
+def _weighted_sum(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+    """A loss for trials: however large logits (N, classes) are, gradients do not vanish as those of cross-entropy do."""
+    return (logits * torch.arange(1, logits.shape[1] + 1)).sum()
+
+
 def loss_with(class_weights: Sequence[float] | None) -> Loss:
     """Summed cross-entropy with these public weights of classes. They come before clipping, so they change no sensitivity."""
     if class_weights is None:
@@ -288,45 +293,45 @@ def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, t
 
 
 def require_gradients_of_each(model: nn.Module, input_shape: tuple[int, ...], method: Method) -> None:
-    """Raise `ModelError` unless the gradients that `hooks` gives are each of one record of `input_shape` alone.
+    """Raise `ModelError` unless the gradients of a method are each of one record of `input_shape` alone.
 
-    `loop` and `vmap` have one record at a time in the network. `hooks` has them all, and takes the first dimension of what each
-    layer reads for the records: a network that mixes them, or holds them in another dimension, gives gradients in which a patient
-    moves those of others, and clipping bounds none of that. So on public records, with parameters of which none is zero, a
-    record's gradient has to stay as it is, bit for bit, whatever another one is, and to be that of `loop` up to rounding.
+    `hooks` has all records in the network, and takes the first dimension of what each layer reads for them: a network that
+    mixes records, or has them in another dimension, gives gradients in which a patient moves those of others, and clipping bounds
+    none of that. So does one that keeps something from one record to the next, whatever the method. On public records, with
+    parameters of which none is zero, a record's gradient has to stay as it is, bit for bit, whatever another one is, and to be
+    that of `loop` up to rounding.
     """
-    if method != "hooks":
-        return
     trial = copy.deepcopy(model)
     with torch.no_grad():
         for number, (_, parameter) in enumerate(trainable_parameters(trial)):
             waves = torch.sin(1.7 * torch.arange(parameter.numel(), device=parameter.device) + number)
             width = max(1, parameter[0].numel()) if parameter.dim() else 1
             parameter.add_(waves.view_as(parameter) / math.sqrt(width))
-    size = torch.Size(input_shape).numel()
-    records = torch.sin(torch.arange(3 * size) * 0.9).reshape(3, *input_shape)
+    records = torch.sin(torch.arange(3 * torch.Size(input_shape).numel()) * 0.9).reshape(3, *input_shape)
     labels = torch.arange(3) % 2
 
-    def gradients(last: torch.Tensor, by: Method) -> torch.Tensor:
-        batch = torch.cat([records[:2], last[None]]).unsqueeze(1)
+    def gradients(first: torch.Tensor, by: Method) -> torch.Tensor:
+        batch = torch.cat([first[None], records[1:]]).unsqueeze(1)
         chunks = [
             torch.cat([gradient.detach().reshape(len(values), -1).cpu() for gradient in of_each], dim=1)
-            for of_each, values in _of_records(trial, sum_cross_entropy, batch, labels, by)
+            for of_each, values in _of_records(trial, _weighted_sum, batch, labels, by)
         ]
-        return torch.cat(chunks)
+        return torch.cat(chunks)[1:]
 
+    fix = "let the network keep each record by itself, in the first dimension, and nothing from one call to the next"
     refused = ModelError(
-        "Opacus's hooks give gradients of this network that mix records of a batch, so clipping would not bound one patient",
-        "set training.per_sample_gradients=loop, or let the network keep each record by itself in the first dimension",
+        f"training.per_sample_gradients={method} gives gradients of this network that depend on other records, so clipping "
+        "would not bound one patient",
+        fix if method == "loop" else f"set it to loop, or {fix}",
     )
     try:
-        found, alone = gradients(records[2], "hooks"), gradients(records[2], "loop")
-        others = [gradients(last, "hooks") for last in (-3 * records[2], torch.full_like(records[2], math.nan))]
+        found, alone = gradients(records[0], method), gradients(records[0], "loop")
+        others = [gradients(first, method) for first in (-3 * records[0], torch.full_like(records[0], math.nan))]
     except ModelError:
         raise
     except RuntimeError as error:  # shapes that do not fit
         raise exhaustion(error) or refused from None
-    if not all(torch.equal(found[:2], other[:2]) for other in others):
+    if not all(torch.equal(found, other) for other in others):
         raise refused
     apart = torch.linalg.vector_norm((found - alone).double(), dim=1)
     if bool((apart > _ROUNDING * torch.linalg.vector_norm(alone.double(), dim=1)).any()):
@@ -373,6 +378,8 @@ def choose_per_sample_method(
                 rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
         return time.perf_counter() - start
 
+    with repeatable():
+        require_gradients_of_each(working, input_shape, "loop")
     seconds("loop", 1)  # first calls are slower
     single = seconds("loop", 1)
     count = max(2, min(batch_size, 32, int(0.2 / single)))
