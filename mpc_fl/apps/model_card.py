@@ -118,7 +118,7 @@ def _model(facts: CardFacts) -> str:
 def _data(facts: CardFacts) -> str:
     config = facts.config
     data, private = config.data, config.privacy
-    lines = [_SOURCES[data.source]]
+    lines = [_SOURCES.get(data.source, f"Records that the loader {_text(data.source)} gives at each hospital.")]
     if data.source == "phantoms":
         lines.append(
             f"{data.phantoms.train_patients:,} to train and {data.phantoms.test_patients:,} to test, over all hospitals."

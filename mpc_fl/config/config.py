@@ -236,8 +236,9 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML that `loading.load_config` reads back to an equal object, but for what no file may
-        say (`site.allow_packages`)."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude={"site": {"allow_packages"}}), sort_keys=False)
+        say (`site.allow_packages`, `site.mlflow_uri`)."""
+        unsaid = {"site": {"allow_packages", "mlflow_uri"}}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unsaid), sort_keys=False)
 
     def with_values(self, **sections: dict[str, Any] | str | int) -> Config:
         """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`. Raises `ConfigError`."""

@@ -144,7 +144,10 @@ class FeatureSection(Section):
 
 
 class SubsetSection(Section):
-    """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients."""
+    """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients.
+
+    With a privacy mechanism they are for phantoms alone: a set of fixed size has another patient in the place of who is removed.
+    """
 
     train_patients: Count | None = Field(default=None, description="of each hospital at most")
     test_patients: Count | None = Field(default=None, description="of each hospital at most")

@@ -180,7 +180,7 @@ def test_resnet18_on_real_xrays(xrays: Path, tmp_path: Path) -> None:
     summary = mpc_fl(
         "train", config, "--data", xrays, "--out", tmp_path / "run", "--set", "privacy.delta=1e-3",
         "--set", "training.rounds=1", "--set", "training.local_steps=1", "--set", "training.batch_size=3",
-        "--set", "data.subset.train_patients=12", "--set", "privacy.smallest_hospital=12", "--set", "data.subset.test_patients=3",
+        "--set", "data.subset.test_patients=3",
         "--set", "training.per_sample_gradients=loop",
     )  # fmt: skip
     assert summary["parameters"] == 11_178_051
