@@ -100,7 +100,7 @@ def test_sites_with_columns_in_other_orders_train_one_model(tmp_path: Path) -> N
         "without 'sex', marked so": ROWS // 6,
     }
     assert treatments["hospital-1"] == {
-        "read as UTF-16-LE, parted by semicolon": ROWS - ROWS // 5,
+        "read as UTF-16-LE, parted by semicolon, with decimal commas": ROWS - ROWS // 5,
         "without 'sex', marked so": ROWS // 6 - ROWS // 30,
     }
 

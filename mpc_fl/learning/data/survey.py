@@ -146,8 +146,10 @@ def _warnings_of_columns(config: Config, treatments: Mapping[str, int], records:
     for column in config.data.table.columns or ():
         count = treatments.get(f"'{column.name}' {OUTSIDE}", 0)
         if count > _MANY_OUTSIDE * records:
-            unit = f" in {column.unit}" if column.unit is not None else " in the agreed unit"
-            said.append(f"{count} of {records} values of '{column.name}' lie outside of its range: are they{unit}?")
+            unit = "in the agreed unit" if column.unit is None else f"in {column.unit}"
+            said.append(
+                f"{count} of {records} values of '{column.name}' lie outside of its range: see whether they are {unit}"
+            )
     return said
 
 

@@ -46,10 +46,14 @@ _IDENTIFIER = re.compile(
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Features of the rows that are kept, float64 (rows, features), where these stand in the file, and what was done to each."""
+    """Features of the rows that are kept, float64 (rows, features), where these stand in the file, and what was done to each.
+
+    `mark` parts decimals; `left_out` says why other rows are not kept.
+    """
 
     features: np.ndarray
     kept: list[int]
+    mark: DecimalMark
     treatments: list[list[str]] = field(default_factory=list)
     left_out: dict[int, str] = field(default_factory=dict)
 
@@ -204,7 +208,8 @@ def encode_rows(
             features.append(values)
             kept.append(row)
             treatments.append(done)
-    return EncodedRows(np.array(features).reshape(len(kept), sum(c.size for c in columns)), kept, treatments, left_out)
+    shape = (len(kept), sum(column.size for column in columns))
+    return EncodedRows(np.array(features).reshape(shape), kept, reader.mark, treatments, left_out)
 
 
 @dataclass(frozen=True)

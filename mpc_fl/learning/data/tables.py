@@ -151,13 +151,14 @@ def read_csv(path: Path, config: Config, split: Split | None) -> Records:
         if not encoded.kept:
             raise DataError(f"{path}: no row has a value in every column that needs one", "set `missing` of columns")
     kept = [file.rows[row] for row in encoded.kept]
+    read_as = file.described + (", with decimal commas" if encoded.mark == "," else "")
     labels = [-1 if label is None else _label(cells[label], config, path, line) for line, cells in kept]
     everything = Records(
         encoded.features.astype(np.float32),
         np.array(labels, dtype=np.int64),
         [patients[row] for row in encoded.kept],
         [f"{path.name} line {line}" for line, _ in kept],
-        [(file.described, *done) for done in encoded.treatments],
+        [(read_as, *done) for done in encoded.treatments],
         Counter(why for row, why in encoded.left_out.items() if _tests(patients[row], config) == (split == "test")),
     )
     return everything if split is None else _chosen(everything, _split(everything.patients, config, split))
@@ -185,7 +186,7 @@ def _numbers_in_order(file: TableFile, config: Config, others: list[str], patien
                     "fill or remove the row, or say what the column is with data.table.columns or data.table.identifiers",
                 ) from None
     rows = list(range(len(file.rows)))
-    return EncodedRows(scale_features(values, config), rows, [[] for _ in rows])
+    return EncodedRows(scale_features(values, config), rows, mark, [[] for _ in rows])
 
 
 def _patient(cells: list[str], place: int | None, path: Path, line: int) -> str:

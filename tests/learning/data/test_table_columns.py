@@ -376,6 +376,6 @@ def test_check_says_how_a_table_is_read_and_what_looks_wrong(tmp_path: Path) -> 
     assert found.records == 60 - missing and found.left_aside == {"rows without 'crp'": missing}
     treatments = found.treatments
     outside = sum(row * 30 + 0.5 > 500 for row in range(60) if row % 10 != 3)
-    assert treatments["read as UTF-8, parted by semicolon"] == 54
+    assert treatments["read as UTF-8, parted by semicolon, with decimal commas"] == 54
     assert treatments["'crp' outside of its range, cut off"] == outside
-    assert found.warnings == [f"{outside} of 54 values of 'crp' lie outside of its range: are they in mg/l?"]
+    assert found.warnings == [f"{outside} of 54 values of 'crp' lie outside of its range: see whether they are in mg/l"]
