@@ -267,6 +267,20 @@ def test_what_spreadsheets_leave_beside_a_table_is_no_part_of_it(tmp_path: Path)
     assert records.names == ["t.csv line 3", "t.csv line 5"] and records.patients == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("unit", "same"), [("\u03bcg/L", True), ("\u00b5g / l", True), ("mg/l", False), ("\u039cg/l", False)]
+)
+def test_units_in_headers_are_compared_with_the_agreed_ones(tmp_path: Path, unit: str, same: bool) -> None:
+    """The micro sign and the Greek letter are one, and so are the two ways to write a litre; lower and upper case are not."""
+    config = config_of([{"name": "ferritin", "unit": "\u00b5g/l"}])
+    content = f"who,Ferritin ({unit}),label\na,1.5,0\n"
+    if same:
+        assert read(tmp_path, content, config).labels.tolist() == [0]
+    else:
+        with pytest.raises(DataError, match="agreed is"):
+            read(tmp_path, content, config)
+
+
 @pytest.mark.parametrize("name", ["id", "MRN", "Patient ID", "pat_id", "case no.", "Unnamed: 0", "Last Name", "nr"])
 @pytest.mark.parametrize("text", [False, True])
 def test_what_looks_like_an_identifier_is_refused_until_it_is_named_one(tmp_path: Path, name: str, text: bool) -> None:
