@@ -25,7 +25,7 @@ class Answers:
     """What somebody who begins says of the federation.
 
     `smallest_hospital`: the fewest training patients of any hospital, which is public. `backbone`: what gives the features
-    of images. `features` counts the columns of a table.
+    of images. `columns` are the names of a table's columns that become features.
     """
 
     source: Source = "phantoms"
@@ -34,7 +34,7 @@ class Answers:
     epsilon: float = 8.0
     smallest_hospital: int = 800
     backbone: Backbone = "efficientnet_lite0"
-    features: int = 30
+    columns: tuple[str, ...] = ("age", "crp")
     label_column: str = "label"
     patient_column: str | None = None
 
@@ -84,13 +84,21 @@ def _data(answers: Answers) -> list[str]:
             lines += ["  unit: image        # no column says whose a row is: privacy is counted per row"]
         lines += ["  table:", f"    label_column: {_written(answers.label_column)}"]
         lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row counts by itself"]
-        lines += [
-            f"    features: {answers.features}      # columns beside label and patient, the same at every hospital"
-        ]
-        lines += [
-            "    # reference_ranges: [[0, 1], ...]   # public (low, high) of each column, for data.normalise: secure"
-        ]
+        lines += _columns(answers.columns)
     return [line for line in lines if line]
+
+
+def _columns(names: tuple[str, ...]) -> list[str]:
+    """What all sites agree on about columns: names as given, and as comments what else may be said."""
+    return [
+        "    columns:           # what all sites agree on; each file is read by these names, whatever the order (docs/data.md)",
+        *(f"      - {{name: {_written(name)}, kind: number}}" for name in names),
+        "      # - {name: crp, kind: number, unit: mg/l, range: [0, 500], censored: half, missing: indicator}",
+        "      # - {name: sex, kind: category, categories: [f, m, other], missing: leave_out}",
+        '      # - {name: smoker, kind: boolean, missing: fill, fill: "no"}',
+        "      # - {name: admitted, kind: date, since: 2020-01-01, range: [0, 10], order: day_month_year}",
+        "    # identifiers: [mrn]   # columns that are never read, at whoever has them",
+    ]
 
 
 def _training(answers: Answers) -> list[str]:

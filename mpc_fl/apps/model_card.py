@@ -123,6 +123,9 @@ def _data(facts: CardFacts) -> str:
         lines.append(
             f"{data.phantoms.train_patients:,} to train and {data.phantoms.test_patients:,} to test, over all hospitals."
         )
+    if data.table.columns is not None:
+        units = {column.name: "" if column.unit is None else f" ({column.unit})" for column in data.table.columns}
+        lines.append("Columns: " + _text(", ".join(f"{name}{unit}" for name, unit in units.items())) + ".")
     lines.append(f"{config.federation.hospitals} hospitals.")
     if private.smallest_hospital is not None:
         most = "" if private.largest_hospital is None else f" and at most {private.largest_hospital:,}"

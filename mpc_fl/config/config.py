@@ -273,10 +273,18 @@ def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     return None
 
 
+def _listed_section(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a setting is a list of; None when it is no such list."""
+    field = section.model_fields.get(name)
+    kinds = [kind for part in get_args(field.annotation) for kind in get_args(part)] if field is not None else []
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _known_names(path: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] | None = Config
     for name in path:
-        section = None if section is None else section_of(section, str(name))
+        if section is not None and not isinstance(name, int):  # a number is the place in a list of sections
+            section = section_of(section, str(name)) or _listed_section(section, str(name))
     return [] if section is None else list(section.model_fields)
 
 

@@ -55,6 +55,7 @@ def party(
     )
     if resume:
         settings = settings.with_values(site={"resume": True})
+    settings.data.require_agreed_columns()
     name = party_of(settings, role, rank, os.environ)
     settings = site_of(settings, name)
     set_up_log(settings.site.log)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,7 +35,8 @@ _NAMED = 5  # patients that a message names
 class Index:
     """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
 
-    `sources` says where each has its patient from, `left_aside` what else lies in the folders; both of images alone.
+    `sources` says where each image has its patient from, `left_aside` what else lies in the folders or which rows of a table are
+    none, `treatments` what was done to each row of a table.
     """
 
     labels: np.ndarray
@@ -45,6 +46,7 @@ class Index:
     arrays: np.ndarray | None = None
     sources: list[str] = field(default_factory=list)
     left_aside: Mapping[str, int] = field(default_factory=dict)
+    treatments: list[tuple[str, ...]] = field(default_factory=list)
 
     def only(self, rows: Sequence[int]) -> Index:
         """Some of the records."""
@@ -56,7 +58,12 @@ class Index:
             files=[self.files[row] for row in rows] if self.files else [],
             sources=[self.sources[row] for row in rows] if self.sources else [],
             arrays=None if self.arrays is None else self.arrays[list(rows)],
+            treatments=[self.treatments[row] for row in rows] if self.treatments else [],
         )
+
+    def treatments_of(self, rows: Iterable[int]) -> Counter[str]:
+        """To how many of some rows of a table was done what."""
+        return Counter(what for row in rows if self.treatments for what in self.treatments[row])
 
 
 def _data_path(config: Config) -> Path:
@@ -122,7 +129,12 @@ def _from_records(records: Records, config: Config) -> Index:
     missing = sorted(set(range(len(config.data.classes))) - set(records.labels.tolist()))
     if missing:
         raise DataError(f"class '{config.data.classes[missing[0]]}' has no records", "correct data.classes or the data")
-    return Index(records.labels, records.patients, records.names, arrays=records.inputs)
+    return _index_from(records)
+
+
+def _index_from(records: Records) -> Index:
+    index = Index(records.labels, records.patients, records.names, arrays=records.inputs)
+    return replace(index, left_aside=records.left_aside, treatments=records.treatments)
 
 
 def _patients_of_hospitals(index: Index, config: Config) -> list[list[str]]:
@@ -272,7 +284,7 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
         inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
-        kept, read = rows, ReadImages([], [], Counter(), {})
+        kept, read = rows, ReadImages([], [], index.treatments_of(rows), {})
     else:
         read = read_files([index.files[row] for row in rows], config)
         require_readable([int(index.labels[row]) for row in rows], read.unreadable, part, config)
@@ -300,14 +312,15 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     source = config.data.source
     if source not in SOURCES:
         records = read_with_loader(config, path, "test", labelled=False)
-        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(_index_from(records), limit)
     if path is None:
         if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")
         return _dataset_of(_index(config, "test"), limit or 1)
     if source in ("csv", "npz"):
+        config.data.require_agreed_columns()
         records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
-        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(_index_from(records), limit)
     if source == "breast_cancer":
         raise DataError("breast_cancer takes no images", "leave out --images")
     labels, files = _find_images(path, config)
