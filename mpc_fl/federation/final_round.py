@@ -102,7 +102,7 @@ def hospital_final(
         "clipped_fraction": None,
         "steps": 0,
         "method": hospital.method,
-        "own_accuracy": own.accuracy,
+        "own_accuracy": own.accuracy if own.records else None,
         "own_records": own.records,
         "skipped_files": hospital.skipped_files,
         "seconds": seconds,

@@ -83,7 +83,7 @@ def hospital_round(
         "clipped_fraction": steps.clipped_fraction,
         "steps": steps.count,
         "method": steps.method,
-        "own_accuracy": own.accuracy,
+        "own_accuracy": own.accuracy if own.records else None,
         "own_records": own.records,
         "skipped_files": hospital.skipped_files,
         "treatments": hospital.treatments,

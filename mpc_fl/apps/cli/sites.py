@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpc_fl.apps.cli.options import AsJson, DataPath, FromModel, Overrides, configure, print_json, say
+from mpc_fl.apps.cli.options import Anyway, AsJson, DataPath, FromModel, Overrides, configure, print_json, say
 from mpc_fl.apps.cli.progress import shown_progress
+from mpc_fl.roles import is_hospital
+
+if TYPE_CHECKING:
+    from mpc_fl.config.config import Config
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], as_json: AsJson = False) -> None:
@@ -40,15 +44,18 @@ def party(
         typer.Option("--resume", help="Go on from what --out holds: after a failure, or with more training.rounds."),
     ] = False,
     from_model: FromModel = None,
+    anyway: Anyway = False,
     overrides: Overrides = None,
 ) -> None:
     """Run one party alone, as a site does on its own machine. The launcher spawns exactly these programs.
 
-    The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
+    The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session. A hospital takes
+    all of --data, which is its own.
     """
     from mpc_fl.apps.runs.party_log import set_up_log
     from mpc_fl.apps.runs.party_process import run_alone
     from mpc_fl.apps.runs.placement import party_of, site_of
+    from mpc_fl.apps.runs.site_data import with_own_data
 
     settings = configure(
         config, overrides, from_model, out=out, identity=identity, data=data, images=images, model=model
@@ -56,7 +63,24 @@ def party(
     if resume:
         settings = settings.with_values(site={"resume": True})
     name = party_of(settings, role, rank, os.environ)
-    settings = site_of(settings, name)
+    settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
+    if is_hospital(name) and settings.task == "train":
+        _look_before(settings, name, anyway)
     with shown_progress() as progress:
         run_alone(name, settings, lambda phase, done, total: progress(name, phase, done, total))
+
+
+def _look_before(config: Config, name: str, anyway: bool) -> None:
+    """Before anybody is dialled: whether this hospital has the patients for a run, and what its privacy ledger leaves for it."""
+    from mpc_fl.apps.runs.site_data import own_patients
+    from mpc_fl.federation.ledger_forecast import ledger_forecast
+
+    patients = own_patients(config, name)
+    forecast = None if config.site.resume else ledger_forecast(config, name, patients)
+    say(f"{name}: {patients} training {config.data.counted_unit}s.")
+    if forecast is None:
+        return
+    if not anyway:
+        forecast.require_worth()
+    say(f"{forecast.described}.")
