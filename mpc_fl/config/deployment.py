@@ -129,6 +129,9 @@ class SiteSection(Section):
         description="whose records data holds: this hospital's alone, or those of all, which data.partition divides; null: its own "
         "for mpc-fl party, those of all where one command starts all",
     )
+    rules: Path | None = Field(
+        default=None, description="what this site allows (docs/site-rules.md); a run that breaks a rule is refused here"
+    )
     patient_key: Path | None = Field(
         default=None,
         description="key that patients' identifiers are hashed with; null: one of this user, made when needed",

@@ -23,6 +23,7 @@ from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, awa
 from mpc_fl.federation.audit_trail import (
     begin_ledger,
     open_ledger,
+    require_allowed_leader,
     require_signed_calibration,
     require_signed_model,
     sign_end,
@@ -162,6 +163,7 @@ class _Run:
             hospital.resume(out, plan.number - 1)
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
         begin_ledger(ledger, links, config, plan)
+        require_allowed_leader(ledger, config)
         if is_new and plan.number > 0:
             require_signed_model(ledger, plan.number - 1, hospital.digests)
             if hospital.calibration is not None:

@@ -53,7 +53,7 @@ def party(
     all of --data, which is its own.
     """
     from mpc_fl.apps.runs.party_log import set_up_log
-    from mpc_fl.apps.runs.party_process import run_alone
+    from mpc_fl.apps.runs.party_process import require_site_allows, run_alone
     from mpc_fl.apps.runs.placement import party_of, site_of
     from mpc_fl.apps.runs.site_data import with_own_data
 
@@ -65,6 +65,7 @@ def party(
     name = party_of(settings, role, rank, os.environ)
     settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
+    require_site_allows(settings, name)
     if is_hospital(name) and settings.task == "train":
         _look_before(settings, name, anyway)
     with shown_progress() as progress:

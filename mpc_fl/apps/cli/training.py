@@ -352,6 +352,7 @@ def _preflight(
     """
     from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
+    from mpc_fl.apps.runs.party_process import require_site_allows
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
     from mpc_fl.learning.data.records import is_one_hospitals
@@ -359,6 +360,7 @@ def _preflight(
     from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
+    require_site_allows(config, at)
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)
