@@ -85,6 +85,8 @@ def hospital_round(
         "method": steps.method,
         "own_accuracy": own.accuracy if own.records else None,
         "own_records": own.records,
+        "patients": {part: of.patient_count for part, of in hospital.parts.items()},
+        "records": {part: len(of) for part, of in hospital.parts.items()},
         "skipped_files": hospital.skipped_files,
         "treatments": hospital.treatments,
         "seconds": {

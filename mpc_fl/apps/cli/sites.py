@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpc_fl.apps.cli.options import Anyway, AsJson, DataPath, FromModel, Overrides, configure, print_json, say
+from mpc_fl.apps.cli.options import (
+    Anyway,
+    AsJson,
+    DataPath,
+    FromModel,
+    Overrides,
+    command_line,
+    configure,
+    print_json,
+    say,
+)
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.roles import is_hospital
 
@@ -53,9 +63,10 @@ def party(
     all of --data, which is its own.
     """
     from mpc_fl.apps.runs.party_log import set_up_log
-    from mpc_fl.apps.runs.party_process import require_site_allows, run_alone
+    from mpc_fl.apps.runs.party_process import require_site_allows
     from mpc_fl.apps.runs.placement import party_of, site_of
     from mpc_fl.apps.runs.site_data import with_own_data
+    from mpc_fl.apps.runs.site_run import run_site
 
     settings = configure(
         config, overrides, from_model, out=out, identity=identity, data=data, images=images, model=model
@@ -69,7 +80,11 @@ def party(
     if is_hospital(name) and settings.task == "train":
         _look_before(settings, name, anyway)
     with shown_progress() as progress:
-        run_alone(name, settings, lambda phase, done, total: progress(name, phase, done, total))
+        written = run_site(
+            name, settings, command_line(), lambda phase, done, total: progress(name, phase, done, total)
+        )
+    if written is not None:
+        say(f"Report: {written}")
 
 
 def _look_before(config: Config, name: str, anyway: bool) -> None:
