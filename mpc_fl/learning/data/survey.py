@@ -82,7 +82,7 @@ def survey(config: Config) -> Survey:
         left_aside=dict(left_aside),
         patients_from=dict(sources),
         first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
-        warnings=_warnings(sources, sorted(keys), records) if sources else [],
+        warnings=[*(_warnings(sources, sorted(keys), records) if sources else []), *_lacks(found, parts, config)],
     )
 
 
@@ -134,6 +134,21 @@ def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[st
             f"{sources[FROM_HEADER]} files have their patient from DICOM headers and {sources[FROM_NAME]} from their names: a "
             "patient under both counts twice; a table patients.csv mends that"
         )
+    return said
+
+
+def _lacks(found: Sequence[_SplitSurvey], parts: Sequence[Part], config: Config) -> list[str]:
+    """What one hospital by itself has nobody of, which is no error there and may be a mistake."""
+    if not is_one_hospitals(config):
+        return []
+    said = []
+    for of, part in zip(found, parts, strict=True):
+        here = {int(of.index.labels[row]) for row in of.rows}
+        missing = [name for label, name in enumerate(config.data.classes) if label not in here]
+        if not here:
+            said.append(f"no {part} patients here: this hospital adds zeros to what is counted of them")
+        elif missing:
+            said.append(f"no {part} patient of {', '.join(missing)} here")
     return said
 
 
