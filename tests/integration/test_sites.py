@@ -114,7 +114,7 @@ def test_three_sites_that_differ_train_together(
         assert sum(of["treatments"].values()) == sum(train) + sum(test) and of["rounds_made"] == 1
         assert (of["own_accuracy"] is None) == (not sum(test))
         assert 0 < of["privacy"]["epsilon"] <= 8 and of["final"] is None and of["openings"] > 0
-        assert f"{name}: {sum(train)} training patients." in ended[name].stdout
+        assert f"{name} has {sum(train)} training patients" in ended[name].stderr
         report = federation / name / "out" / "report.html"
         text = re.sub("<[^>]+>", " ", report.read_text())
         assert f"at {name}" in text and "Not shown" not in text and "all parties on one machine" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,8 @@ from mpc_fl.roles import is_hospital
 
 if TYPE_CHECKING:
     from mpc_fl.config.config import Config
+
+log = logging.getLogger("mpc_fl")
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], as_json: AsJson = False) -> None:
@@ -63,7 +66,7 @@ def party(
     all of --data, which is its own.
     """
     from mpc_fl.apps.runs.party_log import set_up_log
-    from mpc_fl.apps.runs.party_process import require_site_allows
+    from mpc_fl.apps.runs.party_process import quoting_nothing, require_site_allows
     from mpc_fl.apps.runs.placement import party_of, site_of
     from mpc_fl.apps.runs.site_data import with_own_data
     from mpc_fl.apps.runs.site_run import run_site
@@ -76,9 +79,10 @@ def party(
     name = party_of(settings, role, rank, os.environ)
     settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
-    require_site_allows(settings, name)
-    if is_hospital(name) and settings.task == "train":
-        _look_before(settings, name, anyway)
+    with quoting_nothing():
+        require_site_allows(settings, name)
+        if is_hospital(name) and settings.task == "train":
+            _look_before(settings, name, anyway)
     with shown_progress() as progress:
         written = run_site(
             name, settings, command_line(), lambda phase, done, total: progress(name, phase, done, total)
@@ -91,10 +95,12 @@ def _look_before(config: Config, name: str, anyway: bool) -> None:
     """Before anybody is dialled: whether this hospital has the patients for a run, and what its privacy ledger leaves for it."""
     from mpc_fl.apps.runs.site_data import own_patients
     from mpc_fl.federation.ledger_forecast import ledger_forecast
+    from mpc_fl.links.party_links import site_directory
 
+    site_directory(config)
     patients = own_patients(config, name)
+    log.info("%s has %d training %ss", name, patients, config.data.counted_unit)
     forecast = None if config.site.resume else ledger_forecast(config, name, patients)
-    say(f"{name}: {patients} training {config.data.counted_unit}s.")
     if forecast is None:
         return
     if not anyway:

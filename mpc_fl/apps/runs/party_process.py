@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -128,14 +128,21 @@ def unforeseen(error: BaseException) -> MpcFlError:
     return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
 
 
-def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
-    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+@contextlib.contextmanager
+def quoting_nothing() -> Iterator[None]:
+    """Raise `MpcFlError` alone, for whatever else is raised within `unforeseen`."""
     try:
-        run_party(name, config, notify)
+        yield
     except MpcFlError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is
         raise unforeseen(error) from None
+
+
+def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
+    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+    with quoting_nothing():
+        run_party(name, config, notify)
 
 
 def _show_name(name: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
-from mpc_fl.apps.runs.party_process import run_alone
+from mpc_fl.apps.runs.party_process import quoting_nothing, run_alone
 from mpc_fl.apps.runs.run_directory import count_parameters, versions
 from mpc_fl.apps.summaries import SUMMARY_FILE, PartySummary, PrivacySpent
 from mpc_fl.audit.model_origin import MODEL_FILE
@@ -31,11 +31,12 @@ def run_site(name: str, config: Config, command: str, notify: Callable[[str, int
         return None
     from mpc_fl.apps.report.page import write_report  # draws: matplotlib and Pillow come with it
 
-    out = site_directory(config)
-    write_text(out / "config.yaml", config.to_yaml())
-    summary = (_of_hospital if is_hospital(name) else _of_aggregator)(name, config, command, time.monotonic() - began)
-    write_json(out / SUMMARY_FILE, summary.to_json())
-    return write_report(out)
+    out, of = site_directory(config), _of_hospital if is_hospital(name) else _of_aggregator
+    with quoting_nothing():
+        write_text(out / "config.yaml", config.to_yaml())
+        summary = of(name, config, command, time.monotonic() - began)
+        write_json(out / SUMMARY_FILE, summary.to_json())
+        return write_report(out)
 
 
 def _summary(name: str, config: Config, command: str, seconds: float) -> PartySummary:
