@@ -67,6 +67,7 @@ CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml
 NETWORKS = {"lite0": "Lite0, linear", "scattering": "scattering, linear", "small": "small network"}
 # What the small network is trained for: minutes a row and seed.
 SMALL_ROWS, SMALL_EPSILONS, SMALL_SEEDS = ("central", "local", "distributed"), (math.inf, 8.0), 2
+RATE_AT_EPSILON_1 = 15.0  # of Lite0; scattering keeps its 30
 RATE_WITHOUT_CLIPPING = 5.0  # of a linear layer on features; gradients of the other rows are clipped to a tenth
 ROWS = {
     "central": "central",
@@ -254,6 +255,8 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
         training = {"batch_size": smallest, "strategy": "fedsgd", "rounds": steps, "local_steps": 1}
     if epsilon is None:
         training["learning_rate"] = RATE_WITHOUT_CLIPPING
+    elif epsilon <= 1 and config.data.features.extractor == "efficientnet_lite0":
+        training["learning_rate"] = RATE_AT_EPSILON_1
     data: dict[str, Any] = {"normalise_noise_multiplier": config.data.normalise_noise_multiplier * 8 / (epsilon or 8)}
     if (
         row == "alone" and epsilon is not None and epsilon <= 1

@@ -91,3 +91,16 @@ def test_a_file_allows_nothing_and_a_saved_configuration_keeps_no_permission(tmp
     assert config.site.allow_packages == ("theirs",) and config.digest() == load_config(path).digest()
     path.write_text(config.to_yaml())
     assert load_config(path).site.allow_packages == ()
+
+
+def test_a_file_sends_this_sites_own_numbers_nowhere(tmp_path: Path) -> None:
+    """Metrics of a hospital carry no noise; whoever writes its configuration is not to get them."""
+    path = tmp_path / "federation.yaml"
+    path.write_text("site: {watch: [mlflow], mlflow_uri: 'https://theirs'}")
+    with pytest.raises(ConfigError, match=r"without noise, .*: remove it there; give --set site\.mlflow_uri=URI"):
+        load_config(path)
+    path.write_text("site: {watch: [mlflow]}")
+    config = load_config(path, ["site.mlflow_uri=https://ours"])
+    assert config.site.mlflow_uri == "https://ours"
+    path.write_text(config.to_yaml())
+    assert load_config(path).site.mlflow_uri is None

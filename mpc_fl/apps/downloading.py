@@ -11,6 +11,8 @@ from mpc_fl.errors import MpcFlError, printable
 
 _DEADLINE = 600  # seconds
 _WITHOUT_INDEX = "configure an index for pip, or bring the wheel from elsewhere and give --wheel FILE"
+# By `-m` Python would first look for pip in the current directory, and that may hold files of others.
+_PIP = "import sys, runpy; sys.path[:] = filter(None, sys.path); runpy.run_module('pip', run_name='__main__', alter_sys=True)"
 
 
 def download_wheel(package: str, version: str, sha256: str, into: Path) -> Path:
@@ -23,7 +25,7 @@ def download_wheel(package: str, version: str, sha256: str, into: Path) -> Path:
     wanted = into / "wanted.txt"
     wanted.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
     # The user's own settings say which index is asked.
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command = [sys.executable, "-c", _PIP, "--disable-pip-version-check", "--no-input", "download"]
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--dest", str(into)]
     try:
         done = subprocess.run(

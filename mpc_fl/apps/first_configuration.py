@@ -17,6 +17,7 @@ Backbone = Literal["efficientnet_lite0", "scattering", "none"]
 
 SMALLEST_FOR_FULL_BATCHES = 2000  # patients of a hospital up to which every step takes all of them
 _TABLE_BATCH = 64
+_NORMALISE_NOISE = 21.6  # over epsilon: a tenth of the budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Answers:
     """What somebody who begins says of the federation.
 
     `smallest_hospital`: the fewest training patients of any hospital, which is public. `backbone`: what gives the features
-    of images. `features` counts the columns of a table.
+    of images. `columns` are the names of a table's columns that become features.
     """
 
     source: Source = "phantoms"
@@ -33,7 +34,7 @@ class Answers:
     epsilon: float = 8.0
     smallest_hospital: int = 800
     backbone: Backbone = "efficientnet_lite0"
-    features: int = 30
+    columns: tuple[str, ...] = ("age", "crp")
     label_column: str = "label"
     patient_column: str | None = None
 
@@ -73,20 +74,31 @@ def _data(answers: Answers) -> list[str]:
         if answers.backbone in FETCHED_WEIGHTS:
             weights = FETCHED_WEIGHTS[answers.backbone]
             lines += [f"    weights: {weights}  # mpc-fl model fetch {answers.backbone}, once a machine"]
+        else:
+            lines += ["    mirror: false    # the mirror image costs as much again and was worth nothing"]
         lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
-        lines += ["  normalise_noise_multiplier: 2.7"]
+        noise = round(_NORMALISE_NOISE / answers.epsilon, 3)
+        lines += [f"  normalise_noise_multiplier: {min(1000.0, max(0.001, noise))}  # about a tenth of the budget"]
     if answers.source == "csv":
         if answers.patient_column is None:
             lines += ["  unit: image        # no column says whose a row is: privacy is counted per row"]
         lines += ["  table:", f"    label_column: {_written(answers.label_column)}"]
         lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row counts by itself"]
-        lines += [
-            f"    features: {answers.features}      # columns beside label and patient, the same at every hospital"
-        ]
-        lines += [
-            "    # reference_ranges: [[0, 1], ...]   # public (low, high) of each column, for data.normalise: secure"
-        ]
+        lines += _columns(answers.columns)
     return [line for line in lines if line]
+
+
+def _columns(names: tuple[str, ...]) -> list[str]:
+    """What all sites agree on about columns: names as given, and as comments what else may be said."""
+    return [
+        "    columns:           # what all sites agree on; each file is read by these names, whatever the order (docs/data.md)",
+        *(f"      - {{name: {_written(name)}, kind: number}}" for name in names),
+        "      # - {name: crp, kind: number, unit: mg/l, range: [0, 500], censored: half, missing: indicator}",
+        "      # - {name: sex, kind: category, categories: [f, m, other], missing: leave_out}",
+        '      # - {name: smoker, kind: boolean, missing: fill, fill: "no"}',
+        "      # - {name: admitted, kind: date, since: 2020-01-01, range: [0, 10], order: day_month_year}",
+        "    # identifiers: [mrn]   # columns that are never read, at whoever has them",
+    ]
 
 
 def _training(answers: Answers) -> list[str]:
@@ -101,7 +113,7 @@ def _training(answers: Answers) -> list[str]:
             "  local_steps: 5     # each a secure sum of its own",
             f"  batch_size: {batch}    # "
             + ("every patient is in every step" if full else "expected patients of a step"),
-            "  learning_rate: 30  # large, because a clipped gradient is small",
+            f"  learning_rate: {30 if answers.epsilon > 1 else 15}  # large, because a clipped gradient is small",
             "  momentum: 0.9",
             "  average_last: 30",
         ]
@@ -126,7 +138,7 @@ def _privacy(answers: Answers) -> list[str]:
         "privacy:",
         f"  epsilon: {answers.epsilon:g}         # for each patient, over all runs of a privacy ledger; noise is calibrated to it",
         f"  delta: {_delta(answers)}",
-        f"  clipping_norm: {(0.3 if answers.epsilon >= 4 else 0.1) if features else 1.0}",
+        f"  clipping_norm: {0.1 if features else 1.0}",
         f"  mechanism: {'distributed' if features else 'local'}   # mpc-fl config explain privacy",
     ]
     if answers.source != "phantoms":

@@ -118,11 +118,14 @@ def _model(facts: CardFacts) -> str:
 def _data(facts: CardFacts) -> str:
     config = facts.config
     data, private = config.data, config.privacy
-    lines = [_SOURCES[data.source]]
+    lines = [_SOURCES.get(data.source, f"Records that the loader {_text(data.source)} gives at each hospital.")]
     if data.source == "phantoms":
         lines.append(
             f"{data.phantoms.train_patients:,} to train and {data.phantoms.test_patients:,} to test, over all hospitals."
         )
+    if data.table.columns is not None:
+        units = {column.name: "" if column.unit is None else f" ({column.unit})" for column in data.table.columns}
+        lines.append("Columns: " + _text(", ".join(f"{name}{unit}" for name, unit in units.items())) + ".")
     lines.append(f"{config.federation.hospitals} hospitals.")
     if private.smallest_hospital is not None:
         most = "" if private.largest_hospital is None else f" and at most {private.largest_hospital:,}"

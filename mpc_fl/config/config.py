@@ -236,8 +236,9 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML that `loading.load_config` reads back to an equal object, but for what no file may
-        say (`site.allow_packages`)."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude={"site": {"allow_packages"}}), sort_keys=False)
+        say (`site.allow_packages`, `site.mlflow_uri`)."""
+        unsaid = {"site": {"allow_packages", "mlflow_uri"}}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unsaid), sort_keys=False)
 
     def with_values(self, **sections: dict[str, Any] | str | int) -> Config:
         """A copy with some values replaced: `with_values(site={"out": path}, task="infer")`. Raises `ConfigError`."""
@@ -272,10 +273,18 @@ def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
     return None
 
 
+def _listed_section(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that a setting is a list of; None when it is no such list."""
+    field = section.model_fields.get(name)
+    kinds = [kind for part in get_args(field.annotation) for kind in get_args(part)] if field is not None else []
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def _known_names(path: tuple[Any, ...]) -> list[str]:
     section: type[BaseModel] | None = Config
     for name in path:
-        section = None if section is None else section_of(section, str(name))
+        if section is not None and not isinstance(name, int):  # a number is the place in a list of sections
+            section = section_of(section, str(name)) or _listed_section(section, str(name))
     return [] if section is None else list(section.model_fields)
 
 

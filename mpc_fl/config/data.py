@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mpc_fl.config.columns import ColumnSection, plain_name
 from mpc_fl.config.section import Bound, Count, Digest, Positive, Section
+from mpc_fl.errors import ConfigError
 
 
 class PartitionSection(Section):
@@ -33,12 +35,23 @@ class PhantomSection(Section):
 
 
 class TableSection(Section):
-    """Columns of a CSV file. Without `patient_column` every row is one patient."""
+    """Columns of a CSV file. Without `patient_column` every row is one patient.
+
+    `columns` are those that become features, in this order, each by its name: where they stand in a hospital's file does not
+    matter, and one that is missing or that nobody agreed on is named. Without them the columns of one file, which is divided
+    over simulated hospitals, are `features` numbers in their order there; hospitals with files of their own need `columns`.
+
+    `identifiers` are columns that are left out wherever they stand: numbers of patients and cases, names, remarks.
+    """
 
     label_column: str = Field(default="label", description="holds the class of a row")
     patient_column: str | None = None
+    columns: tuple[ColumnSection, ...] | None = Field(
+        default=None, description="what all hospitals agreed on: name, kind, unit, range, categories, missing values"
+    )
+    identifiers: tuple[str, ...] = Field(default=(), description="columns that are never read, at whoever has them")
     features: Count | None = Field(
-        default=None, description="number of feature columns; needed for csv; of a loader's rows"
+        default=None, description="number of feature columns of csv without `columns`; of a loader's rows"
     )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.25, description="share of patients who are kept for tests, where there is no split of their own"
@@ -52,7 +65,32 @@ class TableSection(Section):
         for low, high in self.reference_ranges or ():
             if not low < high:
                 raise ValueError("reference_ranges must be pairs of (low, high) with low < high")
+        if self.columns == ():
+            raise ValueError("columns must name at least one column, or be null")
+        if self.columns is not None and (self.features is not None or self.reference_ranges is not None):
+            raise ValueError(
+                "columns say how many features there are and their ranges; leave features and reference_ranges null"
+            )
+        own = [self.label_column] if self.patient_column is None else [self.label_column, self.patient_column]
+        if self.columns is not None or self.identifiers:
+            names = [*own, *self.identifiers, *(column.name for column in self.columns or ())]
+            plain = [plain_name(name) for name in names]
+            twice = [name for place, name in enumerate(names) if plain[place] in plain[:place]]
+            if twice:
+                raise ValueError(f"table names the column '{twice[0][:60]}' twice")
         return self
+
+    @property
+    def size(self) -> int | None:
+        """Features of a row, where the configuration says it."""
+        return self.features if self.columns is None else sum(column.size for column in self.columns)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether public bounds of every feature are known."""
+        if self.columns is None:
+            return self.reference_ranges is not None
+        return all(column.bounded for column in self.columns)
 
 
 # Features that an extractor gives of an image, by its name.
@@ -147,12 +185,16 @@ class FeatureSection(Section):
 
 
 class SubsetSection(Section):
-    """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients."""
+    """Upper limits on patients per hospital, for short runs; null takes all. Who validates is one of the training patients.
+
+    With a privacy mechanism they are for phantoms alone: a set of fixed size has another patient in the place of who is removed.
+    """
 
     train_patients: Count | None = Field(default=None, description="of each hospital at most")
     test_patients: Count | None = Field(default=None, description="of each hospital at most")
 
 
+_AGREE = "each hospital has a file of its own, whose columns may stand in another order; all must agree on data.table.columns"
 SOURCES = ("phantoms", "images", "npz", "csv", "breast_cancer")  # of this program
 # Names of the public chest X-rays of Kermany et al. (Cell 2018): person12_bacteria_3.jpeg, NORMAL2-IM-0123-0001.jpeg. The same
 # person in two classes counts as one patient, the safe reading.
@@ -230,8 +272,11 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:
-        if self.normalise == "secure" and self.is_table and self.table.reference_ranges is None:
-            raise ValueError("normalise: secure needs public bounds of every feature; set table.reference_ranges")
+        if self.normalise == "secure" and self.is_table and not self.table.bounded:
+            raise ValueError(
+                "normalise: secure needs public bounds of every feature; set the range of each of table.columns, or "
+                "table.reference_ranges"
+            )
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
         if self.patient_pattern is not None:
@@ -243,9 +288,26 @@ class DataSection(Section):
                 raise ValueError("patient_pattern needs a group (in brackets) that is the patient")
         if self.features is not None and self.is_table:
             raise ValueError("features are those of images; leave data.features null for tables")
-        if self.source == "csv" and self.table.features is None:
-            raise ValueError("table.features (the number of feature columns) must be set for csv")
+        self._check_table()
         return self
+
+    def _check_table(self) -> None:
+        table = self.table
+        if self.source != "csv" and (table.columns is not None or table.identifiers):
+            raise ValueError("table.columns and table.identifiers are those of csv")
+        if self.source == "csv" and table.size is None:
+            raise ValueError(
+                "csv needs table.columns; or table.features, the number of columns of the one file that is divided"
+            )
+        if self.source == "csv" and table.columns is None and self.partition.method == "none":
+            raise ValueError(f"partition.method none: {_AGREE}")
+
+    def require_agreed_columns(self) -> None:
+        """Raise `ConfigError` where columns of a hospital's own file would be read in their order there."""
+        if self.source == "csv" and self.table.columns is None:
+            raise ConfigError(
+                f"data.table.columns is not set: {_AGREE}", "name them, as `mpc-fl init` does (docs/data.md)"
+            )
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -254,7 +316,7 @@ class DataSection(Section):
         if self.features is not None:
             return (self.features.size + 1,)
         if self.is_table and self.source != "breast_cancer":
-            return (self.table.features or 0,)
+            return (self.table.size or 0,)
         if self.source == "breast_cancer":
             return (30,)
         return (self.channels, self.image_size, self.image_size)

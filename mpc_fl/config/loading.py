@@ -73,6 +73,11 @@ def load_config(path: Path, overrides: list[str] | None = None, begins_with: str
             f"{path}: site.allow_packages lets code of others run, and a file could come from them",
             "remove it there; give --set site.allow_packages=[NAME] on the command line",
         )
+    if isinstance(site, dict) and str(site.get("mlflow_uri") or "").startswith("http"):
+        raise ConfigError(
+            f"{path}: site.mlflow_uri says where this site's own numbers go, without noise, and a file could come from others",
+            "remove it there; give --set site.mlflow_uri=URI on the command line",
+        )
     return parse_config(_beginning(apply_overrides(values or {}, overrides or []), begins_with, path), str(path))
 
 

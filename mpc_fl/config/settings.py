@@ -128,6 +128,8 @@ def _kind(of: dict[str, Any], whole: dict[str, Any]) -> str:
         if "prefixItems" in of:
             return f"({', '.join(_kind(part, whole) for part in of['prefixItems'])})"
         return f"list of: {_kind(of['items'], whole)}"
+    if "properties" in of:
+        return f"mapping with {', '.join(of['properties'])}"
     if of.get("type") == "object":
         return "mapping of names to texts"
     words = {"integer": "whole number", "number": "number", "boolean": "true | false", "string": "text", "null": "null"}

@@ -11,7 +11,7 @@ from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.calibration import Calibration
+from mpc_fl.learning.models.calibration import Calibration, Grid
 from mpc_fl.learning.models.parameters import (
     flatten_buffers,
     flatten_parameters,
@@ -76,12 +76,17 @@ def send_calibration(links: Links, digests: ModelDigests, hospitals: tuple[str, 
 
 
 def receive_calibration(links: Links, digests: ModelDigests, config: Config) -> Calibration:
-    """A hospital's side of `send_calibration`. Raises `ProtocolError` for what cannot be a calibration."""
+    """A hospital's side of `send_calibration`. Raises `ProtocolError` for what cannot be fitted (`Grid.has`)."""
     values = links.receive_tensor(AGGREGATOR, "calibration", torch.float64, (1 + len(config.data.classes),))
     try:
         calibration = Calibration.of_tensor(values)
     except DataError as error:
         raise ProtocolError(f"{AGGREGATOR} sent a calibration that cannot be: {error.what}", SAME_VERSION) from None
+    fitted = config.evaluation.calibrate
+    if fitted == "none" or not Grid(len(config.data.classes), fitted).has(calibration):
+        raise ProtocolError(
+            f"{AGGREGATOR} sent a calibration that is no point of the public grid", "it does not follow the protocol"
+        )
     digests.take(calibration=values)
     return calibration
 

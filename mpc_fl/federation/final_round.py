@@ -155,8 +155,11 @@ def _sum_changes(
     """Step 3: the hospitals that are in the sum, or go on without one."""
     links, config, hospitals = domain.links, hospital.config, plan.hospitals
     links.set_phase(f"round {plan.number} calibration")
-    if next_word(links, AGGREGATOR, _CALIBRATION)["word"] == "calibrate":
-        event, release = planned.event(), None
+    opens = next_word(links, AGGREGATOR, _CALIBRATION)["word"] == "calibrate"
+    if opens:
+        event = planned.event()
+        # Of public patients nothing is entered; without privacy what left, also of who comes to this round alone.
+        release = hospital.releasing(plan.number) if config.privacy.mechanism == "none" else None
         if event is not None:
             run, budget = calibration_run_name(config), hospital.budget
             hospital.ledger.charge(event, run=run, round_number=plan.number, budget=budget, reserve=True)
@@ -177,6 +180,10 @@ def _sum_changes(
         if hospital.name not in hospitals:
             return "left out"
     hospital.calibration = receive_calibration(links, hospital.digests, config)
+    if not opens and hospital.calibration != Calibration.none(len(config.data.classes)):
+        raise ProtocolError(
+            f"{AGGREGATOR} sent a calibration, and no sum was made to fit it", "it does not follow the protocol"
+        )
     return hospitals
 
 

@@ -47,7 +47,12 @@ from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
 from mpc_fl.learning.training.independent_records import require_independent_records
-from mpc_fl.learning.training.per_sample_gradients import Method, choose_per_sample_method, working_copy
+from mpc_fl.learning.training.per_sample_gradients import (
+    Method,
+    choose_per_sample_method,
+    require_gradients_of_each,
+    working_copy,
+)
 from mpc_fl.learning.training.process_group import TrainingGroup
 from mpc_fl.roles import hospital_name
 
@@ -243,6 +248,10 @@ def join(
             wanted = choose_per_sample_method(
                 model, shape, mechanism=hospital.mechanism, device=hospital.device, copies=copies
             )
+        else:
+            computed = on_device(working_copy(model), hospital.device)
+            with repeatable():
+                require_gradients_of_each(computed, config.data.input_shape, wanted)
         hospital.method = wanted
         if hospital.mechanism is not None and hospital.device.place.type != "cpu":
             computed = on_device(working_copy(model), hospital.device)

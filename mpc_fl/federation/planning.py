@@ -154,9 +154,17 @@ def sample_rate_of(config: Config, patients: int) -> float:
 
 
 def require_public_values(config: Config) -> None:
-    """Raise `ConfigError` where a run with a privacy mechanism would take a hospital's number of patients for a public one."""
+    """Raise `ConfigError` where a run with a privacy mechanism would take a hospital's number of patients for a public one, or
+    so many of its patients that one who is removed has another in the place."""
     if config.privacy.mechanism == "none":
         return
+    limits, noised_tests = config.data.subset, config.evaluation.noise_multiplier is not None
+    if config.data.source != "phantoms" and (limits.train_patients or (limits.test_patients and noised_tests)):
+        raise ConfigError(
+            "of a hospital with more patients than data.subset one who is removed has another in the place: that is two who "
+            "change, and epsilon is for one",
+            "leave data.subset null; for a short run lower training.rounds or training.local_steps",
+        )
     if config.aggregation.weighted:
         raise ConfigError(
             "aggregation.weighted would open the exact number of patients, which one patient more or less changes",

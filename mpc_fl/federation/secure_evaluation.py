@@ -116,6 +116,8 @@ def _evaluate(
         if noised is None:
             exact = encode_evaluation(own, config.aggregation.count_bound)
             counts = Private(f"evaluation of {hospital.name}", exact)
+            if whom == "validation" and config.privacy.mechanism == "none":
+                release = hospital.releasing(number)  # they are patients of the privacy ledger, as those who train
         else:
             # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
             decided = torch.nan_to_num(probabilities).argmax(dim=1) if predicted is None else predicted

@@ -120,3 +120,8 @@ def test_parties_share_nothing_that_their_task_does_not_need(values: dict[str, A
 def test_the_fork_server_itself_is_the_standard_library() -> None:
     found = imported("-c", "import mpc_fl.apps.runs.fork_server")
     assert not (EVERYTHING | {"torch", "numpy", "cryptography", "grpc", "pydantic", "typer"}) & found
+
+
+def test_a_party_says_where_to_log_before_grpc_is_loaded() -> None:
+    """gRPC reads it once, when it is loaded: else the log of a party says nothing of refused certificates."""
+    assert not {"grpc", "torch"} & imported("-c", "import mpc_fl.apps.runs.party_process")

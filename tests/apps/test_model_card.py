@@ -107,6 +107,10 @@ def test_results_by_class_have_wilsons_intervals_and_a_small_class_is_named() ->
     assert "not shown to be better" in card_text(facts(final=scores((40, 30, 10))))
 
 
+def test_the_loader_of_a_site_is_named() -> None:
+    assert "the loader our\\_archive gives at each hospital" in card_text(facts({"data": {"source": "our_archive"}}))
+
+
 def test_noise_widens_the_intervals_of_classes() -> None:
     counts = torch.tensor([[80.0, 20.0], [10.0, 90.0]])
     values = {"evaluation": {"noise_multiplier": 4.0}, "data": {"classes": ["sick", "well"]}}

@@ -431,7 +431,7 @@ def forget_round_2() -> None:
         stage[0] = "opened"
         raise SumLostError("the updates of round 2 are known", "")
 
-    def begin_with_a_block_of_its_own(ledger: Any, links: Any, config: Any, hospitals: Any, resumed: bool) -> None:
+    def begin_with_a_block_of_its_own(ledger: Any, links: Any, config: Any, plan: Any) -> None:
         if stage[0] == "opened":
             stage[0] = "forged"
             other = Opening("nothing", "round 2: a lost attempt", (), ("aggregator",), ("aggregator",))
@@ -441,7 +441,7 @@ def forget_round_2() -> None:
             block = Block(number, "abandoned", "a lost attempt", ("aggregator",), (opened,), {}, None, seal)
             own = sign_block(block, ledger.identity, datetime.datetime.now(datetime.timezone.utc))
             UncheckedLedger.add(ledger, dataclasses.replace(block, signatures=(own,)))
-        begin_ledger(ledger, links, config, hospitals, resumed)
+        begin_ledger(ledger, links, config, plan)
 
     quorum_sum.say = say_void  # type: ignore[attr-defined]
     aggregator_round.collect = open_and_lose  # type: ignore[attr-defined]

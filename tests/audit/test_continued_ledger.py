@@ -29,6 +29,10 @@ def issued(whose: Authority, name: str, known: dict[tuple[int, str], Identity] =
     return known.setdefault((id(whose), name), whose.issue(name, 10 * DAY))
 
 
+for _name in PARTIES:
+    issued(LATER, _name)  # at once, as those of the other module
+
+
 def members_by(whose: Authority) -> Members:
     if whose is authority():
         return members()

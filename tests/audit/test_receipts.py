@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from mpc_fl.audit.receipts import (
     sign_receipt,
 )
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import time_text
 from mpc_fl.errors import MpcFlError, ProtocolError
@@ -46,10 +45,13 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
     return {name: load_identity(path / name, name) for name in NAMES}
 
 
-NOW = time_text(datetime.datetime.now(datetime.timezone.utc))  # once: files of one session hold the same times
-
-
 SESSION = "hospital-0/" + "1" * 32
+
+
+def when(identities: dict[str, Identity]) -> str:
+    """When everything here was signed: as the last certificate was made. Files of one session hold the same times."""
+    starts = [x509.load_pem_x509_certificate(own.certificate).not_valid_before_utc for own in identities.values()]
+    return time_text(max(starts) + CLOCK_SKEW)
 
 
 def write(
@@ -67,10 +69,12 @@ def write(
     prints = [fingerprint_of(one.certificate) for one in (hospital, owner)]
     certificates = {one.name: one.certificate for one in (hospital, owner, dealer)}
     receipt, opened = Receipt(session, 0, prints[0], prints[1], "label", "a" * 64, "b" * 64), (0, NOTHING)
-    count = DealerCount(session, 0, 0, "a" * 64, fingerprint_of(dealer.certificate), NOW)
+    count = DealerCount(session, 0, 0, "a" * 64, fingerprint_of(dealer.certificate), when(identities))
     for number in range(batches + 1):
         closing = number == batches
-        receipt = replace(receipt.closed(opened) if closing else receipt.after_batch(2, True, opened), time=NOW)
+        receipt = replace(
+            receipt.closed(opened) if closing else receipt.after_batch(2, True, opened), time=when(identities)
+        )
         if not closing:
             count = replace(count, batches=count.batches + 1, records=count.records + 2)
             opened = opened_with(opened, OPENING)
@@ -176,7 +180,11 @@ def test_what_was_signed_again_by_one_side_alone_is_found(tmp_path: Path, identi
     ],
 )
 def test_what_is_no_receipt_is_refused(name: str, value: object) -> None:
-    good = asdict(Receipt("hospital-0/" + "1" * 32, 1, *["c" * 64] * 2, "label", "a" * 64, "b" * 64, time=NOW))  # type: ignore[arg-type]
+    good = asdict(
+        Receipt(
+            "hospital-0/" + "1" * 32, 1, *["c" * 64] * 2, "label", "a" * 64, "b" * 64, time="2026-11-27T12:00:00+00:00"
+        )
+    )  # type: ignore[arg-type]
     assert receipt_from(good).number == 1
     with pytest.raises(ValueError):
         receipt_from({**good, name: value})

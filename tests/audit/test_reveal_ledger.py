@@ -62,6 +62,10 @@ def identity(name: str) -> Identity:
     return authority().issue(name, 10 * DAY)
 
 
+for _name in (*PARTIES, "hospital-2"):
+    identity(_name)  # at once: made when a test asks for it, a certificate might be valid only after what it signs
+
+
 def members(parties: Sequence[str] = PARTIES, quorum: int = 2, **other: Identity) -> Members:
     """Keyword names have underscores: `hospital_1=...` puts another certificate in the place of hospital-1's."""
     certificates = {name: other.get(name.replace("-", "_"), identity(name)).certificate.decode() for name in parties}

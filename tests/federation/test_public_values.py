@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,12 +33,14 @@ from mpc_fl.federation.planning import (
     mechanism_of,
     plan_release,
     releases_beside_steps,
+    require_public_values,
     rounds_to_come,
     sample_rate_of,
 )
 from mpc_fl.federation.preparation import aggregator_preparation, heaviest_weight, hospital_preparation
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import PublicSizes, load_hospital, public_sizes
+from mpc_fl.learning.data.partition import partition_equal
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, epsilon_of
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
@@ -215,6 +218,27 @@ def test_sizes_of_phantoms_follow_from_the_configuration(data: dict[str, Any]) -
     assert public_sizes(config) == PublicSizes(min(sizes), max(sizes))
     stated = config.with_values(privacy={"smallest_hospital": 10})
     assert public_sizes(stated) == PublicSizes(10, 40)  # four times as many, unless more is said
+
+
+@pytest.mark.parametrize("mechanism", ["local", "distributed"])
+def test_a_set_of_fixed_size_is_refused_where_privacy_is_promised(mechanism: str) -> None:
+    """With one patient less another one trains: two have changed, and epsilon is for one."""
+    before, after = (
+        {f"person{number}" for number in partition_equal([f"person{n}" for n in range(count)], np.zeros(count), 1, 0)[0][:20]}
+        for count in (60, 59)
+    )  # fmt: skip
+    assert before == after or len(before ^ after) == 2
+    images = {"data": {"source": "images", "subset": {"train_patients": 20}}, "privacy": {"smallest_hospital": 20}}
+    for tests_only in (False, True):
+        config = configured(mechanism, **images)
+        if tests_only:
+            noised = {"noise_multiplier": 3.0}
+            config = config.with_values(data={"subset": {"test_patients": 9}}, evaluation=noised)
+        with pytest.raises(ConfigError, match="two who change, and epsilon is for one: leave data.subset null"):
+            plan_release(config, 20, [], "hospital-0")
+    exact = configured(mechanism, data={"source": "images", "subset": {"test_patients": 9}}, privacy=images["privacy"])
+    require_public_values(exact)
+    require_public_values(configured("none", **images))
 
 
 # ---- rounds that are lost ----------------------------------------------------------------------------------------------

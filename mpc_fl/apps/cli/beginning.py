@@ -84,7 +84,8 @@ def _asked(known: Answers, given: set[str]) -> Answers:
     if known.source == "images":
         ask("backbone", "Features of images from", str, get_args(Backbone))
     else:
-        ask("features", "Feature columns of the table", int)
+        names = typer.prompt("Names of the feature columns, with commas", default=", ".join(known.columns), err=True)
+        known = replace(known, columns=tuple(name.strip() for name in names.split(",")))
         ask("label_column", "Column that holds the class", str)
         column = typer.prompt("Column that holds the patient (empty: every row counts by itself)", default="", err=True)
         known = replace(known, patient_column=column or None)

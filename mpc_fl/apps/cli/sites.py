@@ -76,6 +76,7 @@ def party(
     )
     if resume:
         settings = settings.with_values(site={"resume": True})
+    settings.data.require_agreed_columns()
     name = party_of(settings, role, rank, os.environ)
     settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)

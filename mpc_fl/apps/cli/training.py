@@ -384,5 +384,5 @@ def _require_memory(config: Config, found: TrainingEstimate) -> None:
         raise MpcFlError(
             f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "
             f"{available / 1e9:.1f} GB are available",
-            "use fewer hospitals, data.subset, a smaller training.batch_size, or training.per_sample_gradients=loop",
+            "use fewer hospitals, a smaller training.batch_size, or training.per_sample_gradients=loop",
         )

@@ -65,11 +65,15 @@ def _interval_words(final: Scores) -> str:
 
 
 def images(run: Run) -> Markup:
-    """What was done to how many images before they were of one form; nothing where no version or no image says so."""
+    """What was done to how many images or rows before they were of one form; nothing where no version and no file says so."""
     done = run.training.treatments
     if not done:
         return Markup("")
     rows = sorted(done.items(), key=lambda entry: (-entry[1], entry[0]))
+    if (run.config.get("data") or {}).get("source") == "csv":
+        text = """How the tables of all hospitals were read, training and test, and what became of missing and unusual values. The
+        run's data settings say how; docs/data.md says what it means."""
+        return Markup(paragraph(text) + table("Rows by how they were read", ("What", "Rows"), rows, 1))
     text = """What was done to the image files of all hospitals, training and test: where brightness came from, and what else was
     changed. The run's data settings say how; docs/data.md says what it means."""
     return Markup(paragraph(text) + table("Images by what was done to them", ("What", "Images"), rows, 1))

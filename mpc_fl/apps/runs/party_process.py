@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpc_fl.apps.runs.curves import curves_of
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
@@ -33,7 +32,6 @@ from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
-from mpc_fl.links.party_links import site_directory
 from mpc_fl.links.silence import SIGN
 from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
@@ -97,6 +95,8 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
         raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
     log = logging.getLogger("mpc_fl")
     log.info("%s starts (%s), process %d", name, config.task, os.getpid())
+    from mpc_fl.apps.runs.curves import curves_of  # with what follows it loads gRPC, which reads then where to log
+
     program = importlib.import_module(ROLES[role])
     if config.task != "train":
         program.run(config, rank, notify, observer)
@@ -105,6 +105,7 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
             program.run(config, rank, notify, observer)
     if role == AGGREGATOR:
         from mpc_fl.apps.runs.model_card_file import write_model_card
+        from mpc_fl.links.party_links import site_directory
 
         write_model_card(config, site_directory(config))
     log.info("%s has finished, its peak memory was %d MB", name, peak_memory() // 10**6)

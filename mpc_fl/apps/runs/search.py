@@ -274,7 +274,9 @@ def _as_text(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def _ledgers(config: Config, directory: Path) -> dict[str, PrivacyLedger]:
     names = hospital_names(config.federation.hospitals)
-    return {name: PrivacyLedger(directory / f"{name}-privacy.sqlite3", name) for name in names}
+    return {
+        name: PrivacyLedger(directory / f"{name}-privacy.sqlite3", name, config.data.counted_unit) for name in names
+    }
 
 
 def _spent(config: Config, directory: Path) -> list[list[SubsampledGaussian]]:

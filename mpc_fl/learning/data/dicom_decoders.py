@@ -36,6 +36,7 @@ _PILLOW = _Decoder("pillow", "PIL", "pillow")
 _GDCM = _Decoder(gdcm_process.PLUGIN, "gdcm", "python-gdcm")
 _JPEGLS = _Decoder("pyjpegls", "jpeg_ls", "pyjpegls")
 _OPENJPEG = _Decoder("pylibjpeg", "openjpeg", "'pylibjpeg[openjpeg]'")
+_RUN_LENGTHS = "1.2.840.10008.1.2.5"
 _DECODERS = {
     "1.2.840.10008.1.2.4.50": _PILLOW,
     _EXTENDED: _PILLOW,  # of 12 bits python-gdcm
@@ -48,7 +49,7 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.201": _OPENJPEG,
     "1.2.840.10008.1.2.4.202": _OPENJPEG,
     "1.2.840.10008.1.2.4.203": _OPENJPEG,
-    "1.2.840.10008.1.2.5": _Decoder("pydicom", "pydicom", "pydicom"),
+    _RUN_LENGTHS: _Decoder("pydicom", "pydicom", "pydicom"),
 }
 
 
@@ -67,7 +68,8 @@ def decoded(dataset: Any, path: Path, frame: int, frames: int) -> np.ndarray:
         if decoder is None:
             return np.asarray(pixel_array(dataset, index=frame))
         with held_standard_error():
-            _require_announced_size(dataset, path, frame, frames)
+            if syntax != _RUN_LENGTHS:  # as many bytes as the header says, whatever is in it
+                _require_announced_size(dataset, path, frame, frames)
             if decoder is _GDCM:
                 gdcm_process.register()
             return np.asarray(pixel_array(dataset, index=frame, decoding_plugin=decoder.plugin))
@@ -99,21 +101,38 @@ def _require_announced_size(dataset: Any, path: Path, frame: int, frames: int) -
     from pydicom.encaps import get_frame
 
     announced = _codestream_size(get_frame(dataset.PixelData, frame, number_of_frames=frames))
-    if announced is not None and announced != (int(dataset.Columns), int(dataset.Rows)):
+    if announced != (int(dataset.Columns), int(dataset.Rows)):
         raise unreadable(path, "its compressed picture has another size than its header says", "export it again")
 
 
 def _codestream_size(content: bytes) -> tuple[int, int] | None:
     """Width and height that a JPEG, JPEG-LS or JPEG 2000 codestream announces; None where it is none of them."""
-    beginning = content.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if beginning >= 0 and len(content) >= beginning + 24:
+    beginning = _codestream_in_boxes(content) if content[4:8] == b"jP  " else 0
+    if content[beginning : beginning + 4] == b"\xff\x4f\xff\x51" and len(content) >= beginning + 24:
         right, bottom, left, top = struct.unpack(">IIII", content[beginning + 8 : beginning + 24])
         return right - left, bottom - top
     place = 2
     while content[:2] == b"\xff\xd8" and place + 9 <= len(content) and content[place] == 0xFF:
+        if content[place + 1] == 0xFF:  # before a marker there may be any number of them
+            place += 1
+            continue
         marker, length = content[place + 1], struct.unpack(">H", content[place + 2 : place + 4])[0]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             height, width = struct.unpack(">HH", content[place + 5 : place + 9])
             return width, height
         place += 2 + length
     return None
+
+
+def _codestream_in_boxes(content: bytes) -> int:
+    """Where the codestream of a JP2 file begins (ISO 15444-1, annex I: boxes of four bytes of length and four of type); its end
+    where there is none."""
+    place = 0
+    while place + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        if kind == b"jp2c":
+            return place + (16 if length == 1 else 8)
+        if length < 8:
+            break
+        place += length
+    return len(content)

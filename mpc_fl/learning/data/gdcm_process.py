@@ -19,6 +19,8 @@ from mpc_fl.learning.data.gdcm_program import read_piece, write_piece
 
 PLUGIN = "mpc-fl gdcm"  # the name under which pydicom has it
 _SYNTAXES = ("1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")
+# By `-m` Python would import from the current directory first, and that may hold files of others.
+_PROGRAM = f"import sys; sys.path[:] = sys.argv[1:]; from {gdcm_program.__name__} import main; main()"
 _PATIENCE = 120.0  # seconds for one frame
 DECODER_DEPENDENCIES = dict.fromkeys(_SYNTAXES, ("python-gdcm",))  # asked for by pydicom
 
@@ -44,7 +46,7 @@ class _Decoding:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", gdcm_program.__name__],
+            [sys.executable, "-c", _PROGRAM, *sys.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The program of a process of its own in which GDCM decodes: run as `python -m`, it answers frames until its input ends.
+"""The program of a process of its own in which GDCM decodes: started by `gdcm_process`, it answers frames until its input ends.
 
 Request: four bytes of length, JSON of a `gdcm_process.Frame`, four bytes of length, the compressed frame. Answer: one byte, 1
 where it could be decoded, four bytes of length, the pixels. Lengths are big-endian. Imports nothing but GDCM.

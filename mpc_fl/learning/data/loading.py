@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from mpc_fl.learning.data.loaders import read_with_loader
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, place_of
 from mpc_fl.learning.data.phantoms import phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
-from mpc_fl.learning.data.records import Index, index_of, is_one_hospitals, phantom_names
+from mpc_fl.learning.data.records import Index, index_from, index_of, is_one_hospitals, phantom_names
 from mpc_fl.learning.data.tables import Part, Split, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
@@ -184,7 +183,7 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
         inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
-        kept, read = rows, ReadImages([], [], Counter(), {})
+        kept, read = rows, ReadImages([], [], index.treatments_of(rows), {})
     else:
         read = read_files([index.files[row] for row in rows], config)
         require_readable([int(index.labels[row]) for row in rows], read.unreadable, part, config)
@@ -213,14 +212,15 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     source = config.data.source
     if source not in SOURCES:
         records = read_with_loader(config, path, "test", labelled=False)
-        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(index_from(records), limit)
     if path is None:
         if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")
         return _dataset_of(index_of(config, "test"), limit or 1)
     if source in ("csv", "npz"):
+        config.data.require_agreed_columns()
         records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
-        return _dataset_of(Index(records.labels, records.patients, records.names, arrays=records.inputs), limit)
+        return _dataset_of(index_from(records), limit)
     if source == "breast_cancer":
         raise DataError("breast_cancer takes no images", "leave out --images")
     labels, files = _find_images(path, config)

@@ -26,7 +26,7 @@ def range_of_inputs(config: Config) -> tuple[float, float]:
         return -1.0, 1.0
     if not config.data.is_table:
         return 0.0, 1.0
-    largest = _LARGEST_FEATURE if config.data.table.reference_ranges is None else _LARGEST_RANGED_FEATURE
+    largest = _LARGEST_RANGED_FEATURE if config.data.table.bounded else _LARGEST_FEATURE
     return -largest, largest
 
 

@@ -22,7 +22,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.crypto.identity_files import read_private
+from mpc_fl.errors import DataError, IdentityError, MpcFlError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.dicom_files import patient_identifier
 from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_by_name, kind_of
@@ -137,7 +138,9 @@ def site_key(place: Path | None) -> bytes:
         if not path.exists():
             with written_whole(path, once=True) as temporary:
                 temporary.write_bytes(secrets.token_bytes(_KEY_BYTES))
-        key = path.read_bytes()
+        key = read_private(path)
+    except IdentityError as error:
+        raise DataError(error.what, error.fix) from None
     except (OSError, RuntimeError, MpcFlError):
         raise DataError("the key that patients' identifiers are hashed with cannot be read or made",
                         "name a file for it with site.patient_key") from None  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mpc_fl.learning.data.windows import STORED_BITS, shown_without_header
 
 _FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "TIFF": "TIFF", "BMP": "BMP", "WebP": "WEBP", "JPEG 2000": "JPEG2000"}
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
+LARGEST_VOXELS = 1 << 28  # of a volume: 512 x 512 x 1024
 _ORIENTATION = 0x0112  # of EXIF
 
 
@@ -28,6 +30,10 @@ def read_picture(path: Path, kind: str, rule: Frame) -> tuple[np.ndarray, tuple[
             frame, done = chosen_frame(path, getattr(file, "n_frames", 1), rule)
             if frame:
                 file.seek(frame)
+                if file.width * file.height > LARGEST_PIXELS:
+                    raise unreadable(
+                        path, "one of its frames has too many pixels", f"export at most {LARGEST_PIXELS:,}"
+                    )
             turned = file.getexif().get(_ORIENTATION, 1) not in (0, 1)
             picture: Image.Image = ImageOps.exif_transpose(file)
             done = (*done, TURNED) if turned else done
@@ -56,12 +62,19 @@ def read_nifti(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
 
     try:
         with quiet():
-            volume = nibabel.as_closest_canonical(nibabel.load(path))
-            sizes = volume.shape
-            if not 2 <= len(sizes) <= 3 or sizes[0] * sizes[1] > LARGEST_PIXELS:
+            stored = nibabel.load(path)
+            sizes = stored.shape
+            if not 2 <= len(sizes) <= 3:
                 raise unreadable(
                     path, "it is no picture and no volume of slices", "export one volume of three dimensions"
                 )
+            # Turning a volume unpacks all of it, in float64, and a few megabytes packed may announce any number.
+            if math.prod(sizes) > LARGEST_VOXELS:
+                raise unreadable(path, "it has too many voxels", f"export at most {LARGEST_VOXELS:,}")
+            volume = nibabel.as_closest_canonical(stored)
+            sizes = volume.shape
+            if sizes[0] * sizes[1] > LARGEST_PIXELS:
+                raise unreadable(path, "it has too many pixels", f"export at most {LARGEST_PIXELS:,}")
             frame, done = chosen_frame(path, sizes[2] if len(sizes) == 3 else 1, rule)
             values = np.asarray(volume.dataobj[..., frame] if len(sizes) == 3 else volume.dataobj, dtype=np.float64)
     except UnreadableImageError:

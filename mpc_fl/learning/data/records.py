@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,7 +38,8 @@ def is_one_hospitals(config: Config) -> bool:
 class Index:
     """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
 
-    `sources` says where each has its patient from, `left_aside` what else lies in the folders; both of images alone.
+    `sources` says where each image has its patient from, `left_aside` what else lies in the folders or which rows of a table are
+    none, `treatments` what was done to each row of a table.
     """
 
     labels: np.ndarray
@@ -48,6 +49,7 @@ class Index:
     arrays: np.ndarray | None = None
     sources: list[str] = field(default_factory=list)
     left_aside: Mapping[str, int] = field(default_factory=dict)
+    treatments: list[tuple[str, ...]] = field(default_factory=list)
 
     def only(self, rows: Sequence[int]) -> Index:
         """Some of the records."""
@@ -59,7 +61,12 @@ class Index:
             files=[self.files[row] for row in rows] if self.files else [],
             sources=[self.sources[row] for row in rows] if self.sources else [],
             arrays=None if self.arrays is None else self.arrays[list(rows)],
+            treatments=[self.treatments[row] for row in rows] if self.treatments else [],
         )
+
+    def treatments_of(self, rows: Iterable[int]) -> Counter[str]:
+        """To how many of some rows of a table was done what."""
+        return Counter(what for row in rows if self.treatments for what in self.treatments[row])
 
 
 def _data_path(config: Config) -> Path:
@@ -126,7 +133,13 @@ def _from_records(records: Records, config: Config) -> Index:
     missing = sorted(set(range(len(config.data.classes))) - set(records.labels.tolist()))
     if missing and not is_one_hospitals(config):
         raise DataError(f"class '{config.data.classes[missing[0]]}' has no records", "correct data.classes or the data")
-    return Index(records.labels, records.patients, records.names, arrays=records.inputs)
+    return index_from(records)
+
+
+def index_from(records: Records) -> Index:
+    """The index of records that were read."""
+    index = Index(records.labels, records.patients, records.names, arrays=records.inputs)
+    return replace(index, left_aside=records.left_aside, treatments=records.treatments)
 
 
 def phantom_names(patients: Sequence[int], split: Split) -> list[str]:

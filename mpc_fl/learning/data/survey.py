@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ from mpc_fl.learning.data.loading import records_per_hospital
 from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
 from mpc_fl.learning.data.reading import nothing_of_class, require_readable
 from mpc_fl.learning.data.records import Index, is_one_hospitals
+from mpc_fl.learning.data.table_columns import OUTSIDE
 from mpc_fl.learning.data.tables import Part
 
 _MANY_IMAGES = 20  # of one patient, on average: a pattern that takes a word for a patient gives more
 _FEW_FILES = 20  # fewer say nothing about their names
+_MANY_OUTSIDE = 0.1  # of the values of a column: more are hardly those of unusual patients
 _NAMED = 5  # unreadable files that are named
 _NUMBER = re.compile(r"\d+")
 
@@ -82,14 +84,18 @@ def survey(config: Config) -> Survey:
         left_aside=dict(left_aside),
         patients_from=dict(sources),
         first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
-        warnings=[*(_warnings(sources, sorted(keys), records) if sources else []), *_lacks(found, parts, config)],
+        warnings=[
+            *(_warnings(sources, sorted(keys), records) if sources else ()),
+            *_warnings_of_columns(config, treatments, records),
+            *_lacks(found, parts, config),
+        ],
     )
 
 
 def _survey_of(config: Config, part: Part) -> _SplitSurvey:
     index, parts = records_per_hospital(config, part)
     rows, unreadable = set().union(*parts), dict[int, UnreadableImageError]()
-    treatments, form = Counter[str](), ImageForm.of(config.data)
+    treatments, form = index.treatments_of(rows), ImageForm.of(config.data)
     for row in sorted(rows) if index.files else []:
         try:
             treatments.update(read_image(index.files[row], form).treatments)
@@ -149,6 +155,19 @@ def _lacks(found: Sequence[_SplitSurvey], parts: Sequence[Part], config: Config)
             said.append(f"no {part} patients here: this hospital adds zeros to what is counted of them")
         elif missing:
             said.append(f"no {part} patient of {', '.join(missing)} here")
+    return said
+
+
+def _warnings_of_columns(config: Config, treatments: Mapping[str, int], records: int) -> list[str]:
+    """Columns of which many values lie outside of the public range: perhaps they have another unit here."""
+    said = []
+    for column in config.data.table.columns or ():
+        count = treatments.get(f"'{column.name}' {OUTSIDE}", 0)
+        if count > _MANY_OUTSIDE * records:
+            unit = "in the agreed unit" if column.unit is None else f"in {column.unit}"
+            said.append(
+                f"{count} of {records} values of '{column.name}' lie outside of its range: see whether they are {unit}"
+            )
     return said
 
 

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-import csv
+import re
 import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
 from mpc_fl.learning.data.partition import place_of
+from mpc_fl.learning.data.table_columns import (
+    EncodedRows,
+    decimal_mark,
+    encode_rows,
+    in_range,
+    number_of,
+    on_log_scale,
+    place_of_column,
+    places_of_columns,
+    require_no_identifier,
+)
+from mpc_fl.learning.data.table_files import TableFile, read_table_file
 
 Split = Literal["train", "test"]  # what sources have
 Part = Literal["train", "validation", "test"]  # what a hospital's patients are for
+_WHOLE = re.compile(r"(?P<number>-?[0-9]+)(?:\.0*|,0{1,2})?")
+_TRUTH = {"true": "1", "false": "0"}  # as pandas writes 1 and 0
 
 
 @dataclass(frozen=True)
 class Records:
-    """All records of one split: inputs (records, ...) float32, int64 labels, patient key and name of each record."""
+    """All records of one split: inputs (records, ...) float32, int64 labels, patient key and name of each record.
+
+    `treatments` says what was done to each, `left_aside` how many rows of a table make no record, and why; of tables alone.
+    """
 
     inputs: np.ndarray
     labels: np.ndarray
     patients: list[str]
     names: list[str]
+    treatments: list[tuple[str, ...]] = field(default_factory=list)
+    left_aside: Mapping[str, int] = field(default_factory=dict)
 
 
 def scale_features(features: np.ndarray, config: Config) -> np.ndarray:
@@ -39,20 +61,24 @@ def scale_features(features: np.ndarray, config: Config) -> np.ndarray:
     """
     ranges = config.data.table.reference_ranges
     if ranges is None:
-        return (np.sign(features) * np.log1p(np.abs(features))).astype(np.float32)
+        return on_log_scale(features).astype(np.float32)
     if len(ranges) != features.shape[1]:
         raise DataError(
             f"{len(ranges)} reference ranges are configured for {features.shape[1]} features",
             "give data.table.reference_ranges one pair per feature column",
         )
     low, high = np.array(ranges).T
-    return (4.0 * np.sqrt(np.clip((features - low) / (high - low), 0.0, 1.0)) - 2.0).astype(np.float32)
+    return in_range(features, low, high).astype(np.float32)
+
+
+def _tests(patient: str, config: Config) -> bool:
+    return place_of(patient, "held out", config.seed) < config.data.table.test_fraction
 
 
 def _split(patients: list[str], config: Config, split: Split) -> np.ndarray:
     """Rows of the split, divided by patient: one whose place lies below `data.table.test_fraction` tests. Raises `DataError`."""
     fraction = config.data.table.test_fraction
-    tests = {patient: place_of(patient, "held out", config.seed) < fraction for patient in set(patients)}
+    tests = {patient: _tests(patient, config) for patient in set(patients)}
     rows = [row for row, patient in enumerate(patients) if tests[patient] == (split == "test")]
     if not rows and not (split == "test" and config.site.data_of == "hospital"):
         side = "below" if split == "test" else "above"
@@ -69,6 +95,8 @@ def _chosen(records: Records, rows: np.ndarray) -> Records:
         records.labels[rows],
         [records.patients[i] for i in rows],
         [records.names[i] for i in rows],
+        [records.treatments[i] for i in rows] if records.treatments else [],
+        records.left_aside,
     )
 
 
@@ -94,78 +122,111 @@ def read_breast_cancer(config: Config, split: Split) -> Records:
 
 
 def read_csv(path: Path, config: Config, split: Split | None) -> Records:
-    """A CSV file with a header; `split` None takes all rows. Features are all columns but label and patient.
+    """A CSV file with a header; `split` None takes all rows. Features are as `data.table` says.
 
-    Labels are class names or their numbers; with `split` None the label column may be absent, then they are -1.
-    Raises `DataError` naming row and column of the first bad cell.
+    Delimiter, encoding and decimal mark are found (`table_files`, `table_columns`). Labels are class names or their numbers; with
+    `split` None the label column may be absent, then they are -1. Raises `DataError` naming row and column of the first bad cell.
     """
     table = config.data.table
-    header, rows = _read_rows(path)
-    labelled = split is not None or table.label_column in header
-    for column in (table.label_column if labelled else None, table.patient_column):
-        if column is not None and column not in header:
-            raise DataError(f"{path} has no column '{column}'", "set data.table.label_column and patient_column")
-    features = [name for name in header if name not in (table.label_column, table.patient_column)]
-    if len(features) != table.features:
-        raise DataError(f"{path} has {len(features)} feature columns, not {table.features}", "set data.table.features")
-    values = np.empty((len(rows), len(features)))
-    labels, patients = [], []
-    for position, (line, row) in enumerate(rows):
-        values[position] = [_number(row[name], path, line, name) for name in features]
-        labels.append(_label(row[table.label_column], config, path, line) if labelled else -1)
-        patients.append(_patient(row[table.patient_column], path, line) if table.patient_column else str(line))
-    names = [f"{path.name} line {line}" for line, _ in rows]
-    everything = Records(scale_features(values, config), np.array(labels, dtype=np.int64), patients, names)
-    return everything if split is None else _chosen(everything, _split(patients, config, split))
+    own = [
+        table.label_column,
+        *([table.patient_column] if table.patient_column is not None else []),
+        *table.identifiers,
+    ]
+    file = read_table_file(path, [*own, *(column.name for column in table.columns or ())])
+    label = place_of_column(file, table.label_column)
+    patient = None if table.patient_column is None else place_of_column(file, table.patient_column)
+    if label is None and split is not None:
+        raise _no_column(path, table.label_column)
+    if patient is None and table.patient_column is not None:
+        raise _no_column(path, table.patient_column)
+    patients = [_patient(cells, patient, path, line) for line, cells in file.rows]
+    if table.columns is None:
+        encoded = _numbers_in_order(file, config, own, patients)
+    else:
+        places = places_of_columns(file, table.columns, own)
+        numbers = [place for place, column in zip(places, table.columns, strict=True) if column.kind == "number"]
+        require_no_identifier(file, numbers, patients)
+        encoded = encode_rows(file, table.columns, places, may_leave_out=split is not None)
+        if not encoded.kept:
+            raise DataError(f"{path}: no row has a value in every column that needs one", "set `missing` of columns")
+    kept = [file.rows[row] for row in encoded.kept]
+    read_as = file.described + (", with decimal commas" if encoded.mark == "," else "")
+    labels = [-1 if label is None else _label(cells[label], config, path, line) for line, cells in kept]
+    everything = Records(
+        encoded.features.astype(np.float32),
+        np.array(labels, dtype=np.int64),
+        [patients[row] for row in encoded.kept],
+        [f"{path.name} line {line}" for line, _ in kept],
+        [(read_as, *done) for done in encoded.treatments],
+        Counter(why for row, why in encoded.left_out.items() if _tests(patients[row], config) == (split == "test")),
+    )
+    return everything if split is None else _chosen(everything, _split(everything.patients, config, split))
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Column names, and line number and cells of each row. Raises `DataError` for a malformed table."""
-    try:
-        # Spreadsheets begin UTF-8 files with a byte-order mark; it is no part of the first name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, cells) for cells in reader if cells]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise DataError(f"cannot read {path}", "give a UTF-8 CSV file with a header line") from None
-    if len(lines) < 2:
-        raise DataError(f"{path} has no rows", "give a CSV file with a header line and data")
-    header = [name.strip() for name in lines[0][1]]
-    if len(set(header)) != len(header):
-        raise DataError(f"{path} has two columns of the same name", "rename or remove one")
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise DataError(f"{path} line {line} has {len(cells)} cells, the header {len(header)}", "correct the row")
-    return header, [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+def _no_column(path: Path, name: str) -> DataError:
+    return DataError(f"{path} has no column '{name}'", "set data.table.label_column and patient_column")
 
 
-def _patient(cell: str, path: Path, line: int) -> str:
+def _numbers_in_order(file: TableFile, config: Config, others: list[str], patients: list[str]) -> EncodedRows:
+    """All columns but `others`, in the order of the file: without `data.table.columns` nobody says more."""
+    left, count = {plain_name(name) for name in others}, config.data.table.features
+    places = [place for place, name in enumerate(file.header) if plain_name(name) not in left]
+    require_no_identifier(file, places, patients)
+    if len(places) != count:
+        raise DataError(f"{file.path} has {len(places)} feature columns, not {count}", "set data.table.features")
+    mark, values = decimal_mark(file, places), np.empty((len(file.rows), len(places)))
+    for row, (line, cells) in enumerate(file.rows):
+        for feature, place in enumerate(places):
+            try:
+                values[row, feature] = number_of(cells[place], mark)
+            except ValueError:
+                raise DataError(
+                    f"{file.path} line {line}: column '{file.header[place]}' holds no number",
+                    "fill or remove the row, or say what the column is with data.table.columns or data.table.identifiers",
+                ) from None
+    rows = list(range(len(file.rows)))
+    return EncodedRows(scale_features(values, config), rows, mark, [[] for _ in rows])
+
+
+def _patient(cells: list[str], place: int | None, path: Path, line: int) -> str:
+    if place is None:
+        return str(line)
     # Empty keys would make one patient of all rows without a patient.
-    if not cell.strip():
+    if not cells[place]:
         raise DataError(f"{path} line {line}: the patient column is empty", "fill or remove the row")
-    return cell.strip()
-
-
-def _number(cell: str, path: Path, line: int, column: str) -> float:
-    try:
-        value = float(cell) if "_" not in cell else float("nan")  # Python would read 1_0 as 10
-    except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
-        raise DataError(f"{path} line {line}: column '{column}' holds no number", "fill or remove the row")
-    return value
+    return cells[place]
 
 
 def _label(cell: str, config: Config, path: Path, line: int) -> int:
-    text, classes = cell.strip(), config.data.classes
-    if text in classes:
-        return classes.index(text)
-    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) < len(classes):
-        return int(text)
-    raise DataError(
-        f"wrong number of classes: {path} line {line} has a label outside of the {len(classes)} configured",
-        "set data.classes to all class names",
-    )
+    """The class of a row: its name, in any case where that is sure; else its number, which spreadsheets write as 1.0 or True."""
+    classes, where = config.data.classes, f"{path} line {line}"
+    if not cell:
+        raise DataError(f"{where} has no label", "fill or remove the row")
+    named = [number for number, name in enumerate(classes) if plain_name(name) == plain_name(cell)]
+    written = _WHOLE.fullmatch(cell)
+    text = written["number"] if written else cell
+    if len(classes) == 2 and not named:
+        text = _TRUTH.get(cell.casefold(), text)
+    for candidate in (cell, text):
+        if candidate in classes:
+            return classes.index(candidate)
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise DataError(f"{where} has a label that fits several classes", "write it exactly as data.classes has it")
+    if not _WHOLE.fullmatch(text):
+        raise DataError(
+            f"{where} has a label that is neither a class of data.classes nor a number", "correct it, or data.classes"
+        )
+    if any(_WHOLE.fullmatch(name) for name in classes):  # numbers are names here, not places
+        raise DataError(f"{where} has a number that is no class of data.classes", "correct it, or data.classes")
+    if len(text) >= 10 or not 0 <= int(text) < len(classes):
+        raise DataError(
+            f"wrong number of classes: {where} has a label outside of the {len(classes)} configured",
+            "set data.classes to all class names",
+        )
+    return int(text)
 
 
 def read_medmnist(path: Path, config: Config, split: Split) -> Records:
@@ -174,17 +235,10 @@ def read_medmnist(path: Path, config: Config, split: Split) -> Records:
     Raises `DataError` for a file that is none, for images of another size, for labels beyond the classes.
     """
     images, labels = _read_arrays(path, split)
-    size = config.data.image_size
-    # A last axis other than 3 is a volume (MedMNIST3D) or has alpha, not colours.
-    if images.shape[1:] not in ((size, size), (size, size, 3)) or images.dtype != np.uint8:
-        raise DataError(f"the images in {path} have shape {images.shape[1:]}, expected {size}x{size} uint8",
-                        "set data.image_size")  # fmt: skip
+    _require_images(images, path, config.data.image_size)
     if not len(images):
         raise DataError(f"{path} holds no {split} images", "give another archive")
-    if labels.shape not in ((len(images),), (len(images), 1)) or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"the labels in {path} are not one class per image", "use a single-label data set")
-    labels = labels.reshape(len(images), 1)
-    labels = labels[:, 0].astype(np.int64)
+    labels = _whole_labels(labels, path, split, len(images))
     if not 0 <= labels.min() <= labels.max() < len(config.data.classes):
         raise DataError(
             f"wrong number of classes: {path} has labels from {labels.min()} to {labels.max()}, "
@@ -200,6 +254,43 @@ def read_medmnist(path: Path, config: Config, split: Split) -> Records:
         pixels = np.repeat(pixels, 3, axis=1)
     names = [f"{path.stem}-{split}-{index}" for index in range(len(labels))]
     return Records(pixels, labels, names, names)
+
+
+def _require_images(images: np.ndarray, path: Path, size: int) -> None:
+    """Raise `DataError` naming the dtype or the axis that is wrong."""
+    if images.dtype != np.uint8:
+        raise DataError(
+            f"the images in {path} are {images.dtype}, expected uint8", "store grey values from 0 to 255 as uint8"
+        )
+    axes = images.shape[1:]
+    shown = "x".join(map(str, axes)) or "no axes"
+    if len(axes) == 3 and axes[0] in (1, 3) and axes[1:] == (size, size) and axes[2] != 3:
+        raise DataError(f"the images in {path} are {shown}: colours come first", "move the colour axis to the end")
+    # A last axis other than 3 is a volume (MedMNIST3D) or has alpha, not colours.
+    if len(axes) not in (2, 3) or (len(axes) == 3 and axes[2] != 3):
+        raise DataError(
+            f"the images in {path} are {shown}: expected height x width, or height x width x 3",
+            "store pictures, grey or with three colours; volumes and alpha are not read",
+        )
+    if axes[:2] != (size, size):
+        fix = f"set data.image_size={axes[0]}" if axes[0] == axes[1] else "make height and width equal"
+        raise DataError(f"the images in {path} are {shown}, expected {size}x{size}", fix)
+
+
+def _whole_labels(labels: np.ndarray, path: Path, split: Split, count: int) -> np.ndarray:
+    """One label an image, int64 (count,); truth values and floats without decimals are numbers. Raises `DataError`."""
+    where = f"the array {split}_labels of {path}"
+    if labels.shape not in ((count,), (count, 1)):
+        several = labels.ndim == 2 and labels.shape[0] == count
+        what = f"has {labels.shape[1]} labels an image" if several else f"has shape {labels.shape} for {count} images"
+        raise DataError(f"{where} {what}, not one class per image", "use a single-label data set")
+    labels = labels.reshape(count)
+    values = labels.astype(np.float64) if labels.dtype.kind in "biuf" else np.full(count, np.nan)
+    if not (np.isfinite(values) & (values == np.trunc(values)) & (np.abs(values) < 2**53)).all():
+        raise DataError(
+            f"{where} is {labels.dtype}, not whole numbers: not one class per image", "store numbers of classes"
+        )
+    return labels.astype(np.int64)
 
 
 def _read_arrays(path: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -115,6 +115,15 @@ class Grid:
         """Elements of a patient's vector."""
         return sum(length for length, _ in self.parts)
 
+    def has(self, calibration: Calibration) -> bool:
+        """Whether this is a point of the grid, or what changes nothing: all that can be fitted."""
+        offsets = torch.tensor([calibration.offsets], dtype=torch.float64)
+        temperatures = () if self.fitted == "offsets" else TEMPERATURES
+        known = calibration.temperature in (1.0, *temperatures) and offsets.shape[1] == self.classes
+        if not known or self.fitted == "temperature":
+            return known and not bool(offsets.any())
+        return not bool(offsets.any()) or bool((candidate_offsets(self.classes).double() == offsets).all(dim=1).any())
+
     def scales(self) -> list[float]:
         """What each part is divided by after clipping, so that the whole has norm 1 at most."""
         return [norm * math.sqrt(len(self.parts)) for _, norm in self.parts]

@@ -20,6 +20,7 @@ import hmac
 import json
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ KEY_FILE = "simulation.key"
 LARGEST_BYTES = 4 << 30
 _MAGIC = b"mpc-fl features 1\n"
 _SUFFIX = ".sealed"
+_FOLDER, _ENTRY = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}\.sealed|\.[0-9a-f]{64}\.sealed\..*\.partial")
 _SHOWN = 16  # digits of the settings' digest in the name of their folder
 
 Progress = Callable[[int, int], None]
@@ -134,10 +136,10 @@ class FeatureCache:
 
 
 def _oldest_first(directory: Path) -> list[tuple[Path, int]]:
-    """The files of a cache and their sizes, those of a crash among them."""
+    """The files of a cache and their sizes, those of a crash among them, and nothing else that lies in the directory."""
     found = []
     for path in directory.glob("*/*"):
-        if path.name.endswith((_SUFFIX, ".partial")):
+        if _FOLDER.fullmatch(path.parent.name) and _ENTRY.fullmatch(path.name):
             try:
                 status = path.stat()
             except FileNotFoundError:

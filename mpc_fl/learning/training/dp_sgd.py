@@ -48,6 +48,7 @@ from mpc_fl.learning.training.per_sample_gradients import (
     choose_per_sample_method,
     clipped_sum,
     loss_with,
+    require_gradients_of_each,
     working_copy,
 )
 from mpc_fl.learning.training.proximal_term import add_proximal_term
@@ -215,6 +216,7 @@ def _method_of(training: LocalTraining, working: nn.Module, input_shape: tuple[i
         return training.method
     configured = training.config.training.per_sample_gradients
     if configured != "auto":
+        require_gradients_of_each(on_device(working, training.device), input_shape, configured)
         return configured
     copies = training.config.training.augmentation.copies
     return choose_per_sample_method(working, input_shape, device=training.device, copies=copies)

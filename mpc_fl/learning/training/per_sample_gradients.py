@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -40,6 +41,7 @@ _HOOKS_PARAMETERS = 1_000_000
 # Places of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty.
 _FEWEST_PLACES, _MOST_PLACES = 16, 64
 _GRADIENT_ELEMENTS = 1 << 19  # of a batch with more than the fewest places
+_ROUNDING = 0.1  # of a gradient, between two methods: products may be in bfloat16
 
 
 class ClippedSum(NamedTuple):
@@ -59,6 +61,11 @@ def sum_cross_entropy(
     """Cross-entropy summed over the batch: logits float32 (N, classes), labels int64 (N,), each times the weight of its class
     where there are `class_weights`, float32 (classes,)."""
     return nn.functional.cross_entropy(logits, labels, weight=class_weights, reduction="sum")
+
+
+def _weighted_sum(logits: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
+    """A loss for trials: however large logits (N, classes) are, gradients do not vanish as those of cross-entropy do."""
+    return (logits * torch.arange(1, logits.shape[1] + 1)).sum()
 
 
 def loss_with(class_weights: Sequence[float] | None) -> Loss:
@@ -81,7 +88,7 @@ def _by_loop(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.T
 
 
 def _unsuitable(what: str, error: Exception) -> ModelError:
-    return ModelError(f"{what}: {str(error).splitlines()[0][:120]}", "set training.per_sample_gradients=loop")
+    return ModelError(f"{what}: {(str(error).splitlines() or [''])[0][:120]}", "set training.per_sample_gradients=loop")
 
 
 def _by_vmap(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.Tensor) -> Iterator[Chunk]:
@@ -122,10 +129,11 @@ def _by_hooks(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.
             rows = zip(logits.split(1), repeated.split(1), strict=True)
             losses = torch.stack([loss(logit, label) for logit, label in rows])
             losses.sum().backward()
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise exhaustion(error) or _unsuitable("Opacus's hooks cannot handle this model", error) from None
         samples = [(parameter, getattr(parameter, "grad_sample", None)) for parameter in parameters]
-        gradients = [p.new_zeros((len(inputs), *p.shape)) if g is None else g for p, g in samples]
+        # Of products in bfloat16 Opacus makes gradients in bfloat16; norms and sums are taken of float32.
+        gradients = [p.new_zeros((len(inputs), *p.shape)) if g is None else g.to(p.dtype) for p, g in samples]
         yield [_over_copies(g, len(copies)) for g in gradients], _over_copies(losses.detach(), len(copies))
     finally:
         observed.to_standard_module()
@@ -284,6 +292,52 @@ def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, t
         yield places, numbers
 
 
+def require_gradients_of_each(model: nn.Module, input_shape: tuple[int, ...], method: Method) -> None:
+    """Raise `ModelError` unless the gradients of a method are each of one record of `input_shape` alone.
+
+    `hooks` has all records in the network, and takes the first dimension of what each layer reads for them: a network that
+    mixes records, or has them in another dimension, gives gradients in which a patient moves those of others, and clipping bounds
+    none of that. So does one that keeps something from one record to the next, whatever the method. On public records, with
+    parameters of which none is zero, a record's gradient has to stay as it is, bit for bit, whatever another one is, and to be
+    that of `loop` up to rounding.
+    """
+    trial = copy.deepcopy(model)
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate(trainable_parameters(trial)):
+            waves = torch.sin(1.7 * torch.arange(parameter.numel(), device=parameter.device) + number)
+            width = max(1, parameter[0].numel()) if parameter.dim() else 1
+            parameter.add_(waves.view_as(parameter) / math.sqrt(width))
+    records = torch.sin(torch.arange(3 * torch.Size(input_shape).numel()) * 0.9).reshape(3, *input_shape)
+    labels = torch.arange(3) % 2
+
+    def gradients(first: torch.Tensor, by: Method) -> torch.Tensor:
+        batch = torch.cat([first[None], records[1:]]).unsqueeze(1)
+        chunks = [
+            torch.cat([gradient.detach().reshape(len(values), -1).cpu() for gradient in of_each], dim=1)
+            for of_each, values in _of_records(trial, _weighted_sum, batch, labels, by)
+        ]
+        return torch.cat(chunks)[1:]
+
+    fix = "let the network keep each record by itself, in the first dimension, and nothing from one call to the next"
+    refused = ModelError(
+        f"training.per_sample_gradients={method} gives gradients of this network that depend on other records, so clipping "
+        "would not bound one patient",
+        fix if method == "loop" else f"set it to loop, or {fix}",
+    )
+    try:
+        found, alone = gradients(records[0], method), gradients(records[0], "loop")
+        others = [gradients(first, method) for first in (-3 * records[0], torch.full_like(records[0], math.nan))]
+    except ModelError:
+        raise
+    except RuntimeError as error:  # shapes that do not fit
+        raise exhaustion(error) or refused from None
+    if not all(torch.equal(found, other) for other in others):
+        raise refused
+    apart = torch.linalg.vector_norm((found - alone).double(), dim=1)
+    if bool((apart > _ROUNDING * torch.linalg.vector_norm(alone.double(), dim=1)).any()):
+        raise refused
+
+
 def working_copy(model: nn.Module) -> nn.Module:
     """A copy to train, in evaluation mode and without in-place operations where the model can be traced."""
     try:
@@ -324,6 +378,8 @@ def choose_per_sample_method(
                 rounded_sum(working, sum_cross_entropy, inputs, labels, mechanism, method)
         return time.perf_counter() - start
 
+    with repeatable():
+        require_gradients_of_each(working, input_shape, "loop")
     seconds("loop", 1)  # first calls are slower
     single = seconds("loop", 1)
     count = max(2, min(batch_size, 32, int(0.2 / single)))
@@ -333,6 +389,8 @@ def choose_per_sample_method(
         candidates.append("hooks")
     for method in candidates:
         try:
+            with repeatable():
+                require_gradients_of_each(working, input_shape, method)
             seconds(method, 2)
             measured[method] = seconds(method, count)
         except (ModelError, ExhaustedError):

@@ -12,12 +12,17 @@ from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.beginning import init
 from mpc_fl.apps.first_configuration import Answers, first_configuration
+from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import parse_config
 from mpc_fl.config.loading import load_config
 from mpc_fl.config.settings import takes_text
 from mpc_fl.parsing import parse_yaml
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+# Names that differ however they are compared, and from those of label and patient.
+COLUMNS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12).filter(
+    plain_name
+)
 app = typer.Typer()
 app.command()(init)
 
@@ -30,9 +35,9 @@ ANSWERS = st.builds(
     epsilon=st.floats(0.1, 50),
     smallest_hospital=st.integers(1, 10**6),
     backbone=st.sampled_from(["efficientnet_lite0", "scattering", "none"]),
-    features=st.integers(1, 500),
-    label_column=NAMES,
-    patient_column=st.none() | NAMES,
+    columns=st.lists(COLUMNS, min_size=1, max_size=5, unique_by=plain_name).map(tuple),
+    label_column=NAMES.map("label {}".format),
+    patient_column=st.none() | NAMES.map("patient {}".format),
 )
 
 
@@ -46,6 +51,7 @@ def test_whatever_is_answered_gives_a_valid_configuration_that_says_it(answers: 
     if answers.source == "csv":
         table = config.data.table
         assert (table.label_column, table.patient_column) == (answers.label_column, answers.patient_column)
+        assert tuple(column.name for column in table.columns or ()) == answers.columns
     if answers.source != "phantoms":
         assert config.privacy.smallest_hospital == answers.smallest_hospital
         assert config.privacy.delta * 4 * answers.smallest_hospital < 1
@@ -73,6 +79,21 @@ def test_questions_are_asked_again_until_an_answer_is_one(tmp_path: Path) -> Non
     config = load_config(path)
     assert config.data.classes == ("no", "1") and config.federation.hospitals == 4
     assert config.data.features is not None and config.data.features.extractor == "scattering"
+
+
+def test_a_table_is_described_by_the_names_of_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    given = "csv\nwell, ill\n3\n8\n500\nage, leucocytes , yes\noutcome\npid\n"
+    result = CliRunner().invoke(app, [str(path)], input=given)
+    assert result.exit_code == 0, result.output
+    table = load_config(path).data.table
+    assert [column.name for column in table.columns or ()] == ["age", "leucocytes", "yes"]
+    assert (table.label_column, table.patient_column) == ("outcome", "pid")
+    # The examples in the comments are right.
+    lines = [line.replace("# -", "-") for line in path.read_text().splitlines()]
+    path.write_text("\n".join(line for line in lines if "name: age" not in line))
+    columns = load_config(path).data.table.columns or ()
+    assert {column.kind for column in columns} == {"number", "category", "boolean", "date"}
 
 
 def test_nothing_is_asked_with_defaults_and_no_file_is_written_over(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_help_lists_every_command_and_the_first_sentence_of_every_group(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["train", "--foo"], "no such option: --foo (Possible options: --out): see mpc-fl train --help"),
+        (["train", "--foo"], "no such option: --foo (Possible options: --from, --out): see mpc-fl train --help"),
         (["train"], "missing argument 'CONFIG': see mpc-fl train --help"),
         (["train", "x.yaml"], "missing option '--out': see mpc-fl train --help"),
         (["trian"], "no such command 'trian'. Did you mean 'train'?: see mpc-fl --help"),

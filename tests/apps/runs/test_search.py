@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from mpc_fl.apps.report.search_page import write_search_report
-from mpc_fl.apps.runs.search import grid_of, grid_setting, searched
+from mpc_fl.apps.runs.search import _epsilons, _spent, grid_of, grid_setting, searched
 from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, best_trial
 from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
+from mpc_fl.roles import hospital_names
 
 SECTIONS: dict[str, Any] = {
     "data": {"image_size": 8, "validation_fraction": 0.3, "phantoms": {"train_patients": 60, "test_patients": 20}},
@@ -78,6 +80,21 @@ def test_values_are_read_as_yaml() -> None:
     for wrong in (None, [1], {"training.rounds": 3}):
         with pytest.raises(ConfigError, match="no lists of values"):
             grid_of(wrong, "grid.yaml")
+
+
+def test_what_trials_spent_per_image_is_counted_per_image(tmp_path: Path) -> None:
+    """Read as if it were per patient, it could certify nothing: the search would end after all trials were charged."""
+    event = SubsampledGaussian(2.0, 0.1, 10)
+    names = hospital_names(3)
+    for name in names:
+        PrivacyLedger(tmp_path / f"{name}-privacy.sqlite3", name, "image").charge(event, run="trial 1", round_number=1)
+    changes = {
+        "data": {"source": "images", "unit": "image"},
+        "privacy": {"mechanism": "local", "smallest_hospital": 100},
+    }
+    config = parse_config({**changes, "federation": {"hospitals": 3}}, "test")
+    assert _spent(config, tmp_path) == [[event]] * 3
+    assert all(epsilon is not None and epsilon > 0 for epsilon in _epsilons(config, tmp_path).values())
 
 
 def test_the_best_trial_is_the_first_of_the_best() -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mpc_fl.config.config import Config
-from mpc_fl.errors import DataError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError
 from mpc_fl.learning.data import reading as data
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.image_files import Picture, WrongSizeError
@@ -202,7 +202,7 @@ def test_one_unreadable_file_per_class_does_not_stop_the_check(folder: Path) -> 
     assert patients_per_hospital(_config(folder)) == [9, 9, 9]
 
 
-def _fails(action: Callable[[], Any], *parts: str, kind: type[DataError] = DataError) -> None:
+def _fails(action: Callable[[], Any], *parts: str, kind: type[MpcFlError] = DataError) -> None:
     with pytest.raises(kind) as caught:
         action()
     message = str(caught.value)
@@ -452,13 +452,15 @@ def test_load_images_from_npz_with_one_class(tmp_path: Path) -> None:
 
 
 def test_load_images_from_csv(tmp_path: Path) -> None:
-    config = _config(None, source="csv", table={"features": 1})
+    config = _config(None, source="csv", table={"columns": [{"name": "age"}]})
     path = tmp_path / "t.csv"
     path.write_text("age,label\n1,well\n2,ill\n3,well\n")
     part = load_images(path, config, 2)
     assert part.names == ("t.csv line 2", "t.csv line 3") and part.labels.tolist() == [1, 0]
     path.write_text("age\n1\n2\n")
     assert load_images(path, config, None).labels.tolist() == [-1, -1]
+    in_order = _config(None, source="csv", table={"features": 1})  # of another file than the one that trained
+    _fails(lambda: load_images(path, in_order, None), "data.table.columns is not set", kind=ConfigError)
 
 
 def test_load_images_from_embedded_sources(folder: Path) -> None:

@@ -123,7 +123,12 @@ def test_headers_without_a_patient_leave_it_to_the_name(tmp_path: Path) -> None:
 def test_the_key_of_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert site_key(None) == (tmp_path / "state" / "mpc-fl" / "patient.key").read_bytes() == site_key(None)
+    assert (tmp_path / "state" / "mpc-fl" / "patient.key").stat().st_mode & 0o777 == 0o600
     (tmp_path / "short").write_bytes(b"12")
+    (tmp_path / "short").chmod(0o640)
+    with pytest.raises(DataError, match="can be read by other users"):
+        site_key(tmp_path / "short")  # who has it can try all numbers of patients
+    (tmp_path / "short").chmod(0o600)
     with pytest.raises(DataError, match="no key of 32 bytes"):
         site_key(tmp_path / "short")
     with pytest.raises(DataError, match="site.patient_key"):

@@ -137,12 +137,12 @@ def test_csv_without_labels_can_be_diagnosed_not_trained(tmp_path: Path) -> None
         ("age,label,size\n1,0,GEHEIM\n", "line 2: column 'size' holds no number"),
         ("age,label,size\n1,0,1_0\n", "line 2: column 'size' holds no number"),
         ('age,label,size\n1,0,2\n\n"1\n",0,x\n', "line 5: column 'size' holds no number"),
-        ("age,label,size\n1,GEHEIM,2\n", "line 2 has a label outside of the 2 configured"),
+        ("age,label,size\n1,GEHEIM,2\n", "line 2 has a label that is neither a class of data.classes nor a number"),
         ("age,label,size\n1,2,2\n", "wrong number of classes"),
         ("age,label,size\n1,-1,2\n", "wrong number of classes"),
-        ("age,label,size\n1,²,2\n", "wrong number of classes"),
+        ("age,label,size\n1,²,2\n", "neither a class of data.classes nor a number"),
         ("age,label,size\n1," + "9" * 5000 + ",2\n", "wrong number of classes"),
-        ("age,label,size\n1,,2\n", "wrong number of classes"),
+        ("age,label,size\n1,,2\n", "line 2 has no label"),
         ("age,label,size\n1,0,2,3\n", "line 2 has 4 cells, the header 3"),
         ("age,label,size\n1,0\n", "line 2 has 2 cells, the header 3"),
         ("age,label,age\n1,0,2\n", "two columns of the same name"),
@@ -224,6 +224,13 @@ def test_npz_grey(tmp_path: Path, column: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [bool, np.float32, np.int8, np.uint64])
+def test_npz_labels_of_any_kind_that_holds_whole_numbers(tmp_path: Path, kind: Any) -> None:
+    path = _npz(tmp_path / "a.npz", GREY, LABELS.astype(kind))
+    labels = read_medmnist(path, _npz_config(), "train").labels
+    assert labels.dtype == np.int64 and labels.tolist() == LABELS.tolist()
+
+
 def test_npz_colour(tmp_path: Path) -> None:
     colour = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3)).astype(np.uint8)
     path = _npz(tmp_path / "a.npz", colour, LABELS, "test")
@@ -261,15 +268,20 @@ def test_npz_pickles_are_refused_and_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        (GREY[:, :7], LABELS, r"have shape \(7, 8\), expected 8x8 uint8"),
-        (GREY.astype(np.float32), LABELS, "expected 8x8 uint8"),
-        (np.zeros((6, 8, 8, 8), np.uint8), LABELS, r"have shape \(8, 8, 8\)"),
-        (np.zeros((6, 8, 8, 4), np.uint8), LABELS, r"have shape \(8, 8, 4\)"),
+        (GREY[:, :7], LABELS, "are 7x8, expected 8x8: make height and width equal"),
+        (GREY.astype(np.float32), LABELS, "are float32, expected uint8"),
+        (np.zeros((6, 9, 9), np.uint8), LABELS, "are 9x9, expected 8x8: set data.image_size=9"),
+        (np.zeros((6, 3, 8, 8), np.uint8), LABELS, "are 3x8x8: colours come first"),
+        (np.zeros(6, np.uint8), LABELS, "are no axes: expected height x width"),
+        (np.zeros((6, 8, 8, 8), np.uint8), LABELS, "are 8x8x8: expected height x width"),
+        (np.zeros((6, 8, 8, 4), np.uint8), LABELS, "are 8x8x4: expected height x width"),
         (np.uint8(3), LABELS, "is no MedMNIST archive"),
         (GREY, np.uint8(3), "not one class per image"),
-        (GREY, LABELS[:5], "not one class per image"),
-        (GREY, np.zeros((6, 2), np.uint8), "not one class per image"),
-        (GREY, LABELS.astype(float), "not one class per image"),
+        (GREY, LABELS[:5], r"has shape \(5,\) for 6 images, not one class per image"),
+        (GREY, np.zeros((6, 2), np.uint8), "has 2 labels an image, not one class per image"),
+        (GREY, LABELS * 0.5, "is float64, not whole numbers"),
+        (GREY, LABELS * 1e300, "is float64, not whole numbers"),
+        (GREY, LABELS.astype("U1"), "is <U1, not whole numbers"),
         (GREY, LABELS + 1, "labels from 1 to 2, 2 are configured"),
         (GREY, LABELS.astype(int) - 1, "labels from -1 to 0, 2 are configured"),
         (GREY[:0], LABELS[:0], "holds no train images"),
