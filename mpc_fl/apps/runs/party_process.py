@@ -26,9 +26,6 @@ from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.site_rules import require_allowed, require_trusted, rules_of
-from mpc_fl.crypto.certificates import load_root
-from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
@@ -77,6 +74,10 @@ def require_site_allows(config: Config, name: str | None = None) -> None:
         return
     require_allowed(config, file)
     if name is not None and config.site.identity is not None and file.rules.authorities is not None:
+        from mpc_fl.crypto.certificates import load_root
+        from mpc_fl.crypto.identity_files import load_identity
+        from mpc_fl.crypto.signatory import fingerprint
+
         authority = load_root(load_identity(config.site.identity, name).authority, str(config.site.identity))
         require_trusted(file, "authorities", fingerprint(authority))
 

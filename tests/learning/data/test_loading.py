@@ -588,3 +588,19 @@ def test_a_hospital_by_itself_may_lack_a_class_and_test_patients(folder: Path) -
     _fails(lambda: load_hospital(config, 2, "train"), "has no images (1 no image (.txt))")
     shutil.rmtree(folder / "train")
     _fails(lambda: load_hospital(config, 2, "train"), "no patient to train on here")
+
+
+def test_a_table_of_one_hospital_may_have_nobody_to_test(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("age,label,who\n" + "".join(f"{30 + row},ill,p{row}\n" for row in range(5)))
+    table = {"features": 1, "patient_column": "who", "test_fraction": 1e-6}
+    config = Config().with_values(
+        data={"source": "csv", "classes": ["ill", "well"], "table": table},
+        model={"architecture": "mlp"},
+        federation={"hospitals": 2},
+        site={"data": str(path), "data_of": "hospital"},
+    )
+    assert patients_per_hospital(config) == [5]
+    part, none = load_hospital(config, 1, "train"), load_hospital(config, 1, "test")
+    assert part.patient_count == 5 and none.inputs.shape == (0, 1) and none.patient_count == 0
+    _fails(lambda: load_hospital(config.with_values(site={"data_of": None}), 1, "train"), "")
