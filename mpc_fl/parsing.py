@@ -158,3 +158,21 @@ def _require_sound(root: yaml.Node, takes_text: Callable[[tuple[str, ...]], bool
                 twice = next(key for index, (key, _) in enumerate(node.value) if key.value in keys[:index])
                 raise _UnsoundError(f"line {twice.start_mark.line + 1}: a key comes twice")
             waiting += [(part, (*path, key.value)) for key, part in node.value]
+
+
+def yaml_lines(text: str) -> dict[str, int]:
+    """The line of each key of a YAML text that `parse_yaml` reads, from 1, by its dotted name."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+    finally:
+        loader.dispose()
+    found, waiting = dict[str, int](), [(root, "")]
+    while waiting:
+        node, prefix = waiting.pop()
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            found[f"{prefix}{key.value}"] = key.start_mark.line + 1
+            waiting.append((value, f"{prefix}{key.value}."))
+    return found

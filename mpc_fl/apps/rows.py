@@ -50,6 +50,8 @@ class HospitalRound:
     own_accuracy: float | None
     skipped_files: int = 0
     treatments: dict[str, int] = field(default_factory=dict)
+    patients: dict[str, int] | None = None
+    records: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

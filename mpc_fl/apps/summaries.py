@@ -14,7 +14,7 @@ from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.errors import DataError
 from mpc_fl.parsing import parse_json
-from mpc_fl.roles import HOSPITAL
+from mpc_fl.roles import HOSPITAL, hospital_names
 
 SUMMARY_FILE = "summary.json"
 
@@ -153,6 +153,72 @@ class TrainingSummary:
         return {number: names for number, names in missing.items() if names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartySummary:
+    """Of `mpc-fl party` in training: what this party alone has of the run. The fields of a hospital stay at it.
+
+    `patients` and `records` count its own by what they are for (train, test, validation), `own_accuracy` is that of the final
+    model on its own test records, None where it has none. `openings` counts what was opened to anybody. The aggregator
+    has `final` and `took_part` as `TrainingSummary`, and no `privacy`.
+    """
+
+    KIND: ClassVar[str] = "party"
+
+    name: str
+    party: str
+    synthetic: bool
+    rounds: int
+    rounds_made: int
+    hospitals: int
+    parameters: int
+    seconds: float
+    command: str
+    versions: dict[str, str]
+    classes: list[str]
+    unit: str
+    openings: int
+    patients: dict[str, int] | None = None
+    records: dict[str, int] | None = None
+    skipped_files: int | None = None
+    treatments: dict[str, int] | None = None
+    own_accuracy: float | None = None
+    privacy: PrivacySpent | None = None
+    final: Scores | None = None
+    evaluated_round: int | None = None
+    took_part: dict[str, list[str]] | None = None
+    began_with: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return {"kind": self.KIND, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object, where: str = SUMMARY_FILE) -> PartySummary:
+        """Raises `DataError` when `value` is not the content of such a file; `where` names it."""
+        return typed(cls, value, where)
+
+    def as_training(self) -> TrainingSummary:
+        """The same as that of a training run, as far as this party knows it: what sections of a report read."""
+        return TrainingSummary(
+            name=self.name,
+            synthetic=self.synthetic,
+            rounds=self.rounds,
+            parameters=self.parameters,
+            hospitals=hospital_names(self.hospitals),
+            skipped_files=self.skipped_files,
+            seconds=self.seconds,
+            command=self.command,
+            versions=self.versions,
+            final=self.final,
+            privacy=[] if self.privacy is None else [self.privacy],
+            took_part=self.took_part,
+            evaluated_round=self.evaluated_round,
+            began_with=self.began_with,
+            unit=self.unit,
+            treatments=self.treatments,
+        )
+
+
 @dataclass(frozen=True)
 class ImageResult:
     """The diagnosis of one image, as in results.jsonl; the probabilities are None where the class alone was opened.
@@ -251,9 +317,9 @@ class ServedDiagnosisSummary:
 
 
 AnyDiagnosisSummary = DiagnosisSummary | ServedDiagnosisSummary
-Summary = TrainingSummary | DiagnosisSummary | ServedDiagnosisSummary
+Summary = TrainingSummary | PartySummary | DiagnosisSummary | ServedDiagnosisSummary
 KINDS: Mapping[str, type[Summary]] = {
-    kind.KIND: kind for kind in (TrainingSummary, DiagnosisSummary, ServedDiagnosisSummary)
+    kind.KIND: kind for kind in (TrainingSummary, PartySummary, DiagnosisSummary, ServedDiagnosisSummary)
 }
 
 

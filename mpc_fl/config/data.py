@@ -16,7 +16,10 @@ from mpc_fl.errors import ConfigError
 
 
 class PartitionSection(Section):
-    """How one data set is divided over simulated hospitals. `none`: the whole folder belongs to this hospital."""
+    """How one data set is divided over simulated hospitals; a party by itself takes its whole folder (`site.data_of`).
+
+    With `none` each simulated hospital has the whole folder.
+    """
 
     method: Literal["equal", "dirichlet", "none"] = Field(
         default="equal", description="as evenly as it goes, or with other shares of the classes at each"

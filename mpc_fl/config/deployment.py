@@ -53,6 +53,9 @@ class FederationSection(Section):
     round_timeout: Positive | None = Field(
         default=None, description="seconds until a hospital is ready with its update; null: runtime.receive_timeout"
     )
+    smallest_site: Count = Field(
+        default=1, description="fewest training patients with which a hospital may take part; it refuses itself"
+    )
     evaluate_incomplete: bool = Field(
         default=False,
         description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
@@ -121,6 +124,14 @@ class SiteSection(Section):
     )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
+    data_of: Literal["hospital", "federation"] | None = Field(
+        default=None,
+        description="whose records data holds: this hospital's alone, or those of all, which data.partition divides; null: its own "
+        "for mpc-fl party, those of all where one command starts all",
+    )
+    rules: Path | None = Field(
+        default=None, description="what this site allows (docs/site-rules.md); a run that breaks a rule is refused here"
+    )
     patient_key: Path | None = Field(
         default=None,
         description="key that patients' identifiers are hashed with; null: one of this user, made when needed",

@@ -13,8 +13,9 @@ from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.audit.co_signing import CoSigners
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
+from mpc_fl.config.site_rules import require_trusted, rules_of
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.crypto.signatory import Signatory
+from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
@@ -48,6 +49,13 @@ def begin_ledger(ledger: RevealLedger, links: Links, config: Config, plan: Round
         )
     finally:
         links.end_scope()
+
+
+def require_allowed_leader(ledger: RevealLedger, config: Config) -> None:
+    """Once the ledger has begun: raise `ConfigError` where the rules of this site name other aggregators than this one."""
+    file = rules_of(config)
+    if file is not None:
+        require_trusted(file, "leaders", fingerprint(ledger.chain.certificates[AGGREGATOR]))
 
 
 def figure_digest(figure: float) -> str:

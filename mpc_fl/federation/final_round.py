@@ -102,9 +102,12 @@ def hospital_final(
         "clipped_fraction": None,
         "steps": 0,
         "method": hospital.method,
-        "own_accuracy": own.accuracy,
+        "own_accuracy": own.accuracy if own.records else None,
         "own_records": own.records,
+        "patients": {part: of.patient_count for part, of in hospital.parts.items()},
+        "records": {part: len(of) for part, of in hospital.parts.items()},
         "skipped_files": hospital.skipped_files,
+        "treatments": hospital.treatments,
         "seconds": seconds,
     }
 

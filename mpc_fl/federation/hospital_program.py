@@ -23,6 +23,7 @@ from mpc_fl.federation.attendance import PlansFollowed, RoundPlan, announce, awa
 from mpc_fl.federation.audit_trail import (
     begin_ledger,
     open_ledger,
+    require_allowed_leader,
     require_signed_calibration,
     require_signed_model,
     sign_end,
@@ -34,6 +35,7 @@ from mpc_fl.federation.final_round import hospital_final
 from mpc_fl.federation.global_model import calibrate_own, code_of
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Hospital, join
+from mpc_fl.federation.ledger_forecast import privacy_ledger_of
 from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
 from mpc_fl.federation.preparation import heaviest_weight, hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
@@ -43,7 +45,6 @@ from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.models.feature_cache import open_feature_cache
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import save_model
-from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.links import Links
@@ -81,9 +82,7 @@ def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospita
     loaded = (load_hospital(config, rank, part) for part in parts)  # one after the other: images are large
     cache, progress = open_feature_cache(config, name), functools.partial(notify, "features")
     patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
-    path = (config.site.privacy_ledger or out) / f"{name}-privacy.sqlite3"
-    privacy_ledger = PrivacyLedger(path, name, config.data.counted_unit)
-    hospital = join(config, rank, patients, held_out, privacy_ledger, out)
+    hospital = join(config, rank, patients, held_out, privacy_ledger_of(config, name), out)
     hospital.validation = aside[0] if aside else None
     return hospital
 
@@ -164,6 +163,7 @@ class _Run:
             hospital.resume(out, plan.number - 1)
             keep_json_lines(out / "metrics.jsonl", lambda line: line["round"] < plan.number)
         begin_ledger(ledger, links, config, plan)
+        require_allowed_leader(ledger, config)
         if is_new and plan.number > 0:
             require_signed_model(ledger, plan.number - 1, hospital.digests)
             if hospital.calibration is not None:

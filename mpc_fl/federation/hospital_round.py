@@ -83,8 +83,10 @@ def hospital_round(
         "clipped_fraction": steps.clipped_fraction,
         "steps": steps.count,
         "method": steps.method,
-        "own_accuracy": own.accuracy,
+        "own_accuracy": own.accuracy if own.records else None,
         "own_records": own.records,
+        "patients": {part: of.patient_count for part, of in hospital.parts.items()},
+        "records": {part: len(of) for part, of in hospital.parts.items()},
         "skipped_files": hospital.skipped_files,
         "treatments": hospital.treatments,
         "seconds": {

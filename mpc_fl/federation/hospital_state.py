@@ -36,6 +36,7 @@ from mpc_fl.federation.planning import (
 )
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
+from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.calibration import Calibration
@@ -126,16 +127,20 @@ class Hospital:
             self.normalisation = normalisation
 
     @property
+    def parts(self) -> dict[Part, Dataset]:
+        """Its patients by what they are for."""
+        found: dict[Part, Dataset] = {"train": self.train, "test": self.test}
+        return found if self.validation is None else {**found, "validation": self.validation}
+
+    @property
     def skipped_files(self) -> int:
         """Files that could not be read."""
-        aside = 0 if self.validation is None else self.validation.skipped
-        return self.train.skipped + self.test.skipped + aside
+        return sum(of.skipped for of in self.parts.values())
 
     @property
     def treatments(self) -> dict[str, int]:
         """To how many of its images was done what."""
-        sets = (self.train, self.test, *(() if self.validation is None else (self.validation,)))
-        return dict(sum((Counter(of.treatments) for of in sets), Counter[str]()))
+        return dict(sum((Counter(of.treatments) for of in self.parts.values()), Counter[str]()))
 
     def records_of(self, whom: Evaluated) -> Dataset:
         """What it evaluates on. Raises `ConfigError` where no patient is kept aside to validate."""

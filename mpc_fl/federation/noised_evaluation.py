@@ -144,6 +144,8 @@ def plan_noised_evaluation(config: Config, whom: Evaluated = "test") -> Evaluati
 def patient_vectors(plan: EvaluationPlan, patients: Dataset, predicted: torch.Tensor) -> torch.Tensor:
     """One row per patient, float32 (patients, k^2), from the predicted class of each record, int64 (records,)."""
     cells = torch.nn.functional.one_hot(patients.labels * plan.classes + predicted, plan.length).float()
+    if not len(patients):
+        return cells
     return torch.stack([cells[records].mean(dim=0) for records in patients.records_of_patient])
 
 

@@ -17,7 +17,7 @@ from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
-from mpc_fl.errors import ConfigError, HeadroomError, PrivacyBudgetError
+from mpc_fl.errors import ConfigError, DataError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
@@ -173,6 +173,15 @@ def require_public_values(config: Config) -> None:
     public_sizes(config)
 
 
+def require_smallest_site(config: Config, patients: int, who: str) -> None:
+    """Raise `DataError` for a hospital with fewer training patients than all agreed that each must have."""
+    if patients < config.federation.smallest_site:
+        raise DataError(
+            f"{who} has fewer training patients than federation.smallest_site, {config.federation.smallest_site}",
+            "nothing was sent; let all agree on a lower bound, or leave this hospital out",
+        )
+
+
 def plan_release(
     config: Config, patients: int, spent: Iterable[SubsampledGaussian], who: str, done: Done = NOTHING_DONE
 ) -> SubsampledGaussian | None:
@@ -182,10 +191,12 @@ def plan_release(
     the run, its spare rounds, and what is opened besides fit what `spent` leaves of the budget. The number of `patients` is
     held against public bounds and against delta; it enters nothing that is released. Raises `PrivacyBudgetError` when
     nothing is left, the run does not fit, delta is too large, or a bound does not hold, `HeadroomError` for more patients
-    than sums have room for, `ConfigError` where a public figure is missing. Messages begin with `who`.
+    than sums have room for, `ConfigError` where a public figure is missing, `DataError` for fewer than
+    `federation.smallest_site`. Messages begin with `who`.
     """
     if patients > config.aggregation.count_bound:
         raise HeadroomError(f"{who} has more patients than aggregation.count_bound", "raise aggregation.count_bound")
+    require_smallest_site(config, patients, who)
     settings = config.privacy
     if settings.mechanism == "none":
         return None

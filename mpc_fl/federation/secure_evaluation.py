@@ -103,6 +103,8 @@ def _evaluate(
     noised = plan_noised_evaluation(config, whom) if config.evaluates(number, whom) else None
     # Sensitivity is that of one patient: nobody's prediction may depend on who else is there.
     logits = (predict if noised is None else predict_each)(computed, records.inputs).double()
+    if not len(records):  # nobody to evaluate on here: zeros in the sum, which nothing tells apart in it
+        logits = logits.new_zeros(0, len(config.data.classes))
     calibration = hospital.calibration
     probabilities = torch.softmax(logits, dim=1) if calibration is None else calibration.probabilities(logits)
     predicted = None if calibration is None else calibration.decided(logits)

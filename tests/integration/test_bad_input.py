@@ -416,7 +416,7 @@ def test_an_unforeseen_error_of_a_party_quotes_no_data(site: Site, run: Run, mon
     monkeypatch.setattr(party_process, "importlib", type("Broken", (), {"import_module": staticmethod(fail)}))
     log = site.root / "log"
     arguments = ["party", "hospital", "--rank", "0", "--config", site.config, "--set", f"site.log={log}"]
-    status, said, complained = run(arguments)
+    status, said, complained = run([*arguments, "--data", site.data, "--out", site.results])
     assert (status, said) == (1, "")
     assert re.fullmatch(
         r"mpc-fl: unexpected KeyError at test_bad_input\.py:\d+ \(a defect; see the log\)\n", complained

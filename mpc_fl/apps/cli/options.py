@@ -37,6 +37,9 @@ FromModel = Annotated[
         "--from", metavar="MODEL", help="Begin with the model.safetensors of an earlier run; every party needs it."
     ),
 ]
+Anyway = Annotated[
+    bool, typer.Option("--anyway", help="Begin though the privacy ledger is nearly spent and noise will be large.")
+]
 OutPath = Annotated[Path, typer.Option("--out", help="New directory for the results; must not exist.")]
 
 

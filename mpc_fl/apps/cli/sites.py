@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mpc_fl.apps.cli.options import AsJson, DataPath, FromModel, Overrides, configure, print_json, say
+from mpc_fl.apps.cli.options import (
+    Anyway,
+    AsJson,
+    DataPath,
+    FromModel,
+    Overrides,
+    command_line,
+    configure,
+    print_json,
+    say,
+)
 from mpc_fl.apps.cli.progress import shown_progress
+from mpc_fl.roles import is_hospital
+
+if TYPE_CHECKING:
+    from mpc_fl.config.config import Config
+
+log = logging.getLogger("mpc_fl")
 
 
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")], as_json: AsJson = False) -> None:
@@ -40,15 +57,22 @@ def party(
         typer.Option("--resume", help="Go on from what --out holds: after a failure, or with more training.rounds."),
     ] = False,
     from_model: FromModel = None,
+    anyway: Anyway = False,
     overrides: Overrides = None,
 ) -> None:
     """Run one party alone, as a site does on its own machine. The launcher spawns exactly these programs.
 
-    The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session.
+    The configuration must hold federation.addresses (host:port of every party) and a fresh federation.session. A hospital takes
+    all of --data, which is its own.
     """
     from mpc_fl.apps.runs.party_log import set_up_log
-    from mpc_fl.apps.runs.party_process import run_alone
+    from mpc_fl.apps.runs.party_process import quoting_nothing, require_site_allows
     from mpc_fl.apps.runs.placement import party_of, site_of
+    from mpc_fl.links.tls_log import log_refused_handshakes
+
+    log_refused_handshakes()  # before what follows loads gRPC, which reads then where to log
+    from mpc_fl.apps.runs.site_data import with_own_data
+    from mpc_fl.apps.runs.site_run import run_site
 
     settings = configure(
         config, overrides, from_model, out=out, identity=identity, data=data, images=images, model=model
@@ -57,7 +81,32 @@ def party(
         settings = settings.with_values(site={"resume": True})
     settings.data.require_agreed_columns()
     name = party_of(settings, role, rank, os.environ)
-    settings = site_of(settings, name)
+    settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
+    with quoting_nothing():
+        require_site_allows(settings, name)
+        if is_hospital(name) and settings.task == "train":
+            _look_before(settings, name, anyway)
     with shown_progress() as progress:
-        run_alone(name, settings, lambda phase, done, total: progress(name, phase, done, total))
+        written = run_site(
+            name, settings, command_line(), lambda phase, done, total: progress(name, phase, done, total)
+        )
+    if written is not None:
+        say(f"Report: {written}")
+
+
+def _look_before(config: Config, name: str, anyway: bool) -> None:
+    """Before anybody is dialled: whether this hospital has the patients for a run, and what its privacy ledger leaves for it."""
+    from mpc_fl.apps.runs.site_data import own_patients
+    from mpc_fl.federation.ledger_forecast import ledger_forecast
+    from mpc_fl.links.party_links import site_directory
+
+    site_directory(config)
+    patients = own_patients(config, name)
+    log.info("%s has %d training %ss", name, patients, config.data.counted_unit)
+    forecast = None if config.site.resume else ledger_forecast(config, name, patients)
+    if forecast is None:
+        return
+    if not anyway:
+        forecast.require_worth()
+    say(f"{forecast.described}.")

@@ -9,6 +9,7 @@ import typer
 
 from mpc_fl.apps.cli.interrupts import Interrupted
 from mpc_fl.apps.cli.options import (
+    Anyway,
     AsJson,
     ConfigPath,
     DataPath,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
+    from mpc_fl.federation.ledger_forecast import LedgerForecast
     from mpc_fl.learning.data.loading import SharedPatients
     from mpc_fl.learning.data.survey import Survey
 
@@ -48,6 +50,7 @@ def train(
         typer.Option("--resume", help="Go on with the run at --out: it failed, or is to have more training.rounds."),
     ] = False,
     from_model: FromModel = None,
+    anyway: Anyway = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one model with several hospitals on this machine, each a process of its own.
@@ -65,7 +68,12 @@ def train(
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
 
         require_free(out, resume)
-        _preflight(settings, resume)
+        found = _preflight(settings, resume)
+        forecasts = [] if found is None else _forecasts(settings, found)
+        for forecast in [] if anyway else forecasts:
+            forecast.require_worth()
+        for forecast in [] if as_json else forecasts:
+            say(f"{forecast.described}.")
         _say_shared_patients(settings, as_json)
         try:
             with shown_progress() as progress:
@@ -170,20 +178,35 @@ def _say_choice(summary: TrainingSummary) -> None:
         say(f"Calibration: temperature {fitted.temperature:g}, class offsets {offsets}.")
 
 
-def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigPath,
+    data: DataPath = None,
+    overrides: Overrides = None,
+    ledger: Annotated[Path | None, typer.Option(help="Directory of the privacy ledgers that the run will use.")] = None,
+    party: Annotated[
+        str | None, typer.Option(metavar="HOSPITAL", help="Check as this hospital, whose own all of --data is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say whether a training run can work: data readable, every hospital served, headroom, privacy budget, memory.
 
-    Every file is read that training will read, so this can take a while.
+    Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
     try:
-        settings = configure(config, overrides, data=data)
+        settings = configure(config, overrides, data=data, privacy_ledger=ledger)
+        if party is not None:
+            from mpc_fl.apps.runs.placement import party_of, site_of
+            from mpc_fl.apps.runs.site_data import with_own_data
+
+            settings = with_own_data(site_of(settings, party_of(settings, party, None, {})), party)
         data_found = survey(settings)
-        found = _preflight(settings, patients=data_found.training_patients)
+        found = _preflight(settings, patients=data_found.training_patients, at=party)
         assert found is not None  # of a run from its start
         _require_memory(settings, found)
+        forecasts = _forecasts(settings, found, party)
     except MpcFlError as error:
         if as_json:
             print_json({"ok": False, "error": error.what, "fix": error.fix})
@@ -191,7 +214,7 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
         shared, features = list(_shared_patients(settings).names), _about_features(settings)
-        of["data"] = data_found.to_json()
+        of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
     _say_data(data_found, settings)
@@ -202,6 +225,8 @@ def check(config: ConfigPath, data: DataPath = None, overrides: Overrides = None
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{line.hospital}: {line.patients} training {unit}s{words}")
+    for forecast in forecasts:
+        say(f"{forecast.described}." + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
     _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
@@ -306,20 +331,36 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
         error_console().print(text, highlight=False) if as_json else say(text)
 
 
-def _preflight(config: Config, resume: bool = False, patients: list[int] | None = None) -> TrainingEstimate | None:
+def _forecasts(config: Config, found: TrainingEstimate, at: str | None = None) -> list[LedgerForecast]:
+    """What privacy ledgers that outlive runs leave for this one, where they hold something: of the hospital `at`, or all."""
+    from mpc_fl.federation.ledger_forecast import ledger_forecast
+
+    if config.site.privacy_ledger is None:
+        return []
+    lines = [line for line in found.privacy if at in (None, line.hospital)]
+    forecasts = (ledger_forecast(config, line.hospital, line.patients) for line in lines)
+    return [forecast for forecast in forecasts if forecast is not None]
+
+
+def _preflight(
+    config: Config, resume: bool = False, patients: list[int] | None = None, at: str | None = None
+) -> TrainingEstimate | None:
     """Everything that can be refused before a process starts. Raises the error the run would raise.
 
-    `patients`: training patients of each hospital, where they are known already. What a run that goes on may still release
-    follows from the hospitals' ledgers (None for it): they plan it themselves.
+    `patients`: training patients of each hospital, where they are known already, or of the one hospital `at` by itself. What a
+    run that goes on may still release follows from the hospitals' ledgers (None for it): they plan it themselves.
     """
     from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
+    from mpc_fl.apps.runs.party_process import require_site_allows
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
+    from mpc_fl.learning.data.records import is_one_hospitals
     from mpc_fl.learning.device import device_of
     from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
+    require_site_allows(config, at)
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)
@@ -329,7 +370,8 @@ def _preflight(config: Config, resume: bool = False, patients: list[int] | None 
     _refuse_shared_patients(config)
     if patients is None:
         patients = patients_per_hospital(config)
-    return None if resume else estimate_training(config, patients)
+    alone = at if is_one_hospitals(config) else None
+    return None if resume else estimate_training(config, patients, alone)
 
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:

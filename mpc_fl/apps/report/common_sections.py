@@ -59,7 +59,7 @@ def _costs(traffic: PartyTraffic) -> dict[str, _Cost]:
 def costs(run: Run) -> Markup:
     """Seconds, bytes and messages of each party, by phase."""
     traffic, notes = each(
-        lambda party: read_object(PartyTraffic, run.directory, f"parties/{party}/traffic.json"), run.parties()
+        lambda party: read_object(PartyTraffic, run.directory, run.file_of(party, "traffic.json")), run.parties()
     )
     if not traffic:
         return Markup(notes or missing("no party left a traffic.json"))

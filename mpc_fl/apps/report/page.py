@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mpc_fl.apps.report import common_sections, inference_sections, training_sections
+from mpc_fl.apps.report import common_sections, inference_sections, party_sections, training_sections
 from mpc_fl.apps.report.markup import STYLE_SHEET, Markup, escape, paragraph
 from mpc_fl.apps.report.run_files import Run, guarded
 from mpc_fl.apps.rows import read_text
@@ -17,6 +17,7 @@ from mpc_fl.apps.summaries import SUMMARY_FILE, parse_summary
 from mpc_fl.errors import DataError
 from mpc_fl.files import write_text
 from mpc_fl.parsing import parse_yaml
+from mpc_fl.roles import is_hospital
 
 _Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
 _TRAINING: _Sections = {
@@ -27,6 +28,16 @@ _TRAINING: _Sections = {
         training_sections.hospital_curves,
     ),
     "Results by class": (training_sections.by_class, training_sections.calibration),
+    "Privacy": (training_sections.privacy,),
+}
+_AGGREGATOR: _Sections = {
+    "Result": (party_sections.result,),
+    "Training curves": (training_sections.global_curve, training_sections.absences),
+    "Results by class": (training_sections.by_class, training_sections.calibration),
+}
+_HOSPITAL: _Sections = {
+    "Result": (party_sections.result, party_sections.counts, training_sections.images),
+    "Training curves": (training_sections.hospital_curves,),
     "Privacy": (training_sections.privacy,),
 }
 _DIAGNOSIS: _Sections = {
@@ -58,7 +69,10 @@ def _load(run_dir: Path) -> Run:
 
 def _page(run: Run) -> str:
     title = f"{'Federated training' if run.is_training else 'Encrypted diagnosis'}: {run.header.name}"
-    builders = {**(_TRAINING if run.is_training else _DIAGNOSIS), **_BOTH}
+    of_kind = _TRAINING if run.is_training else _DIAGNOSIS
+    if run.is_of_a_party:
+        title, of_kind = f"{title}, at {run.party.party}", _HOSPITAL if is_hospital(run.party.party) else _AGGREGATOR
+    builders = {**of_kind, **_BOTH}
     sections = {name: Markup("".join(guarded(build, run) for build in of)) for name, of in builders.items()}
     return document(title, run.header.synthetic, sections)
 

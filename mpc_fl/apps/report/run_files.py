@@ -17,6 +17,7 @@ from mpc_fl.apps.summaries import (
     AnyDiagnosisSummary,
     DiagnosisSummary,
     Header,
+    PartySummary,
     ServedDiagnosisSummary,
     Summary,
     TrainingSummary,
@@ -38,8 +39,13 @@ class Run:
 
     @cached_property
     def training(self) -> TrainingSummary:
-        """The summary of a training run. Raises `DataError` when it is damaged."""
-        return TrainingSummary.from_json(self.content)
+        """The summary of a training run, or what one party's says of it. Raises `DataError` when it is damaged."""
+        return self.party.as_training() if self.is_of_a_party else TrainingSummary.from_json(self.content)
+
+    @cached_property
+    def party(self) -> PartySummary:
+        """The summary of one party of a training run. Raises `DataError` when it is damaged."""
+        return PartySummary.from_json(self.content)
 
     @cached_property
     def diagnosis(self) -> AnyDiagnosisSummary:
@@ -50,10 +56,21 @@ class Run:
     @property
     def is_training(self) -> bool:
         """Whether hospitals trained in this run, and did not diagnose."""
-        return self.header.kind == TrainingSummary.KIND
+        return self.header.kind == TrainingSummary.KIND or self.is_of_a_party
+
+    @property
+    def is_of_a_party(self) -> bool:
+        """Whether this is the directory of one party that trained by itself, and has no other's files."""
+        return self.header.kind == PartySummary.KIND
+
+    def file_of(self, party: str, name: str) -> str:
+        """Where a file of a party lies, below the run's directory."""
+        return name if self.is_of_a_party else f"parties/{party}/{name}"
 
     def parties(self) -> list[str]:
         """Names of the parties that left files, hospital-2 before hospital-10."""
+        if self.is_of_a_party:
+            return [self.party.party]
         return sorted((path.name for path in self.directory.glob("parties/*") if path.is_dir()), key=split_name)
 
     @property
@@ -82,7 +99,7 @@ def each(read: Callable[[str], T], names: Iterable[str]) -> tuple[dict[str, T], 
 def hospital_rounds(run: Run) -> tuple[dict[str, list[HospitalRound]], Markup]:
     """The rounds of each hospital that left its metrics, and a note on what could not be read."""
     names = filter(is_hospital, run.parties())
-    return each(lambda name: read_rows(HospitalRound, run.directory, f"parties/{name}/metrics.jsonl"), names)
+    return each(lambda name: read_rows(HospitalRound, run.directory, run.file_of(name, "metrics.jsonl")), names)
 
 
 def missing(what: str) -> Markup:

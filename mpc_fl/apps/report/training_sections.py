@@ -165,8 +165,11 @@ def hospital_curves(run: Run) -> Markup:
     loss = {name: [number(line.loss) for line in of] for name, of in lines.items()}
     accuracy = {name: [number(line.own_accuracy) for line in of] for name, of in lines.items()}
     last = "; ".join(f"{name}: loss {plain(loss[name][-1])}, accuracy {percent(accuracy[name][-1])}" for name in lines)
-    caption = """Loss of local training, and accuracy of the global model after each round on the hospital's own test
-    records. This run had all parties on one machine: at a real site each hospital sees only its own line."""
+    here = "This is this hospital's own line, which it alone sees."
+    if not run.is_of_a_party:
+        here = "This run had all parties on one machine: at a real site each hospital sees only its own line."
+    caption = f"""Loss of local training, and accuracy of the global model after each round on the hospital's own test
+    records. {here}"""
     return Markup(plot(figures.hospital_curves(rounds, loss, accuracy), f"Last round. {last}.", caption) + notes)
 
 

@@ -90,8 +90,9 @@ def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations
     return _Activations(sum(sizes), max(sizes))
 
 
-def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
-    """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i.
+def estimate_training(config: Config, patients: list[int], at: str | None = None) -> TrainingEstimate:
+    """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i, or those
+    of the one hospital `at`.
 
     Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
     """
@@ -128,7 +129,7 @@ def estimate_training(config: Config, patients: list[int]) -> TrainingEstimate:
         messages_per_hospital=1 + messages * opened + signed,  # it announces itself
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
-        privacy=[planned_privacy(config, hospital_name(rank), count) for rank, count in enumerate(patients)],
+        privacy=[planned_privacy(config, at or hospital_name(rank), count) for rank, count in enumerate(patients)],
     )
 
 

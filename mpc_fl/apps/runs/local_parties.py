@@ -72,6 +72,11 @@ def _feature_cache_of(config: Config, name: str) -> dict[str, str]:
 
 def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
     """One configuration per party of a local run: fresh session, addresses, identities, a directory of its own."""
+    if config.site.data_of == "hospital":
+        raise ConfigError(
+            "site.data_of hospital is for a hospital by itself; here all read one folder",
+            "leave it null, and set data.partition.method to none if each shall take the whole folder",
+        )
     names = party_names(config)
     reachable = [name for name in names if name not in config.federation.dial_out_only]
     federation = {
@@ -89,6 +94,7 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
         site: dict[str, Any] = {
             "out": str(directories[name]),
             "identity": str(directories[name] / "identity"),
+            "data_of": "federation",
             "log": str(run_dir / "logs" / f"{name}.log"),
         }
         role = role_of(name)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.site_rules import require_allowed, require_trusted, rules_of
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
@@ -66,9 +67,25 @@ def _give_signs(tell: Callable[..., None]) -> None:
         time.sleep(SIGN)
 
 
+def require_site_allows(config: Config, name: str | None = None) -> None:
+    """Raise `ConfigError` where a rule of this site (`site.rules`) forbids the run, or the authority that certified `name`."""
+    file = rules_of(config)
+    if file is None:
+        return
+    require_allowed(config, file)
+    if name is not None and config.site.identity is not None and file.rules.authorities is not None:
+        from mpc_fl.crypto.certificates import load_root
+        from mpc_fl.crypto.identity_files import load_identity
+        from mpc_fl.crypto.signatory import fingerprint
+
+        authority = load_root(load_identity(config.site.identity, name).authority, str(config.site.identity))
+        require_trusted(file, "authorities", fingerprint(authority))
+
+
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
     """Run one party's program in this process until it ends. Raises what the program raises."""
     log_refused_handshakes()
+    require_site_allows(config, name)
     import torch
 
     torch.set_num_threads(config.runtime.threads)
@@ -113,14 +130,21 @@ def unforeseen(error: BaseException) -> MpcFlError:
     return MpcFlError(f"unexpected {type(error).__name__} at {place} (a defect; see the log)")
 
 
-def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
-    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+@contextlib.contextmanager
+def quoting_nothing() -> Iterator[None]:
+    """Raise `MpcFlError` alone, for whatever else is raised within `unforeseen`."""
     try:
-        run_party(name, config, notify)
+        yield
     except MpcFlError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is
         raise unforeseen(error) from None
+
+
+def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
+    """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
+    with quoting_nothing():
+        run_party(name, config, notify)
 
 
 def _show_name(name: str) -> None:

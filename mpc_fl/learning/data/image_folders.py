@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpc_fl.errors import DataError
@@ -15,7 +15,7 @@ class ImageFolder:
     """The image files of one folder in order of their names, and how many entries of which kind are none."""
 
     files: tuple[Path, ...]
-    left_aside: Counter[str]
+    left_aside: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, folder: Path) -> ImageFolder:
@@ -38,13 +38,18 @@ def entries(folder: Path) -> list[Path]:
         raise DataError(f"cannot list {folder}: {error.strerror or 'no access'}", "check its permissions") from None
 
 
-def class_folders(root: Path, classes: tuple[str, ...]) -> list[Path]:
-    """The folder of each class, in the order of `classes`. Raises `DataError` for a missing one and for any other."""
+def class_folders(root: Path, classes: tuple[str, ...], alone: bool = False) -> list[Path]:
+    """The folder of each class, in the order of `classes`. Raises `DataError` for a missing one and for any other.
+
+    Of one hospital `alone` folders may be missing: of classes that it has no patient of, or the whole of its test patients.
+    """
     try:
         exists = root.is_dir()
     except OSError as error:
         raise DataError(f"cannot look into {root.parent}: {error.strerror}", "check its permissions") from None
     if not exists:
+        if alone and root.parent.is_dir():
+            return [root / name for name in classes]
         raise DataError(f"data folder {root} does not exist", "give DIR/{train,test}/<class>/ with --data DIR")
     # Hidden folders are left by notebooks and file servers; they are no classes.
     found = [entry.name for entry in entries(root) if entry.is_dir() and not entry.name.startswith(".")]
@@ -55,6 +60,6 @@ def class_folders(root: Path, classes: tuple[str, ...]) -> list[Path]:
             "set data.classes to all folder names",
         )
     for name in classes:
-        if name not in found:
+        if name not in found and not alone:
             raise DataError(f"class folder {root / name} does not exist", "create it or correct data.classes")
     return [root / name for name in classes]

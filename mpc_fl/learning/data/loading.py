@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ from mpc_fl.config.data import SOURCES
 from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
-from mpc_fl.learning.data.image_folders import ImageFolder, class_folders
+from mpc_fl.learning.data.image_folders import ImageFolder
 from mpc_fl.learning.data.loaders import read_with_loader
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, place_of
-from mpc_fl.learning.data.patients import owners_in_archive, owners_of, require_known
-from mpc_fl.learning.data.phantoms import make_phantoms, phantom_labels
+from mpc_fl.learning.data.phantoms import phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
-from mpc_fl.learning.data.tables import Part, Records, Split, read_breast_cancer, read_csv, read_medmnist
+from mpc_fl.learning.data.records import Index, index_from, index_of, is_one_hospitals, phantom_names
+from mpc_fl.learning.data.tables import Part, Split, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
 log = logging.getLogger(__name__)
@@ -31,118 +30,14 @@ _LARGEST_OVER_SMALLEST = 4  # where privacy.largest_hospital is not set
 _NAMED = 5  # patients that a message names
 
 
-@dataclass(frozen=True)
-class Index:
-    """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
-
-    `sources` says where each image has its patient from, `left_aside` what else lies in the folders or which rows of a table are
-    none, `treatments` what was done to each row of a table.
-    """
-
-    labels: np.ndarray
-    patients: list[str]
-    names: list[str]
-    files: list[Path] = field(default_factory=list)
-    arrays: np.ndarray | None = None
-    sources: list[str] = field(default_factory=list)
-    left_aside: Mapping[str, int] = field(default_factory=dict)
-    treatments: list[tuple[str, ...]] = field(default_factory=list)
-
-    def only(self, rows: Sequence[int]) -> Index:
-        """Some of the records."""
-        return replace(
-            self,
-            labels=self.labels[list(rows)],
-            patients=[self.patients[row] for row in rows],
-            names=[self.names[row] for row in rows],
-            files=[self.files[row] for row in rows] if self.files else [],
-            sources=[self.sources[row] for row in rows] if self.sources else [],
-            arrays=None if self.arrays is None else self.arrays[list(rows)],
-            treatments=[self.treatments[row] for row in rows] if self.treatments else [],
-        )
-
-    def treatments_of(self, rows: Iterable[int]) -> Counter[str]:
-        """To how many of some rows of a table was done what."""
-        return Counter(what for row in rows if self.treatments for what in self.treatments[row])
-
-
-def _data_path(config: Config) -> Path:
-    if config.site.data is None:
-        raise DataError(f"data.source '{config.data.source}' needs a path", "pass --data")
-    return config.site.data
-
-
-def _index(config: Config, split: Split) -> Index:
-    source = config.data.source
-    if source == "phantoms":
-        sizes = config.data.phantoms
-        count = sizes.train_patients if split == "train" else sizes.test_patients
-        phantoms = make_phantoms(count, len(config.data.classes), config.data.image_size, config.seed, split)
-        names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
-        inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
-        # No phantom of one split is one of another, and so are their names.
-        return Index(phantoms.labels, _phantom_names(phantoms.patients.tolist(), split), names, arrays=inputs)
-    if source == "images":
-        return _index_of_images(config, split)
-    return _from_records(_read_records(config, split), config)
-
-
-def _index_of_images(config: Config, split: Split) -> Index:
-    labels, files, left_aside = list[int](), list[Path](), Counter[str]()
-    for label, folder in enumerate(class_folders(_data_path(config) / split, config.data.classes)):
-        found = ImageFolder.of(folder)
-        if not found.files:
-            aside = ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items()))
-            raise DataError(
-                f"class folder {folder} has no images" + (f" ({aside})" if aside else ""),
-                f"add files of the kinds {', '.join(IMAGE_KINDS)}, or drop the class",
-            )
-        labels += [label] * len(found.files)
-        files += found.files
-        left_aside += found.left_aside
-    owners = owners_of(files, config)
-    names = [path.name for path in files]
-    return Index(
-        np.array(labels, dtype=np.int64), owners.keys, names, files, sources=owners.sources, left_aside=left_aside
-    )
-
-
-def _read_records(config: Config, split: Split) -> Records:
-    if config.data.source == "breast_cancer":
-        return read_breast_cancer(config, split)
-    if config.data.source == "csv":
-        records = read_csv(_data_path(config), config, split)
-        if config.data.table.patient_column is None:
-            require_known(len(records.labels), config)
-        return records
-    if config.data.source not in SOURCES:
-        return read_with_loader(config, config.site.data, split)
-    records = read_medmnist(_data_path(config), config, split)
-    patients = owners_in_archive(_data_path(config), split, len(records.labels))
-    if patients is None:
-        require_known(len(records.labels), config)
-        return records
-    return replace(records, patients=patients)
-
-
-def _from_records(records: Records, config: Config) -> Index:
-    missing = sorted(set(range(len(config.data.classes))) - set(records.labels.tolist()))
-    if missing:
-        raise DataError(f"class '{config.data.classes[missing[0]]}' has no records", "correct data.classes or the data")
-    return _index_from(records)
-
-
-def _index_from(records: Records) -> Index:
-    index = Index(records.labels, records.patients, records.names, arrays=records.inputs)
-    return replace(index, left_aside=records.left_aside, treatments=records.treatments)
-
-
 def _patients_of_hospitals(index: Index, config: Config) -> list[list[str]]:
-    """Patient keys of every hospital, after partition and subset. Raises `DataError` for a hospital without patients."""
+    """Patient keys of every hospital whose records these are, after partition: of all, or of one alone."""
     first_label: dict[str, int] = {}
     for patient, label in zip(index.patients, index.labels.tolist(), strict=True):
         first_label.setdefault(patient, label)
     keys = list(first_label)
+    if not keys and is_one_hospitals(config):
+        return [[]]
     parts = _divided(keys, np.array([first_label[key] for key in keys]), config)
     return [[keys[i] for i in part] for part in parts]
 
@@ -150,17 +45,14 @@ def _patients_of_hospitals(index: Index, config: Config) -> list[list[str]]:
 def _divided(patients: Sequence[str], labels: np.ndarray, config: Config) -> list[np.ndarray]:
     """Numbers of each hospital's patients, from their names and classes, int (patients,)."""
     hospitals, method = config.federation.hospitals, config.data.partition.method
+    if is_one_hospitals(config):
+        return partition_equal(patients, labels, 1, config.seed)
     if method == "none":
         (whole,) = partition_equal(patients, labels, 1, config.seed)
         return [whole] * hospitals
     if method == "equal":
         return partition_equal(patients, labels, hospitals, config.seed)
     return partition_dirichlet(patients, labels, hospitals, config.data.partition.alpha, config.seed)
-
-
-def _phantom_names(patients: Sequence[int], split: Split) -> list[str]:
-    # No phantom of one split is one of another, and so are their names.
-    return [f"{split}-{patient}" for patient in patients]
 
 
 @dataclass(frozen=True)
@@ -185,7 +77,7 @@ def public_sizes(config: Config) -> PublicSizes:
                 "set it to what all hospitals may publish as the fewest training patients that any of them has",
             )
         labels = phantom_labels(config.data.phantoms.train_patients, len(config.data.classes), config.seed, "train")
-        names, limit = _phantom_names(range(len(labels)), "train"), config.data.subset.train_patients
+        names, limit = phantom_names(range(len(labels)), "train"), config.data.subset.train_patients
         parts = ([names[number] for number in part[:limit]] for part in _divided(names, labels, config))
         sizes = [len(_for_part(part, "train", config)) for part in parts]
         return PublicSizes(max(1, min(sizes)), max(1, *sizes))
@@ -220,15 +112,15 @@ def shared_patients(config: Config) -> SharedPatients:
     """
     if config.data.source in ("phantoms", "csv", "breast_cancer"):
         return SharedPatients((), 0)
-    index, limit = _index(config, "train"), config.data.subset.train_patients
+    index, limit = index_of(config, "train"), config.data.subset.train_patients
     training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
-    testing = dict.fromkeys(_index(config, "test").patients)
+    testing = dict.fromkeys(index_of(config, "test").patients)
     return SharedPatients(tuple(sorted(name for name in testing if name in training)), len(testing))
 
 
 def _index_of(config: Config, split: Split) -> Index:
     """The records of a split; tests are made without those that train, unless `data.shared_patients` says otherwise."""
-    index, rule = _index(config, split), config.data.shared_patients
+    index, rule = index_of(config, split), config.data.shared_patients
     shared = shared_patients(config) if split == "test" and rule != "keep" else SharedPatients((), 0)
     if not shared.names:
         return index
@@ -262,8 +154,13 @@ def _split_of(part: Part) -> Split:
 def _own_patients(index: Index, config: Config, rank: int, part: Part) -> list[str]:
     subset = config.data.subset
     limit = subset.test_patients if part == "test" else subset.train_patients
-    patients = _for_part(_patients_of_hospitals(index, config)[rank][:limit], part, config)
-    if not patients:
+    alone = is_one_hospitals(config)
+    patients = _for_part(_patients_of_hospitals(index, config)[0 if alone else rank][:limit], part, config)
+    if alone and not patients and part == "train":
+        raise DataError(
+            "there is no patient to train on here", "look at --data, data.classes and data.validation_fraction"
+        )
+    if not patients and not alone:
         fix = "use fewer hospitals, more data, or a larger data.partition.alpha"
         if config.data.validation_fraction and part != "test":
             fix = "use fewer hospitals, more data, or another data.validation_fraction"
@@ -273,6 +170,8 @@ def _own_patients(index: Index, config: Config, rank: int, part: Part) -> list[s
 
 def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
     """The patients of hospital `rank` that are for one part; only its own image files are read.
+
+    Where the folder is its own (`site.data_of`) they are all in it, and there may be none to test or validate.
 
     (Of files with an unknown suffix the first bytes are looked at, to tell what they are, and of DICOM files that no table
     names the header, to tell whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
@@ -288,7 +187,8 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
     else:
         read = read_files([index.files[row] for row in rows], config)
         require_readable([int(index.labels[row]) for row in rows], read.unreadable, part, config)
-        inputs, kept = read.stacked(), [rows[position] for position in read.kept]
+        inputs = read.stacked() if rows else torch.zeros(0, config.data.channels, *[config.data.image_size] * 2)
+        kept = [rows[position] for position in read.kept]
         log.info("%s: %d images: %s", part, len(kept), "; ".join(f"{n} {what}" for what, n in read.treatments.items()))
     owners = _renumbered([position[index.patients[row]] for row in kept])
     labels = torch.from_numpy(index.labels[kept])
@@ -312,15 +212,15 @@ def load_images(path: Path | None, config: Config, limit: int | None) -> Dataset
     source = config.data.source
     if source not in SOURCES:
         records = read_with_loader(config, path, "test", labelled=False)
-        return _dataset_of(_index_from(records), limit)
+        return _dataset_of(index_from(records), limit)
     if path is None:
         if source not in ("phantoms", "breast_cancer"):
             raise DataError("no images were given", "pass --images FILE_OR_DIR")
-        return _dataset_of(_index(config, "test"), limit or 1)
+        return _dataset_of(index_of(config, "test"), limit or 1)
     if source in ("csv", "npz"):
         config.data.require_agreed_columns()
         records = read_csv(path, config, None) if source == "csv" else read_medmnist(path, config, "test")
-        return _dataset_of(_index_from(records), limit)
+        return _dataset_of(index_from(records), limit)
     if source == "breast_cancer":
         raise DataError("breast_cancer takes no images", "leave out --images")
     labels, files = _find_images(path, config)
@@ -371,14 +271,14 @@ def _evenly(labels: Sequence[int], limit: int | None) -> list[int]:
 def records_per_hospital(config: Config, part: Part) -> tuple[Index, list[list[int]]]:
     """All records of a part's split, and which of them, by number, each hospital will read. Raises as `load_hospital`."""
     index, parts = _index_of(config, _split_of(part)), list[list[int]]()
-    for rank in range(config.federation.hospitals):
+    for rank in range(1 if is_one_hospitals(config) else config.federation.hospitals):
         own = set(_own_patients(index, config, rank, part))
         parts.append([row for row, patient in enumerate(index.patients) if patient in own])
     return index, parts
 
 
 def patients_per_hospital(config: Config) -> list[int]:
-    """Training patients of every hospital, after checking all parts and that one file per class can be read.
+    """Training patients of every hospital whose records are here, after checking all parts and that one file per class can be read.
 
     Raises what `load_hospital` would raise for the same reasons, before any process starts; `survey` reads every file.
     """
@@ -391,6 +291,7 @@ def patients_per_hospital(config: Config) -> list[int]:
             if config.data.validation_fraction:
                 records_per_hospital(config, "validation")
         if index.files:
-            for label in range(len(config.data.classes)):
+            here = set(index.labels.tolist()) if is_one_hospitals(config) else range(len(config.data.classes))
+            for label in here:
                 require_one_readable([index.files[row] for row in np.flatnonzero(index.labels == label)], label, config)
     return counts

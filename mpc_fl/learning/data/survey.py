@@ -12,9 +12,10 @@ from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
-from mpc_fl.learning.data.loading import Index, records_per_hospital
+from mpc_fl.learning.data.loading import records_per_hospital
 from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
 from mpc_fl.learning.data.reading import nothing_of_class, require_readable
+from mpc_fl.learning.data.records import Index, is_one_hospitals
 from mpc_fl.learning.data.table_columns import OUTSIDE
 from mpc_fl.learning.data.tables import Part
 
@@ -86,6 +87,7 @@ def survey(config: Config) -> Survey:
         warnings=[
             *(_warnings(sources, sorted(keys), records) if sources else ()),
             *_warnings_of_columns(config, treatments, records),
+            *_lacks(found, parts, config),
         ],
     )
 
@@ -101,14 +103,15 @@ def _survey_of(config: Config, part: Part) -> _SplitSurvey:
             unreadable[row] = error
     for label in range(len(config.data.classes)) if index.files else ():
         of_class = [row for row in sorted(rows) if index.labels[row] == label]
-        if not (index.labels == label).any() or (of_class and all(row in unreadable for row in of_class)):
+        lacks_class = not (index.labels == label).any() and not is_one_hospitals(config)
+        if lacks_class or (of_class and all(row in unreadable for row in of_class)):
             raise nothing_of_class(label, unreadable[of_class[0]] if of_class else None, config)
     left = []
     for own in parts:
         failed = {place: unreadable[row] for place, row in enumerate(own) if row in unreadable}
         require_readable([int(index.labels[row]) for row in own], failed, part, config)
         left.append(len({index.patients[row] for row in own if row not in unreadable}))
-        if not left[-1]:
+        if not left[-1] and failed:
             first = next(iter(failed.values()))
             raise DataError(f"no {part} image can be read; the first: {first.what}", first.fix)
     return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
@@ -137,6 +140,21 @@ def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[st
             f"{sources[FROM_HEADER]} files have their patient from DICOM headers and {sources[FROM_NAME]} from their names: a "
             "patient under both counts twice; a table patients.csv mends that"
         )
+    return said
+
+
+def _lacks(found: Sequence[_SplitSurvey], parts: Sequence[Part], config: Config) -> list[str]:
+    """What one hospital by itself has nobody of, which is no error there and may be a mistake."""
+    if not is_one_hospitals(config):
+        return []
+    said = []
+    for of, part in zip(found, parts, strict=True):
+        here = {int(of.index.labels[row]) for row in of.rows}
+        missing = [name for label, name in enumerate(config.data.classes) if label not in here]
+        if not here:
+            said.append(f"no {part} patients here: this hospital adds zeros to what is counted of them")
+        elif missing:
+            said.append(f"no {part} patient of {', '.join(missing)} here")
     return said
 
 

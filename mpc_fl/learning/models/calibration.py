@@ -156,7 +156,8 @@ def patient_changes(
 
     One patient after the other, so that a row is a function of that patient's logits alone, bit for bit.
     """
-    return torch.stack([_of_patient(grid, logits[records], labels[records]) for records in patients])
+    rows = [_of_patient(grid, logits[records], labels[records]) for records in patients]
+    return torch.stack(rows) if rows else torch.zeros(0, grid.length)
 
 
 def _of_patient(grid: Grid, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,8 @@ def as_records(
     extractor = extractor_of(config)
     if extractor is None:
         return images
+    if not len(images):
+        return replace(images, inputs=torch.zeros(0, *config.data.input_shape))
     if cache is None:
         return replace(images, inputs=extractor.records(images.inputs, progress))
     return replace(images, inputs=cache.records(images.inputs, extractor.records, progress))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from mpc_fl.learning.data.loading import (
     shared_patients,
 )
 from mpc_fl.learning.data.partition import patient_of, place_of
+from mpc_fl.learning.data.survey import survey
 from mpc_fl.learning.data.tables import Part, Split
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -550,3 +552,55 @@ def test_who_validates_trains_not_and_counts_not() -> None:
         "has no validation patients",
         "data.validation_fraction",
     )
+
+
+def test_a_hospital_by_itself_takes_its_whole_folder(folder: Path) -> None:
+    config = _config(folder).with_values(site={"data_of": "hospital"})
+    for rank in range(3):
+        assert patients_per_hospital(config) == [27] and load_hospital(config, rank, "train").patient_count == 27
+    assert config.digest() == _config(folder).digest()  # sites may differ in it
+    table = Config().with_values(data={"phantoms": {"train_patients": 30, "test_patients": 30}})
+    alone = table.with_values(site={"data_of": "hospital"})  # phantoms are the same everywhere
+    assert load_hospital(alone, 1, "train").names == load_hospital(table, 1, "train").names
+    assert patients_per_hospital(alone) == [10, 10, 10]
+
+
+def test_a_hospital_by_itself_may_lack_a_class_and_test_patients(folder: Path) -> None:
+    config = _config(folder).with_values(site={"data_of": "hospital"})
+    shutil.rmtree(folder / "train" / "well")
+    shutil.rmtree(folder / "test")
+    _fails(lambda: patients_per_hospital(_config(folder)), "train/well does not exist")
+    part = load_hospital(config, 2, "train")
+    assert part.patient_count == 12 and set(part.labels.tolist()) == {0}
+    for none in ("test", "validation"):
+        held_out = load_hospital(config, 2, none)
+        assert (len(held_out), held_out.patient_count) == (0, 0)
+        assert held_out.inputs.shape == (0, *config.data.input_shape)
+    found = survey(config)
+    assert found.training_patients == [12]
+    assert any("no train patient of well" in words for words in found.warnings)
+    assert any(words.startswith("no test patients here") for words in found.warnings)
+    # What can only be a mistake is still told.
+    (folder / "train" / "wel").mkdir()
+    _fails(lambda: load_hospital(config, 2, "train"), "has a folder 'wel'")
+    (folder / "train" / "wel").rename(folder / "train" / "well")
+    (folder / "train" / "well" / "notes.txt").write_text("no image")
+    _fails(lambda: load_hospital(config, 2, "train"), "has no images (1 no image (.txt))")
+    shutil.rmtree(folder / "train")
+    _fails(lambda: load_hospital(config, 2, "train"), "no patient to train on here")
+
+
+def test_a_table_of_one_hospital_may_have_nobody_to_test(tmp_path: Path) -> None:
+    path = tmp_path / "own.csv"
+    path.write_text("age,label,who\n" + "".join(f"{30 + row},ill,p{row}\n" for row in range(5)))
+    table = {"features": 1, "patient_column": "who", "test_fraction": 1e-6}
+    config = Config().with_values(
+        data={"source": "csv", "classes": ["ill", "well"], "table": table},
+        model={"architecture": "mlp"},
+        federation={"hospitals": 2},
+        site={"data": str(path), "data_of": "hospital"},
+    )
+    assert patients_per_hospital(config) == [5]
+    part, none = load_hospital(config, 1, "train"), load_hospital(config, 1, "test")
+    assert part.patient_count == 5 and none.inputs.shape == (0, 1) and none.patient_count == 0
+    _fails(lambda: load_hospital(config.with_values(site={"data_of": None}), 1, "train"), "")
