@@ -224,7 +224,9 @@ def test_a_party_logs_why_tls_was_refused(tmp_path: Path) -> None:
     ]
     command += ["--identity", "identity", "--out", "out", "--set", f"site.log={tmp_path / 'log'}"]
     environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[2]), environment.get("PYTHONPATH")])
+    )
     party = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         eventually(lambda: _listens(ports[TARGET]), 60.0, "the party listens")

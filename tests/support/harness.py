@@ -34,7 +34,9 @@ from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["tests.support.harness_imports"])
 # The fork server finds modules only through the environment.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+_ROOT = str(Path(__file__).resolve().parents[2])
+# Without an empty part, which would stand for whatever directory a process is in.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
 
 
 def free_ports(count: int) -> list[int]:
