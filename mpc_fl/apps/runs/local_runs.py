@@ -117,7 +117,11 @@ def train(
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,
         )
-        _conclude(directory, summary)
+        try:
+            _conclude(directory, summary)
+        except BaseException:  # a run without its report is none that is finished: `--resume` writes both
+            (directory / SUMMARY_FILE).unlink(missing_ok=True)
+            raise
         forget_identities(config, directory)
         for party in (directory / "parties").iterdir():
             keep_last_checkpoint(party)  # for a run that is given more rounds

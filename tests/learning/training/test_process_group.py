@@ -180,7 +180,8 @@ class WithUnusedLayer(nn.Module):
         self.used, self.unused = nn.Linear(64, 3), nn.Linear(2, 2)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.used(inputs.flatten(1) if bool((inputs >= 0).all()) else inputs)
+        flat = inputs.flatten(1)
+        return self.used(flat) if bool((inputs >= 0).all()) else self.used(flat)
 
 
 @pytest.mark.slow
