@@ -31,6 +31,7 @@ from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Missed, Rules, missed_by
 from mpc_fl.aggregation.words import next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config
 from mpc_fl.errors import SAME_VERSION, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
@@ -61,10 +62,11 @@ _CALIBRATION = ("calibrate", "as it is")
 
 
 def _calibration_sum(plan: RoundPlan, hospitals: tuple[str, ...], config: Config, seen: dict[str, Any]) -> AgreedSum:
-    noise, privacy = config.evaluation_noise("validation"), None
+    noise, privacy = config.evaluation_noise("validation"), dict[str, Scalar]()
     if noise is not None:
-        privacy = {"mechanism": config.privacy.mechanism, "unit": "validation patient", "noise multiplier": noise}
-    about = Description("sum of changes by calibration", f"round {plan.number}: calibration", privacy)
+        unit = f"validation {config.data.counted_unit}"
+        privacy = {"mechanism": config.privacy.mechanism, "unit": unit, "noise multiplier": noise}
+    about = Description("sum of changes by calibration", f"round {plan.number}: calibration", privacy or None)
     return AgreedSum(hospitals, ("calibration", *plan.round_of), about, seen)
 
 
@@ -94,22 +96,7 @@ def hospital_final(
     if own is None:
         return "left out"
     seconds = {"train": 0.0, "aggregate": 0.0, "evaluate": time.monotonic() - began}
-    return {
-        "round": plan.number,
-        "loss": None,
-        "epsilon": hospital.epsilon(),
-        "noise_multiplier": hospital.noise_multiplier,
-        "clipped_fraction": None,
-        "steps": 0,
-        "method": hospital.method,
-        "own_accuracy": own.accuracy if own.records else None,
-        "own_records": own.records,
-        "patients": {part: of.patient_count for part, of in hospital.parts.items()},
-        "records": {part: len(of) for part, of in hospital.parts.items()},
-        "skipped_files": hospital.skipped_files,
-        "treatments": hospital.treatments,
-        "seconds": seconds,
-    }
+    return hospital.metrics(plan.number, own, seconds)
 
 
 def _take_chosen(hospital: Hospital, links: Links, ledger: RevealLedger) -> None:

@@ -75,26 +75,15 @@ def hospital_round(
     if own is None:
         return "left out"
     notify("evaluation", number, rounds)
-    return {
-        "round": number,
+    evaluate_seconds = time.monotonic() - evaluation_began
+    seconds = {"train": train_seconds, "aggregate": aggregate_seconds, "evaluate": evaluate_seconds}
+    trained = {
         "loss": steps.mean_loss,
-        "epsilon": hospital.epsilon(),
-        "noise_multiplier": hospital.noise_multiplier,
         "clipped_fraction": steps.clipped_fraction,
         "steps": steps.count,
         "method": steps.method,
-        "own_accuracy": own.accuracy if own.records else None,
-        "own_records": own.records,
-        "patients": {part: of.patient_count for part, of in hospital.parts.items()},
-        "records": {part: len(of) for part, of in hospital.parts.items()},
-        "skipped_files": hospital.skipped_files,
-        "treatments": hospital.treatments,
-        "seconds": {
-            "train": train_seconds,
-            "aggregate": aggregate_seconds,
-            "evaluate": time.monotonic() - evaluation_began,
-        },
     }
+    return hospital.metrics(number, own, seconds) | trained
 
 
 Taken = tuple[tuple[str, ...], Steps, float]

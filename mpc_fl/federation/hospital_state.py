@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
 from mpc_fl.learning.models.batch_norm import load_normalisation_state, normalisation_state
 from mpc_fl.learning.models.calibration import Calibration
-from mpc_fl.learning.models.evaluation import require_evaluation_headroom
+from mpc_fl.learning.models.evaluation import Evaluation, require_evaluation_headroom
 from mpc_fl.learning.models.parameters import flatten_parameters, join_parts, load_flat_parameters, shared_coordinates
 from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
@@ -156,6 +157,26 @@ class Hospital:
             return None
         epsilon = self.ledger.epsilon(self.budget.delta, self.budget.accountant)
         return epsilon if math.isfinite(epsilon) else None
+
+    def metrics(self, number: int, own: Evaluation, seconds: Mapping[str, float]) -> dict[str, Any]:
+        """This site's own line about round `number`, which never leaves it: of a round without training, which puts its own
+        figures in place."""
+        return {
+            "round": number,
+            "loss": None,
+            "epsilon": self.epsilon(),
+            "noise_multiplier": self.noise_multiplier,
+            "clipped_fraction": None,
+            "steps": 0,
+            "method": self.method,
+            "own_accuracy": own.accuracy if own.records else None,
+            "own_records": own.records,
+            "patients": {part: of.patient_count for part, of in self.parts.items()},
+            "records": {part: len(of) for part, of in self.parts.items()},
+            "skipped_files": self.skipped_files,
+            "treatments": self.treatments,
+            "seconds": dict(seconds),
+        }
 
     def releasing(self, round_number: int) -> Callable[[], None]:
         """What enters into the privacy ledger that something of the patients leaves now, before its first byte does."""

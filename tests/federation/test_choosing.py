@@ -20,6 +20,7 @@ from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.certificates import ROOT_FILE, load_root
 from mpc_fl.errors import ConfigError
 from mpc_fl.federation import aggregator_program, final_round
+from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.audit_trail import figure_digest
 from mpc_fl.federation.choice import Candidate, Choice, best_round
 from mpc_fl.federation.planning import plan_release, releases_beside_steps
@@ -259,3 +260,18 @@ def test_what_a_run_may_release_counts_validation_and_calibration() -> None:
 def test_settings_that_would_do_nothing_or_harm_are_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config(sections, "test")
+
+
+@pytest.mark.parametrize(("unit", "said"), [("patient", "validation patient"), ("image", "validation image")])
+def test_the_record_of_a_calibration_says_what_privacy_is_counted_by(unit: str, said: str) -> None:
+    config = parse_config(
+        {
+            "data": {"source": "images", "unit": unit, "validation_fraction": 0.2},
+            "privacy": {"smallest_hospital": 50},
+            "evaluation": {"calibrate": "temperature", "noise_multiplier": 5.0},
+        },
+        "x",
+    )
+    plan = RoundPlan(6, 0, ("hospital-0", "hospital-1"), {}, (), 1, False)
+    privacy = final_round._calibration_sum(plan, plan.hospitals, config, {}).about.privacy
+    assert privacy is not None and privacy["unit"] == said
