@@ -12,6 +12,7 @@ from mpc_fl.apps.model_card import CARD_FILE, CardFacts, SignedModel, card_text
 from mpc_fl.apps.rows import GlobalRound, read_rows
 from mpc_fl.apps.runs.estimate import planned_privacy
 from mpc_fl.audit.ledger_audit import read_ledger
+from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.model_origin import MODEL_FILE, model_origin
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.config.config import Config
@@ -67,7 +68,7 @@ def _signed(directory: Path, certificate: Path, sha256: str) -> SignedModel | No
     """What the ledger beside the model says; None where there is none that verifies to its end."""
     try:
         root = load_root(certificate.read_bytes(), str(certificate), "give the federation's")
-        reading = read_ledger((directory / LEDGER_FILE).read_bytes(), root)
+        reading = read_ledger((directory / LEDGER_FILE).read_bytes(), root, earlier_authorities(directory))
     except OSError:
         return None
     blocks = [block for block in reading.blocks if block is not None]

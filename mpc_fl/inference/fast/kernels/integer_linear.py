@@ -2,13 +2,14 @@
 
 Four methods give the same result: `bytes` and `halves` (`limbs`, after unfolding patches), `integers` (torch's int64
 arithmetic), and `taps` (depthwise convolutions: one multiply-add of whole images per weight). The fastest is chosen by
-measurement, once per shape, and its result is compared with that of `integers` then. Prepared weights take 1 byte per
-limb (halves: 8 bytes).
+measurement, once per shape, and the ends of its result are compared with those of `integers` then: the whole would take
+minutes for large layers. Prepared weights take 1 byte per limb (halves: 8 bytes).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -23,7 +24,7 @@ Method = Literal["bytes", "halves", "integers", "taps"]
 Pair = tuple[int, int]
 
 _PATCH_BYTES = 1 << 20  # patches are unfolded in pieces that stay inside the second-level cache
-_MANY_WEIGHTS = 1 << 22
+_MANY_PRODUCTS = 1 << 24  # torch's int64 arithmetic, some 10^8 products a second, is never the fastest beyond
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
@@ -100,10 +101,22 @@ class PreparedConvolution:
         limbs = self._bytes
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         key = ("convolution", tuple(self.weights.shape), tuple(activations.shape), geometry, limbs)
-        candidates: tuple[Method, ...] = ("taps", "integers") if self.depthwise else _candidates(self.weights)
-        chosen = _fastest(key, candidates, lambda method: self._run(method, activations))
+        products = len(activations) * math.prod(self.output_size(*activations.shape[2:])) * self.weights.numel()
+        candidates = _candidates("taps" if self.depthwise else None, products)
+        chosen = _fastest(key, candidates, lambda method: self._run(method, activations), self._exact_ends(activations))
         self._matrices = {method: matrices for method, matrices in self._matrices.items() if method == chosen}
         return chosen
+
+    def _exact_ends(self, activations: torch.Tensor) -> torch.Tensor:
+        """The first and the last output channel of the first image, int32 (1, 2, H', W'), by torch's int64 arithmetic."""
+        image, width, geometry = (
+            activations[:1].to(torch.int64),
+            self.weights.shape[1],
+            (self.stride, self.padding, self.dilation),
+        )
+        ends = ((image[:, :width], self.weights[:1]), (image[:, -width:], self.weights[-1:]))
+        results = [functional.conv2d(part, one.to(torch.int64), None, *geometry) for part, one in ends]
+        return torch.cat(results, dim=1).to(torch.int32)
 
     def _prepared(self, method: str) -> list[PreparedMatrix]:
         """One matrix per group, (O / groups, kernel height * width * I / groups), inputs' channels last."""
@@ -217,7 +230,10 @@ class PreparedLinear:
 
     def _fastest(self, activations: torch.Tensor) -> Method:
         key = ("linear", tuple(self.weights.shape), tuple(activations.shape))
-        return _fastest(key, _candidates(self.weights), lambda method: self._run(method, activations))
+        candidates = _candidates(None, len(activations) * self.weights.numel())
+        ends = self.weights[[0, -1]].to(torch.int64)
+        exact = functional.linear(activations[:1].to(torch.int64), ends).to(torch.int32)
+        return _fastest(key, candidates, lambda method: self._run(method, activations), exact)
 
     def _run(self, method: Method, activations: torch.Tensor) -> torch.Tensor:
         if method == "integers":
@@ -250,32 +266,33 @@ def linear(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
 _chosen: dict[object, Method] = {}
 
 
-def _candidates(weights: torch.Tensor) -> tuple[Method, ...]:
-    """The methods worth measuring: bytes always beat halves, and wide copies of many weights take too much memory."""
-    limbs = usable()[:1]
-    return limbs if limbs and weights.numel() > _MANY_WEIGHTS else (*limbs, "integers")
+def _candidates(special: Method | None, products: int) -> tuple[Method, ...]:
+    """The methods worth measuring: the one for a special kind of layer, or bytes, which always beat halves; and integers."""
+    fast: tuple[Method, ...] = usable()[:1] if special is None else (special,)
+    return fast if fast and products > _MANY_PRODUCTS else (*fast, "integers")
 
 
-def _fastest(key: object, candidates: tuple[Method, ...], run: Callable[[Method], torch.Tensor]) -> Method:
+def _fastest(
+    key: object, candidates: tuple[Method, ...], run: Callable[[Method], torch.Tensor], exact_ends: torch.Tensor
+) -> Method:
     """The fastest candidate for this shape: each runs once to warm up and once measured, unless it was hopeless.
 
-    The last candidate, exact integers if there are several, also checks the others' results.
+    `exact_ends`, (1, 2, ...), is what the first and the last output are for the first record; a candidate with another
+    result is not used, and integers where none is left.
     """
     key = (key, torch.get_num_threads())
     if key not in _chosen:
         best: tuple[float, Method] | None = None
-        exact = run(candidates[-1]) if len(candidates) > 1 else None
         for method in candidates:
             seconds = _seconds(run, method)
-            if exact is not None and not torch.equal(run(method), exact):
+            if method != "integers" and not torch.equal(run(method)[:1, [0, -1]], exact_ends):
                 log.warning("integer convolution by %s is wrong for %s, a slower way is used", method, key)
                 continue
             if best is None or seconds < 4 * best[0]:
                 seconds = min(seconds, _seconds(run, method))
             if best is None or seconds < best[0]:
                 best = (seconds, method)
-        assert best is not None
-        _chosen[key] = best[1]
+        _chosen[key] = "integers" if best is None else best[1]
     return _chosen[key]
 
 

@@ -210,6 +210,35 @@ def test_a_kernel_that_is_wrong_for_one_shape_is_not_used_there(
     assert "bytes is wrong" in caplog.text
 
 
+def test_a_large_layer_is_checked_by_its_ends_and_not_computed_whole_in_integers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+) -> None:
+    """The first image of a VGG of 224 pixels took minutes to check; and a large wrong result was not noticed at all."""
+    draw = torch.Generator().manual_seed(0)
+    images = elements(draw, 1, 64, 32, 32)
+    layers = [
+        (PreparedConvolution(elements(draw, 64, 64, 3, 3)), 0),
+        (PreparedConvolution(elements(draw, 64, 64, 3, 3)), 1),
+    ]
+    assert images[0, 0].numel() * layers[0][0].weights.numel() > integer_linear._MANY_PRODUCTS
+    whole, run = [], PreparedConvolution._run
+
+    def recorded(self: PreparedConvolution, method: Method, activations: torch.Tensor) -> torch.Tensor:
+        whole.append(method)
+        result = run(self, method, activations)
+        return result + wrong if method != "integers" else result
+
+    monkeypatch.setattr(PreparedConvolution, "_run", recorded)
+    for layer, wrong in layers:
+        integer_linear._chosen.clear()
+        whole.clear()
+        with caplog.at_level("WARNING"):
+            result = layer(images)
+        assert torch.equal(result[:, ::63], layer._exact_ends(images))
+        assert whole.count("integers") == wrong  # only where nothing else is left
+        assert ("is wrong for" in caplog.text) == bool(wrong)
+
+
 def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
     monkeypatch.delattr(torch, "_int_mm")
     draw = torch.Generator().manual_seed(0)
