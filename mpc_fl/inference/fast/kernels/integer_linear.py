@@ -267,7 +267,7 @@ _chosen: dict[object, Method] = {}
 
 
 def _candidates(special: Method | None, products: int) -> tuple[Method, ...]:
-    """The methods worth measuring: the one for a special kind of layer, or bytes, which always beat halves; and integers."""
+    """The methods worth measuring: the one for a special kind of layer, or the fastest limbs here; and integers."""
     fast: tuple[Method, ...] = usable()[:1] if special is None else (special,)
     return fast if fast and products > _MANY_PRODUCTS else (*fast, "integers")
 
