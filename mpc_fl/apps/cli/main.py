@@ -6,6 +6,7 @@ are imported when the command line is used, what a command needs when it runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from typing import TYPE_CHECKING, NoReturn
@@ -33,6 +34,7 @@ def main() -> None:
     open_standard_streams()
     from mpc_fl.files import OTHERS_MAY_NOTHING
 
+    logging.getLogger("mpc_fl").addHandler(logging.NullHandler())  # standard error is for what the user is told
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
     for number in (number for number in _INTERRUPTS if before[number] != signal.SIG_IGN):

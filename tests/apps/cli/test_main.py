@@ -168,3 +168,16 @@ def test_a_process_that_imports_the_entry_point_again_pays_nothing() -> None:
 
 def test_no_run_imports_what_draws_its_report() -> None:
     assert imported_by("import mpc_fl.apps.runs.local_runs") & {"matplotlib", "sklearn", "rich", "typer"} == set()
+
+
+def test_what_is_logged_where_there_is_no_log_is_not_told_beside_the_error() -> None:
+    """A hospital that asked a frozen dealer was told twice: the loss was logged, and ended the command."""
+    program = (
+        "import logging; from mpc_fl.apps.cli import main; from mpc_fl.errors import MpcFlError\n"
+        "def fail():\n"
+        "    logging.getLogger('mpc_fl.links').warning('dealer is silent')\n"
+        "    raise MpcFlError('dealer is silent', 'see its log')\n"
+        "main._run = fail; main.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr.splitlines() == ["mpc-fl: dealer is silent: see its log"]
