@@ -56,7 +56,10 @@ def set_up_log(path: Path | None) -> None:
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     threading.excepthook = lambda failed: _log_failure(failed.exc_value, failed.thread)
-    sys.unraisablehook = lambda failed: _log_failure(failed.exc_value, None)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda failed: (
+        _log_failure(failed.exc_value, None) if isinstance(failed.exc_value, Exception) else before(failed)
+    )
 
 
 def _log_failure(error: BaseException | None, thread: threading.Thread | None) -> None:
