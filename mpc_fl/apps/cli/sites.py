@@ -103,7 +103,7 @@ def _look_before(config: Config, name: str, anyway: bool) -> None:
 
     site_directory(config)
     patients = own_patients(config, name)
-    log.info("%s has %d training %ss", name, patients, config.data.counted_unit)
+    log.info("%s has data of %d training %ss", name, patients, config.data.counted_unit)
     forecast = None if config.site.resume else ledger_forecast(config, name, patients)
     if forecast is None:
         return

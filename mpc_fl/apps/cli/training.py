@@ -239,6 +239,11 @@ def _say_data(found: Survey, config: Config) -> None:
     say(f"Data: {found.records} {files}, {found.patients} {config.data.counted_unit}s, {found.unreadable} unreadable.")
     if found.unit == "image":
         say(f"  Privacy is counted per {config.data.counted_unit}, not per patient (data.unit: image).")
+    for part, of in found.parts.items():
+        by_class = ", ".join(
+            f"{count} {name}" for name, count in zip(config.data.classes, of.class_counts, strict=True)
+        )
+        say(f"  {part}: {of.records} {files} of {of.patients} {config.data.counted_unit}s: {by_class}")
     if found.patients_from:
         say("  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items()))
     for what, count in sorted(found.treatments.items(), key=lambda entry: -entry[1]):

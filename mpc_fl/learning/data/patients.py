@@ -3,7 +3,8 @@
 Of an image says it, in this order: the table DIR/patients.csv, the header of a DICOM file, the pattern of the configuration for
 names of files. With a table no other source is asked: the same patient under two names would be two. PatientID is read inside the
 site and kept as a keyed hash alone (HMAC-SHA256 under a key that only this site has), which tells patients apart and nothing
-else. What is left is refused, or counts by itself where `data.unit` is `image`.
+else. What is left is refused, or counts by itself where `data.unit` is `image`; but for files that cannot be read at all, which
+are left out and counted, whoever's they are.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from mpc_fl.errors import DataError, IdentityError, MpcFlError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.dicom_files import patient_identifier
 from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_by_name, kind_of
+from mpc_fl.learning.data.image_files import ImageForm, WrongSizeError, read_image
 
 TABLE_FILE = "patients.csv"
 FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
+UNREADABLE = "nothing, and cannot be read"
 _KEY_BYTES = 32
 _HASH_DIGITS = 16
 _SPLITS = ("train", "validation", "test")
@@ -58,11 +61,12 @@ class PatientRow:
 def owners_of(files: Sequence[Path], config: Config) -> Owners:
     """Whose each image file is. Of DICOM files that no table names headers are read, without pixels.
 
-    Raises `DataError` for a damaged table, or files of which nothing says whose they are while `data.unit` is `patient`.
+    Raises `DataError` for a damaged table, or readable files of which nothing says whose they are while `data.unit` is `patient`.
     """
     root = config.site.data or Path()
     table, keys, sources = read_table(root), list[str](), list[str]()
     unknown: list[Path] = []
+    patients = config.data.unit == "patient"
     headers = _Headers(config)
     for path in files:
         place = PurePosixPath(*path.relative_to(root).parts)
@@ -70,16 +74,26 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
         if key is None:
             unknown.append(path)
             # By its place in the folder: in two splits two files of one name are two images.
-            key, source = str(place), BY_ITSELF
+            key, source = str(place), UNREADABLE if patients else BY_ITSELF
         keys.append(key)
         sources.append(source)
-    if unknown and config.data.unit == "patient":
+    if patients and any(_can_be_read(path, config) for path in unknown):
         what = "no patient is known of" if table is None else f"{TABLE_FILE} does not name"
         raise DataError(
             f"{what} {len(unknown)} of {len(files)} images, the first {unknown[0]}",
             _FIX if table is None else "complete the table, or remove it",
         )
     return Owners(keys, sources)
+
+
+def _can_be_read(path: Path, config: Config) -> bool:
+    try:
+        read_image(path, ImageForm.of(config.data))
+    except UnreadableImageError:
+        return False
+    except WrongSizeError:
+        pass
+    return True
 
 
 def _owner(

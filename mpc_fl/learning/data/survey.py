@@ -27,18 +27,29 @@ _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
+class PartCounts:
+    """What can be read of one part: patients, records, and records of each class."""
+
+    patients: int
+    records: int
+    class_counts: list[int]
+
+
+@dataclass(frozen=True)
 class Survey:
-    """Of all hospitals whose data are here: files or records and patients of both splits, each counted once.
+    """Of all hospitals whose data are here: files or records of both splits, and patients of whom something can be read, each
+    counted once.
 
     `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
-    files have their patient from where, `first_unreadable` names some files and what to do about them.
-    `training_patients` are those of each hospital of whom something can be read.
+    readable files have their patient from where, `first_unreadable` names some files and what to do about them. `parts` counts
+    what can be read by what it is for. `training_patients` are those of each hospital of whom something can be read.
     """
 
     records: int
     patients: int
     unreadable: int
     unit: str
+    parts: dict[str, PartCounts]
     training_patients: list[int]
     treatments: dict[str, int]
     left_aside: dict[str, int]
@@ -57,35 +68,51 @@ class _SplitSurvey:
 
     index: Index
     rows: set[int]
-    unreadable: list[UnreadableImageError]
+    unreadable: dict[int, UnreadableImageError]
     treatments: Counter[str]
     patients_left: list[int]
+
+    @property
+    def readable(self) -> list[int]:
+        """The rows that training or testing will have."""
+        return sorted(self.rows - set(self.unreadable))
+
+    @property
+    def keys(self) -> set[str]:
+        """The patients of whom something can be read."""
+        return {self.index.patients[row] for row in self.readable}
+
+    def counts(self, classes: int) -> PartCounts:
+        """What can be read, of so many classes."""
+        of_class = Counter(self.index.labels[self.readable].tolist())
+        return PartCounts(len(self.keys), len(self.readable), [of_class[label] for label in range(classes)])
 
 
 def survey(config: Config) -> Survey:
     """Read all that training and testing will read. Raises what `load_hospital` would raise, before any process starts."""
     parts: tuple[Part, ...] = ("train", "test", "validation") if config.data.validation_fraction else ("train", "test")
     found = [_survey_of(config, part) for part in parts]
-    keys = {of.index.patients[row] for of in found for row in of.rows}
+    keys = set[str]().union(*(of.keys for of in found))
     sources, left_aside, treatments = Counter[str](), Counter[str](), Counter[str]()
     for of in found:
-        sources.update(of.index.sources[row] for row in of.rows if of.index.sources)
+        sources.update(of.index.sources[row] for row in of.readable if of.index.sources)
         treatments.update(of.treatments)
     for of in found[:2]:  # who validate lie in the folders of those who train
         left_aside.update(of.index.left_aside)
-    records = sum(len(of.rows) for of in found)
+    records, unreadable = sum(len(of.rows) for of in found), sum(len(of.unreadable) for of in found)
     return Survey(
         records=records,
         patients=len(keys),
-        unreadable=sum(len(of.unreadable) for of in found),
+        unreadable=unreadable,
         unit=config.data.unit,
+        parts={part: of.counts(len(config.data.classes)) for part, of in zip(parts, found, strict=True)},
         training_patients=found[0].patients_left,
         treatments=dict(treatments),
         left_aside=dict(left_aside),
         patients_from=dict(sources),
-        first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
+        first_unreadable=[str(error) for of in found for error in of.unreadable.values()][:_NAMED],
         warnings=[
-            *(_warnings(sources, sorted(keys), records) if sources else ()),
+            *(_warnings(sources, sorted(keys), records - unreadable) if sources else ()),
             *_warnings_of_columns(config, treatments, records),
             *_lacks(found, parts, config),
         ],
@@ -114,7 +141,7 @@ def _survey_of(config: Config, part: Part) -> _SplitSurvey:
         if not left[-1] and failed:
             first = next(iter(failed.values()))
             raise DataError(f"no {part} image can be read; the first: {first.what}", first.fix)
-    return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
+    return _SplitSurvey(index, rows, unreadable, treatments, left)
 
 
 def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[str]:
