@@ -98,7 +98,9 @@ def _loaded(path: Path, elements: tuple[str, ...], stop_before_pixels: bool = Fa
     try:
         with path.open("rb") as file:
             marked = has_dicom_mark(file.read(132))
-        syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") if marked else None
+            file.seek(132 if marked else 0)
+            # As pydicom does it: a file without the mark may have these elements, too.
+            syntax = pydicom.filereader._read_file_meta_info(file).get("TransferSyntaxUID")
         if syntax == uid.DeflatedExplicitVRLittleEndian:
             # pydicom inflates the whole file without any bound
             raise unreadable(path, "a deflated DICOM file is not read", "inflate it, for instance with `dcmconv +ti`")
