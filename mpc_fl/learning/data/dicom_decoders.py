@@ -106,7 +106,7 @@ def _require_announced_size(dataset: Any, path: Path, frame: int, frames: int) -
 
 
 def _codestream_size(content: bytes) -> tuple[int, int, int] | None:
-    """Width, height and samples of a pixel that a JPEG, JPEG-LS or JPEG 2000 codestream announces; None where it is none of them."""
+    """Width, height and samples of a pixel that a JPEG, JPEG-LS or JPEG 2000 codestream announces; None where it is none."""
     beginning = _codestream_in_boxes(content) if content[4:8] == b"jP  " else 0
     if content[beginning : beginning + 4] == b"\xff\x4f\xff\x51" and len(content) >= beginning + 42:
         right, bottom, left, top = struct.unpack(">IIII", content[beginning + 8 : beginning + 24])

@@ -14,6 +14,7 @@ import numpy as np
 from mpc_fl.learning.data.dicom_decoders import decoded
 from mpc_fl.learning.data.file_kinds import UnreadableImageError, has_dicom_mark, unreadable
 from mpc_fl.learning.data.quiet import MALFORMED, quiet
+from mpc_fl.learning.data.spellings import plain_patient
 from mpc_fl.learning.data.windows import shown
 
 Frame = Literal["error", "first", "middle"]
@@ -66,16 +67,18 @@ def read_dicom(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def patient_identifier(path: Path) -> str | None:
-    """PatientID with its issuer, for `patients` alone; None where there is none, or the file is no readable DICOM."""
+    """PatientID, for `patients` alone; None where there is none, or the file is no readable DICOM.
+
+    Who issued it is left aside: one scanner says so and another does not, of the same patient.
+    """
     with quiet():
         try:
-            dataset = _loaded(path, ("PatientID", "IssuerOfPatientID"), stop_before_pixels=True)
-            number, issuer = (str(dataset.get(name) or "").strip() for name in ("PatientID", "IssuerOfPatientID"))
+            dataset = _loaded(path, ("PatientID",), stop_before_pixels=True)
+            return plain_patient(str(dataset.get("PatientID") or "").strip()) or None
         except UnreadableImageError:
             return None
         except _errors():  # of values that are no text
             return None
-    return f"{issuer}\0{number}" if number else None
 
 
 def _errors() -> tuple[type[Exception], ...]:

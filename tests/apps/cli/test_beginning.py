@@ -27,10 +27,11 @@ app = typer.Typer()
 app.command()(init)
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+CLASSES = NAMES.filter(lambda name: not name.startswith(".") and not set("/\\") & set(name))  # names of folders
 ANSWERS = st.builds(
     Answers,
     source=st.sampled_from(["phantoms", "images", "csv"]),
-    classes=st.lists(NAMES, min_size=2, max_size=4, unique=True).map(tuple),
+    classes=st.lists(CLASSES, min_size=2, max_size=4, unique=True).map(tuple),
     hospitals=st.integers(2, 64),
     epsilon=st.floats(0.1, 50),
     smallest_hospital=st.integers(1, 10**6),
