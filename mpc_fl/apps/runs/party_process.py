@@ -68,18 +68,16 @@ def _give_signs(tell: Callable[..., None]) -> None:
 
 
 def require_site_allows(config: Config, name: str | None = None) -> None:
-    """Raise `ConfigError` where a rule of this site (`site.rules`) forbids the run, or the authority that certified `name`."""
-    file = rules_of(config)
-    if file is None:
-        return
-    require_allowed(config, file)
-    if name is not None and config.site.identity is not None and file.rules.authorities is not None:
-        from mpc_fl.crypto.certificates import load_root
-        from mpc_fl.crypto.identity_files import load_identity
-        from mpc_fl.crypto.signatory import fingerprint
+    """Raise `ConfigError` where a rule of this site forbids the run, or the authority that certified `name`."""
+    for file in rules_of(config):
+        require_allowed(config, file, name)
+        if name is not None and config.site.identity is not None and file.rules.authorities is not None:
+            from mpc_fl.crypto.certificates import load_root
+            from mpc_fl.crypto.identity_files import load_identity
+            from mpc_fl.crypto.signatory import fingerprint
 
-        authority = load_root(load_identity(config.site.identity, name).authority, str(config.site.identity))
-        require_trusted(file, "authorities", fingerprint(authority))
+            authority = load_root(load_identity(config.site.identity, name).authority, str(config.site.identity))
+            require_trusted(file, "authorities", fingerprint(authority))
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
