@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import parse_config
 from mpc_fl.config.loading import load_config
 from mpc_fl.config.settings import takes_text
+from mpc_fl.errors import ConfigError
 from mpc_fl.parsing import parse_yaml
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -109,3 +111,11 @@ def test_nothing_is_asked_with_defaults_and_no_file_is_written_over(tmp_path: Pa
     assert json.loads(other.output) == {"configuration": str(tmp_path / "other.yaml")}
     unknown = CliRunner().invoke(app, [str(tmp_path / "third.yaml"), "--source", "dicom"])
     assert "phantoms, images or csv" in str(unknown.exception) and not (tmp_path / "third.yaml").exists()
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf"])
+def test_an_epsilon_that_cannot_be_is_refused_in_one_line(tmp_path: Path, epsilon: str) -> None:
+    arguments = [str(tmp_path / "new.yaml"), "--source", "images", "--epsilon", epsilon, "--defaults"]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError) and "privacy.epsilon" in refused.exception.what
+    assert not (tmp_path / "new.yaml").exists()
