@@ -17,6 +17,7 @@ from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data.loading import load_hospital, shared_patients
 from mpc_fl.learning.data.patients import FROM_HEADER, owners_of
 from mpc_fl.learning.data.spellings import in_one_spelling, plain_patient
+from mpc_fl.learning.data.survey import patient_warnings
 from tests.learning.data.dicom_writing import write_dicom
 
 _SPELLINGS = ("M\u00fcller 7", "Mu\u0308ller  7", "M\u00dcLLER 7", "\uff2d\u00fcller 7", "M\u00fcl\u200bler 7")
@@ -132,6 +133,25 @@ def test_classes_of_tables_may_have_a_slash(tmp_path: Path) -> None:
     assert _config(tmp_path, classes=("n/a", "ill"), source="csv", **table).data.classes == ("n/a", "ill")
     with pytest.raises(ConfigError, match="can be seen"):
         _config(tmp_path, classes=("n\x1ba", "ill"), source="csv", **table)
+
+
+@pytest.mark.parametrize("name", ["Patients.CSV", "patients.csv.txt", "patients.xlsx"])
+def test_no_table_of_patients_is_passed_over(tmp_path: Path, name: str) -> None:
+    """Without it each file was a patient by its name, and nobody said so."""
+    files = [_png(tmp_path / "d" / "train" / "ill" / "person1_a.png")]
+    (tmp_path / "d" / name).write_text("file,patient\nperson1_a.png,P1\n")
+    with pytest.raises(DataError, match=r"only patients.csv is read"):
+        owners_of(files, _config(tmp_path / "d"))
+
+
+def test_a_hospital_is_told_that_a_pattern_makes_each_file_a_patient(tmp_path: Path) -> None:
+    """The coordinator writes it, and who does not call `check` did not hear of it."""
+    for row in range(25):
+        for split in ("train", "test"):
+            _png(tmp_path / "d" / split / "ill" / f"{'abcde'[row % 5]}{row * row}_{split}.png")
+    (warning,) = patient_warnings(_config(tmp_path / "d", patient_pattern="(.*)"))
+    assert "50 files, 50 patients: data.patient_pattern makes each file a patient" in warning
+    assert not patient_warnings(_config(tmp_path / "d", patient_pattern="(.*)_", shared_patients="keep"))
 
 
 def test_no_patient_is_named_to_a_terminal_as_it_is_spelt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from mpc_fl.learning.data.spellings import in_one_spelling
 
 TABLE_FILE = "patients.csv"
 FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
+_OTHER_TABLES = tuple(f"patients.{suffix}" for suffix in ("csv.txt", "txt", "tsv", "xlsx", "xls", "ods"))
 _KEY_BYTES = 32
 _HASH_DIGITS = 16
 _SPLITS = ("train", "validation", "test")
@@ -184,6 +185,7 @@ def read_table(root: Path) -> PatientTable | None:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        _require_no_other_table(root)
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
@@ -201,6 +203,19 @@ def read_table(root: Path) -> PatientTable | None:
         if rows.setdefault(file, row) != row:
             raise DataError(f"{path} line {line} names a file again, with another patient", "leave one of the rows")
     return PatientTable(path, rows)
+
+
+def _require_no_other_table(root: Path) -> None:
+    """Raise `DataError` for a table of patients under another name: passed over, one patient would count as several."""
+    try:
+        names = os.listdir(root)
+    except OSError:  # said where the data are read
+        return
+    for name in names:
+        if name.casefold() in _OTHER_TABLES or name.casefold() == TABLE_FILE:
+            raise DataError(
+                f"{root} holds {name}, and only {TABLE_FILE} is read", f"save it as {TABLE_FILE}, or remove it"
+            )
 
 
 def _row(values: dict[str, str], path: Path, line: int) -> PatientRow:
