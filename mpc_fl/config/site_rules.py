@@ -178,16 +178,21 @@ def require_allowed(config: Config, file: RuleFile, name: str | None = None) -> 
     """Raise `ConfigError` naming the line of the first rule that the configuration breaks, for the party `name`, or all here."""
     for rule, what in _broken(config, file.rules):
         raise file.refusal(rule, what)
-    if config.task == "train" and file.rules.privacy.ledger is not None and (name is None or is_hospital(name)):
-        _require_ledger(config, file, file.rules.privacy.ledger, name)
-
-
-def _require_ledger(config: Config, file: RuleFile, place: Path, name: str | None) -> None:
-    """What patients have spent is added up in one file: neither in another directory, nor under another name there."""
-    own, rule = config.site.privacy_ledger, "privacy.ledger"
+    place, own = file.rules.privacy.ledger, config.site.privacy_ledger
+    if config.task != "train" or place is None or not (name is None or is_hospital(name)):
+        return
     if own is None or os.path.realpath(own) != os.path.realpath(place):
-        raise file.refusal(rule, "a run that does not count in its privacy ledger, with site.privacy_ledger,")
-    if name is None or config.site.data_of != "hospital":
+        what = "a run that does not count in its privacy ledger, with site.privacy_ledger,"
+        raise file.refusal("privacy.ledger", what)
+
+
+def require_one_name(file: RuleFile, name: str) -> None:
+    """Raise `ConfigError` where the site's privacy ledger is that of another hospital than `name`.
+
+    The coordinator says who a site is: under another name it would begin another ledger, of the same patients.
+    """
+    place = file.rules.privacy.ledger
+    if place is None or not is_hospital(name):
         return
     try:
         names = {entry.removesuffix(end) for entry in os.listdir(place) for end in _LEDGER_ENDS if entry.endswith(end)}
@@ -197,7 +202,8 @@ def _require_ledger(config: Config, file: RuleFile, place: Path, name: str | Non
         raise ConfigError(f"cannot list {place}: {error.strerror}", "check its permissions") from None
     others = sorted(filter(is_hospital, names - {name}))
     if others:
-        raise file.refusal(rule, f"a run as {name} beside the privacy ledger of {others[0]}, of the same patients")
+        what = f"a run as {name} beside the privacy ledger of {others[0]}, of the same patients"
+        raise file.refusal("privacy.ledger", what)
 
 
 def require_trusted(file: RuleFile, rule: Literal["authorities", "leaders"], fingerprint: str) -> None:

@@ -142,8 +142,8 @@ def test_all_runs_count_in_the_privacy_ledger_of_the_site(tmp_path: Path) -> Non
     ledgers, path = tmp_path / "ledgers", tmp_path / "rules.yaml"
     path.write_text(f"privacy:\n  largest_epsilon: 8\n  ledger: {ledgers}\n")
 
-    def run(name: str | None = "hospital-0", **site: Any) -> None:
-        require_site_allows(Config().with_values(site={"rules": str(path), **site}), name)
+    def run(name: str | None = "hospital-0", by_itself: bool = True, **site: Any) -> None:
+        require_site_allows(Config().with_values(site={"rules": str(path), **site}), name, by_itself)
 
     other = {"privacy_ledger": str(tmp_path / "other")}
     for site in ({}, other):
@@ -151,14 +151,15 @@ def test_all_runs_count_in_the_privacy_ledger_of_the_site(tmp_path: Path) -> Non
             with pytest.raises(ConfigError, match=r"does not count in its privacy ledger.* line 3 \(privacy.ledger\)"):
                 run(name, **site)
     run("aggregator")  # has no patients
-    own = {"privacy_ledger": f"{ledgers}/../ledgers", "data_of": "hospital"}
+    own: dict[str, Any] = {"privacy_ledger": f"{ledgers}/../ledgers"}
     run(**own)
     ledgers.mkdir()
     (ledgers / "hospital-0-privacy.sqlite3").touch()
     run(**own)
-    with pytest.raises(ConfigError, match="as hospital-1 beside the privacy ledger of hospital-0"):
-        run("hospital-1", **own)
-    run("hospital-1", **{**own, "data_of": "federation"})  # hospitals of a simulation have one each
+    for data_of in (None, "hospital", "federation"):  # which the coordinator may have set
+        with pytest.raises(ConfigError, match="as hospital-1 beside the privacy ledger of hospital-0"):
+            run("hospital-1", **own, data_of=data_of)
+    run("hospital-1", by_itself=False, **own)  # hospitals of a simulation have one each
     path.write_text("privacy:\n  ledger: ledgers\n")
     with pytest.raises(ConfigError, match="line 2: privacy.ledger: .*not an absolute path"):
         run()

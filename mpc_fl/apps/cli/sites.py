@@ -84,7 +84,7 @@ def party(
     settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
     with quoting_nothing():
-        require_site_allows(settings, name)
+        require_site_allows(settings, name, by_itself=True)
         if is_hospital(name) and settings.task == "train":
             _look_before(settings, name, anyway)
     with shown_progress() as progress:

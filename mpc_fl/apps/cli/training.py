@@ -360,7 +360,7 @@ def _preflight(
     from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
-    require_site_allows(config, at)
+    require_site_allows(config, at, by_itself=at is not None)
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)
