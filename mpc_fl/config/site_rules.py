@@ -90,6 +90,10 @@ class OpeningRules(Section):
     incomplete: bool = Field(
         default=True, description="whether test counts may be opened while hospitals are absent, which shows theirs"
     )
+    shared_patients: bool = Field(
+        default=True,
+        description="whether counts may be opened of test patients who also train (data.shared_patients: keep)",
+    )
     diagnosis: Literal["label", "logits"] | None = None
 
 
@@ -286,5 +290,7 @@ def _broken_of_opened(config: Config, rules: OpeningRules) -> Iterator[tuple[str
             yield f"opened.{rule}", f"{opened} {rule} counts"
     if not rules.incomplete and config.federation.evaluate_incomplete:
         yield "opened.incomplete", "evaluation of some of the hospitals (federation.evaluate_incomplete)"
+    if not rules.shared_patients and config.data.shared_patients == "keep":
+        yield "opened.shared_patients", "counts of test patients who also train (data.shared_patients keep)"
     if not rules.patient_count and config.counts_patients:
         yield "opened.patient_count", "that the number of patients is opened"

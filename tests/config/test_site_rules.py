@@ -46,6 +46,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("opened: {validation: noised}", "opened.validation", VALIDATED, {}, "exact validation counts"),
     ("opened: {patient_count: false}", "opened.patient_count", UNPROTECTED, {}, "number of patients"),
     ("opened: {incomplete: false}", "opened.incomplete", {"federation": {"evaluate_incomplete": True}}, {}, "some of"),
+    ("opened: {shared_patients: false}", "opened.shared_patients", {"data": {"shared_patients": "keep"}}, {}, "who also train"),
     ("data: {sources: [csv]}", "data.sources", {"data": {"source": "images"}}, TABLE, "data.source images"),
     ("data: {columns: [Age]}", "data.columns", TABLE_OF("age", "mrn"), TABLE_OF("age"), "column 'mrn'"),
     ("data: {columns: [age]}", "data.columns", {"data": {"source": "csv", "table": {"features": 3}}}, TABLE, "what is read"),
