@@ -103,7 +103,7 @@ def _data(answers: Answers) -> list[str]:
         else:
             lines += ["    mirror: false    # the mirror image costs as much again and was worth nothing"]
         lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
-        noise = round(_NORMALISE_NOISE / answers.epsilon, 3)
+        noise = round(_NORMALISE_NOISE / answers.epsilon, 3) if answers.epsilon > 0 else 0  # which is refused
         lines += [f"  normalise_noise_multiplier: {min(1000.0, max(0.001, noise))}  # about a tenth of the budget"]
     if answers.source == "csv":
         lines[2] += "  # as one hospital's table has them; do others have more?" if answers.guesses else ""

@@ -139,7 +139,11 @@ def _data(facts: CardFacts) -> str:
         lines.append(f"{facts.final.records:,} {unit} of all hospitals.")
     lines += [f"{what}: {_text(origin)}." for what, origin in facts.origins.items()]
     if data.shared_patients == "keep":
-        lines.append("Test patients who also train were kept in the test set.")
+        exact = facts.final is not None and facts.final.noise is None and config.privacy.mechanism != "none"
+        lines.append(
+            "Test patients who also train were kept in the test set"
+            + (": exact counts of them were opened, which no epsilon covers." if exact else ".")
+        )
     return " ".join(lines)
 
 

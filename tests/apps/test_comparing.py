@@ -121,3 +121,12 @@ def test_text_of_a_run_is_never_taken_for_markup(tmp_path: Path) -> None:
     one, two = _run(tmp_path / "[bold]one", 0.5, parse_config(values, "x")), _run(tmp_path / "two", 0.5, Config())
     output = CliRunner().invoke(app, [str(one), str(two)]).output
     assert "[red]a" in "".join(output.split()) and "[bold]one" in "".join(output.split())
+
+
+def test_a_run_of_others_writes_nothing_to_the_terminal_but_text(tmp_path: Path) -> None:
+    """Its settings and its directory moved the cursor, or ended the command as markup of tables."""
+    one, two = (_run(tmp_path / name, 0.8, Config()) for name in ("[red]one[b]", "two"))
+    (two / "config.yaml").write_text('"\\e[2Jkey": "\\e]0;title\\a[/b]"\n')
+    shown = CliRunner().invoke(app, [str(one), str(two)])
+    assert shown.exit_code == 0, shown.exception
+    assert "\x1b" not in shown.output and "[red]one[b]" in shown.output.replace("\n", "") and "?[2Jkey" in shown.output

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpc_fl.apps.cli.options import AsJson, output_console, print_json, say
+from mpc_fl.apps.cli.options import AsJson, cell, output_console, print_json, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,8 +47,6 @@ def compare(
 
 
 def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
-    from rich.text import Text
-
     of_parties = any(of["party"] is not None for _, of in runs)
     table = _table(
         "Run", *(("At", "Own accuracy") if of_parties else ()), "Hospitals", "Rounds", "Parameters", "Accuracy", "Balanced",
@@ -65,16 +63,14 @@ def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
             f"{of['parameters']:,}", interval, _number(of["balanced_accuracy"], ".1%"), _number(of["auc_macro"], ".3f"),
             _number(of["epsilon"], ".2f", "none" if spent else ""), str(of["mechanism"] or ""), f"{of['seconds']:.0f} s",
         ]  # fmt: skip
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(cell, cells))
     return table
 
 
 def _settings(names: list[str], differing: dict[str, list[Any]]) -> Table:
-    from rich.text import Text
-
     table = _table("Setting", *names)
     for key, values in differing.items():
-        table.add_row(*map(Text, [key, *(_shown(value) for value in values)]))
+        table.add_row(*map(cell, [key, *(_shown(value) for value in values)]))
     return table
 
 
@@ -83,7 +79,7 @@ def _table(*heads: str) -> Table:
 
     table = Table(box=None, pad_edge=False)
     for head in heads:
-        table.add_column(head, overflow="fold")
+        table.add_column(cell(head), overflow="fold")
     return table
 
 

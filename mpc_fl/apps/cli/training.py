@@ -26,7 +26,7 @@ from mpc_fl.apps.cli.options import (
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
-from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -333,7 +333,7 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
     if found.names:
         become = "they stay in the test set" if config.data.shared_patients == "keep" else "left out of the test set"
         text = f"{found.described}; {become} (data.shared_patients)."
-        error_console().print(text, highlight=False) if as_json else say(text)
+        error_console().print(printable(text, len(text)), markup=False) if as_json else say(text)
 
 
 def _forecasts(config: Config, found: TrainingEstimate, at: str | None = None) -> list[LedgerForecast]:
@@ -365,7 +365,7 @@ def _preflight(
     from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
-    require_site_allows(config, at)
+    require_site_allows(config, at, by_itself=at is not None)
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)

@@ -93,7 +93,9 @@ def _caveats(run: Run) -> Markup:
     if summary.shared_patients:
         kept = (run.config.get("data") or {}).get("shared_patients") == "keep"
         become = (
-            "They stayed in the test set, so accuracy may be too high" if kept else "They were left out of the test set"
+            "They stayed in the test set: accuracy may be too high, and no epsilon covers exact counts of them"
+            if kept
+            else "They were left out of the test set"
         )
         text += paragraph(
             f"{summary.shared_patients} test patients are also training patients by name. {become}.", "warning"

@@ -16,6 +16,7 @@ import numpy as np
 from mpc_fl.learning.data.dicom_decoders import decoded
 from mpc_fl.learning.data.file_kinds import UnreadableImageError, has_dicom_mark, unreadable
 from mpc_fl.learning.data.quiet import MALFORMED, quiet
+from mpc_fl.learning.data.spellings import plain_patient
 from mpc_fl.learning.data.windows import shown
 
 Frame = Literal["error", "first", "middle"]
@@ -72,16 +73,18 @@ def read_dicom(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def patient_identifier(path: Path) -> str | None:
-    """PatientID with its issuer, for `patients` alone; None where there is none, or the file is no readable DICOM."""
+    """PatientID, for `patients` alone; None where there is none, or the file is no readable DICOM.
+
+    Who issued it is left aside: one scanner says so and another does not, of the same patient.
+    """
     with quiet():
         try:
-            dataset = _loaded(path, ("PatientID", "IssuerOfPatientID"), stop_before_pixels=True)
-            number, issuer = (str(dataset.get(name) or "").strip() for name in ("PatientID", "IssuerOfPatientID"))
+            dataset = _loaded(path, ("PatientID",), stop_before_pixels=True)
+            return plain_patient(str(dataset.get("PatientID") or "").strip()) or None
         except UnreadableImageError:
             return None
         except _errors():  # of values that are no text
             return None
-    return f"{issuer}\0{number}" if number else None
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -104,8 +107,12 @@ def _loaded(path: Path, elements: tuple[str, ...], stop_before_pixels: bool = Fa
     try:
         with path.open("rb") as file:
             marked = has_dicom_mark(file.read(132))
-        meta = pydicom.filereader.read_file_meta_info(path) if marked else pydicom.Dataset()
+            file.seek(132 if marked else 0)
+            # As pydicom does it: a file without the mark may have these elements, too.
+            meta = pydicom.filereader._read_file_meta_info(file)
         deflated = meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+        if deflated and not marked:
+            raise unreadable(path, "a deflated DICOM file without its mark is not read", "export it again")
         bare = deflated or not marked  # a data set without the mark and what follows it
         dataset = pydicom.dcmread(
             _inflated(path, int(meta.FileMetaInformationGroupLength)) if deflated else path,

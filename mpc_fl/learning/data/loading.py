@@ -22,6 +22,7 @@ from mpc_fl.learning.data.patients import UNREADABLE
 from mpc_fl.learning.data.phantoms import phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
 from mpc_fl.learning.data.records import Index, index_from, index_of, is_one_hospitals, phantom_names
+from mpc_fl.learning.data.spellings import plain_patient
 from mpc_fl.learning.data.tables import Part, Split, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
@@ -114,9 +115,9 @@ def shared_patients(config: Config) -> SharedPatients:
     if config.data.source in ("phantoms", "csv", "breast_cancer"):
         return SharedPatients((), 0)
     index, limit = index_of(config, "train"), config.data.subset.train_patients
-    training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
+    training = {plain_patient(name) for part in _patients_of_hospitals(index, config) for name in part[:limit]}
     testing = dict.fromkeys(index_of(config, "test").patients)
-    return SharedPatients(tuple(sorted(name for name in testing if name in training)), len(testing))
+    return SharedPatients(tuple(sorted(name for name in testing if plain_patient(name) in training)), len(testing))
 
 
 def _index_of(config: Config, split: Split) -> Index:
@@ -174,8 +175,8 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
 
     Where the folder is its own (`site.data_of`) they are all in it, and there may be none to test or validate.
 
-    (Of files with an unknown suffix the first bytes are looked at, to tell what they are, and of DICOM files that no table
-    names the header, to tell whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
+    (Of files the first bytes are looked at, to tell what they are, and of DICOM files that no table names the header, to tell
+    whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
     an empty class, a hospital without patients, records of unknown patients, images of a wrong size, labels beyond the classes,
     or when more files of a class are unreadable than `data.most_unreadable` allows.
     """

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.data import KERMANY_NAMES
 from mpc_fl.errors import DataError
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
@@ -112,11 +113,25 @@ def survey(config: Config) -> Survey:
         patients_from=dict(sources),
         first_unreadable=[str(error) for of in found for error in of.unreadable.values()][:_NAMED],
         warnings=[
-            *(_warnings(sources, sorted(keys), records - unreadable) if sources else ()),
+            *(_warnings(sources, sorted(keys), records - unreadable, config) if sources else ()),
             *_warnings_of_columns(config, treatments, records),
             *_lacks(found, parts, config),
         ],
     )
+
+
+def patient_warnings(config: Config) -> list[str]:
+    """What looks wrong about whose the images are, from names and headers alone. Raises what `load_hospital` would raise."""
+    if config.data.source != "images":
+        return []
+    sources, keys = Counter[str](), set[str]()
+    parts: tuple[Part, ...] = ("train", "test", "validation") if config.data.validation_fraction else ("train", "test")
+    for part in parts:
+        index, hospitals = records_per_hospital(config, part)
+        for row in set().union(*hospitals):
+            sources[index.sources[row]] += 1
+            keys.add(index.patients[row])
+    return _warnings(sources, sorted(keys), sources.total(), config) if keys else []
 
 
 def _survey_of(config: Config, part: Part) -> _SplitSurvey:
@@ -144,7 +159,7 @@ def _survey_of(config: Config, part: Part) -> _SplitSurvey:
     return _SplitSurvey(index, rows, unreadable, treatments, left)
 
 
-def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[str]:
+def _warnings(sources: Counter[str], keys: Sequence[str], files: int, config: Config) -> list[str]:
     """What looks wrong about numbers of patients: only a person who knows the data can say whether it is."""
     said = []
     if files >= _FEW_FILES and files > _MANY_IMAGES * len(keys):
@@ -152,7 +167,13 @@ def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[st
             f"{files} files and {len(keys)} patient{'s' if len(keys) > 1 else ''}: is that right? Anonymised headers may have one "
             "PatientID for all, and a pattern may take a word for a patient; a table patients.csv says it surely"
         )
-    if sources[FROM_NAME] >= _FEW_FILES and sources[FROM_NAME] == files == len(keys) and _are_serial(keys):
+    one_each = sources[FROM_NAME] >= _FEW_FILES and sources[FROM_NAME] == files == len(keys)
+    if one_each and not _are_serial(keys) and config.data.patient_pattern != KERMANY_NAMES:
+        said.append(
+            f"{files} files, {files} patients: data.patient_pattern makes each file a patient. If patients have several, epsilon "
+            "holds per image, not per patient; a table patients.csv says whose they are"
+        )
+    if one_each and _are_serial(keys):
         said.append(
             f"{files} files, {files} patients with serial numbers: do the names number patients, or images? If images, epsilon "
             "holds per image, not per patient; a table patients.csv says whose they are"

@@ -29,6 +29,8 @@ _MISSING = frozenset(
 _NUMBER = re.compile(
     r"(?P<limit>[<>≤≥]?=?)\s*(?P<value>[+-]?(?:[0-9]+(?:[.,][0-9]*)?|[.,][0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"
 )
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:[.,]0*)?")  # as spreadsheets write numbers of a column with gaps: 4711.0
+_MANY_NUMBERS = 20  # more of them, among so many patients, are hardly values of something
 _THOUSANDS = re.compile(
     r"[+-]?[1-9][0-9]{0,2}[.,][0-9]{3}"
 )  # may be one number with a decimal mark, or another without
@@ -138,13 +140,17 @@ def called_like_identifier(name: str) -> bool:
 
 
 def require_no_identifier(file: TableFile, places: Sequence[int], patients: Sequence[str]) -> None:
-    """Raise `DataError` for a column that is called like an identifier and is another for every patient."""
+    """Raise `DataError` for a column that is called like an identifier and is another for every patient, or for most of many.
+
+    Some cells may be empty, and where nothing says whose rows are, rows of one patient have one number.
+    """
     people = len(set(patients))
     called = [place for place in places if called_like_identifier(file.header[place])]
     for place in called if people > 1 else ():
-        cells = {cells[place] for _, cells in file.rows}
-        whole_or_text = all(cell.lstrip("+-").isdigit() or not _NUMBER.fullmatch(cell) for cell in cells)
-        if whole_or_text and len(cells) >= people:
+        cells = {cells[place] for _, cells in file.rows if cells[place].casefold() not in _MISSING}
+        whole_or_text = all(_WHOLE.fullmatch(cell) or not _NUMBER.fullmatch(cell) for cell in cells)
+        most = len(cells) > _MANY_NUMBERS and 2 * len(cells) > people
+        if whole_or_text and (len(cells) >= people or most):
             raise DataError(
                 f"{file.path}: column {_quoted([file.header[place]])} looks like an identifier, another for every patient",
                 "name it in data.table.identifiers, or rename it",

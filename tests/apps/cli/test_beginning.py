@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from mpc_fl.config.columns import ColumnSection, plain_name
 from mpc_fl.config.config import parse_config
 from mpc_fl.config.loading import load_config
 from mpc_fl.config.settings import takes_text
+from mpc_fl.errors import ConfigError
 from mpc_fl.learning.data.tables import read_csv
 from mpc_fl.parsing import parse_yaml
 
@@ -29,10 +31,11 @@ app = typer.Typer()
 app.command()(init)
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+CLASSES = NAMES.filter(lambda name: not name.startswith(".") and not set("/\\") & set(name))  # names of folders
 ANSWERS = st.builds(
     Answers,
     source=st.sampled_from(["phantoms", "images", "csv"]),
-    classes=st.lists(NAMES, min_size=2, max_size=4, unique=True).map(tuple),
+    classes=st.lists(CLASSES, min_size=2, max_size=4, unique=True).map(tuple),
     hospitals=st.integers(2, 64),
     epsilon=st.floats(0.1, 50),
     smallest_hospital=st.integers(1, 10**6),
@@ -205,3 +208,11 @@ def test_what_data_do_not_say_is_asked_for_in_one_line(tmp_path: Path) -> None:
     assert "does not look into .npz" in refused("--data", str(tmp_path / "a.npz"))
     said = CliRunner().invoke(app, [str(path), "--defaults", "--data", str(one), "--classes", "f, m"])
     assert said.exit_code == 0 and load_config(path).data.classes == ("f", "m")
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf"])
+def test_an_epsilon_that_cannot_be_is_refused_in_one_line(tmp_path: Path, epsilon: str) -> None:
+    arguments = [str(tmp_path / "new.yaml"), "--source", "images", "--epsilon", epsilon, "--defaults"]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError) and "privacy.epsilon" in refused.exception.what
+    assert not (tmp_path / "new.yaml").exists()
