@@ -159,7 +159,7 @@ def _privacy(facts: CardFacts) -> str:
         "that pool what they know with the aggregator."
     )
     rows = [
-        ("Unit", _unit(config)),
+        ("Unit", unit_of_privacy(config)),
         ("Mechanism", f"{settings.mechanism}: clipped gradients of patients drawn at random, with Gaussian noise"),
         ("Epsilon, at most", f"{settings.epsilon:g} over all runs that are charged to a hospital's privacy ledger"),
         ("Delta", f"{planned.delta:g}"),
@@ -197,7 +197,8 @@ def _privacy(facts: CardFacts) -> str:
     return "\n\n".join([*parts, _opened(facts)])
 
 
-def _unit(config: Config) -> str:
+def unit_of_privacy(config: Config) -> str:
+    """Whom the claim is about, and what it compares."""
     unit = config.data.counted_unit
     if unit == "patient":
         return "one training patient of one hospital with all records, added or removed"
