@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
-from mpc_fl.apps.model_card import unit_of_privacy
+from mpc_fl.apps.model_card import holds_against, unit_of_privacy
 from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.config.columns import ColumnSection
 from mpc_fl.config.config import Config
@@ -113,7 +113,7 @@ def _picture_input(config: Config) -> dict[str, Any]:
         + squares[data.not_square]
     )
     side: list[int | str] = [data.image_size, data.image_size] if fixed else ["height", "width"]
-    colour = "grey: 0 is black, 1 is white" if data.channels == 1 else "red, green, blue; a grey picture three times"
+    colour = "Grey: 0 is black, 1 is white" if data.channels == 1 else "Red, green, blue; a grey picture three times"
     return {
         "kind": "pictures",
         "dtype": "float32",
@@ -194,6 +194,7 @@ def _privacy(config: Config, planned: NoPrivacy | PlannedPrivacy) -> dict[str, A
     return {
         "mechanism": settings.mechanism,
         "unit": unit_of_privacy(config),
+        "against": holds_against(config),
         "epsilon_at_most": settings.epsilon,
         **figures,
         "accountant": settings.accountant,

@@ -152,12 +152,6 @@ def _privacy(facts: CardFacts) -> str:
         )
         return f"{text}\n\n{_opened(facts)}"
     settings = config.privacy
-    who = (
-        "Each hospital added the whole noise of its update itself: the claim holds against all others together."
-        if settings.mechanism == "local"
-        else f"Hospitals added the noise of every step together: the claim holds against {config.noise_colluders} of them "
-        "that pool what they know with the aggregator."
-    )
     rows = [
         ("Unit", unit_of_privacy(config)),
         ("Mechanism", f"{settings.mechanism}: clipped gradients of patients drawn at random, with Gaussian noise"),
@@ -189,12 +183,22 @@ def _privacy(facts: CardFacts) -> str:
         f"{config.evaluation.noise_multiplier:g} times what one of them can move, which is charged to the same ledger and is "
         "in the figures above."
     )
-    parts = [who, _table(("", ""), rows), alone, test]
+    parts = [holds_against(config), _table(("", ""), rows), alone, test]
     if config.training.sampling_seed is not None:
         parts.append(
             "**The sampling order came from a fixed seed: no epsilon holds against anyone who knows that seed.**"
         )
     return "\n\n".join([*parts, _opened(facts)])
+
+
+def holds_against(config: Config) -> str:
+    """Against whom the claim holds, in a sentence."""
+    if config.privacy.mechanism == "local":
+        return "Each hospital added the whole noise of its update itself: the claim holds against all others together."
+    return (
+        f"Hospitals added the noise of every step together: the claim holds against {config.noise_colluders} of them "
+        "that pool what they know with the aggregator."
+    )
 
 
 def unit_of_privacy(config: Config) -> str:

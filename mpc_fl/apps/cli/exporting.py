@@ -27,7 +27,7 @@ def export(
     ],
     form: Annotated[
         Literal["torch", "onnx"],
-        typer.Option("--format", help="torch: a .pt2 that torch alone loads. onnx: needs mpc-fl[export]."),
+        typer.Option("--format", help="torch: a .pt2 that torch alone loads. onnx: needs the extra 'export'."),
     ] = "torch",
     out: Annotated[
         Path | None,

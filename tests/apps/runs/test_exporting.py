@@ -147,6 +147,7 @@ def signed(directory: Path, config: Config) -> Path:
     path = make_run(directory / "run", {"model.safetensors": hashlib.sha256(content).hexdigest()})
     path.write_bytes(content)
     (path.parent / "config.yaml").write_text(config.to_yaml())
+    (path.parent / "metrics.jsonl").touch()
     return path
 
 
@@ -161,7 +162,8 @@ def test_a_signed_private_model_is_said_to_be_so_and_another_one_refused(tmp_pat
     claimed = said["privacy"]
     assert claimed["mechanism"] == "local" and claimed["epsilon_at_most"] == 6.0 and 0 < claimed["epsilon"] <= 6.0
     assert f"| Epsilon of this run alone | {claimed['epsilon']:.3f}" in card_of(model)
-    assert "added or removed" in claimed["unit"] and "patients" not in claimed
+    assert "added or removed" in claimed["unit"] and "all others together" in claimed["against"]
+    assert "patients" not in claimed
 
     data, records = load_breast_cancer(), read_breast_cancer(config, "test")
     rows = data.data[[int(patient) for patient in records.patients]]
