@@ -9,7 +9,9 @@ import typer
 
 from mpc_fl.apps.cli.options import (
     AsJson,
+    AuthorityOfModel,
     ConfigPath,
+    LedgerOfModel,
     OutPath,
     Overrides,
     command_line,
@@ -27,15 +29,6 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import AnyDiagnosisSummary, Comparison
     from mpc_fl.audit.model_origin import ModelOrigin
     from mpc_fl.config.config import Config
-
-LedgerOfModel = Annotated[
-    Path | None,
-    typer.Option("--ledger", metavar="FILE_OR_RUN", help="Reveal ledger of the model's training. Default: beside it."),
-]
-AuthorityOfModel = Annotated[
-    Path | None,
-    typer.Option("--authority", metavar="FILE", help="That federation's certificate. Default: beside the ledger."),
-]
 
 
 def infer(

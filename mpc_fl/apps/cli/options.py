@@ -38,6 +38,14 @@ FromModel = Annotated[
         "--from", metavar="MODEL", help="Begin with the model.safetensors of an earlier run; every party needs it."
     ),
 ]
+LedgerOfModel = Annotated[
+    Path | None,
+    typer.Option("--ledger", metavar="FILE_OR_RUN", help="Reveal ledger of the model's training. Default: beside it."),
+]
+AuthorityOfModel = Annotated[
+    Path | None,
+    typer.Option("--authority", metavar="FILE", help="That federation's certificate. Default: beside the ledger."),
+]
 Anyway = Annotated[
     bool, typer.Option("--anyway", help="Begin though the privacy ledger is nearly spent and noise will be large.")
 ]
