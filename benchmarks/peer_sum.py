@@ -5,8 +5,9 @@
 All hospitals run on this machine, each a process of one thread, over mutual TLS, with the update in memory. A round goes from
 a common start until all hospitals have the mean: encode, mask, send slices, confirm, totals, check, keys, unmask, decode.
 `seconds` is the median over rounds of the slowest hospital; the first round, which makes the seeds, is left out. `check` is
-what the linear check takes of it at the same hospital, from the coin to the verdict, waiting for others included;
-`computed` its arithmetic alone: the map of its own slices and of all totals.
+what the linear check takes of it at the same hospital, from the coin to the verdict, waiting for others included. Seconds
+of the processor, of the same hospital, do not depend on what else the machine does: `processor seconds` is all that its
+process takes for a round, `processor share of the check` what of that the check takes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import torch
 from cryptography import x509
 
 from mpc_fl.aggregation import slice_totals
-from mpc_fl.aggregation.linear_check import LinearMap
 from mpc_fl.aggregation.peer_sum import peer_sum
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.transcript import transcript_of
@@ -51,23 +51,28 @@ _ABOUT = Description("sum of updates", "benchmark")
 
 
 class _Timed:
-    """Seconds spent in a function of a module or class since the last `taken`."""
+    """Seconds, and seconds of the processor, spent in functions of a module since the last `taken`. No function calls another."""
 
-    def __init__(self, where: Any, name: str) -> None:
-        self._seconds, original = 0.0, getattr(where, name)
+    def __init__(self, where: Any, names: Sequence[str]) -> None:
+        self._seconds = self._processor = 0.0
+        for name in names:
+            setattr(where, name, self._timed(getattr(where, name)))
 
+    def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.thread_time()
             try:
                 return original(*arguments)
             finally:
                 self._seconds += time.perf_counter() - began
+                self._processor += time.thread_time() - used
 
-        setattr(where, name, timed)
+        return timed
 
-    def taken(self) -> float:
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
+    def taken(self) -> tuple[float, float]:
+        taken = self._seconds, self._processor
+        self._seconds = self._processor = 0.0
+        return taken
 
 
 def _hospital(
@@ -81,8 +86,7 @@ def _hospital(
     identity = load_identity(folder / name, name)
     update = torch.sin(torch.arange(options.parameters, dtype=torch.float32) * (0.001 * (rank + 1))) * 0.1
     headroom = MeanHeadroom(FixedPoint(24, 64.0), len(names))
-    parts = [_Timed(slice_totals, each) for each in ("_coin", "_combinations", "fits")]
-    computed = _Timed(LinearMap, "of")
+    checking = _Timed(slice_totals, ("_coin", "_combinations", "fits"))
     agreement, reach = Agreement(options.session, "bench", "bench"), Reach.of(name, names, addresses)
     rounds, mean = list[dict[str, float]](), update
     with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
@@ -95,7 +99,7 @@ def _hospital(
             for peer in links.peers:
                 links.receive_object(peer, "go")
             links.set_phase(f"round {number}")
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             agreed = AgreedSum(hospitals, ("round", number), _ABOUT)
             plan = SumPlan(
                 hospitals, names[0], ("round", number, 0), 2, transcript_of(links, rules, agreed, hospitals, 0)
@@ -104,10 +108,11 @@ def _hospital(
             _, total = peer_sum(domain, rules, agreed, plan, encoded)
             assert total is not None
             mean = headroom.decode(total, 1.0, torch.float32)
-            seconds = time.perf_counter() - began
+            seconds, processor = time.perf_counter() - began, time.process_time() - used
             sent = sum(peer.bytes_sent for peer in links.traffic[f"round {number}"].values())
-            check = sum(part.taken() for part in parts)
-            rounds.append({"seconds": seconds, "check": check, "computed": computed.taken(), "bytes": sent})
+            check, of_check = checking.taken()
+            each = {"seconds": seconds, "check": check, "processor": processor, "of check": of_check, "bytes": sent}
+            rounds.append(each)
         links.set_phase("closed")
     updates = [
         torch.sin(torch.arange(1000, dtype=torch.float32) * (0.001 * (at + 1))) * 0.1 for at in range(len(names))
@@ -140,7 +145,8 @@ def main() -> None:
         "parameters": options.parameters,
         "seconds": middle("seconds"),
         "share of the check": statistics.median(one["check"] / one["seconds"] for one in slowest),
-        "share computed": statistics.median(one["computed"] / one["seconds"] for one in slowest),
+        "processor seconds": middle("processor"),
+        "processor share of the check": statistics.median(one["of check"] / one["processor"] for one in slowest),
         "bytes per parameter": max(one["bytes"] for each in results.values() for one in each) / options.parameters,
     }
     print(json.dumps(figures) if options.json else "\n".join(f"{name}: {value:.5g}" for name, value in figures.items()))

@@ -39,6 +39,7 @@ Cost. Some nanoseconds a word, twice; `combinations` words a slice from each hos
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,24 +73,29 @@ MAP_SIZE = MapSize()
 
 
 class LinearMap:
-    """L, which a coin of 32 bytes defines for vectors of any length: the same for int32 (Z_2^32) and int64 (Z_2^64)."""
+    """L, which a coin of 32 bytes defines for vectors of any length over Z_2^32 (int32) and Z_2^64 (int64)."""
 
     def __init__(self, coin: bytes, size: MapSize = MAP_SIZE) -> None:
         self.size = size
-        public = Seed(coin)  # known to all: it hides nothing
-        self._hash_seeds = [public.derive("hash", number).reveal_for_transport() for number in range(size.hashes)]
-        buckets = size.hashes * size.buckets
-        coefficients = public.stream("combinations").words(size.combinations * buckets, np.int64)
-        self._coefficients = coefficients.reshape(size.combinations, buckets)
+        self._public = Seed(coin)  # known to all: it hides nothing
+        self._hash_seeds = [self._public.derive("hash", number).reveal_for_transport() for number in range(size.hashes)]
         self._hashes: dict[int, list[SignHash]] = {}
+        self._drawn: dict[torch.dtype, np.ndarray] = {}
 
     def of(self, words: torch.Tensor) -> torch.Tensor:
         """L of int32 or int64 words, shape (count,): (`combinations`,) of the same dtype."""
         if not words.numel():
             return torch.zeros(self.size.combinations, dtype=words.dtype)
         buckets = torch.cat([sign_hash.fold(words) for sign_hash in self._of_length(words.numel())])
-        coefficients = self._coefficients.astype(_WORDS[words.dtype], copy=False)
-        return torch.from_numpy(coefficients @ buckets.numpy())
+        return torch.from_numpy(np.einsum("cb,b->c", self._coefficients(words.dtype), buckets.numpy()))
+
+    def _coefficients(self, dtype: torch.dtype) -> np.ndarray:
+        """Of each combination those of all buckets, uniform in the ring."""
+        if dtype not in self._drawn:
+            shape = (self.size.combinations, self.size.hashes * self.size.buckets)
+            stream = self._public.stream("combinations", str(dtype))
+            self._drawn[dtype] = stream.words(math.prod(shape), _WORDS[dtype]).reshape(shape)
+        return self._drawn[dtype]
 
     def _of_length(self, length: int) -> list[SignHash]:
         if length not in self._hashes:

@@ -250,10 +250,13 @@ class _Part:
                 raise PeerLostError(plan.opener, f"{plan.opener} proposes, and no slice of it came")
             say(self.links, [plan.opener], "arrived", hospitals=came)
             waited = self.links.deadline() - time.monotonic()
-            deadline = self.deadline + 2 * waited  # the proposer may wait for others first
-            word = next_word(self.links, plan.opener, ("fixed",), deadline)
-            self.fixed = heard(self.domain, plan.opener, subject, word)
-            self.admitted = names_in(word, "hospitals")
+            deadlines = Deadlines(why, self.deadline, 2 * waited)  # the proposer may wait for others first
+
+            def take(name: str, word: dict[str, Any]) -> None:
+                self.fixed = heard(self.domain, name, subject, word)
+                self.admitted = names_in(word, "hospitals")
+
+            hear_all(self.links, [plan.opener], "fixed", take, (deadlines, 0))
         require_quorum(self.rules, self.admitted, plan.hospitals, why)
         require_admissible(plan, self.admitted, self.rules.smallest)
         if self.me not in self.admitted:
@@ -281,8 +284,6 @@ class _Part:
         """Step 3: what all of V hold, when all of them have signed the same."""
         plan, said = self.plan, {name: self.said[name] for name in self.admitted}
         signed = {name: each.signed for name, each in said.items()}
-        for name, each in said.items():
-            self.commitments.take(name, each.keys)
         digests = {name: each.digest for name, each in signed.items()}
         bound = digest_of([_CONFIRMED, plan.transcript, list(self.admitted), digests])
         confirmation = confirm(self.domain, bound, self.admitted)
@@ -297,6 +298,8 @@ class _Part:
             require_confirmation(self.domain, name, bound, self.admitted, word)
 
         hear_all(self.links, self.peers, "confirm", take, (deadlines, _CONFIRM))
+        for name, each in said.items():  # the same to all, now
+            self.commitments.take(name, each.keys)
         return FixedSlices(
             domain=self.domain,
             links=self.links,

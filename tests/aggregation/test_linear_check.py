@@ -56,13 +56,6 @@ def test_the_map_is_linear_in_the_ring_and_wraps(count: int, dtype: torch.dtype,
     assert fits(linear, x + y, [linear.of(x), linear.of(y)])
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 700), st.integers(0, 2**32))
-def test_both_rings_have_one_map(count: int, number: int) -> None:
-    linear, x = LinearMap(coin(number), SMALL), words(number, count, torch.int64)
-    assert torch.equal(linear.of(x).to(torch.int32), linear.of(x.to(torch.int32)))
-
-
 def two_words(dtype: torch.dtype) -> torch.Tensor:
     """One half of the ring in each of two blocks: what one hash misses as often as it may."""
     error = torch.zeros(256, dtype=dtype)

@@ -346,6 +346,29 @@ def test_a_slice_that_is_not_what_was_signed_has_not_come(
     assert any("hospital-1 sent another slice of 'round 1' than it signed" in line for line in caplog.messages)
 
 
+def test_whoever_hands_on_another_slice_than_it_signed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hospital 3 is lost, so its slices go to hospital 4, which names hospital 1; the others pass on its word."""
+    from mpc_fl.links.links import Links
+
+    sums = PeerSums(tmp_path, monkeypatch, 5)
+
+    def watch(sender: str, _receiver: str, frame: Frame) -> None:
+        if sender == "hospital-3" and isinstance(frame.payload, dict) and frame.payload.get("word") == "arrived":
+            sums.network.drop("hospital-3")
+
+    def other(original: Any, links: Any, receiver: str, tag: str, words: torch.Tensor) -> None:
+        original(links, receiver, tag, words + 1 if tag == "slice hospital-3" else words)
+
+    only_at(monkeypatch, DEVIATES, Links, "send_tensor", other)
+    outcome = sums.run(watch)
+    assert "hospital-1 sent another slice of 'round 1' than it signed" in outcome.said("hospital-4")
+    for name in ("hospital-0", "hospital-2"):
+        assert "was given up by hospital-4: hospital-1 sent another slice of 'round 1'" in outcome.said(name)
+    assert not outcome.totals and not any(sums.openings(name) for name in sums.hospitals)
+
+
 def test_a_false_key_is_named(sums: PeerSums, monkeypatch: pytest.MonkeyPatch) -> None:
     def false(original: Any, *arguments: Any) -> torch.Tensor:
         keys: torch.Tensor = original(*arguments)
