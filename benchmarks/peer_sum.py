@@ -1,13 +1,14 @@
 """What a sum among peers costs: bytes, seconds, and the share of the linear check in them.
 
-    python benchmarks/peer_sum.py [--parameters 11178051] [--hospitals 3] [--rounds 5] [--json]
+    python benchmarks/peer_sum.py [--parameters 11178051] [--hospitals 3] [--rounds 5] [--in-process] [--json]
 
 All hospitals run on this machine, each a process of one thread, over mutual TLS, with the update in memory. A round goes from
 a common start until all hospitals have the mean: encode, mask, send slices, confirm, totals, check, keys, unmask, decode.
 `seconds` is the median over rounds of the slowest hospital; the first round, which makes the seeds, is left out. `check` is
 what the linear check takes of it at the same hospital, from the coin to the verdict, waiting for others included. Seconds
 of the processor, of the same hospital, do not depend on what else the machine does: `processor seconds` is all that its
-process takes for a round, `processor share of the check` what of that the check takes.
+process takes for a round, `processor share of the check` what of that the check takes. With `--in-process` hospitals are threads
+with links in memory: no TLS, and seconds of the processor are those of the hospital's thread.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import json
 import secrets
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,8 @@ from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.links.handshake import Agreement
+from mpc_fl.links.in_memory import InMemoryNetwork
+from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import hospital_names
@@ -50,76 +55,112 @@ _WAIT = 300.0
 _ABOUT = Description("sum of updates", "benchmark")
 
 
-class _Timed:
-    """Seconds, and seconds of the processor, spent in functions of a module since the last `taken`. No function calls another."""
+class _Timed(threading.local):
+    """Seconds, and seconds of the processor, that this thread spent in some functions since the last `taken`."""
 
-    def __init__(self, where: Any, names: Sequence[str]) -> None:
-        self._seconds = self._processor = 0.0
-        for name in names:
-            setattr(where, name, self._timed(getattr(where, name)))
+    seconds = processor = 0.0
 
-    def _timed(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def time(self, where: Any, name: str) -> None:
+        """Let a function of a module be timed, which calls none of the others."""
+        original = getattr(where, name)
+
         def timed(*arguments: Any) -> Any:
             began, used = time.perf_counter(), time.thread_time()
             try:
                 return original(*arguments)
             finally:
-                self._seconds += time.perf_counter() - began
-                self._processor += time.thread_time() - used
+                self.seconds += time.perf_counter() - began
+                self.processor += time.thread_time() - used
 
-        return timed
+        setattr(where, name, timed)
 
     def taken(self) -> tuple[float, float]:
-        taken = self._seconds, self._processor
-        self._seconds = self._processor = 0.0
+        """Both, which begin at zero again."""
+        taken = self.seconds, self.processor
+        self.seconds = self.processor = 0.0
         return taken
 
 
-def _hospital(
-    name: str, folder: Path, names: list[str], addresses: dict[str, str], options: Any, out: Connection
-) -> None:
-    torch.set_num_threads(1)
-    hospitals, rank = tuple(names), names.index(name)
-    certificates = {
-        each: x509.load_pem_x509_certificate(load_identity(folder / each, each).certificate) for each in names
-    }
-    identity = load_identity(folder / name, name)
-    update = torch.sin(torch.arange(options.parameters, dtype=torch.float32) * (0.001 * (rank + 1))) * 0.1
-    headroom = MeanHeadroom(FixedPoint(24, 64.0), len(names))
-    checking = _Timed(slice_totals, ("_coin", "_combinations", "fits"))
-    agreement, reach = Agreement(options.session, "bench", "bench"), Reach.of(name, names, addresses)
+_CHECKING = _Timed()
+
+
+def _time_the_check() -> None:
+    for name in ("_coin", "_combinations", "fits"):
+        _CHECKING.time(slice_totals, name)
+
+
+def _update(rank: int, parameters: int) -> torch.Tensor:
+    """A public stand-in for an update, float32 (P,)."""
+    return torch.sin(torch.arange(parameters, dtype=torch.float32) * (0.001 * (rank + 1))) * 0.1
+
+
+def _rounds(
+    links: Links, signatory: Signatory, options: Any, used_so_far: Callable[[], float]
+) -> list[dict[str, float]]:
+    """At one hospital: the figures of each round but the first."""
+    names = hospital_names(options.hospitals)
+    hospitals, headroom = tuple(names), MeanHeadroom(FixedPoint(24, 64.0), len(names))
+    update = _update(names.index(links.name), options.parameters)
     rounds, mean = list[dict[str, float]](), update
-    with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
-        record = OpeningRecord(folder / f"{name}.jsonl", name)
-        domain = SecretDomain(links, names, record, signatory=Signatory(identity, certificates.get))
-        rules = Rules(names[0], hospitals, 2, 2, _WAIT)
-        for number in range(options.rounds + 1):
-            for peer in links.peers:
-                links.send_object(peer, "go", {})
-            for peer in links.peers:
-                links.receive_object(peer, "go")
-            links.set_phase(f"round {number}")
-            began, used = time.perf_counter(), time.process_time()
-            agreed = AgreedSum(hospitals, ("round", number), _ABOUT)
-            plan = SumPlan(
-                hospitals, names[0], ("round", number, 0), 2, transcript_of(links, rules, agreed, hospitals, 0)
-            )
-            encoded = Private("update", headroom.encode(update, 1 / len(names), "update"))
-            _, total = peer_sum(domain, rules, agreed, plan, encoded)
-            assert total is not None
-            mean = headroom.decode(total, 1.0, torch.float32)
-            seconds, processor = time.perf_counter() - began, time.process_time() - used
-            sent = sum(peer.bytes_sent for peer in links.traffic[f"round {number}"].values())
-            check, of_check = checking.taken()
-            each = {"seconds": seconds, "check": check, "processor": processor, "of check": of_check, "bytes": sent}
-            rounds.append(each)
-        links.set_phase("closed")
-    updates = [
-        torch.sin(torch.arange(1000, dtype=torch.float32) * (0.001 * (at + 1))) * 0.1 for at in range(len(names))
-    ]
-    right = torch.stack(updates).double().mean(0)
+    record = OpeningRecord(options.folder / f"{links.name}.jsonl", links.name)
+    domain, rules = SecretDomain(links, names, record, signatory=signatory), Rules(names[0], hospitals, 2, 2, _WAIT)
+    for number in range(options.rounds + 1):
+        links.set_phase("start")
+        for peer in links.peers:
+            links.send_object(peer, "go", {})
+        for peer in links.peers:
+            links.receive_object(peer, "go")
+        links.set_phase(f"round {number}")
+        began, used = time.perf_counter(), used_so_far()
+        agreed = AgreedSum(hospitals, ("round", number), _ABOUT)
+        plan = SumPlan(hospitals, names[0], ("round", number, 0), 2, transcript_of(links, rules, agreed, hospitals, 0))
+        encoded = Private("update", headroom.encode(update, 1 / len(names), "update"))
+        _, total = peer_sum(domain, rules, agreed, plan, encoded)
+        assert total is not None
+        mean = headroom.decode(total, 1.0, torch.float32)
+        seconds, processor = time.perf_counter() - began, used_so_far() - used
+        sent = sum(peer.bytes_sent for peer in links.traffic[f"round {number}"].values())
+        check, of_check = _CHECKING.taken()
+        each = {"seconds": seconds, "check": check, "processor": processor, "of check": of_check, "bytes": sent}
+        rounds.append(each)
+    right = torch.stack([_update(rank, 1000) for rank in range(len(names))]).double().mean(0)
     assert float((mean[:1000].double() - right).abs().max()) < 1e-6
-    out.send(rounds[1:])
+    return rounds[1:]
+
+
+def _signatory(folder: Path, name: str, names: list[str]) -> Signatory:
+    identities = {each: load_identity(folder / each, each) for each in names}
+    certificates = {each: x509.load_pem_x509_certificate(identities[each].certificate) for each in names}
+    return Signatory(identities[name], certificates.get)
+
+
+def _process(name: str, addresses: dict[str, str], options: Any, out: Connection) -> None:
+    torch.set_num_threads(1)
+    _time_the_check()
+    names = hospital_names(options.hospitals)
+    reach, agreement = Reach.of(name, names, addresses), Agreement(options.session, "bench", "bench")
+    with NetworkLinks(load_identity(options.folder / name, name), agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
+        out.send(_rounds(links, _signatory(options.folder, name, names), options, time.process_time))
+
+
+def _in_processes(names: list[str], options: Any) -> dict[str, list[dict[str, float]]]:
+    use_large_pages()
+    addresses = local_addresses(names, None)
+    arguments = {name: (name, addresses, options) for name in names}
+    return run_processes(_process, arguments, _WAIT, "the benchmark of the sum among peers")
+
+
+def _in_threads(names: list[str], options: Any) -> dict[str, list[dict[str, float]]]:
+    torch.set_num_threads(1)
+    _time_the_check()
+    network = InMemoryNetwork(names, Agreement(options.session, "bench", "bench"), Timeouts(_WAIT, _WAIT))
+
+    def hospital(name: str) -> list[dict[str, float]]:
+        with network.links(name) as links:
+            return _rounds(links, _signatory(options.folder, name, names), options, time.thread_time)
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        return dict(zip(names, threads.map(hospital, names), strict=True))
 
 
 def main() -> None:
@@ -127,17 +168,15 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=11_178_051)
     parser.add_argument("--hospitals", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--in-process", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     options.session = secrets.token_hex(8)
-    use_large_pages()
     names = hospital_names(options.hospitals)
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        make_local_identities(names, {name: folder / name for name in names})
-        addresses = local_addresses(names, None)
-        arguments = {name: (name, folder, names, addresses, options) for name in names}
-        results = run_processes(_hospital, arguments, _WAIT, "the benchmark of the sum among peers")
+        options.folder = Path(made)
+        make_local_identities(names, {name: options.folder / name for name in names})
+        results = (_in_threads if options.in_process else _in_processes)(names, options)
     slowest = [max(each, key=lambda one: one["seconds"]) for each in zip(*results.values(), strict=True)]
     middle: Callable[[str], float] = lambda what: statistics.median(one[what] for one in slowest)  # noqa: E731
     figures = {

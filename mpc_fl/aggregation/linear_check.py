@@ -52,7 +52,7 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 
 COIN_BYTES = 32
-_WORDS = {torch.int32: np.int32, torch.int64: np.int64}
+_WORDS: dict[torch.dtype, type[np.generic]] = {torch.int32: np.int32, torch.int64: np.int64}
 
 
 @dataclass(frozen=True)
