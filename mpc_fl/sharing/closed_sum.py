@@ -95,6 +95,11 @@ class SumPlan:
         others = [("closing", other, hospital) for other in admitted if hospital in self.partners(other)]
         return [*zero, *own, *others]
 
+    def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
+        """Whether the sum over V cannot be opened with the keys of those who answered."""
+        given = {key for name in answered for key in self.keys_of(name, admitted)}
+        return any(key not in given for key in _needed(self, admitted))
+
 
 class SummandMasks:
     """A hospital's masks of one sum. `seed_with` gives the seeds that it shares with each other hospital for sums."""
@@ -216,6 +221,21 @@ class KeyCommitments:
                 f"{hospital} does not follow the protocol; the sum stays closed",
             )
 
+    def checked(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> dict[Key, bytes]:
+        """The keys for V in the answers of step 3 by hospital.
+
+        Raises `ProtocolError` naming a hospital whose answer is malformed, or not what it committed to.
+        """
+        known: dict[Key, bytes] = {}
+        for name, answer in keys.items():
+            names = self._plan.keys_of(name, admitted)
+            if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
+                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
+            for key, row in zip(names, answer, strict=True):
+                known[key] = row.numpy().tobytes()
+                self.require(name, key, known[key])
+        return known
+
 
 def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
     """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
@@ -271,32 +291,52 @@ class ClosedSum:
 
     def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
         """Whether the sum over V cannot be opened with the keys of those who answered."""
-        given = {key for name in answered for key in self.plan.keys_of(name, admitted)}
-        return any(key not in given for key in _needed(self.plan, admitted))
+        return self.plan.keys_missing(admitted, answered)
 
     def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Step 4: the sum over V, of dtype and shape of a summand. `keys` are the answers of step 3 by hospital.
 
         The summands are used up. Raises `ProtocolError` when keys are missing, malformed, or not those committed to.
         """
-        known: dict[Key, bytes] = {}
-        for name, answer in keys.items():
-            names = self.plan.keys_of(name, admitted)
-            if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
-                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
-            for key, row in zip(names, answer, strict=True):
-                known[key] = row.numpy().tobytes()
-                self.commitments.require(name, key, known[key])
-        total = self._total(admitted)
-        for key in _needed(self.plan, admitted):
-            if key not in known:
-                raise ProtocolError(
-                    "the keys of a sum were lost with the parties that held them", "make its summands anew"
-                )
-            kind, owner, partner = key
-            added = kind == "closing" or self.plan.adds(owner, partner)
-            _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
-        return total
+        known = self.commitments.checked(admitted, keys)
+        return _without_masks(self.plan, self._total(admitted), admitted, known)
+
+
+@dataclass(repr=False)
+class MaskedTotal:
+    """What a hospital of V holds of a sum that each of V opens to itself (`aggregation.peer_sum`), of the summands' shape:
+    its masks, what V committed to, and the y_i of V added up, which is used up when it is opened.
+    """
+
+    masks: SummandMasks
+    commitments: KeyCommitments
+    total: torch.Tensor
+
+    @property
+    def plan(self) -> SumPlan:
+        """What is public of the sum."""
+        return self.masks.plan
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a summand."""
+        return self.masks.shape
+
+    def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Step 4 at a hospital of V: as `ClosedSum.unmask`."""
+        return _without_masks(self.plan, self.total, admitted, self.commitments.checked(admitted, keys))
+
+
+def _without_masks(
+    plan: SumPlan, total: torch.Tensor, admitted: Sequence[str], known: Mapping[Key, bytes]
+) -> torch.Tensor:
+    for key in _needed(plan, admitted):
+        if key not in known:
+            raise ProtocolError("the keys of a sum were lost with the parties that held them", "make its summands anew")
+        kind, owner, partner = key
+        added = kind == "closing" or plan.adds(owner, partner)
+        _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
+    return total
 
 
 def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:
