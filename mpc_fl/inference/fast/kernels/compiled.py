@@ -106,18 +106,24 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(path))
         interface = int(library.ring_kernels_interface())
+        _declare(library)
     except (OSError, AttributeError):
         return None, f"{path.name} is no library for this machine"
     if interface != _INTERFACE:
         return None, f"{path.name} was built from other sources: install mpc-fl again"
+    return library, ""
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Say what the functions take, as native/*.h do. Raises `AttributeError` where one is missing."""
     library.ring_kernels_name.restype = ctypes.c_char_p
     number, pointer = ctypes.c_int, ctypes.c_void_p
     library.ring_kernels_convolve.argtypes = [number, pointer, pointer, pointer, pointer, number]
     library.ring_kernels_open_input.argtypes = [number, pointer, pointer, pointer, ctypes.c_uint32, pointer, pointer]
     library.ring_kernels_look_up.argtypes = [number, *(pointer,) * 6]
     library.ring_kernels_borrow.argtypes = [number, *(pointer,) * 7]
-    library.ring_kernels_rectify.argtypes = library.ring_kernels_extend.argtypes = [number, pointer, pointer]
-    return library, ""
+    for function in (library.ring_kernels_rectify, library.ring_kernels_extend, library.ring_kernels_correct):
+        function.argtypes = [number, pointer, pointer]
 
 
 def instruction_sets(library: ctypes.CDLL) -> list[InstructionSet]:

@@ -40,12 +40,12 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.inference.fast.kernels.bit_planes import Planes, bits_of, pack, plane_of, planes_of, unpack
 from mpc_fl.inference.fast.kernels.compiled import kernels
 from mpc_fl.inference.fast.online.compiled_steps import CompiledSteps
+from mpc_fl.inference.fast.preprocessing.gate_correction import correct, correction_by
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     DIGIT,
     ComparisonGate,
     GateMaterial,
     Result,
-    correction_of,
     product_rows,
 )
 
@@ -310,10 +310,8 @@ def same_steps(steps: Steps) -> bool:
 def everything_computed(by: Steps, gate: ComparisonGate, first: bool, key: bytes = bytes(32)) -> list[np.ndarray]:
     """All that one party computes of a gate that never took part in a diagnosis: what it has and receives is of this key."""
     seed = Seed(key)
-    streams, others = (seed.stream("C"), seed.stream("S")), seed.stream("others")
-    correction = correction_of(gate, *streams)
-    stream = seed.again().stream("C" if first else "S")
-    material = GateMaterial(gate, stream, None if first else correction)
+    stream, others = seed.stream("C" if first else "S"), seed.stream("others")
+    material = GateMaterial(gate, stream, None if first else correction_by(correct, gate, key))
     share = others.words(gate.count, np.uint32)
     share &= np.uint32((1 << gate.bits) - 1)
     mine, message = by.masked_input(material, share, first)

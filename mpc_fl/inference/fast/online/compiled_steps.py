@@ -12,13 +12,8 @@ import numpy as np
 
 from mpc_fl.inference.fast.kernels.bit_planes import Planes, packed_bytes
 from mpc_fl.inference.fast.kernels.compiled import InstructionSet
-from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
-
-
-class _Gate(ctypes.Structure):
-    """`gate` of native/gates.h."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("count", "words", "bits", "compared", "digits", "first", "top")]
+from mpc_fl.inference.fast.preprocessing.compiled_gates import described_gate, plain
+from mpc_fl.inference.fast.preprocessing.gate_correlation import GateMaterial, Result
 
 
 class _RectifierWork(ctypes.Structure):
@@ -43,12 +38,12 @@ class CompiledSteps:
 
     def masked_input(self, material: GateMaterial, share: np.ndarray, first: bool) -> tuple[np.ndarray, np.ndarray]:
         """x + r modulo 2^k of this party, uint32 (count,), and packed, uint8."""
-        gate, mask = material.gate, _plain(material.drawn.input_mask)
-        share, more = _plain(share), 1 << gate.bits - 1 if first and gate.result is Result.EXTENDED else 0
+        gate, mask = material.gate, plain(material.drawn.input_mask)
+        share, more = plain(share), 1 << gate.bits - 1 if first and gate.result is Result.EXTENDED else 0
         mine = np.empty(gate.count, dtype=np.uint32)
         message = np.empty(packed_bytes(gate.bits, gate.count), dtype=np.uint8)
         arrays = (share.ctypes.data, mask.ctypes.data, more, mine.ctypes.data, message.ctypes.data)
-        self._library.ring_kernels_open_input(self._set, _described(gate, first), *arrays)
+        self._library.ring_kernels_open_input(self._set, described_gate(gate, first), *arrays)
         return mine, message
 
     def masked_digits(
@@ -58,26 +53,26 @@ class CompiledSteps:
         gate = material.gate
         if theirs.dtype != np.uint8 or theirs.shape != (packed_bytes(gate.bits, gate.count),):
             raise ValueError("a masked input has another size than the gate needs")
-        theirs, tables, masks = _plain(theirs), _plain(material.corrected.tables), _plain(material.drawn.masks)
+        theirs, tables, masks = plain(theirs), plain(material.corrected.tables), plain(material.drawn.masks)
         masked = np.empty((gate.masks, gate.words), dtype=np.uint64)
         arrays = [array.ctypes.data for array in (theirs, mine, tables, masks, masked)]
-        self._library.ring_kernels_look_up(self._set, _described(gate, first), *arrays)
+        self._library.ring_kernels_look_up(self._set, described_gate(gate, first), *arrays)
         return mine, masked
 
     def masked_borrow(self, material: GateMaterial, opened: np.ndarray, masked: Planes, first: bool) -> Planes:
         """This party's share of t (words,)."""
         gate = material.gate
-        products, masks = _plain(material.corrected.products), _plain(material.drawn.masks)
-        result_mask, result = _plain(material.drawn.result_mask), np.empty(gate.words, dtype=np.uint64)
+        products, masks = plain(material.corrected.products), plain(material.drawn.masks)
+        result_mask, result = plain(material.drawn.result_mask), np.empty(gate.words, dtype=np.uint64)
         arrays = [array.ctypes.data for array in (opened, products, masks, masked, result_mask, result)]
-        self._library.ring_kernels_borrow(self._set, _described(gate, first), *arrays)
+        self._library.ring_kernels_borrow(self._set, described_gate(gate, first), *arrays)
         return result
 
     def result(self, material: GateMaterial, opened: np.ndarray, t_plane: Planes, first: bool) -> np.ndarray:
         """This party's share of the gate's result, uint32 (count,)."""
-        gate, described = material.gate, _described(material.gate, first)
-        result, mask = np.empty(gate.count, dtype=np.uint32), _plain(material.drawn.input_mask)
-        words = [_plain(array) for array in material.corrected.arrays]
+        gate, described = material.gate, described_gate(material.gate, first)
+        result, mask = np.empty(gate.count, dtype=np.uint32), plain(material.drawn.input_mask)
+        words = [plain(array) for array in material.corrected.arrays]
         places = [array.ctypes.data for array in words]
         ends = {"opened": opened.ctypes.data, "t": t_plane.ctypes.data, "result": result.ctypes.data}
         if gate.result is Result.EXTENDED:
@@ -89,16 +84,3 @@ class CompiledSteps:
         rectifier.t, rectifier.result = t_plane.ctypes.data, result.ctypes.data
         self._library.ring_kernels_rectify(self._set, described, ctypes.byref(rectifier))
         return result
-
-
-def _described(gate: ComparisonGate, first: bool) -> ctypes.Array[_Gate]:
-    extended = gate.result is Result.EXTENDED
-    described = (_Gate * 1)()  # an array passes as a pointer, and keeps its memory as long as it is one
-    compared = gate.bits if extended else gate.bits - 1
-    described[0] = _Gate(gate.count, gate.words, gate.bits, compared, len(gate.digits), first, first and not extended)
-    return described
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """The same elements side by side and aligned, as C expects them: nearly always the array itself."""
-    return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))

@@ -1,4 +1,4 @@
-/* Comparison gates by the instruction sets of ring_kernels_name, in the same order. */
+/* Comparison gates and their corrections by the instruction sets of ring_kernels_name, in the same order. */
 #include "gates.h"
 
 #include <string.h>
@@ -13,6 +13,7 @@
 #define TARGET
 #define WORDS 1
 #include "planes.h"
+#include "corrections.h"
 #undef NAME
 #undef TARGET
 #undef WORDS
@@ -24,6 +25,7 @@
 #define WORDS 8
 #include "planes.h"
 #include "values.h"
+#include "corrections.h"
 #undef NAME
 #undef TARGET
 #undef WORDS
@@ -33,6 +35,7 @@
 #define WORDS 4
 #include "planes.h"
 #include "values.h"
+#include "corrections.h"
 #undef NAME
 #undef TARGET
 #undef WORDS
@@ -44,6 +47,7 @@
 #define WORDS 2
 #include "planes.h"
 #include "values.h"
+#include "corrections.h"
 #undef NAME
 #undef TARGET
 #undef WORDS
@@ -82,5 +86,10 @@ EXPORTED void ring_kernels_rectify(int set, const gate *of, const rectifier_work
 
 EXPORTED void ring_kernels_extend(int set, const gate *of, const extension_work *work) {
     static void (*const by[])(const gate *, const extension_work *) = BY_SET(extended);
+    by[set](of, work);
+}
+
+EXPORTED void ring_kernels_correct(int set, const gate *of, const correction_work *work) {
+    static void (*const by[])(const gate *, const correction_work *) = BY_SET(correct);
     by[set](of, work);
 }

@@ -47,4 +47,13 @@ typedef struct {
     uint32_t *result;
 } extension_work;
 
+/* What both parties drew; C's shares of what is corrected, overwritten by S's. Words that the gate lacks are NULL. */
+typedef struct {
+    const uint32_t *c_input_mask, *s_input_mask;
+    const uint64_t *c_masks, *s_masks, *c_result_mask, *s_result_mask;
+    uint64_t *tables, *products;
+    uint32_t *w, *wr;
+    void *kappa, *both, *other, *at_zero, *at_one; /* uint16_t from 16 bits on, uint32_t below */
+} correction_work;
+
 #endif
