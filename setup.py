@@ -16,7 +16,7 @@ KERNELS = Extension(
     NATIVE.replace("/", ".") + ".ring_kernels",
     sources=[f"{NATIVE}/convolution.c", f"{NATIVE}/gates.c"],
     depends=[f"{NATIVE}/{name}.h" for name in ("ring_kernels", "panel", "gates", "planes", "values", "corrections")],
-    extra_compile_args=["-std=gnu11", "-O3", "-pthread", "-fvisibility=hidden"],
+    extra_compile_args=["-std=gnu11", "-O3", "-g0", "-pthread", "-fvisibility=hidden"],
     extra_link_args=["-pthread"],
     optional=True,
 )

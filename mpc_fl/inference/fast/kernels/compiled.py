@@ -105,12 +105,11 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         return None, "no kernels were built when mpc-fl was installed, for want of a C compiler"
     try:
         library = ctypes.CDLL(str(path))
-        interface = int(library.ring_kernels_interface())
+        if library.ring_kernels_interface() != _INTERFACE:
+            return None, f"{path.name} was built from other sources: install mpc-fl again"
         _declare(library)
     except (OSError, AttributeError):
-        return None, f"{path.name} is no library for this machine"
-    if interface != _INTERFACE:
-        return None, f"{path.name} was built from other sources: install mpc-fl again"
+        return None, f"{path.name} is no library of these sources for this machine: install mpc-fl again"
     return library, ""
 
 

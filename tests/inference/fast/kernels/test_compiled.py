@@ -190,7 +190,7 @@ def test_without_a_library_there_are_none_and_to_ask_for_one_is_an_error(
     with pytest.raises(ConfigError, match="MPC_FL_KERNELS is avx2, but no kernels were built"):
         compiled._choice({compiled.VARIABLE: "avx2"})
     (tmp_path / "ring_kernels.so").write_bytes(b"no library")
-    assert "ring_kernels.so is no library for this machine" in str(compiled._choice({}))
+    assert "ring_kernels.so is no library of these sources for this machine" in str(compiled._choice({}))
 
 
 @needs_library
