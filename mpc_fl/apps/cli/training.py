@@ -192,6 +192,7 @@ def check(
 
     Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
+    from mpc_fl.inference.fast.kernels.compiled import kernels
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
@@ -214,6 +215,7 @@ def check(
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
         shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of["kernels"] = str(kernels())
         of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
@@ -228,6 +230,7 @@ def check(
     for forecast in forecasts:
         say(f"{forecast.described}." + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
+    say(f"Kernels of encrypted diagnosis here: {kernels()}.")
     _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
