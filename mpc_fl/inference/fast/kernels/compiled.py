@@ -2,7 +2,8 @@
 
 Its products are those of 32-bit vectors, eight at a time with AVX2 and sixteen with AVX-512, so nothing is cut into limbs and
 no patches are unfolded. The library holds code for several instruction sets; the best one of this processor that agrees with
-torch's int64 arithmetic on random and extreme values is taken, of those that were tried on a processor. Without the library all else works as it did, more slowly.
+torch's int64 arithmetic on random and extreme values is taken, of those that were ever tried. Without the library all else works
+as it did, more slowly.
 
 The environment variable MPC_FL_KERNELS says what may be used on this machine: `off`, or the name of one instruction set
 (`avx512`, `avx2`, `neon`, `generic`). It is no setting of a run: results are the same bit by bit.
@@ -29,7 +30,7 @@ Pair = tuple[int, int]
 VARIABLE = "MPC_FL_KERNELS"
 _OFF = "off"
 _NAMES = ("avx512", "avx2", "neon", "generic")
-UNTRIED = ("avx512", "neon")  # never run on such a processor by us: taken only where MPC_FL_KERNELS names them
+_UNTRIED = ("avx512", "neon")  # never run on such a processor by us: taken only where MPC_FL_KERNELS names them
 _LIBRARY = Path(__file__).with_name("native") / "ring_kernels.so"
 _INTERFACE = 1  # as in native/ring_kernels.h
 _PANEL = 16
@@ -90,7 +91,7 @@ def _choice(environment: Mapping[str, str]) -> Kernels:
         if wanted:
             raise ConfigError(f"{VARIABLE} is {wanted}, but {why_not}", f"build the library, or leave out {VARIABLE}")
         return Kernels(None, why_not)
-    sets = [each for each in instruction_sets(library) if (wanted or each.name not in UNTRIED) and wanted in ("", each.name)]
+    sets = instruction_sets(library, wanted)
     if not sets:
         raise ConfigError(f"{VARIABLE} is {wanted}, which this processor does not have", f"leave out {VARIABLE}")
     for each in sets:
@@ -126,12 +127,13 @@ def _declare(library: ctypes.CDLL) -> None:
         function.argtypes = [number, pointer, pointer]
 
 
-def instruction_sets(library: ctypes.CDLL) -> list[InstructionSet]:
-    """Those that this processor has, the best first."""
+def instruction_sets(library: ctypes.CDLL, wanted: str = "") -> list[InstructionSet]:
+    """Those that this processor has, the best first: the one that is wanted, or all but those that were never tried."""
     found: list[InstructionSet] = []
     while (name := library.ring_kernels_name(len(found))) is not None:
         found.append(InstructionSet(name.decode(), len(found), library))
-    return [each for each in found if library.ring_kernels_supported(each.number)]
+    here = [each for each in found if library.ring_kernels_supported(each.number)]
+    return [each for each in here if each.name == wanted or (not wanted and each.name not in _UNTRIED)]
 
 
 class CompiledConvolution:
