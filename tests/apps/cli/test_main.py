@@ -111,7 +111,7 @@ def completed(*words: str) -> list[str]:
 
 
 def test_a_shell_completes_commands_groups_and_options() -> None:
-    assert completed("e") == ["estimate"]
+    assert completed("est") == ["estimate"]
     assert completed("pki", "i") == ["init", "issue"]
     assert completed("train", "--l") == ["--ledger"]
 

@@ -44,7 +44,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 def test_check_and_estimate_for_machines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     checked = json.loads(command(capsys, monkeypatch, "check", DEMO, "--json"))
     estimated = json.loads(command(capsys, monkeypatch, "estimate", DEMO, "--json"))
-    assert checked.pop("device").startswith("cpu")
+    assert checked.pop("device").startswith("cpu") and str(checked.pop("kernels"))
     data = checked.pop("data")
     assert (data["patients"], data["training_patients"], data["unit"]) == (3000, [800, 800, 800], "patient")
     assert checked.pop("packages") == {} and checked.pop("ledgers") == []
