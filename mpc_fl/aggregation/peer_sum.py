@@ -57,6 +57,7 @@ import torch
 from mpc_fl.aggregation.linear_check import COIN_BYTES, commitment
 from mpc_fl.aggregation.rules import AgreedSum, Rules, require_hospitals, require_only, require_quorum
 from mpc_fl.aggregation.signed_words import (
+    DEVIATES,
     NOTHING_SAID,
     Signed,
     Subject,
@@ -80,7 +81,6 @@ log = logging.getLogger(__name__)
 
 _LEAST_CLOSING = 2
 _HANDED_ON, _CONFIRM = range(FIRST_STEP)
-_DEVIATES = "it does not follow the protocol; nothing of this sum was opened"
 _CONFIRMED = "mpc-fl slices of a peer sum 1"
 _HEX = 64
 
@@ -229,7 +229,7 @@ class _Part:
 
     def _require_hash(self, name: str, words: torch.Tensor, digest: str) -> None:
         if tensor_digest(words) != digest:
-            raise ProtocolError(f"{name} sent another slice of '{self.agreed.about.why}' than it signed", _DEVIATES)
+            raise ProtocolError(f"{name} sent another slice of '{self.agreed.about.why}' than it signed", DEVIATES)
 
     def _fix(self) -> None:
         """Step 2. The proposer waits for those alone that can be in V."""
@@ -263,7 +263,7 @@ class _Part:
             return
         require_only(self.agreed, self.admitted)
         if missing := [name for name in self.admitted if name not in came]:
-            raise ProtocolError(f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come", _DEVIATES)
+            raise ProtocolError(f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come", DEVIATES)
 
     def _hand_on(self, deadlines: Deadlines) -> None:
         """Step 3, of slices whose hospitals are not in V: the same words of those in V, to who opens them instead."""

@@ -20,6 +20,7 @@ from mpc_fl.sharing.opening import SecretDomain
 
 _PURPOSE = "mpc-fl word to all 1"
 _UNSIGNED = ("word", "signature")
+DEVIATES = "it does not follow the protocol; nothing of this sum was opened"
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,17 @@ def require_one_version(
     for name, signed in mine.items():
         entry = told.get(name) if isinstance(told, dict) else None
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-            raise ProtocolError(f"{hospital} does not repeat what {name} said ('{subject.word}')", _DEVIATES)
+            raise ProtocolError(f"{hospital} does not repeat what {name} said ('{subject.word}')", DEVIATES)
         if entry[0] == signed.digest:
             continue
         if not _is_genuine(domain, name, subject, Signed(entry[0], entry[1])):
-            raise ProtocolError(f"{hospital} repeats what {name} never signed ('{subject.word}')", _DEVIATES)
+            raise ProtocolError(f"{hospital} repeats what {name} never signed ('{subject.word}')", DEVIATES)
         raise ProtocolError(
             f"{name} said one thing to {domain.links.name} and another to {hospital}, and signed both ('{subject.word}')",
-            _DEVIATES,
+            DEVIATES,
         )
 
 
 def _is_genuine(domain: SecretDomain, hospital: str, subject: Subject, signed: Signed) -> bool:
     statement = subject.statement(hospital, signed.digest)
     return signatory_of(domain).is_genuine(hospital, _PURPOSE, statement, signed.signature)
-
-
-_DEVIATES = "it does not follow the protocol; nothing of this sum was opened"

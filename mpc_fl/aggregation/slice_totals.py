@@ -23,7 +23,7 @@ from mpc_fl.aggregation.linear_check import (
     require_number,
     who_deviates,
 )
-from mpc_fl.aggregation.signed_words import Signed, Subject, heard, repeated, require_one_version, say_signed
+from mpc_fl.aggregation.signed_words import DEVIATES, Signed, Subject, heard, repeated, require_one_version, say_signed
 from mpc_fl.aggregation.slices import Slices
 from mpc_fl.aggregation.words import Deadlines, broadcast, hear_all, say
 from mpc_fl.audit.ledger_file import tensor_digest
@@ -34,7 +34,6 @@ from mpc_fl.sharing.opening import SecretDomain
 
 FIRST_STEP = 2  # after slices are handed on and V is confirmed
 _TOTALS, _COIN, _COMBINATIONS, _REPEATED, _SHOWN = range(FIRST_STEP, FIRST_STEP + 5)
-_DEVIATES = "it does not follow the protocol; nothing of this sum was opened"
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,11 +112,11 @@ def _told_totals(fixed: FixedSlices) -> tuple[dict[str, torch.Tensor], dict[str,
         told[name] = heard(domain, name, subject, word)
         opened, said = fixed.slices.opened_by(name, fixed.admitted), word.get("hashes")
         if not isinstance(said, dict) or set(said) != set(opened):
-            raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", _DEVIATES)
+            raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", DEVIATES)
         for piece in opened:
             totals[piece] = _receive(fixed, name, f"total {piece}", piece, _TOTALS)
             if tensor_digest(totals[piece]) != said[piece]:
-                raise ProtocolError(f"{name} sent another total of a slice of '{fixed.why}' than it signed", _DEVIATES)
+                raise ProtocolError(f"{name} sent another total of a slice of '{fixed.why}' than it signed", DEVIATES)
 
     hear_all(links, fixed.peers, "total", take, (fixed.deadlines, _TOTALS))
     return totals, told
@@ -189,7 +188,7 @@ def _blame(
     if lost is not None and not found:
         raise lost
     names = ", ".join(dict.fromkeys(found))
-    raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", _DEVIATES)
+    raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES)
 
 
 def _send(fixed: FixedSlices, tag: str, words: torch.Tensor) -> None:

@@ -15,9 +15,10 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn import functional
@@ -25,6 +26,7 @@ from torch.nn import functional
 from mpc_fl.errors import ConfigError, printable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Pair = tuple[int, int]
 
 VARIABLE = "MPC_FL_KERNELS"
@@ -99,6 +101,18 @@ def _choice(environment: Mapping[str, str]) -> Kernels:
             return Kernels(each)
         log.warning("compiled kernels by %s give wrong results on this machine, a slower way is used", each.name)
     return Kernels(None, "they failed their self-test")
+
+
+def by_kernels(what: str, slower: T, compiled: Callable[[InstructionSet], T], is_same: Callable[[T], bool]) -> T:
+    """What computes `what` here: the compiled way, where there is one and `is_same` finds it to do what `slower` does."""
+    used = kernels().used
+    if used is None:
+        return slower
+    found = compiled(used)
+    if not is_same(found):
+        log.warning("compiled %s by %s are wrong on this machine, a slower way is used", what, used.name)
+        return slower
+    return found
 
 
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:

@@ -29,7 +29,6 @@ direction; sign extension the same.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -38,7 +37,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.inference.fast.kernels.bit_planes import Planes, bits_of, pack, plane_of, planes_of, unpack
-from mpc_fl.inference.fast.kernels.compiled import kernels
+from mpc_fl.inference.fast.kernels.compiled import by_kernels
 from mpc_fl.inference.fast.online.compiled_steps import CompiledSteps
 from mpc_fl.inference.fast.preprocessing.gate_correction import correct, correction_by
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
@@ -48,8 +47,6 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     Result,
     product_rows,
 )
-
-log = logging.getLogger(__name__)
 
 
 class Exchange(Protocol):
@@ -286,14 +283,8 @@ def _extended(material: GateMaterial, opened: np.ndarray, t_plane: Planes, first
 @functools.cache
 def fastest_steps() -> Steps:
     """The compiled kernels, where there are some and they do what numpy does; tested once, within some 20 ms."""
-    found = kernels()
-    if found.used is None:
-        return _NUMPY
-    compiled = CompiledSteps(found.used)
-    if not same_steps(compiled):
-        log.warning("compiled gates by %s are wrong on this machine, a slower way is used", found.used.name)
-        return _NUMPY
-    return compiled
+    slower: Steps = _NUMPY
+    return by_kernels("gates", slower, CompiledSteps, same_steps)
 
 
 def same_steps(steps: Steps) -> bool:

@@ -7,14 +7,13 @@ exactly the same.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.inference.fast.kernels.bit_planes import Planes, bits_of, planes_of
-from mpc_fl.inference.fast.kernels.compiled import kernels
+from mpc_fl.inference.fast.kernels.compiled import by_kernels
 from mpc_fl.inference.fast.preprocessing.compiled_gates import compiled_correction
 from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     ComparisonGate,
@@ -26,7 +25,6 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     product_rows,
 )
 
-log = logging.getLogger(__name__)
 Correction = Callable[[ComparisonGate, Drawn, Drawn, Corrected], None]
 
 
@@ -99,14 +97,8 @@ def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: np.ndarray)
 @functools.cache
 def fastest_correction() -> Correction:
     """The compiled kernels, where there are some and they do what numpy does; tested once, within some 10 ms."""
-    found = kernels()
-    if found.used is None:
-        return correct
-    compiled = compiled_correction(found.used)
-    if not same_correction(compiled):
-        log.warning("compiled corrections by %s are wrong on this machine, a slower way is used", found.used.name)
-        return correct
-    return compiled
+    slower: Correction = correct
+    return by_kernels("corrections", slower, compiled_correction, same_correction)
 
 
 def same_correction(by: Correction) -> bool:

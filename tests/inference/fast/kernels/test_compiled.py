@@ -21,15 +21,12 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.inference.fast.kernels import compiled
 from mpc_fl.inference.fast.kernels.compiled import CompiledConvolution, InstructionSet
 from tests.inference.fast.kernels.test_integer_linear import EXTREMES, elements, exact, geometries
+from tests.support.compiled_kernels import LIBRARY, SETS, needs_library
 
 torch.set_num_threads(1)
 
 PLAIN = ((1, 1), (0, 0), (1, 1), 1)
 REPOSITORY = Path(__file__).resolve().parents[4]
-LIBRARY, WHY_NOT = compiled._load(compiled._LIBRARY)
-WANTED = os.environ.get(compiled.VARIABLE, "").removeprefix("off")  # a set that was never tried is tested by its name
-SETS = [] if LIBRARY is None else compiled.instruction_sets(LIBRARY, WANTED)
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled kernels here: {WHY_NOT}")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,11 +16,7 @@ from mpc_fl.inference.fast.online.comparison import NumpySteps, everything_compu
 from mpc_fl.inference.fast.online.compiled_steps import CompiledSteps
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, Result
 from tests.inference.fast.online.test_comparison import boundaries, check, materials
-
-LIBRARY, WHY_NOT = compiled._load(compiled._LIBRARY)
-WANTED = os.environ.get(compiled.VARIABLE, "").removeprefix("off")  # a set that was never tried is tested by its name
-SETS = [] if LIBRARY is None else compiled.instruction_sets(LIBRARY, WANTED)
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled kernels here: {WHY_NOT}")
+from tests.support.compiled_kernels import SETS, needs_library
 
 
 @pytest.fixture
@@ -103,7 +98,7 @@ def test_wrong_steps_are_found_and_never_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
 ) -> None:
     assert same_steps(CompiledSteps(SETS[0])) and not same_steps(_Wrong(SETS[0]))
-    monkeypatch.setattr(comparison, "kernels", lambda: compiled.Kernels(SETS[0]))
+    monkeypatch.setattr(compiled, "kernels", lambda: compiled.Kernels(SETS[0]))
     monkeypatch.setattr(comparison, "CompiledSteps", _Wrong)
     with caplog.at_level("WARNING"):
         assert isinstance(fastest_steps(), NumpySteps)
@@ -111,5 +106,5 @@ def test_wrong_steps_are_found_and_never_used(
 
 
 def test_without_kernels_numpy_does_it(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
-    monkeypatch.setattr(comparison, "kernels", lambda: compiled.Kernels(None, "a test"))
+    monkeypatch.setattr(compiled, "kernels", lambda: compiled.Kernels(None, "a test"))
     assert isinstance(fastest_steps(), NumpySteps)

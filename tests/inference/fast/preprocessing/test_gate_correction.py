@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,11 +22,7 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     corrected_from,
     draw,
 )
-
-LIBRARY, WHY_NOT = compiled._load(compiled._LIBRARY)
-WANTED = os.environ.get(compiled.VARIABLE, "").removeprefix("off")  # a set that was never tried is tested by its name
-SETS = [] if LIBRARY is None else compiled.instruction_sets(LIBRARY, WANTED)
-needs_library = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled kernels here: {WHY_NOT}")
+from tests.support.compiled_kernels import SETS, needs_library
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def test_wrong_corrections_are_found_and_never_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
 ) -> None:
     assert same_correction(compiled_correction(SETS[0])) and not same_correction(_wrong)
-    monkeypatch.setattr(gate_correction, "kernels", lambda: compiled.Kernels(SETS[0]))
+    monkeypatch.setattr(compiled, "kernels", lambda: compiled.Kernels(SETS[0]))
     monkeypatch.setattr(gate_correction, "compiled_correction", lambda by: _wrong)
     with caplog.at_level("WARNING"):
         assert gate_correction.fastest_correction() is correct
@@ -70,7 +65,7 @@ def test_wrong_corrections_are_found_and_never_used(
 
 
 def test_without_kernels_numpy_does_it(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
-    monkeypatch.setattr(gate_correction, "kernels", lambda: compiled.Kernels(None, "a test"))
+    monkeypatch.setattr(compiled, "kernels", lambda: compiled.Kernels(None, "a test"))
     assert gate_correction.fastest_correction() is correct
 
 
