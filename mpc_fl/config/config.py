@@ -125,7 +125,9 @@ class Config(Section):
         }
         for what, wanted in not_there.items():
             if wanted:
-                raise ValueError(f"there is no {what} yet where federation.coordinator is none; leave it as it is by default")
+                raise ValueError(
+                    f"there is no {what} yet where federation.coordinator is none; leave it as it is by default"
+                )
         return self
 
     @model_validator(mode="after")

@@ -5,9 +5,9 @@ are those of hospitals' work, and a hospital's are longer than the aggregator ca
 is then always given up by whoever waits for it, and never mistaken for somebody that waits itself. docs/protocols/links.md has
 the table. Other tasks have no such chains: their parties wait for `runtime.receive_timeout`.
 
-Without an aggregator (`peer_deadlines_of`) all wait for all, and each step of a sum ends for all at about the same time. What nests is
-a change of the view: who proposes under the next one waits until the last of the others has found out, too, that this one
-comes to nothing.
+Without an aggregator (`peer_deadlines_of`) all wait for all, and each step of a sum ends for all at about the same time. What
+nests is a change of the view: who proposes under the next one waits until the last of the others has found out, too, that this
+one comes to nothing.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ class Deadlines:
 class PeerDeadlines:
     """Seconds, without an aggregator.
 
-    `connect`: until all links are made. `answer`: until a peer has done what takes no work, or takes what is sent. `summand`: until
-    hospitals are ready with a summand. `beginning`: who proposes first, until the others have read their data. `presence`: who proposes, until
-    the others are there for this view, whatever became of the one before. `beyond`: the others, until its proposal, longer than that.
+    `connect`: until all links are made. `answer`: until a peer has done what takes no work, or takes what is sent. `summand`:
+    until hospitals are ready with a summand. `beginning`: who proposes first, until the others have read their data. `presence`:
+    who proposes, until the others are there for this view, whatever became of the one before. `beyond`: the others, until its
+    proposal, longer than that.
     """
 
     connect: float

@@ -50,7 +50,8 @@ class FederationSection(Section):
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
     coordinator: Literal["aggregator", "none"] = Field(
-        default="aggregator", description="who leads training and opens its sums: the aggregator, or all hospitals in turn"
+        default="aggregator",
+        description="who leads training and opens its sums: the aggregator, or all hospitals in turn",
     )
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"

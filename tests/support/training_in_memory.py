@@ -21,7 +21,7 @@ import torch
 from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.crypto.signatory import Signatory
-from mpc_fl.federation import aggregator_program, hospital_program
+from mpc_fl.federation import aggregator_program, hospital_program, peer_program
 from mpc_fl.files import read_json_lines
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.handshake import Agreement
@@ -95,6 +95,7 @@ class Training:
         for program in (aggregator_program, hospital_program):
             monkeypatch.setattr(program, "connect", self._links)
             monkeypatch.setattr(program, "training_runtime", self._runtime)
+        monkeypatch.setattr(peer_program, "connect", self._links)
 
     def start_anew(self) -> None:
         """Fresh links between all parties, as when they are started again."""
@@ -115,7 +116,8 @@ class Training:
                 if name == AGGREGATOR:
                     aggregator_program.run(self.placed[name], lambda *_: None)
                 else:
-                    hospital_program.run(self.placed[name], split_name(name)[1], lambda *_: None)
+                    program = peer_program if self.config.among_peers else hospital_program
+                    program.run(self.placed[name], split_name(name)[1], lambda *_: None)
                 self.said[name] = "finished"
             except DroppedError:
                 self.said[name] = "dropped"
@@ -149,7 +151,9 @@ class Training:
         logger = logging.getLogger("mpc_fl")
         logger.addHandler(handler)
         torch.set_num_threads(1)
-        threads = {name: threading.Thread(target=self._party, args=(name,), daemon=True) for name in self.placed}
+        threads = {
+            name: threading.Thread(target=self._party, args=(name,), name=name, daemon=True) for name in self.placed
+        }
         self.clock.expect(len(threads))
         for thread in threads.values():
             thread.start()
