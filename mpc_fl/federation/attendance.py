@@ -27,6 +27,7 @@ from mpc_fl.roles import AGGREGATOR
 
 log = logging.getLogger(__name__)
 
+ROUNDS_FILE = "rounds.jsonl"  # among peers: what was opened of each round, alike at all hospitals that were in it
 _PRESENT = "present"
 _LOOK = 0.2
 

@@ -27,7 +27,7 @@ from mpc_fl.crypto.certificates import received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import LeftOutError, PeerLostError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
-from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
@@ -48,8 +48,6 @@ from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
-
-ROUNDS_FILE = "rounds.jsonl"  # what was opened of each round, alike at all hospitals that were in it
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:

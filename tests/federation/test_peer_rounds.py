@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mpc_fl.federation.peer_program import ROUNDS_FILE
+from mpc_fl.federation.attendance import ROUNDS_FILE
 from mpc_fl.files import read_json_lines
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.roles import AGGREGATOR

@@ -17,7 +17,7 @@ from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE
 from mpc_fl.crypto.certificates import load_root
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.federation.peer_program import ROUNDS_FILE
+from mpc_fl.federation.attendance import ROUNDS_FILE
 from mpc_fl.files import read_json_lines
 from tests.support.training_in_memory import Training
 
