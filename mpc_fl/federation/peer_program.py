@@ -150,16 +150,22 @@ class _Run:
             self._begin_ledger(plan)
         settling.settle(self.ledger)
         if plan.normalised:
-            self.results[-1].hospitals = plan.hospitals
+            self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
         else:
-            if self.results[-1].drafted is not None:
-                self.results[-1].state = KeptState.of(self.peer)
-                self.results.append(_Result())
-            before.restore(self.peer)
+            self._go_back(before)
             rules = replace(self.rules, opener=proposer)
             self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
         self.links.set_phase(f"round {number} signatures")
         self._sign(plan, self.results[-1])
+
+    def _go_back(self, before: KeptState) -> None:
+        """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
+        signed = [result for result in self.results if result.drafted is not None and result.state is None]
+        state = KeptState.of(self.peer) if signed else None
+        for result in signed:
+            result.state = state
+        before.restore(self.peer)
+        self.results.append(_Result())
 
     def _finish(self, plan: RoundPlan, complete: Block) -> None:
         """Keep a block that was complete under an earlier view, when a quorum has it."""

@@ -53,6 +53,7 @@ from mpc_fl.federation.preparation import (
 )
 from mpc_fl.federation.secure_evaluation import (
     Evaluated,
+    OwnDecisions,
     agreed_evaluation,
     counts_to_sum,
     evaluation_rules,
@@ -182,17 +183,22 @@ class PeerRound:
         hospital, common, plan = self.peer.hospital, self.peer.common, self.plan
         config, rules = hospital.config, evaluation_rules(hospital.config, self.rules, whom)
         self.domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
-        found = own_evaluation(hospital, plan.number, whom)
         if not config.evaluates(plan.number, whom) or len(hospitals) < rules.smallest:
-            return found.own, hospitals
+            return own_evaluation(hospital, plan.number, whom).own, hospitals
+        kept = list[OwnDecisions]()
+
+        def summand() -> Summand:
+            kept.append(own_evaluation(hospital, plan.number, whom))
+            return counts_to_sum(hospital, kept[0], plan, whom)
+
         agreed = agreed_evaluation(config, hospitals, plan, whom, common.digests)
         try:
-            present, total = self._sum(rules, agreed, lambda: counts_to_sum(hospital, found, plan, whom))
+            present, total = self._sum(rules, agreed, summand)
         except QuorumError as error:  # nothing was opened, which all of them have found alike
             log.warning("%s", error)
-            return found.own, hospitals
+            return kept[0].own, hospitals
         opened[whom] = opened_evaluation(config, total, len(present), whom)
-        return found.own, present
+        return kept[0].own, present
 
     def _sum(
         self, rules: Rules, agreed: AgreedSum, summand: Callable[[], Summand]
