@@ -108,17 +108,21 @@ class PeerAttendance:
                 raise
             except (PeerLostError, ProtocolError) as error:
                 reason = Reason(error.what, _lost_with(error))
+                say(self._agreeing(number, tried), self._alive, "void", reason=error.for_peers)
             next_one = self.proposer(number, tried + 1)
             log.warning("round %d under %s came to nothing: %s; %s is next", number, proposer, reason.why, next_one)
         raise SumLostError(f"round {number} came to nothing under every hospital", "see the logs of the hospitals")
 
     def void(self, number: int, view: int, reason: Reason) -> None:
         """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
-        give_up(self.signing(number, view), self._others, reason.why)
+        give_up(self.signing(number, view), self._alive, reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""
         return self.domain.links.scoped(f"{what} {number} {view}")
+
+    def _agreeing(self, number: int, view: int) -> Links:
+        return self.domain.links.scoped(f"agreed {number} {view}")
 
     def conclude(self, number: int) -> None:
         """After the last block: stay until all others that are linked have it, and give it to who lacks it."""
@@ -149,7 +153,7 @@ class PeerAttendance:
     def _say_present(self, standing: Standing, view: int, reason: Reason) -> None:
         mine = self._proposals.own_presence(standing, view, reason, self.ledger, self.complete)
         values, subject = asdict(mine), self._proposals.subject("present", mine.view_of)
-        signed = say_signed(self.domain, self._links, self._others, subject, values)
+        signed = say_signed(self.domain, self._links, self._alive, subject, values)
         self._latest[self.me] = mine, {**values, "signature": signed.signature}
 
     def _take_words(self) -> None:
@@ -218,7 +222,7 @@ class PeerAttendance:
                 if late or all(self._is_present(name, (number, view)) for name in alive):
                     values = self._proposals.proposed(standing, self.members, alive, self._latest)
                     subject = self._proposals.subject("proposal", (number, view))
-                    signed = say_signed(self.domain, self._links, self._others, subject, values)
+                    signed = say_signed(self.domain, self._links, self._alive, subject, values)
                     return {**values, "signature": signed.signature}
             elif (word := self._proposed.get(proposer)) and (word.get("number"), word.get("view")) == (number, view):
                 return word
@@ -242,7 +246,7 @@ class PeerAttendance:
         a proposer tells it alone is no proposal."""
         domain, plan, mine = self.domain, proposal.plan, {proposer: proposal.signed}
         links, (about, agreed) = (
-            self.domain.links.scoped(f"agreed {plan.number} {plan.attempt}"),
+            self._agreeing(*plan.round_of),
             (self._proposals.subject(word, plan.round_of) for word in ("proposal", "agreed")),
         )
         others = [name for name in plan.hospitals if name != self.me]
@@ -253,12 +257,9 @@ class PeerAttendance:
 
         try:
             if self.me in plan.hospitals:  # to all: a hospital that was told another proposal waits for this one, too
-                say_signed(domain, links, self._others, agreed, {"repeated": repeated(mine)})
+                say_signed(domain, links, self._alive, agreed, {"repeated": repeated(mine)})
             now = time.monotonic()
             hear_all(links, others, "agreed", take, (Deadlines(f"round {plan.number}", now, self.deadlines.answer), 0))
-        except MpcFlError as error:
-            say(links, self._others, "void", reason=error.for_peers)
-            raise
         finally:
             links.end_scope()
 

@@ -15,9 +15,16 @@ from tests.support.peer_rounds import among_peers, model_of, names, require_soun
 from tests.support.training_in_memory import FOR_GOOD, KILLED, SETTINGS, Sleeper, Training
 
 FIXED = {**SETTINGS["training"], "sampling_seed": 5}
+MANY = {"train_patients": 100, "test_patients": 20}
 WAYS: list[tuple[int, dict[str, dict[str, Any]]]] = [
     (3, {"training": {"strategy": "fedavg", "local_steps": 2}, "data": {"normalise": "secure"}}),
-    (5, {"training": {"strategy": "fedadam", "average_last": 2}, "data": {"validation_fraction": 0.2}}),
+    (
+        5,
+        {
+            "training": {"strategy": "fedadam", "average_last": 2},
+            "data": {"validation_fraction": 0.3, "phantoms": MANY},
+        },
+    ),
     (3, {"training": {"strategy": "fedsgd"}, "evaluation": {"every": 1}}),
 ]
 
