@@ -86,7 +86,7 @@ class PeerAttendance:
         the others go on without this one.
         """
         number = standing.number
-        for tried in range(view, view + 2 * len(self.rules.hospitals)):
+        for tried in range(view, 2 * len(self.rules.hospitals)):
             if tried < view:
                 continue  # the others are further
             proposer = self.proposer(number, tried)
