@@ -121,7 +121,6 @@ class Config(Section):
             "evaluation.choose best, and evaluation.calibrate": self.evaluation.chooses,
             "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
             "runtime.restarts": self.runtime.restarts > 0,
-            "site.resume (--resume)": self.site.resume,
         }
         for what, wanted in not_there.items():
             if wanted:

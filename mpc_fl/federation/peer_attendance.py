@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -43,7 +43,15 @@ from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.peer_signing import give_up
 from mpc_fl.audit.reveal_ledger import Block, block_from, to_json
 from mpc_fl.config.deadlines import PeerDeadlines
-from mpc_fl.errors import SAME_VERSION, LeftOutError, MpcFlError, PeerLostError, ProtocolError, SumLostError
+from mpc_fl.errors import (
+    SAME_VERSION,
+    LeftOutError,
+    MpcFlError,
+    PeerLostError,
+    ProtocolError,
+    QuorumError,
+    SumLostError,
+)
 from mpc_fl.federation.peer_proposal import Presence, Proposal, Proposals, Reason, Standing
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
@@ -56,7 +64,8 @@ _WORDS = ("present", "proposal", "block")
 @dataclass
 class PeerAttendance:
     """A hospital's part in who takes part. `members` are the parties of the last block; `complete` a block that has all signatures
-    and was not kept, with the view of which it is."""
+    and was not kept, with the view of which it is. A run that goes on after all have stopped `needs_all` members for its first
+    plan: one that is missing may be the only one that has kept a block."""
 
     domain: SecretDomain
     ledger: RevealLedger
@@ -65,6 +74,8 @@ class PeerAttendance:
     about_run: tuple[str, str]  # session and digest of the configuration
     members: tuple[str, ...] = ()
     complete: tuple[int, Block] | None = None
+    needs_all: bool = False
+    _began: bool = False
     _latest: dict[str, tuple[Presence, dict[str, Any]]] = field(default_factory=dict)
     _proposed: dict[str, dict[str, Any]] = field(default_factory=dict)
     _given: set[tuple[str, int]] = field(default_factory=set)
@@ -97,9 +108,13 @@ class PeerAttendance:
                 if word is None:
                     return None
                 proposal = self._proposals.sound(standing, proposer, word, self._latest[self.me][0])
+                self._require_all(number, proposal.plan.hospitals)
                 self._sign_together(proposal, proposer)
                 if self.me not in proposal.plan.hospitals:
                     raise LeftOutError(self.me, f"round {number}, which {proposer} proposed")
+                self._began, self.needs_all = True, False
+                if absent := [name for name in self.members if name not in proposal.plan.hospitals]:
+                    log.warning("round %d goes on without %s", number, ", ".join(absent))
                 return proposal
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
@@ -147,6 +162,14 @@ class PeerAttendance:
         if len(present) < self.rules.smallest == len(self.rules.hospitals) and reason.lost:
             raise PeerLostError(reason.lost, reason.why, f"see the log of {reason.lost}")
         require_quorum(self.rules, present, self.rules.hospitals, f"round {number}")
+
+    def _require_all(self, number: int, hospitals: Collection[str]) -> None:
+        missing = [name for name in self.members if name not in hospitals]
+        if self.needs_all and missing:
+            raise QuorumError(
+                f"round {number}: to go on after all have stopped takes all hospitals of the last block; {missing[0]} is missing",
+                "start it too, with --resume",
+            )
 
     # ---- step 1 ----------------------------------------------------------------------------------------------------
 
@@ -210,7 +233,7 @@ class PeerAttendance:
 
         Raises `PeerLostError` naming the proposer."""
         number, blocks, proposer = standing.number, self.ledger.chain.blocks, self.proposer(standing.number, view)
-        seconds = self.deadlines.beginning if number == view == 0 else self.deadlines.presence
+        seconds = self.deadlines.presence if self._began or view else self.deadlines.beginning
         until = time.monotonic() + seconds + (0 if proposer == self.me else self.deadlines.beyond)
         while True:
             self._take_words()
@@ -221,6 +244,7 @@ class PeerAttendance:
             if proposer == self.me:
                 if late or all(self._is_present(name, (number, view)) for name in alive):
                     values = self._proposals.proposed(standing, self.members, alive, self._latest)
+                    self._require_all(number, values["hospitals"])
                     subject = self._proposals.subject("proposal", (number, view))
                     signed = say_signed(self.domain, self._links, self._alive, subject, values)
                     return {**values, "signature": signed.signature}

@@ -35,9 +35,9 @@ from mpc_fl.federation.peer_attendance import PeerAttendance
 from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
-from mpc_fl.federation.peer_state import KeptState, Peer, digest_of_common, first_state
+from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
 from mpc_fl.federation.planning import peer_rules
-from mpc_fl.files import append_json_line
+from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
@@ -75,6 +75,7 @@ class _Result:
     opened: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] | None = None
     made: str = ""
+    seconds: float = 0.0
     drafted: Block | None = None
     state: KeptState | None = None
 
@@ -92,13 +93,18 @@ class _Run:
         self.domain = SecretDomain(links, present, ledger, signatory=signatory)
         about_run = (config.federation.session, config.digest())
         self.attendance = PeerAttendance(self.domain, ledger, self.rules, peer_deadlines_of(config), about_run)
-        self.results = [_Result()]
+        if ledger.blocks:
+            self.attendance.members = ledger.blocks[-1].parties
+            self.attendance.needs_all = True
+        self.results, self.begun_before = [_Result()], False
         require_allowed_members(self.certificates.values(), config)
 
     def until_complete(self) -> None:
         """Round after round, until all have signed that the run is complete."""
-        for number in range(self.config.last_round + 2):
-            self._round(number)
+        first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
+        for number in range(first, self.config.last_round + 2):
+            if not self.ledger.chain.ended:
+                self._round(number)
         self.links.set_phase("conclusion")
         self.attendance.conclude(self.config.last_round + 2)
 
@@ -116,7 +122,7 @@ class _Run:
                 if block.kind == "start":
                     self.attendance.members = block.parties
                     continue
-                self._go_back_to(block)
+                self._go_back_to(block, number)
                 break
             view = proposal.plan.attempt
             try:
@@ -130,7 +136,8 @@ class _Run:
                 reason = Reason(error.what, lost)
                 self.attendance.void(number, view, reason)
                 view += 1
-        self._keep(number, time.monotonic() - began)
+        self.attendance.members = self.ledger.blocks[-1].parties
+        log.info("round %d took %.1f s", number, time.monotonic() - began)
 
     def _follow(self, proposal: Proposal, before: KeptState) -> None:
         """What a plan says: the sums of the round, unless all of its hospitals have made them, and the signatures.
@@ -149,6 +156,7 @@ class _Run:
         elif not self.ledger.blocks:
             self._begin_ledger(plan)
         settling.settle(self.ledger)
+        self.begun_before = bool(self.ledger.pending) and not plan.normalised
         if plan.normalised:
             self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
         else:
@@ -172,7 +180,7 @@ class _Run:
         if self.links.name not in complete.parties:
             raise LeftOutError(self.links.name, complete.about)
         if complete.kind != "start":
-            self._go_back_to(complete)
+            self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
         self.attendance.complete = plan.attempt, complete
@@ -183,19 +191,29 @@ class _Run:
             if not set(plan.hospitals) <= set(complete.parties):
                 raise SumLostError("the ledger was begun by fewer hospitals", "those go on")
 
-    def _go_back_to(self, block: Block) -> None:
-        """Take the state of the result that a block is about. Raises `LeftOutError` where this hospital has not signed it."""
+    def _go_back_to(self, block: Block, number: int) -> None:
+        """Take the state of the result of round `number` that a block is about, which may be that of an earlier start.
+
+        Raises `LeftOutError` where this hospital has not made it.
+        """
         for result in reversed(self.results):
             if result.drafted is not None and result.drafted.content_digest() == block.content_digest():
                 if result.state is not None:
                     result.state.restore(self.peer)
-                self.results.append(result)
+                self._write_down(number, result)
                 return
-        raise LeftOutError(self.links.name, f"{block.about}, which it has not signed")
+        # Signed in an earlier start, which has kept what it takes.
+        out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
+        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == block.values:
+            save_model(out / MODEL_FILE, self.peer.hospital.model, self.config, self.peer.common.normalisation, None)
+        elif is_in and block.kind != "end":
+            resume(self.peer, out, self.ledger)
+        else:
+            raise LeftOutError(self.links.name, f"{block.about}, which it has not signed")
 
     def _make(self, made: PeerRound, result: _Result) -> None:
         """The sums of a round."""
-        number, hospital = made.plan.number, self.peer.hospital
+        number, hospital, began = made.plan.number, self.peer.hospital, time.monotonic()
         result.hospitals, result.opened, result.own, result.made = made.plan.hospitals, {}, None, ""
         figures, seconds = dict[str, Any](), {"train": 0.0, "aggregate": 0.0}
         if number == 0:
@@ -208,6 +226,7 @@ class _Run:
         evaluated = time.monotonic()
         own, opened = made.evaluate(result.hospitals)
         seconds["evaluate"] = time.monotonic() - evaluated
+        result.seconds = time.monotonic() - began
         result.opened = opened_json(opened)
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
@@ -233,8 +252,10 @@ class _Run:
             kind, about, values = "end", f"the run is complete{again}", values_of_end(self.peer.hospital)
         else:
             complete = all({*opening.among, *opening.to} <= set(result.hospitals) for opening in ledger.pending)
-            kind, about = "openings" if complete else "abandoned", f"round {number}{again}"
+            kind = "openings" if complete and not self.begun_before else "abandoned"
+            about = f"round {number}{again}"
             values = {"global model": common.digests.parameters}
+            self._write_down(number, result)
         try:
             self._signed(plan, signers, kind, about, values)
         finally:
@@ -263,17 +284,18 @@ class _Run:
         links = self.attendance.signing(plan.number, plan.attempt, what)
         return PeerSigners(self.ledger, links, hospitals, self.rules.smallest, self.certificates)
 
-    def _keep(self, number: int, seconds: float) -> None:
-        """What was opened of a round that all have signed, for this site's own files."""
-        result = self.results[-1]
-        out = site_directory(self.config)
-        self.attendance.members = self.ledger.blocks[-1].parties
+    def _write_down(self, number: int, result: _Result) -> None:
+        """What there is of a round in this site's own files, before all sign it: who has signed has kept what it takes to go on."""
         if number > self.config.last_round:
             return
-        line = {"round": number, "hospitals": list(self.attendance.members), "seconds": seconds}
+        out, before = site_directory(self.config), lambda line: line["round"] < number
+        keep_json_lines(out / ROUNDS_FILE, before)
+        keep_json_lines(out / "metrics.jsonl", before)
+        line = {"round": number, "hospitals": list(result.hospitals), "seconds": result.seconds}
         append_json_line(out / ROUNDS_FILE, {"evaluation": None, **line, **result.opened})
         if number and result.own is not None:
             append_json_line(out / "metrics.jsonl", result.own)
+        checkpoint(self.peer, out, number)
 
 
 def _pem(certificate: x509.Certificate) -> str:

@@ -10,16 +10,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from mpc_fl.aggregation.transcript import digest_of
-from mpc_fl.audit.ledger_file import tensor_digest
+from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
+from mpc_fl.errors import MpcFlError
 from mpc_fl.federation.aggregator_state import Aggregator
+from mpc_fl.federation.attendance import COMMON
+from mpc_fl.federation.audit_trail import signed_model
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.normalisation import Normalisation
-from mpc_fl.learning.models.parameters import flatten_buffers
+from mpc_fl.learning.models.parameters import flatten_buffers, load_flat_buffers
 
 
 @dataclass
@@ -38,6 +42,36 @@ def first_state(hospital: Hospital, common: Aggregator) -> Peer:
     if common.normalisation is not None:
         hospital.normalise(common.normalisation)
     return Peer(hospital, common)
+
+
+def checkpoint(peer: Peer, directory: Path, number: int) -> None:
+    """Keep what all have in common after round `number`, and what is this hospital's own."""
+    peer.hospital.checkpoint(directory, number)
+    peer.common.checkpoint(directory / COMMON, number)
+
+
+def resume(peer: Peer, directory: Path, ledger: RevealLedger) -> int:
+    """Go back to the state after the last round that all have signed, by this hospital's ledger; its number, -1 for none.
+
+    Raises `MpcFlError` where it was not kept, or is not what was signed.
+    """
+    numbers = range(peer.common.config.last_round, -1, -1)
+    number = next((each for each in numbers if signed_model(ledger, each) is not None), -1)
+    if number < 0:
+        return number
+    common, hospital = peer.common, peer.hospital
+    found = common.resume(directory / COMMON, lambda each: signed_model(ledger, each) if each == number else None)
+    if not found:
+        raise MpcFlError(f"{directory} holds no state after round {number}", "remove it and start the run anew")
+    statistics = flatten_buffers(common.model)
+    normalisation = None if common.normalisation is None else common.normalisation.tensor()
+    common.digests.take(parameters=common.shared_parameters, statistics=statistics, normalisation=normalisation)
+    load_flat_buffers(hospital.model, statistics)
+    if common.normalisation is not None:
+        hospital.normalise(common.normalisation)
+    hospital.take_global(common.shared_parameters)
+    hospital.resume(directory, number)
+    return number
 
 
 def digest_of_common(common: Aggregator) -> str:

@@ -60,7 +60,6 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
         ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
         ({"data": {"validation_fraction": 0.2}, "evaluation": {"choose": "best"}}, "no evaluation.choose best"),
         ({"runtime": {"restarts": 1}}, "no runtime.restarts yet"),
-        ({"site": {"resume": True}}, "no site.resume"),
     ],
 )
 def test_what_a_run_without_a_coordinator_cannot_have_is_refused(values: dict[str, Any], message: str) -> None:

@@ -64,7 +64,7 @@ def test_distributed_noise_among_peers(tmp_path: Path, monkeypatch: pytest.Monke
 
 # hospital-1 proposes round 1, hospital-3 nothing in it but under the third view.
 PLACES = ["agreed 1 0/", "transcript update 1 0", "peers update 1 0 0/slice", "peers update 1 0 0/word"]
-PLACES += ["peers update 1 0 0/total", "peers update 1 0 0/keys", "block 1 0/signed", "block 1 0/complete"]
+PLACES += ["peers update 1 0 0/total", "keys update 1 0 0", "block 1 0/signed", "block 1 0/complete"]
 
 
 @pytest.mark.parametrize("seconds", [KILLED, FOR_GOOD], ids=["killed", "stopped"])
@@ -115,3 +115,43 @@ def test_one_that_is_too_late_is_left_out_and_says_so(tmp_path: Path, monkeypatc
     run.run(Sleeper("hospital-2", "peers update 1 0 0/slice", 45.0))
     require_sound(run, [name for name in names(5) if name != "hospital-2"])
     assert "LeftOutError: hospital-2 was left out" in run.said["hospital-2"]
+
+
+STOPS = [
+    "transcript evaluation 0 0",
+    "peers update 1 0 0/total",
+    "keys update 1 0 0",
+    "block 1 0/signed",
+    "block 1 0/complete",
+]
+STOPS += ["peers update 2 0 0/slice", "block 3 0/complete"]
+
+
+@pytest.mark.parametrize("place", STOPS)
+def test_a_run_that_stopped_goes_on_to_the_same_model(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"training": FIXED, "data": {**SETTINGS["data"], "normalise": "secure"}}
+    whole = among_peers(tmp_path / "whole", monkeypatch, 3, **changes)
+    whole.run()
+    run = among_peers(tmp_path / "run", monkeypatch, 3, **changes)
+    sleeper = Sleeper("hospital-2", place, KILLED)
+    run.run(sleeper)
+    assert sleeper.slept and "finished" not in set(run.said.values())
+    run.placed = {name: config.with_values(site={"resume": True}) for name, config in run.placed.items()}
+    run.start_anew()
+    run.run()
+    require_sound(run, names(3))
+    assert same(model_of(run, "hospital-0"), model_of(whole, "hospital-0"))
+
+
+def test_a_run_that_stopped_does_not_go_on_without_one_that_may_have_kept_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = among_peers(tmp_path, monkeypatch, 5, federation={"quorum": 5})
+    run.run(Sleeper("hospital-2", "peers update 2 0 0/slice", KILLED))
+    resumed = {"site": {"resume": True}, "federation": {"quorum": 5}}
+    run.placed = {name: config.with_values(**resumed) for name, config in run.placed.items()}
+    run.start_anew()
+    run.run(Sleeper("hospital-2", 0, KILLED))
+    assert "finished" not in set(run.said.values())

@@ -54,7 +54,7 @@ from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.exhaustion import system_error
-from mpc_fl.federation.attendance import ROUNDS_FILE
+from mpc_fl.federation.attendance import COMMON, ROUNDS_FILE
 from mpc_fl.federation.checkpoint import keep_last_checkpoint
 from mpc_fl.files import read_json_lines, write_json, write_text, written_whole
 from mpc_fl.inference.diagnosis import require_supported
@@ -90,7 +90,8 @@ def train(
     with run_directory(out, resume) as directory, reopened(directory, config):
         write_text(directory / "config.yaml", config.to_yaml())
         began, aggregator = time.monotonic(), directory / "parties" / AGGREGATOR
-        _move(directory, aggregator)  # where a run that failed when all parties had finished has them
+        if not config.among_peers:
+            _move(directory, aggregator)  # where a run that failed when all parties had finished has them
         lost = launch(config, directory, progress, starter)
         if config.among_peers:
             _take_from_peers(config, directory, lost)
@@ -131,6 +132,7 @@ def train(
         forget_identities(config, directory)
         for party in (directory / "parties").iterdir():
             keep_last_checkpoint(party)  # for a run that is given more rounds
+            shutil.rmtree(party / COMMON, ignore_errors=True)  # which one among peers is not
     return summary
 
 
