@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 
 from mpc_fl.aggregation.signed_words import Signed
+from mpc_fl.audit.ledger_audit import parse_line
+from mpc_fl.audit.ledger_file import now
+from mpc_fl.audit.peer_signing import PeerSigners
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE, sign_block, to_json
 from mpc_fl.federation import peer_attendance, peer_program
 from mpc_fl.federation.peer_proposal import Proposals
 from tests.support.peer_rounds import among_peers, names, require_sound
@@ -138,3 +142,23 @@ def test_a_silent_proposer_is_replaced(tmp_path: Path, monkeypatch: pytest.Monke
     run.run(silent=(PROPOSER,))
     require_sound(run, [name for name in names(5) if name != PROPOSER])
     assert any(f"{PROPOSER} proposed nothing within" in line for line in went_on(run)), run.log
+
+
+def test_two_signatures_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are genuine, so two ledgers would have two seals: nobody keeps the block."""
+
+    def say(original: Any, self: PeerSigners, to: list[str], tag: str, value: dict[str, Any]) -> None:
+        if tag == "signed" and self.drafted is not None and self.drafted.about == "round 1":
+            another = to_json(sign_block(self.drafted, self.ledger.identity, now()))
+            original(self, ["hospital-2"], tag, {**value, "signature": another})
+            to = [name for name in to if name != "hospital-2"]
+        original(self, to, tag, value)
+
+    run = among_peers(tmp_path, monkeypatch)
+    only_at(monkeypatch, PROPOSER, PeerSigners, "_say", say)
+    run.run()
+    named = [name for name, said in run.said.items() if f"{PROPOSER} gave one signature of a block to" in said]
+    assert "hospital-2" in named and len(named) >= 3, run.said
+    for name in names(5):
+        blocks = [parse_line(line) for line in (run.party(name) / LEDGER_FILE).read_bytes().splitlines()]
+        assert [block.about for block in blocks] == ["the run begins", "round 0"]

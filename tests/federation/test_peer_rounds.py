@@ -62,6 +62,17 @@ def test_distributed_noise_among_peers(tmp_path: Path, monkeypatch: pytest.Monke
         assert [record["round"] for record in ledger.records() if record["released"]] == [1, 2]
 
 
+def test_a_round_that_is_made_anew_is_charged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    privacy = {"mechanism": "distributed", "noise_multiplier": 3.0, "delta": 1e-3, "epsilon": 90.0, "spare_rounds": 2}
+    run = among_peers(tmp_path, monkeypatch, privacy=privacy)
+    run.run(Sleeper("hospital-1", "peers gradient 1 0 0 0/total", KILLED))
+    others = [name for name in names(5) if name != "hospital-1"]
+    require_sound(run, others)
+    for name in others:
+        ledger = PrivacyLedger(run.party(name) / f"{name}-privacy.sqlite3", name)
+        assert [record["round"] for record in ledger.records() if record["released"]] == [1, 1, 2]
+
+
 # hospital-1 proposes round 1, hospital-3 nothing in it but under the third view.
 PLACES = ["agreed 1 0/", "transcript update 1 0", "peers update 1 0 0/slice", "peers update 1 0 0/word"]
 PLACES += ["peers update 1 0 0/total", "keys update 1 0 0", "block 1 0/signed", "block 1 0/complete"]
