@@ -79,9 +79,10 @@ def peer_rules(config: Config) -> Rules:
 def _require_hidden(config: Config) -> None:
     federation, colluders = config.federation, config.privacy.colluders or 0
     if colluders > federation.quorum_size - 2:
+        whom = f"{federation.quorum_size - 2} hospitals"
         raise ConfigError(
-            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from the "
-            f"aggregator with {federation.quorum_size - 2} hospitals, not with privacy.colluders={colluders}",
+            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from "
+            f"{whom if config.among_peers else f'the aggregator with {whom}'}, not with privacy.colluders={colluders}",
             "raise federation.quorum, or lower privacy.colluders",
         )
 

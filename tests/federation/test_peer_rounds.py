@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpc_fl.apps.runs.estimate import estimate_training
 from mpc_fl.federation.attendance import ROUNDS_FILE
 from mpc_fl.files import read_json_lines
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
@@ -60,6 +62,20 @@ def test_distributed_noise_among_peers(tmp_path: Path, monkeypatch: pytest.Monke
     for name in names(3):
         ledger = PrivacyLedger(run.party(name) / f"{name}-privacy.sqlite3", name)
         assert [record["round"] for record in ledger.records() if record["released"]] == [1, 2]
+
+
+def test_hospitals_send_what_was_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = {**SETTINGS["data"], "image_size": 16}, {"architecture": "mlp", "hidden": [64]}
+    run = among_peers(tmp_path, monkeypatch, 3, data=data, model=model)
+    run.run()
+    expected = estimate_training(run.config, [10, 10, 10])
+    assert expected.bytes_sent_by_aggregator == 0
+    for name in names(3):
+        phases = json.loads((run.party(name) / "traffic.json").read_text())["phases"].values()
+        counts = [count for phase in phases for count in phase["peers"].values()]
+        sent, messages = sum(count["bytes_sent"] for count in counts), sum(count["messages_sent"] for count in counts)
+        assert 0.8 * sent < expected.bytes_sent_per_hospital < 1.25 * sent, sent
+        assert 0.8 * messages < expected.messages_per_hospital < 1.25 * messages, messages
 
 
 def test_a_round_that_is_made_anew_is_charged_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,10 +63,11 @@ _IDLE_BYTES = 460 << 20
 _IDLE_BYTES_OF_ITS_OWN = 100 << 20
 _IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
-# Among peers, to each other hospital: for each one of a sum, combinations of its slices and signatures that are repeated;
-# messages of a sum (transcript, slice twice, confirmation, total twice, coin, combinations, what was heard, keys) and of a round
-# (presence, a signature over its proposal, two about its block).
-_SAID_OF_SLICES = 1000
+# Among peers, to each other hospital: bytes for each one that is in a sum (combinations of its slices, signatures that are
+# repeated) or in a round (what it said of itself, its signatures); messages of a sum (transcript, slice twice, confirmation,
+# total twice, coin, combinations, what was heard, keys) and of a round (presence, a signature over its proposal, two of its block).
+_SAID_OF_SLICES = 1800
+_SAID_OF_A_ROUND = 1200
 _MESSAGES_OF_A_PEER_SUM = 10
 _MESSAGES_OF_A_PEER_ROUND = 4
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
@@ -136,7 +137,8 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
     sent = 1 + messages * opened + signed  # it announces itself
     if config.among_peers:  # slices, then totals, and to each other hospital keys and what is said of them
         others, down = hospitals - 1, 0
-        up = 2 * summands * others // hospitals + opened * others * (keys + _SAID_OF_SLICES * hospitals)
+        said = opened * _SAID_OF_SLICES + (config.last_round + 2) * _SAID_OF_A_ROUND
+        up = 2 * summands * others // hospitals + others * (opened * keys + hospitals * said)
         sent = others * (1 + _MESSAGES_OF_A_PEER_SUM * opened + _MESSAGES_OF_A_PEER_ROUND * (config.last_round + 3))
     return TrainingEstimate(
         parameters=parameters,
