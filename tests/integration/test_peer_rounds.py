@@ -10,7 +10,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from mpc_fl.apps.cli.main import app
+from mpc_fl.apps.cli import ledger
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_runs import train
 from mpc_fl.apps.runs.party_starter import PartyStarter, modules_to_share
@@ -37,7 +37,7 @@ def test_a_whole_run_of_three(tmp_path: Path) -> None:
     out = tmp_path / "run"
     summary = train(configuration(3), out, "test", lambda *_: None)
     assert summary.final is not None and summary.took_part["2"] == ["hospital-0", "hospital-1", "hospital-2"]
-    verified = CliRunner().invoke(app, ["ledger", "verify", str(out)])
+    verified = CliRunner().invoke(ledger.app, ["verify", str(out)])
     assert verified.exit_code == 0, verified.output
     for name in (
         "model.safetensors",
