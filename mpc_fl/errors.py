@@ -141,6 +141,15 @@ class PeerLostError(LinkError):
         super().__init__(what, fix)
 
 
+class LeftOutError(PeerLostError):
+    """The other hospitals go on without this one."""
+
+    def __init__(self, me: str, what: str) -> None:
+        super().__init__(
+            me, f"{me} was left out of {what}; the others go on without it", f"see the log of {me} and theirs"
+        )
+
+
 class RefusedError(LinkError):
     """A party that serves others does not serve this one now; the line says when it may come back."""
 

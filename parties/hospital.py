@@ -1,7 +1,8 @@
 """A hospital: trains on its own patients and shares masked updates, or asks for an encrypted diagnosis of its images.
 
-Training is `mpc_fl.federation.hospital_program`, diagnosis `mpc_fl.inference.hospital_program`: each says where an update, or
-an image, is masked. Each is imported only when it is needed: it takes seconds, and brings in what the other has no use for.
+Training is `mpc_fl.federation.hospital_program` under an aggregator and `mpc_fl.federation.peer_program` without one, diagnosis
+`mpc_fl.inference.hospital_program`: each says where an update, or an image, is masked. Each is imported only when it is needed:
+it takes seconds, and brings in what the other has no use for.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
     """Take part in the configured task as hospital `rank`."""
+    if config.task == "train" and config.among_peers:
+        from mpc_fl.federation import peer_program
+
+        peer_program.run(config, rank, notify, observer)
+        return
+
     if config.task == "train":
         from mpc_fl.federation import hospital_program as training
 

@@ -47,6 +47,11 @@ def next_word(
     return word
 
 
+def has_spoken(links: Links, name: str) -> bool:
+    """Whether a word of this hospital has come."""
+    return links.waiting(name, _WORD)
+
+
 def first_to_speak(links: Links, names: Collection[str], deadline: float) -> str | None:
     """The first of these hospitals of which a word has come, or that is lost; `None` at the deadline."""
     return links.await_any(dict.fromkeys(names, _WORD), deadline)

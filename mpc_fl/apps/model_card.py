@@ -199,9 +199,10 @@ def holds_against(config: Config) -> str:
     """Against whom the claim holds, in a sentence."""
     if config.privacy.mechanism == "local":
         return "Each hospital added the whole noise of its update itself: the claim holds against all others together."
+    also = "" if config.among_peers else " with the aggregator"
     return (
         f"Hospitals added the noise of every step together: the claim holds against {config.noise_colluders} of them "
-        "that pool what they know with the aggregator."
+        f"that pool what they know{also}."
     )
 
 

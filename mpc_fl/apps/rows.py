@@ -1,6 +1,7 @@
 """Lines of the files that parties leave in a run's directory, as far as reports and commands read them.
 
-Who writes them: `metrics.jsonl` of the aggregator and of each hospital the training round, `results.jsonl` the hospital that
+Who writes them: `metrics.jsonl` of the aggregator and of each hospital the training round, `rounds.jsonl` of each hospital
+among peers what an aggregator would write, `results.jsonl` the hospital that
 asks (`summaries.ImageResult`), `openings.jsonl` the record of openings, `traffic.json` the links of each party.
 """
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class GlobalRound:
-    """A line of the aggregator's metrics.jsonl; round 0 is the model before training.
+    """A line of the aggregator's metrics.jsonl, or of rounds.jsonl; round 0 is the model before training.
 
     `validation` is on validation patients; the round after training may have `chosen` and calibrated the model.
     """

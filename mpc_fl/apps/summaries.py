@@ -160,7 +160,7 @@ class PartySummary:
     `patients` and `records` count its own by what they are for (train, test, validation), `class_counts` these records by class,
     `left_aside` what lies beside them and is none. `own_accuracy` is that of the final model on its own test records, None where
     it has none. `openings` counts what was opened to anybody. The aggregator
-    has `final` and `took_part` as `TrainingSummary`, and no `privacy`.
+    has `final` and `took_part` as `TrainingSummary`, and no `privacy`; among peers each hospital has all of them.
     """
 
     KIND: ClassVar[str] = "party"

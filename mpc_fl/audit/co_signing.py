@@ -166,7 +166,7 @@ class CoSigners:
     def _follow(self, draft: Block, own: Signature, tag: str) -> Block:
         """Steps 2 and 5 at all but the leader: send signature and digests, get all signatures."""
         self.ledger.keep_unconfirmed(replace(draft, signatures=(own,)))
-        self.links.send_object(self.leader, tag, {"claim": _claim(draft), "signature": to_json(own)})
+        self.links.send_object(self.leader, tag, {"claim": claim_of(draft), "signature": to_json(own)})
         answer = self._hear(tag)
         signatures = _parsed(_list_of(signature_from, len(self.parties)), self.leader, answer.get("signatures"))
         block = replace(draft, signatures=tuple(signatures))
@@ -176,7 +176,7 @@ class CoSigners:
     def _lead(self, draft: Block, own: Signature, tag: str) -> Block:
         """Steps 3 and 4 at the leader: compare, keep, then send. Whoever is lost then gets the block when it is back."""
         received = self._hear_all(tag, tag)
-        claims = {**{name: item.get("claim") for name, item in received.items()}, self.leader: _claim(draft)}
+        claims = {**{name: item.get("claim") for name, item in received.items()}, self.leader: claim_of(draft)}
         difference = disagreement(claims)
         if difference is not None:
             raise ProtocolError(difference, _COMPARE)
@@ -304,7 +304,7 @@ def disagreement(claims: Mapping[str, Any]) -> str | None:
     return f"{', '.join(odd)} recorded {what} otherwise than {', '.join(agreeing)}"
 
 
-def _claim(draft: Block) -> dict[str, Any]:
+def claim_of(draft: Block) -> dict[str, Any]:
     """What a party says it signed, in parts, so that a difference can be named."""
     openings = {str(opening.number): opening.digest for opening in draft.openings}
     return {"block": draft.content_digest(), "openings": openings, "values": dict(draft.values)}

@@ -125,7 +125,9 @@ def shortfalls(chain: Chain, block: Block) -> Iterator[Finding]:
         names = f"{', '.join(hospitals)} alone" if hospitals else "no hospital"
         yield Finding(f"is signed by {names}: a block counts with {least} hospitals or more", here)
     for opening in block.openings:
-        for party in opening.to:
+        # Hospitals that opened a sum to themselves: who of them is lost then cannot sign, and the quorum of the others does.
+        is_left = block.kind == "abandoned" and set(opening.to) == set(opening.among)
+        for party in () if is_left else opening.to:
             if party not in block.parties:
                 yield Finding("learned what was opened and is no party of the block", here, opening.number, party)
 

@@ -26,6 +26,7 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
 
 _SECONDS_PER_LINK = 0.02
+_FEWEST_PEERS = 3
 
 
 class Config(Section):
@@ -103,6 +104,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_peers(self) -> Config:
+        """What a run without an aggregator needs, and what it cannot do yet."""
+        federation = self.federation
+        if self.task != "train" or federation.coordinator == "aggregator":
+            return self
+        least = max(_FEWEST_PEERS, federation.hospitals // 2 + 1)
+        if federation.quorum_size < least:
+            # All learn a sum, so of two each would learn the other's; and two halves must not go on apart.
+            raise ValueError(
+                f"without a coordinator a sum needs {_FEWEST_PEERS} hospitals, and more than half of all; set federation.quorum to "
+                f"{least} or more, or federation.coordinator to aggregator"
+            )
+        not_there = {
+            "aggregation.norm_check": self.aggregation.norm_check,
+            "evaluation.choose best, and evaluation.calibrate": self.evaluation.chooses,
+            "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
+            "runtime.restarts": self.runtime.restarts > 0,
+        }
+        for what, wanted in not_there.items():
+            if wanted:
+                raise ValueError(
+                    f"there is no {what} yet where federation.coordinator is none; leave it as it is by default"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_validation(self) -> Config:
         evaluation, mechanism = self.evaluation, self.privacy.mechanism
         if not self.data.validation_fraction:
@@ -153,6 +180,11 @@ class Config(Section):
             raise ValueError(
                 f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
             )
+
+    @property
+    def among_peers(self) -> bool:
+        """Whether hospitals train by themselves, without an aggregator."""
+        return self.federation.coordinator == "none"
 
     @property
     def counts_patients(self) -> bool:
@@ -253,7 +285,8 @@ class Config(Section):
 
 def _require_parties(federation: FederationSection) -> None:
     """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
-    known = [*hospital_names(federation.hospitals), AGGREGATOR, HOSPITAL, MODEL_OWNER, DEALER]
+    leads = [AGGREGATOR] if federation.coordinator == "aggregator" else []
+    known = [*hospital_names(federation.hospitals), *leads, HOSPITAL, MODEL_OWNER, DEALER]
     named = [*federation.addresses, *federation.dial_out_only, *([federation.relay] if federation.relay else [])]
     for name in named:
         if name not in known:
@@ -323,7 +356,7 @@ def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
     if config.task == "train":
         hospitals = hospital_names(config.federation.hospitals)
-        return [*hospitals, AGGREGATOR]
+        return hospitals if config.among_peers else [*hospitals, AGGREGATOR]
     if config.task == "serve":  # hospitals come and go
         return [DEALER, MODEL_OWNER]
     return [HOSPITAL, MODEL_OWNER, *([DEALER] if config.inference.dealer else [])]

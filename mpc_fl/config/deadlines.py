@@ -4,6 +4,10 @@ Training is a star: hospitals wait for the aggregator, and the aggregator for ho
 are those of hospitals' work, and a hospital's are longer than the aggregator can be silent while it waits for others. Who is late
 is then always given up by whoever waits for it, and never mistaken for somebody that waits itself. docs/protocols/links.md has
 the table. Other tasks have no such chains: their parties wait for `runtime.receive_timeout`.
+
+Without an aggregator (`peer_deadlines_of`) all wait for all, and each step of a sum ends for all at about the same time. What
+nests is a change of the view: who proposes under the next one waits until the last of the others has found out, too, that this
+one comes to nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from mpc_fl.roles import is_hospital
 _ANSWERS_OF_A_SUM = 8
 _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was open, its blocks and signatures
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
+# Among peers, one after the other: transcript, what arrived, two until V is fixed, seven steps until keys leave, keys, and a block.
+_ANSWERS_OF_A_PEER_SUM = 14
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,32 @@ class Deadlines:
     def receive(self, name: str) -> float:
         """What the party of this name waits for a message where nothing else is said."""
         return self.word if is_hospital(name) else self.answer
+
+
+@dataclass(frozen=True)
+class PeerDeadlines:
+    """Seconds, without an aggregator.
+
+    `connect`: until all links are made. `answer`: until a peer has done what takes no work, or takes what is sent. `summand`:
+    until hospitals are ready with a summand. `beginning`: who proposes first, until the others have read their data. `presence`:
+    who proposes, until the others are there for this view, whatever became of the one before. `beyond`: the others, until its
+    proposal, longer than that.
+    """
+
+    connect: float
+    answer: float
+    summand: float
+    beginning: float
+    presence: float
+    beyond: float
+
+
+def peer_deadlines_of(config: Config) -> PeerDeadlines:
+    """The deadlines of a training run without an aggregator, of the same settings as those of one with it."""
+    connect, answer = connect_seconds(config), config.runtime.receive_timeout
+    summand = config.federation.round_timeout or answer
+    presence = summand + _ANSWERS_OF_A_PEER_SUM * answer
+    return PeerDeadlines(connect, answer, summand, connect + summand, presence, 2 * answer)
 
 
 def deadlines_of(config: Config) -> Deadlines:

@@ -42,11 +42,17 @@ class RuntimeSection(Section):
 class FederationSection(Section):
     """Who takes part. `addresses` maps party names to host:port; empty lets the launcher choose on this machine.
 
+    Without a `coordinator` (none) there are hospitals only, which propose rounds in turn and open sums together.
+
     Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
+    coordinator: Literal["aggregator", "none"] = Field(
+        default="aggregator",
+        description="who leads training and opens its sums: the aggregator, or all hospitals in turn",
+    )
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )

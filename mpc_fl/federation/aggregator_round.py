@@ -6,21 +6,17 @@ The steps are numbered as in `hospital_round`. The aggregator learns the opened 
 
 from __future__ import annotations
 
-import logging
-
 from mpc_fl.aggregation.quorum_sum import collect
-from mpc_fl.aggregation.rules import AgreedSum, Rules
+from mpc_fl.aggregation.rules import Rules
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import send_global
 from mpc_fl.federation.federated_sgd import aggregator_steps
-from mpc_fl.federation.model_digests import sum_terms
-from mpc_fl.federation.planning import describe_mean_update, headroom_of, with_norm_check
-from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation
+from mpc_fl.federation.local_update import agreed_update
+from mpc_fl.federation.planning import headroom_of, with_norm_check
+from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation, log_accuracy
 from mpc_fl.progress import Notify
 from mpc_fl.sharing.opening import SecretDomain
-
-log = logging.getLogger(__name__)
 
 
 def aggregator_round(
@@ -43,23 +39,19 @@ def aggregator_round(
     # 6. Sums of the hospitals' evaluation counts.
     hospitals, validation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan, "validation")
     if validation is not None:
-        aggregator.choice.consider(config, number, validation, aggregator.shared_parameters)
-        figure, criterion = aggregator.choice.figures[number], config.evaluation.criterion.replace("_", " ")
-        log.info("round %d: %s %.1f %% on the validation patients of all hospitals", number, criterion, 100 * figure)
+        aggregator.consider(number, validation)
     hospitals, evaluation = aggregator_evaluation(aggregator, domain, rules, hospitals, plan)
     notify("evaluation", number, config.training.rounds)
     if evaluation is not None:
-        log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)
+        log_accuracy(number, evaluation)
     return RoundOpened(hospitals, evaluation, validation)
 
 
 def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:
     """Steps 4 and 5 at the aggregator: open the weighted mean of the updates, step along it, send the new model."""
-    config, links, headroom = aggregator.config, domain.links, headroom_of(aggregator.config)
-    shape = aggregator.shared_parameters.shape
-    seen = sum_terms(config, plan.weight_total, aggregator.digests)
-    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, plan.number), seen)
-    hospitals, total = collect(domain, rules, agreed, plan.starts, headroom.dtype, shape)
-    shared = aggregator.step(headroom.decode(total, -aggregator.mean_factor(len(hospitals))), plan.number)
-    send_global(links, aggregator.digests, hospitals, shared)
+    config, shape = aggregator.config, aggregator.shared_parameters.shape
+    agreed = agreed_update(config, plan, aggregator.digests)
+    hospitals, total = collect(domain, rules, agreed, plan.starts, headroom_of(config).dtype, shape)
+    shared = aggregator.step_along_sum(total, len(hospitals), plan.number)
+    send_global(domain.links, aggregator.digests, hospitals, shared)
     return hospitals

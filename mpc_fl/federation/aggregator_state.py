@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from mpc_fl.federation.choice import Choice, signed_round
 from mpc_fl.federation.continuation import require_room_for_mean
 from mpc_fl.federation.global_model import initial_model, normalisation_of_weights
 from mpc_fl.federation.model_digests import ModelDigests
+from mpc_fl.federation.noised_evaluation import NoisedEvaluation
 from mpc_fl.federation.planning import headroom_of, mechanism_of, require_public_values
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.calibration import Calibration
+from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.parameters import (
     flatten_parameters,
     join_parts,
@@ -30,6 +33,8 @@ from mpc_fl.learning.models.parameters import (
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.training.iterate_average import GlobalAverage, global_average
 from mpc_fl.learning.training.server_optimizers import ServerOptimizer, server_optimizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +70,17 @@ class Aggregator:
         shared = self.average.take(self.optimizer.step(self.shared_parameters, pseudo_gradient), number - 1)
         load_flat_parameters(self.model, join_parts(shared, flatten_parameters(self.model), self.coordinates))
         return shared
+
+    def step_along_sum(self, total: torch.Tensor, hospitals: int, number: int) -> torch.Tensor:
+        """Step along the mean of the updates that the opened sum over so many hospitals holds, ring elements (S,), in round
+        `number`; the new shared parameters, float32 (S,)."""
+        return self.step(headroom_of(self.config).decode(total, -self.mean_factor(hospitals)), number)
+
+    def consider(self, number: int, validation: Evaluation | NoisedEvaluation) -> None:
+        """Take up what was opened of this model on validation patients after round `number`."""
+        self.choice.consider(self.config, number, validation, self.shared_parameters)
+        figure, criterion = self.choice.figures[number], self.config.evaluation.criterion.replace("_", " ")
+        log.info("round %d: %s %.1f %% on the validation patients of all hospitals", number, criterion, 100 * figure)
 
     def mean_factor(self, hospitals: int) -> float:
         """What turns the opened sum over so many hospitals into their mean.

@@ -27,6 +27,8 @@ from mpc_fl.roles import AGGREGATOR
 
 log = logging.getLogger(__name__)
 
+ROUNDS_FILE = "rounds.jsonl"  # among peers: what was opened of each round, alike at all hospitals that were in it
+COMMON = "common"  # below a hospital's directory among peers: checkpoints of what all have in common
 _PRESENT = "present"
 _LOOK = 0.2
 

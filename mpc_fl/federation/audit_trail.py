@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from cryptography import x509
 
 from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
 from mpc_fl.aggregation.words import names_in, next_word, say
@@ -55,6 +57,13 @@ def require_allowed_leader(ledger: RevealLedger, config: Config) -> None:
     """Once the ledger has begun: raise `ConfigError` where the rules of this site name other aggregators than this one."""
     for file in rules_of(config):
         require_trusted(file, "leaders", fingerprint(ledger.chain.certificates[AGGREGATOR]))
+
+
+def require_allowed_members(certificates: Iterable[x509.Certificate], config: Config) -> None:
+    """Among peers, where each leads in its turn: raise `ConfigError` where the rules of this site name others that may lead."""
+    for file in rules_of(config):
+        for certificate in certificates:
+            require_trusted(file, "leaders", fingerprint(certificate))
 
 
 def figure_digest(figure: float) -> str:
@@ -149,12 +158,18 @@ def sign_end(ledger: RevealLedger, links: Links, plan: RoundPlan, state: Hospita
     if ledger.chain.ended:
         return
     links.set_phase("reveal ledger")
+    same = values_of_end(state)
+    about = f"the run is complete ({plan.attempt})" if plan.attempt else "the run is complete"
+    CoSigners(ledger, links, [*plan.hospitals, AGGREGATOR], AGGREGATOR).sign("end", about, same)
+
+
+def values_of_end(state: Hospital | Aggregator) -> dict[str, str]:
+    """What the last block vouches for: the global parameters, and the model's file where all have the same."""
     same = {"global model": tensor_digest(state.shared_parameters)}
     if not state.config.training.local_normalisation:
         written = model_file(state.model, state.config, state.normalisation, state.calibration)
         same["model.safetensors"] = hashlib.sha256(written).hexdigest()
-    about = f"the run is complete ({plan.attempt})" if plan.attempt else "the run is complete"
-    CoSigners(ledger, links, [*plan.hospitals, AGGREGATOR], AGGREGATOR).sign("end", about, same)
+    return same
 
 
 def signed_model(ledger: RevealLedger, number: int) -> str | None:

@@ -32,7 +32,7 @@ from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.model_digests import sum_terms
+from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.planning import privacy_of_steps
 from mpc_fl.learning.device import follow, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
@@ -56,6 +56,88 @@ class Steps:
     method: str
 
 
+class OwnGradients:
+    """A hospital's part of one round of steps: steps 1 and 2 of each, and the parameters that it begins with.
+
+    `mechanism` is that of the run. The model of the hospital stays as it is until `keep`.
+    """
+
+    def __init__(self, hospital: Hospital, plan: RoundPlan) -> None:
+        assert hospital.mechanism is not None and hospital.method is not None  # with distributed noise alone
+        self.mechanism, self._method = hospital.mechanism, hospital.method
+        self._hospital, self._number = hospital, plan.number
+        self._working, self._order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
+        self._noise_seed = hospital.noise_seed.derive("round", *plan.round_of)  # fresh for every attempt
+        self._computed = on_device(self._working, hospital.device)
+        self._loss = loss_with(hospital.config.training.class_weights)
+        self._losses, self._used, self._clipped = 0.0, 0, 0
+
+    @property
+    def parameters(self) -> torch.Tensor:
+        """Those of the next step, float32 (P,), in the order in which gradients are summed."""
+        return flatten_parameters(self._working)
+
+    def share(self, step: int) -> Private[torch.Tensor]:
+        """The clipped gradients of the patients that this step draws, with this hospital's part of the noise, int32 or int64 (P,).
+
+        Raises `HeadroomError` when the sum exceeds its bound.
+        """
+        hospital, number, mechanism = self._hospital, self._number, self.mechanism
+        config = hospital.config
+        drawn = self._order.stream("poisson sampling", number, step)
+        rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
+        require_patients(mechanism, len(rows), hospital.name)
+        copies_seed = self._order.derive("augmentation", number, step)
+        inputs = augmented(config.training.augmentation, hospital.train.inputs[rows], copies_seed)
+        follow(self._computed, self._working)
+        with repeatable():
+            sums = rounded_sum(self._computed, self._loss, inputs, hospital.train.labels[rows], mechanism, self._method)
+        self._losses += float(sums.losses.sum())
+        self._clipped += int((sums.norms > config.privacy.clipping_norm).sum())
+        self._used += len(rows)
+        seed = self._noise_seed.derive("distributed noise", number, step)
+        return noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
+
+    def step_to(self, parameters: torch.Tensor) -> None:
+        """The global parameters after a step, float32 (P,)."""
+        load_flat_parameters(self._working, parameters)
+
+    def keep(self) -> Steps:
+        """Give the hospital's model the parameters of the last step; what is known of all of them."""
+        _copy_parameters(self._working, self._hospital.model)
+        used, count = self._used, self._hospital.config.training.local_steps
+        mean_loss, clipped = (self._losses / used, self._clipped / used) if used else (float("nan"), 0.0)
+        return Steps(mean_loss, clipped, count, self._method)
+
+
+def agreed_gradient(
+    config: Config, hospitals: tuple[str, ...], plan: RoundPlan, step: int, digests: ModelDigests
+) -> AgreedSum:
+    """The sum of one step, as all its parties know it."""
+    seen = sum_terms(config, plan.weight_total, digests)
+    return AgreedSum(hospitals, ("gradient", *plan.round_of, step), _about(config, plan.number, step), seen)
+
+
+def stepped_along(
+    aggregator: Aggregator, parameters: torch.Tensor, opened: torch.Tensor, hospitals: int, step_of: tuple[int, int]
+) -> torch.Tensor:
+    """Step 4: `parameters`, float32 (P,), after a step along the opened sum over so many hospitals; `step_of` is round and step."""
+    config, mechanism, (number, step) = aggregator.config, aggregator.mechanism, step_of
+    assert mechanism is not None  # with distributed noise alone
+    # The mean over those present: `mean_gradient` divides by the number of all hospitals.
+    gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / hospitals)
+    stepped = aggregator.optimizer.step(parameters, gradient, learning_rate_factor(config.training, number, step))
+    return aggregator.average.take(stepped, (number - 1) * config.training.local_steps + step)
+
+
+def keep_stepped(aggregator: Aggregator, parameters: torch.Tensor) -> None:
+    """Give the aggregator's model the parameters of the last step, float32 (P,), in the order in which gradients are summed."""
+    working = working_copy(aggregator.model)
+    load_flat_parameters(working, parameters)
+    _copy_parameters(working, aggregator.model)
+    aggregator.digests.take(parameters=aggregator.shared_parameters)
+
+
 def _about(config: Config, number: int, step: int) -> Description:
     why = f"round {number} step {step + 1}: noised gradient"
     return Description("sum of clipped gradients", why, privacy_of_steps(config, 1))
@@ -70,33 +152,20 @@ def hospital_steps(
     ledger counts the round as released before its first summand leaves. Raises `HeadroomError` before anything is sent when
     a sum exceeds its bound, `PeerLostError` for a lost aggregator. Every step's sum is bound to the model it begins with.
     """
-    links, config, mechanism, method = domain.links, hospital.config, hospital.mechanism, hospital.method
-    assert mechanism is not None and method is not None  # with distributed noise alone
-    steps, number, round_of, hospitals = config.training.local_steps, plan.number, plan.round_of, plan.hospitals
-    working, order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
-    noise_seed = hospital.noise_seed.derive("round", *round_of)  # fresh for every attempt
-    computed = on_device(working, hospital.device)
-    loss, losses, used, clipped = loss_with(config.training.class_weights), 0.0, 0, 0
+    links, config, steps, hospitals = (
+        domain.links,
+        hospital.config,
+        hospital.config.training.local_steps,
+        plan.hospitals,
+    )
+    gradients = OwnGradients(hospital, plan)
     for step in range(steps):
         # 1. and 2.
-        links.set_phase(f"round {number} training")
-        drawn = order.stream("poisson sampling", number, step)
-        rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
-        require_patients(mechanism, len(rows), links.name)
-        copies_seed = order.derive("augmentation", number, step)
-        inputs = augmented(config.training.augmentation, hospital.train.inputs[rows], copies_seed)
-        follow(computed, working)
-        with repeatable():
-            sums = rounded_sum(computed, loss, inputs, hospital.train.labels[rows], mechanism, method)
-        losses += float(sums.losses.sum())
-        clipped += int((sums.norms > config.privacy.clipping_norm).sum())
-        used += len(rows)
-        seed = noise_seed.derive("distributed noise", number, step)
-        share = noised_share(mechanism, Private("clipped gradients", sums.total), seed, config.runtime.threads)
+        links.set_phase(f"round {plan.number} training")
+        share = gradients.share(step)
         # 3. and 4.
-        links.set_phase(f"round {number} aggregation")
-        seen = sum_terms(config, plan.weight_total, hospital.digests)
-        agreed = AgreedSum(hospitals, ("gradient", *round_of, step), _about(config, number, step), seen)
+        links.set_phase(f"round {plan.number} aggregation")
+        agreed = agreed_gradient(config, hospitals, plan, step, hospital.digests)
         missed: Missed | None = None
         try:
             hospitals = contribute(domain, rules, agreed, share, hospital.ledger.release)
@@ -107,12 +176,10 @@ def hospital_steps(
             # The steps so far are dropped: what the next sum is bound to must be the model that this hospital has.
             hospital.digests.take(parameters=hospital.shared_parameters)
             return missed or "left out"
-        stepped = receive_global(links, hospital.digests, mechanism.parameters)
-        load_flat_parameters(working, stepped)
+        gradients.step_to(receive_global(links, hospital.digests, gradients.mechanism.parameters))
         step_done(step + 1, steps)
-    _copy_parameters(working, hospital.model)
+    kept = gradients.keep()
     hospital.digests.take(parameters=hospital.shared_parameters)  # in the order that is signed and sent to newcomers
-    kept = Steps(losses / used if used else float("nan"), clipped / used if used else 0.0, steps, method)
     return hospitals, kept
 
 
@@ -124,21 +191,13 @@ def aggregator_steps(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     """
     links, config, mechanism = domain.links, aggregator.config, aggregator.mechanism
     assert mechanism is not None  # with distributed noise alone
-    working, hospitals = working_copy(aggregator.model), plan.hospitals
-    parameters = flatten_parameters(working)
+    hospitals, parameters = plan.hospitals, flatten_parameters(working_copy(aggregator.model))
     for step in range(config.training.local_steps):
-        seen = sum_terms(config, plan.weight_total, aggregator.digests)
-        agreed = AgreedSum(hospitals, ("gradient", *plan.round_of, step), _about(config, plan.number, step), seen)
+        agreed = agreed_gradient(config, hospitals, plan, step, aggregator.digests)
         hospitals, opened = collect(domain, rules, agreed, plan.starts, mechanism.dtype, (mechanism.parameters,))
-        # The mean over those present: `mean_gradient` divides by the number of all hospitals.
-        gradient = mean_gradient(mechanism, opened.long()) * (mechanism.hospitals / len(hospitals))
-        factor = learning_rate_factor(config.training, plan.number, step)
-        stepped = aggregator.optimizer.step(parameters, gradient, factor)
-        parameters = aggregator.average.take(stepped, (plan.number - 1) * config.training.local_steps + step)
+        parameters = stepped_along(aggregator, parameters, opened, len(hospitals), (plan.number, step))
         send_global(links, aggregator.digests, hospitals, parameters)
-    load_flat_parameters(working, parameters)
-    _copy_parameters(working, aggregator.model)
-    aggregator.digests.take(parameters=aggregator.shared_parameters)
+    keep_stepped(aggregator, parameters)
     return hospitals
 
 

@@ -62,7 +62,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     links = connect(config, name, observer, code_of(config))
     with links:  # first, so that the others hear at once of what this hospital cannot do
         notify("connect", 1, 1)
-        hospital = _prepare(config, rank, links, notify)
+        hospital = prepared_hospital(config, rank, links, notify)
         notify("load data", 1, 1)
         with training_group(config, hospital.model) as hospital.group, training_runtime(links, config) as runtime:
             ledger = open_ledger(config, name)
@@ -72,7 +72,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
     write_traffic(links, out)
 
 
-def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospital:
+def prepared_hospital(config: Config, rank: int, links: Links, notify: Notify) -> Hospital:
     """Read the patients and the privacy ledger, and plan what the run may release of them."""
     links.set_phase("data")
     out, name = site_directory(config), hospital_name(rank)

@@ -22,24 +22,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 from mpc_fl.aggregation.quorum_sum import contribute
-from mpc_fl.aggregation.rules import AgreedSum, Missed, Rules, missed_by
-from mpc_fl.config.config import Config
-from mpc_fl.crypto.secrecy import Private
+from mpc_fl.aggregation.rules import Missed, Rules, missed_by
 from mpc_fl.errors import SumLostError
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import receive_global
 from mpc_fl.federation.federated_sgd import Steps, hospital_steps
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.model_digests import sum_terms
-from mpc_fl.federation.planning import describe_mean_update, headroom_of, run_name, with_norm_check
+from mpc_fl.federation.local_update import (
+    agreed_update,
+    charge_round,
+    figures_of,
+    keep_trained,
+    progress_of,
+    trained_update,
+)
+from mpc_fl.federation.planning import with_norm_check
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
-from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.privacy.accounting import SubsampledGaussian
-from mpc_fl.learning.training.dp_sgd import train_locally
 from mpc_fl.progress import Notify
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -77,13 +78,7 @@ def hospital_round(
     notify("evaluation", number, rounds)
     evaluate_seconds = time.monotonic() - evaluation_began
     seconds = {"train": train_seconds, "aggregate": aggregate_seconds, "evaluate": evaluate_seconds}
-    trained = {
-        "loss": steps.mean_loss,
-        "clipped_fraction": steps.clipped_fraction,
-        "steps": steps.count,
-        "method": steps.method,
-    }
-    return hospital.metrics(number, own, seconds) | trained
+    return hospital.metrics(number, own, seconds) | figures_of(steps)
 
 
 Taken = tuple[tuple[str, ...], Steps, float]
@@ -93,30 +88,16 @@ def _local_steps(
     hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, notify: Notify
 ) -> Taken | Missed:
     """Steps 2 to 5: local training, then one closed sum of the weighted updates."""
-    config, links, number = hospital.config, domain.links, plan.number
-    began = time.monotonic()
-    local = train_locally(
-        hospital.model,
-        hospital.train,
-        hospital.local_training,
-        round_number=number,
-        noise_seed=hospital.noise_seed.derive("round", *plan.round_of),
-        progress=_progress(config, number, notify),
-    )
-    trained = time.monotonic() - began
-
-    # 3. Encode in the ring; the weight is as secret as the update.
-    links.set_phase(f"round {number} aggregation")
-    count = hospital.weight if config.counts_patients else 1
-    label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
-    encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))
+    links = domain.links
+    trained = trained_update(hospital, links, plan, notify)
+    local, encoded, seconds = trained.local, trained.encoded, trained.seconds
+    del trained
 
     # 4. and 5. `contribute` masks the update for its closed sum, which is opened to the aggregator alone; the aggregator
     # sends the new global model.
-    seen = sum_terms(config, plan.weight_total, hospital.digests)
-    agreed = AgreedSum(plan.hospitals, ("update", *plan.round_of), describe_mean_update(config, number), seen)
+    agreed = agreed_update(hospital.config, plan, hospital.digests)
     try:
-        admitted = contribute(domain, rules, agreed, encoded, hospital.releasing(number))
+        admitted = contribute(domain, rules, agreed, encoded, hospital.releasing(plan.number))
     except SumLostError as error:
         log.warning("%s", error)
         return missed_by(hospital.name, error)
@@ -124,11 +105,7 @@ def _local_steps(
     if hospital.name not in admitted:
         return "left out"
     shared = receive_global(links, hospital.digests, len(hospital.shared_parameters))
-    trained_model = flatten_parameters(hospital.model) + local.update
-    load_flat_parameters(hospital.model, trained_model)
-    hospital.take_global(shared)
-    hospital.velocity = local.velocity
-    return admitted, Steps(local.mean_loss, local.clipped_fraction, local.steps, local.method), trained
+    return admitted, keep_trained(hospital, local, shared), seconds
 
 
 def _gradient_steps(
@@ -137,24 +114,5 @@ def _gradient_steps(
     """Distributed noise: steps 2 to 5 for every single step, see `federated_sgd`."""
     links, phase = domain.links, f"round {plan.number} training"
     before = links.seconds_of(phase)
-    taken = hospital_steps(hospital, domain, rules, plan, _progress(hospital.config, plan.number, notify))
+    taken = hospital_steps(hospital, domain, rules, plan, progress_of(hospital.config, plan.number, notify))
     return taken if isinstance(taken, str) else (*taken, links.seconds_of(phase) - before)
-
-
-def _progress(config: Config, number: int, notify: Notify) -> Callable[[int, int], None]:
-    def step_done(done: int, total: int) -> None:
-        notify("training", (number - 1) * total + done, config.training.rounds * total)
-
-    return step_done
-
-
-def charge_round(hospital: Hospital, number: int) -> None:
-    """Write the round's release into the privacy ledger before anything that depends on patients is computed."""
-    assert hospital.noise_multiplier is not None
-    steps = hospital.config.training.local_steps
-    if hospital.mechanism is not None:
-        event = hospital.mechanism.event(hospital.sample_rate, steps)
-    else:
-        event = SubsampledGaussian(hospital.noise_multiplier, hospital.sample_rate, steps)
-    run = run_name(hospital.config)
-    hospital.ledger.charge(event, run=run, round_number=number, budget=hospital.budget, reserve=True)

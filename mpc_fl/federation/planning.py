@@ -14,7 +14,7 @@ from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
-from mpc_fl.config.deadlines import deadlines_of
+from mpc_fl.config.deadlines import deadlines_of, peer_deadlines_of
 from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import ConfigError, DataError, HeadroomError, PrivacyBudgetError
@@ -56,17 +56,35 @@ def sum_rules(config: Config) -> Rules:
 
     Raises `ConfigError` for a quorum that does not hide a summand from as many colluding hospitals as are configured.
     """
-    federation, colluders = config.federation, config.privacy.colluders or 0
-    if colluders > federation.quorum_size - 2:
-        raise ConfigError(
-            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from the "
-            f"aggregator with {federation.quorum_size - 2} hospitals, not with privacy.colluders={colluders}",
-            "raise federation.quorum, or lower privacy.colluders",
-        )
+    federation = config.federation
+    _require_hidden(config)
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
     closing = config.noise_colluders + 1 if may_leave_out else 0
     hospitals = tuple(hospital_names(federation.hospitals))
     return Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, deadlines_of(config).summand)
+
+
+def peer_rules(config: Config) -> Rules:
+    """How the sums of a run among peers are made, but for who proposes, who is the opener of the rules of a round.
+
+    Always with closing masks: each hospital opens a slice, and none of them may open it by itself. Raises `ConfigError` as
+    `sum_rules` does.
+    """
+    _require_hidden(config)
+    hospitals, closing = tuple(hospital_names(config.federation.hospitals)), config.noise_colluders + 1
+    seconds = peer_deadlines_of(config).summand
+    return Rules(hospitals[0], hospitals, config.federation.quorum_size, closing, seconds)
+
+
+def _require_hidden(config: Config) -> None:
+    federation, colluders = config.federation, config.privacy.colluders or 0
+    if colluders > federation.quorum_size - 2:
+        whom = f"{federation.quorum_size - 2} hospitals"
+        raise ConfigError(
+            f"a summand is masked by the other hospitals of its sum: a quorum of {federation.quorum_size} hides it from "
+            f"{whom if config.among_peers else f'the aggregator with {whom}'}, not with privacy.colluders={colluders}",
+            "raise federation.quorum, or lower privacy.colluders",
+        )
 
 
 def largest_weight_total(config: Config) -> int:

@@ -26,7 +26,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import ProtocolError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
-from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
+from mpc_fl.federation.feature_statistics import FeaturePlan, decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import calibrate_on_public_images, calibrate_own
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests, sum_terms
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 Ledger = RevealLedger | OpeningRecord  # the record of the domain, which is also asked
 
-_FEATURES = Description("sum of features", "mean and deviation of the inputs")
-_PATIENTS = Description("number of patients", "total weight of the mean")
+FEATURES = Description("sum of features", "mean and deviation of the inputs")
+PATIENTS = Description("number of patients", "total weight of the mean")
 
 
 def _begun_over(ledger: Ledger, why: str) -> tuple[str, ...] | None:
@@ -50,7 +50,7 @@ def _begun_over(ledger: Ledger, why: str) -> tuple[str, ...] | None:
     return None if among is None else tuple(name for name in among if name != AGGREGATOR)
 
 
-def _agreed(
+def agreed_once(
     config: Config,
     ledger: Ledger,
     hospitals: tuple[str, ...],
@@ -58,11 +58,12 @@ def _agreed(
     about: Description,
     digests: ModelDigests,
 ) -> AgreedSum:
+    """A sum that is opened once, as all its parties know it, with the only hospitals over which this one may open it."""
     only = _begun_over(ledger, about.why) if config.privacy.mechanism == "none" else None
     return AgreedSum(hospitals, (about.what, *plan.round_of), about, sum_terms(config, 1, digests), only)
 
 
-def _is_counted(config: Config, plan: RoundPlan) -> bool:
+def is_counted(config: Config, plan: RoundPlan) -> bool:
     """Whether this plan begins before patients were counted, where they are."""
     return config.counts_patients and plan.weight_total == 1
 
@@ -79,11 +80,9 @@ def hospital_preparation(
     try:
         if config.data.normalise == "secure" and not plan.normalised:
             hospitals = _sum_features(hospital, domain, ledger, rules, plan)
-        if hospital.name in hospitals and _is_counted(config, plan):
-            count = Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
-            # Opened with mechanism none alone: what it shows of the patients is exact.
-            agreed = _agreed(config, ledger, hospitals, plan, _PATIENTS, hospital.digests)
-            hospitals = contribute(domain, rules, agreed, count, hospital.releasing(0))
+        if hospital.name in hospitals and is_counted(config, plan):
+            agreed = agreed_once(config, ledger, hospitals, plan, PATIENTS, hospital.digests)
+            hospitals = contribute(domain, rules, agreed, own_count(hospital), hospital.releasing(0))
     except SumLostError as error:
         log.warning("%s", error)
         return missed_by(hospital.name, error)
@@ -93,17 +92,27 @@ def hospital_preparation(
     return hospitals
 
 
-def _sum_features(
-    hospital: Hospital, domain: SecretDomain, ledger: Ledger, rules: Rules, plan: RoundPlan
-) -> tuple[str, ...]:
-    config, links, features = hospital.config, domain.links, plan_features(hospital.config)
-    event = features.event()
+def own_count(hospital: Hospital) -> Private[torch.Tensor]:
+    """Its number of training patients, int64 (1,). Opened with mechanism none alone: what it shows of them is exact."""
+    return Private("number of patients", torch.tensor([hospital.train.patient_count], dtype=torch.int64))
+
+
+def own_features(hospital: Hospital, features: FeaturePlan, plan: RoundPlan) -> Private[torch.Tensor]:
+    """Its summand of the features, charged where it carries noise. Raises what `encode_features` raises."""
+    config, event = hospital.config, features.event()
     if event is not None:
         run = features_run_name(config)
         hospital.ledger.charge(event, run=run, round_number=0, budget=hospital.budget, reserve=True)
     seed = hospital.noise_seed.derive("features", *plan.round_of)  # fresh for every attempt
-    encoded = encode_features(features, hospital.train, seed, config.runtime.threads)
-    agreed = _agreed(config, ledger, plan.hospitals, plan, _FEATURES, hospital.digests)
+    return encode_features(features, hospital.train, seed, config.runtime.threads)
+
+
+def _sum_features(
+    hospital: Hospital, domain: SecretDomain, ledger: Ledger, rules: Rules, plan: RoundPlan
+) -> tuple[str, ...]:
+    config, links, features = hospital.config, domain.links, plan_features(hospital.config)
+    encoded = own_features(hospital, features, plan)
+    agreed = agreed_once(config, ledger, plan.hospitals, plan, FEATURES, hospital.digests)
     hospitals = contribute(domain, rules, agreed, encoded, hospital.releasing(0))
     if hospital.name in hospitals:
         values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, features.constants))
@@ -117,7 +126,7 @@ def _sum_features(
 
 def heaviest_weight(config: Config, ledger: Ledger, name: str, weight_total: int) -> int | None:
     """What a hospital may weigh at most where it is not in the opened number of patients; `None` where it is."""
-    counted = _begun_over(ledger, _PATIENTS.why) or ()
+    counted = _begun_over(ledger, PATIENTS.why) or ()
     if not config.counts_patients or name in counted:
         return None
     return weight_total // (2 * (config.federation.hospitals - len(counted)))
@@ -134,33 +143,41 @@ def aggregator_preparation(
     Returns the hospitals that are in them. Raises `QuorumError` when too few are left, `SumLostError` when one is lost.
     """
     config, hospitals = aggregator.config, plan.hospitals
-    agree = functools.partial(_agreed, config, ledger)
+    agree = functools.partial(agreed_once, config, ledger)
     domain.links.set_phase("preparation")
     if config.data.normalise == "secure" and not plan.normalised:
         features = plan_features(config)
-        agreed = agree(hospitals, plan, _FEATURES, aggregator.digests)
+        agreed = agree(hospitals, plan, FEATURES, aggregator.digests)
         hospitals, total = collect(domain, rules, agreed, plan.starts, torch.int64, (features.length,))
-        aggregator.normalisation = decode_features(features, total).normalisation
-        values = aggregator.normalisation.tensor()
-        calibrate_on_public_images(aggregator.model, config, aggregator.normalisation)
-        buffers = flatten_buffers(aggregator.model)
-        aggregator.digests.take(statistics=buffers, normalisation=values)
+        values, buffers = take_features(aggregator, features, total)
 
         def send(name: str) -> None:
             domain.links.send_tensor(name, "normalisation", values)
             domain.links.send_tensor(name, "statistics", buffers)
 
         broadcast(hospitals, send)
-    if _is_counted(config, plan):
-        agreed = agree(hospitals, plan, _PATIENTS, aggregator.digests)
+    if is_counted(config, plan):
+        agreed = agree(hospitals, plan, PATIENTS, aggregator.digests)
         hospitals, total = collect(domain, rules, agreed, plan.starts, torch.int64, (1,))
-        _take_patients(aggregator, int(total), len(hospitals))
+        take_patients(aggregator, int(total), len(hospitals))
     elif not config.counts_patients:
-        _take_patients(aggregator, config.federation.hospitals, config.federation.hospitals)
+        take_patients(aggregator, config.federation.hospitals, config.federation.hospitals)
     return hospitals
 
 
-def _take_patients(aggregator: Aggregator, patients: int, counted: int) -> None:
+def take_features(
+    aggregator: Aggregator, features: FeaturePlan, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalisation that the opened sum gives, and the statistics of the model that go with it; both as they are sent."""
+    aggregator.normalisation = decode_features(features, total).normalisation
+    values = aggregator.normalisation.tensor()
+    calibrate_on_public_images(aggregator.model, aggregator.config, aggregator.normalisation)
+    buffers = flatten_buffers(aggregator.model)
+    aggregator.digests.take(statistics=buffers, normalisation=values)
+    return values, buffers
+
+
+def take_patients(aggregator: Aggregator, patients: int, counted: int) -> None:
     """The opened number of patients of so many hospitals, or one for each where none is opened."""
     federation = aggregator.config.federation
     if not 0 < patients <= counted * aggregator.config.aggregation.count_bound:

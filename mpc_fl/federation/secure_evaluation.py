@@ -29,7 +29,7 @@ from mpc_fl.errors import QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.model_digests import sum_terms
+from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.noised_evaluation import (
     EvaluationPlan,
     NoisedEvaluation,
@@ -54,7 +54,11 @@ from mpc_fl.sharing.opening import SecretDomain
 log = logging.getLogger(__name__)
 
 Evaluated = Evaluation | NoisedEvaluation
-_PHASES: dict[Of, str] = {"test": "evaluation", "validation": "validation"}
+
+
+def phase_of(whom: Of) -> str:
+    """How phases and labels name evaluation on these patients."""
+    return "evaluation" if whom == "test" else "validation"
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,17 @@ class _Own:
     hospitals: tuple[str, ...]
 
 
-def _evaluate(
-    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan, whom: Of
-) -> _Own | None:
-    number, config = plan.number, hospital.config
-    domain.links.set_phase(f"round {number} {_PHASES[whom]}")
+@dataclass(frozen=True, repr=False)
+class OwnDecisions:
+    """A hospital's own evaluation, and how each of its records was decided, int64 (N,)."""
+
+    own: Evaluation
+    decided: torch.Tensor
+
+
+def own_evaluation(hospital: Hospital, number: int, whom: Of) -> OwnDecisions:
+    """What a hospital finds on its own patients after round `number`, by the model that it has."""
+    config = hospital.config
     # Where test patients are left alone, a hospital does not look at its own either.
     records = hospital.records_of(whom if config.evaluation.test else "validation")
     computed = on_device(hospital.model, hospital.device.exact)
@@ -109,24 +119,50 @@ def _evaluate(
     probabilities = torch.softmax(logits, dim=1) if calibration is None else calibration.probabilities(logits)
     predicted = None if calibration is None else calibration.decided(logits)
     own = evaluate_locally(probabilities, records.labels, predicted)
-    if not config.evaluates(number, whom):
+    # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
+    decided = torch.nan_to_num(probabilities).argmax(dim=1) if predicted is None else predicted
+    return OwnDecisions(own, decided)
+
+
+Release = Callable[[], None]
+
+
+def counts_to_sum(
+    hospital: Hospital, found: OwnDecisions, plan: RoundPlan, whom: Of
+) -> tuple[Private[torch.Tensor], Release | None]:
+    """What enters the sum of counts, charged where it carries noise, and what enters the privacy ledger when it leaves."""
+    config, noised = hospital.config, plan_noised_evaluation(hospital.config, whom)
+    if noised is not None:
+        return _noised(hospital, noised, found.decided, plan, whom), hospital.ledger.release
+    counts = Private(f"evaluation of {hospital.name}", encode_evaluation(found.own, config.aggregation.count_bound))
+    if whom == "validation" and config.privacy.mechanism == "none":
+        return counts, hospital.releasing(plan.number)  # they are patients of the privacy ledger, as those who train
+    return counts, None
+
+
+def agreed_evaluation(
+    config: Config, hospitals: tuple[str, ...], plan: RoundPlan, whom: Of, digests: ModelDigests
+) -> AgreedSum:
+    """The sum of counts, as all its parties know it."""
+    seen = sum_terms(config, plan.weight_total, digests)
+    label = (phase_of(whom), *plan.round_of)
+    return AgreedSum(hospitals, label, _evaluation_counts(config, plan.number, whom), seen)
+
+
+def _evaluate(
+    hospital: Hospital, domain: SecretDomain, rules: Rules, hospitals: tuple[str, ...], plan: RoundPlan, whom: Of
+) -> _Own | None:
+    config = hospital.config
+    domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
+    found = own_evaluation(hospital, plan.number, whom)
+    own = found.own
+    if not config.evaluates(plan.number, whom):
         return _Own(own, hospitals)
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
-        release: Callable[[], None] | None = None
-        if noised is None:
-            exact = encode_evaluation(own, config.aggregation.count_bound)
-            counts = Private(f"evaluation of {hospital.name}", exact)
-            if whom == "validation" and config.privacy.mechanism == "none":
-                release = hospital.releasing(number)  # they are patients of the privacy ledger, as those who train
-        else:
-            # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
-            decided = torch.nan_to_num(probabilities).argmax(dim=1) if predicted is None else predicted
-            counts, release = _noised(hospital, noised, decided, plan, whom), hospital.ledger.release
-        rules, label = evaluation_rules(config, rules, whom), (_PHASES[whom], *plan.round_of)
-        seen = sum_terms(config, plan.weight_total, hospital.digests)
-        agreed = AgreedSum(hospitals, label, _evaluation_counts(config, number, whom), seen)
+        counts, release = counts_to_sum(hospital, found, plan, whom)
+        agreed = agreed_evaluation(config, hospitals, plan, whom, hospital.digests)
         try:
-            admitted = contribute(domain, rules, agreed, counts, release)
+            admitted = contribute(domain, evaluation_rules(config, rules, whom), agreed, counts, release)
         except SumLostError as error:
             log.warning("%s", error)
             return _Own(own, hospitals)
@@ -142,12 +178,12 @@ def _noised(
     """Charge the release of a noised confusion matrix, then make this hospital's part of it."""
     run = (evaluation_run_name if whom == "test" else validation_run_name)(hospital.config)
     hospital.ledger.charge(noised.event(1), run=run, round_number=plan.number, budget=hospital.budget, reserve=True)
-    seed, threads = hospital.noise_seed.derive(_PHASES[whom], *plan.round_of), hospital.config.runtime.threads
+    seed, threads = hospital.noise_seed.derive(phase_of(whom), *plan.round_of), hospital.config.runtime.threads
     return encode_confusion(noised, hospital.records_of(whom), predicted, seed, threads)
 
 
 def _evaluation_counts(config: Config, number: int, whom: Of) -> Description:
-    noise, what = config.evaluation_noise(whom), _PHASES[whom]
+    noise, what = config.evaluation_noise(whom), phase_of(whom)
     if noise is None:
         return Description(f"sum of {what} counts", f"round {number}: {what} counts")
     unit = f"{whom} {config.data.counted_unit}"
@@ -178,16 +214,15 @@ def aggregator_evaluation(
     config = aggregator.config
     if not config.evaluates(plan.number, whom):
         return hospitals, None
-    domain.links.set_phase(f"round {plan.number} {_PHASES[whom]}")
-    rules, label = evaluation_rules(config, rules, whom), (_PHASES[whom], *plan.round_of)
+    domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
+    rules = evaluation_rules(config, rules, whom)
     if len(hospitals) < rules.smallest:
         say(domain.links, hospitals, "skip")
         return hospitals, None
     say(domain.links, hospitals, "evaluate")
     classes, noised = len(config.data.classes), plan_noised_evaluation(config, whom)
     length = evaluation_length(classes) if noised is None else noised.length
-    seen = sum_terms(config, plan.weight_total, aggregator.digests)
-    agreed = AgreedSum(hospitals, label, _evaluation_counts(config, plan.number, whom), seen)
+    agreed = agreed_evaluation(config, hospitals, plan, whom, aggregator.digests)
     try:
         present, total = collect(domain, rules, agreed, plan.starts, torch.int64, (length,))
     except QuorumError as error:
@@ -198,6 +233,17 @@ def aggregator_evaluation(
     except SumLostError as error:
         log.warning("%s", error)
         return hospitals, None
+    return present, opened_evaluation(config, total, len(present), whom)
+
+
+def opened_evaluation(config: Config, total: torch.Tensor, hospitals: int, whom: Of) -> Evaluated:
+    """What the opened sum of counts over so many hospitals says. Raises `ProtocolError` for one that cannot be."""
+    noised = plan_noised_evaluation(config, whom)
     if noised is None:
-        return present, decode_evaluation(total, classes)
-    return present, decode_confusion(noised, total, len(present))
+        return decode_evaluation(total, len(config.data.classes))
+    return decode_confusion(noised, total, hospitals)
+
+
+def log_accuracy(number: int, evaluation: Evaluated) -> None:
+    """Say what was opened after round `number`."""
+    log.info("round %d: accuracy %.1f %% on the test records of all hospitals", number, 100 * evaluation.accuracy)

@@ -62,8 +62,9 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
 
 def timeouts_of(config: Config, name: str) -> Timeouts:
     """How long the party `name` waits: in training as the deadlines of the whole run say."""
-    connect = connect_seconds(config)
-    receive = deadlines_of(config).receive(name) if config.task == "train" else config.runtime.receive_timeout
+    connect, receive = connect_seconds(config), config.runtime.receive_timeout
+    if config.task == "train" and not config.among_peers:
+        receive = deadlines_of(config).receive(name)
     silence, at_first = config.runtime.silence_timeout, greeting_seconds(config)
     return Timeouts(connect, receive, untold=connect, silence=silence, silence_at_first=at_first)
 

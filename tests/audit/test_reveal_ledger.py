@@ -801,13 +801,13 @@ def test_who_starts_anew_while_others_resume_is_named(tmp_path: Path) -> None:
 
 
 def test_who_differs_is_told_by_the_majority() -> None:
-    from mpc_fl.audit.co_signing import _claim, disagreement
+    from mpc_fl.audit.co_signing import claim_of, disagreement
 
     start = Block(0, "start", "", PARTIES, (), {}, members(), Chain().seal)
     chain, _ = extend(Chain(), signed(start), authority().certificate)
     one, two = ([describe(chain, [], why)] for why in ("one", "two"))
     claims = [
-        _claim(Block(1, "openings", "", PARTIES, tuple(opened), {}, None, chain.seal)) for opened in (one, two, [])
+        claim_of(Block(1, "openings", "", PARTIES, tuple(opened), {}, None, chain.seal)) for opened in (one, two, [])
     ]
     assert disagreement({"hospital-0": claims[0], "aggregator": claims[0]}) is None
     assert disagreement({"hospital-0": claims[0], "hospital-1": claims[0], "aggregator": claims[1]}) == (
@@ -820,8 +820,8 @@ def test_who_differs_is_told_by_the_majority() -> None:
         "hospital-0, aggregator do not agree on opening 1"
     )
     held = Block(1, "openings", "", PARTIES, (), {"model": MODEL}, None, chain.seal)
-    other = _claim(dataclasses.replace(held, values={"model": "6" * 64}))
-    assert disagreement({"hospital-0": _claim(held), "hospital-1": other, "aggregator": _claim(held)}) == (
+    other = claim_of(dataclasses.replace(held, values={"model": "6" * 64}))
+    assert disagreement({"hospital-0": claim_of(held), "hospital-1": other, "aggregator": claim_of(held)}) == (
         "hospital-1 recorded the value of model otherwise than hospital-0, aggregator"
     )
     assert disagreement({"hospital-0": "nonsense", "aggregator": claims[1]}) == (

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpc_fl.config.config import parse_config
+from mpc_fl.config.config import parse_config, party_names
 from mpc_fl.config.loading import apply_overrides, load_config
 from mpc_fl.errors import ConfigError
+from mpc_fl.roles import hospital_names
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -45,6 +47,28 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(values, "f.yaml")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"federation": {"hospitals": 2}}, "set federation.quorum to 3"),
+        ({"federation": {"hospitals": 5, "quorum": 2}}, "set federation.quorum to 3 or more"),
+        ({"federation": {"hospitals": 8, "quorum": 4}}, "set federation.quorum to 5 or more"),
+        ({"federation": {"addresses": {"aggregator": "a:1"}}}, "a party 'aggregator', and there is none"),
+        ({"federation": {"dial_out_only": ["hospital-1"]}}, "no federation.dial_out_only"),
+        ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
+        ({"data": {"validation_fraction": 0.2}, "evaluation": {"choose": "best"}}, "no evaluation.choose best"),
+        ({"runtime": {"restarts": 1}}, "no runtime.restarts yet"),
+    ],
+)
+def test_what_a_run_without_a_coordinator_cannot_have_is_refused(values: dict[str, Any], message: str) -> None:
+    values = {**values, "federation": {"coordinator": "none", **values.get("federation", {})}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values, "f.yaml")
+    others = {name: value for name, value in values["federation"].items() if name == "coordinator"}
+    fine = parse_config({"federation": {**others, "hospitals": 5, "quorum": 3}}, "f.yaml")
+    assert party_names(fine) == hospital_names(5)
 
 
 def test_overrides(tmp_path: Path) -> None:

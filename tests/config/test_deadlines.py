@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.config.config import connect_seconds, parse_config
-from mpc_fl.config.deadlines import deadlines_of
+from mpc_fl.config.deadlines import deadlines_of, peer_deadlines_of
 
 SECONDS = st.floats(0.1, 1e4)
 
@@ -37,3 +37,20 @@ def test_deadlines_nest(
     # A hospital that waits for a plan outlasts the start of all others, and a round.
     assert found.plan > found.connect + found.announcement and found.plan > found.word
     assert all(value > 0 for value in dataclasses.astuple(found))
+
+
+@given(SECONDS, SECONDS, st.none() | SECONDS, st.integers(3, 64))
+def test_deadlines_among_peers_nest(connect: float, receive: float, round_: float | None, hospitals: int) -> None:
+    values = {
+        "runtime": {"connect_timeout": connect, "receive_timeout": receive},
+        "federation": {"hospitals": hospitals, "coordinator": "none", "round_timeout": round_},
+    }
+    config = parse_config(values, "test")
+    found = peer_deadlines_of(config)
+    assert (found.connect, found.answer) == (connect_seconds(config), receive)
+    assert found.summand == (receive if round_ is None else round_)
+    assert found.beginning >= found.connect + found.summand
+    # Summands, what arrived, two answers until V is fixed, seven steps, keys: the last one that gives up a sum is still awaited.
+    assert found.presence > found.summand + 11 * found.answer
+    # Whoever waits for a proposal outlasts who waits for others before it proposes, and what it then sends.
+    assert found.beyond > found.answer

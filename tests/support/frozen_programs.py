@@ -1,7 +1,7 @@
 """Parties under a launcher of which one stops or hangs: `party_process` as the fork server runs it in a test.
 
 The environment says which one, where and how: FREEZE='hospital-1/<moment>/<how>'. A moment is a phase, or 'end' after the last
-word to the launcher; how is 'stops' (SIGSTOP) or 'hangs' (its other threads go on).
+word to the launcher; how is 'stops' (SIGSTOP), 'dies' (SIGKILL) or 'hangs' (its other threads go on).
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _hang() -> None:
     threading.Event().wait()
 
@@ -32,7 +36,7 @@ def _hang() -> None:
 def party_process(pipe: Connection) -> NoReturn:
     """The real one, changed as the environment says; a party that was started again is not changed."""
     victim, moment, how = os.environ[FREEZE].split("/")
-    freeze: Callable[[], None] = _stop if how == "stops" else _hang
+    freeze: Callable[[], None] = {"stops": _stop, "dies": _die, "hangs": _hang}[how]
     run_party, enter_phase, shut_down = program.run_party, Links.set_phase, logging.shutdown
 
     def run(name: str, config: object, *more: object) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.config.config import Config, parse_config, party_names
 from mpc_fl.crypto.signatory import Signatory
-from mpc_fl.federation import aggregator_program, hospital_program
+from mpc_fl.federation import aggregator_program, hospital_program, peer_program
 from mpc_fl.files import read_json_lines
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.handshake import Agreement
@@ -80,7 +80,9 @@ class _NoRuntime:
 
 
 class Training:
-    """One run; `said` is how each party ended, `ended` when, `log` what all of them logged."""
+    """One run; `said` is how each party ended, `ended` when, `log` what all of them logged, `sent` who sent what, by tags.
+
+    `never` is what a party waits for that a deviation keeps silent for good."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, **changes: dict[str, Any]) -> None:
         values = {name: {**SETTINGS.get(name, {}), **changes.get(name, {})} for name in {*SETTINGS, *changes}}
@@ -91,10 +93,13 @@ class Training:
         self.said: dict[str, str] = {}
         self.ended: dict[str, float] = {}
         self.log: list[str] = []
+        self.sent: list[tuple[str, str]] = []
+        self.never = threading.Event()
         self.start_anew()
         for program in (aggregator_program, hospital_program):
             monkeypatch.setattr(program, "connect", self._links)
             monkeypatch.setattr(program, "training_runtime", self._runtime)
+        monkeypatch.setattr(peer_program, "connect", self._links)
 
     def start_anew(self) -> None:
         """Fresh links between all parties, as when they are started again."""
@@ -115,7 +120,8 @@ class Training:
                 if name == AGGREGATOR:
                     aggregator_program.run(self.placed[name], lambda *_: None)
                 else:
-                    hospital_program.run(self.placed[name], split_name(name)[1], lambda *_: None)
+                    program = peer_program if self.config.among_peers else hospital_program
+                    program.run(self.placed[name], split_name(name)[1], lambda *_: None)
                 self.said[name] = "finished"
             except DroppedError:
                 self.said[name] = "dropped"
@@ -123,8 +129,10 @@ class Training:
                 self.said[name] = f"{type(error).__name__}: {error}"
             self.ended[name] = self.clock.monotonic()
 
-    def run(self, *sleepers: Sleeper, training: Mapping[str, float] | None = None) -> None:
-        """Run all parties until all but those that sleep for good have ended; then these are gone as if killed.
+    def run(
+        self, *sleepers: Sleeper, training: Mapping[str, float] | None = None, silent: Collection[str] = ()
+    ) -> None:
+        """Run all parties until all but those that sleep for good, or are `silent`, have ended; then these are gone as if killed.
 
         `training`: seconds that hospitals take for their updates.
         """
@@ -133,6 +141,7 @@ class Training:
             self.clock.let_pass(LATENCY)
             if frame.kind not in (Kind.TENSOR, Kind.OBJECT):
                 return
+            self.sent.append((sender, frame.tag))
             if frame.tag.startswith(("ready update", "ready gradient")) and sender in (training or {}):
                 self.clock.wait(threading.Event(), (training or {})[sender])
             for sleeper in sleepers:
@@ -149,16 +158,19 @@ class Training:
         logger = logging.getLogger("mpc_fl")
         logger.addHandler(handler)
         torch.set_num_threads(1)
-        threads = {name: threading.Thread(target=self._party, args=(name,), daemon=True) for name in self.placed}
+        threads = {
+            name: threading.Thread(target=self._party, args=(name,), name=name, daemon=True) for name in self.placed
+        }
         self.clock.expect(len(threads))
         for thread in threads.values():
             thread.start()
         try:
-            for_good = {sleeper.name: sleeper for sleeper in sleepers if sleeper.seconds == FOR_GOOD}
+            for_good = {sleeper.name: sleeper.awake for sleeper in sleepers if sleeper.seconds == FOR_GOOD}
+            for_good |= dict.fromkeys(silent, self.never)
             for name in [*(name for name in threads if name not in for_good), *for_good]:
                 if name in for_good:
                     self.network.drop(name)
-                    self.clock.wake(for_good[name].awake)
+                    self.clock.wake(for_good[name])
                 threads[name].join(REAL_SECONDS)
                 assert not threads[name].is_alive(), f"{name} did not end; so far {self.said}"
         finally:

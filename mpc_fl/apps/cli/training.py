@@ -274,7 +274,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
     sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
     say(f"  each hospital sends {sent:,.1f} MB in {training.messages_per_hospital} messages, needs {memory} of memory")
-    say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
+    if not settings.among_peers:
+        say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
     took, deadline = training.connecting_seconds, training.connecting_deadline
     where = "each on a machine of its own" if settings.federation.addresses else "all on this machine"
     say(

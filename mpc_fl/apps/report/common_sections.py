@@ -13,8 +13,8 @@ from mpc_fl.apps.report.run_files import Run, each, guarded, missing
 from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text, why_of_all
 
 _TRAINING_STATEMENT = """These sums are the only values that left the secret domain. Everything else that was computed
-from patients and sent to another party was a share, which alone is uniformly random. The global model, which the
-aggregator computes from the opened mean updates, goes to every hospital."""
+from patients and sent to another party was a share, which alone is uniformly random. The global model, computed from the
+opened mean updates by the aggregator or by each hospital, is every hospital's."""
 
 
 _INFERENCE_STATEMENT = """The logits (or the class alone), opened to the hospital alone, are all that left the secret domain.

@@ -36,7 +36,14 @@ from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
-from mpc_fl.federation.planning import headroom_of, mechanism_of, plan_release, releases_beside_steps, sum_rules
+from mpc_fl.federation.planning import (
+    headroom_of,
+    mechanism_of,
+    peer_rules,
+    plan_release,
+    releases_beside_steps,
+    sum_rules,
+)
 from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
@@ -56,6 +63,13 @@ _IDLE_BYTES = 460 << 20
 _IDLE_BYTES_OF_ITS_OWN = 100 << 20
 _IDLE_BYTES_OF_FAST = 250 << 20  # without CrypTen and what comes with it
 _COMPARISON_WORDS = 48
+# Among peers, to each other hospital: bytes for each one that is in a sum (combinations of its slices, signatures that are
+# repeated) or in a round (what it said of itself, its signatures); messages of a sum (transcript, slice twice, confirmation,
+# total twice, coin, combinations, what was heard, keys) and of a round (presence, a signature over its proposal, two of its block).
+_SAID_OF_SLICES = 1800
+_SAID_OF_A_ROUND = 1200
+_MESSAGES_OF_A_PEER_SUM = 10
+_MESSAGES_OF_A_PEER_ROUND = 4
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
 
@@ -110,15 +124,22 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
     opened = len(before) + rounds * sums + len(evaluations)
-    closing = min(sum_rules(config).closing, hospitals - 1)
+    closing = min((peer_rules if config.among_peers else sum_rules)(config).closing, hospitals - 1)
     keys = KEY_BYTES * 2 * closing
     messages = 4 if closing else 2  # ready and summand; signature and keys with closing masks
-    up = sum(before) + rounds * sums * ring_bits // 8 * shared + _WORD * sum(evaluations) + opened * keys
+    summands = sum(before) + rounds * sums * ring_bits // 8 * shared + _WORD * sum(evaluations)
+    up = summands + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
     down += _FLOAT * shared if config.evaluation.choose == "best" else 0
     signed = (
         config.last_round + 5
     )  # certificate, state of the ledger, start, evaluation before round 1, each round, end
+    sent = 1 + messages * opened + signed  # it announces itself
+    if config.among_peers:  # slices, then totals, and to each other hospital keys and what is said of them
+        others, down = hospitals - 1, 0
+        said = opened * _SAID_OF_SLICES + (config.last_round + 2) * _SAID_OF_A_ROUND
+        up = 2 * summands * others // hospitals + others * (opened * keys + hospitals * said)
+        sent = others * (1 + _MESSAGES_OF_A_PEER_SUM * opened + _MESSAGES_OF_A_PEER_ROUND * (config.last_round + 3))
     return TrainingEstimate(
         parameters=parameters,
         rounds=rounds,
@@ -126,7 +147,7 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
         connecting_deadline=round(connect_seconds(config), 1),
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
-        messages_per_hospital=1 + messages * opened + signed,  # it announces itself
+        messages_per_hospital=sent,
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[planned_privacy(config, at or hospital_name(rank), count) for rank, count in enumerate(patients)],
@@ -147,10 +168,10 @@ def _evaluations(config: Config, classes: int) -> list[int]:
 
 def _connecting(config: Config) -> float:
     """Seconds until all are connected: what their links take of this machine's cores, or of a machine of its own each."""
-    hospitals = config.federation.hospitals
+    parties = config.federation.hospitals + (0 if config.among_peers else 1)
     if config.federation.addresses:
-        return round(_LINK_SECONDS * hospitals / 2, 2)
-    return round(_LINK_SECONDS * (hospitals + 1) * hospitals / 2 / (os.cpu_count() or 1), 2)
+        return round(_LINK_SECONDS * (parties - 1) / 2, 2)
+    return round(_LINK_SECONDS * parties * (parties - 1) / 2 / (os.cpu_count() or 1), 2)
 
 
 def _training_memory(config: Config, model: nn.Module, parameters: int, patients: int) -> int:

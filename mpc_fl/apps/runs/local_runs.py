@@ -8,6 +8,7 @@ the last file of a run costs nothing but that file.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -53,8 +54,9 @@ from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.exhaustion import system_error
+from mpc_fl.federation.attendance import COMMON, ROUNDS_FILE
 from mpc_fl.federation.checkpoint import keep_last_checkpoint
-from mpc_fl.files import read_json_lines, write_json, write_text
+from mpc_fl.files import read_json_lines, write_json, write_text, written_whole
 from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
 from mpc_fl.inference.serving.service_links import identity_of, require_servable
@@ -88,9 +90,13 @@ def train(
     with run_directory(out, resume) as directory, reopened(directory, config):
         write_text(directory / "config.yaml", config.to_yaml())
         began, aggregator = time.monotonic(), directory / "parties" / AGGREGATOR
-        _move(directory, aggregator)  # where a run that failed when all parties had finished has them
+        if not config.among_peers:
+            _move(directory, aggregator)  # where a run that failed when all parties had finished has them
         lost = launch(config, directory, progress, starter)
-        _move(aggregator, directory)
+        if config.among_peers:
+            _take_from_peers(config, directory, lost)
+        else:
+            _move(aggregator, directory)
         keep_authority(config, directory)
         rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
         hospitals = [name for name in party_names(config) if is_hospital(name)]
@@ -126,6 +132,7 @@ def train(
         forget_identities(config, directory)
         for party in (directory / "parties").iterdir():
             keep_last_checkpoint(party)  # for a run that is given more rounds
+            shutil.rmtree(party / COMMON, ignore_errors=True)  # which one among peers is not
     return summary
 
 
@@ -141,6 +148,14 @@ def _move(source: Path, target: Path) -> None:
     for name in FROM_ALL:
         if (source / name).exists():
             (source / name).replace(target / name)
+
+
+def _take_from_peers(config: Config, directory: Path, lost: list[str]) -> None:
+    """What all hospitals have alike, from the first one that finished, for the run's own directory; they keep theirs."""
+    source = directory / "parties" / next(name for name in party_names(config) if name not in lost)
+    for name in FROM_ALL:
+        with written_whole(directory / name) as temporary:
+            shutil.copyfile(source / (ROUNDS_FILE if name == "metrics.jsonl" else name), temporary)
 
 
 def _last_rounds(directory: Path, hospitals: list[str]) -> dict[str, HospitalRound]:

@@ -1,7 +1,7 @@
 """The model card beside a model file: made from what the aggregator, or a run on this machine, has in its directory.
 
 That is the configuration, the model, the opened evaluations (metrics.jsonl) and the ledger that all signed. No hospital's own
-directory is read.
+metrics are read; among peers each has the opened evaluations, too (rounds.jsonl).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.certificates import ROOT_FILE, load_root
 from mpc_fl.errors import ModelError
+from mpc_fl.federation.attendance import ROUNDS_FILE
 from mpc_fl.files import write_text
 from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.models.model_file import load_model
@@ -28,7 +29,9 @@ from mpc_fl.learning.models.weights_store import describe_file, find
 
 
 def write_model_card(config: Config, directory: Path) -> Path:
-    """Write the card of the model in `directory`, where an aggregator has finished; return its path. Raises `MpcFlError`."""
+    """Write the card of the model in `directory`, where a party has finished that knows what was opened; return its path.
+
+    Raises `MpcFlError`."""
     identity = config.site.identity
     authority = None if identity is None else identity / ROOT_FILE
     path = directory / CARD_FILE
@@ -44,7 +47,8 @@ def model_card(config: Config, directory: Path, authority: Path | None = None) -
     """
     path = directory / MODEL_FILE
     model = set_trainable(load_model(path, config), config.training.trainable)
-    rows = read_rows(GlobalRound, directory, "metrics.jsonl")
+    opened = ROUNDS_FILE if (directory / ROUNDS_FILE).is_file() else "metrics.jsonl"
+    rows = read_rows(GlobalRound, directory, opened)
     evaluated = [row for row in rows if row.evaluation is not None]
     certificate = authority if authority is not None and authority.is_file() else directory / ROOT_FILE
     origin = model_origin(path)  # refuses another file than the one that was signed

@@ -107,7 +107,7 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
     else:
         with curves_of(config, name):
             program.run(config, rank, notify, observer)
-    if role == AGGREGATOR:
+    if role == AGGREGATOR or (config.task == "train" and config.among_peers):  # who has what was opened
         from mpc_fl.apps.runs.model_card_file import write_model_card
         from mpc_fl.links.party_links import site_directory
 

@@ -29,11 +29,11 @@ _PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from mpc_fl.apps.runs.fork_s
 _EVERY_ROLE = ("torch", "mpc_fl.links.party_links", "mpc_fl.learning.models.model_file", "mpc_fl.audit.opening_record")
 _TRAINING = (
     "parties.hospital",
-    "parties.aggregator",
     "mpc_fl.federation.hospital_program",
-    "mpc_fl.federation.aggregator_program",
     "torch._dynamo",  # the first step of an optimizer, or of vmap, imports torch's compiler, which takes a second
 )
+_LED = ("parties.aggregator", "mpc_fl.federation.aggregator_program")
+_AMONG_PEERS = ("mpc_fl.federation.peer_program",)
 _PRIVACY = ("opacus.grad_sample",)
 _DIAGNOSIS = ("parties.hospital", "parties.model_owner", "parties.dealer", "mpc_fl.inference.hospital_program")
 _SERVICE = ("parties.model_owner", "parties.dealer", "mpc_fl.inference.serving.server")
@@ -51,7 +51,8 @@ def modules_to_share(config: Config) -> tuple[str, ...]:
     if sys.platform != "linux":
         return ()
     if config.task == "train":
-        return (*_EVERY_ROLE, *_TRAINING, *(() if config.privacy.mechanism == "none" else _PRIVACY))
+        others = _AMONG_PEERS if config.among_peers else _LED
+        return (*_EVERY_ROLE, *_TRAINING, *others, *(() if config.privacy.mechanism == "none" else _PRIVACY))
     programs = _SERVICE if config.task == "serve" else _DIAGNOSIS
     return (*_EVERY_ROLE, *programs, *(_FAST if config.inference.engine == "fast" else _REFERENCE))
 

@@ -17,6 +17,7 @@ from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.errors import ConfigError, MpcFlError
+from mpc_fl.federation.attendance import COMMON
 from mpc_fl.files import write_text
 from mpc_fl.inference.results import RESULTS_FILE
 from mpc_fl.learning.models.model_file import load_model
@@ -109,8 +110,11 @@ def may_go_on(out: Path) -> bool:
 
 
 def _resumable(directory: Path) -> bool:
-    """Whether a round of this run was completed: its aggregator has a checkpoint."""
-    return any((directory / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors"))
+    """Whether a round of this run was completed: its aggregator has a checkpoint, or hospitals of what they have in common."""
+    parties = directory / "parties"
+    return any((parties / AGGREGATOR).glob("checkpoint-*.safetensors")) or any(
+        parties.glob(f"*/{COMMON}/checkpoint-*.safetensors")
+    )
 
 
 def is_finished(directory: Path) -> bool:

@@ -15,6 +15,7 @@ from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
+from mpc_fl.federation.attendance import ROUNDS_FILE
 from mpc_fl.files import read_json_lines, write_json, write_text
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.roles import is_hospital
@@ -65,8 +66,11 @@ def _of_hospital(name: str, config: Config, command: str, seconds: float) -> Par
     if not rounds:
         raise DataError(f"{name} made no round of this run", "its log says why; the model is that of the others")
     last, privacy = rounds[-1], config.privacy
+    summary = _summary(name, config, command, seconds)
+    if config.among_peers:
+        summary = _with_opened(summary, read_rows(GlobalRound, site_directory(config), ROUNDS_FILE))
     return replace(
-        _summary(name, config, command, seconds),
+        summary,
         rounds_made=sum(line.round <= config.training.rounds for line in rounds),
         patients=last.patients,
         records=last.records,
@@ -89,10 +93,15 @@ def _of_hospital(name: str, config: Config, command: str, seconds: float) -> Par
 
 def _of_aggregator(name: str, config: Config, command: str, seconds: float) -> PartySummary:
     rounds = read_rows(GlobalRound, site_directory(config), "metrics.jsonl")
+    made = sum(0 < line.round <= config.training.rounds for line in rounds)
+    return replace(_with_opened(_summary(name, config, command, seconds), rounds), rounds_made=made)
+
+
+def _with_opened(summary: PartySummary, rounds: list[GlobalRound]) -> PartySummary:
+    """What was opened of all hospitals, and who took part."""
     evaluated = [line for line in rounds if line.evaluation is not None]
     return replace(
-        _summary(name, config, command, seconds),
-        rounds_made=sum(0 < line.round <= config.training.rounds for line in rounds),
+        summary,
         final=evaluated[-1].evaluation if evaluated else None,
         evaluated_round=evaluated[-1].round if evaluated else None,
         took_part={str(line.round): line.hospitals for line in rounds},

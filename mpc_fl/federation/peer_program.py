@@ -1,0 +1,324 @@
+"""A hospital in training without an aggregator: from its patients to the final global model, round by round, among peers.
+
+`run` connects, reads the patients and goes through a whole run. Before each round all agree who takes part (`peer_attendance`);
+`peer_round` makes it; then all sign a block of the reveal ledger (`audit.peer_signing`), and each keeps it with what was opened.
+A round whose sums, or signatures, are lost is made again under the next view, from the state after the last block. What it gave
+is not made again where all have it: then only its signatures were missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.model_origin import MODEL_FILE
+from mpc_fl.audit.peer_signing import PeerSigners
+from mpc_fl.audit.reveal_ledger import Block, Members
+from mpc_fl.config.config import Config
+from mpc_fl.config.deadlines import peer_deadlines_of
+from mpc_fl.crypto.certificates import received_pem, verify_certificate
+from mpc_fl.crypto.signatory import Signatory, fingerprint
+from mpc_fl.errors import LeftOutError, PeerLostError, SumLostError
+from mpc_fl.federation.aggregator_state import prepare_aggregator
+from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
+from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
+from mpc_fl.federation.global_model import code_of
+from mpc_fl.federation.hospital_program import prepared_hospital
+from mpc_fl.federation.peer_attendance import PeerAttendance
+from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
+from mpc_fl.federation.peer_round import PeerRound, opened_json
+from mpc_fl.federation.peer_settling import Settling
+from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
+from mpc_fl.federation.planning import peer_rules
+from mpc_fl.files import append_json_line, keep_json_lines
+from mpc_fl.learning.models.model_file import save_model
+from mpc_fl.learning.training.process_group import training_group
+from mpc_fl.links.frames import Observer
+from mpc_fl.links.links import Links
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.progress import Notify
+from mpc_fl.roles import hospital_name
+from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
+    """Train until the last round; write the final global model, what was opened, the ledger, and this site's own metrics."""
+    out, name = site_directory(config), hospital_name(rank)
+    links = connect(config, name, observer, code_of(config))
+    with links:  # first, so that the others hear at once of what this hospital cannot do
+        notify("connect", 1, 1)
+        hospital, common = prepared_hospital(config, rank, links, notify), prepare_aggregator(config)
+        notify("load data", 1, 1)
+        with training_group(config, hospital.model) as hospital.group:
+            ledger, peer = open_ledger(config, name), first_state(hospital, common)
+            _Run(peer, links, ledger, notify).until_complete()
+    write_traffic(links, out)
+
+
+@dataclass
+class _Result:
+    """What a round gave beside its state: who was in it, the lines about it, and its digest, `made`, once it is there.
+
+    `drafted` is the block that this hospital has signed of it, if any; `state` what to go back to where it has been made anew.
+    """
+
+    hospitals: tuple[str, ...] = ()
+    opened: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] | None = None
+    made: str = ""
+    seconds: float = 0.0
+    drafted: Block | None = None
+    state: KeptState | None = None
+
+
+class _Run:
+    """What a hospital goes through a run with."""
+
+    def __init__(self, peer: Peer, links: Links, ledger: RevealLedger, notify: Notify) -> None:
+        config = peer.hospital.config
+        self.peer, self.ledger, self.notify, self.links = peer, ledger, notify, links
+        self.config, self.rules = config, peer_rules(config)
+        present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
+        self.certificates = _exchanged(links, ledger, present, peer_deadlines_of(config).beginning)
+        signatory = Signatory(ledger.identity, self.certificates.get)
+        self.domain = SecretDomain(links, present, ledger, signatory=signatory)
+        about_run = (config.federation.session, config.digest())
+        self.attendance = PeerAttendance(self.domain, ledger, self.rules, peer_deadlines_of(config), about_run)
+        if ledger.blocks:
+            self.attendance.members = ledger.blocks[-1].parties
+            self.attendance.needs_all = True
+        self.results, self.begun_before = [_Result()], False
+        require_allowed_members(self.certificates.values(), config)
+
+    def until_complete(self) -> None:
+        """Round after round, until all have signed that the run is complete."""
+        first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
+        for number in range(first, self.config.last_round + 2):
+            if not self.ledger.chain.ended:
+                self._round(number)
+        self.links.set_phase("conclusion")
+        self.attendance.conclude(self.config.last_round + 2)
+
+    def _round(self, number: int) -> None:
+        """A round, under as many views as it takes until all have signed it; then it is kept."""
+        began, before = time.monotonic(), KeptState.of(self.peer)
+        self.results, self.attendance.complete = [_Result()], None
+        state, view, reason = digest_of_common(self.peer.common), 0, Reason()
+        while True:
+            self.links.set_phase(f"round {number} attendance")
+            standing = Standing(number, state, before.common.weight_total, self.results[-1].made)
+            proposal = self.attendance.agree(standing, view, reason)
+            if proposal is None:
+                block = self.ledger.blocks[-1]
+                if block.kind == "start":
+                    self.attendance.members = block.parties
+                    continue
+                self._go_back_to(block, number)
+                break
+            view = proposal.plan.attempt
+            try:
+                self._follow(proposal, before)
+                break
+            except LeftOutError:
+                raise
+            except (PeerLostError, SumLostError) as error:
+                lost = error.peer if isinstance(error, PeerLostError) else error.lost
+                log.warning("%s; round %d goes on under the next view", error, number)
+                reason = Reason(error.what, lost)
+                self.attendance.void(number, view, reason)
+                view += 1
+        self.attendance.members = self.ledger.blocks[-1].parties
+        log.info("round %d took %.1f s", number, time.monotonic() - began)
+
+    def _follow(self, proposal: Proposal, before: KeptState) -> None:
+        """What a plan says: the sums of the round, unless all of its hospitals have made them, and the signatures.
+
+        A block that was complete before is finished first; then that is all, unless it was the one that begins the ledger.
+        """
+        plan = proposal.plan
+        number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
+        settling = Settling(self.attendance.signing(*plan.round_of, "begun"), proposal.present)
+        self.links.set_phase(f"round {number} reveal ledger")
+        complete = settling.completed(self.attendance.complete)
+        if complete is not None:
+            self._finish(plan, complete[1])
+            if complete[1].kind != "start":
+                return
+        elif not self.ledger.blocks:
+            self._begin_ledger(plan)
+        settling.settle(self.ledger)
+        self.begun_before = bool(self.ledger.pending) and not plan.normalised
+        if plan.normalised:
+            self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
+        else:
+            self._go_back(before)
+            rules = replace(self.rules, opener=proposer)
+            self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
+        self.links.set_phase(f"round {number} signatures")
+        self._sign(plan, self.results[-1])
+
+    def _go_back(self, before: KeptState) -> None:
+        """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
+        signed = [result for result in self.results if result.drafted is not None and result.state is None]
+        state = KeptState.of(self.peer) if signed else None
+        for result in signed:
+            result.state = state
+        before.restore(self.peer)
+        self.results.append(_Result())
+
+    def _finish(self, plan: RoundPlan, complete: Block) -> None:
+        """Keep a block that was complete under an earlier view, when a quorum has it."""
+        if self.links.name not in complete.parties:
+            raise LeftOutError(self.links.name, complete.about)
+        if complete.kind != "start":
+            self._go_back_to(complete, plan.number)
+        signers = self._signers(plan, complete.parties, "finish")
+        present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
+        self.attendance.complete = plan.attempt, complete
+        signers.keep(complete, present)
+        self.attendance.complete = None
+        if complete.kind == "start":
+            self.attendance.members = complete.parties
+            if not set(plan.hospitals) <= set(complete.parties):
+                raise SumLostError("the ledger was begun by fewer hospitals", "those go on")
+
+    def _go_back_to(self, block: Block, number: int) -> None:
+        """Take the state of the result of round `number` that a block is about, which may be that of an earlier start.
+
+        Raises `LeftOutError` where this hospital has not made it.
+        """
+        for result in reversed(self.results):
+            if result.drafted is not None and result.drafted.content_digest() == block.content_digest():
+                if result.state is not None:
+                    result.state.restore(self.peer)
+                self._write_down(number, result)
+                return
+        # Signed in an earlier start, which has kept what it takes.
+        out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
+        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == block.values:
+            save_model(out / MODEL_FILE, self.peer.hospital.model, self.config, self.peer.common.normalisation, None)
+        elif is_in and block.kind != "end":
+            resume(self.peer, out, self.ledger)
+        else:
+            raise LeftOutError(self.links.name, f"{block.about}, which it has not signed")
+
+    def _make(self, made: PeerRound, result: _Result) -> None:
+        """The sums of a round."""
+        number, hospital, began = made.plan.number, self.peer.hospital, time.monotonic()
+        result.hospitals, result.opened, result.own, result.made = made.plan.hospitals, {}, None, ""
+        figures, seconds = dict[str, Any](), {"train": 0.0, "aggregate": 0.0}
+        if number == 0:
+            result.hospitals = made.prepare()
+        elif number <= self.config.training.rounds:
+            result.hospitals, figures, seconds = made.train()
+        result.made = digest_of_common(self.peer.common)
+        if number > self.config.training.rounds:
+            return
+        evaluated = time.monotonic()
+        own, opened = made.evaluate(result.hospitals)
+        seconds["evaluate"] = time.monotonic() - evaluated
+        result.seconds = time.monotonic() - began
+        result.opened = opened_json(opened)
+        if number:
+            result.own = hospital.metrics(number, own, seconds) | figures
+
+    def _begin_ledger(self, plan: RoundPlan) -> None:
+        """The first block: all sign who they are. Whoever is not in it takes no part in the run."""
+        config, ledger, hospitals = self.config, self.ledger, plan.hospitals
+        certificates = {name: _pem(self.certificates[name]) for name in hospitals}
+        quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
+        members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
+        signers = self._signers(plan, hospitals, "start")
+        self._signed(plan, signers, "start", "the run begins", {}, members)
+        self.attendance.members = hospitals
+
+    def _sign(self, plan: RoundPlan, result: _Result) -> None:
+        """The block of a round, or the last one of the run; the model is written before that."""
+        number, config, common, ledger = plan.number, self.config, self.peer.common, self.ledger
+        signers = self._signers(plan, result.hospitals, "block")
+        again = f" ({plan.attempt})" if plan.attempt else ""
+        if number > config.last_round:
+            path = site_directory(config) / MODEL_FILE
+            save_model(path, self.peer.hospital.model, config, common.normalisation, None)
+            kind, about, values = "end", f"the run is complete{again}", values_of_end(self.peer.hospital)
+        else:
+            complete = all({*opening.among, *opening.to} <= set(result.hospitals) for opening in ledger.pending)
+            kind = "openings" if complete and not self.begun_before else "abandoned"
+            about = f"round {number}{again}"
+            values = {"global model": common.digests.parameters}
+            self._write_down(number, result)
+        try:
+            self._signed(plan, signers, kind, about, values)
+        finally:
+            result.drafted = signers.drafted
+
+    def _signed(
+        self,
+        plan: RoundPlan,
+        signers: PeerSigners,
+        kind: str,
+        about: str,
+        values: dict[str, str],
+        members: Members | None = None,
+    ) -> None:
+        """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
+        try:
+            signers.sign(kind, about, values, members)
+        except PeerLostError:
+            if signers.complete is not None:
+                self.attendance.complete = plan.attempt, signers.complete
+            raise
+        finally:
+            signers.links.end_scope()
+
+    def _signers(self, plan: RoundPlan, hospitals: tuple[str, ...], what: str) -> PeerSigners:
+        links = self.attendance.signing(plan.number, plan.attempt, what)
+        return PeerSigners(self.ledger, links, hospitals, self.rules.smallest, self.certificates)
+
+    def _write_down(self, number: int, result: _Result) -> None:
+        """What there is of a round in this site's own files, before all sign it: who has signed has kept what it takes to go on."""
+        if number > self.config.last_round:
+            return
+        out, before = site_directory(self.config), lambda line: line["round"] < number
+        keep_json_lines(out / ROUNDS_FILE, before)
+        keep_json_lines(out / "metrics.jsonl", before)
+        line = {"round": number, "hospitals": list(result.hospitals), "seconds": result.seconds}
+        append_json_line(out / ROUNDS_FILE, {"evaluation": None, **line, **result.opened})
+        if number and result.own is not None:
+            append_json_line(out / "metrics.jsonl", result.own)
+        checkpoint(self.peer, out, number)
+
+
+def _pem(certificate: x509.Certificate) -> str:
+    return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
+
+
+def _exchanged(
+    links: Links, ledger: RevealLedger, present: Iterable[str], seconds: float
+) -> dict[str, x509.Certificate]:
+    """The certificates of all that are linked, each from its holder, checked. Raises `IdentityError`."""
+    identity, until, others = ledger.identity, time.monotonic() + seconds, [n for n in present if n != links.name]
+    own = identity.certificate.decode("ascii")
+    for name in others:
+        try:
+            links.send_object(name, "certificate", {"certificate": own})
+        except PeerLostError as error:
+            log.warning("%s", error)
+    found = {links.name: verify_certificate(identity.certificate, links.name, identity)}
+    for name in others:
+        try:
+            said = links.receive_object(name, "certificate", until)
+        except PeerLostError as error:
+            log.warning("%s", error)
+            continue
+        found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
+    return found

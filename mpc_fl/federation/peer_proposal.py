@@ -1,0 +1,210 @@
+"""What hospitals say before a round among peers: that they are there, and who shall take part. Who says what when is
+`peer_attendance`; this module makes these words and holds them against what a hospital has itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
+from mpc_fl.aggregation.signed_words import Signed, Subject, heard
+from mpc_fl.aggregation.transcript import digest_of
+from mpc_fl.aggregation.words import names_in
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.reveal_ledger import Block
+from mpc_fl.errors import SAME_VERSION, ProtocolError, printable
+from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
+
+_PURPOSE = "mpc-fl round among peers 1"
+_LONGEST_REASON = 300
+DEVIATES = "it does not follow the protocol; nothing was sent under its proposal"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a hospital has before a round, alike at all: its `number`, the digest of the `state` in common, the total of weights.
+    `made`: the digest of the state that this round has given already, where only its signatures are missing.
+    """
+
+    number: int
+    state: str
+    weight_total: int
+    made: str = ""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """What a hospital says of itself in step 1. `pending` openings are in no block yet, `last` is the digest of the last of
+    them; `complete` the seal of a block that it holds and has not kept, of `complete_view`; `held` the fingerprints of keys by
+    name; `why` the view before is over, and whom it was `lost` with."""
+
+    number: int
+    view: int
+    state: str
+    made: str
+    blocks: int
+    seal: str
+    pending: int
+    last: str
+    complete: str
+    complete_view: int
+    held: Mapping[str, str]
+    why: str
+    lost: str
+
+    @classmethod
+    def from_word(cls, name: str, word: Mapping[str, Any]) -> Presence:
+        """Raises `ProtocolError` for a word that is none."""
+        numbers = {key: word.get(key) for key in ("number", "view", "blocks", "pending", "complete_view")}
+        texts = {key: word.get(key) for key in ("state", "made", "seal", "last", "complete", "why", "lost")}
+        held = word.get("held")
+        sound = all(type(value) is int and value >= 0 for value in numbers.values())
+        sound = sound and all(isinstance(value, str) for value in texts.values()) and isinstance(held, dict)
+        if not sound or not all(isinstance(value, str) for value in held.values()):  # type: ignore[union-attr]
+            raise ProtocolError(f"{name} did not say how it is present", SAME_VERSION)
+        return cls(**numbers, **texts, held=held)  # type: ignore[arg-type]
+
+    @property
+    def view_of(self) -> tuple[int, int]:
+        """Round and view."""
+        return self.number, self.view
+
+    @property
+    def place(self) -> tuple[int, str, str]:
+        """After which block it stands, and with which state."""
+        return self.blocks, self.seal, self.state
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a view came to nothing, and with whom, where that is known."""
+
+    why: str = ""
+    lost: str = ""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A sound proposal: the plan in it, what its proposer signed, and what each of its hospitals said of itself."""
+
+    plan: RoundPlan
+    signed: Signed
+    present: Mapping[str, Presence]
+
+
+Heard = Mapping[str, tuple[Presence, Mapping[str, Any]]]  # what each hospital said last of itself, and the word
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """How a hospital makes and checks these words. `about_run`: session and digest of the configuration."""
+
+    domain: SecretDomain
+    rules: Rules
+    about_run: tuple[str, str]
+
+    def subject(self, word: str, view_of: tuple[int, int]) -> Subject:
+        """What a word of a round and view is about."""
+        return Subject(digest_of([_PURPOSE, *self.about_run, *view_of]), word)
+
+    def own_presence(
+        self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: tuple[int, Block] | None
+    ) -> Presence:
+        """What this hospital says of itself. `complete`: a block that it has not kept, and of which view it is."""
+        links, chain, pending = self.domain.links, ledger.chain, ledger.pending
+        complete_view, seal = (0, "") if complete is None else (complete[0], complete[1].seal())
+        return Presence(
+            number=standing.number,
+            view=view,
+            state=standing.state,
+            made=standing.made,
+            blocks=chain.blocks,
+            seal=chain.seal,
+            pending=len(pending),
+            last=pending[-1].digest if pending else "",
+            complete=seal,
+            complete_view=complete_view,
+            held={n: links.key_fingerprint(n) for n in self.rules.hospitals if n == links.name or links.alive(n)},
+            why=printable(reason.why, _LONGEST_REASON),
+            lost=reason.lost,
+        )
+
+    def proposed(
+        self, standing: Standing, members: Sequence[str], alive: Collection[str], latest: Heard
+    ) -> dict[str, Any]:
+        """At who proposes: the values of its proposal, from what members said. Raises `QuorumError` where too few are left."""
+        links, (mine, _) = self.domain.links, latest[self.domain.links.name]
+        there = {name: said for name, (said, _) in latest.items() if said.view_of == mine.view_of}
+        blamed = Counter(said.lost for said in there.values())
+        chosen = [links.name]
+        for name in members:
+            if name not in there or name not in alive:
+                continue
+            if there[name].place != mine.place:
+                log.warning("%s is left out: it has another block or model before round %d", name, mine.number)
+            elif 2 * blamed[name] > len(there):
+                log.warning("%s is left out of round %d: sums were lost with it", name, mine.number)
+            elif _hold_keys({other: there[other] for other in (*chosen, name)}, links.key_fingerprint):
+                chosen.append(name)
+        hospitals = [name for name in members if name in chosen]
+        require_quorum(self.rules, hospitals, members, f"round {standing.number}")
+        return {
+            "number": mine.number,
+            "view": mine.view,
+            "hospitals": hospitals,
+            "starts": {name: links.key_fingerprint(name) for name in hospitals},
+            "weight_total": standing.weight_total,
+            "present": {name: {k: v for k, v in latest[name][1].items() if k != "word"} for name in hospitals},
+        }
+
+    def sound(self, standing: Standing, proposer: str, word: Mapping[str, Any], mine: Presence) -> Proposal:
+        """At a hospital: a proposal held against what it has itself, which it is in or not.
+
+        Raises `ProtocolError` naming who proposed. `mine` is what it said of itself under this view.
+        """
+        links, me, view_of = self.domain.links, self.domain.links.name, mine.view_of
+        signed = heard(self.domain, proposer, self.subject("proposal", view_of), word)
+        hospitals, starts, present = names_in(word, "hospitals"), word.get("starts"), word.get("present")
+        if proposer not in hospitals:
+            _refuse(proposer, "left itself out")
+        if not isinstance(present, dict) or set(present) != set(hospitals):
+            _refuse(proposer, "did not say who is present")
+        require_hospitals(replace(self.rules, opener=proposer), hospitals, me if me in hospitals else proposer)
+        said = {name: self._presence(name, present[name], view_of, proposer) for name in hospitals}
+        if said.get(me, mine) != mine:
+            _refuse(proposer, f"says of {me} what it said before")
+        if len({one.place for one in said.values()}) > 1 or said.get(me, said[proposer]).place != said[proposer].place:
+            _refuse(proposer, "named hospitals that have another block or model")
+        if starts != {name: links.key_fingerprint(name) for name in hospitals}:
+            _refuse(proposer, "named other starts of the hospitals than are linked here")
+        if me in hospitals and word.get("weight_total") != standing.weight_total:
+            _refuse(proposer, "sent another total of weights than was opened")
+        made = {one.made for one in said.values()}
+        is_made = len(made) == 1 and "" not in made
+        plan = RoundPlan(*view_of, hospitals, dict(starts), (), standing.weight_total, True, is_made)
+        return Proposal(plan, signed, said)
+
+    def _presence(self, name: str, value: object, view_of: tuple[int, int], proposer: str) -> Presence:
+        if not isinstance(value, dict):
+            _refuse(proposer, f"did not say that {name} is present")
+        said = Presence.from_word(proposer, value)
+        try:
+            heard(self.domain, name, self.subject("present", view_of), value)
+        except ProtocolError:
+            _refuse(proposer, f"says of {name} what it did not sign")
+        return said
+
+
+def _hold_keys(there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> bool:
+    return all(said.held.get(name) == fingerprint(name) for said in there.values() for name in there)
+
+
+def _refuse(proposer: str, what: str) -> NoReturn:
+    raise ProtocolError(f"{proposer} {what}", DEVIATES)

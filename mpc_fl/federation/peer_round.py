@@ -1,0 +1,223 @@
+"""A round among peers at a hospital: the steps of `hospital_round` and those of `aggregator_round`, both at every hospital.
+
+Each sum is a peer sum (`aggregation.peer_sum`) under a transcript that all have signed before anybody trains for it
+(`aggregation.peer_plan`). All hospitals in it learn it, and each steps along it by itself. What is computed before and after a
+sum is the same code as with an aggregator, so the model is the same, bit for bit, from the same updates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mpc_fl.aggregation.peer_plan import signed_plan
+from mpc_fl.aggregation.peer_sum import peer_sum
+from mpc_fl.aggregation.rules import AgreedSum, Rules
+from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.config.evaluation import Evaluated as Of
+from mpc_fl.crypto.secrecy import Private
+from mpc_fl.errors import LeftOutError, QuorumError
+from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.federated_sgd import (
+    OwnGradients,
+    Steps,
+    agreed_gradient,
+    keep_stepped,
+    stepped_along,
+)
+from mpc_fl.federation.global_model import calibrate_own
+from mpc_fl.federation.local_update import (
+    agreed_update,
+    charge_round,
+    figures_of,
+    keep_trained,
+    progress_of,
+    trained_update,
+)
+from mpc_fl.federation.peer_state import Peer
+from mpc_fl.federation.preparation import (
+    FEATURES,
+    PATIENTS,
+    agreed_once,
+    is_counted,
+    own_count,
+    own_features,
+    take_features,
+    take_patients,
+)
+from mpc_fl.federation.secure_evaluation import (
+    Evaluated,
+    OwnDecisions,
+    agreed_evaluation,
+    counts_to_sum,
+    evaluation_rules,
+    log_accuracy,
+    opened_evaluation,
+    own_evaluation,
+    phase_of,
+)
+from mpc_fl.learning.models.evaluation import Evaluation
+from mpc_fl.learning.models.parameters import load_flat_buffers
+from mpc_fl.learning.training.dp_sgd import LocalRound
+from mpc_fl.progress import Notify
+from mpc_fl.sharing.opening import SecretDomain
+
+log = logging.getLogger(__name__)
+
+Release = Callable[[], None]
+Summand = tuple[Private[torch.Tensor], Release | None]
+
+
+@dataclass(frozen=True)
+class PeerRound:
+    """A round of `plan` at a hospital. `rules` have the proposer as opener."""
+
+    peer: Peer
+    domain: SecretDomain
+    ledger: RevealLedger
+    rules: Rules
+    plan: RoundPlan
+    notify: Notify
+
+    def prepare(self) -> tuple[str, ...]:
+        """The sums before the first round. Returns the hospitals that are in them."""
+        hospital, common, plan, hospitals = self.peer.hospital, self.peer.common, self.plan, self.plan.hospitals
+        config, ledger = hospital.config, self.ledger
+        self.domain.links.set_phase("preparation")
+        if config.data.normalise == "secure":
+            features = plan_features(config)
+            agreed = agreed_once(config, ledger, hospitals, plan, FEATURES, common.digests)
+            hospitals, total = self._sum(
+                self.rules, agreed, lambda: (own_features(hospital, features, plan), hospital.releasing(0))
+            )
+            _, buffers = take_features(common, features, total)
+            assert common.normalisation is not None
+            hospital.normalise(common.normalisation)
+            load_flat_buffers(hospital.model, buffers)
+        if is_counted(config, plan):
+            agreed = agreed_once(config, ledger, hospitals, plan, PATIENTS, common.digests)
+            hospitals, total = self._sum(self.rules, agreed, lambda: (own_count(hospital), hospital.releasing(0)))
+            take_patients(common, int(total), len(hospitals))
+        elif not config.counts_patients:
+            take_patients(common, config.federation.hospitals, config.federation.hospitals)
+        calibrate_own(hospital.model, hospital.train.inputs, config)
+        return hospitals
+
+    def train(self) -> tuple[tuple[str, ...], dict[str, Any], dict[str, float]]:
+        """Train, and step along the sum: the hospitals in it, this site's figures of its steps, and seconds by what took them."""
+        hospital, number, links = self.peer.hospital, self.plan.number, self.domain.links
+        began = time.monotonic()
+        links.set_phase(f"round {number} aggregation")
+        if hospital.noise_multiplier is not None:
+            charge_round(hospital, number)
+        before = links.seconds_of(f"round {number} training")
+        hospitals, steps = self._steps() if hospital.mechanism is not None else self._update()
+        train_seconds = links.seconds_of(f"round {number} training") - before
+        aggregate_seconds = time.monotonic() - began - train_seconds
+        log.info("round %d: trained in %.1f s, aggregated in %.1f s", number, train_seconds, aggregate_seconds)
+        self.notify("aggregation", number, hospital.config.training.rounds)
+        return hospitals, figures_of(steps), {"train": train_seconds, "aggregate": aggregate_seconds}
+
+    def _update(self) -> tuple[tuple[str, ...], Steps]:
+        """Local training, and one sum of the weighted updates."""
+        hospital, common, plan, links = self.peer.hospital, self.peer.common, self.plan, self.domain.links
+        kept = list[LocalRound]()
+
+        def summand() -> Summand:
+            links.set_phase(f"round {plan.number} training")
+            trained = trained_update(hospital, links, plan, self.notify)
+            kept.append(trained.local)
+            return trained.encoded, hospital.releasing(plan.number)
+
+        hospitals, total = self._sum(self.rules, agreed_update(hospital.config, plan, common.digests), summand)
+        shared = common.step_along_sum(total, len(hospitals), plan.number)
+        common.digests.take(parameters=shared)
+        return hospitals, keep_trained(hospital, kept[0], shared)
+
+    def _steps(self) -> tuple[tuple[str, ...], Steps]:
+        """Distributed noise: a sum for every single step."""
+        hospital, common, plan, links = self.peer.hospital, self.peer.common, self.plan, self.domain.links
+        gradients, hospitals, config = OwnGradients(hospital, plan), plan.hospitals, hospital.config
+        step_done, count = progress_of(config, plan.number, self.notify), config.training.local_steps
+        for step in range(count):
+
+            def summand(step: int = step) -> Summand:
+                links.set_phase(f"round {plan.number} training")
+                share = gradients.share(step)
+                links.set_phase(f"round {plan.number} aggregation")
+                return share, hospital.ledger.release
+
+            agreed = agreed_gradient(config, hospitals, plan, step, common.digests)
+            hospitals, opened = self._sum(self.rules, agreed, summand)
+            stepped = stepped_along(common, gradients.parameters, opened, len(hospitals), (plan.number, step))
+            common.digests.take(parameters=stepped)
+            gradients.step_to(stepped)
+            step_done(step + 1, count)
+        kept = gradients.keep()
+        keep_stepped(common, gradients.parameters)
+        return hospitals, kept
+
+    def evaluate(self, hospitals: tuple[str, ...]) -> tuple[Evaluation, dict[Of, Evaluated]]:
+        """This site's own evaluation, and what was opened over all hospitals, by whose patients.
+
+        Raises `SumLostError` for a sum that was lost: the model of the round is there without it.
+        """
+        config, opened = self.peer.hospital.config, dict[Of, Evaluated]()
+        if config.evaluates(self.plan.number, "validation"):
+            _, hospitals = self._evaluate(hospitals, "validation", opened)
+        own, _ = self._evaluate(hospitals, "test", opened)
+        if "test" in opened:
+            log_accuracy(self.plan.number, opened["test"])
+        self.notify("evaluation", self.plan.number, config.training.rounds)
+        return own, opened
+
+    def _evaluate(
+        self, hospitals: tuple[str, ...], whom: Of, opened: dict[Of, Evaluated]
+    ) -> tuple[Evaluation, tuple[str, ...]]:
+        hospital, common, plan = self.peer.hospital, self.peer.common, self.plan
+        config, rules = hospital.config, evaluation_rules(hospital.config, self.rules, whom)
+        self.domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
+        if not config.evaluates(plan.number, whom) or len(hospitals) < rules.smallest:
+            return own_evaluation(hospital, plan.number, whom).own, hospitals
+        kept = list[OwnDecisions]()
+
+        def summand() -> Summand:
+            kept.append(own_evaluation(hospital, plan.number, whom))
+            return counts_to_sum(hospital, kept[0], plan, whom)
+
+        agreed = agreed_evaluation(config, hospitals, plan, whom, common.digests)
+        try:
+            present, total = self._sum(rules, agreed, summand)
+        except QuorumError as error:  # nothing was opened, which all of them have found alike
+            log.warning("%s", error)
+            return kept[0].own, hospitals
+        opened[whom] = opened_evaluation(config, total, len(present), whom)
+        return kept[0].own, present
+
+    def _sum(
+        self, rules: Rules, agreed: AgreedSum, summand: Callable[[], Summand]
+    ) -> tuple[tuple[str, ...], torch.Tensor]:
+        """V, and the sum over V. `summand` is made when all have signed what it is for, within the time that rules give for it.
+
+        Raises `SumLostError` where it is lost, and `PeerLostError` naming this hospital where the others opened it without it.
+        """
+        plan = signed_plan(self.domain, rules, agreed)
+        until = time.monotonic() + rules.seconds
+        encoded, release = summand()
+        remaining = replace(rules, seconds=max(0.0, until - time.monotonic()))
+        admitted, total = peer_sum(self.domain, remaining, agreed, plan, encoded, release)
+        if total is None:
+            raise LeftOutError(self.domain.links.name, f"'{agreed.about.why}', for which its part came late")
+        return admitted, total
+
+
+def opened_json(opened: dict[Of, Evaluated]) -> dict[str, Any]:
+    """What the line about a round says of its evaluations."""
+    line: dict[str, Any] = {"evaluation": opened["test"].to_json() if "test" in opened else None}
+    return line | ({"validation": opened["validation"].to_json()} if "validation" in opened else {})

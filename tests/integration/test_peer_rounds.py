@@ -1,0 +1,74 @@
+"""Runs without an aggregator in real processes: whole, and with the proposer of a round killed or stopped in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from mpc_fl.apps.cli import ledger
+from mpc_fl.apps.runs.launcher import launch
+from mpc_fl.apps.runs.local_runs import train
+from mpc_fl.apps.runs.party_starter import PartyStarter, modules_to_share
+from mpc_fl.config.config import Config, parse_config
+from tests.support.frozen_programs import FREEZE
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+SETTINGS: dict[str, Any] = {
+    "task": "train",
+    "data": {"image_size": 8, "phantoms": {"train_patients": 90, "test_patients": 30}},
+    "model": {"architecture": "mlp", "hidden": [4]},
+    "training": {"rounds": 2, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
+    "privacy": {"mechanism": "none"},
+    "runtime": {"connect_timeout": 240.0, "receive_timeout": 600.0},
+}
+
+
+def configuration(hospitals: int) -> Config:
+    federation = {"coordinator": "none", "hospitals": hospitals, "quorum": 3}
+    return parse_config({**SETTINGS, "federation": federation}, "test")
+
+
+def test_a_whole_run_of_three(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = train(configuration(3), out, "test", lambda *_: None)
+    assert summary.final is not None and summary.took_part["2"] == ["hospital-0", "hospital-1", "hospital-2"]
+    verified = CliRunner().invoke(ledger.app, ["verify", str(out)])
+    assert verified.exit_code == 0, verified.output
+    for name in (
+        "model.safetensors",
+        "model_card.md",
+        "metrics.jsonl",
+        "openings.jsonl",
+        "report.html",
+        "summary.json",
+    ):
+        assert (out / name).is_file(), name
+    for name in summary.hospitals:
+        own = out / "parties" / name
+        assert (own / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+        assert (own / "reveal_ledger.jsonl").read_bytes() == (out / "reveal_ledger.jsonl").read_bytes()
+        assert not (own / "identity").exists()
+
+
+@pytest.mark.parametrize("how", ["dies", "stops"])
+@pytest.mark.parametrize("phase", ["round 1 attendance", "round 1 training", "round 1 signatures"])
+def test_the_proposer_is_lost(how: str, phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FREEZE, f"hospital-1/{phase}/{how}")
+    config = configuration(5)
+    with PartyStarter(modules_to_share(config), "tests.support.frozen_programs") as starter:
+        lost = launch(config, tmp_path, lambda *_: None, starter)
+    assert lost == ["hospital-1"]
+    assert not [child for child in psutil.Process().children(recursive=True) if child.name().startswith("hospital-")]
+    ledgers = {
+        name: (tmp_path / "parties" / name / "reveal_ledger.jsonl").read_text().splitlines()
+        for name in ("hospital-0", "hospital-2", "hospital-3", "hospital-4")
+    }
+    assert len({tuple(lines) for lines in ledgers.values()}) == 1
+    last = json.loads(ledgers["hospital-0"][-1])
+    assert last["kind"] == "end" and last["parties"] == list(ledgers)
+    assert "hospital-1" in (tmp_path / "logs" / "hospital-2.log").read_text()
