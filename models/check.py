@@ -1,8 +1,8 @@
 """Check `rounds.pml` with Spin: that its properties hold, and that each fails when the rule that carries it is taken out.
 
-    python models/check.py                 all checks, a table as in README.md
-    python models/check.py NAME...         some of them
-    python models/check.py --seconds 600   on a machine that does other things
+python models/check.py                 all checks, a table as in README.md
+python models/check.py NAME...         some of them
+python models/check.py --seconds 600   on a machine that does other things
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def verify(check: Check, directory: Path, limit_seconds: float = LIMIT_SECONDS) 
     return Found(failed, int(states[1]) if states else 0, time.monotonic() - began, whole)
 
 
-_THREE_LOST = "QUORUM=2 VIEWS=3 LOSSES=1"  # a quorum of two is refused in a run; here it lets three hospitals stand for more
+_THREE_LOST = (
+    "QUORUM=2 VIEWS=3 LOSSES=1"  # a quorum of two is refused in a run; here it lets three hospitals stand for more
+)
 _FOUR_LOST = "HOSPITALS=4 QUORUM=3 VIEWS=3 LOSSES=1"
 _BLOCK = "QUORUM=2 VIEWS=2 LOSSES=1 LATES=2 LATE_FROM=SIGNED LOSS_FROM=SIGNED"
 _STOP = "QUORUM=2 VIEWS=2 LOSSES=1 RESUMES=1 LOSS_FROM=SIGNED"
@@ -147,7 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except subprocess.TimeoutExpired:
                 found = Found("", 0, asked.seconds, False)
         wrong += not found.is_as(check)
-        what = f"fails: {found.failed}" if found.failed else "all holds" if found.is_whole else "not all states were seen"
+        what = (
+            f"fails: {found.failed}" if found.failed else "all holds" if found.is_whole else "not all states were seen"
+        )
         row = f"| {check.name} | `{check.made_with}` | {what} | {found.states:,} | {found.seconds:.0f} |"
         print(row if found.is_as(check) else f"{row} WRONG", flush=True)
     return 1 if wrong else 0
