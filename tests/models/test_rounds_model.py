@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.check import CHECKS, MODEL, Check, verify
+from models.check import CHECKS, MODEL, PROPERTIES, Check, verify
 
 SMALL = [check for check in CHECKS if check.is_small]
 CODE = Path(__file__).parents[2] / "mpc_fl"
@@ -29,12 +29,12 @@ def test_the_model(check: Check, tmp_path: Path) -> None:
 
 def test_each_rule_is_taken_out_once() -> None:
     rules = set(re.findall(r"WITHOUT_RULE_(\w+)", MODEL.read_text()))
-    assert rules == {check.name.removeprefix("without the rule ") for check in CHECKS if check.fails}
+    assert rules == {
+        check.name.removeprefix("without the rule ") for check in CHECKS if check.fails and "RULE" in check.made_with
+    }
 
 
 def test_each_property_fails_without_some_rule() -> None:
-    from models.check import PROPERTIES
-
     assert set(PROPERTIES) == {check.fails for check in CHECKS if check.fails}
 
 
