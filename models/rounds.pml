@@ -128,6 +128,10 @@ byte lates = LATES;
 
 /* ---- the rules that can be taken out --------------------------------------------------------------------------------- */
 
+/* Three of them are of this model and not of the code yet (branch peers at c214be3): VOID_IS_NO_LOSS (`PeerSigners._hear` blames who gave up),
+   TOO_FEW_IS_A_LOST_SUM (the `QuorumError` of a sum ends the run) and ENOUGH_WITHOUT_THE_BLAMED (`Proposals.proposed` leaves out also whom
+   the quorum needs). Without them a run can end while a quorum lives, as the checks of these names show. */
+
 #ifdef WITHOUT_RULE_QUORUM
 #define FEWEST (QUORUM - 1)
 #else
@@ -229,7 +233,9 @@ inline first_of(group) {
 inline give_up(word, set) {
   if
 #ifdef WITHOUT_RULE_VOID_IS_NO_LOSS
-  :: (LACKING(word, set) & (GONE | DEVIATES)) != 0 -> first_of(LACKING(word, set) & (GONE | DEVIATES))
+  :: (word) >= SIGNED && (LACKING(word, set) & (GONE | DEVIATES)) != 0 -> first_of(LACKING(word, set) & (GONE | DEVIATES))
+  :: (word) < SIGNED && (LACKING(word, set) & (ENDED | DEVIATES)) != 0 -> first_of(LACKING(word, set) & (ENDED | DEVIATES))
+  :: (word) < SIGNED && (LACKING(word, set) & (ENDED | DEVIATES)) == 0 && (LACKING(word, set) & GONE) != 0
 #else
   :: (LACKING(word, set) & (ENDED | DEVIATES)) != 0 -> first_of(LACKING(word, set) & (ENDED | DEVIATES))
   :: (LACKING(word, set) & (ENDED | DEVIATES)) == 0 && (LACKING(word, set) & GONE) != 0
@@ -413,12 +419,10 @@ end:
        :: SIZE(set) >= FEWEST ->
           look_whether_made(set);
           proposal[NOW] = set;
-#ifndef ONE_MODEL
           if
           :: true
           :: proposal[NOW] = set | ONE(HOSPITALS)
           fi;
-#endif
           heard[PROPOSAL].by[NOW] = DEVIATES
        :: else
        fi;
