@@ -9,7 +9,7 @@ DEMO := runs/demo
 PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow test-long soak check install bench clean help
+.PHONY: demo test test-slow test-long soak check check-model install bench clean help
 
 help:
 	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-long   sweeps: a party frozen or lost at every message; most of an hour"
 	@echo "make soak    breaks real runs at random for an hour"
 	@echo "make check   format, lint, types and layers"
+	@echo "make check-model   rounds among peers, by Spin (apt-get install spin gcc)"
 	@echo "make clean   remove the environment and the demo's results"
 
 install: $(STAMP)
@@ -61,6 +62,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check-model: $(STAMP)
+	@command -v spin >/dev/null || { echo "check-model needs Spin: apt-get install spin gcc" >&2; exit 1; }
+	$(BIN)/python models/check.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO)-diagnosis build *.egg-info
