@@ -276,3 +276,19 @@ def test_inference_costs_what_was_estimated(runs: Runs) -> None:
     assert_sent(run, "dealer", expected.bytes_sent_by_dealer)
     for name in ("hospital-0", "model-owner", "dealer"):
         assert 0.5 < peak_memory(run, name) / expected.memory_bytes_per_party < 2
+
+
+def test_many_hospitals_are_told_what_their_masks_cost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = ["--set", "privacy.mechanism=none", "--set", "federation.hospitals=64", "--set", "federation.quorum=58"]
+    said = command(capsys, monkeypatch, "estimate", DEMO, *many)
+    assert "each hospital shares them with 38 others, holds 64 keys of a sum" in said
+    assert "hidden from the aggregator with any 12 hospitals of the sum" in said
+    monkeypatch.setattr(estimate, "available_memory", lambda: 64 << 30)
+    checked = command(capsys, monkeypatch, "check", DEMO, *many)
+    assert "Masks: with 38 others each, against the aggregator and 12 hospitals." in checked
+    between_all = ["--set", "aggregation.mask_neighbours=all"]
+    said = command(capsys, monkeypatch, "estimate", DEMO, *many, *between_all)
+    assert "each hospital shares them with 63 others" in said and "with any 56 hospitals of the sum" in said
+    assert "Masks:" not in command(capsys, monkeypatch, "check", DEMO, *many, *between_all)
