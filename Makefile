@@ -22,7 +22,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py $(wildcard mpc_fl/inference/fast/kernels/native/*.[ch])
 	@test -n "$(PYTHON)" || { echo "mpc-fl needs Python 3.10, 3.11 or 3.12 on the path" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a minute or two) ..."

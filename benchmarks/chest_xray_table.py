@@ -58,7 +58,12 @@ from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.iterate_average import IterateAverage
-from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
+from mpc_fl.learning.training.per_sample_gradients import (
+    choose_per_sample_method,
+    rounded_sum,
+    sum_cross_entropy,
+    working_copy,
+)
 from mpc_fl.learning.training.sampling import sample_patients
 from mpc_fl.learning.training.server_optimizers import server_optimizer
 
@@ -193,6 +198,7 @@ def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Modul
     average = IterateAverage(config.training.average_last, config.global_models)
     release = [plan_release(config, data.patient_count, [], "a hospital") for data in hospitals]
     seeds = [Seed.from_system() for _ in hospitals]
+    method = choose_per_sample_method(model, config.data.input_shape)
     for number in range(1, config.training.rounds + 1):
         mean = torch.zeros(len(flatten_parameters(model)), dtype=torch.float64)
         for data, planned, seed in zip(hospitals, release, seeds, strict=True):
@@ -200,7 +206,7 @@ def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Modul
                 None if planned is None else planned.noise_multiplier,
                 sample_rate_of(config, data.patient_count),
             )
-            training = LocalTraining(config, noise, rate, None, "hooks")
+            training = LocalTraining(config, noise, rate, None, method)
             mean += train_locally(model, data, training, number, seed).update.double() / len(hospitals)
         stepped = optimizer.step(flatten_parameters(model), -mean)
         load_flat_parameters(model, average.take(stepped, number - 1))
@@ -212,12 +218,15 @@ def with_distributed_noise(config: Config, hospitals: list[Dataset]) -> torch.nn
     model, optimizer, mechanism = initial_model(config), server_optimizer(config), mechanism_of(config)
     average, working = IterateAverage(config.training.average_last, config.global_models), working_copy(model)
     seeds, parameters = [Seed.from_system() for _ in hospitals], flatten_parameters(model)
-    rate = sample_rate_of(config, 0)
+    rate, method = (
+        sample_rate_of(config, 0),
+        choose_per_sample_method(model, config.data.input_shape, mechanism=mechanism),
+    )
     for position in range(config.global_models):
         total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
         for data, seed in zip(hospitals, seeds, strict=True):
             rows = sample_patients(data.records_of_patient, rate, seed.stream("sampling", position))
-            sums = rounded_sum(working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, "vmap")
+            sums = rounded_sum(working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, method)
             share = noised_share(mechanism, Private("gradients", sums.total), seed.derive("noise", position))
             total += share.inside_protocol()
         stepped = optimizer.step(parameters, mean_gradient(mechanism, total.long()))

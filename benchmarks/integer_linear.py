@@ -4,8 +4,8 @@
 
 `online` multiplies weights of 16 bits (two limbs) with elements of 32 bits, as the model owner does for each image;
 `offline` multiplies 32 with 32 bits, as the dealer and the hospital do. Beside them torch's own int64 convolution (the
-exact fallback) and float32 convolution (the plaintext network), all in the same run. Seconds are the sum over layers of
-the shortest of the repeats.
+exact fallback), float32 convolution (the plaintext network), and `online` by the fastest method without compiled kernels
+(`torch`), all in the same run. Seconds are the sum over layers of the shortest of the repeats.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from mpc_fl.config.config import Config
 from mpc_fl.inference.fast.kernels import integer_linear
+from mpc_fl.inference.fast.kernels.compiled import kernels
 from mpc_fl.inference.fast.kernels.limbs import usable
 from mpc_fl.learning.models.architectures import build_model
 
@@ -62,14 +63,18 @@ def measure(layer: nn.Conv2d | nn.Linear, shape: torch.Size, repeats: int) -> di
 
     full, weights = elements(tuple(shape), 32), elements(tuple(layer.weight.shape), 15)
     mask = elements(tuple(layer.weight.shape), 32)
+    special = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+    without: integer_linear.Method = "taps" if special else usable()[0]
     if isinstance(layer, nn.Linear):
         online, offline = integer_linear.PreparedLinear(weights), integer_linear.PreparedLinear(mask)
+        by_torch = integer_linear.PreparedLinear(weights, without)
         plain: Callable[..., torch.Tensor] = functional.linear
         outputs = layer.out_features * shape[0]
     else:
         options = (layer.stride, layer.padding, layer.dilation, layer.groups)
         online = integer_linear.PreparedConvolution(weights, *options)  # type: ignore[assignment,arg-type]
         offline = integer_linear.PreparedConvolution(mask, *options)  # type: ignore[assignment,arg-type]
+        by_torch = integer_linear.PreparedConvolution(weights, *options, without)  # type: ignore[assignment,arg-type]
         full = full.contiguous(memory_format=torch.channels_last)
 
         def plain(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -84,6 +89,7 @@ def measure(layer: nn.Conv2d | nn.Linear, shape: torch.Size, repeats: int) -> di
         "layer": str(layer),
         "multiply_adds": outputs * layer.weight[0].numel(),
         "online_seconds": shortest(lambda: online(full), repeats),
+        "torch_seconds": shortest(lambda: by_torch(full), repeats),
         "offline_seconds": shortest(lambda: offline(full), repeats),
         "int64_seconds": shortest(lambda: plain(long, long_weights), 1),
         "float32_seconds": shortest(lambda: plain(real, real_weights), repeats),
@@ -110,10 +116,12 @@ def main() -> None:
     sums = {key: sum(row[key] for row in rows) for key in rows[0] if key != "layer"}
     result = {
         **vars(options),
+        "kernels": str(kernels()),
         "usable": methods,
         "self_test_seconds": self_test,
         **sums,
         "online_giga_multiply_adds_per_second": sums["multiply_adds"] / sums["online_seconds"] / 1e9,
+        "speedup_online_over_torch": sums["torch_seconds"] / sums["online_seconds"],
         "speedup_online_over_int64": sums["int64_seconds"] / sums["online_seconds"],
         "speedup_offline_over_int64": sums["int64_seconds"] / sums["offline_seconds"],
         "ratio_online_to_float32": sums["online_seconds"] / sums["float32_seconds"],
@@ -122,7 +130,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    print(f"{'layer':76} {'M mult.':>8} {'online':>8} {'offline':>8} {'int64':>8} {'float32':>8}   (milliseconds)")
+    print(
+        f"{'layer':76} {'M mult.':>8} {'online':>8} {'torch':>8} {'offline':>8} {'int64':>8} {'float32':>8}   (milliseconds)"
+    )
     for row in rows:
         times = " ".join(f"{1000 * row[key]:8.2f}" for key in row if key.endswith("seconds"))
         print(f"{row['layer'][:76]:76} {row['multiply_adds'] / 1e6:8.1f} {times}")

@@ -123,12 +123,9 @@ def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str
 
 def require_followed(plan: SumPlan, present: Sequence[str], why: str) -> None:
     """Raise `QuorumError` when somebody who is left in a circle has too few left of those that share its masks."""
-    if plan.circle is None:
-        return
-    for name, count in plan.circle.followed_by_too_few(set(present)).items():
+    if plan.circle is not None and (bared := plan.circle.bared(set(present))):
         raise QuorumError(
-            f"'{why}': of the {plan.circle.reach} hospitals that follow {name} in the circle of masks {count} are left, and "
-            f"{plan.circle.least} are needed for it to stay hidden",
+            f"'{why}': {bared}",
             "nothing was opened; see the logs of the hospitals that are missing, then go on with --resume",
         )
 

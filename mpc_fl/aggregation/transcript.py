@@ -46,7 +46,7 @@ def transcript_of(links: Links, rules: Rules, agreed: AgreedSum, hospitals: Sequ
     bounds = rules.bounds(len(hospitals))
     if bounds is not None:  # as all compute it alike: who has another graph shall have other masks, too
         seen["masks"] = [rules.colluders, bounds.reach, bounds.least, bounds.closing]
-    return _digest([_TRANSCRIPT, seen])
+    return digest_of([_TRANSCRIPT, seen])
 
 
 def confirm(domain: SecretDomain, transcript: str, admitted: Sequence[str]) -> str:
@@ -101,8 +101,9 @@ def signatory_of(domain: SecretDomain) -> Signatory:
 
 
 def _statement(transcript: str, admitted: Sequence[str]) -> bytes:
-    return _digest([_PURPOSE, transcript, list(admitted)]).encode("ascii")
+    return digest_of([_PURPOSE, transcript, list(admitted)]).encode("ascii")
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256, in hex, of a value of JSON's types, whatever the order of the keys of its mappings."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()

@@ -1,21 +1,24 @@
 """The aggregator's words to the hospitals: small messages, in one order, under one tag.
 
 `say` tells, `next_word` hears. Because all words to one hospital share a tag, a hospital that was late finds in them what
-it has missed, in order. Words are public: names, numbers and what happens next, never anything secret.
+it has missed, in order. Among peers (`peer_sum`) each hospital says its words to all others so, and `hear_all` hears those
+of all. Words are public: names, numbers and what happens next, never anything secret.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError, printable
 from mpc_fl.links.links import Links
 
 log = logging.getLogger(__name__)
 
 _WORD = "word"
+_LONGEST_REASON = 300
 
 
 def say(links: Links, names: Sequence[str], word: str, **values: Any) -> None:
@@ -42,6 +45,52 @@ def next_word(
         shown = f"'{said[:40]}'" if isinstance(said, str) else "something else"
         raise ProtocolError(f"{aggregator} said {shown} instead of {' or '.join(sorted(expected))}", SAME_VERSION)
     return word
+
+
+def first_to_speak(links: Links, names: Collection[str], deadline: float) -> str | None:
+    """The first of these hospitals of which a word has come, or that is lost; `None` at the deadline."""
+    return links.await_any(dict.fromkeys(names, _WORD), deadline)
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Of the steps of a sum among peers, `why`, which all begin at about the same time, `began` (of `time.monotonic`).
+
+    Step by step they are `seconds` apart, so that a hospital which waits for another in vain in one step has given up, and said
+    so, before the others take it for late in the next one.
+    """
+
+    why: str
+    began: float
+    seconds: float
+
+    def of(self, step: int) -> float:
+        """Until when (of `time.monotonic`) step 0, 1, ... may last."""
+        return self.began + (step + 1) * self.seconds
+
+
+def hear_all(
+    links: Links,
+    names: Sequence[str],
+    word: str,
+    take: Callable[[str, dict[str, Any]], None],
+    until: tuple[Deadlines, int],
+) -> None:
+    """Among peers: `take` the next word of each, which is `word`, or "void" where somebody gives up the sum.
+
+    `until`: the deadlines of the sum, and which step this is. What `take` finds comes before who gave up, so that whoever
+    deviates is named. Raises `SumLostError` for a sum that was given up, `PeerLostError` for a hospital that is lost or late.
+    """
+    deadlines, step = until
+    given_up, why = "", deadlines.why
+    for name in names:
+        said = next_word(links, name, (word, "void"), deadlines.of(step))
+        if said["word"] == "void":
+            given_up = given_up or f"{name}: {printable(str(said.get('reason')), _LONGEST_REASON)}"
+        else:
+            take(name, said)
+    if given_up:
+        raise SumLostError(f"'{why}' was given up by {given_up}", "its summands are made anew")
 
 
 def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:

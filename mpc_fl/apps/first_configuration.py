@@ -1,4 +1,4 @@
-"""A first configuration with comments, from a few answers: what `mpc-fl init` writes. Pure.
+"""A first configuration with comments, from a few answers and what was found in somebody's data: what `mpc-fl init` writes. Pure.
 
 Its values are those of the files in `configs/`, which say what they reach.
 """
@@ -10,6 +10,7 @@ from typing import Literal
 
 import yaml
 
+from mpc_fl.config.columns import ColumnSection, plain_name
 from mpc_fl.config.data import FETCHED_WEIGHTS
 
 Source = Literal["phantoms", "images", "csv"]
@@ -21,11 +22,27 @@ _NORMALISE_NOISE = 21.6  # over epsilon: a tenth of the budget
 
 
 @dataclass(frozen=True)
+class Films:
+    """What is known of the films at the hospital of whoever begins.
+
+    `patients_from`: what says whose they are, in some words, None where nothing does. `other_sizes`: some are to be resized,
+    `not_square`, `several_frames`, `colours`: some are so.
+    """
+
+    patients_from: str | None
+    other_sizes: bool = False
+    not_square: bool = False
+    several_frames: bool = False
+    colours: bool = False
+
+
+@dataclass(frozen=True)
 class Answers:
     """What somebody who begins says of the federation.
 
     `smallest_hospital`: the fewest training patients of any hospital, which is public. `backbone`: what gives the features
-    of images. `columns` are the names of a table's columns that become features.
+    of images. `columns` are the names of a table's columns that become features, `guesses` what some of them may be, and
+    `identifiers` those that are never read. `films`: what was found in a folder.
     """
 
     source: Source = "phantoms"
@@ -37,6 +54,14 @@ class Answers:
     columns: tuple[str, ...] = ("age", "crp")
     label_column: str = "label"
     patient_column: str | None = None
+    guesses: tuple[ColumnSection, ...] = ()
+    identifiers: tuple[str, ...] = ()
+    films: Films | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of each side of an image."""
+        return 224 if self.backbone == "efficientnet_lite0" else 64
 
 
 def first_configuration(answers: Answers) -> str:
@@ -65,9 +90,10 @@ def _data(answers: Answers) -> list[str]:
     lines = ["data:", f"  source: {answers.source}", f"  classes: {_written(list(answers.classes))}"]
     if answers.source == "images":
         lines[1] += "     # DIR/{train,test}/<class>/ at every hospital"
-        small = answers.backbone != "efficientnet_lite0"
-        lines += [f"  image_size: {64 if small else 224}    # pixels of each side", "  channels: 1        # grey"]
-        lines += ["  wrong_size: resize" if answers.backbone == "none" else ""]
+        lines += [f"  image_size: {answers.image_size}    # pixels of each side", "  channels: 1        # grey"]
+        resized = answers.backbone == "none" or (answers.films is not None and answers.films.other_sizes)
+        lines += ["  wrong_size: resize" if resized else ""]
+        lines += [] if answers.films is None else _films(answers.films)
     if answers.source == "images" and answers.backbone != "none":
         lines += ["  features:          # computed in the clear at each hospital, by something public"]
         lines += [f"    extractor: {answers.backbone}"]
@@ -77,27 +103,69 @@ def _data(answers: Answers) -> list[str]:
         else:
             lines += ["    mirror: false    # the mirror image costs as much again and was worth nothing"]
         lines += ["  normalise: secure  # takes the noised mean of all patients' features off"]
-        noise = round(_NORMALISE_NOISE / answers.epsilon, 3)
+        noise = round(_NORMALISE_NOISE / answers.epsilon, 3) if answers.epsilon > 0 else 0  # which is refused
         lines += [f"  normalise_noise_multiplier: {min(1000.0, max(0.001, noise))}  # about a tenth of the budget"]
     if answers.source == "csv":
+        lines[2] += "  # as one hospital's table has them; do others have more?" if answers.guesses else ""
         if answers.patient_column is None:
             lines += ["  unit: image        # no column says whose a row is: privacy is counted per row"]
         lines += ["  table:", f"    label_column: {_written(answers.label_column)}"]
         lines += [f"    patient_column: {_written(answers.patient_column)}  # null: every row counts by itself"]
-        lines += _columns(answers.columns)
+        lines += _columns(answers)
     return [line for line in lines if line]
 
 
-def _columns(names: tuple[str, ...]) -> list[str]:
+def _films(films: Films) -> list[str]:
+    """What was found of films at one hospital, for all to look over."""
+    lines = [
+        "  # The following is guessed from some films at one hospital: look it over; all hospitals and diagnoses must do alike."
+    ]
+    if films.not_square:
+        lines += ["  not_square: pad    # black beside films that are not square; or crop, stretch"]
+    if films.several_frames:
+        lines += ["  frame: first       # some files have several frames or slices; or middle, error"]
+    if films.colours:
+        lines += ["  # some films have colours, which become grey; set channels: 3 to keep them"]
+    if films.patients_from is not None:
+        return [*lines, f"  # whose a film is: by {films.patients_from}; see whether that is right"]
+    return [
+        *lines,
+        "  # NOTHING SAYS WHOSE A FILM IS, and a run will be refused. Give DIR/patients.csv (file, patient), or:",
+        "  # patient_pattern: '(P[0-9]+)[ _-]'   # the beginning of a file's name, with the patient in brackets",
+        "  # unit: image                         # weaker: privacy is counted per image",
+    ]
+
+
+def _column(name: str, guesses: tuple[ColumnSection, ...]) -> str:
+    guess = next((column for column in guesses if plain_name(column.name) == plain_name(name)), None)
+    if guess is None:
+        return f"      - {_written({'name': name, 'kind': 'number'})}"
+    said = guess.model_dump(mode="json", exclude_defaults=True, exclude={"name", "kind"})
+    line = f"      - {_written({'name': name, 'kind': guess.kind, **said})}"
+    if guess.kind in ("number", "date"):
+        line += "  # range: [low, high], of what can be, not of this table" + (
+            ", in years" if guess.kind == "date" else ""
+        )
+    return line + ("  # other categories?" if guess.kind == "category" else "")
+
+
+def _columns(answers: Answers) -> list[str]:
     """What all sites agree on about columns: names as given, and as comments what else may be said."""
+    taken = [plain_name(name) for name in (*answers.columns, answers.label_column, answers.patient_column or "")]
+    identifiers = [name for name in answers.identifiers if plain_name(name) not in taken]
+    guessed = "      # Guessed from the table of one hospital: look over every line, with all others."
+    left_out = "# never read: numbers and names of people, free text, what is empty; look them over"
     return [
         "    columns:           # what all sites agree on; each file is read by these names, whatever the order (docs/data.md)",
-        *(f"      - {{name: {_written(name)}, kind: number}}" for name in names),
+        *([guessed] if answers.guesses else []),
+        *(_column(name, answers.guesses) for name in answers.columns),
         "      # - {name: crp, kind: number, unit: mg/l, range: [0, 500], censored: half, missing: indicator}",
         "      # - {name: sex, kind: category, categories: [f, m, other], missing: leave_out}",
         '      # - {name: smoker, kind: boolean, missing: fill, fill: "no"}',
         "      # - {name: admitted, kind: date, since: 2020-01-01, range: [0, 10], order: day_month_year}",
-        "    # identifiers: [mrn]   # columns that are never read, at whoever has them",
+        f"    identifiers: {_written(identifiers)}  {left_out}"
+        if identifiers
+        else "    # identifiers: [mrn]   # columns that are never read, at whoever has them",
     ]
 
 
@@ -158,4 +226,5 @@ def _delta(answers: Answers) -> str:
 
 def _written(value: object) -> str:
     """A value as YAML on one line, texts in quotes where they would be read as something else."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")

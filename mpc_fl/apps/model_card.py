@@ -139,7 +139,11 @@ def _data(facts: CardFacts) -> str:
         lines.append(f"{facts.final.records:,} {unit} of all hospitals.")
     lines += [f"{what}: {_text(origin)}." for what, origin in facts.origins.items()]
     if data.shared_patients == "keep":
-        lines.append("Test patients who also train were kept in the test set.")
+        exact = facts.final is not None and facts.final.noise is None and config.privacy.mechanism != "none"
+        lines.append(
+            "Test patients who also train were kept in the test set"
+            + (": exact counts of them were opened, which no epsilon covers." if exact else ".")
+        )
     return " ".join(lines)
 
 
@@ -152,14 +156,8 @@ def _privacy(facts: CardFacts) -> str:
         )
         return f"{text}\n\n{_opened(facts)}"
     settings = config.privacy
-    who = (
-        "Each hospital added the whole noise of its update itself: the claim holds against all others together."
-        if settings.mechanism == "local"
-        else f"Hospitals added the noise of every step together: the claim holds against {config.noise_colluders} of them "
-        "that pool what they know with the aggregator."
-    )
     rows = [
-        ("Unit", _unit(config)),
+        ("Unit", unit_of_privacy(config)),
         ("Mechanism", f"{settings.mechanism}: clipped gradients of patients drawn at random, with Gaussian noise"),
         ("Epsilon, at most", f"{settings.epsilon:g} over all runs that are charged to a hospital's privacy ledger"),
         ("Delta", f"{planned.delta:g}"),
@@ -189,7 +187,7 @@ def _privacy(facts: CardFacts) -> str:
         f"{config.evaluation.noise_multiplier:g} times what one of them can move, which is charged to the same ledger and is "
         "in the figures above."
     )
-    parts = [who, _table(("", ""), rows), alone, test]
+    parts = [holds_against(config), _table(("", ""), rows), alone, test]
     if config.training.sampling_seed is not None:
         parts.append(
             "**The sampling order came from a fixed seed: no epsilon holds against anyone who knows that seed.**"
@@ -197,7 +195,18 @@ def _privacy(facts: CardFacts) -> str:
     return "\n\n".join([*parts, _opened(facts)])
 
 
-def _unit(config: Config) -> str:
+def holds_against(config: Config) -> str:
+    """Against whom the claim holds, in a sentence."""
+    if config.privacy.mechanism == "local":
+        return "Each hospital added the whole noise of its update itself: the claim holds against all others together."
+    return (
+        f"Hospitals added the noise of every step together: the claim holds against {config.noise_colluders} of them "
+        "that pool what they know with the aggregator."
+    )
+
+
+def unit_of_privacy(config: Config) -> str:
+    """Whom the claim is about, and what it compares."""
     unit = config.data.counted_unit
     if unit == "patient":
         return "one training patient of one hospital with all records, added or removed"

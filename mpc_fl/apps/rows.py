@@ -52,6 +52,8 @@ class HospitalRound:
     treatments: dict[str, int] = field(default_factory=dict)
     patients: dict[str, int] | None = None
     records: dict[str, int] | None = None
+    class_counts: dict[str, list[int]] | None = None
+    left_aside: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

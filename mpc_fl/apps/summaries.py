@@ -157,8 +157,9 @@ class TrainingSummary:
 class PartySummary:
     """Of `mpc-fl party` in training: what this party alone has of the run. The fields of a hospital stay at it.
 
-    `patients` and `records` count its own by what they are for (train, test, validation), `own_accuracy` is that of the final
-    model on its own test records, None where it has none. `openings` counts what was opened to anybody. The aggregator
+    `patients` and `records` count its own by what they are for (train, test, validation), `class_counts` these records by class,
+    `left_aside` what lies beside them and is none. `own_accuracy` is that of the final model on its own test records, None where
+    it has none. `openings` counts what was opened to anybody. The aggregator
     has `final` and `took_part` as `TrainingSummary`, and no `privacy`.
     """
 
@@ -179,7 +180,9 @@ class PartySummary:
     openings: int
     patients: dict[str, int] | None = None
     records: dict[str, int] | None = None
+    class_counts: dict[str, list[int]] | None = None
     skipped_files: int | None = None
+    left_aside: dict[str, int] | None = None
     treatments: dict[str, int] | None = None
     own_accuracy: float | None = None
     privacy: PrivacySpent | None = None

@@ -194,6 +194,7 @@ class SubsetSection(Section):
     test_patients: Count | None = Field(default=None, description="of each hospital at most")
 
 
+_LONGEST_CLASS = 100
 _AGREE = "each hospital has a file of its own, whose columns may stand in another order; all must agree on data.table.columns"
 SOURCES = ("phantoms", "images", "npz", "csv", "breast_cancer")  # of this program
 # Names of the public chest X-rays of Kermany et al. (Cell 2018): person12_bacteria_3.jpeg, NORMAL2-IM-0123-0001.jpeg. The same
@@ -279,6 +280,12 @@ class DataSection(Section):
             )
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must name at least two different classes")
+        for name in self.classes:
+            if not name.strip() or not name.isprintable() or len(name) > _LONGEST_CLASS:
+                raise ValueError("a class has a short name of letters that can be seen")
+            # It is that of a folder below DIR: who writes the configuration does not choose another place at a hospital.
+            if self.source == "images" and (name.startswith(".") or "/" in name or "\\" in name):
+                raise ValueError(f"class '{name}' is no name of a folder within DIR/train: no dot first, no slash")
         if self.patient_pattern is not None:
             try:
                 groups = re.compile(self.patient_pattern).groups

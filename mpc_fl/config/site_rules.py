@@ -3,10 +3,14 @@
 The federation writes the configuration, and the site this file. A rule that is left out allows everything; a run that breaks one is
 refused with the line of the file that it breaks. All of it is checked before anybody is dialled, but for `leaders`: which
 certificate the aggregator has is known once the run begins, and checked before anything of the patients leaves.
+
+A configuration that comes from others may leave `site.rules` out, or name another file. What stands in the file of this user
+(`user_rules`) holds whatever the configuration says.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +18,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import Config
 from mpc_fl.config.section import Count, Positive, Section
 from mpc_fl.errors import ConfigError
 from mpc_fl.parsing import parse_yaml, yaml_lines
+from mpc_fl.roles import is_hospital
 
 Opened = Literal["nothing", "noised", "exact"]
 _OPENED: tuple[Opened, ...] = ("nothing", "noised", "exact")  # each allows those before it
 _REVEALED = ("label", "logits")
+_SHOWN = 60  # letters of what others wrote
 
 
 def _plain_fingerprint(text: str) -> str:
@@ -32,7 +39,15 @@ def _plain_fingerprint(text: str) -> str:
     return plain
 
 
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError("not an absolute path: it must be the same wherever a run is started")
+    return path
+
+
 Fingerprint = Annotated[str, AfterValidator(_plain_fingerprint)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+_LEDGER_ENDS = ("-privacy.sqlite3", "-privacy.json")  # files of privacy ledgers, after the name of their hospital
 
 
 class PrivacyRules(Section):
@@ -46,6 +61,22 @@ class PrivacyRules(Section):
     units: tuple[Literal["patient", "image"], ...] | None = Field(
         default=None, description="what privacy may be counted by"
     )
+    ledger: AbsolutePath | None = Field(
+        default=None, description="directory of the privacy ledger, in which all runs of this site are counted together"
+    )
+
+
+class DataRules(Section):
+    """What of this site's records a run may read, and what may say whose they are."""
+
+    sources: tuple[str, ...] | None = Field(default=None, description="values of data.source")
+    columns: tuple[str, ...] | None = Field(default=None, description="columns of a table that may become features")
+    labels: tuple[str, ...] | None = Field(default=None, description="columns of a table that may hold the class")
+    patient_columns: tuple[str, ...] | None = Field(default=None, description="columns that may hold the patient")
+    patient_patterns: tuple[str, ...] | None = Field(
+        default=None,
+        description="values of data.patient_pattern besides null: one that takes files for patients weakens epsilon",
+    )
 
 
 class OpeningRules(Section):
@@ -55,6 +86,13 @@ class OpeningRules(Section):
     validation: Opened | None = Field(default=None, description="of validation patients")
     patient_count: bool = Field(
         default=True, description="the exact number of training patients of all hospitals together"
+    )
+    incomplete: bool = Field(
+        default=True, description="whether test counts may be opened while hospitals are absent, which shows theirs"
+    )
+    shared_patients: bool = Field(
+        default=True,
+        description="whether counts may be opened of test patients who also train (data.shared_patients: keep)",
     )
     diagnosis: Literal["label", "logits"] | None = None
 
@@ -70,6 +108,7 @@ class SiteRules(Section):
         default=None, description="SHA-256 of the certificates of federations' authorities"
     )
     leaders: tuple[Fingerprint, ...] | None = Field(default=None, description="SHA-256 of certificates of aggregators")
+    data: DataRules = DataRules()
     privacy: PrivacyRules = PrivacyRules()
     opened: OpeningRules = OpeningRules()
 
@@ -97,6 +136,8 @@ def read_rules(path: Path) -> RuleFile:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read site.rules {path}: {reason}", "give the path of a YAML file") from None
+    if not text.strip():
+        raise ConfigError(f"{path} is empty, and would allow everything", "write the rules of this site anew")
     try:
         values = parse_yaml(text)
         lines = yaml_lines(text)
@@ -115,15 +156,58 @@ def read_rules(path: Path) -> RuleFile:
         ) from None
 
 
-def rules_of(config: Config) -> RuleFile | None:
-    """The rules of this site; None where it has none. Raises `ConfigError` as `read_rules`."""
-    return None if config.site.rules is None else read_rules(config.site.rules)
+def user_rules() -> Path | None:
+    """The rule file of this user, $XDG_CONFIG_HOME/mpc-fl/site_rules.yaml, else below ~/.config; None where there is none.
+
+    One that cannot be read is there, all the same. Raises `ConfigError` where that cannot be told.
+    """
+    try:
+        settings = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+        path = (settings if settings.is_absolute() else Path.home() / ".config") / "mpc-fl" / "site_rules.yaml"
+        path.lstat()
+        return path
+    except (FileNotFoundError, NotADirectoryError, RuntimeError):  # the last: of a user without a home
+        return None
+    except OSError as error:
+        raise ConfigError(f"cannot tell whether there is {path}: {error.strerror}", "check its permissions") from None
 
 
-def require_allowed(config: Config, file: RuleFile) -> None:
-    """Raise `ConfigError` naming the line of the first rule that the configuration breaks."""
+def rules_of(config: Config) -> tuple[RuleFile, ...]:
+    """The rules that hold here: of this user, and of `site.rules`. Raises `ConfigError` as `read_rules`."""
+    paths = dict.fromkeys(path for path in (user_rules(), config.site.rules) if path is not None)
+    return tuple(map(read_rules, paths))
+
+
+def require_allowed(config: Config, file: RuleFile, name: str | None = None) -> None:
+    """Raise `ConfigError` naming the line of the first rule that the configuration breaks, for the party `name`, or all here."""
     for rule, what in _broken(config, file.rules):
         raise file.refusal(rule, what)
+    place, own = file.rules.privacy.ledger, config.site.privacy_ledger
+    if config.task != "train" or place is None or not (name is None or is_hospital(name)):
+        return
+    if own is None or os.path.realpath(own) != os.path.realpath(place):
+        what = "a run that does not count in its privacy ledger, with site.privacy_ledger,"
+        raise file.refusal("privacy.ledger", what)
+
+
+def require_one_name(file: RuleFile, name: str) -> None:
+    """Raise `ConfigError` where the site's privacy ledger is that of another hospital than `name`.
+
+    The coordinator says who a site is: under another name it would begin another ledger, of the same patients.
+    """
+    place = file.rules.privacy.ledger
+    if place is None or not is_hospital(name):
+        return
+    try:
+        names = {entry.removesuffix(end) for entry in os.listdir(place) for end in _LEDGER_ENDS if entry.endswith(end)}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot list {place}: {error.strerror}", "check its permissions") from None
+    others = sorted(filter(is_hospital, names - {name}))
+    if others:
+        what = f"a run as {name} beside the privacy ledger of {others[0]}, of the same patients"
+        raise file.refusal("privacy.ledger", what)
 
 
 def require_trusted(file: RuleFile, rule: Literal["authorities", "leaders"], fingerprint: str) -> None:
@@ -148,8 +232,31 @@ def _broken(config: Config, rules: SiteRules) -> Iterator[tuple[str, str]]:
         yield "largest_rounds", f"training.rounds {config.training.rounds}"
     if rules.smallest_quorum is not None and config.federation.quorum_size < rules.smallest_quorum:
         yield "smallest_quorum", f"sums over {config.federation.quorum_size} hospitals"
+    yield from _broken_of_data(config, rules.data)
     yield from _broken_of_privacy(config, rules.privacy)
     yield from _broken_of_opened(config, rules.opened)
+
+
+def _broken_of_data(config: Config, rules: DataRules) -> Iterator[tuple[str, str]]:
+    data, table = config.data, config.data.table
+    if rules.sources is not None and data.source not in rules.sources:
+        yield "data.sources", f"data.source {data.source}"
+    pattern = data.patient_pattern if data.source == "images" else None
+    if rules.patient_patterns is not None and pattern is not None and pattern not in rules.patient_patterns:
+        yield "data.patient_patterns", f"data.patient_pattern {pattern[:_SHOWN]}"
+    if data.source != "csv":
+        return
+    if rules.columns is not None and table.columns is None:
+        yield "data.columns", "a table of which data.table.columns does not say what is read"
+    features = [column.name for column in table.columns or ()]
+    own = [] if table.patient_column is None else [table.patient_column]
+    read = (("columns", features, rules.columns), ("labels", [table.label_column], rules.labels),
+            ("patient_columns", own, rules.patient_columns))  # fmt: skip
+    for rule, names, allowed in read:
+        plain = None if allowed is None else {plain_name(column) for column in allowed}
+        for column in names:
+            if plain is not None and plain_name(column) not in plain:
+                yield f"data.{rule}", f"the column '{column[:_SHOWN]}' of a table there"
 
 
 def _broken_of_privacy(config: Config, rules: PrivacyRules) -> Iterator[tuple[str, str]]:
@@ -181,5 +288,9 @@ def _broken_of_opened(config: Config, rules: OpeningRules) -> Iterator[tuple[str
     ):
         if allowed is not None and _OPENED.index(opened) > _OPENED.index(allowed):
             yield f"opened.{rule}", f"{opened} {rule} counts"
+    if not rules.incomplete and config.federation.evaluate_incomplete:
+        yield "opened.incomplete", "evaluation of some of the hospitals (federation.evaluate_incomplete)"
+    if not rules.shared_patients and config.data.shared_patients == "keep":
+        yield "opened.shared_patients", "counts of test patients who also train (data.shared_patients keep)"
     if not rules.patient_count and config.counts_patients:
         yield "opened.patient_count", "that the number of patients is opened"

@@ -53,8 +53,7 @@ def begin_ledger(ledger: RevealLedger, links: Links, config: Config, plan: Round
 
 def require_allowed_leader(ledger: RevealLedger, config: Config) -> None:
     """Once the ledger has begun: raise `ConfigError` where the rules of this site name other aggregators than this one."""
-    file = rules_of(config)
-    if file is not None:
+    for file in rules_of(config):
         require_trusted(file, "leaders", fingerprint(ledger.chain.certificates[AGGREGATOR]))
 
 

@@ -84,6 +84,8 @@ def _prepare(config: Config, rank: int, links: Links, notify: Notify) -> Hospita
     patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
     hospital = join(config, rank, patients, held_out, privacy_ledger_of(config, name), out)
     hospital.validation = aside[0] if aside else None
+    unit, skipped = config.data.counted_unit, hospital.skipped_files
+    log.info("%s trains on %d %ss; %d files cannot be read", name, hospital.train.patient_count, unit, skipped)
     return hospital
 
 

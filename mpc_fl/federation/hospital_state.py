@@ -143,6 +143,11 @@ class Hospital:
         """To how many of its images was done what."""
         return dict(sum((Counter(of.treatments) for of in self.parts.values()), Counter[str]()))
 
+    @property
+    def left_aside(self) -> dict[str, int]:
+        """What lies beside its records and is none; who validate lie among those who train."""
+        return dict(Counter(self.train.left_aside) + Counter(self.test.left_aside))
+
     def records_of(self, whom: Evaluated) -> Dataset:
         """What it evaluates on. Raises `ConfigError` where no patient is kept aside to validate."""
         if whom == "test":
@@ -173,7 +178,9 @@ class Hospital:
             "own_records": own.records,
             "patients": {part: of.patient_count for part, of in self.parts.items()},
             "records": {part: len(of) for part, of in self.parts.items()},
+            "class_counts": {part: of.class_counts(len(self.config.data.classes)) for part, of in self.parts.items()},
             "skipped_files": self.skipped_files,
+            "left_aside": self.left_aside,
             "treatments": self.treatments,
             "seconds": dict(seconds),
         }

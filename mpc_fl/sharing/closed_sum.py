@@ -48,7 +48,7 @@ from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
-from mpc_fl.sharing.mask_circle import MaskCircle
+from mpc_fl.sharing.mask_circle import MaskCircle, joint_seed
 
 KEY_BYTES = 32
 _NOTHING_OPENED = "it does not follow the protocol; no key was given, do not go on with it"
@@ -129,6 +129,12 @@ class SumPlan:
         inside = set(admitted)
         return tuple(name for name in (hospital, *self.circle.neighbours(hospital)) if name in inside)
 
+    def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
+        """Whether the sum over V cannot be opened with the keys of those who answered."""
+        inside = set(admitted)
+        given = {key for name in answered for key in self.keys_of(name, inside)}
+        return any(key not in given for key in _needed(self, admitted))
+
 
 class SummandMasks:
     """A hospital's masks of one sum. `seed_with` gives the seeds that it shares with each other hospital for sums."""
@@ -171,7 +177,7 @@ class SummandMasks:
                 _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
         if self.plan.circle is not None and self.plan.closing:
             own = [self._seeds["closing", self.me, partner] for partner in self.plan.partners(self.me)]
-            _joint_seed([seed.reveal_for_transport() for seed in own]).stream("mask").add_to(summand)
+            joint_seed([seed.reveal_for_transport() for seed in own]).stream("mask").add_to(summand)
         return summand
 
     def shared_masks(self, hospital: str) -> Iterator[tuple[Stream, bool]]:
@@ -204,7 +210,7 @@ class SummandMasks:
         if self._given:
             raise SecrecyError(f"the keys of the sum '{self.plan.name}' were asked for twice")
         self._given = True
-        keys = [self._seeds[key].reveal_for_transport() for key in self.plan.keys_of(self.me, admitted)]
+        keys = [self._seeds[key].reveal_for_transport() for key in self.plan.keys_of(self.me, set(admitted))]
         return (
             torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES) if keys else _NO_KEYS
         )
@@ -215,11 +221,6 @@ _NO_KEYS = torch.zeros(0, KEY_BYTES, dtype=torch.uint8)
 
 def _commitment(key: bytes) -> str:
     return hashlib.sha256(b"mpc-fl key of a sum" + key).hexdigest()
-
-
-def _joint_seed(keys: Sequence[bytes]) -> Seed:
-    """In a circle: of the one mask that closes a summand, from the keys of all partners, in their order."""
-    return Seed(hashlib.sha256(b"mpc-fl joint key of a sum" + b"".join(keys)).digest())
 
 
 class KeyCommitments:
@@ -258,6 +259,21 @@ class KeyCommitments:
                 f"{hospital} does not follow the protocol; the sum stays closed",
             )
 
+    def checked(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> dict[Key, bytes]:
+        """The keys for V in the answers of step 3 by hospital.
+
+        Raises `ProtocolError` naming a hospital whose answer is malformed, or not what it committed to.
+        """
+        known, inside = dict[Key, bytes](), set(admitted)
+        for name, answer in keys.items():
+            names = self._plan.keys_of(name, inside)
+            if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
+                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
+            for key, row in zip(names, answer, strict=True):
+                known[key] = row.numpy().tobytes()
+                self.require(name, key, known[key])
+        return known
+
 
 def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
     """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
@@ -272,14 +288,8 @@ def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) ->
         )
     if plan.closing == 0 and len(admitted) < len(plan.hospitals):
         raise ProtocolError(f"{plan.opener} left a hospital out of '{plan.name}', which nobody may be", _NOTHING_OPENED)
-    circle = plan.circle
-    for name, count in () if circle is None else circle.followed_by_too_few(inside).items():
-        assert circle is not None
-        raise ProtocolError(
-            f"{plan.opener} fixed '{plan.name}' so that {name} is followed by {count} of the {circle.reach} that share its masks, "
-            f"fewer than {circle.least}",
-            _NOTHING_OPENED,
-        )
+    if plan.circle is not None and (bared := plan.circle.bared(inside)):
+        raise ProtocolError(f"{plan.opener} fixed '{plan.name}' so that {bared}", _NOTHING_OPENED)
 
 
 @dataclass(repr=False)
@@ -322,39 +332,56 @@ class ClosedSum:
 
     def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
         """Whether the sum over V cannot be opened with the keys of those who answered."""
-        inside = set(admitted)
-        given = {key for name in answered for key in self.plan.keys_of(name, inside)}
-        return any(key not in given for key in _needed(self.plan, admitted))
+        return self.plan.keys_missing(admitted, answered)
 
     def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Step 4: the sum over V, of dtype and shape of a summand. `keys` are the answers of step 3 by hospital.
 
         The summands are used up. Raises `ProtocolError` when keys are missing, malformed, or not those committed to.
         """
-        known: dict[Key, bytes] = {}
-        inside = set(admitted)
-        for name, answer in keys.items():
-            names = self.plan.keys_of(name, inside)
-            if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
-                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
-            for key, row in zip(names, answer, strict=True):
-                known[key] = row.numpy().tobytes()
-                self.commitments.require(name, key, known[key])
-        total = self._total(admitted)
-        for key in _needed(self.plan, admitted):
-            if key not in known:
-                raise ProtocolError(
-                    "the keys of a sum were lost with the parties that held them", "make its summands anew"
-                )
-            kind, owner, partner = key
-            if kind == "closing" and self.plan.circle is not None:
-                continue
-            added = kind == "closing" or self.plan.adds(owner, partner)
+        known = self.commitments.checked(admitted, keys)
+        return _without_masks(self.plan, self._total(admitted), admitted, known)
+
+
+@dataclass(repr=False)
+class MaskedTotal:
+    """What a hospital of V holds of a sum that each of V opens to itself (`aggregation.peer_sum`), of the summands' shape:
+    its masks, what V committed to, and the y_i of V added up, which is used up when it is opened.
+    """
+
+    masks: SummandMasks
+    commitments: KeyCommitments
+    total: torch.Tensor
+
+    @property
+    def plan(self) -> SumPlan:
+        """What is public of the sum."""
+        return self.masks.plan
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a summand."""
+        return self.masks.shape
+
+    def unmask(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Step 4 at a hospital of V: as `ClosedSum.unmask`."""
+        return _without_masks(self.plan, self.total, admitted, self.commitments.checked(admitted, keys))
+
+
+def _without_masks(
+    plan: SumPlan, total: torch.Tensor, admitted: Sequence[str], known: Mapping[Key, bytes]
+) -> torch.Tensor:
+    for key in _needed(plan, admitted):
+        if key not in known:
+            raise ProtocolError("the keys of a sum were lost with the parties that held them", "make its summands anew")
+        kind, owner, partner = key
+        if kind == "zero" or plan.circle is None:
+            added = kind == "closing" or plan.adds(owner, partner)
             _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
-        for name in admitted if self.plan.circle is not None and self.plan.closing else ():
-            own = [known["closing", name, partner] for partner in self.plan.partners(name)]
-            _joint_seed(own).stream("mask").subtract_from(total)
-        return total
+    for name in admitted if plan.circle is not None and plan.closing else ():
+        own = [known["closing", name, partner] for partner in plan.partners(name)]
+        joint_seed(own).stream("mask").subtract_from(total)
+    return total
 
 
 def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:

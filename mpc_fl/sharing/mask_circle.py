@@ -12,10 +12,12 @@ all around the circle, whichever V was chosen and by whom: their sum is all that
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 
 
@@ -64,3 +66,19 @@ class MaskCircle:
                 found[name] = count
             count += inside[(place + self.reach + 1) % len(self.order)] - inside[(place + 1) % len(self.order)]
         return found
+
+    def bared(self, admitted: Collection[str]) -> str | None:
+        """Of the first of these hospitals, in words; `None` where V may be opened."""
+        found = self.followed_by_too_few(admitted)
+        if not found:
+            return None
+        name, count = next(iter(found.items()))
+        return (
+            f"of the {self.reach} hospitals that follow {name} in the circle of masks {count} are left, and {self.least} are "
+            "needed for it to stay hidden"
+        )
+
+
+def joint_seed(keys: Sequence[bytes]) -> Seed:
+    """Of the one mask that closes a hospital's summand, from the keys of all its partners, in their order."""
+    return Seed(hashlib.sha256(b"mpc-fl joint key of a sum" + b"".join(keys)).digest())

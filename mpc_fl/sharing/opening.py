@@ -22,6 +22,7 @@ argument for the masks is that of `zero_shares` and `closed_sum`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PeerLostError, SecrecyError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, require_admissible
+from mpc_fl.sharing.closed_sum import ClosedSum, MaskedTotal, SummandMasks, SumPlan, require_admissible
 from mpc_fl.sharing.zero_shares import ZeroShares
 
 
@@ -81,14 +82,15 @@ def _nothing_more() -> None:
 
 @dataclass(frozen=True, repr=False)
 class FixedSum:
-    """A closed sum over V, `admitted`, ready to be opened: this party's masks of it, or the opener's `ClosedSum`.
+    """A closed sum over V, `admitted`, ready to be opened: this party's masks of it, or the opener's `ClosedSum`; where each
+    of V opens it to itself, the `MaskedTotal` of this one.
 
     V has at least `smallest` hospitals. `fraction_bits` are those of the summands. `recorded` is called when the opening is
     in this party's record and before it sends or awaits a key: the opener then tells what was confirmed, and a hospital
     whose summand has no closing masks sends it.
     """
 
-    part: SummandMasks | ClosedSum
+    part: SummandMasks | ClosedSum | MaskedTotal
     admitted: tuple[str, ...]
     smallest: int
     fraction_bits: int
@@ -127,28 +129,53 @@ def _open_fixed_sum(
 ) -> torch.Tensor | None:
     """Step 3 of `closed_sum` at a hospital of V, steps 3 and 4 at the opener. A hospital that is lost is waited for once."""
     links, part, plan = domain.links, fixed.part, fixed.part.plan
-    if who != [plan.opener]:
-        raise SecrecyError(f"the sum '{plan.name}' can be opened to {plan.opener} alone")
-    among, tag = (*fixed.admitted, plan.opener), f"keys {plan.name}"
+    if who != (list(fixed.admitted) if isinstance(part, MaskedTotal) else [plan.opener]):
+        alone = "those in it, and to all of them" if isinstance(part, MaskedTotal) else f"{plan.opener} alone"
+        raise SecrecyError(f"the sum '{plan.name}' can be opened to {alone}")
+    among = tuple(dict.fromkeys((*fixed.admitted, *who)))
     opening = Opening(what, why, tuple(part.shape), tuple(who), among, privacy, plan.transcript)
+    if isinstance(part, MaskedTotal):
+        return _open_among_peers(domain, part, fixed, opening)
     if isinstance(part, SummandMasks):
         keys = part.keys_for(fixed.admitted, fixed.smallest)
         domain.record.append(opening)
         fixed.recorded()
         if plan.closing:
-            links.send_tensor(plan.opener, tag, keys)
+            links.send_tensor(plan.opener, f"keys {plan.name}", keys)
         return None
     require_admissible(plan, fixed.admitted, fixed.smallest)
     domain.record.append(opening)
     fixed.recorded()
-    answers, deadline = dict[str, torch.Tensor](), links.deadline()
-    for name in fixed.admitted if plan.closing else ():
+    return part.unmask(fixed.admitted, _keys_of(domain, plan, fixed.admitted if plan.closing else (), {}))
+
+
+def _open_among_peers(domain: SecretDomain, part: MaskedTotal, fixed: FixedSum, opening: Opening) -> torch.Tensor:
+    """Steps 3 and 4 of `closed_sum` where each of V gives its keys to all of V. Who is lost needs none."""
+    links, plan, admitted = domain.links, part.plan, fixed.admitted
+    keys = part.masks.keys_for(admitted, fixed.smallest)
+    domain.record.append(opening)
+    fixed.recorded()
+    for name in admitted:
+        if name != links.name:
+            with contextlib.suppress(PeerLostError):
+                links.send_tensor(name, f"keys {plan.name}", keys)
+    return part.unmask(admitted, _keys_of(domain, plan, admitted, {links.name: keys}))
+
+
+def _keys_of(
+    domain: SecretDomain, plan: SumPlan, admitted: Sequence[str], own: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The keys that those of V send, beside this party's own. One that is lost is missed only where its keys are needed."""
+    links, answers = domain.links, dict(own)
+    deadline = links.deadline()
+    awaited = [name for name in admitted if name not in own]
+    for at, name in enumerate(awaited):
         try:
-            answers[name] = links.receive_tensor(name, tag, torch.uint8, None, deadline)
+            answers[name] = links.receive_tensor(name, f"keys {plan.name}", torch.uint8, None, deadline)
         except PeerLostError:
-            if part.keys_missing(fixed.admitted, [*answers, *fixed.admitted[fixed.admitted.index(name) + 1 :]]):
+            if plan.keys_missing(admitted, [*answers, *awaited[at + 1 :]]):
                 raise
-    return part.unmask(fixed.admitted, answers)
+    return answers
 
 
 def _open_share(

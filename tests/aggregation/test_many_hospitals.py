@@ -13,6 +13,8 @@ from mpc_fl.aggregation.mask_costs import mask_costs
 from mpc_fl.aggregation.quorum_sum import _plan
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.transcript import transcript_of
+from mpc_fl.errors import SumLostError
+from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.roles import AGGREGATOR, hospital_names
 from tests.support.circle_sums import (
     HOSPITALS,
@@ -83,6 +85,44 @@ def test_the_sum_goes_on_without_a_hospital_that_is_lost(place: int, tmp_path: P
     rest = tuple(name for name in HOSPITALS if name != lost)
     assert results[AGGREGATOR] == (rest, total_of(rest))
     assert all(results[name] == (rest, None) for name in rest)
+
+
+@pytest.mark.parametrize(
+    ("at", "missing", "opens"),
+    [
+        ("confirm", None, False),  # a V that was signed is not signed anew
+        ("keys", None, True),  # others hold all keys that are needed
+        ("keys", 4, True),  # the missing one is nobody's neighbour that is lost: its masks end before it
+        ("keys", 1, False),  # the key of the mask between the two is lost with both
+    ],
+)
+def test_a_hospital_that_is_lost_after_its_summand(at: str, missing: int | None, opens: bool, tmp_path: Path) -> None:
+    signatory, order = signatories(WORLD, tmp_path / "identities"), list[str]()
+
+    def party(links: Any) -> Any:
+        order[:] = circle_of(links).order
+        if missing is not None and links.name == order[missing]:
+            return "missing"
+        try:
+            return one_circle_sum(domain_of(links, tmp_path, signatory))
+        except SumLostError as error:
+            return error.lost
+
+    def lose_the_first(network: InMemoryNetwork) -> None:
+        def watch(sender: str, _receiver: str, frame: Any) -> None:
+            if frame.tag.startswith(f"{at} ") and sender == order[0]:
+                network.drop(sender)
+
+        network.watch(watch)
+
+    results = run_parties_in_memory(party, WORLD, tolerated=HOSPITALS, prepare=lose_the_first)
+    admitted = tuple(name for name in HOSPITALS if results.get(name) != "missing")
+    assert order[0] not in results and len(admitted) == (9 if missing is None else 8)
+    expected = (admitted, total_of(admitted)) if opens else order[0]
+    assert results.pop(AGGREGATOR) == expected
+    assert {name: found for name, found in results.items() if found != "missing"} == {
+        name: (admitted, None) if opens else order[0] for name in admitted if name != order[0]
+    }
 
 
 def test_up_to_sixteen_hospitals_nothing_is_other_than_without_a_graph() -> None:

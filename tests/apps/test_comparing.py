@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.comparison import compare
 from mpc_fl.apps.comparing import differing_settings, read_run
-from mpc_fl.apps.summaries import PrivacySpent, Scores, TrainingSummary
+from mpc_fl.apps.summaries import PartySummary, PrivacySpent, Scores, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import MpcFlError
 
@@ -59,9 +59,54 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
     assert "No setting differs" in CliRunner().invoke(app, [str(one), str(one)]).output
 
 
+def test_of_a_run_on_several_machines_each_party_says_what_it_has(tmp_path: Path) -> None:
+    whole = _run(tmp_path / "whole", 0.81, parse_config({"training": {"rounds": 3}}, "x"))
+    scores = TrainingSummary.from_json(json.loads((whole / "summary.json").read_text())).final
+    common: dict[str, Any] = {
+        "name": "x", "synthetic": False, "rounds": 3, "rounds_made": 3, "hospitals": 3, "parameters": 22499, "seconds": 5.0,
+        "command": "mpc-fl", "versions": {}, "classes": ["a", "b"], "unit": "patient", "openings": 9,
+    }  # fmt: skip
+    own = PrivacySpent("hospital-1", 2.5, 1e-5, 2.0, 8.0, "local")
+    parties = {
+        "hospital-1": PartySummary(party="hospital-1", privacy=own, own_accuracy=0.7, records={"test": 10}, **common),
+        "hospital-2": PartySummary(party="hospital-2", privacy=own, records={"test": 0}, **common),
+        "aggregator": PartySummary(party="aggregator", final=scores, **common),
+    }
+    for name, summary in parties.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary.to_json()))
+        site = {"site": {"data": f"/data/of/{name}"}, "training": {"rounds": 3}}
+        (tmp_path / name / "config.yaml").write_text(parse_config(site, "x").to_yaml())
+    runs = {name: read_run(tmp_path / name) for name in ("whole", *parties)}
+    assert differing_settings(list(runs.values())) == {}
+    figures = {name: run.figures() for name, run in runs.items()}
+    keys = ("party", "accuracy", "own_accuracy", "own_test_records", "epsilon", "mechanism", "hospitals")
+    assert {name: tuple(of[key] for key in keys) for name, of in figures.items()} == {
+        "whole": (None, 0.81, None, None, 5.5, "local", 3),
+        "hospital-1": ("hospital-1", None, 0.7, 10, 2.5, "local", 3),
+        "hospital-2": ("hospital-2", None, None, 0, 2.5, "local", 3),
+        "aggregator": ("aggregator", 0.81, None, None, None, None, 3),
+    }
+    output = CliRunner().invoke(app, [str(tmp_path / name) for name in runs]).output
+    text = " ".join(output.split())
+    assert "70.0% of 10" in text and "all" in text and " none " not in text  # nobody trained without privacy
+    assert "Own accuracy" not in CliRunner().invoke(app, [str(whole)]).output
+
+
 @pytest.mark.parametrize(
     "content",
-    [None, b"", b"{}", b"[1]", b'{"kind": "infer"}', b'{"kind": "train"}', b"\xff", b"[" * 10_000],
+    [
+        None,
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"kind": "infer"}',
+        b'{"kind": "train"}',
+        b'{"kind": "party"}',
+        b'{"kind": []}',
+        b"\xff",
+        b"[" * 10_000,
+    ],  # fmt: skip
 )
 def test_what_is_no_training_run_is_refused_in_one_line(content: bytes | None, tmp_path: Path) -> None:
     if content is not None:
@@ -76,3 +121,12 @@ def test_text_of_a_run_is_never_taken_for_markup(tmp_path: Path) -> None:
     one, two = _run(tmp_path / "[bold]one", 0.5, parse_config(values, "x")), _run(tmp_path / "two", 0.5, Config())
     output = CliRunner().invoke(app, [str(one), str(two)]).output
     assert "[red]a" in "".join(output.split()) and "[bold]one" in "".join(output.split())
+
+
+def test_a_run_of_others_writes_nothing_to_the_terminal_but_text(tmp_path: Path) -> None:
+    """Its settings and its directory moved the cursor, or ended the command as markup of tables."""
+    one, two = (_run(tmp_path / name, 0.8, Config()) for name in ("[red]one[b]", "two"))
+    (two / "config.yaml").write_text('"\\e[2Jkey": "\\e]0;title\\a[/b]"\n')
+    shown = CliRunner().invoke(app, [str(one), str(two)])
+    assert shown.exit_code == 0, shown.exception
+    assert "\x1b" not in shown.output and "[red]one[b]" in shown.output.replace("\n", "") and "?[2Jkey" in shown.output

@@ -8,6 +8,7 @@ import io
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from mpc_fl.apps.downloading import _PIP
 from mpc_fl.learning.data import gdcm_process, picture_files
 from mpc_fl.learning.data.dicom_decoders import _codestream_size
+from mpc_fl.learning.data.dicom_files import patient_identifier
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
 from mpc_fl.learning.models.feature_cache import _oldest_first
@@ -102,16 +104,13 @@ def _within_dicom(path: Path, like: str, frame: bytes) -> Path:
 def test_a_size_that_a_decoy_hides_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     """Decoders find the codestream by boxes and markers, and so must whoever asks first how large it is."""
     small, large = _jpeg_2000(64), _jpeg_2000(300)
-    assert _codestream_size(small) == (64, 64) and _codestream_size(small[small.find(b"\xff\x4f\xff\x51") :]) == (
-        64,
-        64,
-    )
+    assert _codestream_size(small) == (64, 64, 1) == _codestream_size(small[small.find(b"\xff\x4f\xff\x51") :])
     inside = small[small.find(b"\xff\x4f\xff\x51") :][:64]  # announces 64 x 64, as the header does
     end_of_first = 12
     for filling in (inside, bytes(5000), inside + bytes(5000)):
         box = struct.pack(">I4s", 8 + 16 + len(filling), b"uuid") + bytes(16) + filling
         hidden = large[:end_of_first] + box + large[end_of_first:]
-        assert _codestream_size(hidden) == (300, 300)
+        assert _codestream_size(hidden) == (300, 300, 1)
         path = _within_dicom(tmp_path / "a.dcm", "MR_small_jp2klossless.dcm", hidden)
         with pytest.raises(UnreadableImageError, match="another size than its header says"):
             read_image(path, ImageForm(1, 64, "resize"))
@@ -119,7 +118,54 @@ def test_a_size_that_a_decoy_hides_is_refused_before_it_is_decoded(tmp_path: Pat
     file = io.BytesIO()
     Image.new("L", (300, 200)).save(file, format="JPEG")
     content = file.getvalue()
-    assert _codestream_size(content) == (300, 200) == _codestream_size(content[:2] + b"\xff" * 9 + content[2:])
+    assert _codestream_size(content) == (300, 200, 1) == _codestream_size(content[:2] + b"\xff" * 9 + content[2:])
+
+
+def test_as_many_samples_as_the_header_says(tmp_path: Path) -> None:
+    """24 KB of JPEG 2000 whose header has one sample a pixel announced 8000, and made room for all of them."""
+    picture = _jpeg_2000(64)
+    content = picture[picture.find(b"\xff\x4f\xff\x51") :]
+    size = content[2:40] + struct.pack(">H", 8000) + content[42:45] * 8000
+    size = size[:2] + struct.pack(">H", len(size) - 2) + size[4:]
+    path = _within_dicom(tmp_path / "a.dcm", "MR_small_jp2klossless.dcm", content[:2] + size + content[45:])
+    with pytest.raises(UnreadableImageError, match="another size than its header says"):
+        read_image(path, ImageForm(1, 64, "resize"))
+
+
+def _deflated_without_mark(path: Path, mebibytes: int) -> Path:
+    """A DICOM file that begins with its meta information: no preamble, no DICM."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    content = deflate.compress(b"\xe0\x7f\x10\0OB\0\0" + struct.pack("<I", mebibytes << 20))
+    content += b"".join(deflate.compress(bytes(1 << 20)) for _ in range(mebibytes)) + deflate.flush()
+    syntax = b"1.2.840.10008.1.2.1.99"
+    path.write_bytes(b"\2\0\x10\0UI" + struct.pack("<H", len(syntax)) + syntax + content)
+    return path
+
+
+def test_a_deflated_file_without_mark_is_not_inflated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only of files with the mark was asked before pydicom inflates, without any bound: a megabyte became two gigabytes."""
+    path = _deflated_without_mark(tmp_path / "IM1", 4)
+    assert path.stat().st_size < 10_000
+    monkeypatch.setattr(pydicom, "dcmread", lambda *_, **__: pytest.fail("pydicom inflates it"))
+    with pytest.raises(UnreadableImageError, match="a deflated DICOM file without its mark is not read"):
+        read_image(path, ImageForm(1, 8, "resize"))
+    assert patient_identifier(path) is None
+
+
+def test_no_extension_of_a_volume_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A megabyte packed whose extension says that it is a gigabyte long; others name the patient."""
+    nibabel = pytest.importorskip("nibabel")
+    monkeypatch.setattr(
+        nibabel.nifti1.Nifti1Extensions, "from_fileobj", lambda *_: pytest.fail("reads what the file announces")
+    )
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((2, 2, 1))
+    header.set_data_dtype(np.uint8)
+    header["vox_offset"], header["magic"] = 384, b"n+1"
+    path = tmp_path / "a.nii.gz"
+    content = header.binaryblock + b"\1\0\0\0" + struct.pack("<ii", 32, 6) + bytes(24) + bytes([0, 90, 180, 255])
+    path.write_bytes(gzip.compress(content))
+    assert read_image(path, ImageForm(1, 2)).pixels.unique().numel() == 4
 
 
 def test_what_announces_no_size_is_not_given_to_a_decoder(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def test_a_set_that_isolates_a_hospital_is_confirmed_by_nobody(tmp_path: Path) -
         party, WORLD, tolerated=WORLD, prepare=lambda network: network.watch(note), linger_after_error=False
     )
     said = results[results[AGGREGATOR]]
-    assert f"{results[AGGREGATOR]} is followed by 1 of the 3 that share its masks, fewer than 2" in said
+    alone = results[AGGREGATOR]
+    assert f"of the 3 hospitals that follow {alone} in the circle of masks 1 are left, and 2 are needed" in said
     assert "aggregator fixed" in said and confirmed == [] and _nothing_recorded(tmp_path)
 
 

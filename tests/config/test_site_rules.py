@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mpc_fl.apps.runs.party_process import require_site_allows
 from mpc_fl.config.config import Config
 from mpc_fl.config.site_rules import read_rules, require_allowed, require_trusted, rules_of
 from mpc_fl.errors import ConfigError
@@ -17,6 +18,17 @@ UNPROTECTED: dict[str, Any] = {"privacy": {"mechanism": "none"}}
 VALIDATED: dict[str, Any] = {
     "data": {"validation_fraction": 0.2}, "evaluation": {"public_validation": True}
 }  # fmt: skip
+
+
+def TABLE_OF(*names: str, **table: Any) -> dict[str, Any]:  # noqa: N802 - a part of cases
+    return {"data": {"source": "csv", "table": {"columns": [{"name": name} for name in names], **table}}}
+
+
+def PATTERN(pattern: str | None) -> dict[str, Any]:  # noqa: N802 - a part of cases
+    return {"data": {"source": "images", "patient_pattern": pattern}}
+
+
+TABLE = TABLE_OF("age")
 
 # A rule, a configuration that breaks it, one that does not, and what is said.
 CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
@@ -33,6 +45,15 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("opened: {evaluation: nothing}", "opened.evaluation", NOISED, {}, "noised evaluation counts"),
     ("opened: {validation: noised}", "opened.validation", VALIDATED, {}, "exact validation counts"),
     ("opened: {patient_count: false}", "opened.patient_count", UNPROTECTED, {}, "number of patients"),
+    ("opened: {incomplete: false}", "opened.incomplete", {"federation": {"evaluate_incomplete": True}}, {}, "some of"),
+    ("opened: {shared_patients: false}", "opened.shared_patients", {"data": {"shared_patients": "keep"}}, {}, "who also train"),
+    ("data: {sources: [csv]}", "data.sources", {"data": {"source": "images"}}, TABLE, "data.source images"),
+    ("data: {columns: [Age]}", "data.columns", TABLE_OF("age", "mrn"), TABLE_OF("age"), "column 'mrn'"),
+    ("data: {columns: [age]}", "data.columns", {"data": {"source": "csv", "table": {"features": 3}}}, TABLE, "what is read"),
+    ("data: {labels: [ill]}", "data.labels", TABLE_OF("age", label_column="hiv"), TABLE_OF("age", label_column="ILL"), "'hiv'"),
+    ("data: {patient_columns: [pid]}", "data.patient_columns", TABLE_OF("age", patient_column="visit"), TABLE, "'visit'"),
+    ("data: {patient_patterns: ['(P[0-9]+)_']}", "data.patient_patterns", PATTERN("(.*)"), PATTERN("(P[0-9]+)_"), "(.*)"),
+    ("data: {patient_patterns: []}", "data.patient_patterns", PATTERN("(.)"), PATTERN(None), "(.)"),
     ("opened: {diagnosis: label}", "opened.diagnosis", {"task": "infer"}, {"task": "serve"}, "opens logits"),
 ]  # fmt: skip
 
@@ -55,8 +76,8 @@ def test_nothing_is_forbidden_by_no_rule_and_by_the_rules_of_others(tmp_path: Pa
     path = tmp_path / "rules.yaml"
     path.write_text("# nothing yet\n")
     require_allowed(Config().with_values(**UNPROTECTED), read_rules(path))
-    assert rules_of(Config()) is None
-    assert rules_of(Config().with_values(site={"rules": str(path)})) is not None
+    assert rules_of(Config()) == ()
+    assert [file.path for file in rules_of(Config().with_values(site={"rules": str(path)}))] == [path]
     assert Config().with_values(site={"rules": str(path)}).digest() == Config().digest()
 
 
@@ -88,6 +109,61 @@ def test_what_is_no_rule_is_refused_with_its_line(tmp_path: Path, text: str, wor
     assert words in refused.value.what
     with pytest.raises(ConfigError, match="cannot read site.rules"):
         read_rules(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_is_no_rules(tmp_path: Path) -> None:
+    """Cut off by a full disk it would allow everything."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(" \n")
+    with pytest.raises(ConfigError, match="is empty"):
+        read_rules(path)
+
+
+def test_rules_of_the_user_hold_whatever_the_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator writes the configuration: without site.rules, or with a file of its own that allows everything."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own, theirs = tmp_path / "mpc-fl" / "site_rules.yaml", tmp_path / "theirs.yaml"
+    own.parent.mkdir()
+    own.write_text("privacy: {largest_epsilon: 2}\n")
+    theirs.write_text("# all\n")
+    for site in ({}, {"rules": str(theirs)}, {"rules": str(own)}):
+        with pytest.raises(ConfigError, match=r"epsilon 8: .*mpc-fl/site_rules.yaml line 1"):
+            require_site_allows(Config().with_values(site=site))
+    own.unlink()
+    assert rules_of(Config()) == ()
+    own.symlink_to(tmp_path / "gone")  # a share that is not there now
+    with pytest.raises(ConfigError, match="cannot read site.rules"):
+        rules_of(Config())
+
+
+def test_all_runs_count_in_the_privacy_ledger_of_the_site(tmp_path: Path) -> None:
+    """An epsilon for each run bounds nothing over runs: a fresh --out, another directory, or another name began anew."""
+    ledgers, path = tmp_path / "ledgers", tmp_path / "rules.yaml"
+    path.write_text(f"privacy:\n  largest_epsilon: 8\n  ledger: {ledgers}\n")
+
+    def run(name: str | None = "hospital-0", by_itself: bool = True, **site: Any) -> None:
+        require_site_allows(Config().with_values(site={"rules": str(path), **site}), name, by_itself)
+
+    other = {"privacy_ledger": str(tmp_path / "other")}
+    for site in ({}, other):
+        for name in ("hospital-0", None):
+            with pytest.raises(ConfigError, match=r"does not count in its privacy ledger.* line 3 \(privacy.ledger\)"):
+                run(name, **site)
+    run("aggregator")  # has no patients
+    own: dict[str, Any] = {"privacy_ledger": f"{ledgers}/../ledgers"}
+    run(**own)
+    ledgers.mkdir()
+    (ledgers / "hospital-0-privacy.sqlite3").touch()
+    run(**own)
+    for data_of in (None, "hospital", "federation"):  # which the coordinator may have set
+        with pytest.raises(ConfigError, match="as hospital-1 beside the privacy ledger of hospital-0"):
+            run("hospital-1", **own, data_of=data_of)
+    run("hospital-1", by_itself=False, **own)  # hospitals of a simulation have one each
+    path.write_text("privacy:\n  ledger: ledgers\n")
+    with pytest.raises(ConfigError, match="line 2: privacy.ledger: .*not an absolute path"):
+        run()
 
 
 def test_the_example_allows_what_it_says() -> None:

@@ -142,6 +142,7 @@ def test_a_hospital_that_wakes_takes_part_again(before: str, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # a run for each of a hospital's messages
 @pytest.mark.parametrize("seconds", [30.0, 60.0])
 @pytest.mark.parametrize("kind", ["no noise", "local noise, norms checked", "distributed noise"])
 def test_wherever_a_hospital_sleeps_it_comes_back(kind: str, seconds: float, tmp_path: Path) -> None:

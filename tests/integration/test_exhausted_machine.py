@@ -5,6 +5,7 @@ Limits are those of the process (`ulimit`), so that no file system has to be fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -265,6 +266,20 @@ def test_a_diagnosis_that_failed_after_its_results_keeps_them(tmp_path: Path) ->
         raise MpcFlError("the disk is full")
     kept = [path.name for path in (tmp_path / "run.failed").rglob("*") if path.is_file()]
     assert kept == ["results.jsonl"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_lost_party_was_writing_is_removed_with_its_journal(fails: bool, tmp_path: Path) -> None:
+    """A hospital that was killed while it made its privacy ledger left a journal, in the finished run, too."""
+    with contextlib.suppress(MpcFlError), run_directory(tmp_path / "run") as directory:
+        for name in ("hospital-0/.hospital-0-privacy.sqlite3.x.partial", "aggregator/checkpoint-1.safetensors"):
+            (directory / "parties" / name).parent.mkdir(parents=True)
+            (directory / "parties" / name).touch()
+        (directory / "parties" / "hospital-0" / ".hospital-0-privacy.sqlite3.x.partial-journal").touch()
+        if fails:
+            raise MpcFlError("a hospital was killed")
+    kept = [path.name for path in (tmp_path / ("run.failed" if fails else "run")).rglob("*") if path.is_file()]
+    assert kept == ["checkpoint-1.safetensors"]
 
 
 @pytest.mark.parametrize("command", ["train", "infer"])

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from mpc_fl.apps.cli import main as cli
+from mpc_fl.learning.models.weights_store import described
 from tests.learning.data.dicom_writing import write_dicom
 
 SITE = """
@@ -72,7 +74,7 @@ def test_check_says_what_a_run_will_do(
     root, config = _site(tmp_path)
     status, said = _said(capsys, monkeypatch, "check", config, "--data", root)
     assert status == 0, said
-    assert "Data: 49 files, 24 patients, 1 unreadable." in said and "49 by headers" in said
+    assert "Data: 49 files, 24 patients, 1 unreadable." in said and "48 by headers" in said
     for words in (
         "16 inverted (MONOCHROME1)",
         "16 middle one of several frames",
@@ -116,3 +118,40 @@ def test_a_run_per_image_says_so_everywhere(
     assert {"image"} == set(re.findall(r'"unit": ?"([a-z ]+)"', (out / "reveal_ledger.jsonl").read_text()))
     everything = [path for path in [*out.rglob("*")] if path.is_file()]
     assert not [path for path in everything if b"train-ill-" in path.read_bytes()]  # no PatientID is anywhere
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_films_become_inputs_at_a_diagnosis_as_in_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    root, config = _site(tmp_path)
+    run, alone, out = tmp_path / "run", tmp_path / "alone", tmp_path / "diagnosis"
+    assert _said(capsys, monkeypatch, "train", config, "--out", run, "--data", root)[0] == 0
+
+    def infer(model: Path, *more: str) -> tuple[int, str]:
+        of = [
+            "--images",
+            root / "test" / "ill",
+            "--out",
+            out,
+            "--set",
+            "inference.limit=1",
+            "--set",
+            "inference.engine=fast",
+        ]
+        return _said(capsys, monkeypatch, "infer", config, "--model", model, *of, *more)
+
+    for name, value, had in (("not_square", "crop", "pad"), ("frame", "first", "middle")):
+        status, said = infer(run / "model.safetensors", "--set", f"data.{name}={value}")
+        assert status != 0 and f"was trained with data.{name}={had}, the configuration has {value}" in said, said
+    assert not out.exists()
+    # A file as earlier versions wrote it, away from its run: the diagnosis goes on, and says what is taken.
+    tensors, description = described((run / "model.safetensors").read_bytes(), run / "model.safetensors")
+    del description["films"]
+    alone.mkdir()
+    save_file(tensors, alone / "model.safetensors", metadata={"mpc-fl": json.dumps(description)})
+    status, said = infer(alone / "model.safetensors")
+    assert status == 0 and "taken is what is configured, data.not_square=pad, data.frame=middle" in said, said
+    assert "says how films became its inputs" in (out / "logs" / "model-owner.log").read_text()

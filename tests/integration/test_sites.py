@@ -1,184 +1,268 @@
-"""Sites that differ, each by `mpc-fl party` with a folder of its own: one class, DICOM, five patients and no test set."""
+"""Sites that differ, each by `mpc-fl party` with a folder of its own: a table of patients, one class, DICOM without a test set."""
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from cryptography import x509
 from PIL import Image
+from typer.testing import CliRunner
 
-from mpc_fl.apps.cli import main as cli
-from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.apps.cli.commands import app
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import fingerprint
+from mpc_fl.learning.data.dicom_files import INVERTED
+from mpc_fl.learning.data.image_files import PADDED, RESIZED
+from mpc_fl.learning.data.windows import STORED_BITS, WINDOW
 from tests.learning.data.dicom_writing import write_dicom
-from tests.support.harness import free_ports
+from tests.support.sites import Sites, require_reported_as_checked, said_by
 
-NAMES = ["hospital-0", "hospital-1", "hospital-2", "aggregator"]
-# Patients of the classes ill and well in training and test, with one picture each; the second writes DICOM.
-SITES = {"hospital-0": ((12, 12), (4, 5)), "hospital-1": ((9, 0), (3, 0)), "hospital-2": ((3, 2), (0, 0))}
+CLASSES = ("ill", "well")
+SIDE = 16
 VALUES: dict[str, Any] = {
     "name": "sites",
-    "data": {"source": "images", "classes": ["ill", "well"], "image_size": 16},
+    "data": {"source": "images", "classes": list(CLASSES), "image_size": SIDE, "wrong_size": "resize"},
     "training": {"rounds": 1, "local_steps": 2, "batch_size": 4},
     "privacy": {"delta": 0.01, "smallest_hospital": 4, "largest_hospital": 40},
 }
+# What each site's report must say, as `_write_...` write it. Class counts are of ill and well.
+EXPECTED: dict[str, dict[str, Any]] = {
+    "hospital-0": {
+        "patients": {"train": 24, "test": 9},
+        "records": {"train": 27, "test": 9},
+        "class_counts": {"train": [15, 12], "test": [4, 5]},
+        "skipped_files": 0,
+        "left_aside": {"index or cache of a program": 1, "no image (.txt)": 1},
+        "treatments": {STORED_BITS: 36},
+    },
+    "hospital-1": {
+        "patients": {"train": 9, "test": 3},
+        "records": {"train": 9, "test": 3},
+        "class_counts": {"train": [9, 0], "test": [3, 0]},
+        "skipped_files": 0,
+        "left_aside": {},
+        "treatments": {STORED_BITS: 12, PADDED: 11, RESIZED: 1},
+    },
+    "hospital-2": {
+        "patients": {"train": 5, "test": 0},
+        "records": {"train": 15, "test": 0},
+        "class_counts": {"train": [12, 3], "test": [0, 0]},
+        "skipped_files": 2,
+        "left_aside": {},
+        "treatments": {STORED_BITS: 14, WINDOW: 1, INVERTED: 1},
+    },
+}
+SOURCES = {"hospital-0": {"patients.csv": 36}, "hospital-1": {"names of files": 12}, "hospital-2": {"headers": 15}}
 
 
-def _write_site(root: Path, site: str) -> None:
-    draw = np.random.default_rng(0)
-    for split, counts in zip(("train", "test"), SITES[site], strict=True):
-        for name, count in zip(("ill", "well"), counts, strict=True):
-            folder = root / split / name
-            for number in range(count):
-                folder.mkdir(parents=True, exist_ok=True)
-                mean = 80 if name == "ill" else 160
-                picture = draw.normal(mean, 20, (16, 16)).clip(0, 255).astype(np.uint8)
-                if site == "hospital-1":
-                    write_dicom(folder / f"IM{number}", picture, PatientID=f"{split}-{name}-{number}")
-                else:
-                    number += 100 * (name == "ill") + 1000 * (split == "test")
-                    Image.fromarray(picture).save(folder / f"person{number}_1.png")
+def _film(draw: np.random.Generator, name: str, size: tuple[int, int] = (SIDE, SIDE)) -> np.ndarray:
+    film: np.ndarray = draw.normal(80 if name == "ill" else 160, 20, size).clip(0, 255).astype(np.uint8)
+    return film
+
+
+def _write_png(root: Path, draw: np.random.Generator) -> None:
+    """Names that say nothing, and a table that says whose they are: the first three ill patients have two films each."""
+    rows, number = ["file;patient;sex"], 0
+    for split, name, patients in (("train", "ill", 12), ("train", "well", 12), ("test", "ill", 4), ("test", "well", 5)):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for patient in range(patients):
+            for _ in range(2 if (split, name) == ("train", "ill") and patient < 3 else 1):
+                number += 1
+                Image.fromarray(_film(draw, name)).save(folder / f"scan ({number}).png")
+                rows.append(f"{split}/{name}/scan ({number}).png;{split} {name} {patient};f")
+    (root / "patients.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    (root / "train" / "ill" / "Thumbs.db").write_bytes(b"cache")
+    (root / "test" / "well" / "remarks.txt").write_text("none")
+
+
+def _write_one_class(root: Path, draw: np.random.Generator) -> None:
+    """JPEG that are not square, but for one of another size, with patients in their names; nobody is well."""
+    for split, patients in (("train", 9), ("test", 3)):
+        folder = root / split / "ill"
+        folder.mkdir(parents=True)
+        for patient in range(patients):
+            size = (2 * SIDE, 2 * SIDE) if (split, patient) == ("test", 0) else (SIDE + 4, SIDE)
+            number = patient + (100 if split == "test" else 0)
+            Image.fromarray(_film(draw, "ill", size)).save(folder / f"person{number}_view.jpeg")
+
+
+def _write_dicom(root: Path, draw: np.random.Generator) -> None:
+    """Five patients with three or four files each, one of one more who has nothing readable, and one file of nobody."""
+    for name, patients, files in (("ill", 3, 4), ("well", 2, 2)):
+        folder = root / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(patients * files - (name == "well")):
+            tags: dict[str, Any] = {"PatientID": f"{name}-{number % patients}"}
+            film = _film(draw, name)
+            if (name, number) == ("ill", 1):
+                tags["PhotometricInterpretation"], film = "MONOCHROME1", 255 - film
+            if (name, number) == ("ill", 2):
+                tags |= {"WindowCenter": 128, "WindowWidth": 256}
+            write_dicom(folder / f"IM{number:04d}", film, **tags)
+    ill = root / "train" / "ill"
+    cut = write_dicom(ill / "IM0100", _film(draw, "ill"), PatientID="ill-nothing-readable")
+    cut.write_bytes(cut.read_bytes()[:-50])
+    (ill / "IM0101.dcm").write_bytes(b"no header at all")
 
 
 @pytest.fixture
-def federation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sites:
     """Data and identities of all, one configuration."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    for site in SITES:
-        _write_site(tmp_path / site / "data", site)
-    addresses = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, free_ports(4), strict=True)}
-    values = {**VALUES, "federation": {"hospitals": 3, "session": "sites", "addresses": addresses}}
-    (tmp_path / "federation.yaml").write_text(yaml.safe_dump(values))
-    make_local_identities(NAMES, {name: tmp_path / name / "identity" for name in NAMES})
-    return tmp_path
+    data = {name: tmp_path / name / "data" for name in EXPECTED}
+    for write, root in zip((_write_png, _write_one_class, _write_dicom), data.values(), strict=True):
+        write(root, np.random.default_rng(0))
+    values = {**VALUES, "data": {**VALUES["data"], "most_unreadable": 0.2}}
+    return Sites.of(tmp_path, data, values)
 
 
-def _arguments(root: Path, name: str, *more: str) -> list[str]:
-    own = root / name
-    given = ["party", name, "--config", str(root / "federation.yaml"), "--identity", str(own / "identity")]
-    data = ["--data", str(own / "data")] if name in SITES else []
-    return [*given, "--out", str(own / "out"), *data, *more]
-
-
-def _said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["mpc-fl", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    said, complained = capsys.readouterr()
-    return int(ended.value.code or 0), " ".join((said + complained).split())
-
-
-def _run_all(root: Path, more: dict[str, list[str]]) -> dict[str, subprocess.CompletedProcess[str]]:
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "mpc_fl", *_arguments(root, name, *more.get(name, []))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in NAMES
-    }
-    ended = {}
-    for name, process in started.items():
-        said = process.communicate(timeout=200)
-        ended[name] = subprocess.CompletedProcess(process.args, process.returncode, *said)
-    return ended
-
-
-def _certificate(root: Path, name: str) -> str:
-    return fingerprint(x509.load_pem_x509_certificate(load_identity(root / name / "identity", name).certificate))
+def _certificate(sites: Sites, name: str) -> str:
+    identity = load_identity(sites.root / name / "identity", name)
+    return fingerprint(x509.load_pem_x509_certificate(identity.certificate))
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_three_sites_that_differ_train_together(
-    federation: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_three_sites_that_differ_train_together_and_report_what_check_said(
+    sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rules = federation / "hospital-0" / "rules.yaml"
-    rules.write_text(f"privacy: {{largest_epsilon: 8}}\nleaders: ['{_certificate(federation, 'aggregator')}']\n")
-    ended = _run_all(federation, {"hospital-0": ["--set", f"site.rules={rules}"]})
+    checked = {}
+    for name, expected in EXPECTED.items():
+        status, said, complained = said_by(capsys, monkeypatch, sites.check(name, "--json"))
+        assert status == 0, complained
+        checked[name] = json.loads(said)
+        assert checked[name]["data"]["patients_from"] == SOURCES[name]
+        assert checked[name]["data"]["patients"] == sum(expected["patients"].values())
+    rules = sites.root / "rules.yaml"
+    rules.write_text(f"privacy: {{largest_epsilon: 8}}\nleaders: ['{_certificate(sites, 'aggregator')}']\n")
+    ended = sites.run_all({"hospital-0": ["--set", f"site.rules={rules}"]})
     assert all(done.returncode == 0 for done in ended.values()), {name: done.stderr for name, done in ended.items()}
-    summaries = {name: json.loads((federation / name / "out" / "summary.json").read_text()) for name in NAMES}
-    for name, (train, test) in SITES.items():
-        of, count = summaries[name], {"train": sum(train), "test": sum(test)}
-        assert (of["kind"], of["party"], of["patients"], of["records"]) == ("party", name, count, count)
-        assert sum(of["treatments"].values()) == sum(train) + sum(test) and of["rounds_made"] == 1
-        assert (of["own_accuracy"] is None) == (not sum(test))
-        assert 0 < of["privacy"]["epsilon"] <= 8 and of["final"] is None and of["openings"] > 0
-        assert f"{name} has {sum(train)} training patients" in ended[name].stderr
-        report = federation / name / "out" / "report.html"
-        text = re.sub("<[^>]+>", " ", report.read_text())
-        assert f"at {name}" in text and "Not shown" not in text and "all parties on one machine" not in text
-        report.unlink()
-        assert _said(capsys, monkeypatch, "report", str(report.parent))[0] == 0 and report.is_file()
-    final = summaries["aggregator"]["final"]
-    assert final["class_counts"] == [4 + 3, 5] and summaries["aggregator"]["patients"] is None
-    assert summaries["aggregator"]["took_part"] == {"0": NAMES[:3], "1": NAMES[:3]}
-    text = re.sub("<[^>]+>", " ", (federation / "aggregator" / "out" / "report.html").read_text())
-    assert "12 test records of all hospitals" in text and "Not shown" not in text
 
-    # Another run on the same ledger has less budget left, and asks first.
-    ledger = ["--set", f"site.privacy_ledger={federation / 'hospital-0' / 'out'}", "--set", "federation.session=again"]
-    status, said = _said(
-        capsys, monkeypatch, *_arguments(federation, "hospital-0", *ledger, "--set", "privacy.epsilon=5")
-    )
+    for name, expected in EXPECTED.items():
+        summary, report = sites.summary(name), sites.report(name)
+        assert {key: summary[key] for key in expected} == expected and summary["classes"] == list(CLASSES)
+        require_reported_as_checked(summary, checked[name])
+        assert (summary["kind"], summary["party"], summary["rounds_made"]) == ("party", name, 1)
+        assert (summary["own_accuracy"] is None) == (not expected["records"]["test"])
+        assert 0 < summary["privacy"]["epsilon"] <= 8 and summary["final"] is None and summary["openings"] > 0
+        trains = expected["patients"]["train"]
+        assert (
+            f"{name} trains on {trains} patients; {expected['skipped_files']} files cannot be read"
+            in ended[name].stderr
+        )
+        assert f"at {name}" in report and "Not shown" not in report and "all parties on one machine" not in report
+        assert "For Patients Records ill well" in report and "of all hospitals, training" not in report
+        for part, counts in expected["class_counts"].items():
+            numbers = (expected["patients"][part], expected["records"][part], *counts)
+            assert f" {part} {' '.join(map(str, numbers))} " in report
+        for what, count in (*expected["treatments"].items(), *expected["left_aside"].items()):
+            assert f" {what} {count} " in report
+        assert ("Skipped files 2 " in report) == (name == "hospital-2")
+        assert "nothing-readable" not in report + ended[name].stderr  # a PatientID
+
+    final = sites.summary("aggregator")
+    tested = [sum(of["class_counts"]["test"][label] for of in EXPECTED.values()) for label in range(len(CLASSES))]
+    assert final["final"]["class_counts"] == tested and final["final"]["records"] == sum(tested) == 12
+    assert final["took_part"] == {"0": list(sites.hospitals), "1": list(sites.hospitals)}
+    own = ("patients", "records", "class_counts", "treatments", "skipped_files", "left_aside")
+    assert all(final[key] is None for key in own)
+    report = sites.report("aggregator")
+    assert "12 test records of all hospitals" in report and "Not shown" not in report
+    _require_made_anew(sites, capsys, monkeypatch)
+    _require_compared(sites)
+    _require_asked_first(sites, capsys, monkeypatch)
+
+
+def _require_made_anew(sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in sites.names:
+        before = sites.report(name)
+        (sites.out(name) / "report.html").unlink()
+        assert said_by(capsys, monkeypatch, ["report", str(sites.out(name))])[0] == 0
+        assert sites.report(name) == before
+
+
+def _require_compared(sites: Sites) -> None:
+    """`mpc-fl compare` reads what each party has, and says nothing that it has not."""
+    runs = [str(sites.out(name)) for name in sites.names]
+    printed = json.loads(CliRunner().invoke(app, ["compare", *runs, "--json"]).output)
+    figures = dict(zip(sites.names, printed["runs"], strict=True))
+    assert printed["settings"] == {} and all(of["party"] == name for name, of in figures.items())
+    for name, expected in EXPECTED.items():
+        of = figures[name]
+        assert of["epsilon"] == sites.summary(name)["privacy"]["epsilon"] and of["accuracy"] is None
+        assert of["own_test_records"] == expected["records"]["test"]
+    of = figures["aggregator"]
+    assert of["accuracy"] == sites.summary("aggregator")["final"]["accuracy"] and of["test_records"] == 12
+    assert of["epsilon"] is None and of["mechanism"] is None and of["own_accuracy"] is None
+    shown = " ".join(CliRunner().invoke(app, ["compare", *runs]).output.split())
+    assert "Own accuracy" in shown and "No setting differs" in shown and " none " not in shown
+
+
+def _require_asked_first(sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run on the same ledger has less budget left, and asks."""
+    ledger = ["--set", f"site.privacy_ledger={sites.out('hospital-0')}", "--set", "federation.session=again"]
+    again = sites.party("hospital-0", *ledger, "--set", "privacy.epsilon=5")
+    status, _, complained = said_by(capsys, monkeypatch, again)
+    said = " ".join(complained.split())
     assert status == 6 and "hospital-0: of the privacy ledger epsilon 4.9 of 5 is used" in said, said
     assert "times as much" in said and "--anyway" in said and "listens" not in said
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_site_does_not_follow_an_aggregator_that_its_rules_do_not_name(federation: Path) -> None:
-    rules = federation / "hospital-1" / "rules.yaml"
-    rules.write_text(f"# ours\nleaders: ['{_certificate(federation, 'hospital-0')}']\n")
-    ended = _run_all(federation, {"hospital-1": ["--set", f"site.rules={rules}"]})
+def test_a_site_does_not_follow_an_aggregator_that_its_rules_do_not_name(sites: Sites) -> None:
+    rules = sites.root / "rules.yaml"
+    rules.write_text(f"# ours\nleaders: ['{_certificate(sites, 'hospital-0')}']\n")
+    ended = sites.run_all({"hospital-1": ["--set", f"site.rules={rules}"]})
     said = " ".join(ended["hospital-1"].stderr.split())
     assert ended["hospital-1"].returncode == 2 and "rules.yaml line 2 (leaders)" in said, said
     assert all(done.returncode != 0 for done in ended.values())
-    assert not (federation / "hospital-1" / "out" / "summary.json").exists()
-    assert not (federation / "hospital-1" / "out" / "hospital-1-privacy.sqlite3").exists()  # nothing was charged
+    assert not (sites.out("hospital-1") / "summary.json").exists()
+    assert not (sites.out("hospital-1") / "hospital-1-privacy.sqlite3").exists()  # nothing was charged
 
 
 def test_a_site_refuses_before_it_dials_anybody(
-    federation: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rules = federation / "rules.yaml"
+    rules = sites.root / "rules.yaml"
     rules.write_text("tasks: [train]\nprivacy:\n  largest_epsilon: 3\n")
 
-    def refused(name: str, *more: str) -> tuple[int, str]:
-        return _said(capsys, monkeypatch, *_arguments(federation, name, *more))
+    def refused(arguments: list[str]) -> tuple[int, str]:
+        status, said, complained = said_by(capsys, monkeypatch, arguments)
+        return status, " ".join((said + complained).split())
 
-    status, said = refused("hospital-0", "--set", f"site.rules={rules}")
+    status, said = refused(sites.party("hospital-0", "--set", f"site.rules={rules}"))
     assert status == 2 and "rules.yaml line 3 (privacy.largest_epsilon)" in said, said
-    check = ["check", str(federation / "federation.yaml"), "--data", str(federation / "hospital-0" / "data")]
-    status, said = _said(capsys, monkeypatch, *check, "--party", "hospital-0", "--set", f"site.rules={rules}")
+    status, said = refused(sites.check("hospital-0", "--set", f"site.rules={rules}"))
     assert status == 2 and "line 3" in said, said
     rules.write_text(f"authorities: ['{'ab' * 32}']\n")
-    status, said = refused("hospital-0", "--set", f"site.rules={rules}")
+    status, said = refused(sites.party("hospital-0", "--set", f"site.rules={rules}"))
     assert status == 2 and "the authority with certificate" in said, said
-    status, said = refused("hospital-2", "--set", "federation.smallest_site=6")
-    assert status == 3 and "hospital-2 has fewer training patients than federation.smallest_site, 6" in said, said
-    status, said = refused("hospital-0", "--set", "data.partition.method=dirichlet")
+    status, said = refused(sites.party("hospital-2", "--set", "federation.smallest_site=7"))
+    assert status == 3 and "hospital-2 has fewer training patients than federation.smallest_site, 7" in said, said
+    status, said = refused(sites.party("hospital-0", "--set", "data.partition.method=dirichlet"))
     assert status == 2 and "takes its whole folder" in said, said
-    (federation / "hospital-2" / "data" / "train" / "wel").mkdir()
-    status, said = refused("hospital-2")
+    (sites.data["hospital-2"] / "train" / "wel").mkdir()
+    status, said = refused(sites.party("hospital-2"))
     assert status == 3 and "has a folder 'wel'" in said, said
 
 
 def test_check_as_a_site_counts_all_that_is_its_own(
-    federation: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, (train, test) in SITES.items():
-        own = ["--data", str(federation / name / "data"), "--party", name]
-        status, said = _said(capsys, monkeypatch, "check", str(federation / "federation.yaml"), *own)
-        assert status == 0 and f"Data: {sum(train) + sum(test)} files" in said, said
-        assert f"{name}: {sum(train)} training patients, epsilon" in said
+    for name, of in EXPECTED.items():
+        status, out, complained = said_by(capsys, monkeypatch, sites.check(name))
+        said = " ".join(out.split())
+        assert status == 0, complained
+        files, patients = sum(of["records"].values()) + of["skipped_files"], of["patients"]
+        assert f"Data: {files} files, {sum(patients.values())} patients, {of['skipped_files']} unreadable." in said, (
+            said
+        )
+        assert f"{name}: {patients['train']} training patients, epsilon" in said
+        for part, (ill, well) in of["class_counts"].items():
+            assert f"{part}: {of['records'][part]} files of {patients[part]} patients: {ill} ill, {well} well" in said

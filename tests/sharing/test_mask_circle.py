@@ -85,7 +85,7 @@ def test_a_set_that_would_isolate_somebody_is_admissible_to_nobody() -> None:
     """All neighbours of hospital 5 but one that colludes are left out: its summand would be its own mask alone."""
     admitted = [name for name in NAMES if name not in PLAN.neighbours("hospital-5") or name == "hospital-6"]
     assert CIRCLE.followed_by_too_few(admitted)["hospital-5"] == 1
-    with pytest.raises(ProtocolError, match="is followed by 1 of the 3 that share its masks, fewer than 2"):
+    with pytest.raises(ProtocolError, match="hospitals that follow hospital-0 in the circle of masks 1 are left"):
         require_admissible(PLAN, admitted, 2)
 
 

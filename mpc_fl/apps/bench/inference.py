@@ -34,6 +34,7 @@ from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.inference.fast.kernels.compiled import kernels
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.dealer import deal
@@ -94,6 +95,8 @@ class Job:
 class InferenceFigures:
     """Figures of one run; times are medians in seconds per batch, bytes are those of an image, memory is a peak.
 
+    `kernels` says by what convolutions modulo 2^32 may be computed here.
+
     What stock CrypTen takes is None where it was not measured.
     """
 
@@ -101,6 +104,7 @@ class InferenceFigures:
     size: int
     batch: int
     repeats: int
+    kernels: str
     plaintext_seconds: float
     online_seconds: float
     offline_seconds: float
@@ -145,6 +149,7 @@ def measure_inference(model: str, size: int, batch: int, repeats: int, against: 
         size=size,
         batch=batch,
         repeats=repeats,
+        kernels=str(kernels()),
         plaintext_seconds=plaintext,
         online_seconds=online,
         offline_seconds=offline,

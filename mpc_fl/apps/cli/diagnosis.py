@@ -9,11 +9,14 @@ import typer
 
 from mpc_fl.apps.cli.options import (
     AsJson,
+    AuthorityOfModel,
     ConfigPath,
+    LedgerOfModel,
     OutPath,
     Overrides,
     command_line,
     configure,
+    error_console,
     print_json,
     say,
     say_skipped,
@@ -26,15 +29,6 @@ if TYPE_CHECKING:
     from mpc_fl.apps.summaries import AnyDiagnosisSummary, Comparison
     from mpc_fl.audit.model_origin import ModelOrigin
     from mpc_fl.config.config import Config
-
-LedgerOfModel = Annotated[
-    Path | None,
-    typer.Option("--ledger", metavar="FILE_OR_RUN", help="Reveal ledger of the model's training. Default: beside it."),
-]
-AuthorityOfModel = Annotated[
-    Path | None,
-    typer.Option("--authority", metavar="FILE", help="That federation's certificate. Default: beside the ledger."),
-]
 
 
 def infer(
@@ -84,6 +78,7 @@ def infer(
 
         with shown_progress() as progress:
             summary = run.infer(settings, out, command_line(), progress, starter)
+    _say_films(model, settings, as_json)
     if as_json:
         _print_summary(summary, out)
         return
@@ -96,6 +91,15 @@ def infer(
         _say_comparison(summary.comparison)
     say_skipped(summary.skipped_files)
     _say_report(summary, out)
+
+
+def _say_films(model: Path, settings: Config, as_json: bool = False) -> None:
+    """Where nothing says how films became the inputs of the model; on standard error beside JSON."""
+    from mpc_fl.learning.models.model_file import note_on_films
+
+    note = note_on_films(model, settings)
+    if note is not None:
+        error_console().print(f"{note}.", markup=False) if as_json else say(f"{note}.")
 
 
 def _say_comparison(comparison: Comparison) -> None:
@@ -177,6 +181,8 @@ def serve(
 
     def tell(federation: Path, origin: ModelOrigin) -> None:
         say(f"The model file {origin.words}.")
+        if settings.site.model is not None:
+            _say_films(settings.site.model, settings)
         what = "the label alone" if settings.with_values(task="serve").reveal == "label" else "LOGITS, as configured"
         say(f"Hospitals get {what}.")
         say(f"Ask with: mpc-fl infer {federation} --identity {out / 'parties' / HOSPITAL / 'identity'} --out DIR")

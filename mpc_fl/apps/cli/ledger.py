@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mpc_fl.apps.cli.options import AsJson, Command, Group, output_console, print_json, say
+from mpc_fl.apps.cli.options import AsJson, Command, Group, cell, output_console, print_json, say
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
 from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.opening_record import OPENINGS_FILE
@@ -181,12 +181,12 @@ def _print_block(console: Console, block: Block) -> None:
         for head in ("No.", "What was opened", "Shape", "To", "Why", "Took part", "Privacy spent"):
             table.add_column(head, justify="right" if head == "No." else "left", overflow="fold")
         for opening in block.openings:
-            table.add_row(*(Text(cell) for cell in _cells(opening, block)))
+            table.add_row(*map(cell, _cells(opening, block)))
         console.print(table)
         for line in _agreed_on(block):
             console.print(Text(f"  {line}"))
     for name, digest in block.values.items():
-        console.print(Text(f"  All hold the same {name}, SHA-256 {digest}"))
+        console.print(cell(f"  All hold the same {name}, SHA-256 {digest}"))
     signers = [signature.party for signature in block.signatures]
     unsigned = [party for party in block.parties if party not in signers]
     console.print(

@@ -6,8 +6,10 @@ are imported when the command line is used, what a command needs when it runs.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from mpc_fl.apps.cli.interrupts import Interrupted
@@ -18,12 +20,24 @@ if TYPE_CHECKING:
     import typer
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SECONDS_LATER = 0.01
 
 
 def _interrupted(number: int, _frame: object) -> NoReturn:
     for interrupt in _INTERRUPTS:
         signal.signal(interrupt, signal.SIG_IGN)  # a second one must not stop the cleaning up, which takes seconds
     raise Interrupted(number)
+
+
+def _dropped(failed: sys.UnraisableHookArgs) -> None:
+    """An interrupt that came in a destructor or a callback, where Python drops what is raised: it is raised again elsewhere."""
+    error = failed.exc_value
+    if not isinstance(error, Interrupted):
+        return sys.__unraisablehook__(failed)
+    number = error.number
+    signal.signal(signal.SIGALRM, lambda *_: _interrupted(number, None))
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS_LATER)
+    return None
 
 
 def main() -> None:
@@ -33,11 +47,13 @@ def main() -> None:
     open_standard_streams()
     from mpc_fl.files import OTHERS_MAY_NOTHING
 
+    logging.getLogger("mpc_fl").addHandler(logging.NullHandler())  # standard error is for what the user is told
     # An ignored signal stays ignored: SIGHUP under nohup, SIGINT of a job in the background.
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
     for number in (number for number in _INTERRUPTS if before[number] != signal.SIG_IGN):
         signal.signal(number, _interrupted)
-    umask = os.umask(OTHERS_MAY_NOTHING)
+    umask, sys.unraisablehook = os.umask(OTHERS_MAY_NOTHING), _dropped
+    alarm = signal.getsignal(signal.SIGALRM)
     try:
         raise SystemExit(_run())
     except MpcFlError as error:
@@ -48,7 +64,9 @@ def main() -> None:
         _end(str(error), 128 + error.number)
     finally:
         os.umask(umask)
-        for number, handler in before.items():
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = sys.__unraisablehook__
+        for number, handler in {**before, signal.SIGALRM: alarm}.items():
             signal.signal(number, handler)
 
 

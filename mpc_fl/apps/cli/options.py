@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from mpc_fl.config.config import Config
 
@@ -36,6 +37,14 @@ FromModel = Annotated[
     typer.Option(
         "--from", metavar="MODEL", help="Begin with the model.safetensors of an earlier run; every party needs it."
     ),
+]
+LedgerOfModel = Annotated[
+    Path | None,
+    typer.Option("--ledger", metavar="FILE_OR_RUN", help="Reveal ledger of the model's training. Default: beside it."),
+]
+AuthorityOfModel = Annotated[
+    Path | None,
+    typer.Option("--authority", metavar="FILE", help="That federation's certificate. Default: beside the ledger."),
 ]
 Anyway = Annotated[
     bool, typer.Option("--anyway", help="Begin though the privacy ledger is nearly spent and noise will be large.")
@@ -104,9 +113,19 @@ def print_json(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """One text to standard output, at once: a command that stays is read as it goes."""
-    sys.stdout.write(text + "\n")
+    """One text to standard output, at once: a command that stays is read as it goes.
+
+    Names of files, patients and classes come from others: what would move the cursor of a terminal is shown as `?`.
+    """
+    sys.stdout.write("".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text) + "\n")
     sys.stdout.flush()
+
+
+def cell(text: str) -> Text:
+    """A cell or heading of a table, in which nothing is markup or moves the cursor of a terminal."""
+    from rich.text import Text
+
+    return Text(printable(text, len(text)))
 
 
 def error_console() -> Console:

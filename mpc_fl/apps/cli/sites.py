@@ -84,7 +84,7 @@ def party(
     settings = with_own_data(site_of(settings, name), name)
     set_up_log(settings.site.log)
     with quoting_nothing():
-        require_site_allows(settings, name)
+        require_site_allows(settings, name, by_itself=True)
         if is_hospital(name) and settings.task == "train":
             _look_before(settings, name, anyway)
     with shown_progress() as progress:
@@ -96,14 +96,18 @@ def party(
 
 
 def _look_before(config: Config, name: str, anyway: bool) -> None:
-    """Before anybody is dialled: whether this hospital has the patients for a run, and what its privacy ledger leaves for it."""
+    """Before anybody is dialled: whether this hospital has the patients for a run, what looks wrong about them, and what its
+    privacy ledger leaves for it."""
     from mpc_fl.apps.runs.site_data import own_patients
     from mpc_fl.federation.ledger_forecast import ledger_forecast
+    from mpc_fl.learning.data.survey import patient_warnings
     from mpc_fl.links.party_links import site_directory
 
     site_directory(config)
     patients = own_patients(config, name)
-    log.info("%s has %d training %ss", name, patients, config.data.counted_unit)
+    log.info("%s has data of %d training %ss", name, patients, config.data.counted_unit)
+    for warning in patient_warnings(config):
+        say(f"WARNING: {warning}.")
     forecast = None if config.site.resume else ledger_forecast(config, name, patients)
     if forecast is None:
         return

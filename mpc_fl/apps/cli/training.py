@@ -26,7 +26,7 @@ from mpc_fl.apps.cli.options import (
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
-from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -192,6 +192,7 @@ def check(
 
     Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
+    from mpc_fl.inference.fast.kernels.compiled import kernels
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
@@ -214,6 +215,7 @@ def check(
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
         shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of["kernels"] = str(kernels())
         of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
@@ -228,6 +230,7 @@ def check(
     for forecast in forecasts:
         say(f"{forecast.described}." + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
+    say(f"Kernels of encrypted diagnosis here: {kernels()}.")
     _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     if found.mask_neighbours + 1 < settings.federation.hospitals:
@@ -243,6 +246,11 @@ def _say_data(found: Survey, config: Config) -> None:
     say(f"Data: {found.records} {files}, {found.patients} {config.data.counted_unit}s, {found.unreadable} unreadable.")
     if found.unit == "image":
         say(f"  Privacy is counted per {config.data.counted_unit}, not per patient (data.unit: image).")
+    for part, of in found.parts.items():
+        by_class = ", ".join(
+            f"{count} {name}" for name, count in zip(config.data.classes, of.class_counts, strict=True)
+        )
+        say(f"  {part}: {of.records} {files} of {of.patients} {config.data.counted_unit}s: {by_class}")
     if found.patients_from:
         say("  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items()))
     for what, count in sorted(found.treatments.items(), key=lambda entry: -entry[1]):
@@ -274,7 +282,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     say(
         f"  masks: each hospital shares them with {training.mask_neighbours} others, holds {training.mask_keys} keys of a sum"
     )
-    say(f"  a summand is hidden from the aggregator with any {training.masks_against} hospitals of the sum")
+    before = "" if training.mask_neighbours + 1 == settings.federation.hospitals else " that pool before it"
+    say(f"  a summand is hidden from the aggregator with any {training.masks_against} hospitals of the sum{before}")
     masking, opening = training.masking_seconds, training.opening_seconds
     say(f"  masking takes a core {masking:.2g} s a sum, opening at the quorum {opening:.2g} s at the aggregator")
     took, deadline = training.connecting_seconds, training.connecting_deadline
@@ -338,7 +347,7 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
     if found.names:
         become = "they stay in the test set" if config.data.shared_patients == "keep" else "left out of the test set"
         text = f"{found.described}; {become} (data.shared_patients)."
-        error_console().print(text, highlight=False) if as_json else say(text)
+        error_console().print(printable(text, len(text)), markup=False) if as_json else say(text)
 
 
 def _forecasts(config: Config, found: TrainingEstimate, at: str | None = None) -> list[LedgerForecast]:
@@ -370,7 +379,7 @@ def _preflight(
     from mpc_fl.learning.models.earlier_model import begun_anew
     from mpc_fl.learning.models.feature_extractor import require_weights
 
-    require_site_allows(config, at)
+    require_site_allows(config, at, by_itself=at is not None)
     headroom_of(config).require()
     device_of(config)
     require_watchers(config)

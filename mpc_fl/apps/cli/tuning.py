@@ -13,6 +13,7 @@ from mpc_fl.apps.cli.options import (
     DataPath,
     OutPath,
     Overrides,
+    cell,
     command_line,
     configure,
     print_json,
@@ -92,7 +93,7 @@ def _say_search(summary: SearchSummary) -> None:
         settings = ", ".join(f"{key}={value}" for key, value in trial.settings.items())
         figure = "n/a" if trial.figure is None else f"{trial.figure:.1%}"
         note = trial.failed or ("chosen" if trial.number == summary.chosen else "")
-        table.add_row(str(trial.number), settings, figure, str(trial.round or "n/a"), note)
+        table.add_row(*map(cell, (str(trial.number), settings, figure, str(trial.round or "n/a"), note)))
     print_table(table)
     if summary.final is not None:
         final = summary.final

@@ -34,8 +34,15 @@ def result(run: Run) -> Markup:
 
 
 def counts(run: Run) -> Markup:
-    """How many of its own patients and records were for what."""
-    patients, records = run.party.patients or {}, run.party.records or {}
-    rows = [(part, patients[part], records.get(part, 0)) for part in patients]
+    """How many of its own patients and records were for what, of which classes, and what was none."""
+    of = run.party
+    patients, records, by_class = of.patients or {}, of.records or {}, of.class_counts or {}
+    classes = (
+        of.classes if patients and all(len(by_class.get(part, ())) == len(of.classes) for part in patients) else []
+    )
+    rows = [(part, patients[part], records.get(part, 0), *(by_class[part] if classes else ())) for part in patients]
     text = "Own patients and records by what they were for. These numbers stay at this hospital."
-    return table(text, ("For", f"{run.party.unit}s".capitalize(), "Records"), rows, 2) if rows else Markup("")
+    head = ("For", f"{of.unit}s".capitalize(), "Records", *classes)
+    found = table(text, head, rows, len(head) - 1) if rows else Markup("")
+    aside = sorted((of.left_aside or {}).items(), key=lambda entry: (-entry[1], entry[0]))
+    return Markup(found + table("Left aside: no records", ("What", "Count"), aside, 1)) if aside else found

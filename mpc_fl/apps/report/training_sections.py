@@ -70,11 +70,13 @@ def images(run: Run) -> Markup:
     if not done:
         return Markup("")
     rows = sorted(done.items(), key=lambda entry: (-entry[1], entry[0]))
+    whose = "this hospital" if run.is_of_a_party else "all hospitals"
     if (run.config.get("data") or {}).get("source") == "csv":
-        text = """How the tables of all hospitals were read, training and test, and what became of missing and unusual values. The
-        run's data settings say how; docs/data.md says what it means."""
+        what = "table" if run.is_of_a_party else "tables"
+        text = f"""How the {what} of {whose} {"was" if run.is_of_a_party else "were"} read, training and test, and what became of
+        missing and unusual values. The run's data settings say how; docs/data.md says what it means."""
         return Markup(paragraph(text) + table("Rows by how they were read", ("What", "Rows"), rows, 1))
-    text = """What was done to the image files of all hospitals, training and test: where brightness came from, and what else was
+    text = f"""What was done to the image files of {whose}, training and test: where brightness came from, and what else was
     changed. The run's data settings say how; docs/data.md says what it means."""
     return Markup(paragraph(text) + table("Images by what was done to them", ("What", "Images"), rows, 1))
 
@@ -91,7 +93,9 @@ def _caveats(run: Run) -> Markup:
     if summary.shared_patients:
         kept = (run.config.get("data") or {}).get("shared_patients") == "keep"
         become = (
-            "They stayed in the test set, so accuracy may be too high" if kept else "They were left out of the test set"
+            "They stayed in the test set: accuracy may be too high, and no epsilon covers exact counts of them"
+            if kept
+            else "They were left out of the test set"
         )
         text += paragraph(
             f"{summary.shared_patients} test patients are also training patients by name. {become}.", "warning"

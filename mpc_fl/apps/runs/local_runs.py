@@ -19,6 +19,7 @@ import torch
 from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
+from mpc_fl.apps.runs.party_log import set_up_log
 from mpc_fl.apps.runs.party_process import run_alone
 from mpc_fl.apps.runs.party_starter import PartyStarter
 from mpc_fl.apps.runs.reopening import reopened, require_more_rounds
@@ -289,6 +290,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
         write_text(directory / ROOT_FILE, root)
         own = directory / "parties" / name
         config = config.with_values(site={"out": str(own)})
+        set_up_log(config.site.log or directory / "logs" / f"{name}.log")
         began, refused = time.monotonic(), None
         try:
             run_alone(name, config, lambda phase, done, total: progress(name, phase, done, total))

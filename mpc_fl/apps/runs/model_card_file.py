@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
 from mpc_fl.apps.model_card import CARD_FILE, CardFacts, SignedModel, card_text
 from mpc_fl.apps.rows import GlobalRound, read_rows
 from mpc_fl.apps.runs.estimate import planned_privacy
@@ -47,21 +48,25 @@ def model_card(config: Config, directory: Path, authority: Path | None = None) -
     evaluated = [row for row in rows if row.evaluation is not None]
     certificate = authority if authority is not None and authority.is_file() else directory / ROOT_FILE
     origin = model_origin(path)  # refuses another file than the one that was signed
-    smallest = 1 if config.privacy.mechanism == "none" else public_sizes(config).smallest
-    privacy = planned_privacy(config, "a hospital", smallest)
     return card_text(
         CardFacts(
             config=config,
             sha256=origin.sha256,
             parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             rounds=config.training.rounds,
-            privacy=privacy,
+            privacy=privacy_of_run(config),
             final=evaluated[-1].evaluation if evaluated else None,
             evaluated_round=evaluated[-1].round if evaluated else None,
             signed=_signed(directory, certificate, origin.sha256),
-            origins=_origins(config),
+            origins=origins_of(config),
         )
     )
+
+
+def privacy_of_run(config: Config) -> NoPrivacy | PlannedPrivacy:
+    """What a run spends of the patients of a hospital whose ledger held nothing before it."""
+    smallest = 1 if config.privacy.mechanism == "none" else public_sizes(config).smallest
+    return planned_privacy(config, "a hospital", smallest)
 
 
 def _signed(directory: Path, certificate: Path, sha256: str) -> SignedModel | None:
@@ -93,7 +98,7 @@ def _signed(directory: Path, certificate: Path, sha256: str) -> SignedModel | No
     )
 
 
-def _origins(config: Config) -> dict[str, str]:
+def origins_of(config: Config) -> dict[str, str]:
     """Where weights come from that this training began with, or whose features it took."""
     features, found = config.data.features, dict[str, str]()
     if features is not None and features.weights is None:
@@ -118,10 +123,18 @@ def card_of(path: Path, config: Path | None = None) -> str:
     `config` is the run's configuration where it is not beside the model. Raises `MpcFlError`.
     """
     directory = path if path.is_dir() else path.parent
+    return model_card(load_config(configuration_beside(directory, config)), directory)
+
+
+def configuration_beside(directory: Path, given: Path | None) -> Path:
+    """The file that says how the model in `directory` was trained: the one that was given, else the run's own.
+
+    Raises `ModelError` where there is none.
+    """
     own = directory / "config.yaml"
-    if config is None and not own.is_file():
+    if given is None and not own.is_file():
         raise ModelError(
             f"there is no config.yaml in {directory} that says how the model was trained",
             "give the run's with --config",
         )
-    return model_card(load_config(own if config is None else config), directory)
+    return own if given is None else given

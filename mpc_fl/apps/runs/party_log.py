@@ -7,17 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import threading
 import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpc_fl.errors import ConfigError, printable
 from mpc_fl.exhaustion import exhaustion, unwritable
+
+_TIME = re.compile(rb"[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}")  # how every line of a log begins
+_TIME_BYTES = 19
 
 
 class _Lines(logging.Formatter):
-    """One line per event, without tracebacks: those of libraries quote what they were called with."""
+    """One line per event, without tracebacks: those of libraries quote what they were called with.
+
+    Names of files, patients and parties come from others: a line break in one would begin a line that nobody wrote.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """In one line, without what moves the cursor of a terminal."""
+        text = super().format(record)
+        return printable(text, len(text))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - a name of logging
         """Type and place alone."""
@@ -49,6 +62,7 @@ def set_up_log(path: Path | None) -> None:
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _require_log(path)
             stream = path.open("a", encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise unwritable(path, error) from None
@@ -56,7 +70,20 @@ def set_up_log(path: Path | None) -> None:
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     threading.excepthook = lambda failed: _log_failure(failed.exc_value, failed.thread)
-    sys.unraisablehook = lambda failed: _log_failure(failed.exc_value, None)
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda failed: (
+        _log_failure(failed.exc_value, None) if isinstance(failed.exc_value, Exception) else before(failed)
+    )
+
+
+def _require_log(path: Path) -> None:
+    """Raise `ConfigError` for a file that is there and no log: a configuration of others could name a script, or a key."""
+    if not path.is_file():  # to be made, or a device or pipe
+        return
+    with path.open("rb") as file:
+        beginning = file.read(_TIME_BYTES)
+    if beginning and _TIME.fullmatch(beginning) is None:
+        raise ConfigError(f"site.log {path} exists and is no log of mpc-fl", "name a new file; nothing was written")
 
 
 def _log_failure(error: BaseException | None, thread: threading.Thread | None) -> None:

@@ -84,6 +84,7 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         raise ConfigError(f"cannot create {out}: {error.strerror}", "choose another --out") from None
     try:
         yield partial
+        _remove_half_written(partial)
         partial.rename(out)
     except BaseException:
         with contextlib.suppress(
@@ -94,6 +95,12 @@ def run_directory(out: Path, resume: bool = False) -> Iterator[Path]:
             else:
                 _keep_logs(partial, failed)
         raise
+
+
+def _remove_half_written(directory: Path) -> None:
+    """What a party was writing when it was ended: a file (`files.written_whole`), or a database with its journal beside it."""
+    for half in directory.rglob(".*.partial*"):
+        half.unlink(missing_ok=True)
 
 
 def may_go_on(out: Path) -> bool:
@@ -116,8 +123,7 @@ def _keep_logs(partial: Path, failed: Path) -> None:
     shutil.rmtree(failed, ignore_errors=True)
     logs, receipts = partial / "logs", [*partial.rglob(RECEIPTS_FILE), *partial.rglob(RESULTS_FILE)]
     if _resumable(partial):
-        for half in partial.rglob(".*.partial"):  # a party was ended while it wrote a file (`files.written_whole`)
-            half.unlink()
+        _remove_half_written(partial)
         partial.rename(failed)
         return
     if receipts or (logs.is_dir() and any(logs.iterdir())):

@@ -70,7 +70,9 @@ def _of_hospital(name: str, config: Config, command: str, seconds: float) -> Par
         rounds_made=sum(line.round <= config.training.rounds for line in rounds),
         patients=last.patients,
         records=last.records,
+        class_counts=last.class_counts,
         skipped_files=last.skipped_files,
+        left_aside=last.left_aside,
         treatments=last.treatments,
         own_accuracy=last.own_accuracy,
         privacy=PrivacySpent(

@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from mpc_fl.errors import ModelError, UnsupportedLayerError
 from mpc_fl.inference.graph.meanings import ADVICE, FUNCTIONS, MODULES, BatchSize, Meaning, nearest_supported
+from mpc_fl.learning.models.rewriting import ThreadTracer
 
 _MONOTONE = frozenset({"ReLU", "Hardtanh"})
 _MAX_POOLS = frozenset({"MaxPool2d", "AdaptiveMaxPool2d"})
@@ -63,7 +64,7 @@ class _Sizes:
     """`x.shape` of a secret value: all we know before the run is that entry 0 is the batch size."""
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(ThreadTracer):
     """Stops at layers of torch.nn, also where a subclass keeps their forward (a frozen BatchNorm, say)."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

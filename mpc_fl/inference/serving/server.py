@@ -38,7 +38,7 @@ from mpc_fl.inference.serving.visits import Visit
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.class_offsets import with_offsets
-from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation
+from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation, note_on_films
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.links import Links
@@ -196,6 +196,8 @@ def serve_model(config: Config, notify: Notify, until: Callable[[], None], obser
     assert site.model is not None  # `served_model` has read it
     origin = model_origin(site.model, site.reveal_ledger, site.authority)
     log.log(logging.INFO if origin.signed else logging.WARNING, "the model file %s", origin.words)
+    if note := note_on_films(site.model, config):
+        log.warning("%s", note)
     model = replace(model, commitment=commitment_to(model, out))
     say_what_is_revealed(config, model)
     notify("load model", 1, 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.data import DataSection
 from mpc_fl.roles import is_hospital
 
 TASK = "serve"  # what parties of a served session agree to do
@@ -41,8 +42,9 @@ class Visit:
 
 
 def service_digest(config: Config) -> str:
-    """SHA-256, as hex, of what a hospital and a standing model owner must agree on. Their images are their own matter.
+    """SHA-256, as hex, of what a hospital and a standing model owner must agree on, and that is held against the model's file.
 
+    Which images a hospital asks about is its own matter, how they become inputs is not.
     What is revealed is the model owner's choice: it tells it when a session begins (`receipt_exchange`).
     """
     inference, data = config.inference, config.data
@@ -53,4 +55,7 @@ def service_digest(config: Config) -> str:
     }
     if config.evaluation.calibrate != "none":  # the hospital is told with what
         shared["calibrate"] = config.evaluation.calibrate
+    films, usual = ([of.not_square, of.frame] for of in (data, DataSection()))
+    if films != usual:  # earlier versions did not say it
+        shared["films"] = films
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

@@ -15,8 +15,8 @@ from mpc_fl.learning.data.normalisation import Normalisation
 @dataclass(frozen=True)
 class Dataset:
     """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
-    record int64 (N,) from 0, names of the records, how many files were unreadable and left out, and to how many of the others
-    was done what (`image_files.Picture`)."""
+    record int64 (N,) from 0, names of the records, how many files were unreadable and left out, to how many of the others
+    was done what (`image_files.Picture`), and what else lies beside them and is none (`records.Index`)."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -24,6 +24,7 @@ class Dataset:
     names: tuple[str, ...]
     skipped: int = 0
     treatments: Mapping[str, int] = field(default_factory=dict)
+    left_aside: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,6 +41,10 @@ class Dataset:
     def patient_count(self) -> int:
         """Number of patients."""
         return int(self.patients.max()) + 1 if len(self.patients) else 0
+
+    def class_counts(self, classes: int) -> list[int]:
+        """Records of each of so many classes."""
+        return torch.bincount(self.labels, minlength=classes).tolist()
 
 
 def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset:

@@ -101,25 +101,26 @@ def _require_announced_size(dataset: Any, path: Path, frame: int, frames: int) -
     from pydicom.encaps import get_frame
 
     announced = _codestream_size(get_frame(dataset.PixelData, frame, number_of_frames=frames))
-    if announced != (int(dataset.Columns), int(dataset.Rows)):
+    if announced != (int(dataset.Columns), int(dataset.Rows), int(dataset.SamplesPerPixel)):
         raise unreadable(path, "its compressed picture has another size than its header says", "export it again")
 
 
-def _codestream_size(content: bytes) -> tuple[int, int] | None:
-    """Width and height that a JPEG, JPEG-LS or JPEG 2000 codestream announces; None where it is none of them."""
+def _codestream_size(content: bytes) -> tuple[int, int, int] | None:
+    """Width, height and samples of a pixel that a JPEG, JPEG-LS or JPEG 2000 codestream announces; None where it is none."""
     beginning = _codestream_in_boxes(content) if content[4:8] == b"jP  " else 0
-    if content[beginning : beginning + 4] == b"\xff\x4f\xff\x51" and len(content) >= beginning + 24:
+    if content[beginning : beginning + 4] == b"\xff\x4f\xff\x51" and len(content) >= beginning + 42:
         right, bottom, left, top = struct.unpack(">IIII", content[beginning + 8 : beginning + 24])
-        return right - left, bottom - top
+        (samples,) = struct.unpack(">H", content[beginning + 40 : beginning + 42])
+        return right - left, bottom - top, samples
     place = 2
-    while content[:2] == b"\xff\xd8" and place + 9 <= len(content) and content[place] == 0xFF:
+    while content[:2] == b"\xff\xd8" and place + 10 <= len(content) and content[place] == 0xFF:
         if content[place + 1] == 0xFF:  # before a marker there may be any number of them
             place += 1
             continue
         marker, length = content[place + 1], struct.unpack(">H", content[place + 2 : place + 4])[0]
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            height, width = struct.unpack(">HH", content[place + 5 : place + 9])
-            return width, height
+            height, width, samples = struct.unpack(">HHB", content[place + 5 : place + 10])
+            return width, height, samples
         place += 2 + length
     return None
 

@@ -6,6 +6,8 @@ PatientID, is read by `patient_identifier`, which `patients` hashes with a key o
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +16,12 @@ import numpy as np
 from mpc_fl.learning.data.dicom_decoders import decoded
 from mpc_fl.learning.data.file_kinds import UnreadableImageError, has_dicom_mark, unreadable
 from mpc_fl.learning.data.quiet import MALFORMED, quiet
+from mpc_fl.learning.data.spellings import plain_patient
 from mpc_fl.learning.data.windows import shown
 
 Frame = Literal["error", "first", "middle"]
 LARGEST_PIXELS = 64_000_000
+LARGEST_INFLATED = 256_000_000  # bytes of a deflated data set: a picture of so many pixels in 16 bits is half of it
 INVERTED, PALETTE = "inverted (MONOCHROME1)", "colours by the palette in the header"
 FIRST_FRAME, MIDDLE_FRAME = "first of several frames", "middle one of several frames"
 TURNED = "turned as the header says"
@@ -37,6 +41,9 @@ _ELEMENTS = (
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
 )  # fmt: skip
 _DAMAGED = "its header is damaged or lacks what a picture needs"
+_META_BEGINS = 132  # after the preamble and its mark
+_PIECE = 1 << 16  # bytes that are inflated at a time
+_GROUP_LENGTH = 12  # bytes of the first element, which says how long those of group 0002 after it are
 
 
 def chosen_frame(path: Path, count: int, rule: Frame) -> tuple[int, tuple[str, ...]]:
@@ -66,16 +73,18 @@ def read_dicom(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def patient_identifier(path: Path) -> str | None:
-    """PatientID with its issuer, for `patients` alone; None where there is none, or the file is no readable DICOM."""
+    """PatientID, for `patients` alone; None where there is none, or the file is no readable DICOM.
+
+    Who issued it is left aside: one scanner says so and another does not, of the same patient.
+    """
     with quiet():
         try:
-            dataset = _loaded(path, ("PatientID", "IssuerOfPatientID"), stop_before_pixels=True)
-            number, issuer = (str(dataset.get(name) or "").strip() for name in ("PatientID", "IssuerOfPatientID"))
+            dataset = _loaded(path, ("PatientID",), stop_before_pixels=True)
+            return plain_patient(str(dataset.get("PatientID") or "").strip()) or None
         except UnreadableImageError:
             return None
         except _errors():  # of values that are no text
             return None
-    return f"{issuer}\0{number}" if number else None
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -98,14 +107,18 @@ def _loaded(path: Path, elements: tuple[str, ...], stop_before_pixels: bool = Fa
     try:
         with path.open("rb") as file:
             marked = has_dicom_mark(file.read(132))
-        syntax = pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID") if marked else None
-        if syntax == uid.DeflatedExplicitVRLittleEndian:
-            # pydicom inflates the whole file without any bound
-            raise unreadable(path, "a deflated DICOM file is not read", "inflate it, for instance with `dcmconv +ti`")
+            file.seek(132 if marked else 0)
+            # As pydicom does it: a file without the mark may have these elements, too.
+            meta = pydicom.filereader._read_file_meta_info(file)
+        deflated = meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+        if deflated and not marked:
+            raise unreadable(path, "a deflated DICOM file without its mark is not read", "export it again")
+        bare = deflated or not marked  # a data set without the mark and what follows it
         dataset = pydicom.dcmread(
-            path, force=not marked, specific_tags=list(elements), stop_before_pixels=stop_before_pixels
-        )
-        if not marked and not len(dataset):
+            _inflated(path, int(meta.FileMetaInformationGroupLength)) if deflated else path,
+            force=bare, specific_tags=list(elements), stop_before_pixels=stop_before_pixels,
+        )  # fmt: skip
+        if bare and not len(dataset):
             raise unreadable(path, "it is no DICOM file")
         if "TransferSyntaxUID" not in dataset.file_meta:
             implicit, little = dataset.original_encoding
@@ -123,6 +136,23 @@ def _loaded(path: Path, elements: tuple[str, ...], stop_before_pixels: bool = Fa
         raise unreadable(path, error.strerror or "no access", "check its permissions") from None
     except _errors():
         raise unreadable(path, _DAMAGED) from None
+
+
+def _inflated(path: Path, meta_length: int) -> io.BytesIO:
+    """The data set of a deflated file (PS3.5 A.5), of at most `LARGEST_INFLATED` bytes: pydicom inflates without any bound."""
+    inflating, content = zlib.decompressobj(-zlib.MAX_WBITS), io.BytesIO()
+    with path.open("rb") as file:
+        file.seek(_META_BEGINS + _GROUP_LENGTH + meta_length)
+        while not inflating.eof:
+            piece = inflating.unconsumed_tail or file.read(_PIECE)
+            if not piece:
+                raise unreadable(path, "it is deflated and damaged or cut off", "export it again, or remove it")
+            content.write(inflating.decompress(piece, _PIECE))
+            if content.tell() > LARGEST_INFLATED:
+                what = f"it is deflated and holds more than {LARGEST_INFLATED // 10**6} MB"
+                raise unreadable(path, what, "inflate it, for instance with `dcmconv +ti`")
+    content.seek(0)
+    return content
 
 
 def _picture(dataset: Any, path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -97,7 +97,7 @@ def read_image(path: Path, form: ImageForm) -> Picture:
                 f"image {path} is {width}x{height}, expected {form.size}x{form.size}",
                 "set data.wrong_size=resize or data.image_size",
             )
-        image, resizing = _resized(image, form)
+        image, resizing = made_square(image, form)
         done = (*done, *resizing)
     if form.channels == 1 and image.shape[0] == 3:
         image = image.mean(dim=0, keepdim=True)
@@ -115,8 +115,11 @@ def _read(path: Path, frame: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
     return read_nifti(path, frame) if kind == NIFTI else read_picture(path, str(kind), frame)
 
 
-def _resized(image: torch.Tensor, form: ImageForm) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """A square of the configured side: the whole film with black beside it, its middle, or all of it distorted."""
+def made_square(image: torch.Tensor, form: ImageForm) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """A square of the configured side, of an image (channels, height, width), and in some words what was done.
+
+    The whole film with black beside it, its middle, or all of it distorted.
+    """
     (height, width), size = image.shape[1:], form.size
     if height == width:
         return _scaled(image, size, size), (RESIZED,)

@@ -30,6 +30,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.data import SOURCES
 from mpc_fl.errors import ConfigError, DataError, printable
 from mpc_fl.installed_code import Package, load_entry_point, loaders
+from mpc_fl.learning.data.spellings import in_one_spelling
 from mpc_fl.learning.data.tables import Records, Split, scale_features
 
 GROUP = "mpc_fl.loaders"
@@ -87,7 +88,7 @@ def read_with_loader(config: Config, path: Path | None, split: Split, labelled: 
             f"wrong number of classes: {who} gives labels from {labels.min()} to {labels.max()}, {classes} are configured",
             "set data.classes to all class names",
         )
-    patients = _texts(loaded["patients"], len(records), who, "patients")
+    patients = in_one_spelling(_texts(loaded["patients"], len(records), who, "patients"))
     numbered = [f"{config.data.source}-{split}-{row}" for row in range(len(records))]
     names = _texts(loaded["names"], len(records), who, "names") if "names" in loaded else numbered
     if config.data.is_table:

@@ -18,9 +18,11 @@ from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
 from mpc_fl.learning.data.image_folders import ImageFolder
 from mpc_fl.learning.data.loaders import read_with_loader
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, place_of
+from mpc_fl.learning.data.patients import UNREADABLE
 from mpc_fl.learning.data.phantoms import phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
 from mpc_fl.learning.data.records import Index, index_from, index_of, is_one_hospitals, phantom_names
+from mpc_fl.learning.data.spellings import plain_patient
 from mpc_fl.learning.data.tables import Part, Split, read_csv, read_medmnist
 from mpc_fl.roles import hospital_name
 
@@ -113,9 +115,9 @@ def shared_patients(config: Config) -> SharedPatients:
     if config.data.source in ("phantoms", "csv", "breast_cancer"):
         return SharedPatients((), 0)
     index, limit = index_of(config, "train"), config.data.subset.train_patients
-    training = {patient for part in _patients_of_hospitals(index, config) for patient in part[:limit]}
+    training = {plain_patient(name) for part in _patients_of_hospitals(index, config) for name in part[:limit]}
     testing = dict.fromkeys(index_of(config, "test").patients)
-    return SharedPatients(tuple(sorted(name for name in testing if name in training)), len(testing))
+    return SharedPatients(tuple(sorted(name for name in testing if plain_patient(name) in training)), len(testing))
 
 
 def _index_of(config: Config, split: Split) -> Index:
@@ -173,8 +175,8 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
 
     Where the folder is its own (`site.data_of`) they are all in it, and there may be none to test or validate.
 
-    (Of files with an unknown suffix the first bytes are looked at, to tell what they are, and of DICOM files that no table
-    names the header, to tell whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
+    (Of files the first bytes are looked at, to tell what they are, and of DICOM files that no table names the header, to tell
+    whose they are.) An unreadable file is skipped and counted. Raises `DataError` for missing folders,
     an empty class, a hospital without patients, records of unknown patients, images of a wrong size, labels beyond the classes,
     or when more files of a class are unreadable than `data.most_unreadable` allows.
     """
@@ -189,11 +191,23 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
         require_readable([int(index.labels[row]) for row in rows], read.unreadable, part, config)
         inputs = read.stacked() if rows else torch.zeros(0, config.data.channels, *[config.data.image_size] * 2)
         kept = [rows[position] for position in read.kept]
+        _require_owners(index, kept)
         log.info("%s: %d images: %s", part, len(kept), "; ".join(f"{n} {what}" for what, n in read.treatments.items()))
     owners = _renumbered([position[index.patients[row]] for row in kept])
     labels = torch.from_numpy(index.labels[kept])
     names = tuple(index.names[row] for row in kept)
-    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments)
+    # What lies in a folder that is divided belongs to no hospital.
+    aside = index.left_aside if is_one_hospitals(config) else {}
+    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments, aside)
+
+
+def _require_owners(index: Index, rows: Sequence[int]) -> None:
+    """Raise `DataError` where an image is read whose file could not be read when its patient was looked for."""
+    changed = [row for row in rows if index.sources[row] == UNREADABLE]
+    if changed:
+        raise DataError(
+            f"{index.files[changed[0]]} was changed while data were read", "run again when nobody writes there"
+        )
 
 
 def _renumbered(owners: list[int]) -> torch.Tensor:
@@ -287,7 +301,9 @@ def patients_per_hospital(config: Config) -> list[int]:
     for split in splits:
         index, parts = records_per_hospital(config, split)
         if split == "train":
-            counts = [len({index.patients[row] for row in rows}) for rows in parts]
+            # Of some patients all that is here may prove unreadable: who reads every file knows (`survey`, `load_hospital`).
+            nobody = {row for row, source in enumerate(index.sources) if source == UNREADABLE}
+            counts = [len({index.patients[row] for row in rows if row not in nobody}) for rows in parts]
             if config.data.validation_fraction:
                 records_per_hospital(config, "validation")
         if index.files:

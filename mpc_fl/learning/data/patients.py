@@ -3,7 +3,8 @@
 Of an image says it, in this order: the table DIR/patients.csv, the header of a DICOM file, the pattern of the configuration for
 names of files. With a table no other source is asked: the same patient under two names would be two. PatientID is read inside the
 site and kept as a keyed hash alone (HMAC-SHA256 under a key that only this site has), which tells patients apart and nothing
-else. What is left is refused, or counts by itself where `data.unit` is `image`.
+else. What is left is refused, or counts by itself where `data.unit` is `image`; but for files that cannot be read at all, which
+are left out and counted, whoever's they are.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from mpc_fl.crypto.identity_files import read_private
 from mpc_fl.errors import DataError, IdentityError, MpcFlError
 from mpc_fl.files import written_whole
 from mpc_fl.learning.data.dicom_files import patient_identifier
-from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_by_name, kind_of
+from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_of
+from mpc_fl.learning.data.image_files import ImageForm, WrongSizeError, read_image
+from mpc_fl.learning.data.spellings import in_one_spelling
 
 TABLE_FILE = "patients.csv"
 FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
+UNREADABLE = "nothing, and cannot be read"
+_OTHER_TABLES = tuple(f"patients.{suffix}" for suffix in ("csv.txt", "txt", "tsv", "xlsx", "xls", "ods"))
 _KEY_BYTES = 32
 _HASH_DIGITS = 16
 _SPLITS = ("train", "validation", "test")
@@ -58,11 +63,12 @@ class PatientRow:
 def owners_of(files: Sequence[Path], config: Config) -> Owners:
     """Whose each image file is. Of DICOM files that no table names headers are read, without pixels.
 
-    Raises `DataError` for a damaged table, or files of which nothing says whose they are while `data.unit` is `patient`.
+    Raises `DataError` for a damaged table, or readable files of which nothing says whose they are while `data.unit` is `patient`.
     """
     root = config.site.data or Path()
     table, keys, sources = read_table(root), list[str](), list[str]()
     unknown: list[Path] = []
+    patients = config.data.unit == "patient"
     headers = _Headers(config)
     for path in files:
         place = PurePosixPath(*path.relative_to(root).parts)
@@ -70,16 +76,29 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
         if key is None:
             unknown.append(path)
             # By its place in the folder: in two splits two files of one name are two images.
-            key, source = str(place), BY_ITSELF
+            key, source = str(place), UNREADABLE if patients else BY_ITSELF
         keys.append(key)
         sources.append(source)
-    if unknown and config.data.unit == "patient":
+    known = [row for row, source in enumerate(sources) if source not in (BY_ITSELF, UNREADABLE)]
+    for row, key in zip(known, in_one_spelling([keys[row] for row in known]), strict=True):
+        keys[row] = key
+    if patients and any(_can_be_read(path, config) for path in unknown):
         what = "no patient is known of" if table is None else f"{TABLE_FILE} does not name"
         raise DataError(
             f"{what} {len(unknown)} of {len(files)} images, the first {unknown[0]}",
             _FIX if table is None else "complete the table, or remove it",
         )
     return Owners(keys, sources)
+
+
+def _can_be_read(path: Path, config: Config) -> bool:
+    try:
+        read_image(path, ImageForm.of(config.data))
+    except UnreadableImageError:
+        return False
+    except WrongSizeError:
+        pass
+    return True
 
 
 def _owner(
@@ -105,12 +124,10 @@ class _Headers:
 
     def patient(self, path: Path) -> str | None:
         """The keyed hash of a file's PatientID; None where it has none, or is no readable DICOM file."""
-        if kind_by_name(path) not in (None, DICOM):
-            return None
         try:
-            if kind_of(path) != DICOM:
-                return None
             status = path.stat()
+            if not _is_dicom(path, status.st_mtime_ns, status.st_size):
+                return None
         except (OSError, UnreadableImageError):
             return None  # counted when it is to be read
         if self._key is None:
@@ -119,12 +136,18 @@ class _Headers:
 
 
 @functools.lru_cache(maxsize=1 << 20)
+def _is_dicom(path: Path, changed: int, size: int) -> bool:
+    """By its first bytes, as it will be read: what a suffix says changes nothing about whose it is."""
+    return kind_of(path) == DICOM
+
+
+@functools.lru_cache(maxsize=1 << 20)
 def _hashed(path: Path, changed: int, size: int, key: bytes) -> str | None:
     """Of a file as it was last changed: a run asks several times, and reading a header takes a millisecond."""
     identifier = patient_identifier(path)
     if identifier is None:
         return None
-    return "patient-" + hmac.new(key, identifier.encode(), hashlib.sha256).hexdigest()[:_HASH_DIGITS]
+    return "patient-" + hmac.new(key, f"\0{identifier}".encode(), hashlib.sha256).hexdigest()[:_HASH_DIGITS]
 
 
 def site_key(place: Path | None) -> bytes:
@@ -176,6 +199,7 @@ def read_table(root: Path) -> PatientTable | None:
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
+        _require_no_other_table(root)
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
@@ -193,6 +217,19 @@ def read_table(root: Path) -> PatientTable | None:
         if rows.setdefault(file, row) != row:
             raise DataError(f"{path} line {line} names a file again, with another patient", "leave one of the rows")
     return PatientTable(path, rows)
+
+
+def _require_no_other_table(root: Path) -> None:
+    """Raise `DataError` for a table of patients under another name: passed over, one patient would count as several."""
+    try:
+        names = os.listdir(root)
+    except OSError:  # said where the data are read
+        return
+    for name in names:
+        if name.casefold() in _OTHER_TABLES or name.casefold() == TABLE_FILE:
+            raise DataError(
+                f"{root} holds {name}, and only {TABLE_FILE} is read", f"save it as {TABLE_FILE}, or remove it"
+            )
 
 
 def _row(values: dict[str, str], path: Path, line: int) -> PatientRow:
@@ -237,7 +274,7 @@ def owners_in_archive(path: Path, split: str, count: int) -> list[str] | None:
         raise DataError(f"the array {name} of {path} cannot be read", "store whole numbers or texts in it") from None
     if values.size != count or values.dtype.kind not in "iuUS":
         raise DataError(f"the array {name} of {path} is not one whole number or text a record", "correct it")
-    return [str(value) for value in values.reshape(count).tolist()]
+    return in_one_spelling([str(value) for value in values.reshape(count).tolist()])
 
 
 def require_known(count: int, config: Config) -> None:

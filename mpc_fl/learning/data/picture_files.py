@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ _FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "TIFF": "TIFF", "BMP": "BMP", "WebP": 
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "F")
 LARGEST_VOXELS = 1 << 28  # of a volume: 512 x 512 x 1024
 _ORIENTATION = 0x0112  # of EXIF
+_NIFTI_HEADER = 540  # bytes of that of NIfTI-2; that of NIfTI-1 is shorter
 
 
 def read_picture(path: Path, kind: str, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -59,10 +61,11 @@ def read_nifti(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
     import nibabel
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
+    from nibabel.wrapstruct import WrapStructError
 
     try:
         with quiet():
-            stored = nibabel.load(path)
+            stored = _nifti_without_extensions(path)
             sizes = stored.shape
             if not 2 <= len(sizes) <= 3:
                 raise unreadable(
@@ -79,9 +82,26 @@ def read_nifti(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
             values = np.asarray(volume.dataobj[..., frame] if len(sizes) == 3 else volume.dataobj, dtype=np.float64)
     except UnreadableImageError:
         raise
-    except (*MALFORMED, ImageFileError, HeaderDataError):
+    except (*MALFORMED, ImageFileError, HeaderDataError, WrapStructError):
         raise unreadable(path, "no valid NIfTI file") from None
     if not np.isfinite(values).all() or not values.size:
         raise unreadable(path, "it holds values that are no numbers")
     picture, how = shown_without_header(values[::-1, ::-1].T)
     return picture, (how, *done)
+
+
+def _nifti_without_extensions(path: Path) -> Any:
+    """The volume of a file, by its header alone.
+
+    What may stand between header and voxels says of itself how long it is, and nibabel would read it: a megabyte packed announces a
+    gigabyte, and what is said there may name the patient.
+    """
+    import nibabel
+    from nibabel.arrayproxy import ArrayProxy
+    from nibabel.openers import ImageOpener
+
+    with ImageOpener(str(path)) as file:
+        beginning = file.read(_NIFTI_HEADER)
+    kind = nibabel.Nifti2Image if nibabel.Nifti2Header.may_contain_header(beginning) else nibabel.Nifti1Image
+    header = kind.header_class(beginning[: kind.header_class.template_dtype.itemsize])
+    return kind(ArrayProxy(str(path), header), header.get_best_affine(), header)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpc_fl.config.config import Config
+from mpc_fl.config.data import KERMANY_NAMES
 from mpc_fl.errors import DataError
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
@@ -27,18 +28,29 @@ _NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
+class PartCounts:
+    """What can be read of one part: patients, records, and records of each class."""
+
+    patients: int
+    records: int
+    class_counts: list[int]
+
+
+@dataclass(frozen=True)
 class Survey:
-    """Of all hospitals whose data are here: files or records and patients of both splits, each counted once.
+    """Of all hospitals whose data are here: files or records of both splits, and patients of whom something can be read, each
+    counted once.
 
     `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
-    files have their patient from where, `first_unreadable` names some files and what to do about them.
-    `training_patients` are those of each hospital of whom something can be read.
+    readable files have their patient from where, `first_unreadable` names some files and what to do about them. `parts` counts
+    what can be read by what it is for. `training_patients` are those of each hospital of whom something can be read.
     """
 
     records: int
     patients: int
     unreadable: int
     unit: str
+    parts: dict[str, PartCounts]
     training_patients: list[int]
     treatments: dict[str, int]
     left_aside: dict[str, int]
@@ -57,39 +69,69 @@ class _SplitSurvey:
 
     index: Index
     rows: set[int]
-    unreadable: list[UnreadableImageError]
+    unreadable: dict[int, UnreadableImageError]
     treatments: Counter[str]
     patients_left: list[int]
+
+    @property
+    def readable(self) -> list[int]:
+        """The rows that training or testing will have."""
+        return sorted(self.rows - set(self.unreadable))
+
+    @property
+    def keys(self) -> set[str]:
+        """The patients of whom something can be read."""
+        return {self.index.patients[row] for row in self.readable}
+
+    def counts(self, classes: int) -> PartCounts:
+        """What can be read, of so many classes."""
+        of_class = Counter(self.index.labels[self.readable].tolist())
+        return PartCounts(len(self.keys), len(self.readable), [of_class[label] for label in range(classes)])
 
 
 def survey(config: Config) -> Survey:
     """Read all that training and testing will read. Raises what `load_hospital` would raise, before any process starts."""
     parts: tuple[Part, ...] = ("train", "test", "validation") if config.data.validation_fraction else ("train", "test")
     found = [_survey_of(config, part) for part in parts]
-    keys = {of.index.patients[row] for of in found for row in of.rows}
+    keys = set[str]().union(*(of.keys for of in found))
     sources, left_aside, treatments = Counter[str](), Counter[str](), Counter[str]()
     for of in found:
-        sources.update(of.index.sources[row] for row in of.rows if of.index.sources)
+        sources.update(of.index.sources[row] for row in of.readable if of.index.sources)
         treatments.update(of.treatments)
     for of in found[:2]:  # who validate lie in the folders of those who train
         left_aside.update(of.index.left_aside)
-    records = sum(len(of.rows) for of in found)
+    records, unreadable = sum(len(of.rows) for of in found), sum(len(of.unreadable) for of in found)
     return Survey(
         records=records,
         patients=len(keys),
-        unreadable=sum(len(of.unreadable) for of in found),
+        unreadable=unreadable,
         unit=config.data.unit,
+        parts={part: of.counts(len(config.data.classes)) for part, of in zip(parts, found, strict=True)},
         training_patients=found[0].patients_left,
         treatments=dict(treatments),
         left_aside=dict(left_aside),
         patients_from=dict(sources),
-        first_unreadable=[str(error) for of in found for error in of.unreadable][:_NAMED],
+        first_unreadable=[str(error) for of in found for error in of.unreadable.values()][:_NAMED],
         warnings=[
-            *(_warnings(sources, sorted(keys), records) if sources else ()),
+            *(_warnings(sources, sorted(keys), records - unreadable, config) if sources else ()),
             *_warnings_of_columns(config, treatments, records),
             *_lacks(found, parts, config),
         ],
     )
+
+
+def patient_warnings(config: Config) -> list[str]:
+    """What looks wrong about whose the images are, from names and headers alone. Raises what `load_hospital` would raise."""
+    if config.data.source != "images":
+        return []
+    sources, keys = Counter[str](), set[str]()
+    parts: tuple[Part, ...] = ("train", "test", "validation") if config.data.validation_fraction else ("train", "test")
+    for part in parts:
+        index, hospitals = records_per_hospital(config, part)
+        for row in set().union(*hospitals):
+            sources[index.sources[row]] += 1
+            keys.add(index.patients[row])
+    return _warnings(sources, sorted(keys), sources.total(), config) if keys else []
 
 
 def _survey_of(config: Config, part: Part) -> _SplitSurvey:
@@ -114,10 +156,10 @@ def _survey_of(config: Config, part: Part) -> _SplitSurvey:
         if not left[-1] and failed:
             first = next(iter(failed.values()))
             raise DataError(f"no {part} image can be read; the first: {first.what}", first.fix)
-    return _SplitSurvey(index, rows, list(unreadable.values()), treatments, left)
+    return _SplitSurvey(index, rows, unreadable, treatments, left)
 
 
-def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[str]:
+def _warnings(sources: Counter[str], keys: Sequence[str], files: int, config: Config) -> list[str]:
     """What looks wrong about numbers of patients: only a person who knows the data can say whether it is."""
     said = []
     if files >= _FEW_FILES and files > _MANY_IMAGES * len(keys):
@@ -125,7 +167,13 @@ def _warnings(sources: Counter[str], keys: Sequence[str], files: int) -> list[st
             f"{files} files and {len(keys)} patient{'s' if len(keys) > 1 else ''}: is that right? Anonymised headers may have one "
             "PatientID for all, and a pattern may take a word for a patient; a table patients.csv says it surely"
         )
-    if sources[FROM_NAME] >= _FEW_FILES and sources[FROM_NAME] == files == len(keys) and _are_serial(keys):
+    one_each = sources[FROM_NAME] >= _FEW_FILES and sources[FROM_NAME] == files == len(keys)
+    if one_each and not _are_serial(keys) and config.data.patient_pattern != KERMANY_NAMES:
+        said.append(
+            f"{files} files, {files} patients: data.patient_pattern makes each file a patient. If patients have several, epsilon "
+            "holds per image, not per patient; a table patients.csv says whose they are"
+        )
+    if one_each and _are_serial(keys):
         said.append(
             f"{files} files, {files} patients with serial numbers: do the names number patients, or images? If images, epsilon "
             "holds per image, not per patient; a table patients.csv says whose they are"

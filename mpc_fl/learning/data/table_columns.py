@@ -29,6 +29,8 @@ _MISSING = frozenset(
 _NUMBER = re.compile(
     r"(?P<limit>[<>≤≥]?=?)\s*(?P<value>[+-]?(?:[0-9]+(?:[.,][0-9]*)?|[.,][0-9]+)(?:[eE][+-]?[0-9]{1,3})?)"
 )
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:[.,]0*)?")  # as spreadsheets write numbers of a column with gaps: 4711.0
+_MANY_NUMBERS = 20  # more of them, among so many patients, are hardly values of something
 _THOUSANDS = re.compile(
     r"[+-]?[1-9][0-9]{0,2}[.,][0-9]{3}"
 )  # may be one number with a decimal mark, or another without
@@ -115,6 +117,13 @@ def places_of_columns(file: TableFile, columns: Sequence[ColumnSection], others:
     return [places[name] for name in known]
 
 
+def name_and_unit(header: str) -> tuple[str, str | None]:
+    """What a header that may name a unit in brackets says: `crp [mg/l]`."""
+    split = _UNIT.fullmatch(header)
+    unit = "" if split is None else (split["square"] or split["round"] or "").strip()
+    return (header, None) if split is None or not unit else (split["name"], unit)
+
+
 def _plain_unit(unit: str) -> str:
     # Not in lower case: mU and MU differ.
     return "".join(unit.split()).replace("µ", "μ").replace("L", "l")  # the micro sign and the Greek letter look alike
@@ -125,14 +134,23 @@ def _quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{printable(name, _LONGEST_NAME)}'" for name in names[:_NAMED]) + more
 
 
+def called_like_identifier(name: str) -> bool:
+    """Whether a column is called as those are that tell patients apart."""
+    return _IDENTIFIER.fullmatch(plain_name(name)) is not None
+
+
 def require_no_identifier(file: TableFile, places: Sequence[int], patients: Sequence[str]) -> None:
-    """Raise `DataError` for a column that is called like an identifier and is another for every patient."""
+    """Raise `DataError` for a column that is called like an identifier and is another for every patient, or for most of many.
+
+    Some cells may be empty, and where nothing says whose rows are, rows of one patient have one number.
+    """
     people = len(set(patients))
-    called = [place for place in places if _IDENTIFIER.fullmatch(plain_name(file.header[place]))]
+    called = [place for place in places if called_like_identifier(file.header[place])]
     for place in called if people > 1 else ():
-        cells = {cells[place] for _, cells in file.rows}
-        whole_or_text = all(cell.lstrip("+-").isdigit() or not _NUMBER.fullmatch(cell) for cell in cells)
-        if whole_or_text and len(cells) >= people:
+        cells = {cells[place] for _, cells in file.rows if cells[place].casefold() not in _MISSING}
+        whole_or_text = all(_WHOLE.fullmatch(cell) or not _NUMBER.fullmatch(cell) for cell in cells)
+        most = len(cells) > _MANY_NUMBERS and 2 * len(cells) > people
+        if whole_or_text and (len(cells) >= people or most):
             raise DataError(
                 f"{file.path}: column {_quoted([file.header[place]])} looks like an identifier, another for every patient",
                 "name it in data.table.identifiers, or rename it",
@@ -166,6 +184,16 @@ def decimal_mark(file: TableFile, places: Sequence[int]) -> DecimalMark:
             "write numbers without thousands separators, and one with other decimals",
         )
     return found
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell says that there is no value."""
+    return cell.casefold() in _MISSING
+
+
+def looks_like_number(cell: str) -> bool:
+    """Whether a cell is a number, or a limit of one, with any decimal mark."""
+    return _NUMBER.fullmatch(cell) is not None
 
 
 def number_of(cell: str, mark: DecimalMark, censored: str = "error") -> float:
@@ -221,7 +249,7 @@ class _Cells:
 
     def lacks(self, cell: str, column: ColumnSection) -> bool:
         """Whether there is no value; a category may be called like a mark of missing ones."""
-        return cell.casefold() in _MISSING and plain_name(cell) not in self._places(column)
+        return is_missing(cell) and plain_name(cell) not in self._places(column)
 
     def encoded(self, cell: str, column: ColumnSection, done: list[str]) -> list[float]:
         """The features of a cell; what was done to it is added to `done`. Raises `ValueError`."""

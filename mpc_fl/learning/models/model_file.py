@@ -4,6 +4,7 @@ A model that was trained on normalised inputs (`data.normalise: secure`) says so
 constants: whoever has an image applies them before the network or before sharing the image. The network itself stays
 as it was, so encryption costs nothing more, and zero padding stays exact, which it would not if they were folded in.
 A model that was calibrated on validation patients says so, too: `calibration` is applied to its logits.
+One that was trained on films says how they became its inputs (`films`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mpc_fl.files import written_whole
 from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.calibration import CALIBRATION, Calibration
+from mpc_fl.learning.models.films import FILMS, describe_films, require_same_films, unknown_films
 from mpc_fl.learning.models.low_rank import merged
 from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.parsing import parse_json
@@ -43,6 +45,8 @@ def describe(
         constants[CONSTANTS] = normalisation.to_json()
     if config.data.features is not None:  # what inputs are made with; files of other models stay as they were
         constants["features"] = config.data.features.described()
+    if films := describe_films(config):
+        constants[FILMS] = films
     return {
         **constants,
         "format": _FORMAT,
@@ -91,8 +95,8 @@ def load_model(path: Path, config: Config) -> nn.Module:
     """Read a model file into the configured architecture, in evaluation mode.
 
     Raises `ModelError` when the file is missing, cannot be read, is corrupt, of another architecture, input shape or
-    number of classes or normalisation of inputs, or holds tensors of another type, NaN or infinite weights. Its inputs
-    are to be normalised as `load_normalisation` says.
+    number of classes or normalisation of inputs, was trained on films of another form (`films`), or holds tensors of another
+    type, NaN or infinite weights. Its inputs are to be normalised as `load_normalisation` says.
     """
     description, tensors = _read_described(path)
     retrain, expected = _RETRAIN, describe(config)
@@ -103,6 +107,7 @@ def load_model(path: Path, config: Config) -> nn.Module:
                 f"model file {path} has {found}, the configuration {wanted}",
                 "use the configuration the model was trained with",
             )
+    require_same_films(description, path, config)
     _normalisation_of(description, path, config)
     _calibration_of(description, path, config)
     model = build_model(config)
@@ -114,6 +119,11 @@ def load_model(path: Path, config: Config) -> nn.Module:
             raise ModelError(f"model file {path} holds NaN or infinite weights in '{name}'", retrain)
     model.load_state_dict(tensors, strict=True)
     return model.eval()
+
+
+def note_on_films(path: Path, config: Config) -> str | None:
+    """A sentence where nothing says how films became the inputs of this model; None where it is known. Raises `ModelError`."""
+    return unknown_films(_read_described(path)[0], path, config)
 
 
 def load_normalisation(path: Path, config: Config) -> Normalisation | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,34 @@ _ALIAS_METHODS = frozenset(
 _ALIAS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
-class _LayerTracer(fx.Tracer):
+_TRACING = threading.Lock()
+
+
+class ThreadTracer(fx.Tracer):
+    """A tracer that leaves the modules of other threads alone. fx changes what every module of the process does while it traces."""
+
+    _thread: int | None = None
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As fx does, one thread at a time."""
+        with _TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record the call, or make it where another thread does."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """As fx does; what it is for another thread."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class _LayerTracer(ThreadTracer):
     """Keeps layers whole: those of torch.nn, and classes derived from its BatchNorm and its convolutions."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

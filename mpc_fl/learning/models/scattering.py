@@ -29,14 +29,14 @@ SIDE = 64  # pixels
 SCALES = 3  # wavelets of scales 2^0, 2^1, 2^2, averages of scale 2^3
 ANGLES = 8
 FIELDS = 4  # in each direction
-_MARGIN = 2**SCALES  # what is reflected around the image, so that its borders do not meet
-_PADDED = SIDE + 2 * _MARGIN
-_OFFSET = 0.01  # added before the logarithm
-_LEAST_DEVIATION = 1e-3  # of an image: a constant one has none
+MARGIN = 2**SCALES  # what is reflected around the image, so that its borders do not meet
+_PADDED = SIDE + 2 * MARGIN
+OFFSET = 0.01  # added before the logarithm
+LEAST_DEVIATION = 1e-3  # of an image: a constant one has none
 _CHANNELS = (1, SCALES * ANGLES, SCALES * (SCALES - 1) // 2 * ANGLES**2)  # of each order
 
 # The channel of order 1 that each channel of order 2 comes from: by first scale, second scale, first angle, second angle.
-_PARENTS = [
+PARENTS = [
     ANGLES * scale + angle for scale in range(SCALES) for _ in range(scale + 1, SCALES)
     for angle in range(ANGLES) for _ in range(ANGLES)
 ]  # fmt: skip
@@ -68,7 +68,7 @@ def _lowest(transform: torch.Tensor, halvings: int) -> torch.Tensor:
     return transform[..., places[:, None], places[None, :]].contiguous()
 
 
-def _sampled(transform: torch.Tensor, halvings: int) -> torch.Tensor:
+def sampled(transform: torch.Tensor, halvings: int) -> torch.Tensor:
     """The Fourier transform (..., n, n) of every 2^halvings-th pixel of each row and column of what has `transform`."""
     steps = 1 << halvings
     for dim in (-2, -1):
@@ -80,14 +80,14 @@ def _sampled(transform: torch.Tensor, halvings: int) -> torch.Tensor:
 
 def _magnitudes(transform: torch.Tensor, wavelets: torch.Tensor, halvings: int) -> torch.Tensor:
     """The Fourier transform of |x * psi| for every x of (..., n, n) and wavelet of (A, n, n): (..., A, n', n')."""
-    filtered = _sampled(transform.unsqueeze(-3) * wavelets, halvings)
+    filtered = sampled(transform.unsqueeze(-3) * wavelets, halvings)
     return torch.fft.fft2(torch.fft.ifft2(filtered).abs())
 
 
 def _averages(transform: torch.Tensor, low_pass: torch.Tensor) -> torch.Tensor:
     """Averages over FIELDS x FIELDS fields of what has this Fourier transform (..., n, n), as (channels, fields)."""
     halvings = (transform.shape[-1] * (1 << SCALES) // _PADDED).bit_length() - 1
-    smooth = torch.fft.ifft2(_sampled(transform * low_pass, halvings)).real
+    smooth = torch.fft.ifft2(sampled(transform * low_pass, halvings)).real
     inside = smooth[..., 1:-1, 1:-1].flatten(0, -3)
     return functional.avg_pool2d(inside, inside.shape[-1] // FIELDS).flatten(1)
 
@@ -103,8 +103,8 @@ def _features_of_one(
     """Features (F,) of one image (H, W)."""
     pixels = functional.adaptive_avg_pool2d(image[None, None], SIDE)
     centred = pixels - pixels.mean()
-    standard = centred / centred.square().mean().sqrt().clamp(min=_LEAST_DEVIATION)
-    transform = torch.fft.fft2(functional.pad(standard, [_MARGIN] * 4, mode="reflect")[0, 0])
+    standard = centred / centred.square().mean().sqrt().clamp(min=LEAST_DEVIATION)
+    transform = torch.fft.fft2(functional.pad(standard, [MARGIN] * 4, mode="reflect")[0, 0])
     first, second = [], []
     for scale in range(SCALES):
         once = _magnitudes(transform, wavelets[scale][0], scale)
@@ -112,8 +112,8 @@ def _features_of_one(
         for wider in range(scale + 1, SCALES):
             twice = _magnitudes(once, wavelets[wider][scale], wider - scale)
             second.append(_averages(twice, low_passes[wider]))
-    once, twice = (torch.log(torch.cat(order).clamp(min=0) + _OFFSET) for order in (first, second))
-    orders = [_averages(transform[None], low_passes[0]), once, twice - once[_PARENTS]]
+    once, twice = (torch.log(torch.cat(order).clamp(min=0) + OFFSET) for order in (first, second))
+    orders = [_averages(transform[None], low_passes[0]), once, twice - once[PARENTS]]
     return torch.cat([_unit(order) for order in orders]) / math.sqrt(len(orders))
 
 

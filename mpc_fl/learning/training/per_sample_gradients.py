@@ -28,19 +28,16 @@ from mpc_fl.learning.training.augmentation import (
     Inputs,
     copies_of,
     copies_per_record,
-    record_digest,
     records_of,
     unchanged,
 )
 from mpc_fl.learning.training.batch_pieces import copies_at_once
+from mpc_fl.learning.training.record_places import places_of, record_batches
 
 Method = Literal["vmap", "loop", "hooks"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _GRADIENT_BYTES = 1 << 30
 _HOOKS_PARAMETERS = 1_000_000
-# Places of a batch under distributed noise: with more, fewer batches are needed, and more places stay empty.
-_FEWEST_PLACES, _MOST_PLACES = 16, 64
-_GRADIENT_ELEMENTS = 1 << 19  # of a batch with more than the fewest places
 _ROUNDING = 0.1  # of a gradient, between two methods: products may be in bfloat16
 
 
@@ -126,8 +123,7 @@ def _by_hooks(model: nn.Module, loss: Loss, copies: torch.Tensor, labels: torch.
         inputs, repeated = copies.flatten(0, 1), labels.repeat_interleave(copies.shape[1])
         try:
             logits = observed(inputs.detach().requires_grad_())  # its backward hooks warn about constant inputs
-            rows = zip(logits.split(1), repeated.split(1), strict=True)
-            losses = torch.stack([loss(logit, label) for logit, label in rows])
+            losses = vmap(lambda logit, label: loss(logit[None], label[None]))(logits, repeated)
             losses.sum().backward()
         except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise exhaustion(error) or _unsuitable("Opacus's hooks cannot handle this model", error) from None
@@ -249,15 +245,15 @@ def rounded_sum(
     removing one patient would move digits of others, and the sum by more than its sensitivity. The kernels of matrix products
     and convolutions round differently by number of rows, place in the batch and alignment in memory. So all of these are
     the same for a record wherever it occurs: batches have one size, empty places hold zeros, every batch lies in memory
-    of its own, and a record's place is read from its own content (`_batches`). Rows do not mix: each number of a record's
+    of its own, and a record's place is read from its own content (`record_batches`). Rows do not mix: each number of a record's
     gradient is computed from that record and the parameters, by a program that depends on shapes and threads alone.
     (`loop` has batches of one.) An augmented record's copies are made of it alone (`augmentation`) and keep its place. On a GPU
     all this rests on how kernels are chosen there (`independent_records`). Norms and losses are in the order of the records.
     """
     total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
     norms, losses = torch.zeros(len(inputs), dtype=torch.float64), torch.zeros(len(inputs))
-    size = 1 if method == "loop" else _places(mechanism.parameters)
-    for places, records in _batches(records_of(inputs), size):
+    size = 1 if method == "loop" else places_of(mechanism.parameters)
+    for places, records in record_batches(records_of(inputs), size):
         copies = copies_of(inputs[records])
         batch, batch_labels = copies.new_zeros(size, *copies.shape[1:]), labels.new_zeros(size)
         batch[places], batch_labels[places] = copies, labels[records]
@@ -270,26 +266,6 @@ def rounded_sum(
                 losses[who] = values[own]
             first += len(values)
     return RoundedSum(total, norms, losses)
-
-
-def _places(parameters: int) -> int:
-    """How many places a batch has for a network of this size: public, and the same in every step."""
-    return max(_FEWEST_PLACES, min(_MOST_PLACES, _GRADIENT_ELEMENTS // parameters))
-
-
-def _batches(records: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of at most `size` records that have different places: the places, and which records, int64 (N,) each.
-
-    A record's place is a digest of its content, so it is the same in every batch and for every other data set.
-    """
-    waiting: list[list[int]] = [[] for _ in range(size)]
-    for number, record in enumerate(records):
-        digest = record_digest(record) if size > 1 else b""
-        waiting[int.from_bytes(digest, "little") % size].append(number)
-    while any(waiting):
-        taken = [(place, queue.pop()) for place, queue in enumerate(waiting) if queue]
-        places, numbers = torch.tensor(taken, dtype=torch.int64).unbind(1)
-        yield places, numbers
 
 
 def require_gradients_of_each(model: nn.Module, input_shape: tuple[int, ...], method: Method) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.beginning import init
-from mpc_fl.apps.first_configuration import Answers, first_configuration
-from mpc_fl.config.columns import plain_name
+from mpc_fl.apps.first_configuration import Answers, Films, first_configuration
+from mpc_fl.config.columns import ColumnSection, plain_name
 from mpc_fl.config.config import parse_config
 from mpc_fl.config.loading import load_config
 from mpc_fl.config.settings import takes_text
+from mpc_fl.errors import ConfigError
+from mpc_fl.learning.data.tables import read_csv
 from mpc_fl.parsing import parse_yaml
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -27,10 +31,11 @@ app = typer.Typer()
 app.command()(init)
 
 NAMES = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), min_size=1, max_size=12)
+CLASSES = NAMES.filter(lambda name: not name.startswith(".") and not set("/\\") & set(name))  # names of folders
 ANSWERS = st.builds(
     Answers,
     source=st.sampled_from(["phantoms", "images", "csv"]),
-    classes=st.lists(NAMES, min_size=2, max_size=4, unique=True).map(tuple),
+    classes=st.lists(CLASSES, min_size=2, max_size=4, unique=True).map(tuple),
     hospitals=st.integers(2, 64),
     epsilon=st.floats(0.1, 50),
     smallest_hospital=st.integers(1, 10**6),
@@ -38,6 +43,13 @@ ANSWERS = st.builds(
     columns=st.lists(COLUMNS, min_size=1, max_size=5, unique_by=plain_name).map(tuple),
     label_column=NAMES.map("label {}".format),
     patient_column=st.none() | NAMES.map("patient {}".format),
+    guesses=st.lists(
+        st.builds(ColumnSection, name=COLUMNS, unit=st.none() | NAMES, missing=st.sampled_from(["error", "indicator"])),
+        max_size=3,
+    ).map(tuple),
+    identifiers=st.lists(NAMES.filter(plain_name), max_size=3, unique_by=plain_name).map(tuple),
+    films=st.none()
+    | st.builds(Films, st.none() | st.sampled_from(["headers", "patients.csv"]), *(st.booleans() for _ in range(4))),
 )
 
 
@@ -103,8 +115,104 @@ def test_nothing_is_asked_with_defaults_and_no_file_is_written_over(tmp_path: Pa
     assert "mpc-fl check" in result.output
     before = path.read_bytes()
     refused = CliRunner().invoke(app, [str(path), "--json"])
-    assert "exists already" in str(refused.exception) and path.read_bytes() == before
+    assert "exists already" in str(refused.exception) and "--force" in str(refused.exception)
+    assert path.read_bytes() == before
+    again = CliRunner().invoke(app, [str(path), "--json", "--force", "--source", "phantoms"])
+    assert again.exit_code == 0 and load_config(path).data.source == "phantoms"
+    folder = CliRunner().invoke(app, [str(tmp_path), "--json", "--force"])
+    assert "is a folder" in str(folder.exception)
     other = CliRunner().invoke(app, [str(tmp_path / "other.yaml"), "--source", "phantoms", "--json"])
     assert json.loads(other.output) == {"configuration": str(tmp_path / "other.yaml")}
     unknown = CliRunner().invoke(app, [str(tmp_path / "third.yaml"), "--source", "dicom"])
     assert "phantoms, images or csv" in str(unknown.exception) and not (tmp_path / "third.yaml").exists()
+
+
+def _films(root: Path, suffix: str = "png", size: tuple[int, int] = (8, 8), name: str = "person{}_a") -> Path:
+    for split in ("train", "test"):
+        for number, of_class in enumerate(("no", "oedema", "Zyste: groß")):
+            folder = root / split / of_class
+            folder.mkdir(parents=True)
+            for patient in range(3):
+                Image.new("L", size, 10).save(folder / f"{name.format(100 * number + patient)}.{suffix}")
+    return root
+
+
+def test_a_folder_gives_its_classes_and_what_becomes_of_its_films(tmp_path: Path) -> None:
+    path, root = tmp_path / "new.yaml", _films(tmp_path / "d", size=(64, 48))
+    result = CliRunner().invoke(app, [str(path), "--data", str(root), "--defaults"])
+    assert result.exit_code == 0 and f"mpc-fl check {path} --data {root}" in result.output, result.exception
+    config, text = load_config(path), path.read_text()
+    assert config.data.source == "images" and config.data.classes == ("Zyste: groß", "no", "oedema")
+    assert (config.data.wrong_size, config.data.not_square) == ("resize", "pad")
+    assert "whose a film is: by names of files" in text and "guessed from some films" in text
+    # Of the same films at their own size nothing is to be done.
+    square = _films(tmp_path / "e", size=(64, 64))
+    given = "\n\n\n\nscattering\n"  # Enter keeps classes, hospitals, epsilon and patients
+    result = CliRunner().invoke(app, [str(tmp_path / "asked.yaml"), "--data", str(square)], input=given)
+    assert result.exit_code == 0, result.output
+    asked = load_config(tmp_path / "asked.yaml")
+    assert asked.data.classes == config.data.classes and asked.data.wrong_size == "error"
+    as_json = CliRunner().invoke(app, [str(tmp_path / "j.yaml"), "--data", str(square), "--json"])
+    found = json.loads(as_json.output)["found"]
+    assert found["files"] == {"PNG": 18} and found["patients_from"] == "names of files"
+
+
+def test_a_folder_that_says_of_no_film_whose_it_is(tmp_path: Path) -> None:
+    path, root = tmp_path / "new.yaml", _films(tmp_path / "d", name="scan ({})")
+    assert CliRunner().invoke(app, [str(path), "--data", str(root), "--defaults"]).exit_code == 0
+    text = path.read_text()
+    assert "NOTHING SAYS WHOSE A FILM IS" in text and load_config(path).data.unit == "patient"
+    # What stands in the comments is right.
+    path.write_text(text.replace("# patient_pattern", "patient_pattern"))
+    assert load_config(path).data.patient_pattern == "(P[0-9]+)[ _-]"
+
+
+def _clinic(path: Path, classes: str = "fm") -> Path:
+    rows = [f"{row},P{row // 2},{40 + row},{classes[row % len(classes)]},{row}" for row in range(40)]
+    path.write_text("mrn,patient,age,outcome,crp (mg/l)\n" + "\n".join(rows), encoding="utf-8")
+    return path
+
+
+def test_a_table_gives_columns_and_their_kinds_and_a_run_can_read_it(tmp_path: Path) -> None:
+    path, table = tmp_path / "new.yaml", _clinic(tmp_path / "t.csv")
+    result = CliRunner().invoke(app, [str(path), "--data", str(table), "--defaults"])
+    assert result.exit_code == 0, result.exception
+    config, text = load_config(path), path.read_text()
+    of = config.data.table
+    assert config.data.classes == ("f", "m") and (of.label_column, of.patient_column) == ("outcome", "patient")
+    assert [(column.name, column.unit) for column in of.columns or ()] == [("age", None), ("crp", "mg/l")]
+    assert of.identifiers == ("mrn",) and "look over every line" in text and "range: [low, high]" in text
+    assert len(read_csv(table, config, None).labels) == 40
+    # Enter keeps what was found; another column may be none of those that are left out.
+    given = "\n\n\n\nage, mrn\n\n"
+    result = CliRunner().invoke(app, [str(tmp_path / "asked.yaml"), "--data", str(table)], input=given)
+    assert result.exit_code == 0, result.output
+    asked = load_config(tmp_path / "asked.yaml").data.table
+    assert [column.name for column in asked.columns or ()] == ["age", "mrn"] and asked.identifiers == ()
+
+
+def test_what_data_do_not_say_is_asked_for_in_one_line(tmp_path: Path) -> None:
+    path, one = tmp_path / "new.yaml", _clinic(tmp_path / "one.csv", classes="f")
+
+    def refused(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [str(path), "--defaults", *arguments])
+        assert result.exit_code and not path.exists()
+        return str(result.exception)
+
+    assert "fewer than two classes" in refused("--data", str(one)) and "--classes" in refused("--data", str(one))
+    (tmp_path / "none.csv").write_text("a,b\n1,2\n")
+    assert "say which it is with --label" in refused("--data", str(tmp_path / "none.csv"))
+    assert "looked at as csv, not as phantoms" in refused("--data", str(one), "--source", "phantoms")
+    assert "does not exist" in refused("--data", str(tmp_path / "absent"))
+    (tmp_path / "a.npz").write_bytes(b"")
+    assert "does not look into .npz" in refused("--data", str(tmp_path / "a.npz"))
+    said = CliRunner().invoke(app, [str(path), "--defaults", "--data", str(one), "--classes", "f, m"])
+    assert said.exit_code == 0 and load_config(path).data.classes == ("f", "m")
+
+
+@pytest.mark.parametrize("epsilon", ["0", "-1", "nan", "inf"])
+def test_an_epsilon_that_cannot_be_is_refused_in_one_line(tmp_path: Path, epsilon: str) -> None:
+    arguments = [str(tmp_path / "new.yaml"), "--source", "images", "--epsilon", epsilon, "--defaults"]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, ConfigError) and "privacy.epsilon" in refused.exception.what
+    assert not (tmp_path / "new.yaml").exists()

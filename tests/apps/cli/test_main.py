@@ -111,7 +111,7 @@ def completed(*words: str) -> list[str]:
 
 
 def test_a_shell_completes_commands_groups_and_options() -> None:
-    assert completed("e") == ["estimate"]
+    assert completed("est") == ["estimate"]
     assert completed("pki", "i") == ["init", "issue"]
     assert completed("train", "--l") == ["--ledger"]
 
@@ -168,3 +168,36 @@ def test_a_process_that_imports_the_entry_point_again_pays_nothing() -> None:
 
 def test_no_run_imports_what_draws_its_report() -> None:
     assert imported_by("import mpc_fl.apps.runs.local_runs") & {"matplotlib", "sklearn", "rich", "typer"} == set()
+
+
+def test_what_is_logged_where_there_is_no_log_is_not_told_beside_the_error() -> None:
+    """A hospital that asked a frozen dealer was told twice: the loss was logged, and ended the command."""
+    program = (
+        "import logging; from mpc_fl.apps.cli import main; from mpc_fl.errors import MpcFlError\n"
+        "def fail():\n"
+        "    logging.getLogger('mpc_fl.links').warning('dealer is silent')\n"
+        "    raise MpcFlError('dealer is silent', 'see its log')\n"
+        "main._run = fail; main.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr.splitlines() == ["mpc-fl: dealer is silent: see its log"]
+
+
+@pytest.mark.parametrize("logged", [False, True])
+def test_a_signal_that_comes_in_a_destructor_ends_the_command_all_the_same(logged: bool, tmp_path: Path) -> None:
+    """Python drops what is raised there: SIGTERM that came while a module was imported left a traceback, and no end."""
+    program = (
+        "import os, signal, time; from pathlib import Path; from mpc_fl.apps.cli import main\n"
+        "from mpc_fl.apps.runs.party_log import set_up_log\n"
+        "class Dropped:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        sum(range(1000))\n"
+        "def run():\n"
+        f"    {logged} and set_up_log(Path({str(tmp_path / 'log')!r}))\n"
+        "    Dropped(); time.sleep(30); return 0\n"
+        "main._run = run; main.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stderr.splitlines() == ["mpc-fl: interrupted by SIGTERM: nothing was left running"]
+    assert ended.returncode == 143

@@ -14,6 +14,7 @@ from mpc_fl.apps.cli.options import configure
 from mpc_fl.apps.cli.training import _preflight, check, in_ranges
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError
+from mpc_fl.inference.fast.kernels.compiled import kernels
 
 
 def test_rounds_in_a_row_are_a_range() -> None:
@@ -75,9 +76,12 @@ def test_check_says_where_gradients_are_computed_and_refuses_what_is_not_here(
     config = tmp_path / "config.yaml"
     config.write_text("site: {precision: bfloat16}\n")
     check(config)
-    assert "Device of hospitals here: cpu, gradients in bfloat16." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Device of hospitals here: cpu, gradients in bfloat16." in said
+    assert f"Kernels of encrypted diagnosis here: {kernels()}." in said
     check(config, as_json=True)
-    assert json.loads(capsys.readouterr().out)["device"] == "cpu, gradients in bfloat16"
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["kernels"]) == ("cpu, gradients in bfloat16", str(kernels()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^site\.device is cuda, and torch"):
         _preflight(parse_config({"site": {"device": "cuda"}}, "test"))

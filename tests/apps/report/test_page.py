@@ -116,7 +116,9 @@ def inference_run(
     """A run directory as `mpc-fl infer` leaves it."""
     hospital = directory / "parties" / "hospital-0"
     hospital.mkdir(parents=True)
-    write(directory / "config.yaml", parse_config({"data": {"classes": list(classes)}}, "test").to_yaml())
+    settings = parse_config({}, "test").model_dump(mode="json")
+    settings["data"]["classes"] = list(classes)  # of a run that others made: with names that no configuration may have
+    write(directory / "config.yaml", yaml.safe_dump(settings))
     logits = torch.randn(images, len(classes), generator=torch.Generator().manual_seed(5)) * 2
     chances = torch.softmax(logits, dim=1).tolist()
     results = [

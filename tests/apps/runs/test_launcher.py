@@ -61,15 +61,16 @@ def end_of(processes: list[psutil.Process], began: float, record: Record) -> Non
     assert not alive, f"still there after {TO_END} s: {alive}"
 
 
-# Besides the logs: what was opened, who signed for it, and what privacy it cost stay known; after a complete round also
-# what it takes to go on.
+# Besides the logs: what was opened, who signed for it or had just signed, and what privacy it cost stay known; after a
+# complete round also what it takes to go on.
 KEPT_OF_A_FAILED_RUN = {
     *("config.yaml", "logs", "federation.crt", "parties", "session"),
     # With the journal of one that was being written: whoever opens it next undoes that.
     *(f"hospital-{rank}-privacy.sqlite3{end}" for rank in range(3) for end in ("", "-journal")),
 }
 KEPT_OF_A_PARTY = re.compile(
-    r"openings\.jsonl|reveal_ledger\.jsonl|metrics\.jsonl|identity|checkpoint-\d+\.safetensors|hospital-\d-privacy\.sqlite3(-journal)?"
+    r"openings\.jsonl|reveal_ledger\.jsonl|unconfirmed_block\.json|metrics\.jsonl|identity|checkpoint-\d+\.safetensors"
+    r"|hospital-\d-privacy\.sqlite3(-journal)?"
 )
 
 

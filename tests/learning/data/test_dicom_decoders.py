@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import random
 from pathlib import Path
@@ -14,13 +15,23 @@ import pytest
 from hypothesis import given
 from pydicom.data import get_testdata_file
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    HTJ2K,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from mpc_fl.learning.data import dicom_decoders
 from mpc_fl.learning.data.dicom_decoders import decoded
 from mpc_fl.learning.data.dicom_files import FIRST_FRAME, MIDDLE_FRAME
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image, what_is_left_aside
+from tests.learning.data.dicom_writing import write_dicom
 
 FILES = Path(pydicom.__file__).parent / "data" / "test_files"  # those in the wheel; nothing is downloaded
 PIXELS = sorted(path for path in FILES.glob("*.dcm"))
@@ -29,7 +40,6 @@ DAMAGED = {
     "MR_truncated.dcm": "its pixels are damaged or cut off",
     "badVR.dcm": "its header is damaged",
     "JPEG2000-embedded-sequence-delimiter.dcm": "another size than its header says",
-    "image_dfl.dcm": "deflated",
 }
 
 
@@ -124,6 +134,28 @@ def test_what_is_compressed_without_loss_comes_back(
     dataset.compress(syntax)
     dataset.save_as(path, enforce_file_format=True)
     np.testing.assert_array_equal(_decoded(path), pixels)
+
+
+# (37 row + 11 column**2) of 12 rows and 10 columns, by imagecodecs 2026.3.6 (OpenJPH 0.26.3): no decoder that is used here made it.
+HIGH_THROUGHPUT = base64.b64decode(
+    "/0//UQApQAAAAAAKAAAADAAAAAAAAAAAAAAACgAAAAwAAAAAAAAAAAABDwEB/1AACAACAAAACv9SAAwAAgABAAUEBEAB/1wAEyCIkJCQkJCQkJCQkJCQiIiI/2QAFwAB"
+    "T3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAI0AAf+TwAAm4/wFB3QAAMAAE0AAEwDI/QKHdAB4/gIHdADAABNAABKAjx8Bi3QAc/4yMwDAABVwAAVI1+vhcHX4A5iC"
+    "tQCkpKTAIQH+tgDAAC6KAAFYVWtVVdHRVa1VUVFRQUdXtVZFRUUFHd0D/gt/4LjB+jG7AEgEQZD0BEYQgey4AP/Z"
+)
+
+
+@pytest.mark.parametrize("syntax", [HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K])
+def test_high_throughput_jpeg_2000_equals_its_twin(syntax: Any, tmp_path: Path) -> None:
+    rows, columns = np.indices((12, 10))
+    pixels = (37 * rows + 11 * columns**2).astype(np.uint16)
+    data = encapsulate([HIGH_THROUGHPUT])
+    path = write_dicom(tmp_path / "a.dcm", pixels, syntax=syntax, bits=16, PixelData=data)
+    np.testing.assert_array_equal(_decoded(path), pixels)
+    twin, form = write_dicom(tmp_path / "twin.dcm", pixels, bits=16), ImageForm(1, 16, "resize")
+    assert read_image(path, form).pixels.equal(read_image(twin, form).pixels)
+    cut = encapsulate([HIGH_THROUGHPUT[:40]])
+    with pytest.raises(UnreadableImageError, match="High-Throughput JPEG 2000.*damaged|another size"):
+        read_image(write_dicom(tmp_path / "cut.dcm", pixels, syntax=syntax, bits=16, PixelData=cut), form)
 
 
 def test_a_decoder_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import random
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ from pydicom.uid import (
 )
 
 from mpc_fl.errors import DataError
-from mpc_fl.learning.data.dicom_files import PALETTE
+from mpc_fl.learning.data import dicom_files
+from mpc_fl.learning.data.dicom_files import PALETTE, patient_identifier
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import STRETCHED, ImageForm, WrongSizeError, read_image, what_is_left_aside
 from tests.learning.data.dicom_writing import lookup_table, write_dicom
@@ -291,9 +293,33 @@ def test_dicom_compressed(tmp_path: Path) -> None:
     _refused(write_dicom(tmp_path / "none.dcm", smooth, syntax=JPEGLSLossless, PixelData=data))
 
 
-def test_dicom_deflated_is_refused_without_inflating(tmp_path: Path) -> None:
+def test_dicom_deflated_is_read_like_its_twin(tmp_path: Path) -> None:
+    pixels = RAMP.astype(np.uint8)
+    twin = write_dicom(tmp_path / "twin.dcm", pixels)
+    path = write_dicom(tmp_path / "a.dcm", pixels, syntax=DeflatedExplicitVRLittleEndian)
+    np.testing.assert_array_equal(_read(path), _read(twin))
+    assert patient_identifier(path) == patient_identifier(twin) is not None
+    whole = path.read_bytes()
+    for length in (len(whole) - 1, len(whole) - 9):
+        path.write_bytes(whole[:length])
+        assert "deflated and damaged or cut off" in _refused(path) and patient_identifier(path) is None
+
+
+def test_dicom_deflated_is_never_inflated_beyond_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 MB in the stream, a thousandth of it on the disk."""
     path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), syntax=DeflatedExplicitVRLittleEndian)
-    assert "deflated" in _refused(path)
+    head = path.read_bytes()[: 132 + 12 + pydicom.dcmread(path).file_meta.FileMetaInformationGroupLength]
+    deflating, zeros = zlib.compressobj(wbits=-zlib.MAX_WBITS), bytes(4_000_000)
+    stream = b"".join(deflating.compress(zeros) for _ in range(20)) + deflating.flush()
+    path.write_bytes(head + stream)
+    assert len(stream) < 100_000
+    monkeypatch.setattr(dicom_files, "LARGEST_INFLATED", 8_000_000)
+    tracemalloc.start()
+    try:
+        assert "deflated and holds more than 8 MB: inflate it" in _refused(path)
+        assert tracemalloc.get_traced_memory()[1] < 24_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_dicom_cut_off_anywhere_is_unreadable(tmp_path: Path) -> None:

@@ -12,9 +12,19 @@ from hypothesis import given
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, DataError
+from mpc_fl.learning.data import loading
 from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital, shared_patients
-from mpc_fl.learning.data.patients import BY_ITSELF, FROM_HEADER, FROM_NAME, FROM_TABLE, owners_of, read_table, site_key
-from mpc_fl.learning.data.survey import survey
+from mpc_fl.learning.data.patients import (
+    BY_ITSELF,
+    FROM_HEADER,
+    FROM_NAME,
+    FROM_TABLE,
+    UNREADABLE,
+    owners_of,
+    read_table,
+    site_key,
+)
+from mpc_fl.learning.data.survey import PartCounts, survey
 from tests.learning.data.dicom_writing import write_dicom
 
 SIZE = 8
@@ -90,7 +100,7 @@ def test_identifiers_of_headers_are_hashed_with_a_key_of_the_site(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root, config = tmp_path / "d", _config(tmp_path / "d")
-    numbers = ["4711", "4711", "4712", "4711"]
+    numbers = ["4711", "4711", "4712", "04711 "]
     issuers: list[str | None] = [None, None, None, "elsewhere"]
     files = [
         _scan(root / "train" / "ill" / f"IM{row}", PatientID=number, IssuerOfPatientID=issuer)
@@ -98,7 +108,7 @@ def test_identifiers_of_headers_are_hashed_with_a_key_of_the_site(
     ]
     owners = owners_of(files, config)
     assert set(owners.sources) == {FROM_HEADER}
-    assert owners.keys[0] == owners.keys[1] and len(set(owners.keys)) == 3
+    assert owners.keys[0] == owners.keys[1] == owners.keys[3] and len(set(owners.keys)) == 2  # whoever issued it
     assert not any(number in key for number in numbers for key in owners.keys)
     key = tmp_path / "patient.key"
     assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
@@ -115,9 +125,49 @@ def test_headers_without_a_patient_leave_it_to_the_name(tmp_path: Path) -> None:
         _scan(root / "train" / "ill" / "person3_b.dcm", PatientID=""),
     ]
     assert owners_of(files, _config(root)).sources == [FROM_NAME] * 2
-    (root / "train" / "ill" / "scan.dcm").write_bytes(b"damaged")
+    nobody = _scan(root / "train" / "ill" / "scan.dcm", PatientID=None)
     with pytest.raises(DataError, match="no patient is known of 1 of 3"):
-        _keys([*files, root / "train" / "ill" / "scan.dcm"], _config(root))
+        _keys([*files, nobody], _config(root))
+
+
+def test_a_file_that_cannot_be_read_needs_no_patient_and_counts_as_none(tmp_path: Path) -> None:
+    """Of a damaged header nobody knows the patient: it stopped the whole site, whatever `data.most_unreadable` said."""
+    root = tmp_path / "d"
+    for split, name in (("train", "ill"), ("train", "well"), ("test", "ill"), ("test", "well")):
+        for number in range(4):
+            _scan(root / split / name / f"IM{number}", PatientID=f"{split}-{name}-{number}")
+    damaged = root / "train" / "ill" / "IM9.dcm"
+    damaged.write_bytes(b"damaged")
+    config = _config(root, most_unreadable=0.2).with_values(site={"data_of": "hospital"})
+    owners = owners_of([damaged], config)
+    assert owners.sources == [UNREADABLE] and owners.keys == ["train/ill/IM9.dcm"]
+    assert patients_per_hospital(config) == [8]
+    part, found = load_hospital(config, 0, "train"), survey(config)
+    assert (part.patient_count, len(part), part.skipped) == (8, 8, 1)
+    assert (found.records, found.patients, found.unreadable, found.patients_from) == (17, 16, 1, {FROM_HEADER: 16})
+    assert found.parts["train"] == PartCounts(8, 8, [4, 4]) and part.class_counts(2) == [4, 4]
+    with pytest.raises(DataError, match="1 of 5 train files of class 'ill' cannot be read"):
+        load_hospital(config.with_values(data={"most_unreadable": 0.1}), 0, "train")
+
+
+def test_a_file_that_is_mended_while_it_is_looked_for_is_nobodys_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "d"
+    for number in range(4):
+        _scan(root / "train" / "ill" / f"IM{number}", PatientID=f"{number}")
+    damaged = root / "train" / "ill" / "IM9.dcm"
+    damaged.write_bytes(b"damaged")
+    config = _config(root, most_unreadable=0.5).with_values(site={"data_of": "hospital"})
+    read = loading.read_files
+
+    def mended_before(*arguments: Any) -> Any:
+        _scan(damaged, PatientID="0")
+        return read(*arguments)
+
+    monkeypatch.setattr(loading, "read_files", mended_before)
+    with pytest.raises(DataError, match="IM9.dcm was changed while data were read"):
+        load_hospital(config, 0, "train")
 
 
 def test_the_key_of_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +285,13 @@ def test_the_survey_says_what_a_run_will_do(tmp_path: Path) -> None:
     (root / "train" / "well" / "notes.txt").write_text("words")
     config = _config(root, patient_pattern=r"([PQRS]\d+)-")
     found = survey(config)
-    assert (found.records, found.patients, found.unreadable) == (49, 36, 1)
+    assert (found.records, found.patients, found.unreadable) == (49, 35, 1)  # of one patient nothing can be read
+    assert found.parts == {"train": PartCounts(31, 43, [24, 19]), "test": PartCounts(4, 5, [2, 3])}
     assert found.training_patients == [
         len(set(load_hospital(config, rank, "train").patients.tolist())) for rank in (0, 1)
     ]
     assert sum(found.training_patients) == 31 and patients_per_hospital(config) == [16, 16]
-    assert found.left_aside == {"no image (.txt)": 1} and found.patients_from == {FROM_NAME: 49}
+    assert found.left_aside == {"no image (.txt)": 1} and found.patients_from == {FROM_NAME: 48}
     assert "Q7-0.png" in found.first_unreadable[0] and not found.warnings
     assert sum(found.treatments.values()) == 48
 

@@ -311,6 +311,19 @@ def test_classes_that_are_numbers_are_names_and_never_places(tmp_path: Path) -> 
         read(tmp_path, "who,age,label\na,1,ILL\n", both)
 
 
+@pytest.mark.parametrize("written", ["{}", "{}.0", "{},0"])
+def test_an_identifier_with_gaps_is_one(tmp_path: Path, written: str) -> None:
+    """Of a column with an empty cell spreadsheets write 4711.0, and where nobody says whose rows are some have the same."""
+    numbers = [4000 + row // 2 * 7 if row < 20 else 5000 + row for row in range(60)]
+    rows = [f"p{row};{written.format(number)};{row};{row % 2}\n" for row, number in enumerate(numbers)]
+    columns = [{"name": "mrn", "missing": "indicator"}, {"name": "age"}]
+    with pytest.raises(DataError, match="looks like an identifier"):
+        read(tmp_path, "who;mrn;age;label\n" + "".join(rows) + "p60;;3;1\n", config_of(columns))
+    visits = "who;visit no.;age;label\n" + "".join(f"p{row};{row % 3};{row};{row % 2}\n" for row in range(60))
+    found = read(tmp_path, visits, config_of([{"name": "visit no."}, {"name": "age"}]))
+    assert found.inputs.shape == (60, 2)  # of which there are few
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.batch_norm import calibrate_batchnorm
-from mpc_fl.learning.models.rewriting import fold_batchnorm, without_in_place
+from mpc_fl.learning.models.rewriting import fold_batchnorm, trace, without_in_place
 
 torch.set_num_threads(1)
 
@@ -152,3 +154,28 @@ def test_linear_layers_fold_and_shared_or_branching_inputs_do_not() -> None:
     folded = fold_batchnorm(linear)
     assert len(list(folded.children())) == 1
     torch.testing.assert_close(folded(torch.eye(4)), linear(torch.eye(4)))
+
+
+def test_networks_of_other_threads_work_while_one_is_traced() -> None:
+    """fx patches all modules of a process: hospitals that are threads of one, as in a simulation, ended with a NameError."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inside.set()
+            assert go_on.wait(30)
+            return torch.relu(x)
+
+    other, record = nn.Linear(3, 2), torch.ones(1, 3)
+    expected, seen = other(record), list[fx.GraphModule]()
+    tracing = threading.Thread(target=lambda: seen.append(trace(nn.Sequential(Waits(), nn.Linear(3, 2)))))
+    tracing.start()
+    assert inside.wait(30)
+    second = threading.Thread(target=lambda: seen.append(trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))))
+    second.start()
+    found = other(record)  # of this thread, in the middle of the other's tracing
+    go_on.set()
+    for thread in (tracing, second):
+        thread.join(30)
+    assert torch.equal(found, expected) and len(seen) == 2
+    assert nn.Module.__call__.__qualname__ == "Module._wrapped_call_impl"

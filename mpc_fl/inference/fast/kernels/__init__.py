@@ -2,5 +2,6 @@
 
 `integer_linear` multiplies and convolves modulo 2^32, on top of `limbs`; `linear` holds what both parties compute of a layer with
 hidden weights, and why that is secure; `bit_planes` packs bits of many values into words; `pooling` is windows, sums and
-maxima. Uses torch, numpy and `fast.network`. A compiled kernel would go here. Begin with `linear`.
+maxima. `compiled` loads a library of our own in C, where one was built, and convolves by it; its sources are in `native`. Uses
+torch, numpy and `fast.network`. Begin with `linear`.
 """

@@ -1,13 +1,14 @@
 """Exact convolutions and matrix products modulo 2^32, on int32 tensors.
 
-Four methods give the same result: `bytes` and `halves` (`limbs`, after unfolding patches), `integers` (torch's int64
-arithmetic), and `taps` (depthwise convolutions: one multiply-add of whole images per weight). The fastest is chosen by
-measurement, once per shape, and the ends of its result are compared with those of `integers` then: the whole would take
-minutes for large layers. Prepared weights take 1 byte per limb (halves: 8 bytes).
+Five methods give the same result: `compiled` (a library of our own, where one was built), `bytes` and `halves` (`limbs`,
+after unfolding patches), `integers` (torch's int64 arithmetic), and `taps` (depthwise convolutions: one multiply-add of whole
+images per weight). The fastest is chosen by measurement, once per shape, and the ends of its result are compared with those
+of `integers` then: the whole would take minutes for large layers. Prepared weights take 4 bytes, or 1 per limb (halves: 8).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -17,14 +18,17 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from mpc_fl.inference.fast.kernels import limbs
+from mpc_fl.inference.fast.kernels.compiled import CompiledConvolution, InstructionSet, kernels
 from mpc_fl.inference.fast.kernels.limbs import LIMBS, Limbs, PreparedMatrix, bytes_needed, limbs_side_by_side, usable
 
 log = logging.getLogger(__name__)
-Method = Literal["bytes", "halves", "integers", "taps"]
+Method = Literal["compiled", "bytes", "halves", "integers", "taps"]
 Pair = tuple[int, int]
 
 _PATCH_BYTES = 1 << 20  # patches are unfolded in pieces that stay inside the second-level cache
 _MANY_PRODUCTS = 1 << 24  # torch's int64 arithmetic, some 10^8 products a second, is never the fastest beyond
+_HOPELESS = 4  # a method that took so many times as long as another in a trial is not measured for each shape
 _WORDS = ((8, torch.int64), (4, torch.int32), (2, torch.int16))
 
 
@@ -60,6 +64,7 @@ class PreparedConvolution:
         self._method = method
         self._matrices: dict[str, list[PreparedMatrix]] = {}
         self._taps: torch.Tensor | None = None
+        self._compiled: CompiledConvolution | None = None
         self._bytes = bytes_needed(weights)
 
     def __repr__(self) -> str:
@@ -94,6 +99,11 @@ class PreparedConvolution:
             return result.contiguous(memory_format=torch.channels_last)
         if method == "taps":
             return self._by_taps(activations)
+        if method == "compiled":
+            if self._compiled is None:
+                geometry = (self.stride, self.padding, self.dilation, self.groups)
+                self._compiled = CompiledConvolution(_instruction_set(), self.weights, *geometry)
+            return self._compiled(activations, self.output_size(*activations.shape[2:]))
         return self._by_limbs(activations, method)
 
     def _fastest(self, activations: torch.Tensor) -> Method:
@@ -103,8 +113,11 @@ class PreparedConvolution:
         key = ("convolution", tuple(self.weights.shape), tuple(activations.shape), geometry, limbs)
         products = len(activations) * math.prod(self.output_size(*activations.shape[2:])) * self.weights.numel()
         candidates = _candidates("taps" if self.depthwise else None, products)
-        chosen = _fastest(key, candidates, lambda method: self._run(method, activations), self._exact_ends(activations))
+        chosen = _fastest(
+            key, candidates, lambda method: self._run(method, activations), lambda: self._exact_ends(activations)
+        )
         self._matrices = {method: matrices for method, matrices in self._matrices.items() if method == chosen}
+        self._compiled = self._compiled if chosen == "compiled" else None
         return chosen
 
     def _exact_ends(self, activations: torch.Tensor) -> torch.Tensor:
@@ -217,6 +230,7 @@ class PreparedLinear:
         self.weights = weights
         self._method = method
         self._matrices: dict[str, PreparedMatrix] = {}
+        self._compiled: CompiledConvolution | None = None
 
     def __repr__(self) -> str:
         return f"PreparedLinear{tuple(self.weights.shape)}"
@@ -231,13 +245,26 @@ class PreparedLinear:
     def _fastest(self, activations: torch.Tensor) -> Method:
         key = ("linear", tuple(self.weights.shape), tuple(activations.shape))
         candidates = _candidates(None, len(activations) * self.weights.numel())
+        chosen = _fastest(
+            key, candidates, lambda method: self._run(method, activations), lambda: self._exact_ends(activations)
+        )
+        self._matrices = {method: matrix for method, matrix in self._matrices.items() if method == chosen}
+        self._compiled = self._compiled if chosen == "compiled" else None
+        return chosen
+
+    def _exact_ends(self, activations: torch.Tensor) -> torch.Tensor:
+        """The first and the last output for the first row, int32 (1, 2), by torch's int64 arithmetic."""
         ends = self.weights[[0, -1]].to(torch.int64)
-        exact = functional.linear(activations[:1].to(torch.int64), ends).to(torch.int32)
-        return _fastest(key, candidates, lambda method: self._run(method, activations), exact)
+        return functional.linear(activations[:1].to(torch.int64), ends).to(torch.int32)
 
     def _run(self, method: Method, activations: torch.Tensor) -> torch.Tensor:
         if method == "integers":
             return functional.linear(activations.to(torch.int64), self.weights.to(torch.int64)).to(torch.int32)
+        if method == "compiled":
+            if self._compiled is None:  # every row is an image of one pixel
+                pixel = self.weights[:, :, None, None]
+                self._compiled = CompiledConvolution(_instruction_set(), pixel, (1, 1), (0, 0), (1, 1), 1)
+            return self._compiled(activations[:, :, None, None], (1, 1))[:, :, 0, 0]
         kind = LIMBS[method]
         if method not in self._matrices:
             self._matrices[method] = PreparedMatrix(self.weights, kind)
@@ -266,26 +293,51 @@ def linear(weights: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
 _chosen: dict[object, Method] = {}
 
 
+def _instruction_set() -> InstructionSet:
+    found = kernels()
+    if found.used is None:
+        raise ValueError(f"no compiled kernels here: {found.why_not}")
+    return found.used
+
+
+@functools.cache
+def _fast_methods() -> tuple[Method, ...]:
+    """The compiled kernels where there are some, and the fastest limbs unless a trial shows them to be hopeless."""
+    best = usable()[:1]
+    if kernels().used is None:
+        return best
+    rows, matrix = limbs.trial_factors()
+    product = PreparedLinear(matrix, "compiled")
+    taken = min(_seconds(lambda _: product(rows), "compiled") for _ in range(3))
+    return ("compiled", *(method for method in best if limbs.trial_seconds(method) < _HOPELESS * taken))
+
+
 def _candidates(special: Method | None, products: int) -> tuple[Method, ...]:
-    """The methods worth measuring: the one for a special kind of layer, or the fastest limbs here; and integers."""
-    fast: tuple[Method, ...] = usable()[:1] if special is None else (special,)
+    """The methods worth measuring: compiled kernels; the one for a special kind of layer, or the fastest limbs; integers."""
+    fast = _fast_methods() if special is None else (special,)
+    if special is not None and kernels().used is not None:
+        fast = ("compiled", special)
     return fast if fast and products > _MANY_PRODUCTS else (*fast, "integers")
 
 
 def _fastest(
-    key: object, candidates: tuple[Method, ...], run: Callable[[Method], torch.Tensor], exact_ends: torch.Tensor
+    key: object,
+    candidates: tuple[Method, ...],
+    run: Callable[[Method], torch.Tensor],
+    exact_ends: Callable[[], torch.Tensor],
 ) -> Method:
     """The fastest candidate for this shape: each runs once to warm up and once measured, unless it was hopeless.
 
-    `exact_ends`, (1, 2, ...), is what the first and the last output are for the first record; a candidate with another
-    result is not used, and integers where none is left.
+    `exact_ends` gives (1, 2, ...), what the first and the last output are for the first record; a candidate with another
+    result is not used, and integers where none is left. It takes as long as some of the methods, so it is asked once.
     """
     key = (key, torch.get_num_threads())
     if key not in _chosen:
         best: tuple[float, Method] | None = None
+        exact = exact_ends()
         for method in candidates:
             seconds = _seconds(run, method)
-            if method != "integers" and not torch.equal(run(method)[:1, [0, -1]], exact_ends):
+            if method != "integers" and not torch.equal(run(method)[:1, [0, -1]], exact):
                 log.warning("integer convolution by %s is wrong for %s, a slower way is used", method, key)
                 continue
             if best is None or seconds < 4 * best[0]:

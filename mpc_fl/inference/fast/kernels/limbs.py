@@ -117,17 +117,19 @@ def usable() -> tuple[LimbMethod, ...]:
     Which one that is depends on the processor alone: bytes with 8-bit dot products, by far halves without.
     """
     methods: list[LimbMethod] = ["bytes", "halves"]
-    return tuple(sorted((method for method in methods if passes_self_test(method)), key=_seconds))
+    return tuple(sorted((method for method in methods if passes_self_test(method)), key=trial_seconds))
 
 
-def _seconds(method: LimbMethod) -> float:
-    """How long a product of a usual size takes by a method: the better of two."""
-    kind, taken = LIMBS[method], []
-    rows = limbs_side_by_side(torch.full((128, 288), 0x01020304, dtype=torch.int32), kind)
-    matrix, out = (
-        PreparedMatrix(torch.full((64, 288), 0x0506, dtype=torch.int32), kind),
-        torch.empty(128, 64, dtype=torch.int32),
-    )
+def trial_factors() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (M, K) and a matrix (N, K) of a usual size, on which methods are compared."""
+    return torch.full((128, 288), 0x01020304, dtype=torch.int32), torch.full((64, 288), 0x0506, dtype=torch.int32)
+
+
+def trial_seconds(method: LimbMethod) -> float:
+    """How long that product takes by a method: the better of two."""
+    kind, taken, (elements, factor) = LIMBS[method], [], trial_factors()
+    rows, matrix = limbs_side_by_side(elements, kind), PreparedMatrix(factor, kind)
+    out = torch.empty(len(rows), matrix.columns, dtype=torch.int32)
     for _ in range(2):
         start = time.perf_counter()
         matrix.multiply_into(out, rows, torch.empty_like(out))

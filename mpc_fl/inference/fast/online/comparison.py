@@ -19,20 +19,34 @@ c by r, step 2 by the masks m, step 3 by q, all sums or exclusive ors of one par
 bits and t at random; shares of the result are fresh because C's corrected words are uniform. Nothing depends on x but by
 these openings.
 
+The steps are specified here with numpy. Where there are compiled kernels, these do them (`compiled_steps`), after a test that they
+do exactly the same; every message is equal, byte by byte.
+
 Rounds and bytes. Three openings, both parties send at the same time. k = 20: 2.5 + 9/8 + 1/8 = 3.75 bytes per gate and
 direction; sign extension the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.inference.fast.kernels.bit_planes import Planes, bits_of, pack, plane_of, planes_of, unpack
-from mpc_fl.inference.fast.preprocessing.gate_correlation import DIGIT, GateMaterial, Result, product_rows
+from mpc_fl.inference.fast.kernels.compiled import by_kernels
+from mpc_fl.inference.fast.online.compiled_steps import CompiledSteps
+from mpc_fl.inference.fast.preprocessing.gate_correction import correct, correction_by
+from mpc_fl.inference.fast.preprocessing.gate_correlation import (
+    DIGIT,
+    ComparisonGate,
+    GateMaterial,
+    Result,
+    product_rows,
+)
 
 
 class Exchange(Protocol):
@@ -40,6 +54,24 @@ class Exchange(Protocol):
 
     def __call__(self, message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
         """Send bytes, do `meanwhile`, return as many bytes of the other party for the same step."""
+
+
+class Steps(Protocol):
+    """What a party does by itself between two messages; `first` is true at C. Shapes as in `compare`, planes (..., words)."""
+
+    def masked_input(self, material: GateMaterial, share: np.ndarray, first: bool) -> tuple[np.ndarray, np.ndarray]:
+        """This party's part of c, uint32 (count,), and packed, uint8."""
+
+    def masked_digits(
+        self, material: GateMaterial, mine: np.ndarray, theirs: np.ndarray, first: bool
+    ) -> tuple[np.ndarray, Planes]:
+        """c, uint32 (count,), perhaps in the place of `mine`, and its shares of less_j and equal_j under its masks."""
+
+    def masked_borrow(self, material: GateMaterial, opened: np.ndarray, masked: Planes, first: bool) -> Planes:
+        """This party's share of t."""
+
+    def result(self, material: GateMaterial, opened: np.ndarray, t_plane: Planes, first: bool) -> np.ndarray:
+        """This party's share of the result, uint32 (count,)."""
 
 
 _ONES = ~np.uint64(0)
@@ -54,30 +86,58 @@ def compare(material: GateMaterial, share: np.ndarray, first: bool, exchange: Ex
     gate = material.gate
     if share.dtype != np.uint32 or share.shape != (gate.count,):
         raise ValueError("the share does not fit the gate")
-    opened = _open_input(material, share, first, exchange)
-    masked = _masked_digits(material, opened, first)
+    by = fastest_steps()
+    mine, message = by.masked_input(material, share, first)
+    # C draws the rest of its part while S still convolves.
+    theirs = exchange(message, lambda: material.corrected)
+    opened, masked = by.masked_digits(material, mine, theirs, first)
     masked ^= exchange(masked.view(np.uint8).reshape(-1)).view(np.uint64).reshape(masked.shape)
-    borrow = _masked_borrow(material, opened, masked, first)
+    borrow = by.masked_borrow(material, opened, masked, first)
     borrow ^= exchange(borrow.view(np.uint8)).view(np.uint64)
-    return (_extended if gate.result is Result.EXTENDED else _rectified)(material, opened, borrow, first)
+    return by.result(material, opened, borrow, first)
+
+
+class NumpySteps:
+    """The specification."""
+
+    def masked_input(self, material: GateMaterial, share: np.ndarray, first: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Step 1."""
+        return _masked_input(material, share, first)
+
+    def masked_digits(
+        self, material: GateMaterial, mine: np.ndarray, theirs: np.ndarray, first: bool
+    ) -> tuple[np.ndarray, Planes]:
+        """Step 2."""
+        gate = material.gate
+        opened = unpack(theirs, gate.bits, gate.count)
+        opened += mine
+        opened &= np.uint32((1 << gate.bits) - 1)
+        return opened, _masked_digits(material, opened, first)
+
+    def masked_borrow(self, material: GateMaterial, opened: np.ndarray, masked: Planes, first: bool) -> Planes:
+        """Step 3."""
+        return _masked_borrow(material, opened, masked, first)
+
+    def result(self, material: GateMaterial, opened: np.ndarray, t_plane: Planes, first: bool) -> np.ndarray:
+        """Step 4."""
+        extended = material.gate.result is Result.EXTENDED
+        return (_extended if extended else _rectified)(material, opened, t_plane, first)
+
+
+_NUMPY = NumpySteps()
 
 
 # ---- 1. the masked input -------------------------------------------------------------------------------------------
 
 
-def _open_input(material: GateMaterial, share: np.ndarray, first: bool, exchange: Exchange) -> np.ndarray:
+def _masked_input(material: GateMaterial, share: np.ndarray, first: bool) -> tuple[np.ndarray, np.ndarray]:
     gate = material.gate
     mask = np.uint32((1 << gate.bits) - 1)
     mine = share + material.drawn.input_mask
     if first and gate.result is Result.EXTENDED:
         mine += np.uint32(1 << gate.bits - 1)
     mine &= mask
-    # C draws the rest of its part while S still convolves.
-    theirs = exchange(pack(mine, gate.bits), lambda: material.corrected)
-    opened = unpack(theirs, gate.bits, gate.count)
-    opened += mine
-    opened &= mask
-    return opened
+    return mine, pack(mine, gate.bits)
 
 
 # ---- 2. the digits -------------------------------------------------------------------------------------------------
@@ -215,3 +275,41 @@ def _extended(material: GateMaterial, opened: np.ndarray, t_plane: Planes, first
     wraps = np.where(t, at_one, at_zero)
     result += wraps.astype(np.uint32) << np.uint32(gate.bits)
     return result
+
+
+# ---- by what the steps are done ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fastest_steps() -> Steps:
+    """The compiled kernels, where there are some and they do what numpy does; tested once, within some 20 ms."""
+    slower: Steps = _NUMPY
+    return by_kernels("gates", slower, CompiledSteps, same_steps)
+
+
+def same_steps(steps: Steps) -> bool:
+    """Whether these steps give what the specification does, byte for byte: for both parties, every result, many widths."""
+    for result in Result:
+        for bits, count in ((8, 65), (13, 600), (16, 520), (17, 9), (19, 700), (20, 1029), (23, 64), (24, 130)):
+            for first in (True, False):
+                runs = [everything_computed(by, ComparisonGate(bits, count, result), first) for by in (_NUMPY, steps)]
+                if any(not np.array_equal(*pair) for pair in zip(*runs, strict=True)):
+                    return False
+    return True
+
+
+def everything_computed(by: Steps, gate: ComparisonGate, first: bool, key: bytes = bytes(32)) -> list[np.ndarray]:
+    """All that one party computes of a gate that never took part in a diagnosis: what it has and receives is of this key."""
+    seed = Seed(key)
+    stream, others = seed.stream("C" if first else "S"), seed.stream("others")
+    material = GateMaterial(gate, stream, None if first else correction_by(correct, gate, key))
+    share = others.words(gate.count, np.uint32)
+    share &= np.uint32((1 << gate.bits) - 1)
+    mine, message = by.masked_input(material, share, first)
+    kept = mine.copy()
+    opened, masked = by.masked_digits(material, mine, others.words(len(message), np.uint8), first)
+    sent = masked.copy()
+    masked ^= others.words(masked.size, np.uint64).reshape(masked.shape)
+    borrow = by.masked_borrow(material, opened, masked, first)
+    t_plane = borrow ^ others.words(len(borrow), np.uint64)
+    return [kept, message, opened, sent, borrow, by.result(material, opened, t_plane, first)]

@@ -27,7 +27,8 @@ from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_hos
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
 from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtend
 from mpc_fl.inference.fast.network import Network, Reveal, channels_last, label_bits
-from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result, correction_of
+from mpc_fl.inference.fast.preprocessing.gate_correction import correction_of
+from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
 
 T = TypeVar("T")
 _ALIGNMENT = 64

@@ -20,14 +20,14 @@ bytes of words: 27 bytes per wide ReLU, 21 per narrow one, 18 per sign extension
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from mpc_fl.crypto.stream_cipher import Stream
-from mpc_fl.inference.fast.kernels.bit_planes import Planes, bits_of, planes_of, words_for
+from mpc_fl.inference.fast.kernels.bit_planes import Planes, words_for
 from mpc_fl.inference.fast.network import NARROWEST, RING_BITS, WIDEST_GATE
 
 DIGIT = 4
@@ -173,41 +173,6 @@ def corrected_from(gate: ComparisonGate, buffer: np.ndarray) -> Corrected:
     return Corrected(bits[: gate.table_planes], bits[gate.table_planes :], tuple(arrays))
 
 
-def correction_of(gate: ComparisonGate, hospital: Stream, owner: Stream) -> np.ndarray:
-    """S's correction, uint8 (correction_bytes,): made by the dealer from the two streams, without any data.
-
-    The true values, less C's share of them.
-    """
-    c, s = draw(gate, hospital), draw(gate, owner)
-    share = hospital.words(gate.correction_bytes, np.uint8)
-    result = corrected_from(gate, share)  # overwritten piece by piece
-    mask = np.uint32((1 << gate.bits) - 1)
-    for gates, words in gate.chunks():
-        total = c.input_mask[gates] + s.input_mask[gates]
-        r = total & mask
-        planes = planes_of(r, gate.bits)
-        result.tables[:, words] ^= _tables(gate, planes)
-        result.products[:, words] ^= _products(gate, c.masks[:, words] ^ s.masks[:, words])
-        q = bits_of(c.result_mask[words] ^ s.result_mask[words], len(r))
-        for array, true in zip(result.arrays, _words(gate, r, total >> np.uint32(gate.bits), q), strict=True):
-            # array - true is C's share less the true value: negate it.
-            piece = array[gates]
-            np.subtract(true.astype(piece.dtype), piece, out=piece)
-    return share
-
-
-def _tables(gate: ComparisonGate, planes: Planes) -> Planes:
-    """[v < digit of r] for each digit, v = 0 .. 2^s - 2, from the planes of r."""
-    tables, start = [], 0
-    for size in gate.digits:
-        table = planes[start : start + 1]  # one bit: r > 0
-        for bit in planes[start + 1 : start + size]:
-            table = np.concatenate([table | bit, bit[np.newaxis], table & bit])
-        tables.append(table)
-        start += size
-    return np.concatenate(tables)
-
-
 def product_rows(digits: int) -> tuple[list[int], list[slice]]:
     """Where products lie: the subsets of "equal" masks that are corrected (two members or more), ascending, as bit sets
     over the digits 1 .. L-1; then for each digit j < L-1 the rows of its products with the subsets of digits above j."""
@@ -217,27 +182,3 @@ def product_rows(digits: int) -> tuple[list[int], list[slice]]:
         slices.append(slice(start, start + (1 << digits - 1 - digit) - 1))
         start = slices[-1].stop
     return subsets, slices
-
-
-def _products(gate: ComparisonGate, masks: Planes) -> Planes:
-    digits = len(gate.digits)
-    less, equal = masks[:digits], masks[digits:]
-    subsets, slices = product_rows(digits)
-    products = np.full((1 << digits - 1, masks.shape[1]), ~np.uint64(0), dtype=np.uint64)
-    for index in range(digits - 1):
-        products[1 << index : 2 << index] = products[: 1 << index] & equal[index]
-    result = np.empty((gate.product_planes, masks.shape[1]), dtype=np.uint64)
-    result[: len(subsets)] = products[subsets]
-    for digit, rows in enumerate(slices):
-        # Subsets of the digits above: every 2^digit-th, without the empty one.
-        np.bitwise_and(products[1 << digit :: 1 << digit], less[digit], out=result[rows])
-    return result
-
-
-def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: np.ndarray) -> Sequence[np.ndarray]:
-    if gate.result is Result.EXTENDED:
-        return wrap + q, wrap + 1 - q
-    high = (r >> np.uint32(gate.bits - 1)).astype(np.uint8)
-    w = q ^ high
-    products = (w, r * w)
-    return products if gate.result is Result.NARROW else (*products, wrap, w & high, high & (w ^ 1))

@@ -10,23 +10,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from mpc_fl.inference.fast.kernels import integer_linear, limbs
+from mpc_fl.inference.fast.kernels import compiled, integer_linear, limbs
 from mpc_fl.inference.fast.kernels.integer_linear import Method, PreparedConvolution, PreparedLinear, convolve, linear
 
 torch.set_num_threads(1)
 
 EXTREMES = [-(1 << 31), (1 << 31) - 1, -1, 0, 1, 0x7F7F7F7F, 0x80808080 - (1 << 32), 0x00800080, 0x7FFF8000, -32896]
 LIMB_METHODS: tuple[Method, ...] = ("bytes", "halves")
+COMPILED: tuple[Method, ...] = ("compiled",) if compiled.kernels().used else ()  # see test_compiled
+
+
+def _forget() -> None:
+    limbs.usable.cache_clear()
+    integer_linear._fast_methods.cache_clear()
+    integer_linear._chosen.clear()
 
 
 @pytest.fixture
 def fresh_choice() -> Iterator[None]:
     """The self-test and the choices of this process, forgotten before and after."""
-    limbs.usable.cache_clear()
-    integer_linear._chosen.clear()
+    _forget()
     yield
-    limbs.usable.cache_clear()
-    integer_linear._chosen.clear()
+    _forget()
+
+
+@pytest.fixture
+def without_kernels(fresh_choice: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without compiled kernels: the choice is between limbs and integers."""
+    monkeypatch.setattr(integer_linear, "kernels", lambda: compiled.Kernels(None, "a test of limbs"))
 
 
 def elements(draw: torch.Generator, *shape: int, bits: int = 32) -> torch.Tensor:
@@ -76,7 +87,7 @@ def test_convolutions_are_exact_for_every_geometry(
     expected = exact(weights, images, *options)
     if last:
         images = images.contiguous(memory_format=torch.channels_last)
-    for method in (*LIMB_METHODS, "integers"):
+    for method in (*LIMB_METHODS, *COMPILED, "integers"):
         prepared = PreparedConvolution(weights, *options, method=method)  # type: ignore[arg-type]
         assert torch.equal(prepared(images), expected), method
     assert torch.equal(convolve(weights, images, *options), expected)  # type: ignore[arg-type]
@@ -100,7 +111,8 @@ def test_depthwise_convolutions_are_exact(
     images = elements(draw, 2, channels, 9, 11)
     options = ((stride, stride), (padding, padding), (dilation, dilation), channels)
     expected = exact(weights, images, *options)
-    assert torch.equal(PreparedConvolution(weights, *options, method="taps")(images), expected)
+    for method in ("taps", *COMPILED):
+        assert torch.equal(PreparedConvolution(weights, *options, method=method)(images), expected), method
     assert torch.equal(convolve(weights, images, *options), expected)
 
 
@@ -116,7 +128,7 @@ def test_matrix_products_are_exact(rows: int, inner: int, columns: int, weight_b
     draw = torch.Generator().manual_seed(seed)
     weights, activations = elements(draw, columns, inner, bits=weight_bits), elements(draw, rows, inner)
     expected = (activations.long() @ weights.long().t()).to(torch.int32)
-    for method in LIMB_METHODS:
+    for method in (*LIMB_METHODS, *COMPILED):
         assert torch.equal(PreparedLinear(weights, method)(activations), expected), method
     assert torch.equal(linear(weights, activations), expected)
 
@@ -172,7 +184,7 @@ def test_results_are_channels_last() -> None:
 
 
 def test_a_kernel_that_saturates_is_found_and_never_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, without_kernels: None
 ) -> None:
     def saturating(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         # What 8-bit kernels without VNNI do: pairs of products are added in 16 bits, which saturate.
@@ -193,7 +205,7 @@ def test_a_kernel_that_saturates_is_found_and_never_used(
 
 
 def test_a_kernel_that_is_wrong_for_one_shape_is_not_used_there(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, without_kernels: None
 ) -> None:
     assert "bytes" in limbs.usable()
     monkeypatch.setattr(integer_linear, "usable", lambda: ("bytes",))
@@ -212,7 +224,7 @@ def test_a_kernel_that_is_wrong_for_one_shape_is_not_used_there(
 
 
 def test_a_large_layer_is_checked_by_its_ends_and_not_computed_whole_in_integers(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fresh_choice: None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, without_kernels: None
 ) -> None:
     """The first image of a VGG of 224 pixels took minutes to check; and a large wrong result was not noticed at all."""
     draw = torch.Generator().manual_seed(0)
@@ -241,16 +253,55 @@ def test_a_large_layer_is_checked_by_its_ends_and_not_computed_whole_in_integers
 
 
 def test_the_limbs_that_are_fastest_on_this_processor_are_taken(
-    monkeypatch: pytest.MonkeyPatch, fresh_choice: None
+    monkeypatch: pytest.MonkeyPatch, without_kernels: None
 ) -> None:
     """Without 8-bit dot products bytes took fourteen times as long as halves, and were taken all the same."""
     for slow, first in (("bytes", "halves"), ("halves", "bytes")):
         limbs.usable.cache_clear()
-        monkeypatch.setattr(limbs, "_seconds", {slow: 2.0, first: 1.0}.__getitem__)
+        monkeypatch.setattr(limbs, "trial_seconds", {slow: 2.0, first: 1.0}.__getitem__)
         assert limbs.usable() == (first, slow)
 
 
-def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+def test_ends_are_computed_when_a_method_is_chosen_and_not_for_every_image(
+    monkeypatch: pytest.MonkeyPatch, fresh_choice: None
+) -> None:
+    """They were: a check of two outputs in int64 took as long as the whole layer."""
+    draw, computed = torch.Generator().manual_seed(0), []
+    for kind in (PreparedConvolution, PreparedLinear):
+        monkeypatch.setattr(
+            kind, "_exact_ends", lambda self, of, do=kind._exact_ends: computed.append(1) or do(self, of)
+        )
+    convolution, matrix = PreparedConvolution(elements(draw, 4, 3, 3, 3)), PreparedLinear(elements(draw, 4, 3))
+    for _ in range(3):
+        convolution(elements(draw, 1, 3, 8, 8))
+        matrix(elements(draw, 2, 3))
+    assert len(computed) == 2
+
+
+@pytest.mark.skipif(not COMPILED, reason=f"no compiled kernels here: {compiled.kernels().why_not}")
+def test_compiled_kernels_are_chosen_where_they_are_fastest_and_limbs_that_are_hopeless_are_not_tried(
+    monkeypatch: pytest.MonkeyPatch, fresh_choice: None
+) -> None:
+    draw, tried = torch.Generator().manual_seed(0), []
+    weights, images = elements(draw, 64, 64, 3, 3), elements(draw, 1, 64, 32, 32)
+    run = PreparedConvolution._run
+    monkeypatch.setattr(
+        PreparedConvolution, "_run", lambda self, method, of: tried.append(method) or run(self, method, of)
+    )
+    for limbs_take, expected in ((1e9, {"compiled"}), (0.0, {"compiled", "bytes"})):
+        _forget()
+        tried.clear()
+        monkeypatch.setattr(limbs, "trial_seconds", lambda method, taken=limbs_take: taken)
+        assert limbs.usable()[0] == "bytes"  # the first of equals
+        assert torch.equal(convolve(weights, images)[:, ::63], PreparedConvolution(weights)._exact_ends(images))
+        assert set(tried) == expected
+    _forget()
+    monkeypatch.setattr(integer_linear, "_seconds", lambda run, method: {"compiled": 1.0}.get(method, 2.0))
+    assert torch.equal(convolve(weights, images), exact(weights, images))
+    assert integer_linear.chosen_methods() == ("compiled",)
+
+
+def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch, without_kernels: None) -> None:
     monkeypatch.delattr(torch, "_int_mm")
     draw = torch.Generator().manual_seed(0)
     weights, images = elements(draw, 4, 8, 3, 3), elements(draw, 1, 8, 6, 6)
@@ -258,7 +309,7 @@ def test_without_int_mm_the_exact_fallback_works(monkeypatch: pytest.MonkeyPatch
     assert "bytes" not in limbs.usable()
 
 
-def test_the_fastest_method_is_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch, fresh_choice: None) -> None:
+def test_the_fastest_method_is_measured_once_per_shape(monkeypatch: pytest.MonkeyPatch, without_kernels: None) -> None:
     times = {"bytes": 3.0, "integers": 1.0}
     measured = []
 

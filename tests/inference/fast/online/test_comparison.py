@@ -26,6 +26,7 @@ from mpc_fl.inference.fast.layers import AveragePool, MaxPool
 from mpc_fl.inference.fast.online.comparison import Exchange, compare
 from mpc_fl.inference.fast.preprocessing import gate_correlation
 from mpc_fl.inference.fast.preprocessing.correlations import OneTime
+from mpc_fl.inference.fast.preprocessing.gate_correction import correction_of
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
 
 FALSE_ALARM = 1e-9
@@ -62,7 +63,7 @@ def materials(gate: ComparisonGate) -> tuple[GateMaterial, GateMaterial, np.ndar
     """C's and S's part, and S's correction."""
     keys = Seed.from_system().reveal_for_transport(), Seed.from_system().reveal_for_transport()
     hospital, owner = (Seed(key).stream("gate") for key in keys)
-    correction = gate_correlation.correction_of(gate, hospital, owner)
+    correction = correction_of(gate, hospital, owner)
     hospital, owner = (Seed(key).stream("gate") for key in keys)
     return (
         GateMaterial(gate, hospital),

@@ -1,0 +1,200 @@
+"""Steps 4 and 5 of a peer sum: the totals of all slices, told to all of V and found to be right before any key leaves.
+
+What is computed, and why that is enough, is in `linear_check`; the order of messages in `peer_sum`. All that is told is signed
+and repeated (`signed_words`), so that all of V judge the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpc_fl.aggregation.linear_check import (
+    MAP_SIZE,
+    Evidence,
+    LinearMap,
+    as_numbers,
+    fits,
+    from_numbers,
+    joint_coin,
+    require_number,
+    who_deviates,
+)
+from mpc_fl.aggregation.signed_words import DEVIATES, Signed, Subject, heard, repeated, require_one_version, say_signed
+from mpc_fl.aggregation.slices import Slices
+from mpc_fl.aggregation.words import Deadlines, broadcast, hear_all, say
+from mpc_fl.audit.ledger_file import tensor_digest
+from mpc_fl.crypto.memory_layout import own_copy
+from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.links.links import Links
+from mpc_fl.sharing.opening import SecretDomain
+
+FIRST_STEP = 2  # after slices are handed on and V is confirmed
+_TOTALS, _COIN, _COMBINATIONS, _REPEATED, _SHOWN = range(FIRST_STEP, FIRST_STEP + 5)
+
+
+@dataclass(frozen=True, repr=False)
+class SaidOfSlices:
+    """What a hospital said of its summand before it sent it: hashes of its slices by name, commitments to its keys (as they
+    came) and to its part of the coin, and its signature.
+    """
+
+    hashes: Mapping[str, str]
+    keys: object
+    coin: str
+    signed: Signed
+
+
+@dataclass(frozen=True, repr=False)
+class FixedSlices:
+    """What a hospital has when all of V, `admitted`, have confirmed what they hold; `bound` is the digest of that.
+
+    `own` are the slices of its summand and `held` those that it opens, by slice and sender, its own with them, each (length,).
+    `said` is what each of V said of its slices, under the `transcript` T; `number` its part of the coin. `peers` are the others
+    of V, `deadlines` those of the sum, of which this takes the steps from `FIRST_STEP` on.
+    """
+
+    domain: SecretDomain
+    links: Links
+    slices: Slices
+    transcript: str
+    bound: str
+    admitted: tuple[str, ...]
+    peers: tuple[str, ...]
+    own: Mapping[str, torch.Tensor]
+    held: Mapping[str, Mapping[str, torch.Tensor]]
+    said: Mapping[str, SaidOfSlices]
+    number: bytes
+    deadlines: Deadlines
+
+    @property
+    def why(self) -> str:
+        """The step of the run that the sum is for."""
+        return self.deadlines.why
+
+
+def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
+    """The totals over V of all slices, still masked, by name, each (length,).
+
+    Raises `ProtocolError` naming who deviates, `PeerLostError`, and `SumLostError` where another hospital gave up.
+    """
+    totals, told = _told_totals(fixed)
+    linear = LinearMap(_coin(fixed, told))
+    published = _combinations(fixed, linear)
+    failed = [
+        piece
+        for piece in fixed.slices.hospitals
+        if not fits(linear, totals[piece], [published[name][piece] for name in fixed.admitted])
+    ]
+    if failed:
+        _blame(fixed, linear, failed, totals, published)
+    return totals
+
+
+def _told_totals(fixed: FixedSlices) -> tuple[dict[str, torch.Tensor], dict[str, Signed]]:
+    """Step 4: all totals, and what each hospital said of those that it made."""
+    domain, links, totals = fixed.domain, fixed.links, dict[str, torch.Tensor]()
+    for piece, slices in fixed.held.items():
+        first, *others = slices.values()
+        totals[piece] = own_copy(first)
+        for words in others:
+            totals[piece] += words
+    hashes = {piece: tensor_digest(words) for piece, words in totals.items()}
+    subject = Subject(fixed.bound, "total")
+    told = {links.name: say_signed(domain, links, fixed.peers, subject, {"hashes": hashes})}
+    for piece, words in list(totals.items()):
+        _send(fixed, f"total {piece}", words)
+
+    def take(name: str, word: dict[str, Any]) -> None:
+        told[name] = heard(domain, name, subject, word)
+        opened, said = fixed.slices.opened_by(name, fixed.admitted), word.get("hashes")
+        if not isinstance(said, dict) or set(said) != set(opened):
+            raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", DEVIATES)
+        for piece in opened:
+            totals[piece] = _receive(fixed, name, f"total {piece}", piece, _TOTALS)
+            if tensor_digest(totals[piece]) != said[piece]:
+                raise ProtocolError(f"{name} sent another total of a slice of '{fixed.why}' than it signed", DEVIATES)
+
+    hear_all(links, fixed.peers, "total", take, (fixed.deadlines, _TOTALS))
+    return totals, told
+
+
+def _coin(fixed: FixedSlices, told: Mapping[str, Signed]) -> bytes:
+    """Step 5: the coin, when all totals are here, the same everywhere. `told` is what was said of them."""
+    subject, numbers = Subject(fixed.bound, "total"), {fixed.links.name: fixed.number}
+    say(fixed.links, fixed.peers, "coin", number=fixed.number.hex(), repeated=repeated(told))
+
+    def take(name: str, word: dict[str, Any]) -> None:
+        require_one_version(fixed.domain, name, subject, told, word.get("repeated"))
+        numbers[name] = require_number(fixed.transcript, name, fixed.said[name].coin, word.get("number"))
+
+    hear_all(fixed.links, fixed.peers, "coin", take, (fixed.deadlines, _COIN))
+    return joint_coin(fixed.bound, numbers)
+
+
+def _combinations(fixed: FixedSlices, linear: LinearMap) -> dict[str, dict[str, torch.Tensor]]:
+    """What each hospital of V tells of its slices, by hospital and slice, the same to all of V."""
+    domain, links, subject = fixed.domain, fixed.links, Subject(fixed.bound, "combinations")
+    mine = {piece: linear.of(fixed.own[piece]) for piece in fixed.slices.hospitals}
+    published, said = {links.name: mine}, dict[str, Signed]()
+    values = {"of": {piece: as_numbers(words) for piece, words in mine.items()}}
+    said[links.name] = say_signed(domain, links, fixed.peers, subject, values)
+
+    def take(name: str, word: dict[str, Any]) -> None:
+        said[name] = heard(domain, name, subject, word)
+        given = word.get("of")
+        published[name] = {
+            piece: from_numbers(given.get(piece) if isinstance(given, dict) else None, name, MAP_SIZE, words.dtype)
+            for piece, words in mine.items()
+        }
+
+    hear_all(links, fixed.peers, "combinations", take, (fixed.deadlines, _COMBINATIONS))
+    say(links, fixed.peers, "repeated", repeated=repeated(said))
+
+    def compare(name: str, word: dict[str, Any]) -> None:
+        require_one_version(domain, name, subject, said, word.get("repeated"))
+
+    hear_all(links, fixed.peers, "repeated", compare, (fixed.deadlines, _REPEATED))
+    return published
+
+
+def _blame(
+    fixed: FixedSlices,
+    linear: LinearMap,
+    failed: Collection[str],
+    totals: Mapping[str, torch.Tensor],
+    published: Mapping[str, Mapping[str, torch.Tensor]],
+) -> None:
+    """Find who made slices fail, by what their openers show. Raises `ProtocolError` naming them."""
+    for piece in failed:
+        for name, words in fixed.held.get(piece, {}).items():
+            _send(fixed, f"shown {piece} {name}", words)
+    found, lost = list[str](), None
+    for piece in failed:
+        opener = fixed.slices.opener(piece, fixed.admitted)
+        try:
+            shown = fixed.held.get(piece) or {
+                name: _receive(fixed, opener, f"shown {piece} {name}", piece, _SHOWN) for name in fixed.admitted
+            }
+        except PeerLostError as error:  # what the others show may say more
+            lost = error
+            continue
+        hashes = {name: fixed.said[name].hashes[piece] for name in fixed.admitted}
+        told = {name: published[name][piece] for name in fixed.admitted}
+        found += who_deviates(linear, Evidence(opener, totals[piece], hashes, shown, told))
+    if lost is not None and not found:
+        raise lost
+    names = ", ".join(dict.fromkeys(found))
+    raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES)
+
+
+def _send(fixed: FixedSlices, tag: str, words: torch.Tensor) -> None:
+    broadcast(fixed.peers, lambda name: fixed.links.send_tensor(name, tag, words))
+
+
+def _receive(fixed: FixedSlices, sender: str, tag: str, piece: str, step: int) -> torch.Tensor:
+    words = fixed.own[piece]
+    return fixed.links.receive_tensor(sender, tag, words.dtype, words.shape, fixed.deadlines.of(step))
