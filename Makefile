@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but make and Python 3.10 to 3.12; they install into ./.venv.
+# `make demo` and `make test` need nothing but make and Python 3.11 or 3.12; they install into ./.venv.
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 # The first interpreter that starts and has a supported version; the CPU wheel of torch may exist for one of them only.
-PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3.10 python3 python; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 .PHONY: demo test test-slow test-long soak check install bench clean help
 
@@ -23,7 +23,7 @@ help:
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard mpc_fl/inference/fast/kernels/native/*.[ch])
-	@test -n "$(PYTHON)" || { echo "mpc-fl needs Python 3.10, 3.11 or 3.12 on the path" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "mpc-fl needs Python 3.11 or 3.12 on the path" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch==2.13.0 'setuptools>=70'

@@ -235,7 +235,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 
 def now() -> datetime.datetime:
     """The time in UTC."""
-    return datetime.datetime.now(datetime.timezone.utc)
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _whole_lines(path: Path) -> bytes:

@@ -346,10 +346,15 @@ def may_lose_hospitals(config: Config) -> bool:
 
 
 def connect_seconds(config: Config) -> float:
-    """Seconds until all parties must be there: `runtime.connect_timeout`, and 20 ms for each pair of parties.
+    """Seconds until all parties must be there: `runtime.connect_timeout`, and what greetings may take."""
+    return config.runtime.connect_timeout + greeting_seconds(config)
 
-    A link costs its two ends 12 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
+
+def greeting_seconds(config: Config) -> float:
+    """Seconds that all greetings together may take: 20 ms for each pair of parties. So long may one be silent meanwhile.
+
+    A link costs its two ends 12 to 41 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
     the same two cores: 65 of them have 2,080 links.
     """
     parties = len(party_names(config))
-    return config.runtime.connect_timeout + _SECONDS_PER_LINK * parties * (parties - 1) / 2
+    return _SECONDS_PER_LINK * parties * (parties - 1) / 2

@@ -38,7 +38,7 @@ class Authority:
     def __init__(self, lifetime: datetime.timedelta, federation: str = "mpc-fl federation") -> None:
         """Make a fresh key and its certificate for a federation of this name."""
         self._key = ec.generate_private_key(ec.SECP256R1())
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         subject = party_subject("federation authority", "authority", federation)
         self._federation = federation
         self.certificate = (
@@ -71,7 +71,7 @@ class Authority:
         self, name: str, public_key: ec.EllipticCurvePublicKey, lifetime: datetime.timedelta
     ) -> x509.Certificate:
         """A certificate that binds a public key to a party's name and role; it never outlives the authority's own."""
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         key_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
             x509.CertificateBuilder()
@@ -98,7 +98,7 @@ class Authority:
         A negative lifetime makes an expired certificate, for tests.
         """
         key = ec.generate_private_key(ec.SECP256R1())
-        rest = self.certificate.not_valid_after_utc - datetime.datetime.now(datetime.timezone.utc)
+        rest = self.certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         certificate = self.certify(name, key.public_key(), rest if lifetime is None else lifetime)
         return Identity(name, pem(certificate), pem(self.certificate), private_pem(key))
 
@@ -107,7 +107,7 @@ class Authority:
 
         `number` grows from one list to the next.
         """
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)

@@ -74,7 +74,7 @@ class Issued:
 
 def now() -> datetime.datetime:
     """The time in UTC, to the second, as certificates have it."""
-    return datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
 def lines_of(items: Sequence[Issued]) -> str:

@@ -116,7 +116,7 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
         raise IdentityError(
             f"the certificate of {name} is not signed by this federation's authority", ASK_ADMINISTRATOR
         ) from None
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     if certificate.not_valid_before_utc > now:
         raise IdentityError(
             f"the certificate of {name} is not valid before {_date(certificate.not_valid_before_utc)}",
@@ -217,7 +217,7 @@ def revoked_serials(list_pem: bytes, authority: x509.Certificate) -> frozenset[i
     """
     revocations = verify_revocation_list(list_pem, authority)
     until = revocations.next_update_utc
-    if until is None or until <= datetime.datetime.now(datetime.timezone.utc):
+    if until is None or until <= datetime.datetime.now(datetime.UTC):
         since = "" if until is None else f" since {_date(until)}"
         raise IdentityError(
             f"{REVOCATION_FILE} is out of date{since}", "fetch a new one from the federation's administrator"

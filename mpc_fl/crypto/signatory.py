@@ -50,7 +50,7 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 def time_text(moment: datetime.datetime) -> str:
     """A moment as signed records hold it: ISO 8601, UTC, seconds."""
-    return moment.astimezone(datetime.timezone.utc).isoformat(timespec="seconds")
+    return moment.astimezone(datetime.UTC).isoformat(timespec="seconds")
 
 
 class Signatory:

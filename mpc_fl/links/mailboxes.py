@@ -38,7 +38,7 @@ from mpc_fl.links.losses import (
 )
 from mpc_fl.links.mailbox import Mailbox
 from mpc_fl.links.settings import Timeouts, Tolerance
-from mpc_fl.links.silence import Silence
+from mpc_fl.links.silence import AtFirst, Silence
 from mpc_fl.links.traffic import TrafficCounter
 
 _FRAMES_AHEAD = 4  # of the largest that this party has asked for
@@ -69,7 +69,7 @@ class Mailboxes:
         self._started = False
         self._closing = False
         self._interruption: BaseException | None = None
-        self.silence = Silence(timeouts.silence)
+        self.silence = Silence(timeouts.silence, at_first=AtFirst(timeouts.silence_at_first, timeouts.connect))
 
     # ---- what connections say --------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.config.config import Config, connect_seconds, may_lose_hospitals, party_names
+from mpc_fl.config.config import Config, connect_seconds, greeting_seconds, may_lose_hospitals, party_names
 from mpc_fl.config.deadlines import deadlines_of
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
@@ -64,7 +64,8 @@ def timeouts_of(config: Config, name: str) -> Timeouts:
     """How long the party `name` waits: in training as the deadlines of the whole run say."""
     connect = connect_seconds(config)
     receive = deadlines_of(config).receive(name) if config.task == "train" else config.runtime.receive_timeout
-    return Timeouts(connect, receive, untold=connect, silence=config.runtime.silence_timeout)
+    silence, at_first = config.runtime.silence_timeout, greeting_seconds(config)
+    return Timeouts(connect, receive, untold=connect, silence=silence, silence_at_first=at_first)
 
 
 def tolerance_of(config: Config) -> Tolerance:

@@ -36,7 +36,7 @@ class Timeouts:
     A party that ends stays at most `linger` for its last messages to leave and its peers to end, `linger_after_error`
     when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
     One that fails while links are made stays until `untold` seconds after it began for those that have not come yet.
-    A peer that gives no sign of life for `silence` is lost (`pulse`).
+    A peer that gives no sign of life for `silence` is lost (`pulse`), in the first `connect` seconds for `silence_at_first` more.
     """
 
     connect: float
@@ -45,6 +45,7 @@ class Timeouts:
     linger_after_error: float = 10.0
     untold: float = 0.0
     silence: float = 20.0
+    silence_at_first: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,9 @@
 Who looks at a clock after it has stood still itself (its process was stopped, its machine slept) would blame all others for
 that time. So silence adds up from look to look, and of the gap between two looks no more than `_LONGEST_GAP` counts: a longer
 one is a standstill of this process, by which deadlines that ran out in it are moved.
+
+While all links are made, 64 parties of one machine keep its cores busy for a minute, and a link on which a greeting still waits to
+be read carries no sign. So silence may last longer at first (`AtFirst`).
 """
 
 from __future__ import annotations
@@ -10,10 +13,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 LOOK = 1.0  # seconds between two looks of a process that is awake
 SIGN = 5.0  # seconds without having sent anything after which a sign is given; nobody is silent before twice as long
 _LONGEST_GAP = 2 * LOOK  # a busy machine lets a thread wait, too
+
+
+@dataclass(frozen=True)
+class AtFirst:
+    """Silence may last `more` seconds longer while this process has not been awake for `until` seconds."""
+
+    more: float = 0.0
+    until: float = 0.0
 
 
 class Silence:
@@ -22,9 +34,12 @@ class Silence:
     Its lock is held for itself alone.
     """
 
-    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`limit`: seconds without a sign of life after which somebody counts as silent."""
-        self.limit = limit
+    def __init__(
+        self, limit: float, clock: Callable[[], float] = time.monotonic, at_first: AtFirst = AtFirst()
+    ) -> None:
+        """`limit`: seconds without a sign of life after which somebody counts as silent, later than `at_first`."""
+        self._limit = limit
+        self._at_first = at_first
         self.awake = 0.0
         self._clock = clock
         self._lock = threading.Lock()
@@ -32,6 +47,11 @@ class Silence:
         self._uncounted = 0.0  # seconds awake since the last look
         self._seen: float | None = None  # when this process was last seen awake
         self._standstill = (0.0, 0.0)  # the last one: from when until when
+
+    @property
+    def limit(self) -> float:
+        """Seconds without a sign of life after which somebody counts as silent now."""
+        return self._limit + (self._at_first.more if self.awake < self._at_first.until else 0.0)
 
     def look(self, heard: Mapping[str, bool]) -> list[str]:
         """Who has been silent for `limit` seconds. `heard`: of everybody there, whether there was a sign since the last look."""

@@ -75,7 +75,7 @@ class UncheckedLedger(RevealLedger):
 
 def signed(block: Block, directory: Path) -> Block:
     """Signed by all its parties, whose keys the leader has, its own or those of hospitals that pool with it."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     signatures = [sign_block(block, load_identity(directory / name, name), now) for name in block.parties]
     return dataclasses.replace(block, signatures=tuple(signatures))
 
@@ -118,7 +118,7 @@ def findings_of(directory: Path, *names: str) -> list[str]:
 
     root = x509.load_pem_x509_certificate(load_identity(directory / "aggregator", "aggregator").authority)
     copies = [Copy(name, name, (directory / name / LEDGER_FILE).read_bytes()) for name in names]
-    verdict = verify_copies(copies, root, datetime.datetime.now(datetime.timezone.utc))
+    verdict = verify_copies(copies, root, datetime.datetime.now(datetime.UTC))
     records = [RecordCopy(name, name, (directory / name / "openings.jsonl").read_bytes()) for name in names]
     unsigned, _ = verify_records(records, verdict.reference)
     return [finding.line for finding in [*verdict.findings, *unsigned]]
@@ -301,7 +301,7 @@ def test_two_histories_are_found_and_who_signed_both_is_named(directory: Path) -
         ledger, tag = signers.ledger, "ledger 2 openings round 2"
         received = {name: links.receive_object(name, tag) for name in HOSPITALS}
         draft = ledger.draft("openings", "round 2", PARTIES)
-        own = to_json(sign_block(draft, ledger.identity, datetime.datetime.now(datetime.timezone.utc)))
+        own = to_json(sign_block(draft, ledger.identity, datetime.datetime.now(datetime.UTC)))
         told = {**{name: item["signature"] for name, item in received.items()}, "aggregator": own}
         links.send_object("hospital-2", tag, {"signatures": [told[name] for name in PARTIES]})
         for name in rest[:2]:
@@ -439,7 +439,7 @@ def forget_round_2() -> None:
             opened = chain_opening(ledger.chain, [], other)
             number, seal = ledger.chain.blocks, ledger.chain.seal
             block = Block(number, "abandoned", "a lost attempt", ("aggregator",), (opened,), {}, None, seal)
-            own = sign_block(block, ledger.identity, datetime.datetime.now(datetime.timezone.utc))
+            own = sign_block(block, ledger.identity, datetime.datetime.now(datetime.UTC))
             UncheckedLedger.add(ledger, dataclasses.replace(block, signatures=(own,)))
         begin_ledger(ledger, links, config, plan)
 

@@ -82,7 +82,7 @@ def test_silent_streams_of_one_certificate_keep_nobody_out(
     authority = Authority(datetime.timedelta(hours=1))
     identities = {name: authority.issue(name) for name in [*NAMES, "hospital-2"]}
     identities["revoked"] = authority.issue("hospital-1")
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     serial = x509.load_pem_x509_certificate(identities["revoked"].certificate).serial_number
     for name in NAMES:
         write_identity(identities[name], tmp_path / name)

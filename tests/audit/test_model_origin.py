@@ -31,7 +31,7 @@ def make_run(directory: Path, values: dict[str, str], ended: bool = True) -> Pat
         block = Block(
             number, kind, kind, PARTIES, (), values if number else {}, None if number else members, chain.seal
         )
-        moment = datetime.datetime.now(datetime.timezone.utc)
+        moment = datetime.datetime.now(datetime.UTC)
         block = replace(block, signatures=tuple(sign_block(block, identities[name], moment) for name in PARTIES))
         chain, findings = extend(chain, block, authority.certificate)
         assert not findings

@@ -47,7 +47,7 @@ from tests.support.harness import run_parties
 from tests.support.views import LAYOUTS
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
-BEGAN = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+BEGAN = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)
 MODEL, TRANSCRIPT = "5" * 64, "7" * 64
 

@@ -28,7 +28,7 @@ from mpc_fl.crypto.identity_files import load_identity, make_request
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, MpcFlError
 
-NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)
 SPAWN = multiprocessing.get_context("spawn")
 WORDS = "correct horse battery staple"

@@ -30,7 +30,7 @@ from mpc_fl.crypto.certificates import (
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import IdentityError
 
-NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 DAY = datetime.timedelta(days=1)
 
 

@@ -185,7 +185,7 @@ class Site:
         assert len({copy.content for copy in copies}) == 1
         others = [name for name in ALL if name not in names and (self.party(name) / LEDGER_FILE).exists()]
         lost = [Copy(name, name, (self.party(name) / LEDGER_FILE).read_bytes()) for name in others]
-        verdict = verify_copies([*copies, *lost], root, datetime.datetime.now(datetime.timezone.utc))
+        verdict = verify_copies([*copies, *lost], root, datetime.datetime.now(datetime.UTC))
         assert not verdict.findings, verdict.findings
         records = [
             RecordCopy(name, name, (self.party(name) / OPENINGS_FILE).read_bytes())

@@ -61,7 +61,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Waiting]:
     identities = {name: authority.issue(name) for name in NAMES}
     revoked = authority.issue("hospital-1")
     serial = _serial(revoked)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     for name, identity in identities.items():
         write_identity(identity, directory / name)
         listed = authority.revocation_list({serial: now}, 1, now + datetime.timedelta(hours=1))

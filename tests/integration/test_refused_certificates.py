@@ -21,7 +21,7 @@ REVOKED = "hospital-1"
 def federation_with_a_revoked_hospital(directory: Path, quorum: int | None) -> Federation:
     """All others have the revocation list."""
     federation = Federation(directory, federation={"quorum": quorum})
-    authority, now = Authority(datetime.timedelta(hours=1)), datetime.datetime.now(datetime.timezone.utc)
+    authority, now = Authority(datetime.timedelta(hours=1)), datetime.datetime.now(datetime.UTC)
     identities = {name: authority.issue(name) for name in federation.placed}
     serial = x509.load_pem_x509_certificate(identities[REVOKED].certificate).serial_number
     listed = authority.revocation_list({serial: now}, 1, now + datetime.timedelta(hours=1))

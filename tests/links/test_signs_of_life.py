@@ -30,7 +30,7 @@ from mpc_fl.links.peer import Peer
 from mpc_fl.links.pulse import Pulse
 from mpc_fl.links.routes import Route
 from mpc_fl.links.settings import Timeouts, Tolerance, Unread
-from mpc_fl.links.silence import Silence
+from mpc_fl.links.silence import AtFirst, Silence
 from mpc_fl.links.traffic import TrafficCounter
 from tests.links.test_conformance import NetworkWorld
 from tests.support.waiting import eventually
@@ -181,6 +181,20 @@ def test_silence_is_never_longer_than_this_process_was_awake(gaps: list[float]) 
         silent = silence.look({"a": False})
         assert silence.awake == pytest.approx(awake)
         assert silent == (["a"] if silence.awake >= LIMIT else [])
+
+
+def test_silence_may_last_longer_while_links_are_made() -> None:
+    """64 hospitals on two cores: whoever has greeted 40 of them may not have come to the others for half a minute."""
+    clock = Clock()
+    silence = Silence(LIMIT, clock, AtFirst(more=10.0, until=60.0))
+    silence.look({"a": True, "b": True})
+    silent = dict[int, list[str]]()
+    for second in range(1, 91):
+        clock.now += 1.0
+        # a speaks every 25 seconds and then every 15, b until the 60th second
+        silent[second] = silence.look({"a": second in (25, 50, 65, 80), "b": second <= 60})
+    assert [second for second, names in silent.items() if "a" in names] == []
+    assert [second for second, names in silent.items() if "b" in names] == [*range(60 + int(LIMIT), 91)]
 
 
 def test_deadlines_are_moved_by_a_standstill_into_which_they_fell_and_by_nothing_else() -> None:

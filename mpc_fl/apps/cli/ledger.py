@@ -83,7 +83,7 @@ def verify(
             raise typer.Exit(1)
         return
     earlier = earlier_authorities(run_dir)
-    verdict = verify_copies(found, root, datetime.datetime.now(datetime.timezone.utc), earlier)
+    verdict = verify_copies(found, root, datetime.datetime.now(datetime.UTC), earlier)
     unsigned, notes = verify_records(_records(run_dir), verdict.reference)
     findings = [*verdict.findings, *unsigned, *_changed_files(run_dir, verdict)]
     notes = [*verdict.notes, *notes]

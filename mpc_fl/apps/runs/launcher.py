@@ -18,9 +18,9 @@ from typing import Any
 from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.apps.runs.party_starter import PartyStarter, StartedParty, modules_to_share
 from mpc_fl.apps.runs.watch import SILENCE, Watch, WatchedParty
-from mpc_fl.config.config import Config, may_lose_hospitals
+from mpc_fl.config.config import Config, connect_seconds, greeting_seconds, may_lose_hospitals
 from mpc_fl.errors import RunFailedError
-from mpc_fl.links.silence import Silence
+from mpc_fl.links.silence import AtFirst, Silence
 from mpc_fl.progress import Progress
 
 # All processes have ended within 10 s of a failure: a party takes leave of its peers first, and tells then.
@@ -53,7 +53,9 @@ def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStar
         values["site"]["resume"] = values["site"]["resume"] or again
         return starter.start(name, values)
 
-    watch = Watch(start, Silence(SILENCE * config.runtime.silence_timeout), endless=config.task == "serve")
+    at_first = AtFirst(SILENCE * greeting_seconds(config), connect_seconds(config))
+    silence = Silence(SILENCE * config.runtime.silence_timeout, at_first=at_first)
+    watch = Watch(start, silence, endless=config.task == "serve")
     failures = list[WatchedParty]()
     if may_lose_hospitals(config):
         watch.spare = config.federation.hospitals - config.federation.quorum_size

@@ -73,7 +73,7 @@ def free_again(quota: Quota, charges: Sequence[Charge], images: int, now: float)
 
 
 def _moment(seconds: float) -> str:
-    at = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc) + datetime.timedelta(seconds=1)
+    at = datetime.datetime.fromtimestamp(seconds, datetime.UTC) + datetime.timedelta(seconds=1)
     return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 

@@ -80,7 +80,7 @@ class CountedRecord:
 
 
 def _now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.timezone.utc)
+    return datetime.datetime.now(datetime.UTC)
 
 
 def _is_current(text: str) -> bool:

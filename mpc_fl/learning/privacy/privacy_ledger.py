@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class PrivacyLedger:
 
     @staticmethod
     def _stamp(run: str, round_number: int) -> dict[str, Any]:
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
         return {"time": time, "run": run, "round": round_number}
 
     def _refusal(self, reason: str) -> PrivacyBudgetError:

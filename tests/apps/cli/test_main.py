@@ -6,11 +6,11 @@ import importlib
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tomllib
 from typer.main import get_command, get_group
 
 import mpc_fl
