@@ -14,7 +14,7 @@ from mpc_fl.roles import hospital_names
 from tests.support.training_in_memory import KILLED, SETTINGS, Sleeper, Training
 
 CHANGES: dict[str, dict[str, Any]] = {
-    "data": {"image_size": 8, "phantoms": {"train_patients": 90, "test_patients": 36}},
+    "data": {"image_size": 8, "phantoms": {"train_patients": 108, "test_patients": 54}},
     "training": {**SETTINGS["training"], "rounds": 1, "sampling_seed": 1},
     "federation": {"hospitals": 18, "quorum": 17},
 }

@@ -14,7 +14,7 @@ from mpc_fl.roles import hospital_names
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 SETTINGS: dict[str, Any] = {
-    "data": {"image_size": 8, "phantoms": {"train_patients": 85, "test_patients": 34}},
+    "data": {"image_size": 8, "phantoms": {"train_patients": 102, "test_patients": 51}},
     "model": {"architecture": "mlp", "hidden": [4]},
     "training": {"rounds": 1, "local_steps": 1, "batch_size": 4, "per_sample_gradients": "loop"},
     "privacy": {"mechanism": "none"},
