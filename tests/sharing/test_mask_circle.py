@@ -99,18 +99,12 @@ def test_honest_hospitals_hang_together_whoever_chose_the_set(
     assert len(list(parts(honest, joined))) == 1
 
 
-@given(colluding(), st.lists(admissible(), min_size=1, max_size=3), st.data())
-@settings(max_examples=120, deadline=None)
-def test_whatever_sets_are_told_what_opens_is_a_sum_over_all_honest_of_one_set(
-    colluders: frozenset[str], sets: list[tuple[str, ...]], data: st.DataObject
-) -> None:
-    """Each hospital is told any set, and sees the confirmations of its neighbours alone: is that enough?
+def opened(colluders: Collection[str], told: Mapping[str, tuple[str, ...]]) -> list[frozenset[str]]:
+    """Of which honest hospitals together a sum shows when each was told this set, or none, and what it saw confirmed is its rule.
 
     What the opener can add up without an unknown mask are the parts of the graph of unknown z_ij in which every closing
     mask is known.
     """
-    honest = [name for name in NAMES if name not in colluders]
-    told = {name: data.draw(st.sampled_from([(), *(each for each in sets if name in each)]), name) for name in honest}
     gives = {
         name: admitted
         for name, admitted in told.items()
@@ -121,14 +115,50 @@ def test_whatever_sets_are_told_what_opens_is_a_sum_over_all_honest_of_one_set(
     known |= {key for name, admitted in gives.items() for key in PLAN.keys_of(name, admitted)}
     known |= {("zero", other, name) for kind, name, other in known if kind == "zero"}
     hidden = {
-        name: [other for other in PLAN.neighbours(name) if ("zero", name, other) not in known and other in honest]
-        for name in honest
+        name: [other for other in PLAN.neighbours(name) if ("zero", name, other) not in known and other in told]
+        for name in told
     }
-    for part in parts(honest, hidden):
-        if all(("closing", name, partner) in known for name in part for partner in PLAN.partners(name)):
-            admitted = told[min(part)]
-            assert part == set(admitted) - colluders
-            assert all(told[name] == admitted for name in part)
+    return [
+        part
+        for part in parts(told, hidden)
+        if all(("closing", name, partner) in known for name in part for partner in PLAN.partners(name))
+    ]
+
+
+@given(colluding(), st.lists(admissible(), min_size=1, max_size=3), st.data())
+@settings(max_examples=120, deadline=None)
+def test_whatever_sets_are_told_what_opens_is_a_sum_over_all_honest_of_one_set(
+    colluders: frozenset[str], sets: list[tuple[str, ...]], data: st.DataObject
+) -> None:
+    """Each hospital is told any set, and sees the confirmations of its neighbours alone: is that enough?"""
+    honest = [name for name in NAMES if name not in colluders]
+    told = {name: data.draw(st.sampled_from([(), *(each for each in sets if name in each)]), name) for name in honest}
+    for part in opened(colluders, told):
+        admitted = told[min(part)]
+        assert part == set(admitted) - colluders
+        assert all(told[name] == admitted for name in part)
+
+
+@pytest.mark.parametrize(
+    ("colluders", "missing", "of_the_first"),
+    [((4, 9), (5, 10), (10, 0, 1, 2, 3)), ((0, 5), (10, 6), (1, 2, 3, 4, 6))],
+    ids=["those before", "those after"],
+)
+def test_what_neighbours_to_both_sides_confirmed_must_be_seen(
+    colluders: tuple[int, int], missing: tuple[int, int], of_the_first: tuple[int, ...]
+) -> None:
+    """Two sets, each told to a part of the circle, that meet where a colluder makes up for who is missing.
+
+    Whoever did not see what those before it confirmed, or those after it, would give its keys: all summands would be open, those
+    of a set that nobody confirmed.
+    """
+    first, second = (tuple(name for name in NAMES if name != NAMES[place]) for place in missing)
+    assert not CIRCLE.followed_by_too_few(first) and not CIRCLE.followed_by_too_few(second)
+    honest = [place for place in range(len(NAMES)) if place not in colluders]
+    told = {NAMES[place]: first if place in of_the_first else second for place in honest}
+    pooled = {NAMES[place] for place in colluders}
+    assert opened(pooled, told) == []
+    assert opened(pooled, dict.fromkeys(told, NAMES)) == [frozenset(told)]
 
 
 def test_a_set_that_all_confirm_opens() -> None:
