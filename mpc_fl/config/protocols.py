@@ -18,8 +18,8 @@ MASKS_BETWEEN_ALL_UP_TO = 16  # hospitals
 class AggregationSection(Section):
     """Secure sum of updates. An update's coordinates must lie within `update_bound`, counts within `count_bound`.
 
-    `weighted` opens the exact number of patients of all hospitals and weights their updates by their own: for mechanism
-    `none` alone, where null means it. With a mechanism that number is nobody's to know, and hospitals weigh the same.
+    `weighted` opens the exact number of patients of all hospitals and weights their updates by their own: with
+    mechanism `none` alone, where it is the default. With a mechanism that number is nobody's to know, and hospitals weigh the same.
 
     With `norm_check` each hospital proves that the L2 norm of its hidden update is within a bound before anything is opened;
     what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise; with distributed noise
