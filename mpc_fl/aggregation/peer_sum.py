@@ -41,7 +41,8 @@ that do not fit, or did so to the hospital that names it, whose word others only
 says that a slice did not come costs itself or its sender the place in V, and who falsely gives up a sum makes it void.
 
 Not here: who proposes after whom, and that all sign T and what came of it (a block): the caller's. A norm check needs each
-hospital's own slice with another one; rules with a check are refused.
+hospital's own slice with another one; rules with a check are refused. So is a circle of masks (`mask_graph`): what it holds
+against was counted for one opener, that none of its hospitals is.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def peer_sum(
     """At a hospital of U: add `encoded` (int32 or int64, of any shape) to the sum; returns V, and the opened sum over V.
 
     The sum is of the dtype and shape of `encoded`, and `None` where this hospital is not in V. `plan` has U, the proposer as its
-    opener, at least two closing masks, and T, which all of U have signed. `encoded` itself is masked, to save its memory, and
-    is of no use to the caller afterwards. `before_summand` is called before the first byte of it leaves.
+    opener, masks between all, at least two closing masks, and T, which all of U have signed. `encoded` itself is masked, to
+    save its memory, and is of no use to the caller afterwards. `before_summand` is called before the first byte of it leaves.
 
     Raises `SumLostError` when the sum is void, naming whom it was lost with where this hospital knows; `QuorumError` when too few
     are left; `ProtocolError` for a U or V that may not be summed over, and naming who deviates; `SecrecyError` for a sum
@@ -105,6 +106,11 @@ def peer_sum(
     there others may have the sum.
     """
     require_hospitals(rules, plan.hospitals, domain.links.name)
+    if plan.circle is not None or rules.bounds(len(plan.hospitals)) is not None:
+        raise ProtocolError(
+            f"'{agreed.about.why}' cannot be summed among {len(plan.hospitals)} peers with masks in a circle",
+            "set aggregation.mask_neighbours to all",
+        )
     if rules.check is not None or plan.closing < _LEAST_CLOSING or plan.opener not in plan.hospitals:
         raise ProtocolError(
             f"'{agreed.about.why}' cannot be summed among peers",

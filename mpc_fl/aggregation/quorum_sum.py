@@ -9,7 +9,8 @@ hospital may be left out (closing masks):
      of U: if somebody has not come, the word "again" names who has, and all begin at 1, with fresh masks and another T
   3. the word "fixed" names V, those who came in time and passed, and who was late; fewer than the quorum end the run
      (`QuorumError`). Each hospital of V sees that V may be opened and signs (T, V), once
-  4. the aggregator checks the signatures, records the opening and returns them all with the word "confirmed"
+  4. the aggregator checks the signatures, records the opening and returns them all with the word "confirmed"; in a circle
+     of masks to each hospital those of its neighbours
   5. each hospital of V sees that all of V signed its own T and V, records the opening, and gives its keys; the aggregator
      opens the sum over V and says "opened"
 Where nobody may be left out (no closing masks) V is U: hospitals are ready with their signature over (T, U), and steps 4
@@ -35,6 +36,9 @@ hospitals, all of which were told the same. What it adds up otherwise is uniform
 honest hospital of V before it opens, and charged before the summand leaves. It can make a sum fail, and is then named. A
 hospital that deviates can choose its summand (within the norm, if that is checked) and can make a sum fail; of a false key
 it is named, or one of two.
+
+Many hospitals. Beyond 16 masks go to neighbours in a circle that T draws (`mask_graph`), except in sums that are checked: the
+bound is then `Rules.colluders`. A V that leaves somebody too few of them is signed by nobody; the run ends, and names whom.
 """
 
 from __future__ import annotations
@@ -48,7 +52,16 @@ from typing import Any
 
 import torch
 
-from mpc_fl.aggregation.rules import AgreedSum, Description, Rules, require_hospitals, require_only, require_quorum
+from mpc_fl.aggregation.mask_graph import mask_circle
+from mpc_fl.aggregation.rules import (
+    AgreedSum,
+    Description,
+    Rules,
+    require_followed,
+    require_hospitals,
+    require_only,
+    require_quorum,
+)
 from mpc_fl.aggregation.transcript import confirm, require_all_confirmed, require_confirmation, transcript_of
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
@@ -64,8 +77,10 @@ _AT_A_TIME = 2
 
 def _plan(links: Links, rules: Rules, agreed: AgreedSum, hospitals: tuple[str, ...], attempt: int) -> SumPlan:
     transcript = transcript_of(links, rules, agreed, hospitals, attempt)
-    closing = min(rules.closing, len(hospitals) - 1)
-    return SumPlan(hospitals, rules.opener, (*agreed.label, attempt), closing, transcript)
+    closing, circle, bounds = min(rules.closing, len(hospitals) - 1), None, rules.bounds(len(hospitals))
+    if bounds is not None:
+        closing, circle = bounds.closing if rules.closing else 0, mask_circle(hospitals, transcript, bounds)
+    return SumPlan(hospitals, rules.opener, (*agreed.label, attempt), closing, transcript, circle)
 
 
 # ---- at a hospital -----------------------------------------------------------------------------------------------------
@@ -178,7 +193,7 @@ class _Part:
     def _open(self, word: Mapping[str, Any], recorded: Callable[[], None] = lambda: None) -> None:
         """Step 5: nothing that opens the sum leaves before all of V have confirmed it, and before it is recorded."""
         plan, about, rules = self.masks.plan, self.agreed.about, self.rules
-        require_all_confirmed(self.domain, plan.opener, plan.transcript, self.admitted, word)
+        require_all_confirmed(self.domain, plan, self.admitted, word)
         fixed = Shared(about.what, FixedSum(self.masks, self.admitted, rules.smallest, 0, recorded))
         open_to(self.domain, fixed, [rules.opener], about.why, about.privacy)
         word = next_word(self.domain.links, plan.opener, ("opened", "void"))
@@ -235,6 +250,7 @@ def collect(
             intake.forget_late()
         present = intake.closed.present
         require_quorum(rules, present, agreed.hospitals, about.why)
+        require_followed(plan, present, about.why)
         if rules.check is None or present == hospitals:
             break
         log.warning("'%s' begins again without %s", about.why, ", ".join(set(hospitals) - set(present)))
@@ -251,8 +267,7 @@ def collect(
         say(links, hospitals, "fixed", hospitals=list(present), late=late)
         told_void = present
         signatures = intake.confirmations(present, "confirm")
-        told = functools.partial(say, links, present, "confirmed", signatures=signatures)
-        total = intake.open(about, present, told)
+        total = intake.open(about, present, functools.partial(intake.say_confirmed, signatures))
         if rules.check is not None:
             rules.check.require_total(total, present, about.why)
         return present, total
@@ -286,8 +301,7 @@ class _Intake:
         signatures = self.confirmations(plan.hospitals, "ready")
 
         def take() -> None:
-            awaited = dict.fromkeys(plan.hospitals, self.summand)
-            self.take_summands(awaited, "confirmed", signatures=signatures)
+            self.take_summands(dict.fromkeys(plan.hospitals, self.summand), signatures)
 
         return plan.hospitals, self.open(about, plan.hospitals, take)
 
@@ -300,6 +314,12 @@ class _Intake:
             signatures[name] = require_confirmation(self.domain, name, plan.transcript, admitted, word)
         return signatures
 
+    def say_confirmed(self, signatures: Mapping[str, str], to: Sequence[str] | None = None) -> None:
+        """Step 4: all of V, or those named of it, hear the signatures that they must see."""
+        for name in signatures if to is None else to:
+            seen = self.closed.plan.confirmed_by(name, signatures)
+            say(self.domain.links, [name], "confirmed", signatures={each: signatures[each] for each in seen})
+
     def open(self, about: Description, admitted: tuple[str, ...], recorded: Callable[[], None]) -> torch.Tensor:
         """Steps 4 and 5, `recorded` in between; all of V are told that the sum is opened."""
         fixed = Shared(about.what, FixedSum(self.closed, admitted, self.rules.smallest, 0, recorded))
@@ -308,11 +328,11 @@ class _Intake:
         say(self.domain.links, admitted, "opened")
         return total
 
-    def take_summands(self, awaited: dict[str, str], word: str = "send", **values: Any) -> None:
+    def take_summands(self, awaited: dict[str, str], signatures: Mapping[str, str] | None = None) -> None:
         """Take what is awaited of each hospital: the tag of its "ready", or of its summand where it is ready already.
 
-        Those that are ready are told to send with `word`, at most two of them at a time. Each has the time of an answer for
-        it from then on: whoever stops there does not cost those that wait for its place theirs.
+        Those that are ready are told to send, by the `signatures` where these come first, at most two of them at a time. Each
+        has the time of an answer for it from then on: whoever stops there does not cost those that wait for its place theirs.
         """
         links, closed = self.domain.links, self.closed
         queue, asked = [name for name, tag in awaited.items() if tag == self.summand], set[str]()
@@ -322,7 +342,10 @@ class _Intake:
                 name = queue.pop(0)
                 awaited[name] = self.summand
                 asked.add(name)
-                say(links, [name], word, **values)
+                if signatures is None:
+                    say(links, [name], "send")
+                else:
+                    self.say_confirmed(signatures, [name])
                 deadlines[name] = links.deadline()
             expected = {name: tag for name, tag in awaited.items() if name not in queue}
             first = min(expected, key=lambda name: deadlines[name])

@@ -12,10 +12,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from mpc_fl.aggregation.mask_graph import MaskBounds, mask_bounds
 from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
 from mpc_fl.sharing.opening import SecretDomain
 
 # Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
@@ -44,6 +45,7 @@ class Check(Protocol):
 class Rules:
     """How all sums of a run are made: opener, the hospitals there are, in order, smallest U and V, closing masks, seconds
     until hospitals must be ready with a summand, check if any. `quorum` is that of the run where a sum needs more than it.
+    `colluders`: the most hospitals that may collude where masks form a graph (`mask_graph`); None: all share masks with all.
     """
 
     opener: str
@@ -53,6 +55,13 @@ class Rules:
     seconds: float
     check: Check | None = None
     quorum: int | None = None
+    colluders: int | None = None
+
+    def bounds(self, hospitals: int) -> MaskBounds | None:
+        """The graph of masks of a sum over so many hospitals; None where all share masks with all, as a check needs it."""
+        if self.colluders is None or self.check is not None:
+            return None
+        return mask_bounds(hospitals, self.colluders, self.smallest)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,15 @@ def require_quorum(rules: Rules, present: Sequence[str], hospitals: Sequence[str
             f"'{why}': {len(present)} hospitals are left and {needed}"
             + (f"; {', '.join(missing)} missing" if missing else ""),
             "nothing was opened; see the logs of the hospitals, then go on with --resume",
+        )
+
+
+def require_followed(plan: SumPlan, present: Sequence[str], why: str) -> None:
+    """Raise `QuorumError` when somebody who is left in a circle has too few left of those that share its masks."""
+    if plan.circle is not None and (bared := plan.circle.bared(set(present))):
+        raise QuorumError(
+            f"'{why}': {bared}",
+            "nothing was opened; see the logs of the hospitals that are missing, then go on with --resume",
         )
 
 

@@ -25,6 +25,7 @@ from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError, SecrecyError
 from mpc_fl.links.links import Links
+from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
 
 _TRANSCRIPT = "mpc-fl transcript of a sum 1"
@@ -42,6 +43,9 @@ def transcript_of(links: Links, rules: Rules, agreed: AgreedSum, hospitals: Sequ
         "about": [about.what, about.why, None if about.privacy is None else dict(about.privacy)],
         "seen": dict(agreed.seen),
     }
+    bounds = rules.bounds(len(hospitals))
+    if bounds is not None:  # as all compute it alike: who has another graph shall have other masks, too
+        seen["masks"] = [rules.colluders, bounds.reach, bounds.least, bounds.closing]
     return digest_of([_TRANSCRIPT, seen])
 
 
@@ -69,14 +73,17 @@ def require_confirmation(
 
 
 def require_all_confirmed(
-    domain: SecretDomain, opener: str, transcript: str, admitted: Sequence[str], word: Mapping[str, Any]
+    domain: SecretDomain, plan: SumPlan, admitted: Sequence[str], word: Mapping[str, Any]
 ) -> None:
     """At a hospital: all of V signed this hospital's own (T, V), by the opener's word "confirmed".
 
+    In a circle of masks its neighbours in V are enough: each honest one signs once, so neither it nor they open the mask between
+    them, and so on around the circle (docs/protocols/sums.md, many hospitals).
+
     Raises `ProtocolError` naming the opener otherwise: it passed on what it had to check.
     """
-    signatures, statement = word.get("signatures"), _statement(transcript, admitted)
-    for name in admitted:
+    opener, signatures, statement = plan.opener, word.get("signatures"), _statement(plan.transcript, admitted)
+    for name in plan.confirmed_by(domain.links.name, admitted):
         signature = signatures.get(name) if isinstance(signatures, dict) else None
         if not signatory_of(domain).is_genuine(name, _PURPOSE, statement, signature):
             raise ProtocolError(

@@ -40,6 +40,10 @@ class TrainingEstimate:
 
     `connecting_seconds` until all parties are connected, started at once: on this machine, or each on its own where they have
     addresses; `connecting_deadline` ends the wait for those that are not there.
+
+    Of one sum of updates or gradients (`aggregation.mask_costs`): with how many others a hospital shares masks, how many keys
+    it holds, how many hospitals may pool with the aggregator; seconds of a core to mask a summand, and to open the sum when as
+    many are lost as the quorum allows.
     """
 
     parameters: int
@@ -49,6 +53,11 @@ class TrainingEstimate:
     bytes_sent_per_hospital: int
     bytes_sent_by_aggregator: int
     messages_per_hospital: int
+    mask_neighbours: int
+    mask_keys: int
+    masks_against: int
+    masking_seconds: float
+    opening_seconds: float
     headroom_bits_spare: float
     memory_bytes_per_hospital: int
     privacy: list[NoPrivacy | PlannedPrivacy]

@@ -19,7 +19,13 @@ from mpc_fl.config.data import DataSection
 from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
 from mpc_fl.config.evaluation import Evaluated, EvaluationSection
 from mpc_fl.config.privacy import PrivacySection
-from mpc_fl.config.protocols import AggregationSection, InferenceSection, Reveal, ServingSection
+from mpc_fl.config.protocols import (
+    MASKS_BETWEEN_ALL_UP_TO,
+    AggregationSection,
+    InferenceSection,
+    Reveal,
+    ServingSection,
+)
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.config.training import ModelSection, TrainingSection
 from mpc_fl.errors import ConfigError
@@ -86,6 +92,11 @@ class Config(Section):
             # A patient's rounded gradient must come out the same whoever else is drawn: shown for float32 alone.
             raise ValueError("privacy.mechanism distributed needs gradients in float32; set site.precision to float32")
         self._check_recipe()
+        if self.aggregation.mask_neighbours == "all" and self.federation.hospitals <= MASKS_BETWEEN_ALL_UP_TO:
+            raise ValueError(
+                f"up to {MASKS_BETWEEN_ALL_UP_TO} hospitals share masks with all others anyway; leave aggregation.mask_neighbours "
+                "at auto"
+            )
         if self.data.normalise == "weights" and self.model.initial_weights is None:
             raise ValueError("data.normalise weights takes constants from model.initial_weights, which is not set")
         if self.data.features is not None and self.model.architecture not in ("mlp", "linear"):

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from mpc_fl.config.section import Count, Positive, Section
 
 Reveal = Literal["logits", "label"]
+MASKS_BETWEEN_ALL_UP_TO = 16  # hospitals
 
 
 class AggregationSection(Section):
@@ -23,6 +24,10 @@ class AggregationSection(Section):
     With `norm_check` each hospital proves that the L2 norm of its hidden update is within a bound before anything is opened;
     what exceeds it is left out. `norm_bound` overrides the bound that follows from clipping and noise; with distributed noise
     it cannot be lower.
+
+    Up to 16 hospitals share masks with all others. Beyond, `mask_neighbours` auto lets each share them with as many as are needed
+    against a fifth of all hospitals (or privacy.colluders, if these are more) that pool with the aggregator; sums whose norms are
+    checked need masks between all.
     """
 
     fraction_bits: Annotated[int, Field(ge=4, le=40)] = Field(default=24, description="of an encoded update")
@@ -32,6 +37,9 @@ class AggregationSection(Section):
     norm_check: bool = False
     norm_bound: Positive | None = Field(
         default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"
+    )
+    mask_neighbours: Literal["auto", "all"] = Field(
+        default="auto", description="all: also beyond 16 hospitals, against all but two of a sum"
     )
 
 

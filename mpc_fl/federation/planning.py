@@ -10,12 +10,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from mpc_fl.aggregation.mask_graph import most_colluding
 from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.aggregation.rules import Description, Rules
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config, party_names
 from mpc_fl.config.deadlines import deadlines_of, peer_deadlines_of
 from mpc_fl.config.evaluation import Evaluated
+from mpc_fl.config.protocols import MASKS_BETWEEN_ALL_UP_TO
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import ConfigError, DataError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
@@ -52,7 +54,8 @@ def headroom_of(config: Config) -> MeanHeadroom:
 
 
 def sum_rules(config: Config) -> Rules:
-    """How the sums of a training run are made: closing masks only where a hospital may be left out of one.
+    """How the sums of a training run are made: closing masks only where a hospital may be left out of one, a graph of masks
+    only beyond 16 hospitals.
 
     Raises `ConfigError` for a quorum that does not hide a summand from as many colluding hospitals as are configured.
     """
@@ -61,7 +64,10 @@ def sum_rules(config: Config) -> Rules:
     may_leave_out = federation.quorum_size < federation.hospitals or config.aggregation.norm_check
     closing = config.noise_colluders + 1 if may_leave_out else 0
     hospitals = tuple(hospital_names(federation.hospitals))
-    return Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, deadlines_of(config).summand)
+    rules = Rules(AGGREGATOR, hospitals, federation.quorum_size, closing, deadlines_of(config).summand)
+    if config.aggregation.mask_neighbours == "all" or len(hospitals) <= MASKS_BETWEEN_ALL_UP_TO:
+        return rules
+    return replace(rules, colluders=most_colluding(len(hospitals), config.noise_colluders))
 
 
 def peer_rules(config: Config) -> Rules:

@@ -26,6 +26,10 @@ does not fit its commitment is known to be its sender's doing, two commitments t
 What a lost party costs. Nothing before step 3: V just does not hold it. In step 3 the key of c_ij comes from j, or if j is
 lost from i; only if both are lost the sum stays closed for ever (`ProtocolError`), and what was in it must be made anew.
 
+Many hospitals. In a circle (`mask_circle`) z_ij and c_ij are shared by neighbours alone, P(i) follows i in the circle, and the
+c_ij of one hospital are one key stream, whose key is a hash of the keys c_ij was expanded from: one honest one of P(i) is
+enough for it to be unknown. No V is opened that leaves somebody in it with too few who follow.
+
 Rounds and bytes. Two: y_i (k / 8 bytes per element) and at most 2 `closing` + n commitments, then V and as many keys, of 32
 bytes each. The opener
 expands `closing` key streams for each hospital, so its work grows linearly with their number.
@@ -34,8 +38,9 @@ expands `closing` key streams for each hospital, so its work grows linearly with
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -43,6 +48,7 @@ from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
+from mpc_fl.sharing.mask_circle import MaskCircle, joint_seed
 
 KEY_BYTES = 32
 _NOTHING_OPENED = "it does not follow the protocol; no key was given, do not go on with it"
@@ -52,7 +58,7 @@ Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with 
 @dataclass(frozen=True)
 class SumPlan:
     """What is public of one sum: its hospitals U in order, its opener, a label used once, `closing`, |P(i)|, and the
-    transcript T as this party has it, in hex.
+    transcript T as this party has it, in hex. `circle`: who shares masks with whom, all with all where it is None.
     """
 
     hospitals: tuple[str, ...]
@@ -60,44 +66,73 @@ class SumPlan:
     label: tuple[Label, ...]
     closing: int
     transcript: str
+    circle: MaskCircle | None = None
 
     def __post_init__(self) -> None:
-        if len(set(self.hospitals)) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
+        if len(self._places) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
             raise ProtocolError("a sum over these hospitals cannot be", "check federation.quorum")
+        if self.circle is not None and (
+            set(self.circle.order) != set(self.hospitals) or self.closing > self.circle.reach
+        ):
+            raise ProtocolError("a sum over these hospitals cannot be masked by this circle", SAME_VERSION)
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.hospitals)}
 
     @property
     def name(self) -> str:
         """The label as text, for tags of messages."""
         return " ".join(str(part) for part in self.label)
 
+    def neighbours(self, hospital: str) -> tuple[str, ...]:
+        """With whom this hospital shares z_ij."""
+        if self.circle is not None:
+            return self.circle.neighbours(hospital)
+        return tuple(name for name in self.hospitals if name != hospital)
+
     def partners(self, hospital: str) -> tuple[str, ...]:
         """P(i): who shares a closing mask of this hospital's summand."""
-        at, count = self.hospitals.index(hospital), len(self.hospitals)
+        if self.circle is not None:
+            return self.circle.following(hospital, self.closing)
+        at, count = self._places[hospital], len(self.hospitals)
         return tuple(self.hospitals[(at + step) % count] for step in range(1, self.closing + 1))
+
+    def closed_with(self, hospital: str) -> tuple[str, ...]:
+        """Whose partner this hospital is."""
+        if self.circle is not None:
+            return self.circle.preceding(hospital, self.closing)
+        return tuple(name for name in self.hospitals if hospital in self.partners(name))
 
     def adds(self, hospital: str, other: str) -> bool:
         """Whether the hospital adds z_ij (the other one then takes it away)."""
-        return self.hospitals.index(hospital) < self.hospitals.index(other)
+        return self._places[hospital] < self._places[other]
 
     def keys_known_to(self, hospital: str) -> list[Key]:
         """All keys that this hospital of U holds, in the order in which it commits to them."""
-        zero: list[Key] = [("zero", hospital, other) for other in self.hospitals if other != hospital]
+        zero: list[Key] = [("zero", hospital, other) for other in self.neighbours(hospital)]
         own: list[Key] = [("closing", hospital, partner) for partner in self.partners(hospital)]
-        others: list[Key] = [
-            ("closing", other, hospital) for other in self.hospitals if hospital in self.partners(other)
-        ]
+        others: list[Key] = [("closing", other, hospital) for other in self.closed_with(hospital)]
         return [*zero, *own, *others]
 
-    def keys_of(self, hospital: str, admitted: Sequence[str]) -> list[Key]:
+    def keys_of(self, hospital: str, admitted: Collection[str]) -> list[Key]:
         """The keys that this hospital of V sends in step 3, in this order."""
-        zero = [("zero", hospital, other) for other in self.hospitals if other not in admitted]
+        zero = [("zero", hospital, other) for other in self.neighbours(hospital) if other not in admitted]
         own = [("closing", hospital, partner) for partner in self.partners(hospital)]
-        others = [("closing", other, hospital) for other in admitted if hospital in self.partners(other)]
+        others = [("closing", other, hospital) for other in self.closed_with(hospital) if other in admitted]
         return [*zero, *own, *others]
+
+    def confirmed_by(self, hospital: str, admitted: Iterable[str]) -> tuple[str, ...]:
+        """Whose confirmation of V this hospital of V must see: all of V, or its own and its neighbours' in a circle."""
+        if self.circle is None:
+            return tuple(admitted)
+        inside = set(admitted)
+        return tuple(name for name in (hospital, *self.circle.neighbours(hospital)) if name in inside)
 
     def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
         """Whether the sum over V cannot be opened with the keys of those who answered."""
-        given = {key for name in answered for key in self.keys_of(name, admitted)}
+        inside = set(admitted)
+        given = {key for name in answered for key in self.keys_of(name, inside)}
         return any(key not in given for key in _needed(self, admitted))
 
 
@@ -107,14 +142,14 @@ class SummandMasks:
     def __init__(self, plan: SumPlan, me: str, shape: Sequence[int], seed_with: Callable[[str], Seed]) -> None:
         self.plan, self.me, self.shape = plan, me, tuple(shape)
         self._seeds: dict[Key, Seed] = {}
-        for other in plan.hospitals:
-            if other == me:
-                continue
+        partners, closed_with = set(plan.partners(me)), set(plan.closed_with(me))
+        for other in plan.neighbours(me):
             pair = seed_with(other).derive("closed sum", *plan.label, plan.transcript)
             self._seeds["zero", me, other] = pair.derive("zero")
-            for owner, partner in ((me, other), (other, me)):
-                if partner in plan.partners(owner):
-                    self._seeds["closing", owner, partner] = pair.derive("closing", owner)
+            if other in partners:
+                self._seeds["closing", me, other] = pair.derive("closing", me)
+            if other in closed_with:
+                self._seeds["closing", other, me] = pair.derive("closing", other)
         self._encoded: Private[torch.Tensor] | None = None
         self._given = False
 
@@ -138,8 +173,11 @@ class SummandMasks:
         self._encoded = None if in_place else encoded
         summand = summand if in_place and summand.is_contiguous() else own_copy(summand)
         for (kind, owner, partner), seed in self._seeds.items():
-            if owner == self.me:
+            if owner == self.me and (kind == "zero" or self.plan.circle is None):
                 _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
+        if self.plan.circle is not None and self.plan.closing:
+            own = [self._seeds["closing", self.me, partner] for partner in self.plan.partners(self.me)]
+            joint_seed([seed.reveal_for_transport() for seed in own]).stream("mask").add_to(summand)
         return summand
 
     def shared_masks(self, hospital: str) -> Iterator[tuple[Stream, bool]]:
@@ -172,7 +210,7 @@ class SummandMasks:
         if self._given:
             raise SecrecyError(f"the keys of the sum '{self.plan.name}' were asked for twice")
         self._given = True
-        keys = [self._seeds[key].reveal_for_transport() for key in self.plan.keys_of(self.me, admitted)]
+        keys = [self._seeds[key].reveal_for_transport() for key in self.plan.keys_of(self.me, set(admitted))]
         return (
             torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(-1, KEY_BYTES) if keys else _NO_KEYS
         )
@@ -226,9 +264,9 @@ class KeyCommitments:
 
         Raises `ProtocolError` naming a hospital whose answer is malformed, or not what it committed to.
         """
-        known: dict[Key, bytes] = {}
+        known, inside = dict[Key, bytes](), set(admitted)
         for name, answer in keys.items():
-            names = self._plan.keys_of(name, admitted)
+            names = self._plan.keys_of(name, inside)
             if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
                 raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
             for key, row in zip(names, answer, strict=True):
@@ -239,7 +277,8 @@ class KeyCommitments:
 
 def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
     """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
-    if tuple(name for name in plan.hospitals if name in admitted) != tuple(admitted):
+    inside = set(admitted)
+    if tuple(name for name in plan.hospitals if name in inside) != tuple(admitted):
         raise ProtocolError(
             f"{plan.opener} fixed '{plan.name}' over hospitals that do not belong to it", _NOTHING_OPENED
         )
@@ -249,6 +288,8 @@ def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) ->
         )
     if plan.closing == 0 and len(admitted) < len(plan.hospitals):
         raise ProtocolError(f"{plan.opener} left a hospital out of '{plan.name}', which nobody may be", _NOTHING_OPENED)
+    if plan.circle is not None and (bared := plan.circle.bared(inside)):
+        raise ProtocolError(f"{plan.opener} fixed '{plan.name}' so that {bared}", _NOTHING_OPENED)
 
 
 @dataclass(repr=False)
@@ -334,16 +375,21 @@ def _without_masks(
         if key not in known:
             raise ProtocolError("the keys of a sum were lost with the parties that held them", "make its summands anew")
         kind, owner, partner = key
-        added = kind == "closing" or plan.adds(owner, partner)
-        _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
+        if kind == "zero" or plan.circle is None:
+            added = kind == "closing" or plan.adds(owner, partner)
+            _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
+    for name in admitted if plan.circle is not None and plan.closing else ():
+        own = [known["closing", name, partner] for partner in plan.partners(name)]
+        joint_seed(own).stream("mask").subtract_from(total)
     return total
 
 
 def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:
+    inside = set(admitted)
     closing = [("closing", name, partner) for name in admitted for partner in plan.partners(name)]
     return [
         *closing,
-        *(("zero", name, other) for name in admitted for other in plan.hospitals if other not in admitted),
+        *(("zero", name, other) for name in admitted for other in plan.neighbours(name) if other not in inside),
     ]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mpc_fl.aggregation.mask_graph import mask_circle
 from mpc_fl.aggregation.peer_sum import peer_sum
 from mpc_fl.aggregation.quorum_sum import collect, contribute
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
@@ -208,15 +210,22 @@ def _refused(links: Any, directory: str, signatory: dict[str, Signatory]) -> lis
             hospitals[1:] if links.name == "hospital-0" else hospitals[:1], "x", ("a",), 0, "b"
         ),
     }
-    rules = rules_of("hospital-0", hospitals, 3)
-    for plan in plans.values():
+    many = hospitals_of(18)
+    in_a_circle = replace(rules_of("hospital-0", many, 17), colluders=3)
+    bounds = in_a_circle.bounds(18)
+    assert bounds is not None
+    circle = mask_circle(many, good.transcript, bounds)
+    tried = [(rules_of("hospital-0", hospitals, 3), plan) for plan in plans.values()]
+    tried.append((in_a_circle, SumPlan(many, "hospital-0", good.label, 2, good.transcript)))
+    tried.append((replace(in_a_circle, colluders=None), SumPlan(many, "hospital-0", good.label, 2, "c", circle)))
+    for rules, plan in tried:
         try:
             peer_sum(domain, rules, agreed, plan, Private("update", summand(links.name, 10)))
         except ProtocolError as error:
             said.append(str(error))
     domain.take_up(good.transcript)
     try:
-        peer_sum(domain, rules, agreed, good, Private("update", summand(links.name, 10)))
+        peer_sum(domain, tried[0][0], agreed, good, Private("update", summand(links.name, 10)))
     except SecrecyError as error:
         said.append(str(error))
     return said
@@ -231,9 +240,10 @@ def test_what_may_not_be_summed_is_refused_before_anything_is_sent(tmp_path: Pat
 
     results = run_parties_in_memory(_refused, list(hospitals_of(3)), str(tmp_path), signatory, prepare=prepare)
     for said in results.values():
-        assert len(said) == 5
+        assert len(said) == 7
         assert "cannot be summed among peers" in said[0] and "cannot be summed among peers" in said[1]
-        assert "hospital-0 asked" in said[2] and "hospital-0 asked" in said[3] and "asked for twice" in said[4]
+        assert "hospital-0 asked" in said[2] and "hospital-0 asked" in said[3] and "asked for twice" in said[6]
+        assert all("among 18 peers with masks in a circle" in each for each in said[4:6])
     assert not any(tags)
 
 

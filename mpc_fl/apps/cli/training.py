@@ -233,6 +233,10 @@ def check(
     say(f"Kernels of encrypted diagnosis here: {kernels()}.")
     _say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
+    if found.mask_neighbours + 1 < settings.federation.hospitals:
+        say(
+            f"Masks: with {found.mask_neighbours} others each, against the aggregator and {found.masks_against} hospitals."
+        )
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
 
@@ -274,8 +278,18 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
     sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
     say(f"  each hospital sends {sent:,.1f} MB in {training.messages_per_hospital} messages, needs {memory} of memory")
-    if not settings.among_peers:
+    opener, whom = "the aggregator", "the aggregator with any"
+    if settings.among_peers:
+        opener, whom = "each hospital", "any"
+    else:
         say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
+    say(
+        f"  masks: each hospital shares them with {training.mask_neighbours} others, holds {training.mask_keys} keys of a sum"
+    )
+    before = "" if training.mask_neighbours + 1 == settings.federation.hospitals else " that pool before it"
+    say(f"  a summand is hidden from {whom} {training.masks_against} hospitals of the sum{before}")
+    masking, opening = training.masking_seconds, training.opening_seconds
+    say(f"  masking takes a core {masking:.2g} s a sum, opening at the quorum {opening:.2g} s at {opener}")
     took, deadline = training.connecting_seconds, training.connecting_deadline
     where = "each on a machine of its own" if settings.federation.addresses else "all on this machine"
     say(

@@ -1,6 +1,7 @@
 """What a run will need, before it: headroom, privacy, bytes, messages, memory.
 
-Bytes are those of tensors; frames and control messages add about 100 bytes each, signatures of the reveal ledger and
+Bytes are those of tensors, and beyond 16 hospitals of commitments, confirmations and names of every sum
+(`aggregation.mask_costs`); frames and control messages add about 100 bytes each, signatures of the reveal ledger and
 greetings about 1.5 KB. Memory is a model of what the programs hold, with constants fitted to measured peaks (`VmHWM` of
 parties, in their logs): right within a factor of two, for a decision between a laptop and a server. Parties on one machine are
 forked from one process, and need what that has imported once.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from mpc_fl.aggregation.mask_costs import mask_costs
 from mpc_fl.apps.estimates import (
     FastInferenceEstimate,
     InferenceEstimate,
@@ -31,6 +33,7 @@ from mpc_fl.apps.estimates import (
 from mpc_fl.apps.runs.party_starter import modules_to_share
 from mpc_fl.config.config import Config, connect_seconds
 from mpc_fl.config.evaluation import Evaluated
+from mpc_fl.config.protocols import MASKS_BETWEEN_ALL_UP_TO
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
@@ -70,6 +73,7 @@ _SAID_OF_SLICES = 1800
 _SAID_OF_A_ROUND = 1200
 _MESSAGES_OF_A_PEER_SUM = 10
 _MESSAGES_OF_A_PEER_ROUND = 4
+_MASK_BYTES_A_SECOND = 3e9  # of key stream onto a summand, one core: measured 2.8 to 4.5, benchmarks/many_hospitals.py
 _LINK_SECONDS = 0.012  # of processor time at both ends together, `benchmarks/connecting.py`
 _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byte of corrections
 
@@ -124,12 +128,19 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
     if config.data.normalise == "secure":
         before.append(_WORD * plan_features(config).length)
     opened = len(before) + rounds * sums + len(evaluations)
-    closing = min((peer_rules if config.among_peers else sum_rules)(config).closing, hospitals - 1)
-    keys = KEY_BYTES * 2 * closing
+    rules = (peer_rules if config.among_peers else sum_rules)(config)
+    closing = min(rules.closing, hospitals - 1)
+    keys, told = KEY_BYTES * 2 * closing, 0
+    masks = mask_costs(rules, hospitals)
+    if hospitals > MASKS_BETWEEN_ALL_UP_TO and not config.among_peers:
+        keys, told = masks.bytes_sent, masks.bytes_received + masks.bytes_of_names
+    of_update = mask_costs(replace(rules, colluders=None), hospitals) if config.aggregation.norm_check else masks
+    masking = ring_bits // 8 * shared / _MASK_BYTES_A_SECOND
     messages = 4 if closing else 2  # ready and summand; signature and keys with closing masks
     summands = sum(before) + rounds * sums * ring_bits // 8 * shared + _WORD * sum(evaluations)
     up = summands + opened * keys
     down = _FLOAT * (parameters + buffers) + rounds * sums * _FLOAT * shared
+    down += opened * told
     down += _FLOAT * shared if config.evaluation.choose == "best" else 0
     signed = (
         config.last_round + 5
@@ -148,6 +159,11 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
         messages_per_hospital=sent,
+        mask_neighbours=of_update.neighbours,
+        mask_keys=of_update.keys,
+        masks_against=of_update.against,
+        masking_seconds=round(of_update.streams * masking, 3),
+        opening_seconds=round(of_update.opener_streams_at_quorum * masking, 3),
         headroom_bits_spare=round(headroom.bits_spare, 1),
         memory_bytes_per_hospital=_training_memory(config, model, parameters, max(patients)),
         privacy=[planned_privacy(config, at or hospital_name(rank), count) for rank, count in enumerate(patients)],

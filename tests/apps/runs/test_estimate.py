@@ -276,3 +276,31 @@ def test_inference_costs_what_was_estimated(runs: Runs) -> None:
     assert_sent(run, "dealer", expected.bytes_sent_by_dealer)
     for name in ("hospital-0", "model-owner", "dealer"):
         assert 0.5 < peak_memory(run, name) / expected.memory_bytes_per_party < 2
+
+
+def test_many_hospitals_are_told_what_their_masks_cost(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = ["--set", "privacy.mechanism=none", "--set", "federation.hospitals=20", "--set", "federation.quorum=19"]
+    said = command(capsys, monkeypatch, "estimate", DEMO, *many)
+    assert "each hospital shares them with 12 others, holds 22 keys of a sum" in said
+    assert "hidden from the aggregator with any 4 hospitals of the sum that pool before it" in said
+    monkeypatch.setattr(estimate, "available_memory", lambda: 64 << 30)
+    checked = command(capsys, monkeypatch, "check", DEMO, *many)
+    assert "Masks: with 12 others each, against the aggregator and 4 hospitals." in checked
+
+
+@pytest.mark.parametrize(
+    ("changes", "neighbours", "against"),
+    [
+        ({}, 38, 12),
+        ({"aggregation": {"mask_neighbours": "all"}}, 63, 56),
+        ({"aggregation": {"norm_check": True, "norm_bound": 10.0}}, 63, 56),
+        ({"privacy": {"mechanism": "none", "colluders": 30}}, 63, 56),
+    ],
+)
+def test_masks_of_many_hospitals(changes: dict[str, Any], neighbours: int, against: int) -> None:
+    values = {"privacy": {"mechanism": "none"}, "federation": {"hospitals": 64, "quorum": 58}, **changes}
+    found = estimate.estimate_training(parse_config(values, "test"), [10] * 64)
+    assert (found.mask_neighbours, found.masks_against) == (neighbours, against)
+    assert 0 < found.masking_seconds < found.opening_seconds
