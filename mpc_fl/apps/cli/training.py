@@ -202,7 +202,9 @@ def check(
             from mpc_fl.apps.runs.placement import party_of, site_of
             from mpc_fl.apps.runs.site_data import with_own_data
 
+            settings.data.require_agreed_columns()
             settings = with_own_data(site_of(settings, party_of(settings, party, None, {})), party)
+        _refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
         found = _preflight(settings, patients=data_found.training_patients, at=party)
         assert found is not None  # of a run from its start

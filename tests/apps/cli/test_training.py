@@ -88,3 +88,30 @@ def test_check_says_where_gradients_are_computed_and_refuses_what_is_not_here(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'mpc-fl\[mlflow\]'"):
         _preflight(parse_config({"site": {"watch": ["mlflow"]}}, "test"))
+
+
+def test_check_names_test_patients_that_train_where_they_are_refused(tmp_path: Path) -> None:
+    patients = {"train": {"a": [1, 2], "b": [3, 4]}, "test": {"a": [1, 12], "b": [13, 14]}}
+    folder_of_images(tmp_path / "data", patients)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {source: images, classes: [a, b], image_size: 8, shared_patients: refuse}\n"
+        "privacy: {mechanism: none, smallest_hospital: 1}\nfederation: {hospitals: 2}\n"
+    )
+    for party in (None, "hospital-0"):
+        with pytest.raises(DataError, match="1 of 4 test patients are also training patients by name: person1: "):
+            check(config, data=tmp_path / "data", party=party)
+
+
+def test_check_as_a_hospital_refuses_columns_that_a_party_refuses(tmp_path: Path) -> None:
+    rows = "".join(f"p{row},{row},{row % 2}\n" for row in range(40))
+    (tmp_path / "table.csv").write_text(f"who,age,label\n{rows}")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {source: csv, classes: [a, b], table: {patient_column: who, features: 1}}\n"
+        "model: {architecture: mlp, hidden: [4]}\nfederation: {hospitals: 2}\n"
+        "privacy: {mechanism: none, smallest_hospital: 4}\n"
+    )
+    check(config, data=tmp_path / "table.csv")  # one file that is divided: its order is that of all
+    with pytest.raises(ConfigError, match=r"data\.table\.columns is not set"):
+        check(config, data=tmp_path / "table.csv", party="hospital-0")
