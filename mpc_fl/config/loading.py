@@ -47,7 +47,8 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
 def _value(setting: tuple[str, ...], text: str) -> Any:
     """What is set: YAML, but where a text is expected all of it as it stands, `[A-Z]+(\\d+)` or `run # 3`, unless it is quoted."""
     stripped = text.strip()
-    if takes_text(setting) and stripped.lower() not in _NULLS and not stripped.startswith(("'", '"')):
+    plain = stripped.isprintable() and stripped.lower() not in _NULLS and not stripped.startswith(("'", '"'))
+    if plain and takes_text(setting):
         return stripped
     return parse_yaml(text, functools.partial(_takes_text, setting))
 

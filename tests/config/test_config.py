@@ -69,6 +69,9 @@ def test_a_text_is_set_as_it_stands(tmp_path: Path, text: str) -> None:
     pattern = f"data.patient_pattern={text}"
     if text[0] in "[(":
         assert load_config(path, [pattern]).data.patient_pattern == text
+    for odd in ("a\x1bb", "a\udcffb"):  # as YAML has it: no such letters
+        with pytest.raises(ConfigError, match="the value is not YAML"):
+            load_config(path, [f"name={odd}"])
     for nothing in ("null", "~", ""):
         assert load_config(path, [pattern, f"data.patient_pattern={nothing}"]).data.patient_pattern is None
 
