@@ -20,6 +20,7 @@ a patient's records together), so they cover the choice of either.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -28,7 +29,7 @@ import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
+from mpc_fl.apps.runs.memory import use_large_pages
 from mpc_fl.apps.runs.run_directory import versions
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
@@ -72,6 +74,7 @@ CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml
 NETWORKS = {"lite0": "Lite0, linear", "scattering": "scattering, linear", "small": "small network"}
 # What the small network is trained for: minutes a row and seed.
 SMALL_ROWS, SMALL_EPSILONS, SMALL_SEEDS = ("central", "local", "distributed"), (math.inf, 8.0), 2
+SMALL_WITHOUT_PRIVACY = {"gradient_clipping": 1.0, "learning_rate": 0.02, "batch_size": 128, "ema_decay": 0.5}
 RATE_AT_EPSILON_1 = 15.0  # of Lite0; scattering keeps its 30
 RATE_WITHOUT_CLIPPING = 5.0  # of a linear layer on features; gradients of the other rows are clipped to a tenth
 ROWS = {
@@ -255,6 +258,9 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
     if epsilon is not None:
         privacy["epsilon"] = epsilon
     if config.data.features is None:
+        if epsilon is None:  # as the file says
+            copies = {**config.training.augmentation.model_dump(mode="json"), "copies": 1}
+            return config.with_values(training={**SMALL_WITHOUT_PRIVACY, "augmentation": copies}, privacy=privacy)
         hospitals = config.federation.hospitals if row == "central" else 1
         training = {"batch_size": min(smallest, config.training.batch_size * hospitals)}
         return config.with_values(training=training, privacy={**privacy, "delta": 1e-5})
@@ -339,6 +345,16 @@ def line(results: Sequence[Result], test: Dataset) -> str:
     return f"| {NETWORKS[first.features]} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
+@contextlib.contextmanager
+def cancelled_with(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Let an error end the pool without the tasks that wait, so that it is told at once."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -379,13 +395,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="the predictions as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    use_large_pages()
     places = {str(arguments.data): "DIR", str(arguments.cache): "CACHE"}
     words = [places.get(word, word) for word in sys.argv[1:]]
     command, began = " ".join(["python", "benchmarks/chest_xray_table.py", *words]), time.monotonic()
     head = " | ".join(["model", "row", "epsilon", "seeds", *FIGURES, "seconds"])
     lines, results = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)], list[Result]()
     rows = [row for features in arguments.features for row in tasks(arguments, features)]
-    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool, cancelled_with(pool):
         waiting = [[pool.submit(measure, task) for task in row] for row in rows]
         for row, futures in zip(rows, waiting, strict=True):
             own, test = [future.result() for future in futures], _data(row[0].files, arguments.block)[1]

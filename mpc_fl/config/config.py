@@ -342,7 +342,7 @@ def connect_seconds(config: Config) -> float:
 def greeting_seconds(config: Config) -> float:
     """Seconds that all greetings together may take: 20 ms for each pair of parties. So long may one be silent meanwhile.
 
-    A link costs its two ends 12 to 41 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
+    A link costs its two ends 12 to 18 ms of processor time together (`benchmarks/connecting.py`), which all parties may take from
     the same two cores: 65 of them have 2,080 links.
     """
     parties = len(party_names(config))

@@ -35,6 +35,10 @@ from mpc_fl.links.places import Places, Refusals  # noqa: E402
 
 log = logging.getLogger(__name__)
 
+# gRPC wakes every thread that reads a stream ten times a second, lest a signal wait for the main thread (grpc/grpc#19464). Here
+# threads of their own read, no signal comes to them, and 64 hospitals on two cores would do little else than wake up.
+grpc._common.MAXIMUM_WAIT_TIMEOUT = 60.0
+
 _METHOD = "/mpc_fl.Link/Send"
 _OUTGOING_CHUNKS = 4  # of 2 MB, for each peer
 _BACKLOG = 1000  # streams that may queue for a thread: each is refused or admitted in milliseconds
@@ -102,19 +106,17 @@ class Conversation:
     def finish(self) -> None:
         """Say that no chunk follows; those queued still leave."""
         self._finishing.set()
-        with contextlib.suppress(queue.Full):
+        self._wake_sender()
+
+    def _wake_sender(self) -> None:
+        with contextlib.suppress(queue.Full):  # then it does not wait
             self._outgoing.put_nowait(None)
 
     def chunks_to_send(self) -> Iterator[bytes]:
         """What gRPC sends: until `finish`, or until the stream is over."""
         try:
-            while True:
-                try:
-                    chunk = self._outgoing.get(timeout=0.5)
-                except queue.Empty:
-                    if self._over.is_set() or self._finishing.is_set():
-                        return
-                    continue
+            while not (self._outgoing.empty() and (self._over.is_set() or self._finishing.is_set())):
+                chunk = self._outgoing.get()
                 if chunk is None:
                     return
                 yield chunk
@@ -142,12 +144,13 @@ class Conversation:
             failure = self.refusal = ProtocolError(
                 f"unexpected {type(error).__name__} while reading a frame (a defect)"
             )
-        self._over.set()
+        self.cut()
         self._ended(failure)
 
     def cut(self) -> None:
         """Take nothing more, whatever the peer still sends."""
         self._over.set()
+        self._wake_sender()
 
     def wait(self, seconds: float) -> bool:
         """Wait until nothing can come in any more; False when it took longer than `seconds`."""
