@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from mpc_fl.apps.cli.training import _preflight, check, in_ranges
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError
 from mpc_fl.inference.fast.kernels.compiled import kernels
+from tests.learning.data.dicom_writing import write_dicom
 
 
 def test_rounds_in_a_row_are_a_range() -> None:
@@ -115,3 +117,36 @@ def test_check_as_a_hospital_refuses_columns_that_a_party_refuses(tmp_path: Path
     check(config, data=tmp_path / "table.csv")  # one file that is divided: its order is that of all
     with pytest.raises(ConfigError, match=r"data\.table\.columns is not set"):
         check(config, data=tmp_path / "table.csv", party="hospital-0")
+
+
+@pytest.mark.parametrize(
+    ("named", "known"),
+    [
+        ([True] * 4, "8 files, 4 patients, 0 unreadable"),
+        ([True, True, True, False], "8 files, 5 patients and single images, 0 unreadable"),
+        ([False] * 4, "8 files, 8 images, 0 unreadable"),
+    ],
+)
+def test_patients_who_are_known_are_called_so_where_privacy_is_counted_per_image(
+    named: list[bool], known: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two scans of each patient: with all PatientIDs known it said "8 files of 4 images"."""
+    folders = [tmp_path / "d" / split / name for split in ("train", "test") for name in ("a", "b")]
+    for number, (folder, has_name) in enumerate(zip(folders, named, strict=True)):
+        folder.mkdir(parents=True)
+        for image in range(2):
+            pixels = np.full((8, 8), 40 * image + number, np.uint8)
+            write_dicom(folder / f"IM{image}", pixels, PatientID=f"P{number}" if has_name else None)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {source: images, classes: [a, b], image_size: 8, unit: image}\nprivacy: {mechanism: none}\n"
+        f"site: {{patient_key: {tmp_path / 'patient.key'}}}\n"
+    )
+    check(config, data=tmp_path / "d", party="hospital-0")
+    said = capsys.readouterr().out
+    assert f"Data: {known}." in said and "counted per image, not per patient" in said
+    assert ("data.unit=patient would do" in said) == all(named)
+    train = sum(1 if has_name else 2 for has_name in named[:2])
+    words = known.split(", ")[1].split(" ", 1)[1]
+    assert f"train: 4 files of {train} {words}: 2 a, 2 b" in said
+    assert f"hospital-0: {train} training {words}, no" in said
