@@ -27,6 +27,7 @@ from mpc_fl.apps.cli.options import (
 )
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
+from mpc_fl.roles import is_hospital
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -202,8 +203,11 @@ def check(
             from mpc_fl.apps.runs.placement import party_of, site_of
             from mpc_fl.apps.runs.site_data import with_own_data
 
+            party = party_of(settings, party, None, {})
+            if not is_hospital(party):
+                raise ConfigError(f"{party} has no data that could be checked", "give --party the name of a hospital")
             settings.data.require_agreed_columns()
-            settings = with_own_data(site_of(settings, party_of(settings, party, None, {})), party)
+            settings = with_own_data(site_of(settings, party), party)
         _refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
         found = _preflight(settings, patients=data_found.training_patients, at=party)

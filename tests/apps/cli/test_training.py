@@ -150,3 +150,19 @@ def test_patients_who_are_known_are_called_so_where_privacy_is_counted_per_image
     words = known.split(", ")[1].split(" ", 1)[1]
     assert f"train: 4 files of {train} {words}: 2 a, 2 b" in said
     assert f"hospital-0: {train} training {words}, no" in said
+
+
+def test_check_is_for_who_has_data(tmp_path: Path) -> None:
+    """As the aggregator it counted a folder as if that were a hospital's."""
+    patients = {
+        split: {"a": [start, start + 1], "b": [start + 2, start + 3]} for split, start in (("train", 1), ("test", 11))
+    }
+    folder_of_images(tmp_path / "data", patients)
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {source: images, classes: [a, b], image_size: 8}\nprivacy: {mechanism: none}\n")
+    with pytest.raises(
+        ConfigError, match="aggregator has no data that could be checked: give --party the name of a hosp"
+    ):
+        check(config, data=tmp_path / "data", party="aggregator")
+    with pytest.raises(ConfigError, match="there is no party 'agregator' in this task"):
+        check(config, data=tmp_path / "data", party="agregator")
