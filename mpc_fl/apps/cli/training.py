@@ -197,6 +197,7 @@ def check(
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
+    data_found = None
     try:
         settings = configure(config, overrides, data=data, privacy_ledger=ledger)
         if party is not None:
@@ -210,13 +211,16 @@ def check(
             settings = with_own_data(site_of(settings, party), party)
         _refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
+        for words in () if as_json else data_lines(data_found, settings):
+            say(words)  # before what these numbers may have refused
         found = _preflight(settings, patients=data_found.training_patients, at=party)
         assert found is not None  # of a run from its start
         _require_memory(settings, found)
         forecasts = _forecasts(settings, found, party)
     except MpcFlError as error:
         if as_json:
-            print_json({"ok": False, "error": error.what, "fix": error.fix})
+            counted = {} if data_found is None else {"data": data_found.to_json()}
+            print_json({"ok": False, "error": error.what, "fix": error.fix, **counted})
         raise
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
@@ -225,8 +229,6 @@ def check(
         of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
-    for words in data_lines(data_found, settings):
-        say(words)
     _say_shared_patients(settings, False)
     for what, package in _packages(settings).items():
         say(f"{what}: code of the package {package}.")

@@ -14,7 +14,7 @@ from PIL import Image
 from mpc_fl.apps.cli.options import configure
 from mpc_fl.apps.cli.training import _preflight, check, in_ranges
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.errors import ConfigError, DataError, ModelError
+from mpc_fl.errors import ConfigError, DataError, ModelError, PrivacyBudgetError
 from mpc_fl.inference.fast.kernels.compiled import kernels
 from tests.learning.data.dicom_writing import write_dicom
 
@@ -166,3 +166,30 @@ def test_check_is_for_who_has_data(tmp_path: Path) -> None:
         check(config, data=tmp_path / "data", party="aggregator")
     with pytest.raises(ConfigError, match="there is no party 'agregator' in this task"):
         check(config, data=tmp_path / "data", party="agregator")
+
+
+def test_check_counts_before_it_refuses_what_the_counts_forbid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who is told that a hospital has fewer patients than `privacy.smallest_hospital` needs to know how many it has."""
+    patients = {
+        split: {"a": [start, start + 1, start + 2], "b": [start + 3, start + 4]}
+        for split, start in (("train", 1), ("test", 11))
+    }
+    folder_of_images(tmp_path / "data", patients)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {source: images, classes: [a, b], image_size: 8}\nfederation: {hospitals: 2}\n"
+        "privacy: {smallest_hospital: 800, delta: 0.0001}\n"
+    )
+    with pytest.raises(
+        PrivacyBudgetError, match="fewer patients than privacy.smallest_hospital, 800: lower that bound"
+    ):
+        check(config, data=tmp_path / "data")
+    said = capsys.readouterr().out
+    assert said.startswith("Data: 10 files, 10 patients, 0 unreadable.\n") and "train: 5 files of 5 patients" in said
+    assert "divided over 2 hospitals: each trains on 2 to 3 patients" in said and "can work" not in said
+    with pytest.raises(PrivacyBudgetError):
+        check(config, data=tmp_path / "data", as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert not answer["ok"] and sorted(answer["data"]["training_patients"]) == [2, 3]
