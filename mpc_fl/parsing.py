@@ -2,8 +2,9 @@
 
 Python's own readers take more than the formats allow, and more than a program can go on with: NaN and infinities, a key twice
 (the last wins), numbers of thousands of digits; deep nesting ends in `RecursionError`, YAML's aliases in structures without
-end. All of that is refused here, with a reason in a few words that quotes nothing of the text. What is returned can be walked,
-written as JSON, and its numbers converted to floats. Texts may hold halves of characters: names of files that are not UTF-8.
+end. All of that is refused here, with a reason in a few words that quotes nothing of the text but, of YAML, a key that comes
+twice. What is returned can be walked, written as JSON, and its numbers converted to floats. Texts may hold halves of
+characters: names of files that are not UTF-8.
 
 Every reader of a file comes here; who reads names the file, and says what to do.
 """
@@ -15,12 +16,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mpc_fl.errors import printable
+
 if TYPE_CHECKING:
     import yaml
 
 DEEPEST = 64  # levels of lists and objects
 _MOST_DIGITS = 100  # of a whole number; every one of these has a float
 _MOST_NODES = 100_000  # of a YAML file, each as often as it is referred to
+_LONGEST_KEY = 60  # that is shown
 _TEXT = "tag:yaml.org,2002:str"
 _WHOLE = "tag:yaml.org,2002:int"
 _NULL = "tag:yaml.org,2002:null"
@@ -156,7 +160,9 @@ def _require_sound(root: yaml.Node, takes_text: Callable[[tuple[str, ...]], bool
             keys = [key.value for key, _ in node.value]
             if len(set(keys)) != len(keys):
                 twice = next(key for index, (key, _) in enumerate(node.value) if key.value in keys[:index])
-                raise _UnsoundError(f"line {twice.start_mark.line + 1}: a key comes twice")
+                raise _UnsoundError(
+                    f"line {twice.start_mark.line + 1}: the key '{printable(twice.value, _LONGEST_KEY)}' comes twice"
+                )
             waiting += [(part, (*path, key.value)) for key, part in node.value]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer.main
@@ -13,7 +14,14 @@ from typer.testing import CliRunner
 
 from mpc_fl.apps.cli import config as config_commands
 from mpc_fl.apps.cli.commands import app
-from mpc_fl.config.config import Config, section_of
+from mpc_fl.config.columns import ColumnSection
+from mpc_fl.config.config import Config, parse_config, section_of
+from mpc_fl.config.data import DataSection, TableSection
+from mpc_fl.config.settings import takes_text
+from mpc_fl.learning.data import windows
+from mpc_fl.learning.data.patients import PatientRow
+from mpc_fl.learning.data.tables import Part
+from mpc_fl.parsing import parse_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -134,6 +142,62 @@ def test_the_page_of_all_settings_is_of_this_version() -> None:
     made = CliRunner().invoke(config_commands.app, ["explain", "--markdown"])
     page = (REPOSITORY / "docs" / "settings.md").read_text()
     assert made.output == page, "write it anew: mpc-fl config explain --markdown > docs/settings.md"
+
+
+def values_of(section: type[BaseModel], setting: str) -> set[str]:
+    """All that a setting with a fixed choice may be."""
+    return set(get_args(section.model_fields[setting].annotation))
+
+
+def paragraph(beginning: str) -> str:
+    """That paragraph of docs/data.md which holds these words, on one line."""
+    (found,) = (text for text in (REPOSITORY / "docs/data.md").read_text().split("\n\n") if beginning in text)
+    return " ".join(found.split())
+
+
+def in_code(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_the_page_of_data_lists_the_columns_and_splits_of_the_table_of_patients() -> None:
+    said = paragraph("**A table** `DIR/patients.csv`")
+    said = said[: said.index("**The header**")]
+    splits = re.search(r"a column `split` \(([a-z, ]+)\)", said)
+    assert splits and tuple(splits[1].split(", ")) == get_args(Part)
+    columns = {"file", *PatientRow.__dataclass_fields__}
+    folders, settings = {"train", "validation"}, {"data.validation_fraction"}
+    assert {name for name in in_code(said) if "." not in name} - folders == columns
+    assert {name for name in in_code(said) if name.startswith("data.")} == settings
+
+
+def test_the_page_of_data_lists_all_that_a_column_may_be() -> None:
+    page = (REPOSITORY / "docs/data.md").read_text()
+    kinds = re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)
+    assert set(kinds) == values_of(ColumnSection, "kind") and len(kinds) == 4
+    assert values_of(ColumnSection, "missing") <= in_code(paragraph("`missing` says what becomes"))
+    (example,) = re.findall(r"```yaml\n(data:.*?)```", page, re.DOTALL)
+    table = parse_yaml(example, takes_text)["data"]["table"]
+    parse_config(parse_yaml(example, takes_text), "the example")
+    assert {key for column in table["columns"] for key in column} == set(ColumnSection.model_fields)
+    assert {column["kind"] for column in table["columns"]} == values_of(ColumnSection, "kind")
+    for setting in TableSection.model_fields:
+        assert setting in table or f"data.table.{setting}" in page, setting
+
+
+def test_the_page_of_data_lists_what_becomes_of_films() -> None:
+    page = (REPOSITORY / "docs/data.md").read_text()
+    assert values_of(DataSection, "not_square") <= in_code(paragraph("`data.not_square`: `pad`"))
+    assert values_of(DataSection, "frame") - {"error"} <= in_code(paragraph("unless `data.frame` is"))
+    for setting in ("wrong_size", "unit"):
+        (other,) = values_of(DataSection, setting) - {DataSection.model_fields[setting].default}
+        assert f"`data.{setting}: {other}`" in page, setting
+    assert f"`data.most_unreadable` ({DataSection.model_fields['most_unreadable'].default:g})" in page
+    brightness = paragraph("2. Without a window by the bits")
+    *bits, most = map(str, windows._USUAL_BITS)
+    low, high = windows._PERCENTILES
+    assert f"the range of {', '.join(bits)} or {most} bits" in brightness
+    assert f"from {low:g} to {high:g} % of its values" in brightness
+    assert windows._LEAST_SHARE == 1 / 8 and "less than an eighth of their range" in brightness
 
 
 def test_the_readme_is_short() -> None:

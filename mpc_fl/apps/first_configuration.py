@@ -17,6 +17,7 @@ Source = Literal["phantoms", "images", "csv"]
 Backbone = Literal["efficientnet_lite0", "scattering", "none"]
 
 SMALLEST_FOR_FULL_BATCHES = 2000  # patients of a hospital up to which every step takes all of them
+LARGEST_OVER_SMALLEST = 4  # what is assumed of hospitals without privacy.largest_hospital
 _TABLE_BATCH = 64
 _NORMALISE_NOISE = 21.6  # over epsilon: a tenth of the budget
 
@@ -40,9 +41,10 @@ class Films:
 class Answers:
     """What somebody who begins says of the federation.
 
-    `smallest_hospital`: the fewest training patients of any hospital, which is public. `backbone`: what gives the features
-    of images. `columns` are the names of a table's columns that become features, `guesses` what some of them may be, and
-    `identifiers` those that are never read. `films`: what was found in a folder.
+    `smallest_hospital`: the fewest training patients of any hospital, which is public; `shared_out` where it is so many that
+    each has if all hospitals share what was found, and `largest_hospital` then the most that one has. `backbone`: what gives
+    the features of images. `columns` are the names of a table's columns that become features, `guesses` what some of them may
+    be, and `identifiers` those that are never read. `films`: what was found in a folder.
     """
 
     source: Source = "phantoms"
@@ -50,6 +52,8 @@ class Answers:
     hospitals: int = 3
     epsilon: float = 8.0
     smallest_hospital: int = 800
+    largest_hospital: int | None = None
+    shared_out: bool = False
     backbone: Backbone = "efficientnet_lite0"
     columns: tuple[str, ...] = ("age", "crp")
     label_column: str = "label"
@@ -210,15 +214,25 @@ def _privacy(answers: Answers) -> list[str]:
         f"  mechanism: {'distributed' if features else 'local'}   # mpc-fl config explain privacy",
     ]
     if answers.source != "phantoms":
-        lines += [
-            f"  smallest_hospital: {answers.smallest_hospital}  # public: the fewest training patients of any hospital"
-        ]
+        public = "public: the fewest training patients of any hospital; mpc-fl check counts them"
+        if answers.shared_out:
+            lines += [
+                f"  # {public}. This is a round number below the share of",
+                "  # each hospital if all share the data that were found; raise it where each has as many of its own.",
+                f"  smallest_hospital: {answers.smallest_hospital}",
+            ]
+        else:
+            lines += [f"  smallest_hospital: {answers.smallest_hospital}  # {public}"]
+        if answers.largest_hospital is not None:
+            lines += [
+                f"  largest_hospital: {answers.largest_hospital}  # public: the most; without it four times the fewest"
+            ]
     return lines
 
 
 def _delta(answers: Answers) -> str:
     """A power of ten below one over the number of patients of a large hospital."""
-    largest, exponent = 4 * answers.smallest_hospital, 3
+    largest, exponent = max(LARGEST_OVER_SMALLEST * answers.smallest_hospital, answers.largest_hospital or 0), 3
     while 10**exponent <= 2 * largest:
         exponent += 1
     return f"1.0e-{max(4, exponent)}"

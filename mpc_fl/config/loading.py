@@ -15,6 +15,8 @@ from mpc_fl.config.settings import takes_text
 from mpc_fl.errors import ConfigError
 from mpc_fl.parsing import DEEPEST, parse_yaml
 
+_NULLS = ("", "~", "null")  # of YAML
+
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Apply `a.b=c` settings, values read as YAML. Raises `ConfigError` for a malformed setting."""
@@ -36,10 +38,19 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
             node = child
         try:
             # A dot is needed before an exponent in YAML floats; 1e-5 would stay a string, which pydantic parses.
-            node[last] = _plain(parse_yaml(text, functools.partial(_takes_text, (*parents, last))))
+            node[last] = _plain(_value((*parents, last), text))
         except ValueError:
             raise ConfigError(f"--set {setting[:200]!r}: the value is not YAML that can be used", "quote it") from None
     return result
+
+
+def _value(setting: tuple[str, ...], text: str) -> Any:
+    """What is set: YAML, but where a text is expected all of it as it stands, `[A-Z]+(\\d+)` or `run # 3`, unless it is quoted."""
+    stripped = text.strip()
+    plain = stripped.isprintable() and stripped.lower() not in _NULLS and not stripped.startswith(("'", '"'))
+    if plain and takes_text(setting):
+        return stripped
+    return parse_yaml(text, functools.partial(_takes_text, setting))
 
 
 def _takes_text(setting: tuple[str, ...], within: tuple[str, ...]) -> bool:

@@ -228,7 +228,9 @@ def plan_release(
     check_delta(settings.delta, patients, who)
     sizes = public_sizes(config)
     if patients < sizes.smallest:
-        raise PrivacyBudgetError(f"{who} has fewer patients than privacy.smallest_hospital", "lower that bound")
+        raise PrivacyBudgetError(
+            f"{who} has fewer patients than privacy.smallest_hospital, {sizes.smallest}", "lower that bound"
+        )
     if patients > sizes.largest:
         raise PrivacyBudgetError(
             f"{who} has more patients than privacy.largest_hospital, {sizes.largest}", "raise that bound"

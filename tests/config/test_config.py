@@ -83,6 +83,23 @@ def test_overrides(tmp_path: Path) -> None:
         load_config(path, ["training.rouds=3"])
 
 
+@pytest.mark.parametrize("text", [r"[A-Z]+(\d+)-", "[ab](c)", "{2}(x)", "(a) # 3", "(a): b", "*(a)", "(0012)", "&(a)"])
+def test_a_text_is_set_as_it_stands(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("training: {rounds: 2}\n")
+    assert load_config(path, [f"name={text}"]).name == text
+    for quote in ("'", '"'):
+        assert load_config(path, [f"name={quote}run 3{quote}"]).name == "run 3"
+    pattern = f"data.patient_pattern={text}"
+    if text[0] in "[(":
+        assert load_config(path, [pattern]).data.patient_pattern == text
+    for odd in ("a\x1bb", "a\udcffb"):  # as YAML has it: no such letters
+        with pytest.raises(ConfigError, match="the value is not YAML"):
+            load_config(path, [f"name={odd}"])
+    for nothing in ("null", "~", ""):
+        assert load_config(path, [pattern, f"data.patient_pattern={nothing}"]).data.patient_pattern is None
+
+
 TEXTS = ("007", "0", "yes", "no", "off", "1e5", "0x1f", "1_000", "2026-11-27", ".inf", "True")
 
 

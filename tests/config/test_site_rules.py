@@ -96,7 +96,7 @@ def test_only_named_certificates_are_trusted(tmp_path: Path) -> None:
     [
         ("tasks: [train]\nprivacy:\n  largest_epsilom: 3\n", "line 3: privacy.largest_epsilom: Extra inputs"),
         ("privacy:\n  largest_epsilon: none\n", "line 2: privacy.largest_epsilon"),
-        ("tasks: [train]\ntasks: [infer]\n", "line 2: a key comes twice"),
+        ("tasks: [train]\ntasks: [infer]\n", "line 2: the key 'tasks' comes twice"),
         ("leaders: [abc]\n", "line 1: leaders"),
         ("- train\n", "line 1: the file"),
     ],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import typer
 
 from mpc_fl.apps.cli.options import AsJson, print_json, say
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.first_configuration import Answers
@@ -67,6 +67,8 @@ def init(
         answers = _asked(answers, set(said), data)
     elif len(answers.classes) < 2:
         raise ConfigError(f"{data} has fewer than two classes", "name all that the federation has with --classes")
+    else:
+        answers = _with_patients(answers, data)
     answers = _with_sizes(answers, data)
     text = first_configuration(answers)
     parse_config(parse_yaml(text, takes_text), "these answers")
@@ -121,6 +123,27 @@ def _with_sizes(answers: Answers, data: Path | None) -> Answers:
     return with_sizes(answers, look_at_films(data))
 
 
+def _with_patients(answers: Answers, data: Path | None) -> Answers:
+    """The answers with numbers of patients by those at `data`; as they were where these cannot be told yet."""
+    if data is None:
+        return answers
+    from mpc_fl.apps.first_configuration import first_configuration
+    from mpc_fl.apps.found_data import with_patients
+    from mpc_fl.config.config import parse_config
+    from mpc_fl.config.settings import takes_text
+    from mpc_fl.learning.data.loading import records_per_hospital
+    from mpc_fl.parsing import parse_yaml
+
+    config = parse_config(parse_yaml(first_configuration(answers), takes_text), "these answers")
+    try:
+        index, (rows,) = records_per_hospital(
+            config.with_values(site={"data": str(data), "data_of": "hospital"}), "train"
+        )
+    except DataError:  # whose films they are is to be said first, or a column to be looked over: check names it
+        return answers
+    return with_patients(answers, len({index.patients[row] for row in rows}))
+
+
 def _asked(known: Answers, given: set[str], data: Path | None) -> Answers:
     """The answers, each asked for that was not given on the command line, or by the data there, and matters."""
     from dataclasses import replace
@@ -151,7 +174,10 @@ def _asked(known: Answers, given: set[str], data: Path | None) -> Answers:
     ask("epsilon", "Epsilon for each patient (8: some protection, 1: strong)", float)
     if known.source == "phantoms":
         return known
+    known = counted = _with_patients(known, data)
     ask("smallest_hospital", "Fewest training patients of any hospital (will be public)", int)
+    if known.smallest_hospital != counted.smallest_hospital:
+        known = replace(known, largest_hospital=None, shared_out=False)
     if known.source == "images":
         ask("backbone", "Features of images from", str, get_args(Backbone))
         return known

@@ -27,6 +27,7 @@ from mpc_fl.apps.cli.options import (
 )
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
+from mpc_fl.roles import is_hospital
 
 if TYPE_CHECKING:
     from mpc_fl.apps.estimates import TrainingEstimate
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from mpc_fl.config.config import Config
     from mpc_fl.federation.ledger_forecast import LedgerForecast
     from mpc_fl.learning.data.loading import SharedPatients
-    from mpc_fl.learning.data.survey import Survey
 
 _GO_ON = "--resume goes on from the last round"
 
@@ -192,25 +192,35 @@ def check(
 
     Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
+    from mpc_fl.apps.data_lines import data_lines, owners_word
     from mpc_fl.inference.fast.kernels.compiled import kernels
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
 
+    data_found = None
     try:
         settings = configure(config, overrides, data=data, privacy_ledger=ledger)
         if party is not None:
             from mpc_fl.apps.runs.placement import party_of, site_of
             from mpc_fl.apps.runs.site_data import with_own_data
 
-            settings = with_own_data(site_of(settings, party_of(settings, party, None, {})), party)
+            party = party_of(settings, party, None, {})
+            if not is_hospital(party):
+                raise ConfigError(f"{party} has no data that could be checked", "give --party the name of a hospital")
+            settings.data.require_agreed_columns()
+            settings = with_own_data(site_of(settings, party), party)
+        _refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
+        for words in () if as_json else data_lines(data_found, settings):
+            say(words)  # before what these numbers may have refused
         found = _preflight(settings, patients=data_found.training_patients, at=party)
         assert found is not None  # of a run from its start
         _require_memory(settings, found)
         forecasts = _forecasts(settings, found, party)
     except MpcFlError as error:
         if as_json:
-            print_json({"ok": False, "error": error.what, "fix": error.fix})
+            counted = {} if data_found is None else {"data": data_found.to_json()}
+            print_json({"ok": False, "error": error.what, "fix": error.fix, **counted})
         raise
     if as_json:
         of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
@@ -219,14 +229,13 @@ def check(
         of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
-    _say_data(data_found, settings)
     _say_shared_patients(settings, False)
     for what, package in _packages(settings).items():
         say(f"{what}: code of the package {package}.")
-    unit = settings.data.counted_unit
+    owners = owners_word(data_found, settings)
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
-        say(f"{line.hospital}: {line.patients} training {unit}s{words}")
+        say(f"{line.hospital}: {line.patients} training {owners}{words}")
     for forecast in forecasts:
         say(f"{forecast.described}." + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
@@ -238,29 +247,6 @@ def check(
             f"Masks: with {found.mask_neighbours} others each, against the aggregator and {found.masks_against} hospitals."
         )
     say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
-
-
-def _say_data(found: Survey, config: Config) -> None:
-    """How many files and patients there are, where these come from, what was done to images, and what looks wrong."""
-    files = "files" if config.data.source == "images" else "records"
-    say(f"Data: {found.records} {files}, {found.patients} {config.data.counted_unit}s, {found.unreadable} unreadable.")
-    if found.unit == "image":
-        say(f"  Privacy is counted per {config.data.counted_unit}, not per patient (data.unit: image).")
-    for part, of in found.parts.items():
-        by_class = ", ".join(
-            f"{count} {name}" for name, count in zip(config.data.classes, of.class_counts, strict=True)
-        )
-        say(f"  {part}: {of.records} {files} of {of.patients} {config.data.counted_unit}s: {by_class}")
-    if found.patients_from:
-        say("  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items()))
-    for what, count in sorted(found.treatments.items(), key=lambda entry: -entry[1]):
-        say(f"  {count} {what}")
-    for first in found.first_unreadable:
-        say(f"  unreadable: {first}")
-    if found.left_aside:
-        say("  left aside: " + ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items())))
-    for warning in found.warnings:
-        say(f"  WARNING: {warning}.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:

@@ -127,6 +127,12 @@ def _index_of(config: Config, split: Split) -> Index:
     if not shared.names:
         return index
     if rule == "refuse" or len(shared.names) == shared.of:
+        if len(shared.names) == shared.of:
+            raise DataError(
+                f"all test patients, {shared.of} with {len(index.patients)} test files or records, are also training patients by "
+                "name",
+                "part the patients, or correct what says whose records are, such as data.patient_pattern",
+            )
         raise DataError(
             f"{len(shared.names)} of {shared.of} test patients are also training patients by name",
             "`mpc-fl check` names them; part the patients, or set data.shared_patients to leave_out or keep",
@@ -166,7 +172,12 @@ def _own_patients(index: Index, config: Config, rank: int, part: Part) -> list[s
         fix = "use fewer hospitals, more data, or a larger data.partition.alpha"
         if config.data.validation_fraction and part != "test":
             fix = "use fewer hospitals, more data, or another data.validation_fraction"
-        raise DataError(f"{hospital_name(rank)} has no {part} patients", fix)
+        known = len(set(index.patients))
+        raise DataError(
+            f"{hospital_name(rank)} has no {part} patients; {len(index.patients)} files or records are divided, of {known} "
+            f"patient{'' if known == 1 else 's'}",
+            fix,
+        )
     return patients
 
 

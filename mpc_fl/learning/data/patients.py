@@ -9,7 +9,6 @@ are left out and counted, whoever's they are.
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import hmac
@@ -22,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import read_private
 from mpc_fl.errors import DataError, IdentityError, MpcFlError
@@ -30,6 +30,7 @@ from mpc_fl.learning.data.dicom_files import patient_identifier
 from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_of
 from mpc_fl.learning.data.image_files import ImageForm, WrongSizeError, read_image
 from mpc_fl.learning.data.spellings import in_one_spelling
+from mpc_fl.learning.data.table_files import read_table_file
 
 TABLE_FILE = "patients.csv"
 FROM_TABLE, FROM_HEADER, FROM_NAME, BY_ITSELF = TABLE_FILE, "headers", "names of files", "each by itself"
@@ -37,7 +38,11 @@ UNREADABLE = "nothing, and cannot be read"
 _OTHER_TABLES = tuple(f"patients.{suffix}" for suffix in ("csv.txt", "txt", "tsv", "xlsx", "xls", "ods"))
 _KEY_BYTES = 32
 _HASH_DIGITS = 16
-_SPLITS = ("train", "validation", "test")
+_FOLDERS = {
+    "train": "train",
+    "validation": "train",
+    "test": "test",
+}  # of each split: who validates lies with who trains
 _FIX = f"give DIR/{TABLE_FILE} (columns file, patient), set data.patient_pattern, or accept privacy per image with data.unit=image"
 
 
@@ -182,7 +187,7 @@ class PatientTable:
     def row_of(self, place: PurePosixPath) -> PatientRow | None:
         """The row of a file at DIR/`place`. Raises `DataError` where its split is another than that of its folder."""
         row = self.rows.get(str(place)) or self.rows.get(place.name)
-        if row is not None and row.split and place.parts[0] in _SPLITS and row.split != place.parts[0]:
+        if row is not None and row.split and _FOLDERS[row.split] != place.parts[0]:
             raise DataError(
                 f"{self.path} says that {place} is for '{row.split}', and it lies in '{place.parts[0]}'",
                 "move it, or correct the row",
@@ -193,26 +198,24 @@ class PatientTable:
 def read_table(root: Path) -> PatientTable | None:
     """DIR/patients.csv with the columns file and patient, and perhaps sex, age, scanner and split; None without one.
 
-    Comma, semicolon or tab part the columns. Raises `DataError` naming the line of the first mistake.
+    It is read like every table (`table_files`). Raises `DataError` naming the line of the first mistake.
     """
     path = root / TABLE_FILE
     try:
-        content = path.read_bytes()
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
         _require_no_other_table(root)
         return None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", "check its permissions") from None
-    lines = _cells(path, content)
-    header = [name.strip().lower() for name in lines[0][1]]
+    table = read_table_file(path, ("file", "patient"))
+    header = [plain_name(name) for name in table.header]
     for column in ("file", "patient"):
-        if header.count(column) != 1:
+        if column not in header:
             raise DataError(f"{path} needs one column '{column}'", "its first line names the columns: file, patient")
     rows: dict[str, PatientRow] = {}
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise DataError(f"{path} line {line} has {len(cells)} cells, the header {len(header)}", "correct the row")
-        values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+    for line, cells in table.rows:
+        values = dict(zip(header, cells, strict=True))
         file, row = values["file"].replace("\\", "/").removeprefix("./"), _row(values, path, line)
         if rows.setdefault(file, row) != row:
             raise DataError(f"{path} line {line} names a file again, with another patient", "leave one of the rows")
@@ -236,26 +239,9 @@ def _row(values: dict[str, str], path: Path, line: int) -> PatientRow:
     if not values["file"] or not values["patient"]:
         raise DataError(f"{path} line {line} lacks a file or a patient", "fill or remove the row")
     beside = {name: values.get(name, "") for name in ("sex", "age", "scanner", "split")}
-    if beside["split"] not in ("", *_SPLITS):
-        raise DataError(f"{path} line {line}: the split is none of {', '.join(_SPLITS)}", "correct the row")
+    if beside["split"] not in ("", *_FOLDERS):
+        raise DataError(f"{path} line {line}: the split is none of {', '.join(_FOLDERS)}", "correct the row")
     return PatientRow(values["patient"], **beside)
-
-
-def _cells(path: Path, content: bytes) -> list[tuple[int, list[str]]]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")  # what spreadsheets write otherwise
-    first = text.partition("\n")[0]
-    delimiter = max(",;\t", key=first.count)
-    try:
-        reader = csv.reader(text.splitlines(), delimiter=delimiter, strict=True)
-        lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except csv.Error:
-        lines = []
-    if len(lines) < 2:
-        raise DataError(f"{path} holds no table", "give a header line with the columns file and patient, and rows")
-    return lines
 
 
 def owners_in_archive(path: Path, split: str, count: int) -> list[str] | None:

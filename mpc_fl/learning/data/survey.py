@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mpc_fl.config.config import Config
@@ -14,7 +15,7 @@ from mpc_fl.errors import DataError
 from mpc_fl.learning.data.file_kinds import UnreadableImageError
 from mpc_fl.learning.data.image_files import ImageForm, read_image
 from mpc_fl.learning.data.loading import records_per_hospital
-from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME
+from mpc_fl.learning.data.patients import FROM_HEADER, FROM_NAME, FROM_TABLE, TABLE_FILE, read_table
 from mpc_fl.learning.data.reading import nothing_of_class, require_readable
 from mpc_fl.learning.data.records import Index, is_one_hospitals
 from mpc_fl.learning.data.table_columns import OUTSIDE
@@ -187,6 +188,13 @@ def _warnings(sources: Counter[str], keys: Sequence[str], files: int, config: Co
         said.append(
             f"{sources[FROM_HEADER]} files have their patient from DICOM headers and {sources[FROM_NAME]} from their names: a "
             "patient under both counts twice; a table patients.csv mends that"
+        )
+    table = read_table(config.site.data or Path()) if sources[FROM_TABLE] else None
+    validating = 0 if table is None else sum(row.split == "validation" for row in table.rows.values())
+    if validating:
+        said.append(
+            f"{TABLE_FILE} names {validating} file{'s' if validating > 1 else ''} for validation; data.validation_fraction says "
+            "how many patients validate, and a hash which: the table does not"
         )
     return said
 

@@ -13,7 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.beginning import init
+from mpc_fl.apps.cli.training import check
 from mpc_fl.apps.first_configuration import Answers, Films, first_configuration
+from mpc_fl.apps.found_data import with_patients
 from mpc_fl.config.columns import ColumnSection, plain_name
 from mpc_fl.config.config import parse_config
 from mpc_fl.config.loading import load_config
@@ -167,9 +169,9 @@ def test_a_folder_that_says_of_no_film_whose_it_is(tmp_path: Path) -> None:
     assert load_config(path).data.patient_pattern == "(P[0-9]+)[ _-]"
 
 
-def _clinic(path: Path, classes: str = "fm") -> Path:
-    rows = [f"{row},P{row // 2},{40 + row},{classes[row % len(classes)]},{row}" for row in range(40)]
-    path.write_text("mrn,patient,age,outcome,crp (mg/l)\n" + "\n".join(rows), encoding="utf-8")
+def _clinic(path: Path, classes: str = "fm", rows: int = 40) -> Path:
+    lines = [f"{row},P{row // 2},{40 + row},{classes[row % len(classes)]},{row}" for row in range(rows)]
+    path.write_text("mrn,patient,age,outcome,crp (mg/l)\n" + "\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -189,6 +191,40 @@ def test_a_table_gives_columns_and_their_kinds_and_a_run_can_read_it(tmp_path: P
     assert result.exit_code == 0, result.output
     asked = load_config(tmp_path / "asked.yaml").data.table
     assert [column.name for column in asked.columns or ()] == ["age", "mrn"] and asked.identifiers == ()
+
+
+@pytest.mark.parametrize(("hospitals", "rows"), [(2, 40), (3, 400), (8, 400)])
+def test_what_is_written_for_a_small_table_passes_the_check_that_is_named_next(
+    tmp_path: Path, hospitals: int, rows: int
+) -> None:
+    """It said 800 patients of a table of 40 rows, and check refused that."""
+    path, table = tmp_path / "new.yaml", _clinic(tmp_path / "t.csv", rows=rows)
+    result = CliRunner().invoke(app, [str(path), "--data", str(table), "--defaults", "--hospitals", str(hospitals)])
+    assert result.exit_code == 0, result.exception
+    check(path, data=table)  # divided over all, as it is said next
+    check(path, data=table, party="hospital-0")  # all of it one hospital's
+    assert "raise it where each has as many" in path.read_text()
+    assert load_config(path).privacy.smallest_hospital != rows // 2 * 3 // 4  # nobody's exact number
+    given = "\n\n\n7\n\n\n"  # an answer of one's own counts
+    result = CliRunner().invoke(app, [str(tmp_path / "asked.yaml"), "--data", str(table)], input=given)
+    assert result.exit_code == 0, result.output
+    private = load_config(tmp_path / "asked.yaml").privacy
+    assert (private.smallest_hospital, private.largest_hospital) == (7, None)
+
+
+@given(st.integers(1, 10**6), st.integers(2, 64))
+def test_public_numbers_hold_for_a_share_and_for_all(patients: int, hospitals: int) -> None:
+    answers = with_patients(Answers("csv", hospitals=hospitals), patients)
+    assert 1 <= answers.smallest_hospital <= max(1, patients // hospitals)
+    assert patients <= (answers.largest_hospital or 4 * answers.smallest_hospital)
+    assert answers.largest_hospital is None or answers.largest_hospital <= max(2 * patients, 2)
+    text = first_configuration(answers)
+    private = parse_config(parse_yaml(text, takes_text), "x").privacy
+    assert (private.smallest_hospital, private.largest_hospital) == (
+        answers.smallest_hospital,
+        answers.largest_hospital,
+    )
+    assert private.delta < 1 / patients
 
 
 def test_what_data_do_not_say_is_asked_for_in_one_line(tmp_path: Path) -> None:

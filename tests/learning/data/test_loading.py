@@ -302,7 +302,16 @@ def test_those_who_train_may_be_kept_or_the_run_refused(folder: Path) -> None:
 def test_tests_of_training_patients_alone_are_refused(folder: Path) -> None:
     """All patients of the folder are in both splits."""
     config = _config(folder, shared_patients="leave_out")
-    _fails(lambda: load_hospital(config, 0, "test"), "27 of 27 test patients are also training patients")
+    _fails(lambda: load_hospital(config, 0, "test"), "all test patients, 27 with ", "data.patient_pattern")
+
+
+def test_numbers_of_patients_are_said_where_a_pattern_makes_all_of_them_one(folder: Path) -> None:
+    """A user who wrote a wrong pattern sees it: the warning of the survey comes too late for that."""
+    one = r"(p|I)"
+    config = _config(folder, patient_pattern=one)
+    _fails(lambda: survey(config), "hospital-0 has no train patients; 39 files or records are divided, of 2 patients")
+    alone = _config(folder, patient_pattern=one, shared_patients="leave_out").with_values(site={"data_of": "hospital"})
+    _fails(lambda: survey(alone), "all test patients, 2 with 39 test files or records", "data.patient_pattern")
 
 
 def test_patients_beyond_the_subset_do_not_train(folder: Path) -> None:

@@ -197,6 +197,9 @@ TABLE = (
         TABLE.replace(",", ";").replace("\n", "\r\n").encode("utf-8-sig"),
         TABLE.replace(",", "\t").replace("X", "Röntgen").encode("cp1252"),
         TABLE.replace("file,patient", " File , Patient ").encode(),
+        TABLE.encode("utf-16"),
+        TABLE.encode("utf-16-be"),
+        ("sep=;\r\n" + TABLE.replace(",", ";")).encode("utf-8-sig"),
     ],
 )
 def test_the_table_goes_before_all_else(tmp_path: Path, content: bytes) -> None:
@@ -218,15 +221,16 @@ def test_the_table_goes_before_all_else(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "holds no table"),
-        ("file,patient\n", "holds no table"),
+        ("", "has no rows"),
+        ("file,patient\n", "has no rows"),
         ("name,patient\na,b\n", "needs one column 'file'"),
-        ("file,patient,patient\na,b,c\n", "needs one column 'patient'"),
+        ("file,patient,patient\na,b,c\n", "two columns of the same name"),
+        ("file,name\na,b\n", "needs one column 'patient'"),
         ("file,patient\na.png\n", "line 2 has 1 cells, the header 2"),
         ("file,patient\na.png,\n", "line 2 lacks a file or a patient"),
         ("file,patient\na.png,P1\n\na.png,P2\n", "line 4 names a file again"),
         ("file,patient,split\na.png,P1,holdout\n", "the split is none of train, validation, test"),
-        ('file,patient\na.png,"P1\n', "holds no table"),
+        ('file,patient\na.png,"P1\n', "line 2: quotes do not match"),
     ],
 )
 def test_damaged_tables(tmp_path: Path, content: str, words: str) -> None:
@@ -237,9 +241,25 @@ def test_damaged_tables(tmp_path: Path, content: str, words: str) -> None:
 
 def test_a_table_that_parts_patients_otherwise_than_the_folders_is_refused(tmp_path: Path) -> None:
     files = [_png(tmp_path / "d" / "test" / "ill" / "a.png")]
-    (tmp_path / "d" / "patients.csv").write_text("file,patient,split\na.png,P1,train\n")
-    with pytest.raises(DataError, match="says that test/ill/a.png is for 'train', and it lies in 'test'"):
-        _keys(files, _config(tmp_path / "d"))
+    for split in ("train", "validation"):
+        (tmp_path / "d" / "patients.csv").write_text(f"file,patient,split\na.png,P1,{split}\n")
+        with pytest.raises(DataError, match=f"says that test/ill/a.png is for '{split}', and it lies in 'test'"):
+            _keys(files, _config(tmp_path / "d"))
+
+
+def test_who_validates_lies_with_who_trains_and_is_chosen_by_no_table(tmp_path: Path) -> None:
+    """The documents name the split `validation`, and it was refused in either folder."""
+    root = _folder(tmp_path / "d", {f"{split}/{name}": [f"{split}{name}{n}.png" for n in range(3)]
+                                    for split in ("train", "test") for name in ("ill", "well")})  # fmt: skip
+    rows = [f"{path.name},{path.stem},{path.parts[-3]}" for path in sorted(root.rglob("*.png"))]
+    marked = [row.replace(",train", ",validation") if "ill1" in row else row for row in rows]
+    (root / "patients.csv").write_text("\n".join(["file,patient,split", *marked]))
+    config = _config(root).with_values(site={"data_of": "hospital"})
+    assert len(load_hospital(config, 0, "train")) == 6
+    words = "1 file for validation; data.validation_fraction says how many patients validate, and a hash which"
+    assert sum(words in warning for warning in survey(config).warnings) == 1
+    (root / "patients.csv").write_text("\n".join(["file,patient,split", *rows]))
+    assert not any("for validation" in warning for warning in survey(config).warnings)
 
 
 @given(
