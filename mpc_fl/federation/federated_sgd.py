@@ -73,7 +73,8 @@ def hospital_steps(
     links, config, mechanism, method = domain.links, hospital.config, hospital.mechanism, hospital.method
     assert mechanism is not None and method is not None  # with distributed noise alone
     steps, number, round_of, hospitals = config.training.local_steps, plan.number, plan.round_of, plan.hospitals
-    working, order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
+    trained, patients = hospital.trained()
+    working, order = working_copy(trained), sampling_seed_of(hospital.sampling_seed)
     noise_seed = hospital.noise_seed.derive("round", *round_of)  # fresh for every attempt
     computed = on_device(working, hospital.device)
     loss, losses, used, clipped = loss_with(config.training.class_weights), 0.0, 0, 0
@@ -81,13 +82,13 @@ def hospital_steps(
         # 1. and 2.
         links.set_phase(f"round {number} training")
         drawn = order.stream("poisson sampling", number, step)
-        rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
+        rows = sample_patients(patients.records_of_patient, hospital.sample_rate, drawn)
         require_patients(mechanism, len(rows), links.name)
         copies_seed = order.derive("augmentation", number, step)
-        inputs = augmented(config.training.augmentation, hospital.train.inputs[rows], copies_seed)
+        inputs = augmented(config.training.augmentation, patients.inputs[rows], copies_seed)
         follow(computed, working)
         with repeatable():
-            sums = rounded_sum(computed, loss, inputs, hospital.train.labels[rows], mechanism, method)
+            sums = rounded_sum(computed, loss, inputs, patients.labels[rows], mechanism, method)
         losses += float(sums.losses.sum())
         clipped += int((sums.norms > config.privacy.clipping_norm).sum())
         used += len(rows)

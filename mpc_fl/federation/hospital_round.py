@@ -96,8 +96,7 @@ def _local_steps(
     config, links, number = hospital.config, domain.links, plan.number
     began = time.monotonic()
     local = train_locally(
-        hospital.model,
-        hospital.train,
+        *hospital.trained(),
         hospital.local_training,
         round_number=number,
         noise_seed=hospital.noise_seed.derive("round", *plan.round_of),
