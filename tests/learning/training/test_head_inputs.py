@@ -23,7 +23,8 @@ from mpc_fl.learning.training.head_inputs import HeadInputs, head_and_records, h
 from mpc_fl.learning.training.per_sample_gradients import rounded_sum, sum_cross_entropy, working_copy
 from mpc_fl.learning.training.process_group import training_group
 
-PATIENTS = 12
+ROWS = 12
+PARAMETERS = 4 * 36 * 3 + 3
 PRIVATE: dict[str, Any] = {"mechanism": "local", "noise_multiplier": 1e-3, "epsilon": 1e9, "delta": 1e-3}
 DISTRIBUTED: dict[str, Any] = {"mechanism": "distributed", "noise_multiplier": 4.0, "epsilon": 200.0, "delta": 1e-3}
 
@@ -71,10 +72,10 @@ def network(*before_head: nn.Module) -> nn.Module:
 
 def records(rows: list[int] | None = None) -> Dataset:
     """One record of each patient, or two of the first ones."""
-    rows = list(range(PATIENTS)) if rows is None else rows
-    inputs = torch.randn(PATIENTS, 1, 8, 8, generator=torch.Generator().manual_seed(5))[rows]
+    rows = list(range(ROWS)) if rows is None else rows
+    inputs = torch.randn(ROWS, 1, 8, 8, generator=torch.Generator().manual_seed(5))[rows]
     patients = torch.arange(len(rows)) // 2
-    return Dataset(inputs, torch.arange(PATIENTS)[rows] % 3, patients, tuple(map(str, rows)))
+    return Dataset(inputs, torch.arange(ROWS)[rows] % 3, patients, tuple(map(str, rows)))
 
 
 def inputs_of(model: nn.Module, config: Config) -> HeadInputs:
@@ -97,7 +98,7 @@ def in_both_ways(model: nn.Module, config: Config, **options: Any) -> tuple[Loca
 @pytest.mark.parametrize("privacy", [{"mechanism": "none"}, PRIVATE], ids=["no noise", "local noise"])
 @pytest.mark.parametrize("method", ["loop", "vmap", "hooks"])
 def test_a_round_of_the_head_is_the_round_of_the_network(privacy: dict[str, Any], method: str) -> None:
-    proximal = {"momentum": 0.9, "proximal": 0.1}
+    proximal = {"momentum": 0.9, "proximal": 0.1, "strategy": "fedprox"}
     whole, alone = in_both_ways(network(), configured(privacy, **proximal), method=method)
     assert float(whole.update.norm()) > 0.1
     torch.testing.assert_close(alone.update, whole.update, rtol=0, atol=1e-5)
@@ -108,7 +109,7 @@ def test_a_round_of_the_head_is_the_round_of_the_network(privacy: dict[str, Any]
 
 def test_a_rounded_sum_of_the_head_is_that_of_the_network_up_to_rounding() -> None:
     config, model = configured(DISTRIBUTED), network()
-    mechanism, data = mechanism_of(config), records()
+    mechanism, data = mechanism_of(config, PARAMETERS), records()
     head, of_head = head_and_records(model, data, inputs_of(model, config))
     everybody = torch.arange(len(data))
     for method in ("loop", "vmap", "hooks"):
@@ -116,16 +117,17 @@ def test_a_rounded_sum_of_the_head_is_that_of_the_network_up_to_rounding() -> No
         alone = rounded_sum(
             working_copy(head), sum_cross_entropy, of_head.inputs[everybody], data.labels, mechanism, method
         )
-        assert int(whole.total.long().abs().max()) > 100
-        assert int((alone.total.long() - whole.total.long()).abs().max()) <= len(data)
+        assert int(whole.total.long().abs().max()) > 0.01 * mechanism.scale
+        apart = (alone.total.long() - whole.total.long()).abs().max()
+        assert int(apart) <= len(data) * (1 + 1e-6 * mechanism.scale)
         torch.testing.assert_close(alone.norms, whole.norms, rtol=1e-5, atol=0)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.permutations(range(PATIENTS)), st.integers(2, PATIENTS), st.sampled_from(["loop", "vmap", "hooks"]))
+@settings(max_examples=6, deadline=None)
+@given(st.permutations(range(ROWS)), st.integers(2, ROWS), st.sampled_from(["loop", "vmap", "hooks"]))
 def test_what_a_record_adds_is_its_own_whoever_else_is_there(order: list[int], count: int, method: Any) -> None:
     config, model = configured(DISTRIBUTED), network()
-    mechanism = mechanism_of(config)
+    mechanism = mechanism_of(config, PARAMETERS)
 
     def added(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         data = records(rows)
