@@ -127,7 +127,7 @@ def _value(frozen: nn.Module, record: torch.Tensor) -> torch.Tensor:
     try:
         with repeatable():
             value = frozen(record[None].clone(memory_format=torch.contiguous_format))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         if (exhausted := exhaustion(error)) is not None:
             raise exhausted from None
         value = None
