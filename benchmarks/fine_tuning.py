@@ -7,13 +7,12 @@ distributed noise. Everything is computed in this process by the functions that 
 cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of the noise. Sampling and noise come from the system.
 
 What stands before the first trained layer is the same in every step, so here each record passes through it once, alone. `mpc-fl
-train` passes every record through the whole network in every step.
+train` does that for the head alone; else it passes every record through the whole network in every step.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-from torch import fx, nn
+from torch import nn
 
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.crypto.secrecy import Private
@@ -34,7 +33,7 @@ from mpc_fl.federation.planning import mechanism_of, plan_release, sample_rate_o
 from mpc_fl.learning.data.dataset import Dataset, normalised
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
-from mpc_fl.learning.models.rewriting import trace
+from mpc_fl.learning.models.splitting import split_before_trained
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share
 from mpc_fl.learning.training.per_sample_gradients import Method, rounded_sum, sum_cross_entropy, working_copy
@@ -74,56 +73,6 @@ def configured(arguments: argparse.Namespace, trainable: str) -> Config:
         "site": {"data": str(arguments.data)},
     }
     return parse_config(values, "the benchmark")
-
-
-def split_at_first_trained(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
-    """What stands before the first trained layer, and the rest, whose input is the value of the former; None where nothing does.
-
-    The cut lies as late as one value alone crosses it. Parameters keep their names.
-    """
-    traced = trace(model)
-    modules, nodes = dict(traced.named_modules()), list(traced.graph.nodes)
-
-    def is_trained(node: fx.Node) -> bool:
-        return node.op == "call_module" and any(p.requires_grad for p in modules[str(node.target)].parameters())
-
-    first = next(place for place, node in enumerate(nodes) if is_trained(node))
-    for cut in range(first, 1, -1):
-        before = set(nodes[:cut])
-        crossing = [node for node in nodes[:cut] if any(user not in before for user in node.users)]
-        if len(crossing) == 1:
-            return _ending_at(traced, crossing[0].name), _beginning_after(traced, crossing[0].name)
-    return None
-
-
-def _named(graph: fx.Graph, name: str) -> fx.Node:
-    return next(node for node in graph.nodes if node.name == name)
-
-
-def _tidied(part: fx.GraphModule) -> fx.GraphModule:
-    part.graph.eliminate_dead_code()
-    part.delete_all_unused_submodules()
-    part.graph.lint()
-    part.recompile()
-    return part
-
-
-def _ending_at(traced: fx.GraphModule, name: str) -> fx.GraphModule:
-    front = copy.deepcopy(traced)
-    _named(front.graph, "output").args = (_named(front.graph, name),)
-    return _tidied(front)
-
-
-def _beginning_after(traced: fx.GraphModule, name: str) -> fx.GraphModule:
-    rest = copy.deepcopy(traced)
-    given = _named(rest.graph, name)
-    (inputs,) = (node for node in rest.graph.nodes if node.op == "placeholder")
-    with rest.graph.inserting_before(given):
-        value = rest.graph.placeholder("value")
-    given.replace_all_uses_with(value)
-    rest.graph.eliminate_dead_code()
-    rest.graph.erase_node(inputs)
-    return _tidied(rest)
 
 
 @torch.no_grad()
@@ -186,7 +135,7 @@ def main() -> None:
             ]
             data = hospitals, normalised(load_hospital(whole, 0, "test"), scale)
         began, model = time.process_time(), initial_model(config)
-        parts = split_at_first_trained(model)
+        parts = split_before_trained(model)
         inputs, test = (
             data
             if parts is None

@@ -66,7 +66,8 @@ class OwnGradients:
         assert hospital.mechanism is not None and hospital.method is not None  # with distributed noise alone
         self.mechanism, self._method = hospital.mechanism, hospital.method
         self._hospital, self._number = hospital, plan.number
-        self._working, self._order = working_copy(hospital.model), sampling_seed_of(hospital.sampling_seed)
+        trained, self._patients = hospital.trained()
+        self._working, self._order = working_copy(trained), sampling_seed_of(hospital.sampling_seed)
         self._noise_seed = hospital.noise_seed.derive("round", *plan.round_of)  # fresh for every attempt
         self._computed = on_device(self._working, hospital.device)
         self._loss = loss_with(hospital.config.training.class_weights)
@@ -83,15 +84,15 @@ class OwnGradients:
         Raises `HeadroomError` when the sum exceeds its bound.
         """
         hospital, number, mechanism = self._hospital, self._number, self.mechanism
-        config = hospital.config
+        config, patients = hospital.config, self._patients
         drawn = self._order.stream("poisson sampling", number, step)
-        rows = sample_patients(hospital.train.records_of_patient, hospital.sample_rate, drawn)
+        rows = sample_patients(patients.records_of_patient, hospital.sample_rate, drawn)
         require_patients(mechanism, len(rows), hospital.name)
         copies_seed = self._order.derive("augmentation", number, step)
-        inputs = augmented(config.training.augmentation, hospital.train.inputs[rows], copies_seed)
+        inputs = augmented(config.training.augmentation, patients.inputs[rows], copies_seed)
         follow(self._computed, self._working)
         with repeatable():
-            sums = rounded_sum(self._computed, self._loss, inputs, hospital.train.labels[rows], mechanism, self._method)
+            sums = rounded_sum(self._computed, self._loss, inputs, patients.labels[rows], mechanism, self._method)
         self._losses += float(sums.losses.sum())
         self._clipped += int((sums.norms > config.privacy.clipping_norm).sum())
         self._used += len(rows)

@@ -64,7 +64,10 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         notify("connect", 1, 1)
         hospital = prepared_hospital(config, rank, links, notify)
         notify("load data", 1, 1)
-        with training_group(config, hospital.model) as hospital.group, training_runtime(links, config) as runtime:
+        with (
+            training_group(config, hospital.trained_network) as hospital.group,
+            training_runtime(links, config) as runtime,
+        ):
             ledger = open_ledger(config, name)
             domain = runtime.domain(ledger, signatory_of(ledger))
             _Run(hospital, domain, ledger, rules, notify).until_complete()

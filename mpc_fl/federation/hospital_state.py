@@ -35,7 +35,7 @@ from mpc_fl.federation.planning import (
     sample_rate_of,
     validation_run_name,
 )
-from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.dataset import Dataset, PatientRecords
 from mpc_fl.learning.data.normalisation import Normalisation
 from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.device import CPU, Device, device_of, on_device, repeatable
@@ -47,6 +47,7 @@ from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
+from mpc_fl.learning.training.head_inputs import HeadInputs, head_and_records, head_inputs_of, head_of
 from mpc_fl.learning.training.independent_records import require_independent_records
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
@@ -87,6 +88,7 @@ class Hospital:
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     velocity: torch.Tensor | None = None  # the momentum of its last round, where it is kept
+    head_inputs: HeadInputs | None = None  # where steps pass through the head alone
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -107,6 +109,18 @@ class Hospital:
         config, noise, rate = self.config, self.noise_multiplier, self.sample_rate
         of_steps = (self.sampling_seed, self.method, self.group, self.velocity, self.device)
         return LocalTraining(config, noise, rate, *of_steps)
+
+    @property
+    def trained_network(self) -> nn.Module:
+        """What its steps pass through: the network, or its head alone."""
+        return self.model if self.head_inputs is None else head_of(self.model)
+
+    def trained(self) -> tuple[nn.Module, PatientRecords]:
+        """What its steps pass through, and its training records as that reads them. Raises `ModelError` where the part before
+        the head is not what it was."""
+        if self.head_inputs is None:
+            return self.model, self.train
+        return head_and_records(self.model, self.train, self.head_inputs)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -269,22 +283,24 @@ def join(
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
         hospital.mechanism = mechanism_of(config)
+    hospital.head_inputs = head_inputs_of(model, config, hospital.device)
     if config.privacy.mechanism != "none":
-        wanted = config.training.per_sample_gradients
+        wanted, trained = config.training.per_sample_gradients, hospital.trained_network
+        shape = config.data.input_shape if hospital.head_inputs is None else hospital.head_inputs.shape[1:]
         if wanted == "auto":
-            shape, copies = config.data.input_shape, config.training.augmentation.copies
+            copies = config.training.augmentation.copies
             wanted = choose_per_sample_method(
-                model, shape, mechanism=hospital.mechanism, device=hospital.device, copies=copies
+                trained, shape, mechanism=hospital.mechanism, device=hospital.device, copies=copies
             )
         else:
-            computed = on_device(working_copy(model), hospital.device)
+            computed = on_device(working_copy(trained), hospital.device)
             with repeatable():
-                require_gradients_of_each(computed, config.data.input_shape, wanted)
+                require_gradients_of_each(computed, shape, wanted)
         hospital.method = wanted
         if hospital.mechanism is not None and hospital.device.place.type != "cpu":
-            computed = on_device(working_copy(model), hospital.device)
+            computed = on_device(working_copy(trained), hospital.device)
             with repeatable():
-                require_independent_records(computed, config.data.input_shape, hospital.mechanism, wanted)
+                require_independent_records(computed, shape, hospital.mechanism, wanted)
     return hospital
 
 

@@ -53,8 +53,7 @@ def trained_update(hospital: Hospital, links: Links, plan: RoundPlan, notify: No
     config, number = hospital.config, plan.number
     began = time.monotonic()
     local = train_locally(
-        hospital.model,
-        hospital.train,
+        *hospital.trained(),
         hospital.local_training,
         round_number=number,
         noise_seed=hospital.noise_seed.derive("round", *plan.round_of),

@@ -58,7 +58,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         notify("connect", 1, 1)
         hospital, common = prepared_hospital(config, rank, links, notify), prepare_aggregator(config)
         notify("load data", 1, 1)
-        with training_group(config, hospital.model) as hospital.group:
+        with training_group(config, hospital.trained_network) as hospital.group:
             ledger, peer = open_ledger(config, name), first_state(hospital, common)
             _Run(peer, links, ledger, notify).until_complete()
     write_traffic(links, out)

@@ -33,7 +33,7 @@ TRAINING = {
 
 def _record_party(name: str, values: dict[str, Any], directory: str) -> None:
     """Run the real program of one party; keep every frame it receives and, at hospitals, its own plaintext update."""
-    import mpc_fl.federation.hospital_round as federation
+    import mpc_fl.federation.local_update as federation
     from mpc_fl.apps.runs.party_process import run_party
 
     frames: list[tuple[str, str, str, Any]] = []

@@ -109,7 +109,7 @@ def die_once_round_1_is_signed() -> None:
 
 
 def boost_round_2() -> None:
-    from mpc_fl.federation import hospital_round as federation
+    from mpc_fl.federation import local_update as federation
 
     train_locally = federation.train_locally
 

@@ -54,11 +54,22 @@ def normalised(dataset: Dataset, normalisation: Normalisation | None) -> Dataset
     return replace(dataset, inputs=normalisation.apply(dataset.inputs))
 
 
+class Rows(Protocol):
+    """A tensor float32 (N, ...), or something that has rows as it does."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: torch.Tensor, /) -> torch.Tensor: ...
+
+
 class PatientRecords(Protocol):
     """Training data in memory: `inputs` float32 (N, ...), `labels` int64 (N,), and the rows of each patient."""
 
     @property
-    def inputs(self) -> torch.Tensor: ...
+    def inputs(self) -> Rows: ...
 
     @property
     def labels(self) -> torch.Tensor: ...

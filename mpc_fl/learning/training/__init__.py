@@ -1,6 +1,7 @@
 """The steps of training, at one hospital and, for the optimizer, at the aggregator.
 
 Begin with `dp_sgd.train_locally`: a round of private steps. It draws patients (`sampling`), clips their gradients
-(`per_sample_gradients`, in several processes through `process_group`) and adds noise (`noised_optimizer`).
+(`per_sample_gradients`, in several processes through `process_group`) and adds noise (`noised_optimizer`). Where the head
+alone is trained, `head_inputs` keeps what it reads.
 `server_optimizers` is what the aggregator makes of an opened mean. May use all other parts of `learning`.
 """
