@@ -182,3 +182,12 @@ def test_a_run_that_stopped_does_not_go_on_without_one_that_may_have_kept_more(
     run.start_anew()
     run.run(Sleeper("hospital-2", 0, KILLED))
     assert "finished" not in set(run.said.values())
+
+
+def test_a_sum_that_too_few_began_is_made_again_by_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hospital-0 and hospital-1 begin a sum of round 1 alone: hospital-3 was lost before hospital-2 had its signature."""
+    run = among_peers(tmp_path, monkeypatch, 4)
+    sleeper = Sleeper("hospital-3", "transcript update 1 0", KILLED, heard=2)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
