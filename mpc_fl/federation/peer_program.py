@@ -274,7 +274,7 @@ class _Run:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
             signers.sign(kind, about, values, members)
-        except PeerLostError:
+        except (PeerLostError, SumLostError):
             if signers.complete is not None:
                 self.attendance.complete = plan.attempt, signers.complete
             raise

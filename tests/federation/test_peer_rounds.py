@@ -191,3 +191,13 @@ def test_a_sum_that_too_few_began_is_made_again_by_the_others(tmp_path: Path, mo
     run.run(sleeper)
     assert sleeper.slept
     require_sound(run, names(3))
+
+
+def test_who_gives_up_a_block_is_not_blamed_for_who_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only hospital-2 lacks the signature of hospital-3, which was lost, and gives up; the two others need it."""
+    run = among_peers(tmp_path, monkeypatch, 4)
+    sleeper = Sleeper("hospital-3", "block 0 0/signed", KILLED, heard=2)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
+    assert not [line for line in run.log if "is left out of round" in line]
