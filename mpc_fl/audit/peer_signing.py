@@ -108,10 +108,7 @@ class PeerSigners:
 
     def _await_complete(self, draft: Block, others: Sequence[str]) -> None:
         """Step 3. One that is lost here is missed only where the quorum is not there without it. Who gave up is not blamed."""
-        have, deadline = 1, self.links.deadline()
-        missing: list[PeerLostError | SumLostError] = [
-            SumLostError("too few of a block's parties are there", "it waits")
-        ]
+        have, deadline, missing = 1, self.links.deadline(), list[PeerLostError | SumLostError]()
         for name in others:
             try:
                 said = self._hear(name, "complete", deadline)
@@ -121,7 +118,10 @@ class PeerSigners:
             self._require_same(draft, name, said)
             have += 1
         if have < self.quorum:
-            raise min(missing, key=lambda error: isinstance(error, SumLostError))
+            few = SumLostError(
+                f"fewer than {self.quorum} that signed '{draft.about}' are there", "see the logs of the others"
+            )
+            raise min([*missing, few], key=lambda error: isinstance(error, SumLostError))
 
     def _require_same(self, draft: Block, name: str, said: Mapping[str, Any]) -> None:
         """`name` has the same signatures. Raises `ProtocolError` naming who made two, or else who says what nobody signed."""

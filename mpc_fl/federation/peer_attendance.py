@@ -5,7 +5,8 @@ nothing under view 1, 2, ... Under view v the member k + v, counted round and ro
   1. each says to all that it is there ("present", `Presence`), signed: for which round and view, after which block, with which
      state and which openings that no block holds yet, with whose keys; and why the view before came to nothing
   2. who proposes waits until all that are linked with it are there, and names U ("proposal"): those with its own block and state
-     that hold keys of each other, without whom more than half of them have lost a sum with. What they said comes with it
+     that hold keys of each other, without whom more than half of them have lost a sum with, unless they are too few without
+     those. What they said comes with it
   3. each of U holds the proposal against what it has itself, signs it, and repeats to all what it signed ("agreed"). With the
      signatures of all of U the plan holds
 A proposer that is lost, silent, or says two things or something false, is named and the next view begins; nobody is in a proposal

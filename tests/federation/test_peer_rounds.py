@@ -201,3 +201,15 @@ def test_who_gives_up_a_block_is_not_blamed_for_who_was_lost(tmp_path: Path, mon
     assert sleeper.slept
     require_sound(run, names(3))
     assert not [line for line in run.log if "is left out of round" in line]
+
+
+def test_who_was_late_is_not_left_out_where_the_quorum_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hospital-1 and hospital-2 have lost a sum with hospital-0, and hospital-2 proposes next."""
+    run = among_peers(tmp_path, monkeypatch, 3)
+    sleeper = Sleeper("hospital-0", "transcript update 1 0", 30.0)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
+    assert not [line for line in run.log if "is left out of round" in line]
