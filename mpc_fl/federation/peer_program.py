@@ -147,9 +147,10 @@ class _Run:
         """
         plan = proposal.plan
         number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
-        settling = Settling(self.attendance.signing(*plan.round_of, "begun"), proposal.present)
+        begun = self.attendance.signing(*plan.round_of, "begun")
+        settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
         self.links.set_phase(f"round {number} reveal ledger")
-        complete = settling.completed(self.attendance.complete)
+        complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete[1])
             if complete[1].kind != "start":
