@@ -128,10 +128,6 @@ byte lates = LATES;
 
 /* ---- the rules that can be taken out --------------------------------------------------------------------------------- */
 
-/* Three of them are of this model and not of the code yet (branch peers at c214be3): VOID_IS_NO_LOSS (`PeerSigners._hear` blames who gave up),
-   TOO_FEW_IS_A_LOST_SUM (the `QuorumError` of a sum ends the run) and ENOUGH_WITHOUT_THE_BLAMED (`Proposals.proposed` leaves out also whom
-   the quorum needs). Without them a run can end while a quorum lives, as the checks of these names show. */
-
 #ifdef WITHOUT_RULE_QUORUM
 #define FEWEST (QUORUM - 1)
 #else

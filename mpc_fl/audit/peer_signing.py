@@ -31,7 +31,7 @@ from mpc_fl.audit.ledger_audit import shortfalls
 from mpc_fl.audit.ledger_file import RevealLedger, now
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import Block, Members, Signature, is_signed, sign_block, signature_from, to_json
-from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, printable
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError, printable
 from mpc_fl.links.links import Links
 
 _LONGEST_REASON = 300
@@ -60,7 +60,8 @@ class PeerSigners:
         """Sign what was opened since the block before, and keep the block; arguments as `CoSigners.sign` has them.
 
         Raises `ProtocolError` naming the party whose record or signature differs, or for a block that would not count;
-        `PeerLostError` when a party is lost or late: then it may be `complete`, and is not kept.
+        `PeerLostError` when a party is lost or late, `SumLostError` when one gives up, which may be for another one's loss:
+        then it may be `complete`, and is not kept.
         """
         links, others = self.links, [name for name in self.parties if name != self.links.name]
         draft = self.ledger.draft(kind, about, self.parties, values, members)
@@ -84,7 +85,7 @@ class PeerSigners:
     def keep(self, complete: Block, others: Sequence[str]) -> Block:
         """Step 3, with those `others` of its parties that are there: of a block that was completed now, or in an earlier attempt.
 
-        Raises `PeerLostError` where fewer than the quorum say that they have it.
+        Raises `PeerLostError` where fewer than the quorum say that they have it, `SumLostError` where nobody is known to be lost.
         """
         self.complete = complete
         self._say(others, "complete", {"signatures": [to_json(signature) for signature in complete.signatures]})
@@ -106,17 +107,21 @@ class PeerSigners:
         return signature.party == name and is_signed(draft.content_digest(), signature, certificate, draft.version)
 
     def _await_complete(self, draft: Block, others: Sequence[str]) -> None:
-        """Step 3. One that is lost here is missed only where the quorum is not there without it."""
-        have, deadline, lost = 1, self.links.deadline(), list[PeerLostError]()
+        """Step 3. One that is lost here is missed only where the quorum is not there without it. Who gave up is not blamed."""
+        have, deadline, missing = 1, self.links.deadline(), list[PeerLostError | SumLostError]()
         for name in others:
             try:
-                self._require_same(draft, name, self._hear(name, "complete", deadline))
-            except PeerLostError as error:
-                lost.append(error)
-            else:
-                have += 1
+                said = self._hear(name, "complete", deadline)
+            except (PeerLostError, SumLostError) as error:
+                missing.append(error)
+                continue
+            self._require_same(draft, name, said)
+            have += 1
         if have < self.quorum:
-            raise lost[0]
+            few = SumLostError(
+                f"fewer than {self.quorum} that signed '{draft.about}' are there", "see the logs of the others"
+            )
+            raise min([*missing, few], key=lambda error: isinstance(error, SumLostError))
 
     def _require_same(self, draft: Block, name: str, said: Mapping[str, Any]) -> None:
         """`name` has the same signatures. Raises `ProtocolError` naming who made two, or else who says what nobody signed."""
@@ -137,7 +142,7 @@ class PeerSigners:
         said = self.links.receive_object(name, tag, deadline)
         if "void" in said:
             why = printable(str(said["void"]), _LONGEST_REASON)
-            raise PeerLostError(name, f"{name} gave up the block: {why}", f"see the log of {name}")
+            raise SumLostError(f"{name} gave up the block: {why}", f"see the log of {name}")
         return said
 
     def _say(self, names: Sequence[str], tag: str, value: dict[str, Any]) -> None:

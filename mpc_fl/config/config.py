@@ -127,6 +127,13 @@ class Config(Section):
                 f"without a coordinator a sum needs {_FEWEST_PEERS} hospitals, and more than half of all; set federation.quorum to "
                 f"{least} or more, or federation.coordinator to aggregator"
             )
+        colluders = self.privacy.colluders or 0
+        if 2 * federation.quorum_size - federation.hospitals <= colluders:
+            # Of two quorums one hospital in both must be honest: else two sets open under one label, and the ledger forks.
+            raise ValueError(
+                f"without a coordinator any two quorums need more hospitals in common than privacy.colluders={colluders}; set "
+                f"federation.quorum to {(federation.hospitals + colluders) // 2 + 1} or more, or lower privacy.colluders"
+            )
         not_there = {
             "aggregation.norm_check": self.aggregation.norm_check,
             "evaluation.choose best, and evaluation.calibrate": self.evaluation.chooses,

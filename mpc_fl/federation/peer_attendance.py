@@ -5,7 +5,8 @@ nothing under view 1, 2, ... Under view v the member k + v, counted round and ro
   1. each says to all that it is there ("present", `Presence`), signed: for which round and view, after which block, with which
      state and which openings that no block holds yet, with whose keys; and why the view before came to nothing
   2. who proposes waits until all that are linked with it are there, and names U ("proposal"): those with its own block and state
-     that hold keys of each other, without whom more than half of them have lost a sum with. What they said comes with it
+     that hold keys of each other, without whom more than half of them have lost a sum with, unless they are too few without
+     those. What they said comes with it
   3. each of U holds the proposal against what it has itself, signs it, and repeats to all what it signed ("agreed"). With the
      signatures of all of U the plan holds
 A proposer that is lost, silent, or says two things or something false, is named and the next view begins; nobody is in a proposal
@@ -122,7 +123,7 @@ class PeerAttendance:
             except LeftOutError:
                 raise
             except (PeerLostError, ProtocolError) as error:
-                reason = Reason(error.what, _lost_with(error))
+                reason = Reason(error.what, lost_with(error))
                 say(self._agreeing(number, tried), self._alive, "void", reason=error.for_peers)
             next_one = self.proposer(number, tried + 1)
             log.warning("round %d under %s came to nothing: %s; %s is next", number, proposer, reason.why, next_one)
@@ -243,7 +244,7 @@ class PeerAttendance:
             alive, late = self._alive, time.monotonic() >= until
             if proposer == self.me:
                 if late or all(self._is_present(name, (number, view)) for name in alive):
-                    values = self._proposals.proposed(standing, self.members, alive, self._latest)
+                    values = self._own_proposal(standing, alive)
                     self._require_all(number, values["hospitals"])
                     subject = self._proposals.subject("proposal", (number, view))
                     signed = say_signed(self.domain, self._links, self._alive, subject, values)
@@ -255,6 +256,13 @@ class PeerAttendance:
                 raise PeerLostError(proposer, f"{proposer} {how}", f"see the log of {proposer}")
             require_quorum(self.rules, (self.me, *alive), self.rules.hospitals, f"round {number}")
             first_to_speak(self._links, alive, until)
+
+    def _own_proposal(self, standing: Standing, alive: Collection[str]) -> dict[str, Any]:
+        """Raises `SumLostError` where too few are under this view with this hospital: others may be enough under the next one."""
+        try:
+            return self._proposals.proposed(standing, self.members, alive, self._latest)
+        except QuorumError as error:
+            raise SumLostError(error.what, error.fix) from None
 
     def _require_not_behind(self, number: int, view: int) -> None:
         """Raise `_Behind` when a quorum, this hospital with it, is under a later view."""
@@ -296,7 +304,8 @@ class _Behind(Exception):  # noqa: N818 - no error
         super().__init__(view)
 
 
-def _lost_with(error: MpcFlError) -> str:
+def lost_with(error: MpcFlError) -> str:
+    """Whom a view came to nothing with, "" where that is not known."""
     if isinstance(error, PeerLostError):
         return error.peer
     return error.lost if isinstance(error, SumLostError) else ""

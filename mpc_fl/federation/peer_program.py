@@ -25,13 +25,13 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
 from mpc_fl.crypto.certificates import received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import LeftOutError, PeerLostError, SumLostError
+from mpc_fl.errors import LeftOutError, PeerLostError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
-from mpc_fl.federation.peer_attendance import PeerAttendance
+from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
 from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
@@ -130,8 +130,9 @@ class _Run:
                 break
             except LeftOutError:
                 raise
-            except (PeerLostError, SumLostError) as error:
-                lost = error.peer if isinstance(error, PeerLostError) else error.lost
+            except (PeerLostError, SumLostError, QuorumError) as error:
+                # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.
+                lost = lost_with(error)
                 log.warning("%s; round %d goes on under the next view", error, number)
                 reason = Reason(error.what, lost)
                 self.attendance.void(number, view, reason)
@@ -146,9 +147,10 @@ class _Run:
         """
         plan = proposal.plan
         number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
-        settling = Settling(self.attendance.signing(*plan.round_of, "begun"), proposal.present)
+        begun = self.attendance.signing(*plan.round_of, "begun")
+        settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
         self.links.set_phase(f"round {number} reveal ledger")
-        complete = settling.completed(self.attendance.complete)
+        complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete[1])
             if complete[1].kind != "start":
@@ -273,7 +275,7 @@ class _Run:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
             signers.sign(kind, about, values, members)
-        except PeerLostError:
+        except (PeerLostError, SumLostError):
             if signers.complete is not None:
                 self.attendance.complete = plan.attempt, signers.complete
             raise

@@ -142,17 +142,21 @@ class Proposals:
         """At who proposes: the values of its proposal, from what members said. Raises `QuorumError` where too few are left."""
         links, (mine, _) = self.domain.links, latest[self.domain.links.name]
         there = {name: said for name, (said, _) in latest.items() if said.view_of == mine.view_of}
-        blamed = Counter(said.lost for said in there.values())
-        chosen = [links.name]
+        named = Counter(said.lost for said in there.values())
+        alike, blamed = list[str](), list[str]()
         for name in members:
             if name not in there or name not in alive:
                 continue
             if there[name].place != mine.place:
                 log.warning("%s is left out: it has another block or model before round %d", name, mine.number)
-            elif 2 * blamed[name] > len(there):
+            else:
+                (blamed if 2 * named[name] > len(there) else alike).append(name)
+        chosen = _holding_keys([links.name, *alike], there, links.key_fingerprint)
+        if len(chosen) < self.rules.smallest:  # those that the quorum needs are tried again
+            chosen = _holding_keys([*chosen, *blamed], there, links.key_fingerprint)
+        for name in blamed:
+            if name not in chosen:
                 log.warning("%s is left out of round %d: sums were lost with it", name, mine.number)
-            elif _hold_keys({other: there[other] for other in (*chosen, name)}, links.key_fingerprint):
-                chosen.append(name)
         hospitals = [name for name in members if name in chosen]
         require_quorum(self.rules, hospitals, members, f"round {standing.number}")
         return {
@@ -202,8 +206,14 @@ class Proposals:
         return said
 
 
-def _hold_keys(there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> bool:
-    return all(said.held.get(name) == fingerprint(name) for said in there.values() for name in there)
+def _holding_keys(names: Sequence[str], there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> list[str]:
+    """The first of `names`, and of the others, in order, those that hold the present keys of all before them and the reverse."""
+    chosen = list[str]()
+    for name in names:
+        both = (*chosen, name)
+        if not chosen or all(there[one].held.get(other) == fingerprint(other) for one in both for other in both):
+            chosen.append(name)
+    return chosen
 
 
 def _refuse(proposer: str, what: str) -> NoReturn:

@@ -7,18 +7,22 @@ deviation replaces a function where the deviating hospital's thread calls it, an
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpc_fl.aggregation import peer_sum
 from mpc_fl.aggregation.signed_words import Signed
 from mpc_fl.audit.ledger_audit import parse_line
 from mpc_fl.audit.ledger_file import now
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, sign_block, to_json
+from mpc_fl.errors import SumLostError
 from mpc_fl.federation import peer_attendance, peer_program
 from mpc_fl.federation.peer_proposal import Proposals
+from mpc_fl.federation.peer_settling import Settling
 from tests.support.peer_rounds import among_peers, names, require_sound
 from tests.support.peer_sums import only_at
 from tests.support.training_in_memory import Training
@@ -162,3 +166,37 @@ def test_two_signatures_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in names(5):
         blocks = [parse_line(line) for line in (run.party(name) / LEDGER_FILE).read_bytes().splitlines()]
         assert [block.about for block in blocks] == ["the run begins", "round 0"]
+
+
+@pytest.mark.parametrize("view", [0, 10**9])
+def test_a_complete_block_that_nobody_else_signed(view: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hospital-3 gives up the first sum, and then says that it holds a block of the round with the signatures of all."""
+    gave_up, claimed = list[str](), list[tuple[int, Any]]()
+
+    def gives_up(original: Any, fixed: Any) -> Any:
+        if not gave_up:
+            gave_up.append(fixed.transcript)
+            raise SumLostError("a sum that nothing was lost of", "")
+        return original(fixed)
+
+    def present(original: Any, self: Proposals, standing: Any, number: int, reason: Any, ledger: Any, own: Any) -> Any:
+        if standing.number == 0 and number == 1:
+            draft = ledger.draft("openings", "round 0", tuple(names(4)), {"global model": "0" * 64})
+            signature = sign_block(draft, ledger.identity, now())
+            signatures = tuple(replace(signature, party=name) for name in names(4))
+            claimed.append((view, replace(draft, signatures=signatures)))
+            own = claimed[-1]
+        return original(self, standing, number, reason, ledger, own)
+
+    def completed(original: Any, self: Settling, own: Any, *rest: Any) -> Any:
+        return original(self, claimed[-1] if claimed else own, *rest)
+
+    run = among_peers(tmp_path, monkeypatch, 4)
+    only_at(monkeypatch, "hospital-3", peer_sum, "checked_totals", gives_up)
+    only_at(monkeypatch, "hospital-3", Proposals, "own_presence", present)
+    only_at(monkeypatch, "hospital-3", Settling, "completed", completed)
+    run.run()
+    assert gave_up and claimed
+    require_sound(run, names(3))
+    assert any("hospital-3 says that" in line for line in run.log)
+    assert any("hospital-3 is left out of round 0" in line for line in run.log)

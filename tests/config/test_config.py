@@ -55,6 +55,14 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
         ({"federation": {"hospitals": 2}}, "set federation.quorum to 3"),
         ({"federation": {"hospitals": 5, "quorum": 2}}, "set federation.quorum to 3 or more"),
         ({"federation": {"hospitals": 8, "quorum": 4}}, "set federation.quorum to 5 or more"),
+        (
+            {"federation": {"hospitals": 5, "quorum": 3}, "privacy": {"colluders": 1}},
+            "set federation.quorum to 4 or more",
+        ),
+        (
+            {"federation": {"hospitals": 6, "quorum": 4}, "privacy": {"colluders": 2}},
+            "set federation.quorum to 5 or more",
+        ),
         ({"federation": {"addresses": {"aggregator": "a:1"}}}, "a party 'aggregator', and there is none"),
         ({"federation": {"dial_out_only": ["hospital-1"]}}, "no federation.dial_out_only"),
         ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
@@ -69,6 +77,7 @@ def test_what_a_run_without_a_coordinator_cannot_have_is_refused(values: dict[st
     others = {name: value for name, value in values["federation"].items() if name == "coordinator"}
     fine = parse_config({"federation": {**others, "hospitals": 5, "quorum": 3}}, "f.yaml")
     assert party_names(fine) == hospital_names(5)
+    parse_config({"federation": {**others, "hospitals": 5, "quorum": 4}, "privacy": {"colluders": 2}}, "f.yaml")
 
 
 def test_overrides(tmp_path: Path) -> None:

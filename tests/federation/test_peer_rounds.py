@@ -182,3 +182,34 @@ def test_a_run_that_stopped_does_not_go_on_without_one_that_may_have_kept_more(
     run.start_anew()
     run.run(Sleeper("hospital-2", 0, KILLED))
     assert "finished" not in set(run.said.values())
+
+
+def test_a_sum_that_too_few_began_is_made_again_by_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hospital-0 and hospital-1 begin a sum of round 1 alone: hospital-3 was lost before hospital-2 had its signature."""
+    run = among_peers(tmp_path, monkeypatch, 4)
+    sleeper = Sleeper("hospital-3", "transcript update 1 0", KILLED, heard=2)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
+
+
+def test_who_gives_up_a_block_is_not_blamed_for_who_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only hospital-2 lacks the signature of hospital-3, which was lost, and gives up; the two others need it."""
+    run = among_peers(tmp_path, monkeypatch, 4)
+    sleeper = Sleeper("hospital-3", "block 0 0/signed", KILLED, heard=2)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
+    assert not [line for line in run.log if "is left out of round" in line]
+
+
+def test_who_was_late_is_not_left_out_where_the_quorum_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hospital-1 and hospital-2 have lost a sum with hospital-0, and hospital-2 proposes next."""
+    run = among_peers(tmp_path, monkeypatch, 3)
+    sleeper = Sleeper("hospital-0", "transcript update 1 0", 30.0)
+    run.run(sleeper)
+    assert sleeper.slept
+    require_sound(run, names(3))
+    assert not [line for line in run.log if "is left out of round" in line]

@@ -48,7 +48,8 @@ SETTINGS: dict[str, Any] = {
 
 @dataclass
 class Sleeper:
-    """A party that sleeps for so many seconds before a message of its own leaves: its first of this tag, or number `at`.
+    """A party that sleeps for so many seconds before a message of its own leaves: its first of this tag, after `heard` others of
+    that tag, or number `at`.
 
     `KILLED` ends it there instead. `slept` says that it came to it, `since` when.
     """
@@ -56,6 +57,7 @@ class Sleeper:
     name: str
     at: str | int
     seconds: float = FOR_GOOD
+    heard: int = 0
     sent: int = 0
     slept: bool = False
     since: float = 0.0
@@ -63,7 +65,9 @@ class Sleeper:
 
     def falls_asleep(self, tag: str) -> bool:
         """Whether it does so now, before it sends something of this tag."""
-        asleep = not self.slept and (tag.startswith(self.at) if isinstance(self.at, str) else self.sent == self.at)
+        is_there = not self.slept and (tag.startswith(self.at) if isinstance(self.at, str) else self.sent == self.at)
+        asleep = is_there and self.heard == 0
+        self.heard -= int(is_there and not asleep)
         self.sent += 1
         self.slept = self.slept or asleep
         return asleep
