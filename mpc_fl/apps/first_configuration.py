@@ -39,7 +39,7 @@ class Films:
 
 @dataclass(frozen=True)
 class Answers:
-    """What somebody who begins says of the federation.
+    """What somebody who begins says of the federation. `name` is of its runs, in reports and ledgers.
 
     `smallest_hospital`: the fewest training patients of any hospital, which is public; `shared_out` where it is so many that
     each has if all hospitals share what was found, and `largest_hospital` then the most that one has. `backbone`: what gives
@@ -61,6 +61,7 @@ class Answers:
     guesses: tuple[ColumnSection, ...] = ()
     identifiers: tuple[str, ...] = ()
     films: Films | None = None
+    name: str = "phantoms"
 
     @property
     def image_size(self) -> int:
@@ -73,6 +74,7 @@ def first_configuration(answers: Answers) -> str:
     lines = [
         "# Written by mpc-fl init. Every party needs this file; only `site` may differ (mpc-fl config explain site).",
         "# What is not said here has a default: mpc-fl config explain lists all settings.",
+        f"name: {_written(answers.name)}    # of its runs, in reports and privacy ledgers",
         *_data(answers),
         *_training(answers),
         *_privacy(answers),
@@ -84,6 +86,8 @@ def first_configuration(answers: Answers) -> str:
             "  # quorum: 2        # go on while so many hospitals are left; without it losing one ends the run",
             "  # addresses:       # who runs where, for mpc-fl party; on one machine mpc-fl train starts all",
             "  #   aggregator: aggregator.example.org:47100",
+            "  #   hospital-0: hospital-0.example.org:47100   # and so for each hospital",
+            "  # session: 2026-01-first   # for mpc-fl party: a fresh name for each run",
         ]
     if answers.source == "images":
         lines += ["inference:", "  engine: fast       # encrypted diagnosis of images"]

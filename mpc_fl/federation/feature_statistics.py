@@ -203,11 +203,7 @@ def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics
     sums = total.double() / plan.mechanism.scale
     counts = sums[: plan.classes] / plan.count_weight
     patients, noise = float(counts.sum()), _noise_of_sums(plan)
-    if patients < 1 or patients < 4 * noise * math.sqrt(plan.classes) / plan.count_weight:
-        raise PrivacyBudgetError(
-            "the noise of the feature sums exceeds the number of patients",
-            "lower data.normalise_noise_multiplier, or set data.normalise to none",
-        )
+    require_enough_patients(plan, patients)
     if plan.mean_alone:
         centre = (sums[plan.classes :] / _MEAN_WEIGHT / patients).clamp(plan.low, plan.high)
         normalisation = Normalisation((*centre.tolist(), 0.0), (1.0,) * plan.constants, to_norm_1=True)
@@ -220,6 +216,19 @@ def decode_features(plan: FeaturePlan, total: torch.Tensor) -> FeatureStatistics
     mean = tuple((plan.low + width * (means + _VALUE_CENTRE)).tolist())
     normalisation = Normalisation(mean, tuple((width * deviations).tolist()))
     return FeatureStatistics(tuple(counts.tolist()), normalisation, width * noise / patients)
+
+
+def require_enough_patients(plan: FeaturePlan, patients: float, before: bool = False) -> None:
+    """Raise `PrivacyBudgetError` where the opened number of training patients of all hospitals does not stand out of its noise:
+    the means would be noise as well. `before` the sum, for their true number: where that may come of it (3 sigma)."""
+    noise = _noise_of_sums(plan) * math.sqrt(plan.classes) / plan.count_weight
+    least = max(1.0, (7 if before else 4) * noise)
+    if patients < least:
+        raise PrivacyBudgetError(
+            f"the noise of the feature sums exceeds the number of patients: {least:.0f} training patients are needed for "
+            "data.normalise_noise_multiplier as it is",
+            "lower it, which costs privacy, or set data.normalise to none",
+        )
 
 
 def _noise_of_sums(plan: FeaturePlan) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from mpc_fl.federation.feature_statistics import (
     encode_features,
     patient_vectors,
     plan_features,
+    require_enough_patients,
     vector_norm,
 )
 from mpc_fl.learning.data.dataset import Dataset, normalised
@@ -624,3 +626,17 @@ def test_parties_open_one_sum_and_nothing_of_a_site(tmp_path: Path) -> None:
             ("sum of evaluation counts", [evaluation_length(3)]),
             ("feature sums", [3 + 2 * 3]),
         ]
+
+
+def test_so_few_patients_that_their_number_may_be_lost_in_noise_are_refused_before_the_run() -> None:
+    """`check` said that a run of 119 patients can work, which was lost at its first sum."""
+    plan = plan_features(configured("distributed", noise=2.0))
+
+    def enough(before: bool) -> int:
+        with pytest.raises(PrivacyBudgetError, match="training patients are needed") as refused:
+            require_enough_patients(plan, 0, before)
+        least = int(re.findall("([0-9]+) training patients", str(refused.value))[0])
+        require_enough_patients(plan, least + 1, before)
+        return least
+
+    assert enough(before=True) == pytest.approx(enough(before=False) * 7 / 4, abs=2)

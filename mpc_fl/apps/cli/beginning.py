@@ -52,6 +52,7 @@ def init(
         raise ConfigError(f"{path} {what}", "choose another name" + ("" if path.is_dir() else ", or give --force"))
     named = None if classes is None else tuple(name.strip() for name in classes.split(","))
     given = {
+        "name": path.stem,
         "source": _source(source, data),
         "classes": named,
         "label_column": label,

@@ -362,6 +362,7 @@ def _preflight(
     from mpc_fl.apps.runs.curves import require_watchers
     from mpc_fl.apps.runs.estimate import estimate_training
     from mpc_fl.apps.runs.party_process import require_site_allows
+    from mpc_fl.federation.feature_statistics import plan_features, require_enough_patients
     from mpc_fl.federation.planning import headroom_of
     from mpc_fl.learning.data.loading import patients_per_hospital
     from mpc_fl.learning.data.records import is_one_hospitals
@@ -380,6 +381,8 @@ def _preflight(
     if patients is None:
         patients = patients_per_hospital(config)
     alone = at if is_one_hospitals(config) else None
+    if config.data.normalise == "secure" and alone is None:
+        require_enough_patients(plan_features(config), sum(patients), before=True)
     return None if resume else estimate_training(config, patients, alone)
 
 

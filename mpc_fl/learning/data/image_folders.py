@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,12 @@ def class_folders(root: Path, classes: tuple[str, ...], alone: bool = False) -> 
     # Hidden folders are left by notebooks and file servers; they are no classes.
     found = [entry.name for entry in entries(root) if entry.is_dir() and not entry.name.startswith(".")]
     unknown = [name for name in found if name not in classes]
+    missing = [name for name in classes if name not in found]
+    if unknown and (near := difflib.get_close_matches(unknown[0], missing, 1)):
+        raise DataError(
+            f"{root} has a folder '{unknown[0]}' and none called '{near[0]}', which is one of data.classes",
+            "give the folder the name of its class; data.classes is the same for all hospitals",
+        )
     if unknown:
         raise DataError(
             f"wrong number of classes: {root} has a folder '{unknown[0]}', {len(classes)} classes are configured",

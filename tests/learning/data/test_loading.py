@@ -227,6 +227,7 @@ def test_mistakes_about_folders(folder: Path, tmp_path: Path, monkeypatch: pytes
     (folder / "train" / "odd").mkdir()
     _both(_config(folder), "wrong number of classes", "'odd'", "2 classes")
     _both(_config(folder, classes=["ill", "well", "odd"]), "train/odd has no images")
+    _both(_config(folder, classes=["ill", "well", "odds"]), "has a folder 'odd' and none called 'odds'")
     (folder / "train" / "odd").rmdir()
 
     def refuse(_: Path) -> None:
