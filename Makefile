@@ -65,7 +65,7 @@ check: $(STAMP)
 
 check-model: $(STAMP)
 	@command -v spin >/dev/null || { echo "check-model needs Spin: apt-get install spin gcc" >&2; exit 1; }
-	$(BIN)/python models/check.py
+	$(BIN)/python models/check.py --seconds 300
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(DEMO)-diagnosis build *.egg-info

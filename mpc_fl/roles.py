@@ -8,11 +8,14 @@ names of their own one day. Names are in certificates, in the ledger of openings
 from __future__ import annotations
 
 import re
+from typing import Final, Literal
 
 from mpc_fl.errors import IdentityError
 
 HOSPITAL_ROLE = "hospital"
-AGGREGATOR, DEALER, MODEL_OWNER = "aggregator", "dealer", "model-owner"
+AGGREGATOR: Final = "aggregator"
+DEALER, MODEL_OWNER = "dealer", "model-owner"
+Coordinator = Literal["aggregator", "none"]  # who proposes rounds and opens sums: one party, or the hospitals in turn
 
 _HOSPITAL_NAME = re.compile(r"hospital-(0|[1-9][0-9]{0,2})")  # three digits: ranks go to 999
 _SERVERS = (AGGREGATOR, DEALER, MODEL_OWNER)

@@ -118,7 +118,7 @@ class Config(Section):
     def _check_peers(self) -> Config:
         """What a run without an aggregator needs, and what it cannot do yet."""
         federation = self.federation
-        if self.task != "train" or federation.coordinator == "aggregator":
+        if self.task != "train" or federation.coordinator == AGGREGATOR:
             return self
         least = max(_FEWEST_PEERS, federation.hospitals // 2 + 1)
         if federation.quorum_size < least:
@@ -303,7 +303,7 @@ class Config(Section):
 
 def _require_parties(federation: FederationSection) -> None:
     """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
-    leads = [AGGREGATOR] if federation.coordinator == "aggregator" else []
+    leads = [AGGREGATOR] if federation.coordinator == AGGREGATOR else []
     known = [*hospital_names(federation.hospitals), *leads, HOSPITAL, MODEL_OWNER, DEALER]
     named = [*federation.addresses, *federation.dial_out_only, *([federation.relay] if federation.relay else [])]
     for name in named:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mpc_fl.config.section import Count, Positive, Section, Whole
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, Coordinator
 
 
 class RuntimeSection(Section):
@@ -49,8 +49,8 @@ class FederationSection(Section):
     """
 
     hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
-    coordinator: Literal["aggregator", "none"] = Field(
-        default="aggregator",
+    coordinator: Coordinator = Field(
+        default=AGGREGATOR,
         description="who leads training and opens its sums: the aggregator, or all hospitals in turn",
     )
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
