@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, load_root, party_subject
+from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, load_root, party_subject, pem
 from mpc_fl.crypto.identity_files import private_pem, write_identity
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError
@@ -176,11 +176,6 @@ def open_key(key_file: bytes, passphrase: Private[bytes] | None) -> ec.EllipticC
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise damaged
     return key
-
-
-def pem(certificate: x509.Certificate) -> bytes:
-    """A certificate in PEM."""
-    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def federation_of(certificate: x509.Certificate) -> str:

@@ -27,12 +27,13 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from mpc_fl.crypto.authority import Authority, federation_of, is_sealed, open_key, pem
+from mpc_fl.crypto.authority import Authority, federation_of, is_sealed, open_key
 from mpc_fl.crypto.certificate_record import Issued, lines_of, now, parse_record
 from mpc_fl.crypto.certificates import (
     REVOCATION_FILE,
     ROOT_FILE,
     load_root,
+    pem,
     private_key,
     verify_request,
     verify_revocation_list,

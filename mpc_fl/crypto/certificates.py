@@ -106,7 +106,7 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
         certificate = x509.load_pem_x509_certificate(certificate_pem)
     except UNSOUND:
         raise IdentityError(f"the certificate of {name} is not valid PEM", ASK_ADMINISTRATOR) from None
-    if certificate.public_bytes(serialization.Encoding.PEM) != certificate_pem:
+    if pem(certificate) != certificate_pem:
         # It goes into files that are read again: text beside it could make such a file one that nobody can read.
         raise IdentityError(f"the certificate of {name} is PEM with something beside it", ASK_ADMINISTRATOR)
     root = load_root(trusted.authority, f"the authority's certificate that {trusted.name} has")
@@ -145,9 +145,14 @@ def received_pem(value: object, name: str) -> bytes:
     return value.encode("ascii")
 
 
+def pem(certificate: x509.Certificate) -> bytes:
+    """A certificate in PEM."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
 def plain_pem(certificate_pem: bytes) -> bytes:
     """A certificate as parties send it: its PEM without text beside it or other ends of lines. Raises one of `UNSOUND`."""
-    return x509.load_pem_x509_certificate(certificate_pem).public_bytes(serialization.Encoding.PEM)
+    return pem(x509.load_pem_x509_certificate(certificate_pem))
 
 
 def is_of_party(certificate: x509.Certificate, name: str) -> bool:

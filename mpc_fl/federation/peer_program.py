@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
@@ -23,7 +22,7 @@ from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
-from mpc_fl.crypto.certificates import received_pem, verify_certificate
+from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import LeftOutError, PeerLostError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
@@ -236,7 +235,7 @@ class _Run:
     def _begin_ledger(self, plan: RoundPlan) -> None:
         """The first block: all sign who they are. Whoever is not in it takes no part in the run."""
         config, ledger, hospitals = self.config, self.ledger, plan.hospitals
-        certificates = {name: _pem(self.certificates[name]) for name in hospitals}
+        certificates = {name: pem(self.certificates[name]).decode("ascii") for name in hospitals}
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         signers = self._signers(plan, hospitals, "start")
@@ -298,10 +297,6 @@ class _Run:
         if number and result.own is not None:
             append_json_line(out / "metrics.jsonl", result.own)
         checkpoint(self.peer, out, number)
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode("ascii")
 
 
 def _exchanged(

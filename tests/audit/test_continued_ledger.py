@@ -10,8 +10,8 @@ import pytest
 from mpc_fl.audit.ledger_audit import Copy, Verdict, extend, read_ledger, verify_copies
 from mpc_fl.audit.ledger_file import EARLIER_FILE, RevealLedger, earlier_authorities
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Members, sign_block
-from mpc_fl.crypto.authority import Authority, pem
-from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.authority import Authority
+from mpc_fl.crypto.certificates import Identity, pem
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import IdentityError, MpcFlError
 from tests.audit.test_reveal_ledger import BEGAN, DAY, PARTIES, authority, identity, make_ledger, members, text

@@ -12,8 +12,8 @@ import pytest
 from mpc_fl.audit.ledger_audit import extend
 from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Chain, Members, encode_block, sign_block
-from mpc_fl.crypto.authority import Authority, pem
-from mpc_fl.crypto.certificates import ROOT_FILE
+from mpc_fl.crypto.authority import Authority
+from mpc_fl.crypto.certificates import ROOT_FILE, pem
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import ModelError
 

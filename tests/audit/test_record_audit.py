@@ -16,7 +16,7 @@ from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.opening_record import OPENINGS_FILE, Opening
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block, Chain, ChainedOpening, to_json
-from mpc_fl.crypto.authority import pem
+from mpc_fl.crypto.certificates import pem
 from tests.audit.test_reveal_ledger import PARTIES, authority, identity, make_ledger, members, signed, text
 
 BLOCKS = make_ledger(2, 2)

@@ -38,8 +38,8 @@ from mpc_fl.audit.reveal_ledger import (
     to_json,
 )
 from mpc_fl.crypto import signatory
-from mpc_fl.crypto.authority import Authority, pem
-from mpc_fl.crypto.certificates import Identity
+from mpc_fl.crypto.authority import Authority
+from mpc_fl.crypto.certificates import Identity, pem
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, ProtocolError

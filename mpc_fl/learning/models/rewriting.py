@@ -257,6 +257,11 @@ def fold_batchnorm(model: nn.Module) -> fx.GraphModule:
         traced.set_submodule(source.target, fused)
         node.replace_all_uses_with(source)
         traced.graph.erase_node(node)
+    return tidied(traced)
+
+
+def tidied(traced: fx.GraphModule) -> fx.GraphModule:
+    """The network itself after its graph was changed: without submodules that no operation calls, checked, compiled anew."""
     traced.delete_all_unused_submodules()
     traced.graph.lint()
     traced.recompile()

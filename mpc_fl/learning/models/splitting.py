@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from mpc_fl.errors import ModelError
 from mpc_fl.learning.models.parameters import trainable_parameters
-from mpc_fl.learning.models.rewriting import without_in_place
+from mpc_fl.learning.models.rewriting import tidied, without_in_place
 
 
 def split_before_trained(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
@@ -48,18 +48,11 @@ def _named(graph: fx.Graph, name: str) -> fx.Node:
     return next(node for node in graph.nodes if node.name == name)
 
 
-def _tidied(part: fx.GraphModule) -> fx.GraphModule:
-    part.graph.eliminate_dead_code()
-    part.delete_all_unused_submodules()
-    part.graph.lint()
-    part.recompile()
-    return part
-
-
 def _ending_at(traced: fx.GraphModule, name: str) -> fx.GraphModule:
     front = copy.deepcopy(traced)
     _named(front.graph, "output").args = (_named(front.graph, name),)
-    return _tidied(front).requires_grad_(False)
+    front.graph.eliminate_dead_code()
+    return tidied(front).requires_grad_(False)
 
 
 def _beginning_after(traced: fx.GraphModule, name: str) -> fx.GraphModule | None:
@@ -75,4 +68,5 @@ def _beginning_after(traced: fx.GraphModule, name: str) -> fx.GraphModule | None
         return None
     for node in inputs:
         rest.graph.erase_node(node)
-    return _tidied(rest)
+    rest.graph.eliminate_dead_code()
+    return tidied(rest)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from mpc_fl.errors import ModelError
-from mpc_fl.learning.models.rewriting import without_in_place
+from mpc_fl.learning.models.rewriting import tidied, without_in_place
 
 _FIX = "correct data.features.stages"
 
@@ -51,10 +51,7 @@ def _with_outputs_of(network: nn.Module, paths: tuple[str, ...]) -> fx.GraphModu
     (end,) = (node for node in traced.graph.nodes if node.op == "output")
     end.args = (outputs,)
     traced.graph.eliminate_dead_code()
-    traced.delete_all_unused_submodules()
-    traced.graph.lint()
-    traced.recompile()
-    return traced
+    return tidied(traced)
 
 
 def _output_of(traced: fx.GraphModule, path: str) -> fx.Node:
