@@ -188,4 +188,6 @@ def test_the_baseline_is_the_accuracy_of_naming_the_largest_class(
     confusion: list[list[int]], records: int, baseline: float
 ) -> None:
     """Noised counts, the last two, make it neither less than one over the classes nor more than one."""
-    assert typed(Scores, {**FINAL, "confusion": confusion, "records": records}).baseline == pytest.approx(baseline)
+    assert typed(
+        Scores, {**FINAL, "confusion": confusion, "records": records}, "summary.json"
+    ).baseline == pytest.approx(baseline)

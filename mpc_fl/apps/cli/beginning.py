@@ -73,7 +73,7 @@ def init(
         "epsilon": epsilon,
         "smallest_hospital": smallest_hospital,
     }
-    said = {name: value for name, value in given.items() if value is not None}
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if patient is not None:
         said["patient_column"] = patient or None
     answers = Answers(**cast(Any, said))

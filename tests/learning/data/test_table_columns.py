@@ -251,7 +251,7 @@ def test_mistakes_in_tables_with_agreed_columns(tmp_path: Path, content: str | b
 
 
 def test_what_is_never_read_need_not_name_the_unit_of_its_header(tmp_path: Path) -> None:
-    config = config_of([{"name": "age"}]).with_values(data={"table": {"identifiers": ["crp"]}})
+    config = config_of([{"name": "age"}], identifiers=["crp"])
     for header in ("crp", "crp [mg/l]", "CRP (mg/l)"):
         assert read(tmp_path, f"who,{header},age,label\na,1,40,0\nb,2,50,1\n", config).inputs.shape[1] == 1
     with pytest.raises(DataError, match=r"has 'bmi \[kg\]'"):
