@@ -38,7 +38,7 @@ _FEWEST_PEERS = 3
 class Config(Section):
     """All that a run follows: what is learned from what, under which promise, by whom, and where."""
 
-    name: str = Field(default="phantoms", description="of the run, in reports and privacy ledgers")
+    name: str = Field(default="phantoms", description="name of the run, in reports and privacy ledgers")
     task: Literal["train", "infer", "serve"] = Field(
         default="train", description="set by the command: training, one diagnosis, or a model owner that stays up"
     )
