@@ -116,9 +116,9 @@ class SiteSection(Section):
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
 
-    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
-    to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
-    own below it.
+    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`), or what the
+    trained layers read of them (`training.trainable: head` or `last:N`), from one run to the next, sealed with its own key;
+    `memory` computes them in every run. In a simulation each hospital has a folder of its own below it.
     `allow_packages` are installed packages, by name, whose code a configuration may run here: networks and loaders of others. It
     is given on the command line alone, so that no file allows itself.
     """

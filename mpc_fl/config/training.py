@@ -158,6 +158,16 @@ class TrainingSection(Section):
         description="of the secret sampling order, for simulation alone; null: drawn from the system",
     )
 
+    @property
+    def trains_last_layers(self) -> bool:
+        """Whether the last layers alone are trained, or the last one."""
+        return self.trainable == "head" or self.trainable.startswith("last:")
+
+    @property
+    def computes_frozen_part_once(self) -> bool:
+        """Whether layers before the trained ones make the same of a record in every step, so that once is enough."""
+        return self.trains_last_layers and not self.augmentation.varies and not self.local_normalisation
+
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:
         name = self.strategy or "fedavg"

@@ -293,15 +293,15 @@ def _shared_patients(config: Config) -> SharedPatients:
 
 
 def _about_features(config: Config) -> str | None:
-    if config.data.features is None:
-        return None
+    if config.data.features is None and not config.training.computes_frozen_part_once:
+        return None  # without torch
     from mpc_fl.learning.models.feature_cache import about_features
 
     return about_features(config)
 
 
 def _say_features(config: Config) -> None:
-    """Whether features of images will be read or computed, where they are the records."""
+    """Whether features of images, or what the trained layers read, will be read or computed."""
     about = _about_features(config)
     if about is not None:
         say(about)

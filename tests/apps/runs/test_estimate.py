@@ -122,6 +122,29 @@ def test_a_network_that_does_not_take_the_images(
     )
 
 
+def test_what_the_trained_layers_read_is_counted_and_a_step_is_that_of_the_trained_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def memory(patients: int, trainable: str) -> int:
+        values = {
+            "data": {"image_size": 64},
+            "model": {"architecture": "small_cnn"},
+            "training": {"trainable": trainable, "batch_size": 200},
+            "privacy": {"mechanism": "none"},
+        }
+        return estimate_training(parse_config(values, "test"), [patients] * 3).memory_bytes_per_hospital
+
+    def of_a_patient(trainable: str) -> float:
+        return (memory(2_000, trainable) - memory(1_000, trainable)) / 1_000
+
+    image, kept = 2 * 4 * 64 * 64, 4 * 32 * 16 * 16
+    assert of_a_patient("all") == image
+    assert of_a_patient("last:3") == image + kept
+    assert memory(200, "last:3") < memory(200, "all") - 100_000_000
+    monkeypatch.setattr(estimate, "LARGEST_BYTES", 999 * kept)  # then steps take the whole network
+    assert of_a_patient("last:3") == image and memory(200, "last:3") < memory(200, "all")
+
+
 def test_more_of_anything_costs_more() -> None:
     def both(**changes: dict[str, Any]) -> tuple[TrainingEstimate, InferenceEstimate]:
         values = {name: {**SMALL.get(name, {}), **changes.get(name, {})} for name in {*SMALL, *changes}}
