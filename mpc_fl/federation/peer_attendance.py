@@ -131,7 +131,9 @@ class PeerAttendance:
                 return proposal
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
-                say(self._agreeing(number, tried), self._alive, "void", reason=reason.why)  # or it passes for late there
+                say(
+                    self._agreeing(number, tried), self._alive, "void", reason=reason.why
+                )  # or it passes for late there
                 continue
             except LeftOutError:
                 raise
