@@ -522,6 +522,10 @@ def test_a_link_to_what_is_not_there_is_not_overlooked(tmp_path: Path) -> None:
     assert "a link to what is not there: bring that back" in _refused(tmp_path / "a.png")
 
 
+def test_a_file_that_was_removed_meanwhile_is_called_no_link(tmp_path: Path) -> None:
+    assert "it is not there any more: run again" in _refused(tmp_path / "a.png")
+
+
 def test_what_is_no_file_is_not_called_a_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.png")
     assert what_is_left_aside(tmp_path / "a.png") == "no file"
