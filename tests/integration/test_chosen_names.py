@@ -18,7 +18,7 @@ from mpc_fl.apps.runs.local_runs import train
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import RunFailedError
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHOSEN = {"hospital-0": "charite", "hospital-1": "st-thomas", "hospital-2": "inselspital", "aggregator": "rki"}
 VALUES: dict[str, Any] = {
@@ -31,7 +31,7 @@ VALUES: dict[str, Any] = {
 
 def mpc_fl(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mpc_fl", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False, cwd=REPOSITORY)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=REPOSITORY)
 
 
 def seen(page: Path) -> str:
