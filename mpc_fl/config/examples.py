@@ -41,6 +41,7 @@ EXAMPLES = {
     "federation.round_timeout": "1800",
     "federation.session": "2026-01-first",
     "federation.addresses": f"{{{AGGREGATOR}: a.example.org:47100, {hospital_name(0)}: b.example.org:47100}}",
+    "federation.names": f"{{{hospital_name(0)}: charite, {hospital_name(1)}: st-thomas}}",
     "federation.dial_out_only": f"[{hospital_name(1)}]",
     "federation.relay": hospital_name(0),
     "site.listen": "0.0.0.0:47100",
