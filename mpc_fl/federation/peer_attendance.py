@@ -41,7 +41,7 @@ from mpc_fl.aggregation.words import (
     say,
 )
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.audit.peer_signing import give_up
+from mpc_fl.audit.peer_signing import Held, give_up
 from mpc_fl.audit.reveal_ledger import Block, block_from, to_json
 from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import (
@@ -65,7 +65,7 @@ _WORDS = ("present", "proposal", "block")
 @dataclass
 class PeerAttendance:
     """A hospital's part in who takes part. `members` are the parties of the last block; `complete` a block that has all signatures
-    and was not kept, with the view of which it is. A run that goes on after all have stopped `needs_all` members for its first
+    and was not kept. A run that goes on after all have stopped `needs_all` members for its first
     plan: one that is missing may be the only one that has kept a block."""
 
     domain: SecretDomain
@@ -74,7 +74,7 @@ class PeerAttendance:
     deadlines: PeerDeadlines
     about_run: tuple[str, str]  # session and digest of the configuration
     members: tuple[str, ...] = ()
-    complete: tuple[int, Block] | None = None
+    complete: Held | None = None
     needs_all: bool = False
     _began: bool = False
     _latest: dict[str, tuple[Presence, dict[str, Any]]] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from mpc_fl.aggregation.signed_words import Signed, Subject, heard
 from mpc_fl.aggregation.transcript import digest_of
 from mpc_fl.aggregation.words import names_in
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.audit.reveal_ledger import Block
+from mpc_fl.audit.peer_signing import Held
 from mpc_fl.errors import SAME_VERSION, ProtocolError, printable
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.sharing.opening import SecretDomain
@@ -115,11 +115,11 @@ class Proposals:
         return Subject(digest_of([_PURPOSE, *self.about_run, *view_of]), word)
 
     def own_presence(
-        self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: tuple[int, Block] | None
+        self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: Held | None
     ) -> Presence:
-        """What this hospital says of itself. `complete`: a block that it has not kept, and of which view it is."""
+        """What this hospital says of itself. `complete`: a block that it has not kept."""
         links, chain, pending = self.domain.links, ledger.chain, ledger.pending
-        complete_view, seal = (0, "") if complete is None else (complete[0], complete[1].seal())
+        complete_view, seal = (0, "") if complete is None else (complete.view, complete.block.seal())
         return Presence(
             number=standing.number,
             view=view,

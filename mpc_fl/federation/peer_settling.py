@@ -16,6 +16,7 @@ from cryptography import x509
 from mpc_fl.aggregation.words import broadcast
 from mpc_fl.audit.ledger_audit import extend
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.peer_signing import Held
 from mpc_fl.audit.reveal_ledger import Block, block_from, is_signed, opening_from, to_json
 from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
 from mpc_fl.federation.peer_proposal import DEVIATES, Presence
@@ -32,12 +33,12 @@ class Settling:
     certificates: Mapping[str, x509.Certificate]
     quorum: int
 
-    def completed(self, own: tuple[int, Block] | None, ledger: RevealLedger) -> tuple[int, Block] | None:
+    def completed(self, own: Held | None, ledger: RevealLedger) -> Held | None:
         """The block that is to be finished, with its view: of those that are complete the one of the latest view; `None` for none.
 
-        `own` is what this hospital holds. Nothing follows from a block before all its signatures were checked. Its view is
-        taken from who holds it. Raises `SumLostError` where who says that it holds the block is lost, or has none that
-        counts after this `ledger`, and names it; `ProtocolError` for two blocks of one view that both count.
+        `own` is what this hospital holds. Nothing follows from a block before all its signatures, and those that prove its view,
+        were checked. Raises `SumLostError` where who says that it holds the block is lost, or has none that counts after this
+        `ledger`, or none of this view, and names it; `ProtocolError` for two blocks of one view that both count.
         """
         claims = {name: one for name, one in self.present.items() if one.complete}
         if not claims:
@@ -50,27 +51,35 @@ class Settling:
         holders = {seal: name for name, seal in reversed(held.items())}  # of each block the first that holds it
         with self._ended("complete") as links:
             shown = {holder: self._shown(links, holder, held, own) for holder in holders.values()}
-        for holder, block in shown.items():
-            self._require_genuine(holder, block, ledger)
+        for holder, found in shown.items():
+            self._require_genuine(holder, found.block, ledger)
+            if found.view != latest or not found.is_proved(self.certificates, self.quorum):
+                raise _false(
+                    holder, f"says that block {found.block.number} is of view {latest}, which it does not prove"
+                )
         if len(shown) > 1:
             raise ProtocolError(f"{' and '.join(shown)} have two blocks of one view", "compare the reveal ledgers")
-        return latest, next(iter(shown.values()))
+        return next(iter(shown.values()))
 
-    def _shown(self, links: Links, holder: str, held: Mapping[str, str], own: tuple[int, Block] | None) -> Block:
+    def _shown(self, links: Links, holder: str, held: Mapping[str, str], own: Held | None) -> Held:
         """The block that `holder` said it holds, of which `held` has the seals: from itself, or from here."""
         seal = held[holder]
         if own is not None and held.get(links.name) == seal:
             if links.name == holder:
-                value, lack = to_json(own[1]), [name for name in self.present if held.get(name) != seal]
-                broadcast(lack, lambda name: links.send_object(name, "block", {"block": value}))
-            return own[1]
+                lack = [name for name in self.present if held.get(name) != seal]
+                value = {"block": to_json(own.block), "renewals": dict(own.renewals)}
+                broadcast(lack, lambda name: links.send_object(name, "block", value))
+            return own
+        said = links.receive_object(holder, "block")
+        renewals = said.get("renewals")
         try:
-            block = block_from(links.receive_object(holder, "block").get("block"))
+            block = block_from(said.get("block"))
         except ValueError:
             raise _false(holder, "sent no block of the reveal ledger") from None
         if block.seal() != seal:
             raise _false(holder, "sent another block than it said it holds")
-        return block
+        known = renewals if isinstance(renewals, dict) and set(renewals) <= set(block.parties) else {}
+        return Held(self.present[holder].complete_view, block, known)
 
     def _require_genuine(self, holder: str, block: Block, ledger: RevealLedger) -> None:
         """All its parties, a quorum, have signed it, by the certificates that this hospital knows, and it follows the ledger."""

@@ -17,7 +17,7 @@ from mpc_fl.aggregation import peer_sum
 from mpc_fl.aggregation.signed_words import Signed
 from mpc_fl.audit.ledger_audit import parse_line
 from mpc_fl.audit.ledger_file import now
-from mpc_fl.audit.peer_signing import PeerSigners
+from mpc_fl.audit.peer_signing import Held, PeerSigners
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, sign_block, to_json
 from mpc_fl.errors import SumLostError
 from mpc_fl.federation import peer_attendance, peer_program
@@ -171,7 +171,7 @@ def test_two_signatures_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("view", [0, 10**9])
 def test_a_complete_block_that_nobody_else_signed(view: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hospital-3 gives up the first sum, and then says that it holds a block of the round with the signatures of all."""
-    gave_up, claimed = list[str](), list[tuple[int, Any]]()
+    gave_up, claimed = list[str](), list[Held]()
 
     def gives_up(original: Any, fixed: Any) -> Any:
         if not gave_up:
@@ -184,7 +184,7 @@ def test_a_complete_block_that_nobody_else_signed(view: int, tmp_path: Path, mon
             draft = ledger.draft("openings", "round 0", tuple(names(4)), {"global model": "0" * 64})
             signature = sign_block(draft, ledger.identity, now())
             signatures = tuple(replace(signature, party=name) for name in names(4))
-            claimed.append((view, replace(draft, signatures=signatures)))
+            claimed.append(Held(view, replace(draft, signatures=signatures)))
             own = claimed[-1]
         return original(self, standing, number, reason, ledger, own)
 
