@@ -13,20 +13,14 @@ one that holds it, says so, and gives it to the others, which finish with step 3
 (`federation.peer_attendance`). The argument is that of prepared certificates in Castro and Liskov (OSDI 1999), with signatures
 of all in place of two thirds: here a block needs all its parties anyway. It holds while that one does not deny what it has.
 
-Views. Of several blocks of one number that are complete the one of the latest view is finished, so a view has to be proved
-(`Held.is_proved`). What a block is about names the view under which it was drafted (`about_under`), which all its parties sign.
-Where it is finished under a later one, those that are there first sign that (`PeerSigners.renew`), and step 3 begins when a quorum
-has: each signs one block for a view, so of one view only one block can be proved while two quorums have an honest party in common.
-
 A block counts as in `co_signing`: a quorum of hospitals among its parties, no opening left out that this party began.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -37,56 +31,11 @@ from mpc_fl.audit.ledger_audit import shortfalls
 from mpc_fl.audit.ledger_file import RevealLedger, now
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import Block, Members, Signature, is_signed, sign_block, signature_from, to_json
-from mpc_fl.crypto.signatory import is_genuine, sign_statement
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError, printable
 from mpc_fl.links.links import Links
 
 _LONGEST_REASON = 300
-_FINISHING = "mpc-fl block to finish 1"
-_UNDER_VIEW = re.compile(r"[^()]* \(([1-9][0-9]{0,8})\)")
 _COMPARE = f"nothing more is opened; compare {OPENINGS_FILE} at the parties"
-
-
-def about_under(about: str, view: int) -> str:
-    """What a block is about that is drafted under a view."""
-    return f"{about} ({view})" if view else about
-
-
-def _view_drafted(block: Block) -> int:
-    """The view in what a block is about, where `about_under` wrote it."""
-    found = _UNDER_VIEW.fullmatch(block.about)
-    return int(found[1]) if found else 0
-
-
-def _statement(block: Block, view: int) -> bytes:
-    """What is signed by those that finish a block under a view."""
-    return f"{_FINISHING} {block.seal()} {view}".encode("ascii")
-
-
-@dataclass(frozen=True)
-class Held:
-    """A block that has all signatures and was not kept; `view` is the one under which it was drafted, or else was to be finished.
-
-    `renewals` are the signatures (hex) of those that were to finish it, by name; none where it was drafted under that view.
-    """
-
-    view: int
-    block: Block
-    renewals: Mapping[str, str] = field(default_factory=dict)
-
-    def is_proved(self, certificates: Mapping[str, x509.Certificate], quorum: int) -> bool:
-        """Whether all its parties, or a quorum of them, have signed that the block is one of this view."""
-        if not self.renewals:
-            return self.view == _view_drafted(self.block)
-        statement = _statement(self.block, self.view)
-        signed = {
-            name
-            for name, signature in self.renewals.items()
-            if name in self.block.parties
-            and name in certificates
-            and is_genuine(certificates[name], _FINISHING, statement, signature)
-        }
-        return len(signed) >= quorum
 
 
 @dataclass
@@ -128,27 +77,11 @@ class PeerSigners:
         claims = {links.name: claim_of(draft), **{name: said.get("claim") for name, said in received.items()}}
         difference = disagreement({name: claims[name] for name in self.parties})
         if difference is not None:
-            raise ProtocolError(difference, _COMPARE)
+            others_say = [name for name in self.parties if claims[name] != claims[links.name]]
+            raise ProtocolError(difference, _COMPARE, others_say[0] if len(others_say) == 1 else "")
         signatures = {links.name: own, **{name: self._checked(draft, name, said) for name, said in received.items()}}
         self.complete = replace(draft, signatures=tuple(signatures[name] for name in self.parties))
         return self.keep(self.complete, others)
-
-    def renew(self, complete: Block, others: Sequence[str], view: int) -> Held:
-        """Sign, with those `others` of its parties that are there, that a block of an earlier view is finished under this one.
-
-        Raises as `keep` does, and `ProtocolError` naming who signed something else.
-        """
-        statement = _statement(complete, view)
-        renewals = {self.links.name: sign_statement(self.ledger.identity, _FINISHING, statement)}
-        self._say(others, "renewed", {"signature": renewals[self.links.name]})
-
-        def take(name: str, said: Mapping[str, Any]) -> None:
-            if not is_genuine(self.certificates[name], _FINISHING, statement, said.get("signature")):
-                raise ProtocolError(f"{name} did not sign that '{complete.about}' is finished now", _COMPARE)
-            renewals[name] = str(said["signature"])
-
-        self._hear_quorum("renewed", complete, others, take)
-        return Held(view, complete, renewals)
 
     def keep(self, complete: Block, others: Sequence[str]) -> Block:
         """Step 3, with those `others` of its parties that are there: of a block that was completed now, or in an earlier attempt.
@@ -157,7 +90,7 @@ class PeerSigners:
         """
         self.complete = complete
         self._say(others, "complete", {"signatures": [to_json(signature) for signature in complete.signatures]})
-        self._hear_quorum("complete", complete, others, lambda name, said: self._require_same(complete, name, said))
+        self._await_complete(complete, others)
         self.ledger.add(complete, "those who signed it")
         return complete
 
@@ -165,32 +98,29 @@ class PeerSigners:
         try:
             signature = signature_from(said.get("signature"))
         except ValueError:
-            raise ProtocolError(f"{name} sent no signature of a block", SAME_VERSION) from None
+            raise ProtocolError(f"{name} sent no signature of a block", SAME_VERSION, name) from None
         if not self._is_genuine(draft, name, signature):
-            raise ProtocolError(f"{name} did not sign the block that it says it signed", _COMPARE)
+            raise ProtocolError(f"{name} did not sign the block that it says it signed", _COMPARE, name)
         return signature
 
     def _is_genuine(self, draft: Block, name: str, signature: Signature) -> bool:
         certificate = self.certificates[name]
         return signature.party == name and is_signed(draft.content_digest(), signature, certificate, draft.version)
 
-    def _hear_quorum(
-        self, tag: str, block: Block, others: Sequence[str], take: Callable[[str, dict[str, Any]], None]
-    ) -> None:
-        """`take` what others say of a complete block. One that is lost is missed only where the quorum is not there without it. Who
-        gave up is not blamed."""
+    def _await_complete(self, draft: Block, others: Sequence[str]) -> None:
+        """Step 3. One that is lost here is missed only where the quorum is not there without it. Who gave up is not blamed."""
         have, deadline, missing = 1, self.links.deadline(), list[PeerLostError | SumLostError]()
         for name in others:
             try:
-                said = self._hear(name, tag, deadline)
+                said = self._hear(name, "complete", deadline)
             except (PeerLostError, SumLostError) as error:
                 missing.append(error)
                 continue
-            take(name, said)
+            self._require_same(draft, name, said)
             have += 1
         if have < self.quorum:
             few = SumLostError(
-                f"fewer than {self.quorum} that signed '{block.about}' are there", "see the logs of the others"
+                f"fewer than {self.quorum} that signed '{draft.about}' are there", "see the logs of the others"
             )
             raise min([*missing, few], key=lambda error: isinstance(error, SumLostError))
 
@@ -203,11 +133,11 @@ class PeerSigners:
             try:
                 signature = signature_from(told)
             except ValueError:
-                raise ProtocolError(f"{name} sent no signatures of a block", SAME_VERSION) from None
+                raise ProtocolError(f"{name} sent no signatures of a block", SAME_VERSION, name) from None
             if self._is_genuine(draft, mine.party, signature):
                 who = f"{mine.party} gave one signature of a block to {self.links.name} and another to {name}"
                 raise ProtocolError(who, _COMPARE)
-            raise ProtocolError(f"{name} has another signature of a block than {mine.party} made", _COMPARE)
+            raise ProtocolError(f"{name} has another signature of a block than {mine.party} made", _COMPARE, name)
 
     def _hear(self, name: str, tag: str, deadline: float) -> dict[str, Any]:
         said = self.links.receive_object(name, tag, deadline)
@@ -225,7 +155,7 @@ class PeerSigners:
 def give_up(links: Links, names: Sequence[str], why: str) -> None:
     """Tell those that may wait for this party's signature, over the links of that block, that it makes none."""
     for name in names:
-        for tag in ("signed", "complete", "renewed"):
+        for tag in ("signed", "complete"):
             with contextlib.suppress(PeerLostError):
                 links.send_object(name, tag, {"void": why})
 

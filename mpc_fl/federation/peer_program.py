@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,20 +19,21 @@ from cryptography import x509
 
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
-from mpc_fl.audit.peer_signing import Held, PeerSigners, about_under
+from mpc_fl.audit.opening_record import Opening
+from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
 from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import LeftOutError, PeerLostError, QuorumError, SumLostError
+from mpc_fl.errors import IdentityError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
-from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
+from mpc_fl.federation.peer_proposal import Complete, Proposal, Reason, Standing
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
@@ -98,7 +99,7 @@ class _Run:
         if ledger.blocks:
             self.attendance.members = ledger.blocks[-1].parties
             self.attendance.needs_all = True
-        self.results, self.begun_before = [_Result()], False
+        self.results, self.begun_before, self.blocks_before = [_Result()], False, len(ledger.blocks)
         require_allowed_members(self.certificates.values(), config)
 
     def until_complete(self) -> None:
@@ -117,7 +118,9 @@ class _Run:
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
             self.links.set_phase(f"round {number} attendance")
-            standing = Standing(number, state, before.common.weight_total, self.results[-1].made)
+            last, is_exact = self.results[-1], self.config.privacy.mechanism == "none"
+            among = last.hospitals if last.made and is_exact else ()
+            standing = Standing(number, state, before.common.weight_total, last.made, among)
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
@@ -133,9 +136,11 @@ class _Run:
                 break
             except LeftOutError:
                 raise
-            except (PeerLostError, SumLostError, QuorumError) as error:
+            except (PeerLostError, ProtocolError, QuorumError) as error:
                 # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.
                 lost = lost_with(error)
+                if isinstance(error, ProtocolError) and not isinstance(error, SumLostError) and not lost:
+                    raise  # nobody can tell who deviates
                 log.warning("%s; round %d goes on under the next view", error, number)
                 reason = Reason(error.what, lost)
                 self.attendance.void(number, view, reason)
@@ -151,12 +156,13 @@ class _Run:
         plan = proposal.plan
         number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
         begun = self.attendance.signing(*plan.round_of, "begun")
-        settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
+        proposals, confirmed = self.attendance.proposals, self._confirmed
+        settling = Settling(begun, proposal.present, self.certificates, proposals, confirmed)
         self.links.set_phase(f"round {number} reveal ledger")
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete)
-            if complete.block.kind not in _BEGINNINGS:
+            if complete.kind not in _BEGINNINGS:
                 return
         elif self._members is None or self._members.configuration != self.config.digest():
             self._begin_ledger(plan)
@@ -173,6 +179,13 @@ class _Run:
         self.links.set_phase(f"round {number} signatures")
         self._sign(plan, self.results[-1])
 
+    @property
+    def _confirmed(self) -> Mapping[str, Opening] | None:
+        """The openings that this hospital has confirmed, by transcript; `None` before the first block of a start that goes on
+        from an earlier one."""
+        is_first = self.config.site.resume and len(self.ledger.blocks) == self.blocks_before
+        return None if is_first else self.domain.confirmed
+
     def _keep_signed(self) -> None:
         """What was signed of this round before is kept, with its state, in case that a quorum has it complete."""
         signed = [result for result in self.results if result.drafted is not None and result.state is None]
@@ -186,17 +199,17 @@ class _Run:
         before.restore(self.peer)
         self.results.append(_Result())
 
-    def _finish(self, plan: RoundPlan, held: Held) -> None:
-        """Keep a block that was complete under an earlier view, when a quorum has it and has signed that it is finished now."""
-        complete = held.block
+    def _finish(self, plan: RoundPlan, complete: Block) -> None:
+        """Keep a block that was complete under an earlier view, when a quorum has it."""
         if self.links.name not in complete.parties:
             raise LeftOutError(self.links.name, complete.about)
         if complete.kind not in _BEGINNINGS:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
-        self.attendance.complete = held
-        self.attendance.complete = signers.renew(complete, present, plan.attempt)
+        finished = self.attendance.finish_together(plan.round_of, complete, present)
+        if len(finished.signed) >= self.rules.smallest:
+            self.attendance.complete = finished
         signers.keep(complete, present)
         self.attendance.complete = None
         if complete.kind in _BEGINNINGS:
@@ -260,7 +273,7 @@ class _Run:
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         kind, about = ("resume", "the run goes on") if ledger.blocks else ("start", "the run begins")
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, kind, about_under(about, plan.attempt), {}, members)
+        self._signed(plan, signers, kind, f"{about}{_again(plan)}", {}, members)
         self.attendance.members = hospitals
 
     def _sign(self, plan: RoundPlan, result: _Result) -> None:
@@ -281,7 +294,7 @@ class _Run:
                 values["calibration"] = common.digests.calibration
             self._write_down(number, result)
         try:
-            self._signed(plan, signers, kind, about_under(about, plan.attempt), values)
+            self._signed(plan, signers, kind, f"{about}{_again(plan)}", values)
         finally:
             result.drafted = signers.drafted
 
@@ -302,9 +315,9 @@ class _Run:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
             signers.sign(kind, about, values, members)
-        except (PeerLostError, SumLostError):
+        except (PeerLostError, ProtocolError):
             if signers.complete is not None:
-                self.attendance.complete = Held(plan.attempt, signers.complete)
+                self.attendance.complete = Complete(plan.attempt, signers.complete)
             raise
         finally:
             signers.links.end_scope()
@@ -327,10 +340,15 @@ class _Run:
         checkpoint(self.peer, out, number)
 
 
+def _again(plan: RoundPlan) -> str:
+    """Under which view a block is made, if not the first, as its text ends (`peer_proposal.Complete.made_under`)."""
+    return f" ({plan.attempt})" if plan.attempt else ""
+
+
 def _exchanged(
     links: Links, ledger: RevealLedger, present: Iterable[str], seconds: float
 ) -> dict[str, x509.Certificate]:
-    """The certificates of all that are linked, each from its holder, checked. Raises `IdentityError`."""
+    """The certificates of all that are linked and give one, each from its holder, checked. Raises `IdentityError` for its own."""
     identity, until, others = ledger.identity, time.monotonic() + seconds, [n for n in present if n != links.name]
     own = identity.certificate.decode("ascii")
     for name in others:
@@ -342,8 +360,7 @@ def _exchanged(
     for name in others:
         try:
             said = links.receive_object(name, "certificate", until)
-        except PeerLostError as error:
+            found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
+        except (PeerLostError, ProtocolError, IdentityError) as error:  # the others may be a quorum
             log.warning("%s", error)
-            continue
-        found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
     return found

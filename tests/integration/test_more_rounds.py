@@ -33,9 +33,10 @@ def content(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_a_finished_run_is_given_more_rounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coordinator", ["aggregator", "none"])
+def test_a_finished_run_is_given_more_rounds(coordinator: str, tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(CONFIG)
+    config.write_text(f"{CONFIG}federation: {{coordinator: {coordinator}}}\n")
     train = ("train", config, "--out", run)
     done = mpc_fl(*train)
     assert done.returncode == 0, done.stderr
