@@ -7,11 +7,13 @@ links, noise off:
 - with an aggregator: `closed_sums`
 - the linear check: what it computes, of as many words, and its messages, at all hospitals at once. Words and what is told of them
   are not signed here
-Both sums end when every hospital has the mean and its digest, which the next one is bound to.
+Both sums end when every hospital has the mean and its digest, which the next one is bound to. Seconds of the processor, of all
+parties together, hardly depend on what else the machine does.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -56,6 +58,9 @@ class PeerFigures:
     ratio_to_aggregator: float
     seconds_linear_check: float
     linear_check_share: float
+    processor_seconds: float
+    processor_ratio_to_aggregator: float
+    processor_linear_check_share: float
     bytes_sent_per_hospital: int
     bytes_sent_per_parameter: float
     bytes_sent_per_hospital_with_aggregator: int
@@ -78,6 +83,7 @@ def measure_peer_aggregation(parties: int, parameters: int, repeats: int, agains
     results: list[_Outcome] = run_parties(_rounds, "sum among peers", size, left_out)
     clock = next(result for result in results if result.seconds)
     seconds, aggregated, check = (clock.seconds[way] for way in (_PEERS, _AGGREGATED, _CHECK))
+    used = {way: sum(result.processor[way] for result in results) for way in (_PEERS, _AGGREGATED, _CHECK)}
     sent = {way: max(result.bytes[way] for result in results if result.bytes) for way in (_PEERS, _AGGREGATED)}
     figures = PeerFigures(
         parties=parties,
@@ -87,6 +93,9 @@ def measure_peer_aggregation(parties: int, parameters: int, repeats: int, agains
         ratio_to_aggregator=seconds / aggregated,
         seconds_linear_check=check,
         linear_check_share=check / seconds,
+        processor_seconds=used[_PEERS],
+        processor_ratio_to_aggregator=used[_PEERS] / used[_AGGREGATED],
+        processor_linear_check_share=used[_CHECK] / used[_PEERS],
         bytes_sent_per_hospital=sent[_PEERS],
         bytes_sent_per_parameter=sent[_PEERS] / parameters,
         bytes_sent_per_hospital_with_aggregator=sent[_AGGREGATED],
@@ -100,8 +109,10 @@ def measure_peer_aggregation(parties: int, parameters: int, repeats: int, agains
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What one process measured, by way: `seconds` at the aggregator alone, `bytes` of a round at hospitals alone."""
+    """What one process measured, by way: `seconds` at the aggregator alone, `bytes` of a round at hospitals alone, and medians of
+    seconds of the `processor`."""
 
+    processor: dict[str, float]
     seconds: dict[str, float]
     bytes: dict[str, int]
     exact: bool = True
@@ -167,8 +178,11 @@ def _rounds(links: Links, task: Task, update: torch.Tensor) -> _Outcome:
             once(-1)
         times = timed(links, task, ways)
         links.set_phase("closed")
+    used = {way: statistics.median(each.processor) for way, each in times.items()}
     if links.name == AGGREGATOR:
-        return _Outcome({way: each.medians[0] for way, each in times.items()}, {})
+        return _Outcome(used, {way: each.medians[0] for way, each in times.items()}, {})
     sent = {way: sum(peer.bytes_sent for peer in links.traffic[way].values()) for way in ways}
     rounds = task.size.repeats
-    return _Outcome({}, {way: count // rounds for way, count in sent.items()}, peers.is_exact(times[_PEERS].outcome))
+    return _Outcome(
+        used, {}, {way: count // rounds for way, count in sent.items()}, peers.is_exact(times[_PEERS].outcome)
+    )

@@ -137,8 +137,10 @@ def signatory_of(task: Task, name: str) -> Signatory:
 @dataclass
 class Times:
     """Of each round, at the aggregator: seconds from its word until all hospitals have acknowledged, and until the moment
-    that the round says. `outcome` is that of the last round of the last way."""
+    that the round says. At every party: seconds of the processor that its process took. `outcome` is that of the last
+    round of the last way."""
 
+    processor: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     opened: list[float] = field(default_factory=list)
     outcome: Any = None
@@ -159,15 +161,18 @@ def timed(links: Links, task: Task, ways: Mapping[str, Callable[[int], tuple[Any
                 each.outcome = None
             if links.name != AGGREGATOR:
                 links.receive_object(AGGREGATOR, "go")
+                used = time.process_time()
                 times[way].outcome, _ = once(repeat)
+                times[way].processor.append(time.process_time() - used)
                 links.send_object(AGGREGATOR, "done", {})
                 continue
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             for name in task.hospitals:
                 links.send_object(name, "go", {})
             times[way].outcome, moment = once(repeat)
             for name in task.hospitals:
                 links.receive_object(name, "done")
+            times[way].processor.append(time.process_time() - used)
             times[way].seconds.append(time.perf_counter() - began)
             times[way].opened.append(moment - began)
     return times
