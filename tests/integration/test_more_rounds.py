@@ -33,10 +33,9 @@ def content(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("coordinator", ["aggregator", "none"])
-def test_a_finished_run_is_given_more_rounds(coordinator: str, tmp_path: Path) -> None:
+def test_a_finished_run_is_given_more_rounds(tmp_path: Path) -> None:
     config, run = tmp_path / "config.yaml", tmp_path / "run"
-    config.write_text(f"{CONFIG}federation: {{coordinator: {coordinator}}}\n")
+    config.write_text(CONFIG)
     train = ("train", config, "--out", run)
     done = mpc_fl(*train)
     assert done.returncode == 0, done.stderr
