@@ -11,17 +11,20 @@ holds y_i and is not the opener has only its own. The check, on words of Z_2^32 
   5. if not, the opener shows all the slices that it holds. Against their signed hashes everybody finds (`who_deviates`) the
      opener, if they are not what was signed or do not add up to its total, or else those whose numbers do not fit them
 
-L, and what escapes. An error E in Y_k, E not 0, escapes when L(E) = 0, with L drawn after E is fixed. L is two maps:
-  - the words fall into `buckets` buckets under `hashes` public hashes (`sketch.SignHash`) that are independent. One misses E
-    with probability at most 1 / buckets, in any ring. For take a block with E_b not 0 and condition on all but its shift, signs
-    and sides: what it adds must be one given pattern. With w words of E_b not 0, at most w of the m = buckets / 2 shifts bring
-    them to the places of that pattern, and each of the w falls on its side there with probability 1/2. w 2^-w / m is at
-    most 1 / (2 m) for every w of at least 1
-  - `combinations` uniform combinations of all buckets. One misses buckets that are not all 0 with probability at most 1/2,
-    which is reached by 2^31 (or 2^63): half of all coefficients are even
-So at most buckets^-hashes + 2^-combinations, 2^-41.6 here. No range of values enters. (Uniform combinations of the words
-themselves need 40 / (h + 1) of them and a range check, h the bits of headroom of the sum: 40 with the default bound and
-fraction bits, where h is 0, and each costs a key stream as long as the vector. Here three hashes of two bits a word do.)
+L, and what escapes. An error E in Y_k, E not 0, escapes when L(E) = 0, with L drawn after E is fixed. L is two folds, one after
+the other, and then combinations of what they leave:
+  - a fold cuts the words into rows E_b of `row` words, shifts each by a random s_b of 0 .. `shifts` - 1 places and adds up, into
+    row + shifts - 1 places: the polynomial sum over b of X^s_b E_b(X), over Z_2^32 or Z_2^64. It does so `copies` times, with
+    shifts that are all independent. One copy misses E with probability at most 1 / shifts. For take a row E_b that is not 0, and
+    all shifts but its own as given: the copy is 0 for one given value of X^s_b E_b(X) alone, and of these no two are equal,
+    because the lowest power of X in them differs. So all copies miss it with probability at most shifts^-copies
+  - `combinations` combinations of what the second fold leaves, with uniform coefficients. One misses words that are not all 0
+    with probability at most 1/2, which is reached by 2^31 (or 2^63): half of all coefficients are even
+The second fold and the combinations see something that is not 0 unless the step before missed, and are drawn independently. So
+at most 2^-42 + 2^-44 + 2^-44 with the sizes here, less than 2^-41. No range of values enters. (Uniform combinations of the
+words themselves need 40 / (h + 1) of them and a range check, h the bits of headroom of the sum: 40 with the default bound and
+fraction bits, where h is 0, and each costs a key stream as long as the vector. Folds need a few random bits a row, and three
+additions a word.)
 
 Who learns what. What is told is a function of the y_i, which are uniform given their sum (`closed_sum`): nothing of a
 summand, and as long as no key has left nothing of the sum. The same holds of slices that step 5 shows: they are what an
@@ -33,7 +36,8 @@ because keys leave after the check. (Were the slices opened first, as the order 
 of the result is.) But that summand is no longer what was checked, if norms are: with a norm check the hospital's own
 slice has to be with another one, too.
 
-Cost. Some nanoseconds a word, twice; `combinations` words a slice from each hospital to all.
+Cost. Three additions a word, for a hospital's own summand and for the totals: under a nanosecond each on one core.
+`combinations` words a slice from each hospital to all.
 """
 
 from __future__ import annotations
@@ -46,7 +50,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpc_fl.aggregation.sketch import SignHash
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, ProtocolError
@@ -56,17 +59,50 @@ _WORDS: dict[torch.dtype, type[np.generic]] = {torch.int32: np.int32, torch.int6
 
 
 @dataclass(frozen=True)
-class MapSize:
-    """How long the parts of the linear map are; see the head of this module."""
+class Fold:
+    """How words are folded: rows of `row` words, each shifted by 0 .. `shifts` - 1 places (a power of two), `copies` times."""
 
-    buckets: int = 1 << 14
-    hashes: int = 3
+    row: int
+    shifts: int
+    copies: int
+
+    @property
+    def escapes(self) -> float:
+        """The largest probability with which all copies miss an error."""
+        return float(self.shifts) ** -self.copies
+
+    @property
+    def length(self) -> int:
+        """How many words a folded vector has, whatever its length was."""
+        return self.copies * (self.row + self.shifts - 1)
+
+    def rows(self, count: int) -> int:
+        """Of a vector of `count` words."""
+        return -(-count // self.row)
+
+    def of(self, words: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Words (count,) of int32 or int64, folded by `shifts` (copies, rows): (`length`,) of the same dtype."""
+        folded = np.zeros((self.copies, self.row + self.shifts - 1), words.dtype)
+        for number, places in enumerate(shifts.T.tolist()):  # all copies of a row while it is in the cache
+            row = words[number * self.row : (number + 1) * self.row]
+            for copy, place in zip(folded, places, strict=True):
+                moved = copy[place : place + len(row)]
+                np.add(moved, row, out=moved)
+        return folded.reshape(-1)
+
+
+@dataclass(frozen=True)
+class MapSize:
+    """The parts of the linear map; see the head of this module."""
+
+    first: Fold = Fold(row=1 << 14, shifts=1 << 14, copies=3)
+    second: Fold = Fold(row=1 << 11, shifts=1 << 11, copies=4)
     combinations: int = 44
 
     @property
     def escapes(self) -> float:
         """The largest probability with which an error in a slice is not found."""
-        return float(self.buckets) ** -self.hashes + 2.0**-self.combinations
+        return self.first.escapes + self.second.escapes + 2.0**-self.combinations
 
 
 MAP_SIZE = MapSize()
@@ -78,29 +114,33 @@ class LinearMap:
     def __init__(self, coin: bytes, size: MapSize = MAP_SIZE) -> None:
         self.size = size
         self._public = Seed(coin)  # known to all: it hides nothing
-        self._hash_seeds = [self._public.derive("hash", number).reveal_for_transport() for number in range(size.hashes)]
-        self._hashes: dict[int, list[SignHash]] = {}
+        self._shifts: dict[tuple[str, int], np.ndarray] = {}
         self._drawn: dict[torch.dtype, np.ndarray] = {}
 
     def of(self, words: torch.Tensor) -> torch.Tensor:
         """L of int32 or int64 words, shape (count,): (`combinations`,) of the same dtype."""
         if not words.numel():
             return torch.zeros(self.size.combinations, dtype=words.dtype)
-        buckets = torch.cat([sign_hash.fold(words) for sign_hash in self._of_length(words.numel())])
-        return torch.from_numpy(np.einsum("cb,b->c", self._coefficients(words.dtype), buckets.numpy()))
+        folded = words.detach().numpy()
+        for which, fold in (("first", self.size.first), ("second", self.size.second)):
+            folded = fold.of(folded, self._places(which, fold, len(folded)))
+        return torch.from_numpy(np.einsum("cb,b->c", self._coefficients(words.dtype), folded))
+
+    def _places(self, which: str, fold: Fold, count: int) -> np.ndarray:
+        """How far each row of `count` words is shifted in each copy, (copies, rows), uniform."""
+        rows = fold.rows(count)
+        if (which, rows) not in self._shifts:
+            words = self._public.stream("shifts", which, rows).words(fold.copies * rows, np.uint32)
+            self._shifts[which, rows] = (words & np.uint32(fold.shifts - 1)).reshape(fold.copies, rows)
+        return self._shifts[which, rows]
 
     def _coefficients(self, dtype: torch.dtype) -> np.ndarray:
-        """Of each combination those of all buckets, uniform in the ring."""
+        """Of each combination those of all words of the second fold, uniform in the ring."""
         if dtype not in self._drawn:
-            shape = (self.size.combinations, self.size.hashes * self.size.buckets)
+            shape = (self.size.combinations, self.size.second.length)
             stream = self._public.stream("combinations", str(dtype))
             self._drawn[dtype] = stream.words(math.prod(shape), _WORDS[dtype]).reshape(shape)
         return self._drawn[dtype]
-
-    def _of_length(self, length: int) -> list[SignHash]:
-        if length not in self._hashes:
-            self._hashes[length] = [SignHash(seed, length, self.size.buckets) for seed in self._hash_seeds]
-        return self._hashes[length]
 
 
 # ---- the coin ----------------------------------------------------------------------------------------------------------

@@ -136,7 +136,6 @@ class Config(Section):
             )
         not_there = {
             "aggregation.norm_check": self.aggregation.norm_check,
-            "evaluation.choose best, and evaluation.calibrate": self.evaluation.chooses,
             "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
             "runtime.restarts": self.runtime.restarts > 0,
         }

@@ -13,6 +13,8 @@ A hospital that missed rounds has their blocks, and so their figures, from the r
 read from the sum, which it alone learns, and said when the round was signed: that it cannot be changed later is checked, that
 it was read rightly is taken from the aggregator like every opened mean.
 
+Without an aggregator each hospital has read all figures itself, and takes steps 1 to 3 by itself (`peer_round`).
+
 Where no validation could be opened, the last model stays, uncalibrated. The mean of the last global models
 (`training.average_last`) is the model of the last round, and so one candidate among the others.
 """
@@ -22,6 +24,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +36,7 @@ from mpc_fl.aggregation.words import next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import SAME_VERSION, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
@@ -61,7 +65,8 @@ log = logging.getLogger(__name__)
 _CALIBRATION = ("calibrate", "as it is")
 
 
-def _calibration_sum(plan: RoundPlan, hospitals: tuple[str, ...], config: Config, seen: dict[str, Any]) -> AgreedSum:
+def calibration_sum(plan: RoundPlan, hospitals: tuple[str, ...], config: Config, seen: dict[str, Any]) -> AgreedSum:
+    """The sum of step 3, as all its parties know it."""
     noise, privacy = config.evaluation_noise("validation"), dict[str, Scalar]()
     if noise is not None:
         unit = f"validation {config.data.counted_unit}"
@@ -144,19 +149,8 @@ def _sum_changes(
     links.set_phase(f"round {plan.number} calibration")
     opens = next_word(links, AGGREGATOR, _CALIBRATION)["word"] == "calibrate"
     if opens:
-        event = planned.event()
-        # Of public patients nothing is entered; without privacy what left, also of who comes to this round alone.
-        release = hospital.releasing(plan.number) if config.privacy.mechanism == "none" else None
-        if event is not None:
-            run, budget = calibration_run_name(config), hospital.budget
-            hospital.ledger.charge(event, run=run, round_number=plan.number, budget=budget, reserve=True)
-            release = hospital.ledger.release
-        seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
-        records = hospital.records_of("validation")
-        logits = predict_each(hospital.model, records.inputs)
-        encoded = encode_changes(planned, records, logits, seed, config.runtime.threads)
-        seen = sum_terms(config, plan.weight_total, hospital.digests)
-        agreed = _calibration_sum(plan, hospitals, config, seen)
+        encoded, release = own_changes(hospital, plan, planned)
+        agreed = calibration_sum(plan, hospitals, config, sum_terms(config, plan.weight_total, hospital.digests))
         try:
             admitted = contribute(domain, evaluation_rules(config, rules, "validation"), agreed, encoded, release)
             hospitals = admitted or hospitals  # nobody: nothing was opened
@@ -174,7 +168,27 @@ def _sum_changes(
     return hospitals
 
 
-# ---- at the aggregator -------------------------------------------------------------------------------------------------
+def own_changes(
+    hospital: Hospital, plan: RoundPlan, planned: CalibrationPlan
+) -> tuple[Private[torch.Tensor], Callable[[], None] | None]:
+    """A hospital's summand of step 3, charged where it carries noise, and what to call before it leaves.
+
+    Raises `PrivacyBudgetError` where it would exceed the budget.
+    """
+    config, event = hospital.config, planned.event()
+    # Of public patients nothing is entered; without privacy what left, also of who comes to this round alone.
+    release = hospital.releasing(plan.number) if config.privacy.mechanism == "none" else None
+    if event is not None:
+        run, budget = calibration_run_name(config), hospital.budget
+        hospital.ledger.charge(event, run=run, round_number=plan.number, budget=budget, reserve=True)
+        release = hospital.ledger.release
+    seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
+    records = hospital.records_of("validation")
+    logits = predict_each(hospital.model, records.inputs)
+    return encode_changes(planned, records, logits, seed, config.runtime.threads), release
+
+
+# ---- at the aggregator, or at every hospital without one ---------------------------------------------------------------
 
 
 def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> RoundOpened:
@@ -188,12 +202,10 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     final, choice = replace(aggregator, model=copy.deepcopy(aggregator.model)), aggregator.choice
     said: dict[str, Any] = {}
     if config.evaluation.choose == "best":
-        number = config.training.rounds if choice.candidate is None else choice.candidate.round
-        if choice.candidate is not None:
-            _load_shared(final, choice.candidate.parameters)
+        number = take_candidate(final)
         say(links, hospitals, "chosen", round=number, figures={str(n): figure for n, figure in choice.figures.items()})
         send_global(links, final.digests, hospitals, final.shared_parameters)
-        said = {"chosen": {"round": number, "figures": {str(n): f for n, f in sorted(choice.figures.items())}}}
+        said = chosen_json(final, number)
     planned = plan_calibration(config)
     if planned is not None:
         hospitals, final.calibration = _fitted(final, domain, rules, plan, planned)
@@ -204,9 +216,19 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     return RoundOpened(hospitals, evaluation, about=said)
 
 
-def _load_shared(aggregator: Aggregator, shared: torch.Tensor) -> None:
-    own = flatten_parameters(aggregator.model)
-    load_flat_parameters(aggregator.model, join_parts(shared, own, aggregator.coordinates))
+def take_candidate(common: Aggregator) -> int:
+    """Put the candidate's parameters, if there is one, into the model; the round that the model then is of."""
+    candidate = common.choice.candidate
+    if candidate is None:
+        return common.config.training.rounds
+    own = flatten_parameters(common.model)
+    load_flat_parameters(common.model, join_parts(candidate.parameters, own, common.coordinates))
+    return candidate.round
+
+
+def chosen_json(common: Aggregator, number: int) -> dict[str, Any]:
+    """What the line about the round says of the choice of round `number`."""
+    return {"chosen": {"round": number, "figures": {str(n): f for n, f in sorted(common.choice.figures.items())}}}
 
 
 def _fitted(
@@ -222,7 +244,7 @@ def _fitted(
         return hospitals, unchanged
     say(links, hospitals, _CALIBRATION[0])
     seen = sum_terms(config, plan.weight_total, aggregator.digests)
-    agreed = _calibration_sum(plan, hospitals, config, seen)
+    agreed = calibration_sum(plan, hospitals, config, seen)
     try:
         present, total = collect(domain, rules, agreed, plan.starts, torch.int64, (planned.grid.length,))
     except QuorumError as error:
@@ -232,8 +254,16 @@ def _fitted(
     except SumLostError as error:
         log.warning("%s", error)
         return hospitals, unchanged
-    weights = _weights(config, candidate.totals)
-    return present, fit(planned.grid, decode_changes(planned, total), weights, planned.deviation(len(present)))
+    return present, fitted_calibration(aggregator, planned, total, len(present))
+
+
+def fitted_calibration(
+    common: Aggregator, planned: CalibrationPlan, total: torch.Tensor, hospitals: int
+) -> Calibration:
+    """What is fitted to the opened sum of changes over so many hospitals, int64 (length,); there is a candidate."""
+    assert common.choice.candidate is not None
+    weights = _weights(common.config, common.choice.candidate.totals)
+    return fit(planned.grid, decode_changes(planned, total), weights, planned.deviation(hospitals))
 
 
 def _weights(config: Config, totals: torch.Tensor) -> torch.Tensor:

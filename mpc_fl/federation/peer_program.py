@@ -8,6 +8,7 @@ is not made again where all have it: then only its signatures were missing.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import IdentityError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
-from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
+from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
@@ -48,6 +49,8 @@ from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
+
+_BEGINNINGS = ("start", "resume")  # blocks that say who the parties are
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
@@ -103,7 +106,7 @@ class _Run:
         """Round after round, until all have signed that the run is complete."""
         first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
         for number in range(first, self.config.last_round + 2):
-            if not self.ledger.chain.ended:
+            if not self.ledger.chain.ended or number <= self.config.training.rounds:
                 self._round(number)
         self.links.set_phase("conclusion")
         self.attendance.conclude(self.config.last_round + 2)
@@ -121,7 +124,8 @@ class _Run:
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
-                if block.kind == "start":
+                more = block.kind == "end" and number <= self.config.training.rounds
+                if block.kind in _BEGINNINGS or more:
                     self.attendance.members = block.parties
                     continue
                 self._go_back_to(block, number)
@@ -147,7 +151,7 @@ class _Run:
     def _follow(self, proposal: Proposal, before: KeptState) -> None:
         """What a plan says: the sums of the round, unless all of its hospitals have made them, and the signatures.
 
-        A block that was complete before is finished first; then that is all, unless it was the one that begins the ledger.
+        A block that was complete before is finished first; then that is all, unless it was one that says who the parties are.
         """
         plan = proposal.plan
         number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
@@ -158,13 +162,15 @@ class _Run:
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete)
-            if complete.kind != "start":
+            if complete.kind not in _BEGINNINGS:
                 return
-        elif not self.ledger.blocks:
+        elif self._members is None or self._members.configuration != self.config.digest():
             self._begin_ledger(plan)
         settling.settle(self.ledger)
         self.begun_before = bool(self.ledger.pending) and not plan.normalised
         if plan.normalised:
+            self._keep_signed()
+            self.peer.common.choice = copy.deepcopy(before.common.choice)  # without a figure that some may have lost
             self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
         else:
             self._go_back(before)
@@ -180,12 +186,16 @@ class _Run:
         is_first = self.config.site.resume and len(self.ledger.blocks) == self.blocks_before
         return None if is_first else self.domain.confirmed
 
-    def _go_back(self, before: KeptState) -> None:
-        """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
+    def _keep_signed(self) -> None:
+        """What was signed of this round before is kept, with its state, in case that a quorum has it complete."""
         signed = [result for result in self.results if result.drafted is not None and result.state is None]
         state = KeptState.of(self.peer) if signed else None
         for result in signed:
             result.state = state
+
+    def _go_back(self, before: KeptState) -> None:
+        """Make the round anew."""
+        self._keep_signed()
         before.restore(self.peer)
         self.results.append(_Result())
 
@@ -193,7 +203,7 @@ class _Run:
         """Keep a block that was complete under an earlier view, when a quorum has it."""
         if self.links.name not in complete.parties:
             raise LeftOutError(self.links.name, complete.about)
-        if complete.kind != "start":
+        if complete.kind not in _BEGINNINGS:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
@@ -202,7 +212,7 @@ class _Run:
             self.attendance.complete = finished
         signers.keep(complete, present)
         self.attendance.complete = None
-        if complete.kind == "start":
+        if complete.kind in _BEGINNINGS:
             self.attendance.members = complete.parties
             if not set(plan.hospitals) <= set(complete.parties):
                 raise SumLostError("the ledger was begun by fewer hospitals", "those go on")
@@ -221,7 +231,7 @@ class _Run:
         # Signed in an earlier start, which has kept what it takes.
         out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
         if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == block.values:
-            save_model(out / MODEL_FILE, self.peer.hospital.model, self.config, self.peer.common.normalisation, None)
+            self._save_model()
         elif is_in and block.kind != "end":
             resume(self.peer, out, self.ledger)
         else:
@@ -231,51 +241,67 @@ class _Run:
         """The sums of a round."""
         number, hospital, began = made.plan.number, self.peer.hospital, time.monotonic()
         result.hospitals, result.opened, result.own, result.made = made.plan.hospitals, {}, None, ""
-        figures, seconds = dict[str, Any](), {"train": 0.0, "aggregate": 0.0}
+        figures, said, seconds = dict[str, Any](), dict[str, Any](), {"train": 0.0, "aggregate": 0.0}
         if number == 0:
             result.hospitals = made.prepare()
         elif number <= self.config.training.rounds:
             result.hospitals, figures, seconds = made.train()
+        elif number == self.config.last_round:
+            result.hospitals, said = made.conclude()
         result.made = digest_of_common(self.peer.common)
-        if number > self.config.training.rounds:
+        if number > self.config.last_round:
             return
         evaluated = time.monotonic()
         own, opened = made.evaluate(result.hospitals)
         seconds["evaluate"] = time.monotonic() - evaluated
         result.seconds = time.monotonic() - began
-        result.opened = opened_json(opened)
+        result.opened = opened_json(opened) | said
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
 
+    @property
+    def _members(self) -> Members | None:
+        """Who the parties are by the ledger, and with which configuration."""
+        return next((block.members for block in reversed(self.ledger.blocks) if block.members is not None), None)
+
     def _begin_ledger(self, plan: RoundPlan) -> None:
-        """The first block: all sign who they are. Whoever is not in it takes no part in the run."""
+        """The first block, or the first of a run that was given more rounds: all sign who they are, and with which configuration.
+        Whoever is not in it takes no part in the run."""
         config, ledger, hospitals = self.config, self.ledger, plan.hospitals
         certificates = {name: pem(self.certificates[name]).decode("ascii") for name in hospitals}
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
+        kind, about = ("resume", "the run goes on") if ledger.blocks else ("start", "the run begins")
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, "start", f"the run begins{_again(plan)}", {}, members)
+        self._signed(plan, signers, kind, f"{about}{_again(plan)}", {}, members)
         self.attendance.members = hospitals
 
     def _sign(self, plan: RoundPlan, result: _Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
         number, config, common, ledger = plan.number, self.config, self.peer.common, self.ledger
         signers = self._signers(plan, result.hospitals, "block")
-        again = _again(plan)
         if number > config.last_round:
-            path = site_directory(config) / MODEL_FILE
-            save_model(path, self.peer.hospital.model, config, common.normalisation, None)
-            kind, about, values = "end", f"the run is complete{again}", values_of_end(self.peer.hospital)
+            self._save_model()
+            kind, about, values = "end", "the run is complete", values_of_end(self.peer.hospital)
         else:
             complete = all({*opening.among, *opening.to} <= set(result.hospitals) for opening in ledger.pending)
             kind = "openings" if complete and not self.begun_before else "abandoned"
-            about = f"round {number}{again}"
+            about = f"round {number}"
             values = {"global model": common.digests.parameters}
+            if number in common.choice.figures:
+                values["validation"] = figure_digest(common.choice.figures[number])
+            if common.digests.calibration:
+                values["calibration"] = common.digests.calibration
             self._write_down(number, result)
         try:
-            self._signed(plan, signers, kind, about, values)
+            self._signed(plan, signers, kind, f"{about}{_again(plan)}", values)
         finally:
             result.drafted = signers.drafted
+
+    def _save_model(self) -> None:
+        common = self.peer.common
+        path = site_directory(self.config) / MODEL_FILE
+        save_model(path, self.peer.hospital.model, self.config, common.normalisation, common.calibration)
 
     def _signed(
         self,

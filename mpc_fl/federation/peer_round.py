@@ -31,6 +31,13 @@ from mpc_fl.federation.federated_sgd import (
     keep_stepped,
     stepped_along,
 )
+from mpc_fl.federation.final_round import (
+    calibration_sum,
+    chosen_json,
+    fitted_calibration,
+    own_changes,
+    take_candidate,
+)
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.local_update import (
     agreed_update,
@@ -40,6 +47,8 @@ from mpc_fl.federation.local_update import (
     progress_of,
     trained_update,
 )
+from mpc_fl.federation.model_digests import sum_terms
+from mpc_fl.federation.noised_calibration import CalibrationPlan, plan_calibration
 from mpc_fl.federation.peer_state import Peer
 from mpc_fl.federation.preparation import (
     FEATURES,
@@ -62,6 +71,7 @@ from mpc_fl.federation.secure_evaluation import (
     own_evaluation,
     phase_of,
 )
+from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.models.parameters import load_flat_buffers
 from mpc_fl.learning.training.dp_sgd import LocalRound
@@ -163,6 +173,44 @@ class PeerRound:
         keep_stepped(common, gradients.parameters)
         return hospitals, kept
 
+    def conclude(self) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The round after training (`final_round`): choose the model, and calibrate it. The hospitals in it, what its line says."""
+        hospital, common, plan, said = self.peer.hospital, self.peer.common, self.plan, dict[str, Any]()
+        config, hospitals = hospital.config, plan.hospitals
+        self.domain.links.set_phase(f"round {plan.number} choice")
+        if config.evaluation.choose == "best":
+            number = take_candidate(common)
+            said |= chosen_json(common, number)
+            common.digests.take(parameters=common.shared_parameters)
+            hospital.take_global(common.shared_parameters)
+            log.info("the model after round %d is chosen", number)
+        planned = plan_calibration(config)
+        if planned is not None:
+            hospitals, common.calibration = self._calibrate(planned)
+            common.digests.take(calibration=common.calibration.tensor())
+            hospital.calibration = common.calibration
+            said["calibration"] = common.calibration.to_json()
+        return hospitals, said
+
+    def _calibrate(self, planned: CalibrationPlan) -> tuple[tuple[str, ...], Calibration]:
+        """Who is left, and what all fit alike; nothing is changed where nothing was validated, or too few are there."""
+        hospital, common, plan, config = self.peer.hospital, self.peer.common, self.plan, self.peer.hospital.config
+        self.domain.links.set_phase(f"round {plan.number} calibration")
+        rules, unchanged = (
+            evaluation_rules(config, self.rules, "validation"),
+            Calibration.none(len(config.data.classes)),
+        )
+        if common.choice.candidate is None or len(plan.hospitals) < rules.smallest:
+            return plan.hospitals, unchanged
+        seen = sum_terms(config, plan.weight_total, common.digests)
+        agreed = calibration_sum(plan, plan.hospitals, config, seen)
+        try:
+            present, total = self._sum(rules, agreed, lambda: own_changes(hospital, plan, planned))
+        except QuorumError as error:  # nothing was opened, which all of them have found alike
+            log.warning("%s", error)
+            return plan.hospitals, unchanged
+        return present, fitted_calibration(common, planned, total, len(present))
+
     def evaluate(self, hospitals: tuple[str, ...]) -> tuple[Evaluation, dict[Of, Evaluated]]:
         """This site's own evaluation, and what was opened over all hospitals, by whose patients.
 
@@ -201,6 +249,9 @@ class PeerRound:
             opened[whom] = opened_evaluation(config, total, len(present), whom)
         except ProtocolError as error:  # whose counts are false nobody can tell, and the model stands without them
             log.warning("%s; round %d has no figure", error, plan.number)
+        else:
+            if whom == "validation":
+                common.consider(plan.number, opened[whom])
         return kept[0].own, present
 
     def _sum(

@@ -60,8 +60,8 @@ def resume(peer: Peer, directory: Path, ledger: RevealLedger) -> int:
     if number < 0:
         return number
     common, hospital = peer.common, peer.hospital
-    found = common.resume(directory / COMMON, lambda each: signed_model(ledger, each) if each == number else None)
-    if not found:
+    found = common.resume(directory / COMMON, lambda each: signed_model(ledger, each))
+    if not found or common.round != number:
         raise MpcFlError(f"{directory} holds no state after round {number}", "remove it and start the run anew")
     statistics = flatten_buffers(common.model)
     normalisation = None if common.normalisation is None else common.normalisation.tensor()
@@ -70,6 +70,7 @@ def resume(peer: Peer, directory: Path, ledger: RevealLedger) -> int:
     if common.normalisation is not None:
         hospital.normalise(common.normalisation)
     hospital.take_global(common.shared_parameters)
+    hospital.calibration = common.calibration
     hospital.resume(directory, number)
     return number
 
@@ -107,6 +108,7 @@ class KeptState:
         peer.common, hospital = _copied(self.common), peer.hospital
         hospital.model.load_state_dict(dict(self.model))
         hospital.velocity, hospital.normalisation = self.velocity, self.normalisation
+        hospital.calibration = self.common.calibration
         hospital.train, hospital.test, hospital.validation = self.train, self.test, self.validation
 
 

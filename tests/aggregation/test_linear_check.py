@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from mpc_fl.aggregation.linear_check import (
     COIN_BYTES,
     MAP_SIZE,
     Evidence,
+    Fold,
     LinearMap,
     MapSize,
     as_numbers,
@@ -27,12 +29,12 @@ from mpc_fl.aggregation.linear_check import (
     require_number,
     who_deviates,
 )
-from mpc_fl.aggregation.sketch import SignHash
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
 
-SMALL = MapSize(buckets=256, hashes=2, combinations=5)
+FOLD = Fold(row=128, shifts=128, copies=1)
+SMALL = MapSize(Fold(row=64, shifts=32, copies=2), Fold(row=16, shifts=8, copies=2), combinations=5)
 T = "a" * 64
 dtypes = st.sampled_from([torch.int32, torch.int64])
 
@@ -56,43 +58,92 @@ def test_the_map_is_linear_in_the_ring_and_wraps(count: int, dtype: torch.dtype,
     assert fits(linear, x + y, [linear.of(x), linear.of(y)])
 
 
+def one_word(dtype: torch.dtype) -> torch.Tensor:
+    error = torch.zeros(256, dtype=dtype)
+    error[255] = torch.iinfo(dtype).min
+    return error
+
+
 def two_words(dtype: torch.dtype) -> torch.Tensor:
-    """One half of the ring in each of two blocks: what one hash misses as often as it may."""
+    """One half of the ring at the same place of two rows: what one copy misses as often as it may."""
     error = torch.zeros(256, dtype=dtype)
-    error[3] = error[200] = torch.iinfo(dtype).min
+    error[3] = error[131] = torch.iinfo(dtype).min
     return error
 
 
-def opposite_words(dtype: torch.dtype) -> torch.Tensor:
+def two_places(dtype: torch.dtype) -> torch.Tensor:
+    """Opposite words half a row apart: half of all shifts of one row bring the other one there."""
     error = torch.zeros(256, dtype=dtype)
-    error[3], error[200] = 5, -5
+    error[3], error[195] = 5, -5
     return error
 
 
-def constant_blocks(dtype: torch.dtype) -> torch.Tensor:
-    """The same in all words: shifts alone would change nothing."""
+def constant_rows(dtype: torch.dtype) -> torch.Tensor:
+    """The same in all words: shifted in a circle, it would change nothing."""
     return torch.full((256,), torch.iinfo(dtype).min, dtype=dtype)
 
 
+def one_constant_row(dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([torch.zeros(128, dtype=dtype), torch.full((128,), 1 << 20, dtype=dtype)])
+
+
+def folded(number: int, error: torch.Tensor, fold: Fold) -> np.ndarray:
+    """`error`, folded with shifts of its own for each number."""
+    rows = fold.rows(len(error))
+    shifts = Seed(coin(number)).stream("test").words(fold.copies * rows, np.uint32) % np.uint32(fold.shifts)
+    return fold.of(error.numpy(), shifts.reshape(fold.copies, rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(("error", "reached"), [(two_words, 1.0), (opposite_words, 0.5), (constant_blocks, 0.0)])
-def test_one_hash_misses_an_error_as_often_as_stated(
+@pytest.mark.parametrize(
+    ("error", "reached"),
+    [(one_word, 0.0), (one_constant_row, 0.0), (two_words, 1.0), (two_places, 0.5), (constant_rows, 1.0)],
+)
+def test_one_copy_misses_an_error_as_often_as_stated(
     error: Callable[[torch.dtype], torch.Tensor], reached: float, dtype: torch.dtype
 ) -> None:
-    """Two blocks of 128 words fall on one another in one of 128 shifts, on one side in half, with other signs in half."""
-    seeds, buckets, vector = 6000, 256, error(dtype)
-    missed = sum(not SignHash(coin(seed), 256, buckets).fold(vector).any() for seed in range(seeds))
-    mean = seeds * reached / buckets
-    assert abs(missed - mean) <= 5 * math.sqrt(seeds / buckets)
+    seeds, vector = 6000, error(dtype)
+    missed = sum(not folded(seed, vector, FOLD).any() for seed in range(seeds))
+    assert abs(missed - seeds * reached * FOLD.escapes) <= 5 * math.sqrt(seeds * FOLD.escapes)
     assert (missed > 0) == (reached > 0)
+
+
+def test_a_fold_is_the_sum_of_rows_shifted_and_its_copies_have_shifts_of_their_own() -> None:
+    fold, vector = Fold(row=4, shifts=8, copies=2), np.arange(1, 11, dtype=np.int32)
+    first = np.zeros(11, np.int32)
+    first[7:11] += vector[:4]
+    first[0:4] += vector[4:8]
+    first[2:4] += vector[8:]
+    second = np.zeros(11, np.int32)
+    second[0:4] += vector[:4]
+    second[0:4] += vector[4:8]
+    second[7:9] += vector[8:]
+    assert fold.of(vector, np.array([[7, 0, 2], [0, 0, 7]])).tolist() == [*first, *second]
+    assert fold.length == 22 and fold.rows(10) == 3 and fold.rows(8) == 2
+
+
+def test_copies_are_independent() -> None:
+    fold, seeds = Fold(row=128, shifts=16, copies=2), 12_000
+    missed = sum(not folded(seed, two_words(torch.int32), fold).any() for seed in range(seeds))
+    assert abs(missed - seeds * fold.escapes) <= 5 * math.sqrt(seeds * fold.escapes) and missed
+
+
+def test_the_map_draws_shifts_of_all_values_anew_for_each_coin_copy_and_fold() -> None:
+    shifts = [LinearMap(coin(number))._places("first", MAP_SIZE.first, 40_000_000) for number in range(2)]
+    for drawn in shifts:
+        assert drawn.shape == (3, MAP_SIZE.first.rows(40_000_000)) and drawn.min() >= 0
+        assert drawn.max() < MAP_SIZE.first.shifts and len({tuple(copy) for copy in drawn}) == 3
+        counts = np.bincount(drawn.reshape(-1) >> 10, minlength=16)
+        assert len(counts) == 16 and abs(counts - drawn.size / 16).max() <= 5 * math.sqrt(drawn.size / 16)
+    assert not np.array_equal(*shifts)
 
 
 @pytest.mark.parametrize("lowest_bit", [0, 1, 30, 31])
 def test_what_escapes_the_combinations_is_a_half_each_whatever_the_lowest_bit(lowest_bit: int) -> None:
-    """Of an error of one word, which no hash misses, a combination sees its coefficient."""
-    coins, size = 2000, MapSize(buckets=256, hashes=1, combinations=3)
-    error = torch.zeros(100, dtype=torch.int32)
-    error[17] = -(2**31) if lowest_bit == 31 else 1 << lowest_bit
+    """Of an error of one word, which no fold misses, a combination sees its coefficient."""
+    coins, size = 2000, MapSize(Fold(16, 2, 1), Fold(16, 2, 1), combinations=3)
+    error = torch.zeros(16, dtype=torch.int32)
+    error[11] = -(2**31) if lowest_bit == 31 else 1 << lowest_bit
     escaped = sum(not LinearMap(coin(number), size).of(error).any() for number in range(coins))
     exact = 2.0 ** -(size.combinations * (32 - lowest_bit))
     assert exact <= size.escapes
@@ -106,8 +157,8 @@ def test_what_escapes_the_combinations_is_a_half_each_whatever_the_lowest_bit(lo
     st.integers(0, 2**32),
 )
 def test_no_error_escapes_more_often_than_stated(errors: dict[int, int], shift: int, first: int) -> None:
-    """Small parameters: one hash of 256 buckets, two combinations. Errors with few words, and of high bits, are the worst."""
-    size, coins = MapSize(buckets=256, hashes=1, combinations=2), 300
+    """Small parameters: a few shifts, two combinations. Errors with few words, and of high bits, are the worst."""
+    size, coins = MapSize(Fold(row=64, shifts=32, copies=1), Fold(row=32, shifts=32, copies=1), combinations=2), 300
     error = torch.zeros(300, dtype=torch.int64)
     for place, value in errors.items():
         error[place] = value << shift
@@ -119,10 +170,10 @@ def test_no_error_escapes_more_often_than_stated(errors: dict[int, int], shift: 
 
 
 def test_the_size_that_is_used_leaves_less_than_two_to_the_minus_forty() -> None:
-    assert MAP_SIZE.escapes < 2.0**-40
+    assert MAP_SIZE.escapes < 2.0**-41
     linear = LinearMap(coin(1))
-    for error in (two_words(torch.int32), constant_blocks(torch.int32), opposite_words(torch.int32)):
-        assert linear.of(error).any()
+    for error in (one_word, two_words, two_places, constant_rows):
+        assert linear.of(error(torch.int32)).any()
 
 
 # ---- the coin ----------------------------------------------------------------------------------------------------------

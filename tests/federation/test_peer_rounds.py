@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from mpc_fl.apps.runs.estimate import estimate_training
+from mpc_fl.audit.ledger_audit import parse_line
+from mpc_fl.audit.reveal_ledger import LEDGER_FILE
 from mpc_fl.federation.attendance import ROUNDS_FILE
+from mpc_fl.federation.audit_trail import figure_digest
 from mpc_fl.files import read_json_lines
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.roles import AGGREGATOR
@@ -28,10 +31,18 @@ WAYS: list[tuple[int, dict[str, dict[str, Any]]]] = [
         },
     ),
     (3, {"training": {"strategy": "fedsgd"}, "evaluation": {"every": 1}}),
+    (
+        3,
+        {
+            "training": {"strategy": "fedavg", "learning_rate": 0.3},
+            "data": {"validation_fraction": 0.3, "phantoms": MANY},
+            "evaluation": {"choose": "best", "calibrate": "both"},
+        },
+    ),
 ]
 
 
-@pytest.mark.parametrize(("count", "changes"), WAYS, ids=["fedavg", "fedadam", "fedsgd"])
+@pytest.mark.parametrize(("count", "changes"), WAYS, ids=["fedavg", "fedadam", "fedsgd", "chosen"])
 def test_the_model_is_that_of_the_mode_with_an_aggregator(
     count: int, changes: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,9 +59,10 @@ def test_the_model_is_that_of_the_mode_with_an_aggregator(
     assert set(led.said.values()) == {"finished"}, led.said
     assert same(model_of(run, "hospital-0"), model_of(led, AGGREGATOR))
     lines = read_json_lines(run.party("hospital-1") / ROUNDS_FILE)
-    opened = [(line["round"], line["evaluation"], line["hospitals"], line.get("validation")) for line in lines]
     of_led = read_json_lines(led.party(AGGREGATOR) / "metrics.jsonl")
-    assert opened == [(line["round"], line["evaluation"], line["hospitals"], line.get("validation")) for line in of_led]
+    keys = ("round", "evaluation", "hospitals", "validation", "chosen", "calibration")
+    assert [[line.get(key) for key in keys] for line in lines] == [[line.get(key) for key in keys] for line in of_led]
+    assert ("chosen" in lines[-1]) == (run.config.evaluation.choose == "best")
 
 
 def test_distributed_noise_among_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +194,62 @@ def test_a_run_that_stopped_does_not_go_on_without_one_that_may_have_kept_more(
     run.start_anew()
     run.run(Sleeper("hospital-2", 0, KILLED))
     assert "finished" not in set(run.said.values())
+
+
+def given_more_rounds(run: Training, rounds: int) -> None:
+    """Let all go on with `--resume` and so many rounds."""
+    more = {"site": {"resume": True}, "training": {"rounds": rounds}}
+    run.config = run.config.with_values(**more)
+    run.placed = {name: config.with_values(**more) for name, config in run.placed.items()}
+    run.start_anew()
+
+
+def test_a_complete_run_is_given_more_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is that of a run which had all rounds from the beginning."""
+    changes: dict[str, Any] = {"data": {**SETTINGS["data"], "normalise": "secure"}}
+    whole = among_peers(tmp_path / "whole", monkeypatch, 3, training={**FIXED, "rounds": 4}, **changes)
+    whole.run()
+    run = among_peers(tmp_path / "run", monkeypatch, 3, training=FIXED, **changes)
+    for rounds in (None, 3, 4):
+        if rounds is not None:
+            given_more_rounds(run, rounds)
+        run.run()
+        require_sound(run, names(3))
+    assert same(model_of(run, "hospital-0"), model_of(whole, "hospital-0"))
+    kinds = [parse_line(line).kind for line in (run.party("hospital-1") / LEDGER_FILE).read_bytes().splitlines()]
+    assert kinds == ["start", *3 * ["openings"], "end", *2 * ["resume", "openings", "end"]]
+
+
+@pytest.mark.parametrize("place", ["block 3 0/complete", "start 3 0/signed", "transcript update 3 0"])
+def test_a_run_that_stopped_while_it_was_given_more_rounds_goes_on(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = among_peers(tmp_path, monkeypatch, 3, training=FIXED)
+    end = Sleeper("hospital-2", "block 3 0/complete", KILLED) if place == "block 3 0/complete" else None
+    run.run(*[end] if end else [])
+    assert end is None or end.slept
+    given_more_rounds(run, 3)
+    if end is None:
+        sleeper = Sleeper("hospital-2", place, KILLED)
+        run.run(sleeper)
+        assert sleeper.slept and "finished" not in set(run.said.values())
+        run.start_anew()
+    run.run()
+    require_sound(run, names(3))
+
+
+def test_figures_of_validation_are_signed_where_all_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {**SETTINGS["data"], "validation_fraction": 0.3, "phantoms": MANY}
+    run = among_peers(tmp_path, monkeypatch, 3, data=data, evaluation={"validate_every": 1})
+    run.run()
+    require_sound(run, names(3))
+    lines = {line["round"]: line for line in read_json_lines(run.party("hospital-0") / ROUNDS_FILE)}
+    signed = dict[str, str | None]()
+    for line in (run.party("hospital-0") / LEDGER_FILE).read_bytes().splitlines():
+        block = parse_line(line)
+        signed[block.about] = block.values.get("validation")
+    for number in (1, 2):
+        assert signed[f"round {number}"] == figure_digest(lines[number]["validation"][run.config.evaluation.criterion])
 
 
 def test_a_sum_that_too_few_began_is_made_again_by_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

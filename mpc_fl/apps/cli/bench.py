@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from mpc_fl.apps.cli.options import Command, Group, print_json, print_table
+from mpc_fl.roles import AGGREGATOR, Coordinator
 
 app = typer.Typer(
     cls=Group,
@@ -75,14 +76,25 @@ def aggregation(
     leave_out: Annotated[
         bool, typer.Option("--leave-out", help="With closing masks, as below a full quorum or with the check of norms.")
     ] = False,
+    coordinator: Annotated[
+        Coordinator,
+        typer.Option(help="none: a sum among peers, beside one with an aggregator; or aggregator: that alone."),
+    ] = AGGREGATOR,
     as_json: AsJson = False,
 ) -> None:
-    """A round of secure aggregation, beside a plain all-reduce over the same links and stock CrypTen."""
-    from mpc_fl.apps.bench.aggregation import measure_aggregation
+    """A round of secure aggregation, beside a plain all-reduce over the same links, or another arrangement, and stock CrypTen."""
+    from mpc_fl.apps.bench.aggregation import AggregationFigures, measure_aggregation
+    from mpc_fl.apps.bench.peer_aggregation import FEWEST_PEERS, PeerFigures, measure_peer_aggregation
 
     if against not in ("crypten", "none"):
         raise typer.BadParameter("crypten or none", param_hint="--against")
-    results = measure_aggregation(parties, parameters, repeats, against, leave_out)
+    results: AggregationFigures | PeerFigures
+    if coordinator == AGGREGATOR:
+        results = measure_aggregation(parties, parameters, repeats, against, leave_out)
+    elif parties < FEWEST_PEERS:
+        raise typer.BadParameter(f"at least {FEWEST_PEERS} without a coordinator", param_hint="--parties")
+    else:
+        results = measure_peer_aggregation(parties, parameters, repeats, against, leave_out)
     if as_json:
         print_json({"bench": "aggregation", **results.to_json()})
         return
@@ -90,7 +102,7 @@ def aggregation(
     for heading in ("figure", "value"):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for name, value in results.to_json().items():
-        table.add_row(name.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+        table.add_row(name.replace("_", " "), _shown(value))
     print_table(table)
 
 
@@ -118,6 +130,9 @@ def inference(
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for name, value in results.to_json().items():
         if isinstance(value, (int, float, str)):
-            shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-            table.add_row(name, shown)
+            table.add_row(name, _shown(value))
     print_table(table)
+
+
+def _shown(value: float | str) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

@@ -384,9 +384,9 @@ def _preflight(
 
 def _require_memory(config: Config, found: TrainingEstimate) -> None:
     """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
-    from mpc_fl.apps.runs.estimate import available_memory, memory_here
+    from mpc_fl.apps.runs.estimate import available_memory, memory_here, parties_here
 
-    parties = 1 if config.federation.addresses else config.federation.hospitals + 1
+    parties = parties_here(config)
     needed, available = memory_here(config, found.memory_bytes_per_hospital), available_memory()
     if available is not None and needed > available:
         raise MpcFlError(

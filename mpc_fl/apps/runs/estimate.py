@@ -207,7 +207,7 @@ def _evaluations(config: Config, classes: int) -> list[int]:
 
 def _connecting(config: Config) -> float:
     """Seconds until all are connected: what their links take of this machine's cores, or of a machine of its own each."""
-    parties = config.federation.hospitals + (0 if config.among_peers else 1)
+    parties = _training_parties(config)
     if config.federation.addresses:
         return round(_LINK_SECONDS * (parties - 1) / 2, 2)
     return round(_LINK_SECONDS * parties * (parties - 1) / 2 / (os.cpu_count() or 1), 2)
@@ -262,11 +262,21 @@ def planned_privacy(config: Config, name: str, patients: int) -> NoPrivacy | Pla
     )
 
 
+def _training_parties(config: Config) -> int:
+    """Hospitals, and the aggregator where there is one."""
+    return config.federation.hospitals + (0 if config.among_peers else 1)
+
+
+def parties_here(config: Config) -> int:
+    """How many parties of a training run are on this machine: all, or one where they have addresses."""
+    return 1 if config.federation.addresses else _training_parties(config)
+
+
 def memory_here(config: Config, bytes_per_hospital: int) -> int:
-    """Bytes that the parties of a training run on this machine need together: all, or one where they have addresses."""
+    """Bytes that the parties of a training run on this machine need together (`parties_here`)."""
     if config.federation.addresses:
         return bytes_per_hospital
-    parties = config.federation.hospitals + 1
+    parties = parties_here(config)
     if not modules_to_share(config):
         return parties * bytes_per_hospital
     return _IDLE_BYTES + parties * (bytes_per_hospital - _IDLE_BYTES + _IDLE_BYTES_OF_ITS_OWN)

@@ -132,8 +132,8 @@ def train(
             raise
         forget_identities(config, directory)
         for party in (directory / "parties").iterdir():
-            keep_last_checkpoint(party)  # for a run that is given more rounds
-            shutil.rmtree(party / COMMON, ignore_errors=True)  # which one among peers is not
+            for kept in (party, party / COMMON):  # for a run that is given more rounds
+                keep_last_checkpoint(kept)
     return summary
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mpc_fl.apps.runs.local_parties import SESSION_FILE
-from mpc_fl.apps.runs.run_directory import FROM_ALL, forget_identities, is_finished
+from mpc_fl.apps.runs.run_directory import FROM_ALL, forget_identities, has_state, is_finished
 from mpc_fl.apps.summaries import SUMMARY_FILE
 from mpc_fl.audit.ledger_audit import parse_line
 from mpc_fl.audit.ledger_file import EARLIER_FILE
@@ -38,7 +38,7 @@ def require_more_rounds(out: Path, config: Config) -> None:
         raise ConfigError(
             f"the run {out} is complete with {began.training.rounds} rounds", f"set {ROUNDS} to more to go on with it"
         )
-    if not any((out / "parties" / AGGREGATOR).glob("checkpoint-*.safetensors")):
+    if not has_state(out):
         raise ConfigError(
             f"the run {out} kept no state to go on from", "begin a new run from its model: --from model.safetensors"
         )
@@ -50,7 +50,7 @@ def reopened(directory: Path, config: Config) -> Iterator[None]:
     if not is_finished(directory):
         yield
         return
-    aggregator = directory / "parties" / AGGREGATOR
+    leading = [directory / "parties" / name for name in (party_names(config) if config.among_peers else [AGGREGATOR])]
     places = (directory, *(directory / "parties" / name for name in party_names(config)))
     paths = (directory / _CONFIG_FILE, directory / SUMMARY_FILE, *(place / EARLIER_FILE for place in places))
     before = {path: _text(path) for path in paths}
@@ -63,17 +63,20 @@ def reopened(directory: Path, config: Config) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        ledger = aggregator / LEDGER_FILE
-        if ledger.exists() and ledger.stat().st_size == signed:
-            for name in FROM_ALL:
-                if (aggregator / name).exists():
-                    (aggregator / name).replace(directory / name)
+        ledgers = [place / LEDGER_FILE for place in leading if (place / LEDGER_FILE).exists()]
+        if ledgers and all(ledger.stat().st_size <= signed for ledger in ledgers):
+            for name in () if config.among_peers else FROM_ALL:  # among peers they lie there, and all have their own
+                if (leading[0] / name).exists():
+                    (leading[0] / name).replace(directory / name)
             forget_identities(config, directory)
             for path, text in before.items():
                 if text is None:
                     path.unlink(missing_ok=True)
                 else:
                     write_text(path, text)
+        elif config.among_peers:  # what all have alike is that of the run as it was
+            for name in FROM_ALL:
+                (directory / name).unlink(missing_ok=True)
         raise
 
 

@@ -45,7 +45,7 @@ def require_free(out: Path, resume: bool = False) -> None:
         if out.exists() or out.is_symlink():
             raise ConfigError(f"{out} exists already", "choose another --out, or move it away")
         partial, failed = _beside(out)
-        if resume and not _resumable(partial if partial.exists() else failed):
+        if resume and not has_state(partial if partial.exists() else failed):
             raise ConfigError(f"there is no run to go on with at {failed}", "start it without --resume")
         if not resume and partial.exists():
             raise _in_use(partial)
@@ -59,7 +59,7 @@ def _beside(out: Path) -> tuple[Path, Path]:
 
 
 def _in_use(partial: Path) -> ConfigError:
-    dead = "go on with it with --resume, or remove it," if _resumable(partial) else "remove it"
+    dead = "go on with it with --resume, or remove it," if has_state(partial) else "remove it"
     return ConfigError(f"{partial} exists", f"another run is using it; {dead} if that one is dead")
 
 
@@ -112,10 +112,10 @@ def earlier_failure(out: Path) -> Path | None:
 
 def may_go_on(out: Path) -> bool:
     """Whether a run that failed at `out` has kept what `--resume` needs."""
-    return not out.exists() and any(map(_resumable, _beside(out)))
+    return not out.exists() and any(map(has_state, _beside(out)))
 
 
-def _resumable(directory: Path) -> bool:
+def has_state(directory: Path) -> bool:
     """Whether a round of this run was completed: its aggregator has a checkpoint, or hospitals of what they have in common."""
     parties = directory / "parties"
     return any((parties / AGGREGATOR).glob("checkpoint-*.safetensors")) or any(
@@ -132,7 +132,7 @@ def _keep_logs(partial: Path, failed: Path) -> None:
     """Logs and configuration, and what was revealed until then: diagnoses, reveal ledgers, receipts, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
     logs, receipts = partial / "logs", [*partial.rglob(RECEIPTS_FILE), *partial.rglob(RESULTS_FILE)]
-    if _resumable(partial):
+    if has_state(partial):
         _remove_half_written(partial)
         partial.rename(failed)
         return

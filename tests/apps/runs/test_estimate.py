@@ -19,6 +19,7 @@ from mpc_fl.apps.runs import estimate
 from mpc_fl.apps.runs.estimate import estimate_inference, estimate_training
 from mpc_fl.apps.runs.local_runs import infer, train
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.loading import load_config
 
 DEMO = Path(__file__).resolve().parents[3] / "configs" / "demo.yaml"
 SMALL = {
@@ -93,6 +94,24 @@ def test_check_refuses_what_memory_cannot_hold(
     assert re.fullmatch(
         r"mpc-fl: 4 parties need about [\d.]+ GB of memory together, 537 MB are available: use fewer .*\n", complained
     )
+
+
+@pytest.mark.parametrize("shared", [(), ("torch",)])
+def test_among_peers_no_aggregator_needs_memory(
+    shared: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "modules_to_share", lambda config: shared)
+    monkeypatch.setattr(estimate, "available_memory", lambda: 1 << 29)
+    needed = dict[str, int]()
+    for coordinator in ("aggregator", "none"):
+        config = load_config(DEMO).with_values(federation={"coordinator": coordinator})
+        needed[coordinator] = estimate.memory_here(config, 1 << 30)
+    idle, own = (460 << 20, 100 << 20) if shared else (0, 0)
+    assert needed["aggregator"] - needed["none"] == (1 << 30) - idle + own
+    monkeypatch.setattr(sys, "argv", ["mpc-fl", "check", str(DEMO), "--set", "federation.coordinator=none"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1 and "mpc-fl: 3 parties need about" in capsys.readouterr().err
 
 
 def test_parties_that_share_their_imports_need_them_once(
