@@ -14,6 +14,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from mpc_fl.apps.simulation.hospitals import HospitalGroup
 from mpc_fl.apps.simulation.workers import Done, Given, T
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, RunFailedError, printable
+from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.roles import hospital_name
 
-_LEAST_STORE = 100 << 20  # bytes of shared memory: the least that Ray takes is 75 MB
+_LEAST_STORE, _MOST_STORE = 100 << 20, 2 << 30  # bytes; the least that Ray takes is 75 MB
 _LARGEST_REASON = 200
 _SHARED_MEMORY = Path("/dev/shm")
 _STARTING = 300.0  # seconds until an actor has imported its libraries, on a machine with other things to do
@@ -48,13 +50,12 @@ class _Actor:
     def __init__(self, values: dict[str, Any], ranks: Sequence[int]) -> None:
         import torch
 
-        os.umask(0o077)
+        os.umask(OTHERS_MAY_NOTHING)
         log_nowhere()
-        within = (
-            _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
-        )  # for this run alone: no disk need be waited for
-        self._ledgers = tempfile.TemporaryDirectory(prefix="mpc-fl-", dir=within)
-        values["site"]["out"] = self._ledgers.name
+        self._ledgers: tempfile.TemporaryDirectory[str] | None = None
+        if values["site"]["out"] is None:  # on a machine of a cluster
+            self._ledgers = _folder_for_ledgers()
+            values["site"]["out"] = self._ledgers.name
         config = parse_config(values, "the configuration of the simulation")
         torch.set_num_threads(config.runtime.threads)
         self._group = HospitalGroup(config, ranks)
@@ -69,7 +70,14 @@ class _Actor:
 
     def end(self) -> None:
         """Nothing is left of the group on its machine."""
-        self._ledgers.cleanup()
+        if self._ledgers is not None:
+            self._ledgers.cleanup()
+
+
+def _folder_for_ledgers() -> tempfile.TemporaryDirectory[str]:
+    """For one run alone, so in memory where there is such a place: no disk need be waited for."""
+    within = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="mpc-fl-", dir=within)
 
 
 class RayWorkers:
@@ -165,10 +173,10 @@ def ray_workers(
     `values` are those of the configuration of each group, `address` that of a cluster that is there already; None starts Ray
     here. Raises `ConfigError` where it cannot be reached, or has fewer processors than workers.
     """
-    import ray
-
     seconds = config.federation.round_timeout or config.runtime.receive_timeout
     with _ray(address):
+        import ray
+
         processors = int(ray.cluster_resources().get("CPU", 0))
         count = min(workers or processors, config.federation.hospitals)
         if not 1 <= count <= processors:
@@ -177,22 +185,22 @@ def ray_workers(
             )
         actor = ray.remote(num_cpus=1, max_restarts=0)(_Actor)
         shares = [range(place, config.federation.hospitals, count) for place in range(count)]
-        groups = RayWorkers([(actor.remote(values, list(ranks)), list(ranks)) for ranks in shares], seconds)
-        try:
+        with contextlib.ExitStack() as kept:
+            if address is None:
+                values["site"]["out"] = kept.enter_context(_folder_for_ledgers())
+            groups = RayWorkers([(actor.remote(values, list(ranks)), list(ranks)) for ranks in shares], seconds)
+            if address is not None:
+                kept.callback(groups.end)
             yield groups
-        finally:
-            groups.end()
 
 
 @contextlib.contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     """Ray as long as the block lasts: this process's own, or a cluster's. Raises `ConfigError` where there is none."""
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     folder = None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else it warns of a change to come
     if address is None:
         # Whoever may ask Ray for work runs programs as this user; on one machine that is this process alone.
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
@@ -201,13 +209,17 @@ def _ray(address: str | None) -> Iterator[None]:
         quiet |= {
             "num_cpus": processors_here(),
             "include_dashboard": False,
-            "object_store_memory": _LEAST_STORE,
+            "object_store_memory": _store_bytes(),
             "_temp_dir": folder,
             "_node_ip_address": "127.0.0.1",
         }
+    import ray  # reads all of that when it is imported
+
+    terminated = signal.getsignal(signal.SIGTERM)
     try:
         try:
             ray.init(address=address, **quiet)
+            signal.signal(signal.SIGTERM, terminated)  # Ray would end this process without a word
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             where = "Ray cannot be started here" if address is None else f"there is no Ray cluster at {address}"
             fix = "see its own words" if address is None else "start one with ray start --head, or leave out --address"
@@ -217,6 +229,12 @@ def _ray(address: str | None) -> Iterator[None]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _store_bytes() -> int:
+    """Of shared memory that Ray may fill with models and sums on their way; it takes what it needs of that."""
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else 0
+    return max(_LEAST_STORE, min(_MOST_STORE, free // 2))
 
 
 def _reason(error: BaseException) -> str:

@@ -161,15 +161,14 @@ class SimulatedRounds:
         plan = plan_of(self.known, rules, agreed, agreed.hospitals, 0)
         workers.all(HospitalGroup.begin_sum, request)
         workers.each(HospitalGroup.add, self._follow(*self._place_of(request)))
+        about, among, to = agreed.about, (*plan.hospitals, plan.opener), (plan.opener,)
+        self.record.append(Opening(about.what, about.why, shape, to, among, about.privacy, plan.transcript))
         closed = ClosedSum(plan, dtype, shape)
         for added in workers.all(HospitalGroup.total):
             if plan.closing:
                 for name, hashes in added.commitments.items():
                     closed.commitments.take(name, hashes)
             closed.take_added(list(added.commitments), added.words)
-        about, among = agreed.about, (*plan.hospitals, plan.opener)
-        to = (plan.opener,)
-        self.record.append(Opening(about.what, about.why, shape, to, among, about.privacy, plan.transcript))
         keys = dict[str, torch.Tensor]()
         if plan.closing:
             for given in workers.all(HospitalGroup.keys, plan.hospitals, rules.smallest):
