@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from mpc_fl.aggregation.words import next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.reveal_ledger import Scalar
 from mpc_fl.config.config import Config
+from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import SAME_VERSION, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
@@ -40,7 +42,7 @@ from mpc_fl.federation.audit_trail import figure_digest, figure_in, signed_model
 from mpc_fl.federation.choice import best_round
 from mpc_fl.federation.distribution import receive_calibration, receive_global, send_calibration, send_global
 from mpc_fl.federation.hospital_state import Hospital
-from mpc_fl.federation.model_digests import sum_terms
+from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.noised_calibration import CalibrationPlan, decode_changes, encode_changes, plan_calibration
 from mpc_fl.federation.planning import calibration_run_name
 from mpc_fl.federation.secure_evaluation import (
@@ -61,12 +63,14 @@ log = logging.getLogger(__name__)
 _CALIBRATION = ("calibrate", "as it is")
 
 
-def _calibration_sum(plan: RoundPlan, hospitals: tuple[str, ...], config: Config, seen: dict[str, Any]) -> AgreedSum:
+def agreed_calibration(config: Config, hospitals: tuple[str, ...], plan: RoundPlan, digests: ModelDigests) -> AgreedSum:
+    """The sum of step 3, as all its parties know it."""
     noise, privacy = config.evaluation_noise("validation"), dict[str, Scalar]()
     if noise is not None:
         unit = f"validation {config.data.counted_unit}"
         privacy = {"mechanism": config.privacy.mechanism, "unit": unit, "noise multiplier": noise}
     about = Description("sum of changes by calibration", f"round {plan.number}: calibration", privacy or None)
+    seen = sum_terms(config, plan.weight_total, digests)
     return AgreedSum(hospitals, ("calibration", *plan.round_of), about, seen)
 
 
@@ -136,6 +140,25 @@ def _signed_figures(config: Config, ledger: RevealLedger, said: object) -> dict[
     return {number: figure for number, figure in figures.items() if figure is not None}
 
 
+def own_changes(
+    hospital: Hospital, planned: CalibrationPlan, plan: RoundPlan
+) -> tuple[Private[torch.Tensor], Callable[[], None] | None]:
+    """Step 3: what a hospital adds to the sum, charged where it carries noise, and what enters its privacy ledger when that leaves.
+
+    Of public patients nothing is entered; without privacy what left, also of who comes to this round alone.
+    """
+    config, event = hospital.config, planned.event()
+    release = hospital.releasing(plan.number) if config.privacy.mechanism == "none" else None
+    if event is not None:
+        run, budget = calibration_run_name(config), hospital.budget
+        hospital.ledger.charge(event, run=run, round_number=plan.number, budget=budget, reserve=True)
+        release = hospital.ledger.release
+    seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
+    records = hospital.records_of("validation")
+    logits = predict_each(hospital.model, records.inputs)
+    return encode_changes(planned, records, logits, seed, config.runtime.threads), release
+
+
 def _sum_changes(
     hospital: Hospital, domain: SecretDomain, rules: Rules, plan: RoundPlan, planned: CalibrationPlan
 ) -> tuple[str, ...] | Missed:
@@ -144,19 +167,8 @@ def _sum_changes(
     links.set_phase(f"round {plan.number} calibration")
     opens = next_word(links, AGGREGATOR, _CALIBRATION)["word"] == "calibrate"
     if opens:
-        event = planned.event()
-        # Of public patients nothing is entered; without privacy what left, also of who comes to this round alone.
-        release = hospital.releasing(plan.number) if config.privacy.mechanism == "none" else None
-        if event is not None:
-            run, budget = calibration_run_name(config), hospital.budget
-            hospital.ledger.charge(event, run=run, round_number=plan.number, budget=budget, reserve=True)
-            release = hospital.ledger.release
-        seed = hospital.noise_seed.derive("calibration", *plan.round_of)  # fresh for every attempt
-        records = hospital.records_of("validation")
-        logits = predict_each(hospital.model, records.inputs)
-        encoded = encode_changes(planned, records, logits, seed, config.runtime.threads)
-        seen = sum_terms(config, plan.weight_total, hospital.digests)
-        agreed = _calibration_sum(plan, hospitals, config, seen)
+        encoded, release = own_changes(hospital, planned, plan)
+        agreed = agreed_calibration(config, hospitals, plan, hospital.digests)
         try:
             admitted = contribute(domain, evaluation_rules(config, rules, "validation"), agreed, encoded, release)
             hospitals = admitted or hospitals  # nobody: nothing was opened
@@ -184,16 +196,10 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     """
     config, links, hospitals = aggregator.config, domain.links, plan.hospitals
     links.set_phase(f"round {plan.number} choice")
-    aggregator.digests.calibration = ""
-    final, choice = replace(aggregator, model=copy.deepcopy(aggregator.model)), aggregator.choice
-    said: dict[str, Any] = {}
-    if config.evaluation.choose == "best":
-        number = config.training.rounds if choice.candidate is None else choice.candidate.round
-        if choice.candidate is not None:
-            _load_shared(final, choice.candidate.parameters)
-        say(links, hospitals, "chosen", round=number, figures={str(n): figure for n, figure in choice.figures.items()})
+    final, said = with_chosen(aggregator)
+    if "chosen" in said:
+        say(links, hospitals, "chosen", **said["chosen"])
         send_global(links, final.digests, hospitals, final.shared_parameters)
-        said = {"chosen": {"round": number, "figures": {str(n): f for n, f in sorted(choice.figures.items())}}}
     planned = plan_calibration(config)
     if planned is not None:
         hospitals, final.calibration = _fitted(final, domain, rules, plan, planned)
@@ -202,6 +208,19 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     hospitals, evaluation = aggregator_evaluation(final, domain, rules, hospitals, plan)
     aggregator.model, aggregator.calibration = final.model, final.calibration
     return RoundOpened(hospitals, evaluation, about=said)
+
+
+def with_chosen(aggregator: Aggregator) -> tuple[Aggregator, dict[str, Any]]:
+    """Step 1: the state with the chosen model, uncalibrated, and what is noted of the choice, where there is one to make."""
+    aggregator.digests.calibration = ""
+    final, choice = replace(aggregator, model=copy.deepcopy(aggregator.model)), aggregator.choice
+    if aggregator.config.evaluation.choose != "best":
+        return final, {}
+    number = aggregator.config.training.rounds if choice.candidate is None else choice.candidate.round
+    if choice.candidate is not None:
+        _load_shared(final, choice.candidate.parameters)
+    figures = {str(n): figure for n, figure in sorted(choice.figures.items())}
+    return final, {"chosen": {"round": number, "figures": figures}}
 
 
 def _load_shared(aggregator: Aggregator, shared: torch.Tensor) -> None:
@@ -221,8 +240,7 @@ def _fitted(
         say(links, hospitals, _CALIBRATION[1])
         return hospitals, unchanged
     say(links, hospitals, _CALIBRATION[0])
-    seen = sum_terms(config, plan.weight_total, aggregator.digests)
-    agreed = _calibration_sum(plan, hospitals, config, seen)
+    agreed = agreed_calibration(config, hospitals, plan, aggregator.digests)
     try:
         present, total = collect(domain, rules, agreed, plan.starts, torch.int64, (planned.grid.length,))
     except QuorumError as error:
@@ -232,8 +250,16 @@ def _fitted(
     except SumLostError as error:
         log.warning("%s", error)
         return hospitals, unchanged
-    weights = _weights(config, candidate.totals)
-    return present, fit(planned.grid, decode_changes(planned, total), weights, planned.deviation(len(present)))
+    return present, fitted_to(aggregator, planned, total, len(present))
+
+
+def fitted_to(aggregator: Aggregator, planned: CalibrationPlan, total: torch.Tensor, hospitals: int) -> Calibration:
+    """Step 3: the calibration that the opened sum over so many hospitals gives; nothing is changed without a candidate."""
+    candidate = aggregator.choice.candidate
+    if candidate is None:
+        return Calibration.none(len(aggregator.config.data.classes))
+    weights = _weights(aggregator.config, candidate.totals)
+    return fit(planned.grid, decode_changes(planned, total), weights, planned.deviation(hospitals))
 
 
 def _weights(config: Config, totals: torch.Tensor) -> torch.Tensor:

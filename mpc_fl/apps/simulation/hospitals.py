@@ -25,15 +25,18 @@ from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.federation.distribution import GlobalModel, take_model
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.federated_sgd import OwnGradients, Steps
+from mpc_fl.federation.final_round import own_changes
 from mpc_fl.federation.global_model import calibrate_own
 from mpc_fl.federation.hospital_program import joined_hospital
 from mpc_fl.federation.hospital_state import Beginning, Hospital
 from mpc_fl.federation.local_update import charge_round, figures_of, keep_trained, trained_update
+from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.planning import sum_rules
 from mpc_fl.federation.preparation import own_count, own_features, take_normalisation
 from mpc_fl.federation.secure_evaluation import counts_to_sum, own_evaluation
 from mpc_fl.learning.data.loading import DividedRecords, divided_records, load_own
 from mpc_fl.learning.data.tables import Part
+from mpc_fl.learning.models.calibration import Calibration
 from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.training.dp_sgd import LocalRound
 from mpc_fl.links.handshake import Agreement
@@ -184,6 +187,10 @@ class HospitalGroup:
             return own_features(hospital, plan_features(self.config), plan), hospital.releasing(0)
         if request.kind == "patients":
             return own_count(hospital), hospital.releasing(0)
+        if request.kind == "calibration":
+            planned = plan_calibration(self.config)
+            assert planned is not None  # the sum would not be asked for
+            return own_changes(hospital, planned, plan)
         if request.kind in ("validation", "test"):
             found = own_evaluation(hospital, plan.number, request.whom)
             each.own = found.own
@@ -229,6 +236,23 @@ class HospitalGroup:
             each.steps, each.gradients = each.gradients.keep(), None
             each.hospital.digests.take(parameters=each.hospital.shared_parameters)
 
+    def begin_choice(self) -> None:
+        """In the round after training all go back to an uncalibrated model."""
+        for hospital in self._hospitals():
+            hospital.calibration, hospital.digests.calibration = None, ""
+
+    def take_chosen(self, shared: torch.Tensor) -> None:
+        """All go back to the shared parameters of the chosen round, float32 (S,)."""
+        for hospital in self._hospitals():
+            hospital.digests.take(parameters=shared)
+            hospital.take_global(shared)
+
+    def take_calibration(self, values: torch.Tensor) -> None:
+        """All take what calibrates the final model, float64 (1 + classes,)."""
+        for hospital in self._hospitals():
+            hospital.calibration = Calibration.of_tensor(values)
+            hospital.digests.take(calibration=values)
+
     def evaluate(self, rank: int, number: int) -> None:
         """A hospital's evaluation on its own test patients after round `number`, of which nothing is opened."""
         each, began = self._all[rank], time.monotonic()
@@ -236,12 +260,14 @@ class HospitalGroup:
         each.spend("evaluate", began)
 
     def metrics(self, number: int) -> dict[str, dict[str, Any]]:
-        """The line of each hospital about a round of training, by name."""
+        """The line of each hospital about a round, by name."""
         lines = {}
         for each in self._all.values():
-            assert each.own is not None and each.steps is not None
+            assert each.own is not None  # each has evaluated
             spent = {what: each.seconds.get(what, 0.0) for what in ("train", "aggregate", "evaluate")}
-            lines[each.hospital.name] = each.hospital.metrics(number, each.own, spent) | figures_of(each.steps)
+            steps = {} if each.steps is None else figures_of(each.steps)
+            lines[each.hospital.name] = each.hospital.metrics(number, each.own, spent) | steps
+            each.steps = None
             each.seconds.clear()
         return lines
 

@@ -17,10 +17,6 @@ def require_simulable(config: Config) -> None:
             "set it to aggregator: the model is the same, bit for bit, with noise off",
         ),
         "aggregation.norm_check": (config.aggregation.norm_check, "set it to false"),
-        "evaluation.choose best, or evaluation.calibrate": (
-            config.evaluation.chooses,
-            "set evaluation.choose to last and evaluation.calibrate to none",
-        ),
         "runtime.restarts": (config.runtime.restarts > 0, "set it to 0: no hospital is lost"),
         "federation.evaluate_incomplete": (federation.evaluate_incomplete, "set it to false: no hospital is lost"),
         "site.resume": (site.resume, "leave it out, and begin anew"),

@@ -28,6 +28,8 @@ from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.distribution import model_to_give
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.federated_sgd import keep_stepped, stepped_along
+from mpc_fl.federation.final_round import fitted_to, with_chosen
+from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.federation.planning import headroom_of
 from mpc_fl.federation.preparation import is_counted, take_features, take_patients
@@ -90,14 +92,16 @@ class SimulatedRounds:
         return RoundDone(self._line(plan, opened, 0.0))
 
     def round(self, number: int) -> RoundDone:
-        """One round of training, and what is evaluated after it."""
-        began, plan = time.monotonic(), self._plan(number)
-        if self.aggregator.mechanism is None:
+        """One round of training or the one after it that chooses the model, and what is evaluated after it."""
+        began, plan, said = time.monotonic(), self._plan(number), dict[str, Any]()
+        if number > self._config.training.rounds:
+            said = self._choose(plan)
+        elif self.aggregator.mechanism is None:
             self._average(plan)
         else:
             self._take_steps(plan)
         opened = self._evaluate(plan)
-        line = self._line(plan, opened, time.monotonic() - began)
+        line = self._line(plan, opened, time.monotonic() - began) | said
         lines = self.workers.all(HospitalGroup.metrics, number)
         return RoundDone(line, {name: own for of in lines for name, own in of.items()})
 
@@ -128,6 +132,25 @@ class SimulatedRounds:
         keep_stepped(aggregator, parameters)
         self.workers.all(HospitalGroup.keep_steps)
 
+    def _choose(self, plan: RoundPlan) -> dict[str, Any]:
+        """The final model, chosen and calibrated by validation patients; what is noted of both (`federation.final_round`)."""
+        aggregator, workers, planned = self.aggregator, self.workers, plan_calibration(self._config)
+        workers.all(HospitalGroup.begin_choice)
+        final, said = with_chosen(aggregator)
+        if "chosen" in said:
+            shared = final.shared_parameters
+            aggregator.digests.take(parameters=shared)
+            workers.all(HospitalGroup.take_chosen, shared)
+        if planned is not None:
+            total = self._sum(SumRequest("calibration", plan), (torch.int64, (planned.grid.length,)))
+            final.calibration = fitted_to(final, planned, total, len(plan.hospitals))
+            values = final.calibration.tensor()
+            aggregator.digests.take(calibration=values)
+            workers.all(HospitalGroup.take_calibration, values)
+            said["calibration"] = final.calibration.to_json()
+        aggregator.model, aggregator.calibration = final.model, final.calibration
+        return said
+
     def _evaluate(self, plan: RoundPlan) -> dict[Of, Evaluated]:
         """What is opened of evaluations after a round; where nothing is, each hospital still evaluates for itself."""
         config, opened = self._config, dict[Of, Evaluated]()
@@ -142,7 +165,7 @@ class SimulatedRounds:
         if "test" in opened:
             log_accuracy(plan.number, opened["test"])
         elif plan.number > 0:
-            follow = self._follow("evaluation", plan.number - 1, config.training.rounds)
+            follow = self._follow("evaluation", plan.number - 1, config.last_round)
             self.workers.each(HospitalGroup.evaluate, follow, plan.number)
         return opened
 
@@ -184,8 +207,8 @@ class SimulatedRounds:
             steps = training.local_steps
             return "training", (number - 1) * steps + request.step, training.rounds * steps
         if request.kind in ("validation", "test"):
-            return "evaluation", max(0, number - 1), training.rounds
-        return "preparation", 0, 1
+            return "evaluation", max(0, number - 1), self._config.last_round
+        return ("calibration" if request.kind == "calibration" else "preparation"), 0, 1
 
     def _follow(self, phase: str, part: int, parts: int) -> Done:
         """Tell how far a phase of so many equal parts is, hospital by hospital."""

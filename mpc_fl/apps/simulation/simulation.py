@@ -75,7 +75,7 @@ def simulate(config: Config, out: Path, command: str, progress: Progress, placin
 
             rounds = SimulatedRounds(aggregator, sum_rules(resolved), placed, record, tell)
             _write(directory, rounds.begin())
-            for number in range(1, config.training.rounds + 1):
+            for number in range(1, config.last_round + 1):
                 _write(directory, rounds.round(number))
             for ledgers in placed.all(HospitalGroup.privacy_ledgers):
                 _keep(directory, ledgers)

@@ -17,12 +17,13 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.evaluation import Evaluated
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.federated_sgd import agreed_gradient
+from mpc_fl.federation.final_round import agreed_calibration
 from mpc_fl.federation.local_update import agreed_update
 from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.preparation import FEATURES, PATIENTS
 from mpc_fl.federation.secure_evaluation import agreed_evaluation, evaluation_rules
 
-Kind = Literal["features", "patients", "update", "gradient", "validation", "test"]
+Kind = Literal["features", "patients", "update", "gradient", "validation", "test", "calibration"]
 _ONCE = {"features": FEATURES, "patients": PATIENTS}
 
 
@@ -36,8 +37,8 @@ class SumRequest:
 
     @property
     def whom(self) -> Evaluated:
-        """Whose patients are counted, in a sum of evaluation."""
-        return "validation" if self.kind == "validation" else "test"
+        """Whose patients a sum of evaluation or calibration is about."""
+        return "test" if self.kind == "test" else "validation"
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ def agreed_of(config: Config, request: SumRequest, digests: ModelDigests) -> Agr
     if request.kind in _ONCE:
         about = _ONCE[request.kind]
         return AgreedSum(plan.hospitals, (about.what, *plan.round_of), about, sum_terms(config, 1, digests))
+    if request.kind == "calibration":
+        return agreed_calibration(config, plan.hospitals, plan, digests)
     return agreed_evaluation(config, plan.hospitals, plan, request.whom, digests)
 
 
 def rules_of(config: Config, rules: Rules, request: SumRequest) -> Rules:
     """The rules of this sum in a run with these `rules`."""
-    if request.kind in ("validation", "test"):
+    if request.kind in ("validation", "test", "calibration"):
         return evaluation_rules(config, rules, request.whom)
     return rules
