@@ -201,6 +201,7 @@ def _ray(address: str | None) -> Iterator[None]:
     folder = None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else it warns of a change to come
+    os.environ["RAY_worker_niceness"] = "0"  # else workers run at 15, and stand still where others have something to do
     if address is None:
         # Whoever may ask Ray for work runs programs as this user; on one machine that is this process alone.
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
@@ -210,7 +211,7 @@ def _ray(address: str | None) -> Iterator[None]:
             "num_cpus": processors_here(),
             "include_dashboard": False,
             "object_store_memory": _store_bytes(),
-            "_temp_dir": folder,
+            "_temp_dir": f"{folder}/r",  # Ray opens it to everybody, and nobody else may enter what it is in
             "_node_ip_address": "127.0.0.1",
         }
     import ray  # reads all of that when it is imported
