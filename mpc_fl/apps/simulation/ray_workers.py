@@ -1,7 +1,7 @@
 """Groups of simulated hospitals as Ray actors, on this machine or on a cluster that is there already. Nothing else imports Ray.
 
-Ray schedules: one actor for each processor that it has, or as many as are asked for. On this machine it is started for one run,
-listens on the loopback address alone, asks for a token that only this process and its own know, and tells nobody about its use. It
+Ray schedules: one actor for each processor that it has, or as many as are asked for. On this machine it is started for one run, takes
+no order without a token that only this process and its own know, and tells nobody about its use. It
 ends with the run, and with this process if that is killed.
 
 Ray pickles what its own processes say to each other. So a cluster must be one whose machines and network the researcher trusts; no
@@ -201,7 +201,8 @@ def _ray(address: str | None) -> Iterator[None]:
     folder = None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else it warns of a change to come
-    os.environ["RAY_worker_niceness"] = "0"  # else workers run at 15, and stand still where others have something to do
+    # Else workers run at niceness 15, and stand still where others have something to do.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - a name of Ray
     if address is None:
         # Whoever may ask Ray for work runs programs as this user; on one machine that is this process alone.
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
