@@ -48,7 +48,12 @@ from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
-from mpc_fl.learning.training.head_inputs import HeadInputs, head_and_records, head_inputs_of, head_of
+from mpc_fl.learning.training.frozen_part import (
+    FrozenOutputs,
+    frozen_outputs_of,
+    trained_part_and_records,
+    trained_part_of,
+)
 from mpc_fl.learning.training.independent_records import require_independent_records
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
@@ -89,7 +94,7 @@ class Hospital:
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     velocity: torch.Tensor | None = None  # the momentum of its last round, where it is kept
-    head_inputs: HeadInputs | None = None  # where steps pass through the head alone
+    frozen_outputs: FrozenOutputs | None = None  # where steps pass through the trained part alone
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -113,15 +118,15 @@ class Hospital:
 
     @property
     def trained_network(self) -> nn.Module:
-        """What its steps pass through: the network, or its head alone."""
-        return self.model if self.head_inputs is None else head_of(self.model)
+        """What its steps pass through: the network, or its trained part alone."""
+        return self.model if self.frozen_outputs is None else trained_part_of(self.model)
 
     def trained(self) -> tuple[nn.Module, PatientRecords]:
         """What its steps pass through, and its training records as that reads them. Raises `ModelError` where the part before
-        the head is not what it was."""
-        if self.head_inputs is None:
+        the trained one is not what it was."""
+        if self.frozen_outputs is None:
             return self.model, self.train
-        return head_and_records(self.model, self.train, self.head_inputs)
+        return trained_part_and_records(self.model, self.train, self.frozen_outputs)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -258,6 +263,7 @@ class Beginning:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._methods: dict[tuple[bool, tuple[int, ...]], Method] = {}
 
     @functools.cached_property
     def _common(self) -> _Common:
@@ -288,10 +294,20 @@ class Beginning:
         own = (copy.deepcopy(common.model), train, test, ledger, budget_of(config), noise, rate, common.coordinates)
         hospital = Hospital(config, name, rank, *own)
         hospital.kept_round, hospital.ends = -1 if last is None else last.round, ends
-        hospital.device, hospital.mechanism, hospital.method = common.device, common.mechanism, common.method
-        if common.head_shape is not None:
-            hospital.head_inputs = HeadInputs(common.head_shape, common.device)
+        hospital.device, hospital.mechanism = common.device, common.mechanism
+        hospital.frozen_outputs = frozen_outputs_of(hospital.model, config, hospital.device, len(train))
+        if config.privacy.mechanism != "none":
+            hospital.method = self._method_at(hospital)
         return hospital
+
+    def _method_at(self, hospital: Hospital) -> Method:
+        """How gradients of single records are computed, found once for all hospitals whose steps pass through the same."""
+        outputs = hospital.frozen_outputs
+        shape = self.config.data.input_shape if outputs is None else outputs.shape[1:]
+        passed = (outputs is None, tuple(shape))
+        if passed not in self._methods:
+            self._methods[passed] = _method_of(hospital, shape)
+        return self._methods[passed]
 
 
 def join(
@@ -303,39 +319,30 @@ def join(
 
 @dataclass(frozen=True)
 class _Common:
-    """See `Beginning`: the first model, what of it is shared, and how gradients of single records are computed."""
+    """See `Beginning`: the first model, what of it is shared, where it is computed, and the noise of all together."""
 
     model: nn.Module
     coordinates: torch.Tensor
     device: Device
     mechanism: DistributedGaussian | None
-    method: Method | None
-    head_shape: tuple[int, ...] | None
 
 
 def _common_of(config: Config) -> _Common:
-    model = initial_model(config)
+    model, mechanism = initial_model(config), None
     coordinates = shared_coordinates(model, config.training.local_normalisation)
-    device, mechanism, method = device_of(config), None, None
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
         mechanism = mechanism_of(config)
-    inputs = head_inputs_of(model, config, device)
-    head_shape = None if inputs is None else inputs.shape[1:]
-    if config.privacy.mechanism != "none":
-        shape, trained = (config.data.input_shape, model) if head_shape is None else (head_shape, head_of(model))
-        method = _method_of(config, trained, shape, device, mechanism)
-    return _Common(model, coordinates, device, mechanism, method, head_shape)
+    return _Common(model, coordinates, device_of(config), mechanism)
 
 
-def _method_of(
-    config: Config, trained: nn.Module, shape: tuple[int, ...], device: Device, mechanism: DistributedGaussian | None
-) -> Method:
+def _method_of(hospital: Hospital, shape: tuple[int, ...]) -> Method:
     """How gradients of single records of this shape are computed. Raises `ModelError` where a network has none."""
-    wanted = config.training.per_sample_gradients
+    training, trained = hospital.config.training, hospital.trained_network
+    wanted, mechanism, device = training.per_sample_gradients, hospital.mechanism, hospital.device
     if wanted == "auto":
-        copies = config.training.augmentation.copies
+        copies = training.augmentation.copies
         wanted = choose_per_sample_method(trained, shape, mechanism=mechanism, device=device, copies=copies)
     else:
         computed = on_device(working_copy(trained), device)

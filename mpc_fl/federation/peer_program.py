@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,20 +18,21 @@ from cryptography import x509
 
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
+from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
 from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import LeftOutError, PeerLostError, QuorumError, SumLostError
+from mpc_fl.errors import IdentityError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
-from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
+from mpc_fl.federation.peer_proposal import Complete, Proposal, Reason, Standing
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
@@ -95,7 +96,7 @@ class _Run:
         if ledger.blocks:
             self.attendance.members = ledger.blocks[-1].parties
             self.attendance.needs_all = True
-        self.results, self.begun_before = [_Result()], False
+        self.results, self.begun_before, self.blocks_before = [_Result()], False, len(ledger.blocks)
         require_allowed_members(self.certificates.values(), config)
 
     def until_complete(self) -> None:
@@ -114,7 +115,9 @@ class _Run:
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
             self.links.set_phase(f"round {number} attendance")
-            standing = Standing(number, state, before.common.weight_total, self.results[-1].made)
+            last, is_exact = self.results[-1], self.config.privacy.mechanism == "none"
+            among = last.hospitals if last.made and is_exact else ()
+            standing = Standing(number, state, before.common.weight_total, last.made, among)
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
@@ -129,9 +132,11 @@ class _Run:
                 break
             except LeftOutError:
                 raise
-            except (PeerLostError, SumLostError, QuorumError) as error:
+            except (PeerLostError, ProtocolError, QuorumError) as error:
                 # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.
                 lost = lost_with(error)
+                if isinstance(error, ProtocolError) and not isinstance(error, SumLostError) and not lost:
+                    raise  # nobody can tell who deviates
                 log.warning("%s; round %d goes on under the next view", error, number)
                 reason = Reason(error.what, lost)
                 self.attendance.void(number, view, reason)
@@ -147,12 +152,13 @@ class _Run:
         plan = proposal.plan
         number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
         begun = self.attendance.signing(*plan.round_of, "begun")
-        settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
+        proposals, confirmed = self.attendance.proposals, self._confirmed
+        settling = Settling(begun, proposal.present, self.certificates, proposals, confirmed)
         self.links.set_phase(f"round {number} reveal ledger")
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
-            self._finish(plan, complete[1])
-            if complete[1].kind != "start":
+            self._finish(plan, complete)
+            if complete.kind != "start":
                 return
         elif not self.ledger.blocks:
             self._begin_ledger(plan)
@@ -166,6 +172,13 @@ class _Run:
             self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
         self.links.set_phase(f"round {number} signatures")
         self._sign(plan, self.results[-1])
+
+    @property
+    def _confirmed(self) -> Mapping[str, Opening] | None:
+        """The openings that this hospital has confirmed, by transcript; `None` before the first block of a start that goes on
+        from an earlier one."""
+        is_first = self.config.site.resume and len(self.ledger.blocks) == self.blocks_before
+        return None if is_first else self.domain.confirmed
 
     def _go_back(self, before: KeptState) -> None:
         """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
@@ -184,7 +197,9 @@ class _Run:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
-        self.attendance.complete = plan.attempt, complete
+        finished = self.attendance.finish_together(plan.round_of, complete, present)
+        if len(finished.signed) >= self.rules.smallest:
+            self.attendance.complete = finished
         signers.keep(complete, present)
         self.attendance.complete = None
         if complete.kind == "start":
@@ -239,14 +254,14 @@ class _Run:
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, "start", "the run begins", {}, members)
+        self._signed(plan, signers, "start", f"the run begins{_again(plan)}", {}, members)
         self.attendance.members = hospitals
 
     def _sign(self, plan: RoundPlan, result: _Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
         number, config, common, ledger = plan.number, self.config, self.peer.common, self.ledger
         signers = self._signers(plan, result.hospitals, "block")
-        again = f" ({plan.attempt})" if plan.attempt else ""
+        again = _again(plan)
         if number > config.last_round:
             path = site_directory(config) / MODEL_FILE
             save_model(path, self.peer.hospital.model, config, common.normalisation, None)
@@ -274,9 +289,9 @@ class _Run:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
             signers.sign(kind, about, values, members)
-        except (PeerLostError, SumLostError):
+        except (PeerLostError, ProtocolError):
             if signers.complete is not None:
-                self.attendance.complete = plan.attempt, signers.complete
+                self.attendance.complete = Complete(plan.attempt, signers.complete)
             raise
         finally:
             signers.links.end_scope()
@@ -299,10 +314,15 @@ class _Run:
         checkpoint(self.peer, out, number)
 
 
+def _again(plan: RoundPlan) -> str:
+    """Under which view a block is made, if not the first, as its text ends (`peer_proposal.Complete.made_under`)."""
+    return f" ({plan.attempt})" if plan.attempt else ""
+
+
 def _exchanged(
     links: Links, ledger: RevealLedger, present: Iterable[str], seconds: float
 ) -> dict[str, x509.Certificate]:
-    """The certificates of all that are linked, each from its holder, checked. Raises `IdentityError`."""
+    """The certificates of all that are linked and give one, each from its holder, checked. Raises `IdentityError` for its own."""
     identity, until, others = ledger.identity, time.monotonic() + seconds, [n for n in present if n != links.name]
     own = identity.certificate.decode("ascii")
     for name in others:
@@ -314,8 +334,7 @@ def _exchanged(
     for name in others:
         try:
             said = links.receive_object(name, "certificate", until)
-        except PeerLostError as error:
+            found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
+        except (PeerLostError, ProtocolError, IdentityError) as error:  # the others may be a quorum
             log.warning("%s", error)
-            continue
-        found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
     return found

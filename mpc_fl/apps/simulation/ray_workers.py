@@ -1,8 +1,8 @@
 """Groups of simulated hospitals as Ray actors, on this machine or on a cluster that is there already. Nothing else imports Ray.
 
-Ray schedules: one actor for each processor that it has, or as many as are asked for. On this machine it is started for one run, takes
-no order without a token that only this process and its own know, and tells nobody about its use. It
-ends with the run, and with this process if that is killed.
+Ray schedules: one actor for each processor that it has, or as many as are asked for. On this machine it is started for one run,
+takes no order without a token that only this process and its own know, and tells nobody about its use. It ends with the run, and
+with this process if that is killed.
 
 Ray pickles what its own processes say to each other. So a cluster must be one whose machines and network the researcher trusts; no
 hospital of a real federation is ever part of one.
