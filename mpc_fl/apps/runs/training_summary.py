@@ -10,16 +10,16 @@ from mpc_fl.apps.runs.run_directory import count_parameters, versions
 from mpc_fl.apps.summaries import SUMMARY_FILE, PrivacySpent, Scores, Summary, TrainingSummary
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import MODEL_FILE
-from mpc_fl.config.config import Config
+from mpc_fl.config.config import Config, party_names
 from mpc_fl.files import read_json_lines, write_json
 from mpc_fl.learning.data.loading import shared_patients
-from mpc_fl.roles import hospital_names
+from mpc_fl.roles import is_hospital
 
 
 def training_summary(config: Config, directory: Path, command: str, seconds: float, lost: list[str]) -> TrainingSummary:
     """Of a run in `directory` that took so many seconds and has `lost` these hospitals. Raises `DataError` for damaged files."""
     rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
-    hospitals = hospital_names(config.federation.hospitals)
+    hospitals = [name for name in party_names(config) if is_hospital(name)]
     last, evaluated = _last_rounds(directory, hospitals), [line for line in rounds if line.evaluation is not None]
     return TrainingSummary(
         name=config.name,
