@@ -146,8 +146,10 @@ class PeerAttendance:
 
     def void(self, number: int, view: int, reason: Reason) -> None:
         """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
-        give_up(self.signing(number, view), self._alive, reason.why)
-        say(self.signing(number, view, "finishing"), self._alive, "void", reason=reason.why)
+        for what in ("start", "finish", "block") if number == 0 else ("finish", "block"):
+            give_up(self.signing(number, view, what), self._alive, reason.why)
+        for links in (self.signing(number, view, "finishing"), self.signing(number, view, "begun").scoped("settle")):
+            say(links, self._alive, "void", reason=reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""
