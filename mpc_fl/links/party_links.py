@@ -51,7 +51,7 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = (config.site.listen or addresses[name]) if name in addresses else None
     return NetworkLinks(
-        load_identity(config.site.identity, name),
+        load_identity(config.site.identity, name, federation.chosen_names),
         Agreement(federation.session, config.digest(), config.task, code),
         Reach(listen, routes(name, names, addresses, relay), relay),
         timeouts_of(config, name),

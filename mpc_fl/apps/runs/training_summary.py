@@ -43,6 +43,7 @@ def training_summary(config: Config, directory: Path, command: str, seconds: flo
         privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
         took_part={str(line.round): line.hospitals for line in rounds},
         lost=lost,
+        names=config.federation.names or None,
         simulated=config.task == "simulate",
     )
 
