@@ -112,7 +112,7 @@ def test_a_simulation_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=30)
-    gone, alive = psutil.wait_procs(children, timeout=60)
+    gone, alive = psutil.wait_procs(children, timeout=200)
     assert gone and not alive
 
 
