@@ -62,11 +62,16 @@ from mpc_fl.aggregation.rules import (
     require_only,
     require_quorum,
 )
-from mpc_fl.aggregation.transcript import confirm, require_all_confirmed, require_confirmation, transcript_of
+from mpc_fl.aggregation.transcript import (
+    Fingerprints,
+    confirm,
+    require_all_confirmed,
+    require_confirmation,
+    transcript_of,
+)
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
-from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan, require_admissible
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 
@@ -75,7 +80,8 @@ log = logging.getLogger(__name__)
 _AT_A_TIME = 2
 
 
-def _plan(links: Links, rules: Rules, agreed: AgreedSum, hospitals: tuple[str, ...], attempt: int) -> SumPlan:
+def plan_of(links: Fingerprints, rules: Rules, agreed: AgreedSum, hospitals: tuple[str, ...], attempt: int) -> SumPlan:
+    """What is public of attempt `attempt` at a sum over U, `hospitals`, as this party has it."""
     transcript = transcript_of(links, rules, agreed, hospitals, attempt)
     closing, circle, bounds = min(rules.closing, len(hospitals) - 1), None, rules.bounds(len(hospitals))
     if bounds is not None:
@@ -105,7 +111,7 @@ def contribute(
     shape = encoded.inside_protocol().shape
     for attempt in range(len(hospitals)):
         require_hospitals(rules, hospitals, links.name)
-        plan = _plan(links, rules, agreed, hospitals, attempt)
+        plan = plan_of(links, rules, agreed, hospitals, attempt)
         domain.take_up(plan.transcript)
         part = _Part(domain, rules, agreed, SummandMasks(plan, links.name, shape, domain.sum_seed), before_summand)
         if not plan.closing:
@@ -237,7 +243,7 @@ def collect(
     """
     links, about, hospitals = domain.links, agreed.about, agreed.hospitals
     for attempt in range(len(hospitals)):
-        plan = _plan(links, rules, agreed, hospitals, attempt)
+        plan = plan_of(links, rules, agreed, hospitals, attempt)
         intake = _Intake(
             domain, rules, about.why, ClosedSum(plan, dtype, tuple(shape), rules.check is not None), starts
         )

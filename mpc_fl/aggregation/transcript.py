@@ -19,12 +19,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError, SecrecyError
-from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -32,7 +31,14 @@ _TRANSCRIPT = "mpc-fl transcript of a sum 1"
 _PURPOSE = "mpc-fl confirmation of a sum 1"
 
 
-def transcript_of(links: Links, rules: Rules, agreed: AgreedSum, hospitals: Sequence[str], attempt: int) -> str:
+class Fingerprints(Protocol):
+    """Whose keys a party holds: its links, or what stands for them in a simulation."""
+
+    def key_fingerprint(self, party: str) -> str:
+        """SHA-256 of the X25519 key that is held of a party, in hex."""
+
+
+def transcript_of(links: Fingerprints, rules: Rules, agreed: AgreedSum, hospitals: Sequence[str], attempt: int) -> str:
     """T of attempt `attempt` at a sum over U, `hospitals`, as this party has it, in hex."""
     about = agreed.about
     seen = {

@@ -100,13 +100,16 @@ class PrivacySpent:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSummary:
-    """Of `mpc-fl train`. `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
+    """Of `mpc-fl train` and `mpc-fl simulate`.
+
+    `took_part` has the hospitals of each round, by its number as text; `lost` those that went.
 
     `final` is the last evaluation that was opened, after round `evaluated_round`. `shared_patients` counts test patients who
     are also training patients by name. `began_with` is the SHA-256 of the weights it began with, of others or of an earlier run.
     `unit` is what privacy is counted by, a patient unless it says otherwise, and `treatments` says to how many images of all
     hospitals was done what. `validation` is the opened validation of the final model where there is one, `chosen` the round that
-    the model is of where it was chosen, `calibration` what was fitted to it.
+    the model is of where it was chosen, `calibration` what was fitted to it. `simulated`: hospitals were no parties of their own,
+    and nobody signed anything (`mpc-fl simulate`).
     """
 
     KIND: ClassVar[str] = "train"
@@ -133,6 +136,7 @@ class TrainingSummary:
     chosen: ChosenRound | None = None
     calibration: FittedCalibration | None = None
     names: dict[str, str] | None = None
+    simulated: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mpc_fl.config.data import DataSection
-from mpc_fl.config.deployment import FederationSection, RuntimeSection, SiteSection
+from mpc_fl.config.deployment import MOST_HOSPITALS, FederationSection, RuntimeSection, SiteSection
 from mpc_fl.config.evaluation import Evaluated, EvaluationSection
 from mpc_fl.config.privacy import PrivacySection
 from mpc_fl.config.protocols import (
@@ -39,8 +39,9 @@ class Config(Section):
     """All that a run follows: what is learned from what, under which promise, by whom, and where."""
 
     name: str = Field(default="phantoms", description="name of the run, in reports and privacy ledgers")
-    task: Literal["train", "infer", "serve"] = Field(
-        default="train", description="set by the command: training, one diagnosis, or a model owner that stays up"
+    task: Literal["train", "simulate", "infer", "serve"] = Field(
+        default="train",
+        description="set by the command: training, a simulation of it, one diagnosis, or a model owner that stays up",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         default=0, description="public; first weights and phantoms are drawn from it, never shares, masks or noise"
@@ -60,6 +61,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         training, distributed = self.training, self.privacy.mechanism == "distributed"
+        if self.task in ("train", "serve") and self.federation.hospitals > MOST_HOSPITALS:
+            raise ValueError(
+                f"a federation has at most {MOST_HOSPITALS} hospitals, and federation.hospitals is {self.federation.hospitals}; "
+                "mpc-fl simulate takes more"
+            )
         if self.task == "serve" and self.inference.batch_size > self.serving.largest_batch:
             raise ValueError(
                 "inference.batch_size exceeds serving.images_per_minute or images_per_day, or that of all; lower it"
@@ -118,7 +124,7 @@ class Config(Section):
     def _check_peers(self) -> Config:
         """What a run without an aggregator needs, and what it cannot do yet."""
         federation = self.federation
-        if self.task != "train" or federation.coordinator == AGGREGATOR:
+        if not self.trains or federation.coordinator == AGGREGATOR:
             return self
         least = max(_FEWEST_PEERS, federation.hospitals // 2 + 1)
         if federation.quorum_size < least:
@@ -197,6 +203,11 @@ class Config(Section):
             raise ValueError(
                 f"{self.model.architecture} has no trained convolutions; set model.weight_standardisation to false"
             )
+
+    @property
+    def trains(self) -> bool:
+        """Whether the task is training, by parties of their own or simulated."""
+        return self.task in ("train", "simulate")
 
     @property
     def among_peers(self) -> bool:
@@ -371,7 +382,7 @@ def parse_config(values: Any, source: str) -> Config:
 
 def party_names(config: Config) -> list[str]:
     """Names of all parties of the configured task, computing parties first in rank order."""
-    if config.task == "train":
+    if config.trains:
         hospitals = hospital_names(config.federation.hospitals)
         return hospitals if config.among_peers else [*hospitals, AGGREGATOR]
     if config.task == "serve":  # hospitals come and go

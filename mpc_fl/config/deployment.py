@@ -15,6 +15,9 @@ from mpc_fl.config.section import Count, Positive, Section, Whole
 from mpc_fl.errors import IdentityError
 from mpc_fl.roles import AGGREGATOR, Coordinator
 
+MOST_HOSPITALS = 64  # of parties that have links with each other
+MOST_SIMULATED = 1000  # their names have three digits
+
 
 class RuntimeSection(Section):
     """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
@@ -54,12 +57,14 @@ class FederationSection(Section):
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
 
-    hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="number of hospitals that train")
+    hospitals: Annotated[int, Field(ge=2, le=MOST_SIMULATED)] = Field(
+        default=3, description="number of hospitals that train; more than 64 in a simulation alone"
+    )
     coordinator: Coordinator = Field(
         default=AGGREGATOR,
         description="who leads training and opens its sums: the aggregator, or all hospitals in turn",
     )
-    quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
+    quorum: Annotated[int, Field(ge=2, le=MOST_SIMULATED)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
     )
     round_timeout: Positive | None = Field(

@@ -101,7 +101,7 @@ class OpeningRules(Section):
 class SiteRules(Section):
     """The content of a rule file."""
 
-    tasks: tuple[Literal["train", "infer", "serve"], ...] | None = None
+    tasks: tuple[Literal["train", "simulate", "infer", "serve"], ...] | None = None
     models: tuple[str, ...] | None = Field(default=None, description="values of model.architecture")
     largest_rounds: Count | None = None
     smallest_quorum: Count | None = Field(default=None, description="fewest hospitals that a sum may be opened over")
@@ -199,7 +199,7 @@ def broken_rules(config: Config, file: RuleFile, name: str | None = None) -> lis
     """The rules that the configuration breaks, in their order, for the party `name`, or all here."""
     found = [Broken(file, rule, what) for rule, what in _broken(config, file.rules)]
     place, own = file.rules.privacy.ledger, config.site.privacy_ledger
-    if config.task != "train" or place is None or not (name is None or is_hospital(name)):
+    if not config.trains or place is None or not (name is None or is_hospital(name)):
         return found
     if own is None or os.path.realpath(own) != os.path.realpath(place):
         what = "a run that does not count in its privacy ledger, with site.privacy_ledger,"
@@ -255,7 +255,7 @@ def _broken(config: Config, rules: SiteRules) -> Iterator[tuple[str, str]]:
         yield "tasks", f"task {config.task}"
     if rules.models is not None and config.model.architecture not in rules.models:
         yield "models", f"model.architecture {config.model.architecture}"
-    if config.task != "train":
+    if not config.trains:
         revealed = rules.opened.diagnosis
         if revealed is not None and _REVEALED.index(config.reveal) > _REVEALED.index(revealed):
             yield "opened.diagnosis", f"a diagnosis that opens {config.reveal}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from mpc_fl.aggregation.words import broadcast
@@ -23,49 +25,71 @@ from mpc_fl.links.links import Links
 from mpc_fl.roles import AGGREGATOR
 
 
-def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> None:
-    """Parameters, frozen statistics and normalisation of inputs, for hospitals that begin, join, or begin anew."""
+@dataclass(frozen=True)
+class GlobalModel:
+    """What a hospital begins with: all parameters float32 (P,), frozen statistics float32 (B,), and float64 (2, constants) of the
+    normalisation of inputs where it is known."""
+
+    parameters: torch.Tensor
+    statistics: torch.Tensor
+    normalisation: torch.Tensor | None
+
+
+def model_to_give(aggregator: Aggregator) -> GlobalModel:
+    """The global model as the aggregator gives it, which takes its digests."""
     parameters, statistics = flatten_parameters(aggregator.model), flatten_buffers(aggregator.model)
     normalisation = None if aggregator.normalisation is None else aggregator.normalisation.tensor()
     aggregator.digests.take(parameters=aggregator.shared_parameters, statistics=statistics, normalisation=normalisation)
+    return GlobalModel(parameters, statistics, normalisation)
+
+
+def take_model(hospital: Hospital, given: GlobalModel) -> None:
+    """At a hospital: begin with this model.
+
+    Only what all have in common is taken, and bound to the sums to come: own layers are never the aggregator's to choose.
+    Raises `ProtocolError` for a normalisation that cannot be, or is another than before.
+    """
+    own = flatten_parameters(hospital.model)
+    shared = given.parameters[hospital.coordinates]
+    load_flat_parameters(hospital.model, join_parts(shared, own, hospital.coordinates))
+    load_flat_buffers(hospital.model, given.statistics)
+    hospital.digests.take(parameters=hospital.shared_parameters, statistics=given.statistics)
+    if given.normalisation is None:
+        return
+    try:
+        normalisation = Normalisation.of_tensor(given.normalisation, hospital.config)
+    except DataError as error:
+        raise ProtocolError(f"{AGGREGATOR} sent a normalisation that cannot be: {error.what}", SAME_VERSION) from None
+    if hospital.normalisation not in (None, normalisation):
+        raise ProtocolError(
+            f"{AGGREGATOR} sent another normalisation of inputs than before", "it does not follow the protocol"
+        )
+    hospital.digests.take(normalisation=given.normalisation)
+    hospital.normalise(normalisation)
+
+
+def send_model(aggregator: Aggregator, links: Links, names: tuple[str, ...]) -> None:
+    """Parameters, frozen statistics and normalisation of inputs, for hospitals that begin, join, or begin anew."""
+    given = model_to_give(aggregator)
 
     def send(name: str) -> None:
-        links.send_tensor(name, "parameters", parameters)
-        links.send_tensor(name, "statistics", statistics)
-        if normalisation is not None:
-            links.send_tensor(name, "normalisation", normalisation)
+        links.send_tensor(name, "parameters", given.parameters)
+        links.send_tensor(name, "statistics", given.statistics)
+        if given.normalisation is not None:
+            links.send_tensor(name, "normalisation", given.normalisation)
 
     broadcast(names, send)
 
 
 def receive_model(hospital: Hospital, links: Links, normalised: bool) -> None:
-    """A hospital's side of `send_model`, so that all start bit for bit alike.
-
-    Only what all have in common is taken, and bound to the sums to come: own layers are never the aggregator's to choose.
-    Raises `ProtocolError` for a normalisation that cannot be, or is another than before.
-    """
+    """A hospital's side of `send_model`, so that all start bit for bit alike. Raises as `take_model`."""
     parameters, buffers = flatten_parameters(hospital.model), flatten_buffers(hospital.model)
     received = links.receive_tensor(AGGREGATOR, "parameters", torch.float32, parameters.shape)
-    shared = received[hospital.coordinates]
-    load_flat_parameters(hospital.model, join_parts(shared, parameters, hospital.coordinates))
     statistics = links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
-    load_flat_buffers(hospital.model, statistics)
-    hospital.digests.take(parameters=hospital.shared_parameters, statistics=statistics)
+    shape, values = (2, hospital.config.data.input_shape[0]), None
     if normalised:
-        shape = (2, hospital.config.data.input_shape[0])
         values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, shape)
-        try:
-            normalisation = Normalisation.of_tensor(values, hospital.config)
-        except DataError as error:
-            raise ProtocolError(
-                f"{AGGREGATOR} sent a normalisation that cannot be: {error.what}", SAME_VERSION
-            ) from None
-        if hospital.normalisation not in (None, normalisation):
-            raise ProtocolError(
-                f"{AGGREGATOR} sent another normalisation of inputs than before", "it does not follow the protocol"
-            )
-        hospital.digests.take(normalisation=values)
-        hospital.normalise(normalisation)
+    take_model(hospital, GlobalModel(received, statistics, values))
 
 
 def send_calibration(links: Links, digests: ModelDigests, hospitals: tuple[str, ...], fitted: Calibration) -> None:

@@ -198,14 +198,10 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     """
     config, links, hospitals = aggregator.config, domain.links, plan.hospitals
     links.set_phase(f"round {plan.number} choice")
-    aggregator.digests.calibration = ""
-    final, choice = replace(aggregator, model=copy.deepcopy(aggregator.model)), aggregator.choice
-    said: dict[str, Any] = {}
-    if config.evaluation.choose == "best":
-        number = take_candidate(final)
-        say(links, hospitals, "chosen", round=number, figures={str(n): figure for n, figure in choice.figures.items()})
+    final, said = with_chosen(aggregator)
+    if "chosen" in said:
+        say(links, hospitals, "chosen", **said["chosen"])
         send_global(links, final.digests, hospitals, final.shared_parameters)
-        said = chosen_json(final, number)
     planned = plan_calibration(config)
     if planned is not None:
         hospitals, final.calibration = _fitted(final, domain, rules, plan, planned)
@@ -214,6 +210,15 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
     hospitals, evaluation = aggregator_evaluation(final, domain, rules, hospitals, plan)
     aggregator.model, aggregator.calibration = final.model, final.calibration
     return RoundOpened(hospitals, evaluation, about=said)
+
+
+def with_chosen(aggregator: Aggregator) -> tuple[Aggregator, dict[str, Any]]:
+    """Step 1: the state with the chosen model, uncalibrated, and what is noted of the choice, where there is one to make."""
+    aggregator.digests.calibration = ""
+    final = replace(aggregator, model=copy.deepcopy(aggregator.model))
+    if aggregator.config.evaluation.choose != "best":
+        return final, {}
+    return final, chosen_json(final, take_candidate(final))
 
 
 def take_candidate(common: Aggregator) -> int:

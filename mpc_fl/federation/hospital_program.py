@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpc_fl.aggregation.rules import Missed, Rules
@@ -34,12 +35,13 @@ from mpc_fl.federation.distribution import receive_calibration, receive_model
 from mpc_fl.federation.final_round import hospital_final
 from mpc_fl.federation.global_model import calibrate_own, code_of
 from mpc_fl.federation.hospital_round import hospital_round
-from mpc_fl.federation.hospital_state import Hospital, join
+from mpc_fl.federation.hospital_state import Beginning, Hospital
 from mpc_fl.federation.ledger_forecast import privacy_ledger_of
 from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
 from mpc_fl.federation.preparation import heaviest_weight, hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
 from mpc_fl.files import append_json_line, keep_json_lines
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.models.feature_cache import open_feature_cache
@@ -78,14 +80,20 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
 def prepared_hospital(config: Config, rank: int, links: Links, notify: Notify) -> Hospital:
     """Read the patients and the privacy ledger, and plan what the run may release of them."""
     links.set_phase("data")
-    out, name = site_directory(config), hospital_name(rank)
+    return joined_hospital(Beginning(config), rank, lambda part: load_hospital(config, rank, part), notify)
+
+
+def joined_hospital(beginning: Beginning, rank: int, read: Callable[[Part], Dataset], notify: Notify) -> Hospital:
+    """The same of images that `read` gives."""
+    config, name = beginning.config, hospital_name(rank)
+    out = site_directory(config)
     parts: list[Part] = ["train", "test"]
     if config.data.validation_fraction:
         parts.append("validation")
-    loaded = (load_hospital(config, rank, part) for part in parts)  # one after the other: images are large
+    loaded = (read(part) for part in parts)  # one after the other: images are large
     cache, progress = open_feature_cache(config, name), functools.partial(notify, "features")
     patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
-    hospital = join(config, rank, patients, held_out, privacy_ledger_of(config, name), out)
+    hospital = beginning.join(rank, patients, held_out, privacy_ledger_of(config, name), out)
     hospital.validation = aside[0] if aside else None
     if hospital.frozen_outputs is not None:
         hospital.frozen_outputs.keep_in(cache)

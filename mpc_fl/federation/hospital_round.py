@@ -89,7 +89,7 @@ def _local_steps(
 ) -> Taken | Missed:
     """Steps 2 to 5: local training, then one closed sum of the weighted updates."""
     links = domain.links
-    trained = trained_update(hospital, links, plan, notify)
+    trained = trained_update(hospital, links.set_phase, plan, notify)
     local, encoded, seconds = trained.local, trained.encoded, trained.seconds
     del trained
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import Counter
@@ -257,56 +258,101 @@ def _wrong_facts(saved: Checkpoint) -> str | None:
     return None if isinstance(spent, list) else "holds no state of a privacy accountant"
 
 
+class Beginning:
+    """What the hospitals of one process have alike before the first round, found once, when the first of them joins."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._methods: dict[tuple[bool, tuple[int, ...]], Method] = {}
+
+    @functools.cached_property
+    def _common(self) -> _Common:
+        return _common_of(self.config)
+
+    def join(
+        self, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger, directory: Path | None = None
+    ) -> Hospital:
+        """Prepare a hospital for a run, or for the rest of it after the last checkpoint in `directory`.
+
+        Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
+        """
+        config, name = self.config, hospital_name(rank)
+        headroom_of(config).require()
+        require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
+        resumes = directory is not None and config.site.resume
+        last = load_checkpoint(directory, config, check=_wrong_facts) if directory is not None and resumes else None
+        ends, spent, done = ends_before(last, config), list[SubsampledGaussian](), NOTHING_DONE
+        if config.privacy.mechanism != "none":
+            spent = ledger.spent(run=run_name(config))
+            done = _done(config, ledger, None if last is None else last.round, ends)
+        if last is not None:
+            ledger.require(last.facts["privacy accountant"])
+            require_room_for_rounds(config, last, done, train.patient_count, spent, name)
+        planned = plan_release(config, train.patient_count, spent, name, done)
+        noise = None if planned is None else planned.noise_multiplier
+        rate, common = sample_rate_of(config, train.patient_count), self._common
+        own = (copy.deepcopy(common.model), train, test, ledger, budget_of(config), noise, rate, common.coordinates)
+        hospital = Hospital(config, name, rank, *own)
+        hospital.kept_round, hospital.ends = -1 if last is None else last.round, ends
+        hospital.device, hospital.mechanism = common.device, common.mechanism
+        hospital.frozen_outputs = frozen_outputs_of(hospital.model, config, hospital.device, len(train))
+        if config.privacy.mechanism != "none":
+            hospital.method = self._method_at(hospital)
+        return hospital
+
+    def _method_at(self, hospital: Hospital) -> Method:
+        """How gradients of single records are computed, found once for all hospitals whose steps pass through the same."""
+        outputs = hospital.frozen_outputs
+        shape = self.config.data.input_shape if outputs is None else outputs.shape[1:]
+        passed = (outputs is None, tuple(shape))
+        if passed not in self._methods:
+            self._methods[passed] = _method_of(hospital, shape)
+        return self._methods[passed]
+
+
 def join(
     config: Config, rank: int, train: Dataset, test: Dataset, ledger: PrivacyLedger, directory: Path | None = None
 ) -> Hospital:
-    """Prepare a hospital for a run, or for the rest of it after the last checkpoint in `directory`.
+    """Prepare a hospital that has a process of its own: see `Beginning.join`."""
+    return Beginning(config).join(rank, train, test, ledger, directory)
 
-    Raises `PrivacyBudgetError` when the planned steps do not fit the budget, `HeadroomError` when sums could wrap.
-    """
-    headroom_of(config).require()
-    require_evaluation_headroom(config.federation.hospitals, config.aggregation.count_bound)
-    name = hospital_name(rank)
-    resumes = directory is not None and config.site.resume
-    last = load_checkpoint(directory, config, check=_wrong_facts) if directory is not None and resumes else None
-    ends, spent, done = ends_before(last, config), list[SubsampledGaussian](), NOTHING_DONE
-    if config.privacy.mechanism != "none":
-        spent = ledger.spent(run=run_name(config))
-        done = _done(config, ledger, None if last is None else last.round, ends)
-    if last is not None:
-        ledger.require(last.facts["privacy accountant"])
-        require_room_for_rounds(config, last, done, train.patient_count, spent, name)
-    planned = plan_release(config, train.patient_count, spent, name, done)
-    noise = None if planned is None else planned.noise_multiplier
-    rate = sample_rate_of(config, train.patient_count)
-    model = initial_model(config)
+
+@dataclass(frozen=True)
+class _Common:
+    """See `Beginning`: the first model, what of it is shared, where it is computed, and the noise of all together."""
+
+    model: nn.Module
+    coordinates: torch.Tensor
+    device: Device
+    mechanism: DistributedGaussian | None
+
+
+def _common_of(config: Config) -> _Common:
+    model, mechanism = initial_model(config), None
     coordinates = shared_coordinates(model, config.training.local_normalisation)
-    hospital = Hospital(config, name, rank, model, train, test, ledger, budget_of(config), noise, rate, coordinates)
-    hospital.device = device_of(config)
-    hospital.kept_round, hospital.ends = -1 if last is None else last.round, ends
     if config.privacy.mechanism == "distributed":
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
-        hospital.mechanism = mechanism_of(config)
-    hospital.frozen_outputs = frozen_outputs_of(model, config, hospital.device, len(train))
-    if config.privacy.mechanism != "none":
-        wanted, trained = config.training.per_sample_gradients, hospital.trained_network
-        shape = config.data.input_shape if hospital.frozen_outputs is None else hospital.frozen_outputs.shape[1:]
-        if wanted == "auto":
-            copies = config.training.augmentation.copies
-            wanted = choose_per_sample_method(
-                trained, shape, mechanism=hospital.mechanism, device=hospital.device, copies=copies
-            )
-        else:
-            computed = on_device(working_copy(trained), hospital.device)
-            with repeatable():
-                require_gradients_of_each(computed, shape, wanted)
-        hospital.method = wanted
-        if hospital.mechanism is not None and hospital.device.place.type != "cpu":
-            computed = on_device(working_copy(trained), hospital.device)
-            with repeatable():
-                require_independent_records(computed, shape, hospital.mechanism, wanted)
-    return hospital
+        mechanism = mechanism_of(config)
+    return _Common(model, coordinates, device_of(config), mechanism)
+
+
+def _method_of(hospital: Hospital, shape: tuple[int, ...]) -> Method:
+    """How gradients of single records of this shape are computed. Raises `ModelError` where a network has none."""
+    training, trained = hospital.config.training, hospital.trained_network
+    wanted, mechanism, device = training.per_sample_gradients, hospital.mechanism, hospital.device
+    if wanted == "auto":
+        copies = training.augmentation.copies
+        wanted = choose_per_sample_method(trained, shape, mechanism=mechanism, device=device, copies=copies)
+    else:
+        computed = on_device(working_copy(trained), device)
+        with repeatable():
+            require_gradients_of_each(computed, shape, wanted)
+    if mechanism is not None and device.place.type != "cpu":
+        computed = on_device(working_copy(trained), device)
+        with repeatable():
+            require_independent_records(computed, shape, mechanism, wanted)
+    return wanted
 
 
 def _done(config: Config, ledger: PrivacyLedger, rounds: int | None, ends: tuple[int, ...]) -> Done:

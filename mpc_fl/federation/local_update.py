@@ -23,7 +23,6 @@ from mpc_fl.federation.planning import describe_mean_update, headroom_of, run_na
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.dp_sgd import LocalRound, train_locally
-from mpc_fl.links.links import Links
 from mpc_fl.progress import Notify
 
 
@@ -48,8 +47,13 @@ class TrainedUpdate:
     seconds: float
 
 
-def trained_update(hospital: Hospital, links: Links, plan: RoundPlan, notify: Notify) -> TrainedUpdate:
-    """Steps 2 and 3: local training, and the update as it enters the sum. Raises `HeadroomError` where it does not fit."""
+def trained_update(
+    hospital: Hospital, set_phase: Callable[[str], None], plan: RoundPlan, notify: Notify
+) -> TrainedUpdate:
+    """Steps 2 and 3: local training, and the update as it enters the sum. Raises `HeadroomError` where it does not fit.
+
+    `set_phase` is told when the second begins.
+    """
     config, number = hospital.config, plan.number
     began = time.monotonic()
     local = train_locally(
@@ -62,7 +66,7 @@ def trained_update(hospital: Hospital, links: Links, plan: RoundPlan, notify: No
     trained = time.monotonic() - began
 
     # 3. Encode in the ring; the weight is as secret as the update.
-    links.set_phase(f"round {number} aggregation")
+    set_phase(f"round {number} aggregation")
     count = hospital.weight if config.counts_patients else 1
     label, update = f"update of {hospital.name}", local.update[hospital.coordinates]
     encoded = Private(label, headroom_of(config).encode(update, count / plan.weight_total, label))

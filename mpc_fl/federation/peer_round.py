@@ -141,7 +141,7 @@ class PeerRound:
 
         def summand() -> Summand:
             links.set_phase(f"round {plan.number} training")
-            trained = trained_update(hospital, links, plan, self.notify)
+            trained = trained_update(hospital, links.set_phase, plan, self.notify)
             kept.append(trained.local)
             return trained.encoded, hospital.releasing(plan.number)
 

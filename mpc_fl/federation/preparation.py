@@ -116,12 +116,18 @@ def _sum_features(
     hospitals = contribute(domain, rules, agreed, encoded, hospital.releasing(0))
     if hospital.name in hospitals:
         values = links.receive_tensor(AGGREGATOR, "normalisation", torch.float64, (2, features.constants))
-        hospital.normalise(Normalisation.of_tensor(values, config))
         buffers = flatten_buffers(hospital.model)
         buffers = links.receive_tensor(AGGREGATOR, "statistics", torch.float32, buffers.shape)
-        load_flat_buffers(hospital.model, buffers)
-        hospital.digests.take(statistics=buffers, normalisation=values)
+        take_normalisation(hospital, values, buffers)
     return hospitals
+
+
+def take_normalisation(hospital: Hospital, values: torch.Tensor, buffers: torch.Tensor) -> None:
+    """At a hospital: the normalisation that the sum of features gave, float64 (2, constants), and the statistics of the model
+    that go with it, float32 (B,)."""
+    hospital.normalise(Normalisation.of_tensor(values, hospital.config))
+    load_flat_buffers(hospital.model, buffers)
+    hospital.digests.take(statistics=buffers, normalisation=values)
 
 
 def heaviest_weight(config: Config, ledger: Ledger, name: str, weight_total: int) -> int | None:

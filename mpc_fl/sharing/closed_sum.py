@@ -316,11 +316,21 @@ class ClosedSum:
 
     def take(self, hospital: str, summand: torch.Tensor) -> None:
         """Keep y_i, which must have the dtype and shape of the sum and is changed."""
+        if not self.keep:
+            self.take_added([hospital], summand)
+            return
         self._came.append(hospital)
-        if self.keep or not self.summands:
-            self.summands[hospital] = summand
+        self.summands[hospital] = summand
+
+    def take_added(self, hospitals: Sequence[str], total: torch.Tensor) -> None:
+        """Keep the y_i of several hospitals that were added up already. Raises `ProtocolError` where each is kept by itself."""
+        if self.keep:
+            raise ProtocolError("summands that are checked one by one cannot come added up", "send each by itself")
+        self._came.extend(hospitals)
+        if self.summands:
+            next(iter(self.summands.values())).add_(total)
         else:
-            next(iter(self.summands.values())).add_(summand)
+            self.summands[hospitals[0]] = total
 
     def _total(self, admitted: Sequence[str]) -> torch.Tensor:
         """The y_i of V, added up; used up by it. Without `keep` V must be all who came."""

@@ -81,7 +81,7 @@ def test_explaining_a_setting_says_that_one_and_explaining_a_section_its_setting
 def test_settings_are_found_and_what_is_no_setting_is_named_with_the_nearest() -> None:
     found = setting("privacy.epsilon")
     assert (found.kind, found.default) == ("number above 0", "8.0")
-    assert setting("federation.hospitals").kind == "whole number from 2 to 64"
+    assert setting("federation.hospitals").kind == "whole number from 2 to 1000"
     assert setting("data.channels").kind == "1 | 3"
     with pytest.raises(ConfigError, match="nearest known name is 'training.rounds'"):
         setting("training.rouds")

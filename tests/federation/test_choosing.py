@@ -273,5 +273,5 @@ def test_the_record_of_a_calibration_says_what_privacy_is_counted_by(unit: str, 
         "x",
     )
     plan = RoundPlan(6, 0, ("hospital-0", "hospital-1"), {}, (), 1, False)
-    privacy = final_round._calibration_sum(plan, plan.hospitals, config, {}).about.privacy
+    privacy = final_round.calibration_sum(plan, plan.hospitals, config, {}).about.privacy
     assert privacy is not None and privacy["unit"] == said

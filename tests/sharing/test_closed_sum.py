@@ -211,3 +211,21 @@ def test_what_a_mean_refuses() -> None:
     with pytest.raises(HeadroomError, match="63"):
         MeanHeadroom(FixedPoint(40, 2.0**24), 3).require()
     assert headroom.ring_bits == 32 and MeanHeadroom(FixedPoint(24, 128.0), 3).ring_bits == 64
+
+
+def test_summands_may_come_added_up_unless_each_is_checked_by_itself() -> None:
+    masks = parties(4, 1)
+    values = {name: torch.tensor([rank, 10 * rank, -rank], dtype=torch.int32) for rank, name in enumerate(masks)}
+    first, second, *others = masks
+    words = {name: of.masked(Private("x", values[name])) for name, of in masks.items()}
+    closed = ClosedSum(masks[first].plan, torch.int32, (3,))
+    for name, of in masks.items():
+        closed.commitments.take(name, of.commitments())
+    for name in others:
+        closed.take(name, words[name])
+    closed.take_added([first, second], words[first] + words[second])
+    assert closed.present == tuple(masks)
+    keys = {name: of.keys_for(list(masks), 2) for name, of in masks.items()}
+    assert closed.unmask(list(masks), keys).tolist() == [6, 60, -6]
+    with pytest.raises(ProtocolError, match="checked one by one"):
+        ClosedSum(masks[first].plan, torch.int32, (3,), keep=True).take_added([first], words[first])

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_group
 
-from mpc_fl.apps.cli import beginning, comparison, diagnosis, exporting, sites, training, tuning
+from mpc_fl.apps.cli import beginning, comparison, diagnosis, exporting, simulating, sites, training, tuning
 from mpc_fl.apps.cli.options import Command, Group
 
 # Each the first sentence of the group's own help.
@@ -60,7 +60,7 @@ def _options(
 
 
 for command in (beginning.init, training.train, diagnosis.infer, diagnosis.serve, sites.report, comparison.compare,
-                exporting.export, sites.party, training.check, training.estimate, tuning.tune):  # fmt: skip
+                exporting.export, sites.party, training.check, training.estimate, tuning.tune, simulating.simulate):  # fmt: skip
     app.command(cls=Command)(command)
 for group, summary in GROUPS.items():
     app.add_typer(typer.Typer(help=summary), name=group)

@@ -51,6 +51,7 @@ _BOTH: _Sections = {
     "Time and bytes": (common_sections.costs,),
     _CONFIGURATION: (common_sections.configuration,),
 }
+_SIMULATED = "SIMULATED: hospitals of one researcher, masks in place, no signatures, nobody was protected from anybody"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -69,7 +70,10 @@ def _load(run_dir: Path) -> Run:
 
 
 def _page(run: Run) -> str:
+    simulated = run.is_training and run.content.get("simulated") is True
     title = f"{'Federated training' if run.is_training else 'Encrypted diagnosis'}: {run.header.name}"
+    if simulated:
+        title = f"Simulated training: {run.header.name}"
     of_kind = _TRAINING if run.is_training else _DIAGNOSIS
     if run.is_of_a_party:
         title, of_kind = f"{title}, at {run.party.party}", _HOSPITAL if is_hospital(run.party.party) else _AGGREGATOR
@@ -79,12 +83,13 @@ def _page(run: Run) -> str:
         _CONFIGURATION
     }:  # which is shown as it is; a chosen name has no letter that HTML minds
         sections[name] = Markup(run.names.in_text(sections[name]))
-    return document(run.names.in_text(title), run.header.synthetic, sections)
+    return document(run.names.in_text(title), run.header.synthetic, sections, _SIMULATED if simulated else "")
 
 
-def document(title: str, synthetic: bool, sections: Mapping[str, Markup]) -> str:
-    """A page of sections by name, with a banner where the data are synthetic."""
+def document(title: str, synthetic: bool, sections: Mapping[str, Markup], remark: str = "") -> str:
+    """A page of sections by name, with a banner where the data are synthetic, and one for a remark about all of it."""
     banner = paragraph("SYNTHETIC DATA: phantoms, not patients", "banner") if synthetic else ""
+    banner += paragraph(remark, "banner") if remark else ""
     title, contents, main = escape(title), "", ""
     for index, (name, content) in enumerate(sections.items()):
         contents += f'<li><a href="#s{index}">{name}</a></li>'

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.apps.runs.party_log import set_up_log
@@ -26,21 +24,19 @@ from mpc_fl.apps.runs.party_starter import PartyStarter
 from mpc_fl.apps.runs.reopening import reopened, require_more_rounds
 from mpc_fl.apps.runs.run_directory import (
     FROM_ALL,
-    count_parameters,
     forget_identities,
     keep_authority,
     require_free,
     run_directory,
     versions,
 )
+from mpc_fl.apps.runs.training_summary import conclude, training_summary
 from mpc_fl.apps.search_summary import SEARCH_FILE
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
     Comparison,
     DiagnosisSummary,
     ImageResult,
-    PrivacySpent,
-    Scores,
     ServedDiagnosisSummary,
     Summary,
     TrainingSummary,
@@ -61,13 +57,13 @@ from mpc_fl.inference.diagnosis import require_supported
 from mpc_fl.inference.serving.client import asking_hospital
 from mpc_fl.inference.serving.service_links import identity_of, require_servable
 from mpc_fl.learning.data.dataset import Dataset, normalised
-from mpc_fl.learning.data.loading import load_images, shared_patients
+from mpc_fl.learning.data.loading import load_images
 from mpc_fl.learning.models.class_offsets import with_offsets
 from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import load_calibration, load_model, load_normalisation
 from mpc_fl.progress import Progress
-from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names, is_hospital
+from mpc_fl.roles import AGGREGATOR, HOSPITAL, hospital_names
 
 _SERVICE_HOURS = 24.0 * 365  # validity of the certificates of a service on this machine
 
@@ -98,35 +94,9 @@ def train(
         else:
             _move(aggregator, directory)
         keep_authority(config, directory)
-        rounds = [typed(GlobalRound, line, "metrics.jsonl") for line in read_json_lines(directory / "metrics.jsonl")]
-        hospitals = [name for name in party_names(config) if is_hospital(name)]
-        last, evaluated = _last_rounds(directory, hospitals), [line for line in rounds if line.evaluation is not None]
-        summary = TrainingSummary(
-            name=config.name,
-            synthetic=config.data.source == "phantoms",
-            rounds=config.training.rounds,
-            parameters=count_parameters(directory / "model.safetensors", config),
-            hospitals=hospitals,
-            skipped_files=sum(line.skipped_files for line in last.values()),
-            seconds=round(time.monotonic() - began, 2),
-            command=command,
-            versions=versions(),
-            final=evaluated[-1].evaluation if evaluated else None,
-            evaluated_round=evaluated[-1].round if evaluated else None,
-            began_with=config.model.initial_weights,
-            shared_patients=len(shared_patients(config).names),
-            unit=config.data.counted_unit,
-            treatments=dict(sum((Counter(line.treatments) for line in last.values()), Counter[str]())),
-            validation=_validation(rounds),
-            chosen=rounds[-1].chosen if rounds else None,
-            calibration=rounds[-1].calibration if rounds else None,
-            privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
-            took_part={str(line.round): line.hospitals for line in rounds},
-            lost=lost,
-            names=config.federation.names or None,
-        )
+        summary = training_summary(config, directory, command, time.monotonic() - began, lost)
         try:
-            _conclude(directory, summary)
+            conclude(directory, summary)
         except BaseException:  # a run without its report is none that is finished: `--resume` writes both
             (directory / SUMMARY_FILE).unlink(missing_ok=True)
             raise
@@ -135,13 +105,6 @@ def train(
             for kept in (party, party / COMMON):  # for a run that is given more rounds
                 keep_last_checkpoint(kept)
     return summary
-
-
-def _validation(rounds: list[GlobalRound]) -> Scores | None:
-    """That of the round whose model is the final one: the chosen round, else the last of training; None where none was opened."""
-    trained = [line.round for line in rounds if line.round and line.chosen is None and line.calibration is None]
-    chosen = next((line.chosen.round for line in rounds if line.chosen is not None), max(trained, default=0))
-    return next((line.validation for line in rounds if line.round == chosen), None)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -159,33 +122,6 @@ def _take_from_peers(config: Config, directory: Path, lost: list[str]) -> None:
             shutil.copyfile(source / (ROUNDS_FILE if name == "metrics.jsonl" else name), temporary)
 
 
-def _last_rounds(directory: Path, hospitals: list[str]) -> dict[str, HospitalRound]:
-    """The last round of each hospital that took part in one."""
-    lines = {name: read_json_lines(directory / "parties" / name / "metrics.jsonl") for name in hospitals}
-    return {name: typed(HospitalRound, of[-1], f"metrics.jsonl of {name}") for name, of in lines.items() if of}
-
-
-def _privacy_spent(config: Config, name: str, last: HospitalRound) -> PrivacySpent:
-    """Of a hospital's patients, after its last round."""
-    return PrivacySpent(
-        hospital=name,
-        epsilon=last.epsilon,
-        delta=config.privacy.delta,
-        noise_multiplier=last.noise_multiplier,
-        target_epsilon=config.privacy.epsilon,
-        mechanism=config.privacy.mechanism,
-        per_sample_gradients=last.method,
-    )
-
-
-def _conclude(directory: Path, summary: Summary) -> None:
-    """Write the summary of a run that is over, and its report."""
-    from mpc_fl.apps.report.page import write_report  # draws: matplotlib and Pillow come with it
-
-    write_json(directory / SUMMARY_FILE, summary.to_json())
-    write_report(directory)
-
-
 def _unreported(directory: Path, summary: Summary, config: Config | None = None) -> str | None:
     """The same of a diagnosis, which is not lost when these do not fit the disk: then why.
 
@@ -194,7 +130,7 @@ def _unreported(directory: Path, summary: Summary, config: Config | None = None)
     try:
         if config is not None:
             keep_authority(config, directory)
-        _conclude(directory, summary)
+        conclude(directory, summary)
     except MpcFlError as error:
         return f"the diagnoses are written and the report is not: {error.what}"
     except OSError as error:

@@ -159,11 +159,27 @@ def _split_of(part: Part) -> Split:
     return "test" if part == "test" else "train"
 
 
-def _own_patients(index: Index, config: Config, rank: int, part: Part) -> list[str]:
-    subset = config.data.subset
+@dataclass(frozen=True)
+class DividedRecords:
+    """All records of the split that a part is of, and whose patients each hospital has, by rank."""
+
+    config: Config
+    part: Part
+    index: Index
+    patients: list[list[str]]
+
+
+def divided_records(config: Config, part: Part) -> DividedRecords:
+    """Find the records of a part's split and divide them. Raises as `load_hospital`, before pixels are read."""
+    index = _index_of(config, _split_of(part))
+    return DividedRecords(config, part, index, _patients_of_hospitals(index, config))
+
+
+def _own_patients(divided: DividedRecords, rank: int) -> list[str]:
+    index, config, part, subset = divided.index, divided.config, divided.part, divided.config.data.subset
     limit = subset.test_patients if part == "test" else subset.train_patients
     alone = is_one_hospitals(config)
-    patients = _for_part(_patients_of_hospitals(index, config)[0 if alone else rank][:limit], part, config)
+    patients = _for_part(divided.patients[0 if alone else rank][:limit], part, config)
     if alone and not patients and part == "train":
         raise DataError(
             "there is no patient to train on here", "look at --data, data.classes and data.validation_fraction"
@@ -191,8 +207,13 @@ def load_hospital(config: Config, rank: int, part: Part) -> Dataset:
     an empty class, a hospital without patients, records of unknown patients, images of a wrong size, labels beyond the classes,
     or when more files of a class are unreadable than `data.most_unreadable` allows.
     """
-    index = _index_of(config, _split_of(part))
-    position = {key: number for number, key in enumerate(_own_patients(index, config, rank, part))}
+    return load_own(divided_records(config, part), rank)
+
+
+def load_own(divided: DividedRecords, rank: int) -> Dataset:
+    """The same of records that were found and divided before: for a process that reads for several hospitals."""
+    config, part, index = divided.config, divided.part, divided.index
+    position = {key: number for number, key in enumerate(_own_patients(divided, rank))}
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
         inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
@@ -295,11 +316,13 @@ def _evenly(labels: Sequence[int], limit: int | None) -> list[int]:
 
 def records_per_hospital(config: Config, part: Part) -> tuple[Index, list[list[int]]]:
     """All records of a part's split, and which of them, by number, each hospital will read. Raises as `load_hospital`."""
-    index, parts = _index_of(config, _split_of(part)), list[list[int]]()
+    divided, parts, rows = divided_records(config, part), list[list[int]](), dict[str, list[int]]()
+    for row, patient in enumerate(divided.index.patients):
+        rows.setdefault(patient, []).append(row)
     for rank in range(1 if is_one_hospitals(config) else config.federation.hospitals):
-        own = set(_own_patients(index, config, rank, part))
-        parts.append([row for row, patient in enumerate(index.patients) if patient in own])
-    return index, parts
+        own = dict.fromkeys(_own_patients(divided, rank))
+        parts.append(sorted(row for patient in own for row in rows[patient]))
+    return divided.index, parts
 
 
 def patients_per_hospital(config: Config) -> list[int]:
