@@ -118,6 +118,10 @@ class Config(Section):
     def _check_peers(self) -> Config:
         """What a run without an aggregator needs, and what it cannot do yet."""
         federation = self.federation
+        if self.site.leave_after is not None and federation.coordinator == AGGREGATOR:
+            raise ValueError(
+                "site.leave_after is for runs without an aggregator; leave it null, or set federation.coordinator to none"
+            )
         if self.task != "train" or federation.coordinator == AGGREGATOR:
             return self
         least = max(_FEWEST_PEERS, federation.hospitals // 2 + 1)

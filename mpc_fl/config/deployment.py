@@ -128,6 +128,10 @@ class SiteSection(Section):
     mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
         default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
     )
+    leave_after: Count | None = Field(
+        default=None,
+        description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
+    )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
     data_of: Literal["hospital", "federation"] | None = Field(

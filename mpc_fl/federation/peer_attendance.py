@@ -94,15 +94,16 @@ class PeerAttendance:
         """The proposal that all its hospitals have signed, the attempt of its plan the view; `None` where a block came that this
         one lacked.
 
-        `view` and `reason` are where this hospital goes on from. Raises `QuorumError` when too few are left, `LeftOutError` where
-        the others go on without this one.
+        `view` and `reason` are where this hospital goes on from. One that leaves has the proposal of the others. Raises
+        `QuorumError` when too few are left, `LeftOutError` where the others go on without this one.
         """
         number = standing.number
         for tried in range(view, 2 * len(self.rules.hospitals)):
             if tried < view:
                 continue  # the others are further
             proposer = self.proposer(number, tried)
-            self._require_enough(number, reason)
+            if not standing.leaves:
+                self._require_enough(number, reason)
             self._say_present(standing, tried, reason)
             try:
                 word = self._await_proposal(standing, tried)
@@ -111,6 +112,8 @@ class PeerAttendance:
                 proposal = self._proposals.sound(standing, proposer, word, self._latest[self.me][0])
                 self._require_all(number, proposal.plan.hospitals)
                 self._sign_together(proposal, proposer)
+                if standing.leaves:
+                    return proposal
                 if self.me not in proposal.plan.hospitals:
                     raise LeftOutError(self.me, f"round {number}, which {proposer} proposed")
                 self._began, self.needs_all = True, False
@@ -241,6 +244,8 @@ class PeerAttendance:
             if self.ledger.chain.blocks > blocks:
                 return None
             self._require_not_behind(number, view)
+            if self._is_present(proposer, (number, view)) and self._latest[proposer][0].leaves:
+                raise PeerLostError(proposer, f"{proposer} leaves", "the others go on")
             alive, late = self._alive, time.monotonic() >= until
             if proposer == self.me:
                 if late or all(self._is_present(name, (number, view)) for name in alive):
@@ -254,7 +259,8 @@ class PeerAttendance:
             elif late or proposer not in alive:
                 how = "was lost before it proposed" if not late else f"proposed nothing within {seconds:g} s"
                 raise PeerLostError(proposer, f"{proposer} {how}", f"see the log of {proposer}")
-            require_quorum(self.rules, (self.me, *alive), self.rules.hospitals, f"round {number}")
+            if not standing.leaves:
+                require_quorum(self.rules, (self.me, *alive), self.rules.hospitals, f"round {number}")
             first_to_speak(self._links, alive, until)
 
     def _own_proposal(self, standing: Standing, alive: Collection[str]) -> dict[str, Any]:

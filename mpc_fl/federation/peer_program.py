@@ -18,13 +18,14 @@ from cryptography import x509
 
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
+from mpc_fl.audit.peer_record import without_record
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
 from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import LeftOutError, PeerLostError, QuorumError, SumLostError
+from mpc_fl.errors import LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
@@ -95,17 +96,37 @@ class _Run:
         if ledger.blocks:
             self.attendance.members = ledger.blocks[-1].parties
             self.attendance.needs_all = True
-        self.results, self.begun_before = [_Result()], False
+        self.results, self.begun_before, self.leave_after = [_Result()], False, config.site.leave_after
         require_allowed_members(self.certificates.values(), config)
 
     def until_complete(self) -> None:
         """Round after round, until all have signed that the run is complete."""
         first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
         for number in range(first, self.config.last_round + 2):
+            if self.leave_after is not None and self.leave_after < number <= self.config.last_round:
+                self._leave(number)
+                return
             if not self.ledger.chain.ended:
                 self._round(number)
         self.links.set_phase("conclusion")
         self.attendance.conclude(self.config.last_round + 2)
+
+    def _leave(self, number: int) -> None:
+        """Keep the model of the last block, and tell the others that they go on without this hospital.
+
+        Whoever of them lacks that block is given it. That none of them is there any more is no reason to stay.
+        """
+        hospital, common = self.peer.hospital, self.peer.common
+        path = site_directory(self.config) / MODEL_FILE
+        save_model(path, hospital.model, self.config, common.normalisation, None)
+        self.links.set_phase("leaving")
+        try:
+            self.attendance.agree(
+                Standing(number, digest_of_common(common), common.weight_total, leaves=True), 0, Reason()
+            )
+        except (PeerLostError, SumLostError, ProtocolError) as error:
+            log.warning("%s: the others have not said that they go on without this hospital", error)
+        log.info("%s leaves after round %d", self.links.name, number - 1)
 
     def _round(self, number: int) -> None:
         """A round, under as many views as it takes until all have signed it; then it is kept."""
@@ -144,8 +165,7 @@ class _Run:
 
         A block that was complete before is finished first; then that is all, unless it was the one that begins the ledger.
         """
-        plan = proposal.plan
-        number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
+        plan, number = proposal.plan, proposal.plan.number
         begun = self.attendance.signing(*plan.round_of, "begun")
         settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
         self.links.set_phase(f"round {number} reveal ledger")
@@ -155,17 +175,17 @@ class _Run:
             if complete[1].kind != "start":
                 return
         elif not self.ledger.blocks:
-            self._begin_ledger(plan)
+            self._begin_ledger(proposal)
         settling.settle(self.ledger)
         self.begun_before = bool(self.ledger.pending) and not plan.normalised
         if plan.normalised:
             self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
         else:
             self._go_back(before)
-            rules = replace(self.rules, opener=proposer)
+            rules = replace(self.rules, opener=proposal.proposer)
             self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
         self.links.set_phase(f"round {number} signatures")
-        self._sign(plan, self.results[-1])
+        self._sign(proposal, self.results[-1])
 
     def _go_back(self, before: KeptState) -> None:
         """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
@@ -205,7 +225,7 @@ class _Run:
                 return
         # Signed in an earlier start, which has kept what it takes.
         out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
-        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == block.values:
+        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == without_record(block.values):
             save_model(out / MODEL_FILE, self.peer.hospital.model, self.config, self.peer.common.normalisation, None)
         elif is_in and block.kind != "end":
             resume(self.peer, out, self.ledger)
@@ -232,19 +252,20 @@ class _Run:
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
 
-    def _begin_ledger(self, plan: RoundPlan) -> None:
+    def _begin_ledger(self, proposal: Proposal) -> None:
         """The first block: all sign who they are. Whoever is not in it takes no part in the run."""
-        config, ledger, hospitals = self.config, self.ledger, plan.hospitals
+        config, ledger, plan, hospitals = self.config, self.ledger, proposal.plan, proposal.plan.hospitals
         certificates = {name: pem(self.certificates[name]).decode("ascii") for name in hospitals}
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, "start", "the run begins", {}, members)
+        self._signed(plan, signers, "start", "the run begins", proposal.told, members)
         self.attendance.members = hospitals
 
-    def _sign(self, plan: RoundPlan, result: _Result) -> None:
+    def _sign(self, proposal: Proposal, result: _Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
-        number, config, common, ledger = plan.number, self.config, self.peer.common, self.ledger
+        plan, config, common, ledger = proposal.plan, self.config, self.peer.common, self.ledger
+        number = plan.number
         signers = self._signers(plan, result.hospitals, "block")
         again = f" ({plan.attempt})" if plan.attempt else ""
         if number > config.last_round:
@@ -258,7 +279,7 @@ class _Run:
             values = {"global model": common.digests.parameters}
             self._write_down(number, result)
         try:
-            self._signed(plan, signers, kind, about, values)
+            self._signed(plan, signers, kind, about, {**values, **proposal.told})
         finally:
             result.drafted = signers.drafted
 

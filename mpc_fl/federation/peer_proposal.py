@@ -15,6 +15,7 @@ from mpc_fl.aggregation.signed_words import Signed, Subject, heard
 from mpc_fl.aggregation.transcript import digest_of
 from mpc_fl.aggregation.words import names_in
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.peer_record import values_of
 from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.errors import SAME_VERSION, ProtocolError, printable
 from mpc_fl.federation.attendance import RoundPlan
@@ -30,20 +31,22 @@ DEVIATES = "it does not follow the protocol; nothing was sent under its proposal
 @dataclass(frozen=True)
 class Standing:
     """What a hospital has before a round, alike at all: its `number`, the digest of the `state` in common, the total of weights.
-    `made`: the digest of the state that this round has given already, where only its signatures are missing.
+    `made`: the digest of the state that this round has given already, where only its signatures are missing. Who `leaves` takes no
+    part in this round or any later one.
     """
 
     number: int
     state: str
     weight_total: int
     made: str = ""
+    leaves: bool = False
 
 
 @dataclass(frozen=True)
 class Presence:
     """What a hospital says of itself in step 1. `pending` openings are in no block yet, `last` is the digest of the last of
     them; `complete` the seal of a block that it holds and has not kept, of `complete_view`; `held` the fingerprints of keys by
-    name; `why` the view before is over, and whom it was `lost` with."""
+    name; `why` the view before is over, and whom it was `lost` with; it `leaves` the run instead of taking part."""
 
     number: int
     view: int
@@ -58,6 +61,7 @@ class Presence:
     held: Mapping[str, str]
     why: str
     lost: str
+    leaves: bool
 
     @classmethod
     def from_word(cls, name: str, word: Mapping[str, Any]) -> Presence:
@@ -67,9 +71,10 @@ class Presence:
         held = word.get("held")
         sound = all(type(value) is int and value >= 0 for value in numbers.values())
         sound = sound and all(isinstance(value, str) for value in texts.values()) and isinstance(held, dict)
+        sound = sound and isinstance(word.get("leaves"), bool)
         if not sound or not all(isinstance(value, str) for value in held.values()):  # type: ignore[union-attr]
             raise ProtocolError(f"{name} did not say how it is present", SAME_VERSION)
-        return cls(**numbers, **texts, held=held)  # type: ignore[arg-type]
+        return cls(**numbers, **texts, held=held, leaves=word["leaves"])  # type: ignore[arg-type]
 
     @property
     def view_of(self) -> tuple[int, int]:
@@ -92,11 +97,19 @@ class Reason:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A sound proposal: the plan in it, what its proposer signed, and what each of its hospitals said of itself."""
+    """A sound proposal: the plan in it, what its proposer signed, what each of its hospitals said of itself, and who leaves, with
+    the digest of what it signed about that."""
 
     plan: RoundPlan
     signed: Signed
     present: Mapping[str, Presence]
+    proposer: str
+    leaving: Mapping[str, str]
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a block under this plan tells of it (`audit.peer_record`)."""
+        return values_of((self.proposer, self.signed.digest), {}, self.leaving)
 
 
 Heard = Mapping[str, tuple[Presence, Mapping[str, Any]]]  # what each hospital said last of itself, and the word
@@ -134,6 +147,7 @@ class Proposals:
             held={n: links.key_fingerprint(n) for n in self.rules.hospitals if n == links.name or links.alive(n)},
             why=printable(reason.why, _LONGEST_REASON),
             lost=reason.lost,
+            leaves=standing.leaves,
         )
 
     def proposed(
@@ -145,7 +159,7 @@ class Proposals:
         named = Counter(said.lost for said in there.values())
         alike, blamed = list[str](), list[str]()
         for name in members:
-            if name not in there or name not in alive:
+            if name not in there or name not in alive or there[name].leaves:
                 continue
             if there[name].place != mine.place:
                 log.warning("%s is left out: it has another block or model before round %d", name, mine.number)
@@ -165,7 +179,12 @@ class Proposals:
             "hospitals": hospitals,
             "starts": {name: links.key_fingerprint(name) for name in hospitals},
             "weight_total": standing.weight_total,
-            "present": {name: {k: v for k, v in latest[name][1].items() if k != "word"} for name in hospitals},
+            "present": {name: _signed_part(latest[name][1]) for name in hospitals},
+            "leaving": {
+                name: _signed_part(word)
+                for name, (said, word) in latest.items()
+                if said.leaves and said.number == mine.number
+            },
         }
 
     def sound(self, standing: Standing, proposer: str, word: Mapping[str, Any], mine: Presence) -> Proposal:
@@ -190,10 +209,28 @@ class Proposals:
             _refuse(proposer, "named other starts of the hospitals than are linked here")
         if me in hospitals and word.get("weight_total") != standing.weight_total:
             _refuse(proposer, "sent another total of weights than was opened")
+        if leaver := next((name for name, one in said.items() if one.leaves), None):
+            _refuse(proposer, f"named {leaver}, which leaves")
+        leaving = self._leaving(word.get("leaving"), hospitals, mine, proposer)
         made = {one.made for one in said.values()}
         is_made = len(made) == 1 and "" not in made
         plan = RoundPlan(*view_of, hospitals, dict(starts), (), standing.weight_total, True, is_made)
-        return Proposal(plan, signed, said)
+        return Proposal(plan, signed, said, proposer, leaving)
+
+    def _leaving(self, words: object, hospitals: Sequence[str], mine: Presence, proposer: str) -> dict[str, str]:
+        """Who leaves, and the digest of what it signed about that, for this round and this view or an earlier one."""
+        digests = dict[str, str]()
+        for name, value in words.items() if isinstance(words, dict) else [("somebody", None)]:
+            if not isinstance(value, dict):
+                _refuse(proposer, f"says that {name} leaves, and not what it signed about that")
+            said = Presence.from_word(proposer, value)
+            if not said.leaves or said.number != mine.number or said.view > mine.view or name in hospitals:
+                _refuse(proposer, f"says that {name} leaves, which did not say so")
+            try:
+                digests[name] = heard(self.domain, name, self.subject("present", said.view_of), value).digest
+            except ProtocolError:
+                _refuse(proposer, f"says that {name} leaves, which did not sign that")
+        return digests
 
     def _presence(self, name: str, value: object, view_of: tuple[int, int], proposer: str) -> Presence:
         if not isinstance(value, dict):
@@ -204,6 +241,11 @@ class Proposals:
         except ProtocolError:
             _refuse(proposer, f"says of {name} what it did not sign")
         return said
+
+
+def _signed_part(word: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hospital said, as it is passed on to others."""
+    return {key: value for key, value in word.items() if key != "word"}
 
 
 def _holding_keys(names: Sequence[str], there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> list[str]:

@@ -19,6 +19,7 @@ from mpc_fl.apps.cli.options import AsJson, Command, Group, cell, output_console
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
 from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.opening_record import OPENINGS_FILE
+from mpc_fl.audit.peer_record import lines_of, without_record
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
@@ -155,22 +156,25 @@ def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
     blocks = _blocks(copies[0])
     if as_json:
-        print_json({"copy": copies[0].where, "blocks": [to_json(block) for block in blocks]})
+        shown = [{**to_json(block), "told": told} for block, told in zip(blocks, lines_of(blocks), strict=True)]
+        print_json({"copy": copies[0].where, "blocks": shown})
         return
     console = output_console()
-    for block in blocks:
-        _print_block(console, block)
+    for block, told in zip(blocks, lines_of(blocks), strict=True):
+        _print_block(console, block, told)
     ended = bool(blocks) and blocks[-1].kind == "end"
     if not ended:
         console.print(Text("The end of the run is not in this copy."))
     console.print(Text(f"Not checked here. To check it: mpc-fl ledger verify {run_dir}"))
 
 
-def _print_block(console: Console, block: Block) -> None:
+def _print_block(console: Console, block: Block, told: list[str]) -> None:
     """One table per block, its parties and values below. Texts of the ledger are never taken for markup."""
     times = [signature.time for signature in block.signatures]
     signed = f", signed {datetime.datetime.fromisoformat(max(times)):%Y-%m-%d %H:%M:%S} UTC" if times else ""
     console.print(Text(f"Block {block.number}, {block.kind}: {block.about}{signed}", style="bold"))
+    for line in told:
+        console.print(Text(f"  {line}"))
     if block.members is not None:
         console.print(Text(f"  Session {block.members.session}, configuration {block.members.configuration[:16]}..."))
         console.print(Text(f"  Authority, SHA-256 {block.members.authority}"))
@@ -185,7 +189,7 @@ def _print_block(console: Console, block: Block) -> None:
         console.print(table)
         for line in _agreed_on(block):
             console.print(Text(f"  {line}"))
-    for name, digest in block.values.items():
+    for name, digest in without_record(block.values).items():
         console.print(cell(f"  All hold the same {name}, SHA-256 {digest}"))
     signers = [signature.party for signature in block.signatures]
     unsigned = [party for party in block.parties if party not in signers]
