@@ -244,7 +244,7 @@ class PeerAttendance:
             if self.ledger.chain.blocks > blocks:
                 return None
             self._require_not_behind(number, view)
-            if self._is_present(proposer, (number, view)) and self._latest[proposer][0].leaves:
+            if proposer in self._latest and self._latest[proposer][0].leaves_in(number):
                 raise PeerLostError(proposer, f"{proposer} leaves", "the others go on")
             alive, late = self._alive, time.monotonic() >= until
             if proposer == self.me:

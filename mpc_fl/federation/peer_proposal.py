@@ -81,6 +81,10 @@ class Presence:
         """Round and view."""
         return self.number, self.view
 
+    def leaves_in(self, number: int) -> bool:
+        """Whether it leaves before this round."""
+        return self.leaves and self.number == number
+
     @property
     def place(self) -> tuple[int, str, str]:
         """After which block it stands, and with which state."""
@@ -183,7 +187,7 @@ class Proposals:
             "leaving": {
                 name: _signed_part(word)
                 for name, (said, word) in latest.items()
-                if said.leaves and said.number == mine.number
+                if said.leaves_in(mine.number)
             },
         }
 
@@ -211,20 +215,20 @@ class Proposals:
             _refuse(proposer, "sent another total of weights than was opened")
         if leaver := next((name for name, one in said.items() if one.leaves), None):
             _refuse(proposer, f"named {leaver}, which leaves")
-        leaving = self._leaving(word.get("leaving"), hospitals, mine, proposer)
+        leaving = self._leaving(word.get("leaving"), hospitals, mine.number, proposer)
         made = {one.made for one in said.values()}
         is_made = len(made) == 1 and "" not in made
         plan = RoundPlan(*view_of, hospitals, dict(starts), (), standing.weight_total, True, is_made)
         return Proposal(plan, signed, said, proposer, leaving)
 
-    def _leaving(self, words: object, hospitals: Sequence[str], mine: Presence, proposer: str) -> dict[str, str]:
-        """Who leaves, and the digest of what it signed about that, for this round and this view or an earlier one."""
+    def _leaving(self, words: object, hospitals: Sequence[str], number: int, proposer: str) -> dict[str, str]:
+        """Who leaves, and the digest of what it signed about that, for this round under whichever view."""
         digests = dict[str, str]()
         for name, value in words.items() if isinstance(words, dict) else [("somebody", None)]:
             if not isinstance(value, dict):
                 _refuse(proposer, f"says that {name} leaves, and not what it signed about that")
             said = Presence.from_word(proposer, value)
-            if not said.leaves or said.number != mine.number or said.view > mine.view or name in hospitals:
+            if not said.leaves_in(number) or name in hospitals:
                 _refuse(proposer, f"says that {name} leaves, which did not say so")
             try:
                 digests[name] = heard(self.domain, name, self.subject("present", said.view_of), value).digest
