@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 
 from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.roles import is_hospital
@@ -36,24 +35,29 @@ def _named(block: Block, what: str) -> list[str]:
 
 def lines_of(blocks: list[Block]) -> list[list[str]]:
     """For each block what it tells, in words; nothing for a block of a run with an aggregator."""
-    told, left = [_said(block, [], set()) for block in blocks[:1]], set[str]()
-    for before, block in pairwise(blocks):
-        told.append(_said(block, [name for name in before.parties if name not in block.parties], left))
-        left |= set(_named(block, _LEFT))
+    told, before, gone = list[list[str]](), set[str](), set[str]()
+    for previous, block in zip([None, *blocks], blocks, strict=False):
+        missing = [name for name in ([] if previous is None else previous.parties) if name not in block.parties]
+        told.append(_said(block, before, [name for name in missing if name not in gone]))
+        before |= set(block.parties)
+        gone |= set(_named(block, _LEFT))
     return told
 
 
-def _said(block: Block, missing: list[str], left_before: set[str]) -> list[str]:
+def _said(block: Block, before: set[str], missing: list[str]) -> list[str]:
     proposers = _named(block, _PROPOSED)
     if not proposers:
         return []
     view = _VIEW.search(block.about)
     lines = [f"Proposed by {proposers[0]}" + (f", under view {view[1]}: {_before(view[1])}" if view else "")]
     joined, left = _named(block, _JOINED), _named(block, _LEFT)
-    lost = [name for name in missing if is_hospital(name) and name not in left and name not in left_before]
-    for names, what in ((joined, "Joined"), (left, "Left, as it said"), (lost, "Lost, or left out")):
-        lines += [f"{what}: {', '.join(names)}"] if names else []
-    return lines
+    of_whom = {
+        "Joined": [name for name in joined if name not in before],
+        "Came back": [name for name in joined if name in before],
+        "Left, as it said": left,
+        "Lost, or left out": [name for name in missing if is_hospital(name) and name not in left],
+    }
+    return lines + [f"{what}: {', '.join(whom)}" for what, whom in of_whom.items() if whom]
 
 
 def _before(view: str) -> str:

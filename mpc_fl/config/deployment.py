@@ -11,7 +11,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mpc_fl.config.section import Count, Positive, Section, Whole
-from mpc_fl.roles import AGGREGATOR, Coordinator
+from mpc_fl.roles import AGGREGATOR, Coordinator, hospital_names
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is host:port."""
+    host, separator, port = text.rpartition(":")
+    return bool(host and separator and port.isascii() and port.isdigit() and 0 < int(port) < 65536)
 
 
 class RuntimeSection(Section):
@@ -44,6 +50,8 @@ class FederationSection(Section):
 
     Without a `coordinator` (none) there are hospitals only, which propose rounds in turn and open sums together.
 
+    Those of them that are no `founders` need no entry in `addresses`: each says its own (`site.address`), signed, when it joins.
+
     Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
@@ -55,6 +63,16 @@ class FederationSection(Section):
     )
     quorum: Annotated[int, Field(ge=2, le=64)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
+    )
+    founders: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        default=None,
+        description="without a coordinator: of hospitals the first so many begin the run, the others may join while it runs; null: "
+        "all begin it",
+    )
+    admission: Literal["all", "quorum"] | tuple[str, ...] = Field(
+        default="all",
+        description="who must agree to a hospital that joins later: all hospitals of the round, or a quorum of them; or the names "
+        "of those that may",
     )
     round_timeout: Positive | None = Field(
         default=None, description="seconds until a hospital is ready with its update; null: runtime.receive_timeout"
@@ -81,10 +99,14 @@ class FederationSection(Section):
             if name == (self.relay or AGGREGATOR):
                 raise ValueError(f"{name} is the relay, so others must be able to dial it")
         for name, address in self.addresses.items():
-            host, separator, port = address.rpartition(":")
-            if not (host and separator and port.isdigit() and 0 < int(port) < 65536):
+            if not is_address(address):
                 raise ValueError(f"the address of {name} must be host:port")
         return self
+
+    @property
+    def founding(self) -> list[str]:
+        """Names of the hospitals that begin a run."""
+        return hospital_names(self.hospitals if self.founders is None else self.founders)
 
     @property
     def quorum_size(self) -> int:
@@ -113,6 +135,10 @@ class SiteSection(Section):
     """
 
     listen: str | None = None
+    address: str | None = Field(
+        default=None,
+        description="host:port at which others reach this hospital, where it joins later and federation.addresses does not say it",
+    )
     resume: bool = False
     training_processes: Count = 1
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = Field(
@@ -165,6 +191,8 @@ class SiteSection(Section):
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.address is not None and not is_address(self.address):
+            raise ValueError("address must be host:port")
         if self.mlflow_uri is not None and "mlflow" not in self.watch:
             raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
         if len(set(self.watch)) != len(self.watch):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,16 +22,21 @@ from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
-from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
+from mpc_fl.crypto.certificates import pem
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
+from mpc_fl.errors import ConfigError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
+from mpc_fl.federation.peer_admission import Admission
+from mpc_fl.federation.peer_announcements import Announced, Announcements
 from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
-from mpc_fl.federation.peer_proposal import Proposal, Reason, Standing
+from mpc_fl.federation.peer_certificates import Certificates
+from mpc_fl.federation.peer_joining import Giving, Joining
+from mpc_fl.federation.peer_presence import Reason, Standing
+from mpc_fl.federation.peer_proposal import Proposal
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
@@ -42,7 +46,7 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.links import Links
-from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.links.party_links import connect, joining_later, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
@@ -86,30 +90,66 @@ class _Run:
     def __init__(self, peer: Peer, links: Links, ledger: RevealLedger, notify: Notify) -> None:
         config = peer.hospital.config
         self.peer, self.ledger, self.notify, self.links = peer, ledger, notify, links
-        self.config, self.rules = config, peer_rules(config)
-        present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
-        self.certificates = _exchanged(links, ledger, present, peer_deadlines_of(config).beginning)
+        self.config, self.rules, deadlines = config, peer_rules(config), peer_deadlines_of(config)
+        announced = Announced(ledger.identity, config.federation.session, joining_later(config))
+        is_announced = links.name in announced.later and links.name not in config.federation.addresses
+        address = config.site.address if is_announced else None
+        certificates = Certificates(links, ledger.identity, Announcements(links, announced, address))
+        self.certificates = certificates.known
         signatory = Signatory(ledger.identity, self.certificates.get)
+        present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
         self.domain = SecretDomain(links, present, ledger, signatory=signatory)
         about_run = (config.federation.session, config.digest())
-        self.attendance = PeerAttendance(self.domain, ledger, self.rules, peer_deadlines_of(config), about_run)
+        admission = Admission(self.domain, self.rules, about_run, config.federation.admission, self._allows)
+        self.giving, founders = Giving(links, ledger), tuple(config.federation.founding)
+        self.attendance = PeerAttendance(
+            self.domain, ledger, deadlines, admission, certificates, founders, self.giving.give
+        )
         if ledger.blocks:
             self.attendance.members = ledger.blocks[-1].parties
-            self.attendance.needs_all = True
+        if config.site.resume or links.name not in founders:
+            self.attendance.ask()
+        self.joining = Joining(peer, self.attendance, deadlines)
         self.results, self.begun_before, self.leave_after = [_Result()], False, config.site.leave_after
-        require_allowed_members(self.certificates.values(), config)
+
+    def _allows(self, certificate: x509.Certificate) -> bool:
+        """Whether the rules of this site allow its holder."""
+        try:
+            require_allowed_members([certificate], self.config)
+        except ConfigError as error:
+            log.warning("%s", error)
+            return False
+        return True
 
     def until_complete(self) -> None:
         """Round after round, until all have signed that the run is complete."""
         first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
-        for number in range(first, self.config.last_round + 2):
+        number = first
+        while number <= self.config.last_round + 1:
             if self.leave_after is not None and self.leave_after < number <= self.config.last_round:
                 self._leave(number)
                 return
-            if not self.ledger.chain.ended:
-                self._round(number)
+            before = KeptState.of(self.peer)
+            try:
+                if not self.ledger.chain.ended:
+                    self._round(number, before)
+                number += 1
+            except LeftOutError as error:
+                log.warning("%s", error)
+                before.restore(self.peer)
+                number = self._come_back(error)
         self.links.set_phase("conclusion")
         self.attendance.conclude(self.config.last_round + 2)
+
+    def _come_back(self, left_out: LeftOutError) -> int:
+        """The others go on without this hospital: catch up with them, and ask to be in the next round. Its number."""
+        self.links.set_phase("joining")
+        number = self.joining.catch_up(left_out)
+        if self.ledger.blocks:
+            self.attendance.members = self.ledger.blocks[-1].parties
+        if number > 0:
+            checkpoint(self.peer, site_directory(self.config), number - 1)
+        return number
 
     def _leave(self, number: int) -> None:
         """Keep the model of the last block, and tell the others that they go on without this hospital.
@@ -128,9 +168,10 @@ class _Run:
             log.warning("%s: the others have not said that they go on without this hospital", error)
         log.info("%s leaves after round %d", self.links.name, number - 1)
 
-    def _round(self, number: int) -> None:
+    def _round(self, number: int, before: KeptState) -> None:
         """A round, under as many views as it takes until all have signed it; then it is kept."""
-        began, before = time.monotonic(), KeptState.of(self.peer)
+        began = time.monotonic()
+        self.giving.before(number, before.common)
         self.results, self.attendance.complete = [_Result()], None
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
@@ -139,7 +180,7 @@ class _Run:
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
-                if block.kind == "start":
+                if block.members is not None:
                     self.attendance.members = block.parties
                     continue
                 self._go_back_to(block, number)
@@ -172,10 +213,10 @@ class _Run:
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete[1])
-            if complete[1].kind != "start":
+            if complete[1].members is None:
                 return
-        elif not self.ledger.blocks:
-            self._begin_ledger(proposal)
+        elif self._newly_certified(plan.hospitals):
+            self._introduce(proposal)
         settling.settle(self.ledger)
         self.begun_before = bool(self.ledger.pending) and not plan.normalised
         if plan.normalised:
@@ -200,17 +241,16 @@ class _Run:
         """Keep a block that was complete under an earlier view, when a quorum has it."""
         if self.links.name not in complete.parties:
             raise LeftOutError(self.links.name, complete.about)
-        if complete.kind != "start":
+        if complete.members is None:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
         self.attendance.complete = plan.attempt, complete
         signers.keep(complete, present)
         self.attendance.complete = None
-        if complete.kind == "start":
-            self.attendance.members = complete.parties
-            if not set(plan.hospitals) <= set(complete.parties):
-                raise SumLostError("the ledger was begun by fewer hospitals", "those go on")
+        self.attendance.kept(complete)
+        if complete.members is not None and not set(plan.hospitals) <= set(complete.parties):
+            raise SumLostError("fewer hospitals signed who takes part", "those go on")
 
     def _go_back_to(self, block: Block, number: int) -> None:
         """Take the state of the result of round `number` that a block is about, which may be that of an earlier start.
@@ -252,15 +292,24 @@ class _Run:
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
 
-    def _begin_ledger(self, proposal: Proposal) -> None:
-        """The first block: all sign who they are. Whoever is not in it takes no part in the run."""
+    def _newly_certified(self, hospitals: tuple[str, ...]) -> list[str]:
+        """Those by whose certificate no block of this ledger counts yet."""
+        known = self.ledger.chain.certificates
+        return [name for name in hospitals if known.get(name) != self.certificates[name]]
+
+    def _introduce(self, proposal: Proposal) -> None:
+        """The first block, and one before the round that somebody joins in: all sign who they are."""
         config, ledger, plan, hospitals = self.config, self.ledger, proposal.plan, proposal.plan.hospitals
         certificates = {name: pem(self.certificates[name]).decode("ascii") for name in hospitals}
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, "start", "the run begins", proposal.told, members)
-        self.attendance.members = hospitals
+        require_allowed_members((self.certificates[name] for name in hospitals), config)
+        kind, about = "start", "the run begins"
+        if ledger.blocks:
+            again = f" ({plan.attempt})" if plan.attempt else ""
+            kind, about = "resume", f"the hospitals of round {plan.number}{again}"
+        self._signed(plan, signers, kind, about, proposal.told(self.attendance.members), members)
 
     def _sign(self, proposal: Proposal, result: _Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
@@ -279,7 +328,7 @@ class _Run:
             values = {"global model": common.digests.parameters}
             self._write_down(number, result)
         try:
-            self._signed(plan, signers, kind, about, {**values, **proposal.told})
+            self._signed(plan, signers, kind, about, {**values, **proposal.told(self.attendance.members)})
         finally:
             result.drafted = signers.drafted
 
@@ -294,7 +343,7 @@ class _Run:
     ) -> None:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
-            signers.sign(kind, about, values, members)
+            self.attendance.kept(signers.sign(kind, about, values, members))
         except (PeerLostError, SumLostError):
             if signers.complete is not None:
                 self.attendance.complete = plan.attempt, signers.complete
@@ -318,25 +367,3 @@ class _Run:
         if number and result.own is not None:
             append_json_line(out / "metrics.jsonl", result.own)
         checkpoint(self.peer, out, number)
-
-
-def _exchanged(
-    links: Links, ledger: RevealLedger, present: Iterable[str], seconds: float
-) -> dict[str, x509.Certificate]:
-    """The certificates of all that are linked, each from its holder, checked. Raises `IdentityError`."""
-    identity, until, others = ledger.identity, time.monotonic() + seconds, [n for n in present if n != links.name]
-    own = identity.certificate.decode("ascii")
-    for name in others:
-        try:
-            links.send_object(name, "certificate", {"certificate": own})
-        except PeerLostError as error:
-            log.warning("%s", error)
-    found = {links.name: verify_certificate(identity.certificate, links.name, identity)}
-    for name in others:
-        try:
-            said = links.receive_object(name, "certificate", until)
-        except PeerLostError as error:
-            log.warning("%s", error)
-            continue
-        found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
-    return found

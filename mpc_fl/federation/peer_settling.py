@@ -18,7 +18,8 @@ from mpc_fl.audit.ledger_audit import extend
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.reveal_ledger import Block, block_from, is_signed, opening_from, to_json
 from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
-from mpc_fl.federation.peer_proposal import DEVIATES, Presence
+from mpc_fl.federation.peer_presence import Presence
+from mpc_fl.federation.peer_proposal import DEVIATES
 from mpc_fl.links.links import Links
 
 
