@@ -7,6 +7,7 @@ waits for it a little, and not often in vain.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from mpc_fl.federation.peer_admission import Admission, Membership
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence
 from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
 
 WORDS = ("asks", "admits", "refuses")
 _PATIENCE = 3  # times that one start of a hospital is waited for in vain
@@ -48,6 +51,8 @@ class Asking:
         if word["word"] == "admits":
             self.votes[name] = self.admission.taken(name, word)
         elif word["word"] == "refuses":
+            if name not in self._refused:
+                log.warning("%s gives no vote: the rules of its site do not allow this hospital's certificate", name)
             self._refused.add(name)
         else:
             self._take_asking(name, word, of)

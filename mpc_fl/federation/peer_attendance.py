@@ -288,6 +288,8 @@ class PeerAttendance:
         if block.number != self.ledger.chain.blocks:
             return
         self.ledger.add(block, name)
+        if self._unconfirmed and not self.ledger.signed_before():  # what it signed was kept, or can be kept no more
+            self.recalls, self._unconfirmed = True, ()
         if self.me not in block.parties:
             raise LeftOutError(self.me, f"{block.about}, whose block {name} sent")
 
@@ -305,7 +307,7 @@ class PeerAttendance:
 
     def begins_anew(self) -> bool:
         """This hospital is given what it goes on from, so it is not counted on; whether it has been in a plan before."""
-        began, self._began, self.recalls = self._began, False, False
+        began, self._began, self.recalls, self._unconfirmed = self._began, False, False, ()
         return began
 
     def further(self) -> Further | None:
@@ -320,7 +322,10 @@ class PeerAttendance:
         if len(linked) < self.rules.smallest:
             return False
         first_to_speak(self._links, linked, until)
-        self._take_words()
+        try:
+            self._take_words()
+        except LeftOutError as error:  # a block that it was given, of a round that it was not in: it knows
+            log.info("%s", error)
         return True
 
     def answered(self) -> bool:

@@ -178,3 +178,39 @@ def test_one_that_was_left_out_comes_back_by_itself(tmp_path: Path, monkeypatch:
     )
     told = require_joined(run, "hospital-2", [name for name in names(5) if name != "hospital-2"])
     assert any("Came back: hospital-2" in lines for lines in told.values()), told
+
+
+# ---- who is counted on -----------------------------------------------------------------------------------------------------
+
+
+def stopped(directory: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> Training:
+    """A run of four that has stopped, as two were lost there; all are to go on."""
+    run = among_peers(directory, monkeypatch, 4)
+    run.run(Sleeper("hospital-2", place, KILLED), Sleeper("hospital-3", place, KILLED))
+    assert "finished" not in set(run.said.values()), run.said
+    run.placed = {name: config.with_values(site={"resume": True}) for name, config in run.placed.items()}
+    run.start_anew()
+    return run
+
+
+def test_a_run_that_stopped_goes_on_without_one_where_no_block_was_signed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path, monkeypatch, "peers update 1 0 0/slice")
+    run.placed.pop("hospital-3")
+    run.run()
+    require_sound(run, names(3))
+
+
+def test_a_run_that_stopped_does_not_go_on_without_one_that_may_have_kept_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(tmp_path, monkeypatch, "block 1 0/complete")
+    away = run.placed.pop("hospital-3")
+    run.run()
+    for name in names(3):
+        assert "to go on after all have stopped" in run.said[name] and "hospital-3" in run.said[name], run.said
+    run.placed["hospital-3"] = away
+    run.start_anew()
+    run.run()
+    require_sound(run, names(4))
