@@ -6,8 +6,8 @@ EfficientNet-Lite0 with its published weights on real chest X-rays, DIR/{train,t
 distributed noise. Everything is computed in this process by the functions that hospitals and aggregator call, without masks: masks
 cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of the noise. Sampling and noise come from the system.
 
-What stands before the first trained layer is the same in every step, so here each record passes through it once, alone. `mpc-fl
-train` does that for the head alone; else it passes every record through the whole network in every step.
+What stands before the first trained layer is the same in every step, so each record passes through it once, alone, as it does in
+`mpc-fl train` with `head` and `last:N`; there `lora:R` and `bias` pass through the whole network.
 """
 
 from __future__ import annotations

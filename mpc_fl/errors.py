@@ -160,9 +160,21 @@ class RefusedError(LinkError):
 
 
 class ProtocolError(MpcFlError):
-    """A party sent something the protocol does not allow at this point."""
+    """A party sent something the protocol does not allow at this point. `by` names it where this party knows who it was."""
 
     exit_code = 9
+
+    def __init__(self, what: str, fix: str = "", by: str = "") -> None:
+        self.by = by
+        super().__init__(what, fix)
+
+
+class BrokenLinkError(ProtocolError, PeerLostError):
+    """A peer sent what no link carries, so the link with it has ended: it deviated, and is lost like any other. `peer` names it."""
+
+    def __init__(self, peer: str, what: str, fix: str = "") -> None:
+        self.by = peer
+        PeerLostError.__init__(self, peer, f"the link with {peer}: {what}", fix)
 
 
 class QuorumError(MpcFlError):

@@ -121,6 +121,7 @@ def require_number(transcript: str, hospital: str, committed: str, shown: object
         raise ProtocolError(
             f"{hospital} showed another part of the coin than it committed to",
             f"{hospital} does not follow the protocol; nothing of this sum was opened",
+            hospital,
         )
     return number
 
@@ -149,7 +150,7 @@ def from_numbers(numbers: object, hospital: str, size: MapSize, dtype: torch.dty
         or len(numbers) != size.combinations
         or not all(type(number) is int and limits.min <= number <= limits.max for number in numbers)
     ):
-        raise ProtocolError(f"{hospital} sent something else than combinations of its slices", SAME_VERSION)
+        raise ProtocolError(f"{hospital} sent something else than combinations of its slices", SAME_VERSION, hospital)
     return torch.tensor(numbers, dtype=dtype)
 
 

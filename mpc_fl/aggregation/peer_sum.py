@@ -72,6 +72,7 @@ from mpc_fl.aggregation.slices import Slices, who_has_all
 from mpc_fl.aggregation.transcript import confirm, digest_of, require_confirmation
 from mpc_fl.aggregation.words import Deadlines, broadcast, first_to_speak, hear_all, names_in, next_word, say
 from mpc_fl.audit.ledger_file import tensor_digest
+from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
@@ -81,6 +82,10 @@ from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
 log = logging.getLogger(__name__)
 
 _LEAST_CLOSING = 2
+# Answers after the deadline for summands. Whoever sends one of two words late can let one hospital begin up to an answer after
+# another, and wait for another answer for its slice. So the proposer waits for three until all have said what arrived, and the
+# others for it two longer.
+_ARRIVED, _FIXED = 3, 5
 _HANDED_ON, _CONFIRM = range(FIRST_STEP)
 _CONFIRMED = "mpc-fl slices of a peer sum 1"
 _HEX = 64
@@ -135,7 +140,7 @@ def _said_of_slices(hospital: str, plan: SumPlan, word: Mapping[str, Any], signe
     hashes, coin = word.get("hashes"), word.get("coin")
     texts = [*hashes, coin] if isinstance(hashes, list) else []
     if len(texts) != len(plan.hospitals) + 1 or not all(isinstance(text, str) and len(text) == _HEX for text in texts):
-        raise ProtocolError(f"{hospital} sent no hashes of its slices", SAME_VERSION)
+        raise ProtocolError(f"{hospital} sent no hashes of its slices", SAME_VERSION, hospital)
     return SaidOfSlices(dict(zip(plan.hospitals, texts, strict=False)), word.get("keys"), texts[-1], signed)
 
 
@@ -159,7 +164,8 @@ class _Part:
     def __post_init__(self) -> None:
         plan, self.me = self.plan, self.domain.links.name
         self.links = self.domain.links.scoped(f"peers {plan.name}")
-        self.deadline = time.monotonic() + self.rules.seconds
+        now = time.monotonic()
+        self.deadline, self.answer = now + self.rules.seconds, self.links.deadline() - now
         summand = self.encoded.inside_protocol()
         self.dtype, self.shape = summand.dtype, tuple(summand.shape)
         self.masks = SummandMasks(plan, self.me, self.shape, self.domain.sum_seed)
@@ -222,7 +228,8 @@ class _Part:
             log.warning("%s is late: no slice in '%s' within %g s", name, self.agreed.about.why, self.rules.seconds)
 
     def _take_slice(self, name: str) -> None:
-        deadline = self.links.deadline()
+        # However many of them only say that a slice comes, they cost one answer together.
+        deadline = min(self.links.deadline(), self.deadline + self.answer)
         word = next_word(self.links, name, ("slices",), deadline)
         signed = heard(self.domain, name, Subject(self.plan.transcript, "slices"), word)
         said = _said_of_slices(name, self.plan, word, signed)
@@ -235,17 +242,20 @@ class _Part:
 
     def _require_hash(self, name: str, words: torch.Tensor, digest: str) -> None:
         if tensor_digest(words) != digest:
-            raise ProtocolError(f"{name} sent another slice of '{self.agreed.about.why}' than it signed", DEVIATES)
+            what = f"{name} sent another slice of '{self.agreed.about.why}' than it signed"
+            raise ProtocolError(what, DEVIATES, name)
 
     def _fix(self) -> None:
         """Step 2. The proposer waits for those alone that can be in V."""
         plan, why, came = self.plan, self.agreed.about.why, list(self.held[self.me])
         subject = Subject(plan.transcript, "fixed")
         if self.me == plan.opener:
-            reports, deadline = {self.me: set(came)}, self.links.deadline()
+            reports, deadline = {self.me: set(came)}, self.deadline + _ARRIVED * self.answer
             for name in came[1:]:
                 try:
-                    reports[name] = set(names_in(next_word(self.links, name, ("arrived",), deadline), "hospitals"))
+                    reports[name] = set(
+                        names_in(next_word(self.links, name, ("arrived",), deadline), "hospitals", name)
+                    )
                 except (PeerLostError, ProtocolError) as error:
                     log.warning("%s is left out of '%s': %s", name, why, error)
             self.admitted = who_has_all(plan.hospitals, self.me, reports)
@@ -255,12 +265,11 @@ class _Part:
             if plan.opener not in came:
                 raise PeerLostError(plan.opener, f"{plan.opener} proposes, and no slice of it came")
             say(self.links, [plan.opener], "arrived", hospitals=came)
-            waited = self.links.deadline() - time.monotonic()
-            deadlines = Deadlines(why, self.deadline, 2 * waited)  # the proposer may wait for others first
+            deadlines = Deadlines(why, self.deadline, _FIXED * self.answer)
 
             def take(name: str, word: dict[str, Any]) -> None:
                 self.fixed = heard(self.domain, name, subject, word)
-                self.admitted = names_in(word, "hospitals")
+                self.admitted = names_in(word, "hospitals", name)
 
             hear_all(self.links, [plan.opener], "fixed", take, (deadlines, 0))
         require_quorum(self.rules, self.admitted, plan.hospitals, why)
@@ -269,7 +278,8 @@ class _Part:
             return
         require_only(self.agreed, self.admitted)
         if missing := [name for name in self.admitted if name not in came]:
-            raise ProtocolError(f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come", DEVIATES)
+            what = f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come"
+            raise ProtocolError(what, DEVIATES, plan.opener)
 
     def _hand_on(self, deadlines: Deadlines) -> None:
         """Step 3, of slices whose hospitals are not in V: the same words of those in V, to who opens them instead."""
@@ -292,6 +302,7 @@ class _Part:
         signed = {name: each.signed for name, each in said.items()}
         digests = {name: each.digest for name, each in signed.items()}
         bound = digest_of([_CONFIRMED, plan.transcript, list(self.admitted), digests])
+        self.domain.confirmed[plan.transcript] = self._opening()
         confirmation = confirm(self.domain, bound, self.admitted)
         fixed, subject = {plan.opener: self.fixed}, Subject(plan.transcript, "fixed")
         # To all of U: a hospital that was told another V waits for this one, too.
@@ -320,6 +331,12 @@ class _Part:
             number=self.number,
             deadlines=deadlines,
         )
+
+    def _opening(self) -> Opening:
+        """What all of V record of this sum before they open it."""
+        about = self.agreed.about
+        what, why, privacy, transcript = about.what, about.why, about.privacy, self.plan.transcript
+        return Opening(what, why, self.shape, self.admitted, self.admitted, privacy, transcript)
 
     def _open(self, totals: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Step 6."""

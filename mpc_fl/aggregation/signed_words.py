@@ -68,8 +68,16 @@ def heard(domain: SecretDomain, hospital: str, subject: Subject, word: Mapping[s
             f"{hospital} did not sign what it said ('{subject.word}'), or of another sum than {domain.links.name} is in: its "
             "hospitals, keys, model, weights or rules differ",
             SAME_VERSION_AND_CONFIGURATION,
+            hospital,
         )
     return signed
+
+
+def has_said(
+    domain: SecretDomain, hospital: str, subject: Subject, values: Mapping[str, Any], signature: object
+) -> bool:
+    """Whether a hospital said these values about the subject, to whomever, and signed it so (hex)."""
+    return _is_genuine(domain, hospital, subject, Signed(digest_of(values), str(signature)))
 
 
 def repeated(said: Mapping[str, Signed]) -> dict[str, list[str]]:
@@ -87,14 +95,15 @@ def require_one_version(
     for name, signed in mine.items():
         entry = told.get(name) if isinstance(told, dict) else None
         if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(part, str) for part in entry):
-            raise ProtocolError(f"{hospital} does not repeat what {name} said ('{subject.word}')", DEVIATES)
+            raise ProtocolError(f"{hospital} does not repeat what {name} said ('{subject.word}')", DEVIATES, hospital)
         if entry[0] == signed.digest:
             continue
         if not _is_genuine(domain, name, subject, Signed(entry[0], entry[1])):
-            raise ProtocolError(f"{hospital} repeats what {name} never signed ('{subject.word}')", DEVIATES)
+            raise ProtocolError(f"{hospital} repeats what {name} never signed ('{subject.word}')", DEVIATES, hospital)
         raise ProtocolError(
             f"{name} said one thing to {domain.links.name} and another to {hospital}, and signed both ('{subject.word}')",
             DEVIATES,
+            name,
         )
 
 

@@ -112,11 +112,12 @@ def _told_totals(fixed: FixedSlices) -> tuple[dict[str, torch.Tensor], dict[str,
         told[name] = heard(domain, name, subject, word)
         opened, said = fixed.slices.opened_by(name, fixed.admitted), word.get("hashes")
         if not isinstance(said, dict) or set(said) != set(opened):
-            raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", DEVIATES)
+            raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", DEVIATES, name)
         for piece in opened:
             totals[piece] = _receive(fixed, name, f"total {piece}", piece, _TOTALS)
             if tensor_digest(totals[piece]) != said[piece]:
-                raise ProtocolError(f"{name} sent another total of a slice of '{fixed.why}' than it signed", DEVIATES)
+                what = f"{name} sent another total of a slice of '{fixed.why}' than it signed"
+                raise ProtocolError(what, DEVIATES, name)
 
     hear_all(links, fixed.peers, "total", take, (fixed.deadlines, _TOTALS))
     return totals, told
@@ -188,7 +189,8 @@ def _blame(
     if lost is not None and not found:
         raise lost
     names = ", ".join(dict.fromkeys(found))
-    raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES)
+    by = found[0] if found else ""
+    raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES, by)
 
 
 def _send(fixed: FixedSlices, tag: str, words: torch.Tensor) -> None:

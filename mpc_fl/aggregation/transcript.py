@@ -67,6 +67,7 @@ def require_confirmation(
             f"{hospital} confirmed another sum than {domain.links.name} leads: its hospitals, keys, model, weights or rules "
             "differ",
             SAME_VERSION_AND_CONFIGURATION,
+            hospital,
         )
     assert isinstance(signature, str)
     return signature

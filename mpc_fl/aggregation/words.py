@@ -43,7 +43,9 @@ def next_word(
     said = word.get("word")
     if not isinstance(said, str) or said not in expected:
         shown = f"'{said[:40]}'" if isinstance(said, str) else "something else"
-        raise ProtocolError(f"{aggregator} said {shown} instead of {' or '.join(sorted(expected))}", SAME_VERSION)
+        raise ProtocolError(
+            f"{aggregator} said {shown} instead of {' or '.join(sorted(expected))}", SAME_VERSION, aggregator
+        )
     return word
 
 
@@ -98,9 +100,9 @@ def hear_all(
         raise SumLostError(f"'{why}' was given up by {given_up}", "its summands are made anew")
 
 
-def names_in(word: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    """A list of names in a word. Raises `ProtocolError` when it is none."""
+def names_in(word: Mapping[str, Any], key: str, sender: str = "the aggregator") -> tuple[str, ...]:
+    """A list of names in a word. Raises `ProtocolError` naming who sent it when it is none."""
     names = word.get(key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ProtocolError(f"the aggregator sent no list of {key}", SAME_VERSION)
+        raise ProtocolError(f"{sender} sent no list of {key}", SAME_VERSION, sender)
     return tuple(names)

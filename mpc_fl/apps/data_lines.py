@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mpc_fl.config.config import Config
-from mpc_fl.learning.data.patients import BY_ITSELF
+from mpc_fl.learning.data.patients import BY_ITSELF, FROM_TABLE
 from mpc_fl.learning.data.survey import Survey
 
 
@@ -39,6 +39,8 @@ def data_lines(found: Survey, config: Config) -> list[str]:
         lines.append(
             "  whose they are: " + ", ".join(f"{count} by {what}" for what, count in found.patients_from.items())
         )
+    if found.patient_table is not None:
+        lines.append(f"  {FROM_TABLE}: {found.patient_table}")
     treatments = sorted(found.treatments.items(), key=lambda entry: -entry[1])
     lines += [f"  {count} {what}" for what, count in treatments]
     lines += [f"  unreadable: {first}" for first in found.first_unreadable]

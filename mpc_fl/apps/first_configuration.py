@@ -160,7 +160,8 @@ def _column(name: str, guesses: tuple[ColumnSection, ...]) -> str:
 def _columns(answers: Answers) -> list[str]:
     """What all sites agree on about columns: names as given, and as comments what else may be said."""
     taken = [plain_name(name) for name in (*answers.columns, answers.label_column, answers.patient_column or "")]
-    identifiers = [name for name in answers.identifiers if plain_name(name) not in taken]
+    left = (*(column.name for column in answers.guesses), *answers.identifiers)  # what nobody chose is never read
+    identifiers = [*{plain_name(name): name for name in left if plain_name(name) not in taken}.values()]
     guessed = "      # Guessed from the table of one hospital: look over every line, with all others."
     left_out = "# never read: numbers and names of people, free text, what is empty; look them over"
     return [

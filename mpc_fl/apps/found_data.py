@@ -17,12 +17,13 @@ _UNREADABLE = 0.1  # of the files of a class, as data.most_unreadable allows
 def with_table(answers: Answers, found: GuessedTable, given: Collection[str] = ()) -> Answers:
     """The answers with what a table seems to hold, but for those that were `given`."""
     classes = answers.classes if "classes" in given else found.classes
+    columns = tuple(column.name for column in found.columns)
     return replace(
         answers,
         classes=classes,
         label_column=found.label_column or answers.label_column,
-        patient_column=found.patient_column,
-        columns=tuple(column.name for column in found.columns),
+        patient_column=answers.patient_column if "patient_column" in given else found.patient_column,
+        columns=answers.columns if "columns" in given else columns,
         guesses=found.columns,
         identifiers=found.left_out,
     )

@@ -245,8 +245,8 @@ def _results(facts: CardFacts) -> str:
     )
     lead = (
         f"Accuracy {_percent(final.accuracy)} (95 % interval {_percent(final.accuracy_low)} to {_percent(final.accuracy_high)}), "
-        f"balanced accuracy {_percent(final.balanced_accuracy)}, on {final.records:,} {counted} of all hospitals; always "
-        f"naming the largest class would have {_percent(final.largest_share)}.{after}"
+        f"balanced accuracy {_percent(final.balanced_accuracy)}, on {final.records:,} {counted} of all hospitals; the "
+        f"baseline, always naming the largest class, is {_percent(final.baseline)}.{after}"
     )
     head = ("Class", "Number", "Sensitivity", "Specificity", "Precision", "AUC")
     areas = [None if area is None else f"{area:.3f}" for area in final.auc or [None] * len(final.confusion)]
@@ -310,8 +310,8 @@ def _limits(facts: CardFacts) -> str:
             limits.append(
                 f"Small test set: fewer than {_FEW_RECORDS} of {', '.join(few)}. Read the intervals, not the shares."
             )
-        if final.accuracy_low <= max(final.largest_share, 1 / len(final.confusion)):
-            limits.append("**It is not shown to be better than always naming the largest class.**")
+        if final.accuracy_low <= final.baseline:
+            limits.append("**It is not shown to be better than the baseline, always naming the largest class.**")
     if facts.origins:
         limits.append(
             "What the weights from elsewhere were trained on counts as public: no claim of privacy is made for it."

@@ -61,9 +61,10 @@ class Scores:
     noise: float | None = None
 
     @property
-    def largest_share(self) -> float:
-        """Share of the records that the largest class has: the accuracy of always naming it."""
-        return max(map(sum, self.confusion)) / max(1, self.records)
+    def baseline(self) -> float:
+        """Accuracy of always naming the class that most records have, in [1 / classes, 1]; noise of the counts does not lower it
+        below what it can be."""
+        return min(1.0, max(1 / len(self.confusion), max(map(sum, self.confusion)) / max(1, self.records)))
 
 
 @dataclass(frozen=True)

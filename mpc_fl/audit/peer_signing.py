@@ -77,7 +77,8 @@ class PeerSigners:
         claims = {links.name: claim_of(draft), **{name: said.get("claim") for name, said in received.items()}}
         difference = disagreement({name: claims[name] for name in self.parties})
         if difference is not None:
-            raise ProtocolError(difference, _COMPARE)
+            others_say = [name for name in self.parties if claims[name] != claims[links.name]]
+            raise ProtocolError(difference, _COMPARE, others_say[0] if len(others_say) == 1 else "")
         signatures = {links.name: own, **{name: self._checked(draft, name, said) for name, said in received.items()}}
         self.complete = replace(draft, signatures=tuple(signatures[name] for name in self.parties))
         return self.keep(self.complete, others)
@@ -97,9 +98,9 @@ class PeerSigners:
         try:
             signature = signature_from(said.get("signature"))
         except ValueError:
-            raise ProtocolError(f"{name} sent no signature of a block", SAME_VERSION) from None
+            raise ProtocolError(f"{name} sent no signature of a block", SAME_VERSION, name) from None
         if not self._is_genuine(draft, name, signature):
-            raise ProtocolError(f"{name} did not sign the block that it says it signed", _COMPARE)
+            raise ProtocolError(f"{name} did not sign the block that it says it signed", _COMPARE, name)
         return signature
 
     def _is_genuine(self, draft: Block, name: str, signature: Signature) -> bool:
@@ -132,11 +133,11 @@ class PeerSigners:
             try:
                 signature = signature_from(told)
             except ValueError:
-                raise ProtocolError(f"{name} sent no signatures of a block", SAME_VERSION) from None
+                raise ProtocolError(f"{name} sent no signatures of a block", SAME_VERSION, name) from None
             if self._is_genuine(draft, mine.party, signature):
                 who = f"{mine.party} gave one signature of a block to {self.links.name} and another to {name}"
                 raise ProtocolError(who, _COMPARE)
-            raise ProtocolError(f"{name} has another signature of a block than {mine.party} made", _COMPARE)
+            raise ProtocolError(f"{name} has another signature of a block than {mine.party} made", _COMPARE, name)
 
     def _hear(self, name: str, tag: str, deadline: float) -> dict[str, Any]:
         said = self.links.receive_object(name, tag, deadline)

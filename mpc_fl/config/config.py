@@ -38,7 +38,7 @@ _FEWEST_PEERS = 3
 class Config(Section):
     """All that a run follows: what is learned from what, under which promise, by whom, and where."""
 
-    name: str = Field(default="phantoms", description="of the run, in reports and privacy ledgers")
+    name: str = Field(default="phantoms", description="name of the run, in reports and privacy ledgers")
     task: Literal["train", "infer", "serve"] = Field(
         default="train", description="set by the command: training, one diagnosis, or a model owner that stays up"
     )
@@ -105,8 +105,8 @@ class Config(Section):
             raise ValueError(
                 "inference.public_features follows from data.features: set both, or neither, or leave the former null"
             )
-        if self.data.features is None and self.site.feature_cache != "memory":
-            raise ValueError("site.feature_cache keeps features of images; set data.features, or leave it at memory")
+        if not (self.data.features or self.training.computes_frozen_part_once) and self.site.feature_cache != "memory":
+            raise ValueError("site.feature_cache keeps data.features, or what head or last:N reads; leave it at memory")
         if self.evaluation.noise_multiplier is not None and self.privacy.mechanism == "none":
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"

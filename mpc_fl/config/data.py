@@ -22,16 +22,19 @@ class PartitionSection(Section):
     """
 
     method: Literal["equal", "dirichlet", "none"] = Field(
-        default="equal", description="as evenly as it goes, or with other shares of the classes at each"
+        default="equal",
+        description="equal: as evenly as it goes; dirichlet: other shares of the classes at each; none: all of it at each",
     )
-    alpha: Positive = Field(default=0.5, description="of dirichlet: the smaller, the less the hospitals are alike")
+    alpha: Positive = Field(
+        default=0.5, description="of method dirichlet: the smaller, the less the hospitals are alike"
+    )
 
 
 class PhantomSection(Section):
     """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
 
-    train_patients: Count = Field(default=1200, description="of all hospitals together")
-    test_patients: Count = Field(default=300, description="of all hospitals together")
+    train_patients: Count = Field(default=1200, description="patients who train, of all hospitals together")
+    test_patients: Count = Field(default=300, description="patients of the tests, of all hospitals together")
 
 
 class TableSection(Section):
@@ -44,8 +47,10 @@ class TableSection(Section):
     `identifiers` are columns that are left out wherever they stand: numbers of patients and cases, names, remarks.
     """
 
-    label_column: str = Field(default="label", description="holds the class of a row")
-    patient_column: str | None = None
+    label_column: str = Field(default="label", description="column that holds the class of a row")
+    patient_column: str | None = Field(
+        default=None, description="names a row's patient; null: every row counts by itself, as data.unit image"
+    )
     columns: tuple[ColumnSection, ...] | None = Field(
         default=None, description="what all hospitals agreed on: name, kind, unit, range, categories, missing values"
     )
@@ -134,9 +139,17 @@ class FeatureSection(Section):
     `resnet18`): the average of each one's output over all pixels, at norm 1, one beside the other, at norm 1 again.
     """
 
-    extractor: str = "efficientnet_lite0"
-    weights: Digest | None = None
-    mirror: bool = True
+    extractor: str = Field(
+        default="efficientnet_lite0",
+        description="what computes the features: scattering, or a network whose weights everybody has",
+    )
+    weights: Digest | None = Field(
+        default=None,
+        description="SHA-256 of the extractor's weights, as mpc-fl model fetch prints it; null: of scattering, which has none",
+    )
+    mirror: bool = Field(
+        default=True, description="take the mean of the features of an image and of its mirror image; twice the work"
+    )
     stages: Annotated[tuple[Stage, ...], Field(max_length=32)] = Field(
         default=(), description="blocks whose averages are joined; empty: what stands before the last linear layer"
     )
@@ -190,8 +203,8 @@ class SubsetSection(Section):
     With a privacy mechanism they are for phantoms alone: a set of fixed size has another patient in the place of who is removed.
     """
 
-    train_patients: Count | None = Field(default=None, description="of each hospital at most")
-    test_patients: Count | None = Field(default=None, description="of each hospital at most")
+    train_patients: Count | None = Field(default=None, description="patients who train, of each hospital at most")
+    test_patients: Count | None = Field(default=None, description="patients of the tests, of each hospital at most")
 
 
 _LONGEST_CLASS = 100
@@ -241,7 +254,7 @@ class DataSection(Section):
         description="names of the classes, in the order of the outputs; folders of images are called so",
     )
     image_size: Annotated[int, Field(ge=8, le=1024)] = Field(default=32, description="pixels of each side of an image")
-    channels: Literal[1, 3] = Field(default=1, description="1: grey, 3: colour")
+    channels: Literal[1, 3] = Field(default=1, description="channels of an image, 1: grey, 3: colour")
     wrong_size: Literal["error", "resize"] = Field(
         default="error", description="what becomes of an image of another size"
     )
@@ -266,10 +279,22 @@ class DataSection(Section):
     table: TableSection = TableSection()
     features: FeatureSection | None = None
     subset: SubsetSection = SubsetSection()
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    shared_patients: Literal["leave_out", "keep", "refuse"] = "leave_out"
-    normalise: Literal["none", "secure", "weights"] = "none"
-    normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = 8.0
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0,
+        description="share of the training patients who are kept aside, to choose and calibrate the model by",
+    )
+    shared_patients: Literal["leave_out", "keep", "refuse"] = Field(
+        default="leave_out",
+        description="what becomes of a test patient who also trains: left out of the tests, kept there, or the run is refused",
+    )
+    normalise: Literal["none", "secure", "weights"] = Field(
+        default="none",
+        description="how records are scaled: not at all, by a secure sum over all hospitals, or as initial_weights expect",
+    )
+    normalise_noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] = Field(
+        default=8.0,
+        description="noise of that secure sum, over what one patient can move; charged to the privacy ledger",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSection:

@@ -21,8 +21,8 @@ from mpc_fl.roles import is_hospital
 _ANSWERS_OF_A_SUM = 8
 _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was open, its blocks and signatures
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
-# Among peers, one after the other: transcript, what arrived, two until V is fixed, seven steps until keys leave, keys, and a block.
-_ANSWERS_OF_A_PEER_SUM = 14
+# Among peers, one after the other: transcript, five until V is fixed, seven steps until keys leave, keys, and a block.
+_ANSWERS_OF_A_PEER_SUM = 16
 
 
 @dataclass(frozen=True)

@@ -27,21 +27,25 @@ class RuntimeSection(Section):
     `federation.round_timeout`: hospitals wait longer for the aggregator than it waits for them.
     """
 
-    connect_timeout: Positive = 60.0
-    receive_timeout: Positive = 600.0
+    connect_timeout: Positive = Field(
+        default=60.0, description="seconds until all parties have to be there; many hospitals are given longer"
+    )
+    receive_timeout: Positive = Field(
+        default=600.0, description="seconds until an answer that takes no work has to come; in diagnosis any message"
+    )
     silence_timeout: Annotated[float, Field(ge=10, allow_inf_nan=False)] = Field(
         default=20.0,
         description="seconds without any sign of life after which another party is lost: stopped, or cut off",
     )
-    threads: Count = Field(default=1, description="of each party")
+    threads: Count = Field(default=1, description="threads of each party")
     first_port: Annotated[int, Field(ge=1, le=65000)] | None = Field(
-        default=None, description="of parties on this machine; null: free ones"
+        default=None, description="first port of parties on this machine; null: free ones"
     )
     restarts: Whole = Field(
         default=0, description="times that a run on this machine starts a lost hospital again, below a full quorum"
     )
     dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = Field(
-        default=256 << 20, description="of corrections that a dealer may send ahead of need"
+        default=256 << 20, description="bytes of corrections that a dealer may send ahead of need"
     )
 
 
@@ -56,7 +60,7 @@ class FederationSection(Section):
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
 
-    hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="that take part in training")
+    hospitals: Annotated[int, Field(ge=2, le=64)] = Field(default=3, description="number of hospitals that train")
     coordinator: Coordinator = Field(
         default=AGGREGATOR,
         description="who leads training and opens its sums: the aggregator, or all hospitals in turn",
@@ -85,9 +89,16 @@ class FederationSection(Section):
         description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
     )
     session: str = Field(default="", description="sets two runs of one configuration apart")
-    addresses: dict[str, str] = Field(default_factory=dict)
-    dial_out_only: tuple[str, ...] = ()
-    relay: str | None = None
+    addresses: dict[str, str] = Field(
+        default_factory=dict,
+        description="host:port of each party by its name; empty: all on this machine, at ports that are free",
+    )
+    dial_out_only: tuple[str, ...] = Field(
+        default=(), description="parties behind a firewall: they dial, and have no address"
+    )
+    relay: str | None = Field(
+        default=None, description="party through which two of dial_out_only reach each other; null: the aggregator"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> FederationSection:
@@ -127,26 +138,31 @@ class SiteSection(Section):
     where correlations made ahead lie, a directory of its own for each party below. `reveal_ledger` and `authority` are those of
     the run that trained `model`, by default beside it.
 
-    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`) from one run
-    to the next, sealed with its own key; `memory` computes them in every run. In a simulation each hospital has a folder of its
-    own below it.
+    `feature_cache` is a directory in which a hospital that trains keeps features of its images (`data.features`), or what the
+    trained layers read of them (`training.trainable: head` or `last:N`), from one run to the next, sealed with its own key;
+    `memory` computes them in every run. In a simulation each hospital has a folder of its own below it.
     `allow_packages` are installed packages, by name, whose code a configuration may run here: networks and loaders of others. It
     is given on the command line alone, so that no file allows itself.
     """
 
-    listen: str | None = None
+    listen: str | None = Field(
+        default=None, description="host:port that this party serves, where that is not its address; null: its address"
+    )
     address: str | None = Field(
         default=None,
         description="host:port at which others reach this hospital, where it joins later and federation.addresses does not say it",
     )
-    resume: bool = False
-    training_processes: Count = 1
+    resume: bool = Field(default=False, description="go on from the last checkpoint in site.out")
+    training_processes: Count = Field(
+        default=1, description="processes that share out each step of a hospital's training, on the CPU"
+    )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")] = Field(
         default="cpu",
         description="where a hospital computes gradients, features and evaluation: auto (a GPU if there is one), cpu, cuda, cuda:N",
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of products in gradients; clipping and noise are in float32 and float64 always"
+        default="float32",
+        description="numbers of products in gradients; clipping and noise are in float32 and float64 always",
     )
     watch: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
         default=(), description="where this party draws curves of its own metrics while it trains"
@@ -158,33 +174,49 @@ class SiteSection(Section):
         default=None,
         description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
     )
-    allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = ()
+    allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = Field(
+        default=(),
+        description="installed packages whose networks and loaders a configuration may run here; on the command line alone",
+    )
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
     data_of: Literal["hospital", "federation"] | None = Field(
         default=None,
-        description="whose records data holds: this hospital's alone, or those of all, which data.partition divides; null: its own "
-        "for mpc-fl party, those of all where one command starts all",
+        description="whose records data holds: this hospital's, or those of all; null: this one's for mpc-fl party",
     )
     rules: Path | None = Field(
-        default=None, description="what this site allows (docs/site-rules.md); a run that breaks a rule is refused here"
+        default=None,
+        description="file of what this site allows (docs/site-rules.md); a run that breaks a rule is refused here",
     )
     patient_key: Path | None = Field(
         default=None,
-        description="key that patients' identifiers are hashed with; null: one of this user, made when needed",
+        description="file of the key that patients' identifiers are hashed with; null: one of this user, made when needed",
     )
     images: Path | None = Field(default=None, description="images to diagnose")
-    model: Path | None = None
-    weights: Path | None = None
-    out: Path | None = None
-    log: Path | None = Field(default=None, description="file of this party")
+    model: Path | None = Field(default=None, description="the model owner's model.safetensors")
+    weights: Path | None = Field(
+        default=None,
+        description="file of a feature extractor's weights, or a folder of such; null: where mpc-fl model keeps them",
+    )
+    out: Path | None = Field(default=None, description="directory where this party writes")
+    log: Path | None = Field(default=None, description="file that this party logs to; null: standard error")
     identity: Path | None = Field(default=None, description="directory with certificate and key of this party")
     privacy_ledger: Path | None = Field(
         default=None, description="directory in which what patients have spent is kept over runs; null: of the run"
     )
-    pool: Path | None = None
-    reveal_ledger: Path | None = None
-    authority: Path | None = None
-    feature_cache: Literal["memory"] | Path = "memory"
+    pool: Path | None = Field(
+        default=None,
+        description="directory of correlations made ahead, with one for each party below; null: none are kept",
+    )
+    reveal_ledger: Path | None = Field(
+        default=None, description="reveal ledger of the run that trained site.model; null: beside the model"
+    )
+    authority: Path | None = Field(
+        default=None, description="certificate of the federation that trained site.model; null: beside its ledger"
+    )
+    feature_cache: Literal["memory"] | Path = Field(
+        default="memory",
+        description="directory where features of images are kept over runs, encrypted; memory: computed in every run",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:

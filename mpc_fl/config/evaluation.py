@@ -35,7 +35,8 @@ class EvaluationSection(Section):
         default=None, description="rounds between two evaluations; null: before the first round and after the last one"
     )
     noise_multiplier: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
-        default=None, description="of what is opened about test and validation patients; null: exact counts"
+        default=None,
+        description="noise of counts of test and validation patients, over what one can move; null: exact counts",
     )
     test: bool = Field(default=True, description="false: test patients are left alone, as in trials of `mpc-fl tune`")
     validate_every: Count | None = Field(

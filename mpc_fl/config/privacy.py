@@ -41,14 +41,17 @@ class PrivacySection(Section):
     )
     epsilon: Positive = Field(default=8.0, description="promised to every patient over all runs of the privacy ledger")
     delta: Annotated[float, Field(ge=1e-30, lt=1)] = Field(
-        default=1e-4, description="beside epsilon; below one over the number of patients"
+        default=1e-4,
+        description="probability with which the promise of epsilon may fail; below one over the number of patients",
     )
     clipping_norm: Positive = Field(default=1.0, description="L2 norm that a patient's gradient is cut to")
     noise_multiplier: Annotated[float, Field(ge=1e-12, le=1e6)] | None = Field(
-        default=None, description="null calibrates it to epsilon"
+        default=None,
+        description="standard deviation of the noise over what one patient can move; null: calibrated to epsilon",
     )
     accountant: Literal["pld", "rdp", "prv"] = Field(
-        default="pld", description="pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison"
+        default="pld",
+        description="how losses add up: pld is tight; rdp asks for 6 to 7 % more noise; prv is Opacus's, for comparison",
     )
 
     @model_validator(mode="after")

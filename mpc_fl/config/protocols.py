@@ -30,16 +30,28 @@ class AggregationSection(Section):
     checked need masks between all.
     """
 
-    fraction_bits: Annotated[int, Field(ge=4, le=40)] = Field(default=24, description="of an encoded update")
-    update_bound: Positive = 64.0
-    count_bound: Count = 1 << 20
-    weighted: bool | None = None
-    norm_check: bool = False
+    fraction_bits: Annotated[int, Field(ge=4, le=40)] = Field(
+        default=24, description="binary places of an encoded update"
+    )
+    update_bound: Positive = Field(
+        default=64.0,
+        description="largest size of a coordinate of an update; a hospital with a larger one refuses to send it",
+    )
+    count_bound: Count = Field(default=1 << 20, description="largest count of patients or records of a hospital")
+    weighted: bool | None = Field(
+        default=None,
+        description="weight updates by patients, whose number over all hospitals is opened; null: with privacy.mechanism none",
+    )
+    norm_check: bool = Field(
+        default=False, description="each hospital proves that the L2 norm of its hidden update is within a bound"
+    )
     norm_bound: Positive | None = Field(
-        default=None, description="L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived"
+        default=None,
+        description="largest L2 norm of an update (of a sum of gradients, if noise is distributed); null: derived",
     )
     mask_neighbours: Literal["auto", "all"] = Field(
-        default="auto", description="all: also beyond 16 hospitals, against all but two of a sum"
+        default="auto",
+        description="with whom masks are shared; all: also beyond 16 hospitals, against all but two of a sum",
     )
 
 
@@ -56,24 +68,36 @@ class InferenceSection(Section):
     and only the network on top, the model owner's secret, is evaluated. What contradicts `data.features` is refused.
     """
 
-    engine: Literal["reference", "fast"] = "reference"
+    engine: Literal["reference", "fast"] = Field(
+        default="reference", description="fast: convolutional networks, some 50 times faster; reference: all networks"
+    )
     reveal: Reveal | None = Field(
         default=None,
-        description="null: of a model owner that stays up (serve) the label, else logits; at a hospital what that reveals",
+        description="what is opened to the hospital; null: the label by a model owner that stays up (serve), else logits",
     )
     fraction_bits: Annotated[int, Field(ge=8, le=20)] = Field(
-        default=16, description="of values on shares, engine reference"
+        default=16, description="binary places of values on shares, engine reference"
     )
     batch_size: Count = Field(default=1, description="images of one evaluation")
-    at_once: Annotated[int, Field(ge=1, le=16)] = 1
+    at_once: Annotated[int, Field(ge=1, le=16)] = Field(
+        default=1,
+        description="batches that are evaluated at the same time, engine fast: more images a second, more memory",
+    )
     limit: Count | None = Field(default=None, description="images to diagnose; null: all")
     plaintext_reference: bool = Field(
         default=False, description="compare with the same model in the clear, where both are at hand: for trials only"
     )
     logit_bound: Positive = Field(default=4096.0, description="larger logits are refused before they could wrap")
-    public_features: bool | None = Field(default=None, description="null: whether data.features is set")
-    fill: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    dealer: bool = True
+    public_features: bool | None = Field(
+        default=None,
+        description="say that features are computed in the clear at the hospital; null: whether data.features is set",
+    )
+    fill: Annotated[int, Field(ge=0, le=1 << 20)] = Field(
+        default=0, description="batches to store in the parties' pools instead of diagnosing; 0: diagnose"
+    )
+    dealer: bool = Field(
+        default=True, description="false: diagnoses come from pools alone, and the dealer need not run"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> InferenceSection:
@@ -97,20 +121,27 @@ class ServingSection(Section):
     waiting no more, and a hospital from which nothing comes for `deadline` seconds has lost its session.
     """
 
-    images_per_day: Count = Field(default=200, description="of one hospital within any 24 hours")
-    images_per_minute: Count = Field(default=20, description="of one hospital within any 60 seconds")
+    images_per_day: Count = Field(default=200, description="images of one hospital within any 24 hours")
+    images_per_minute: Count = Field(default=20, description="images of one hospital within any 60 seconds")
     images_per_day_of_all: Count | None = Field(
-        default=None, description="of all hospitals together within any 24 hours; null: twice images_per_day"
+        default=None, description="images of all hospitals together within any 24 hours; null: twice images_per_day"
     )
     images_per_minute_of_all: Count | None = Field(
-        default=None, description="of all hospitals together within any 60 seconds; null: twice images_per_minute"
+        default=None,
+        description="images of all hospitals together within any 60 seconds; null: twice images_per_minute",
     )
     sessions: Count = Field(default=16, description="hospitals that may be connected at once; as many may fill pools")
-    sessions_per_minute: Count = Field(default=30, description="that one hospital may begin within any 60 seconds")
-    pool_batches: Count = Field(default=100, description="that one hospital may have stored at the model owner")
-    turns: Count = 2
-    patience: Positive = 15.0
-    deadline: Positive = 60.0
+    sessions_per_minute: Count = Field(
+        default=30, description="sessions that one hospital may begin within any 60 seconds"
+    )
+    pool_batches: Count = Field(default=100, description="batches that one hospital may have stored at the model owner")
+    turns: Count = Field(default=2, description="batches of all hospitals that are evaluated at the same time")
+    patience: Positive = Field(
+        default=15.0, description="seconds of a turn after which it keeps others waiting no more"
+    )
+    deadline: Positive = Field(
+        default=60.0, description="seconds without anything from a hospital after which it has lost its session"
+    )
 
     @property
     def day_of_all(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 
 from mpc_fl.config.config import Config, section_of
+from mpc_fl.config.examples import EXAMPLES
 from mpc_fl.config.section import LARGEST
 from mpc_fl.errors import ConfigError
 
@@ -24,13 +25,15 @@ from mpc_fl.errors import ConfigError
 class Setting:
     """One setting: `key` as `--set` takes it, `kind` in words, `default` as YAML writes it, `about` what it does.
 
-    `section` is the text of the section that it is in, which says how its settings go together.
+    `example` is a value that it takes, as `--set` takes it, and another than the default where the kind says one. `section` is
+    the text of the section that it is in, which says how its settings go together.
     """
 
     key: str
     kind: str
     default: str
     about: str
+    example: str
     section: str
 
 
@@ -49,10 +52,12 @@ def sections() -> tuple[SectionText, ...]:
 
 
 def setting(key: str) -> Setting:
-    """The setting of that key. Raises `ConfigError` naming the nearest."""
+    """The setting of that key. Raises `ConfigError` naming the nearest setting or section."""
     known = {item.key: item for section in sections() for item in section.settings}
     if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        called_so = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        names = called_so or [*known, *(section.key for section in sections() if section.key)]
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"there is no setting '{key}'", f"the nearest known name is '{nearest}'")
     return known[key]
 
@@ -99,9 +104,10 @@ def _sections(section: type[BaseModel], key: str, whole: dict[str, Any]) -> Iter
         if within is not None:
             inner += _sections(within, here, whole)
             continue
-        kind = _kind(definition["properties"][name], whole)
-        default = field.get_default(call_default_factory=True)
-        own.append(Setting(here, kind, _yaml(default), " ".join((field.description or "").split()), text))
+        of = definition["properties"][name]
+        default = _yaml(field.get_default(call_default_factory=True))
+        about = " ".join((field.description or "").split())
+        own.append(Setting(here, _kind(of, whole), default, about, _example(here, of, default), text))
     yield SectionText(key, text, tuple(own))
     yield from inner
 
@@ -114,6 +120,17 @@ def _yaml(value: Any) -> str:
     """A default as it would be written in a configuration."""
     value = list(value) if isinstance(value, tuple) else value
     return value if isinstance(value, str) and value else json.dumps(value, default=str)
+
+
+def _example(key: str, of: dict[str, Any], default: str) -> str:
+    """A value that is chosen from few, if it can be another than the default; else what `EXAMPLES` has, else the default."""
+    choices = [
+        choice
+        for part in of.get("anyOf", [of])
+        for choice in part.get("enum", [True, False] if part.get("type") == "boolean" else [])
+    ]
+    others = [text for text in map(_yaml, choices) if text != default]
+    return others[0] if others else EXAMPLES.get(key, default)
 
 
 def _kind(of: dict[str, Any], whole: dict[str, Any]) -> str:

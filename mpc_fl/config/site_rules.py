@@ -11,7 +11,7 @@ A configuration that comes from others may leave `site.rules` out, or name anoth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +29,7 @@ Opened = Literal["nothing", "noised", "exact"]
 _OPENED: tuple[Opened, ...] = ("nothing", "noised", "exact")  # each allows those before it
 _REVEALED = ("label", "logits")
 _SHOWN = 60  # letters of what others wrote
+_NAMED = 8  # rules that a run breaks, in one line
 
 
 def _plain_fingerprint(text: str) -> str:
@@ -121,12 +122,28 @@ class RuleFile:
     rules: SiteRules
     lines: Mapping[str, int]
 
-    def refusal(self, rule: str, what: str) -> ConfigError:
-        """The error of a run that breaks a rule."""
-        return ConfigError(
-            f"this site does not allow {what}: {self.path} line {self.lines.get(rule, 1)} ({rule})",
-            "nothing was sent; agree on a run that the site allows, or have the site change its rules",
-        )
+    def line(self, rule: str) -> str:
+        """Where the rule stands."""
+        return f"{self.path} line {self.lines.get(rule, 1)} ({rule})"
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule that a run breaks: its dotted name, its file, and what of the run the site does not allow."""
+
+    file: RuleFile
+    rule: str
+    what: str
+
+
+def refusal(broken: Sequence[Broken]) -> ConfigError:
+    """The error of a run that breaks these rules, at least one: all of them at once, or each would take a round of letters."""
+    named = [f"{each.what}: {each.file.line(each.rule)}" for each in broken[:_NAMED]]
+    more = f"; and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+    return ConfigError(
+        f"this site does not allow {'; nor '.join(named)}{more}",
+        "nothing was sent; agree on a run that the site allows, or have the site change its rules",
+    )
 
 
 def read_rules(path: Path) -> RuleFile:
@@ -178,44 +195,59 @@ def rules_of(config: Config) -> tuple[RuleFile, ...]:
     return tuple(map(read_rules, paths))
 
 
-def require_allowed(config: Config, file: RuleFile, name: str | None = None) -> None:
-    """Raise `ConfigError` naming the line of the first rule that the configuration breaks, for the party `name`, or all here."""
-    for rule, what in _broken(config, file.rules):
-        raise file.refusal(rule, what)
+def broken_rules(config: Config, file: RuleFile, name: str | None = None) -> list[Broken]:
+    """The rules that the configuration breaks, in their order, for the party `name`, or all here."""
+    found = [Broken(file, rule, what) for rule, what in _broken(config, file.rules)]
     place, own = file.rules.privacy.ledger, config.site.privacy_ledger
     if config.task != "train" or place is None or not (name is None or is_hospital(name)):
-        return
+        return found
     if own is None or os.path.realpath(own) != os.path.realpath(place):
         what = "a run that does not count in its privacy ledger, with site.privacy_ledger,"
-        raise file.refusal("privacy.ledger", what)
+        found.append(Broken(file, "privacy.ledger", what))
+    return found
 
 
-def require_one_name(file: RuleFile, name: str) -> None:
-    """Raise `ConfigError` where the site's privacy ledger is that of another hospital than `name`.
+def require_allowed(config: Config, file: RuleFile, name: str | None = None) -> None:
+    """Raise `ConfigError` naming the lines of the rules that the configuration breaks, as `broken_rules`."""
+    broken = broken_rules(config, file, name)
+    if broken:
+        raise refusal(broken)
 
-    The coordinator says who a site is: under another name it would begin another ledger, of the same patients.
+
+def other_names(file: RuleFile, name: str) -> list[Broken]:
+    """That the site's privacy ledger is of another hospital than `name`; nothing where it is not.
+
+    The coordinator says who a site is: under another name it would begin another ledger, of the same patients. Raises
+    `ConfigError` where that cannot be told.
     """
     place = file.rules.privacy.ledger
     if place is None or not is_hospital(name):
-        return
+        return []
     try:
         names = {entry.removesuffix(end) for entry in os.listdir(place) for end in _LEDGER_ENDS if entry.endswith(end)}
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise ConfigError(f"cannot list {place}: {error.strerror}", "check its permissions") from None
     others = sorted(filter(is_hospital, names - {name}))
-    if others:
-        what = f"a run as {name} beside the privacy ledger of {others[0]}, of the same patients"
-        raise file.refusal("privacy.ledger", what)
+    what = f"a run as {name} beside the privacy ledger of {''.join(others[:1])}, of the same patients"
+    return [Broken(file, "privacy.ledger", what)] if others else []
+
+
+def distrusted(file: RuleFile, rule: Literal["authorities", "leaders"], fingerprint: str) -> list[Broken]:
+    """That the certificate with this SHA-256 is none of those that the rule names, if it names any; nothing where it is."""
+    trusted = file.rules.authorities if rule == "authorities" else file.rules.leaders
+    if trusted is None or fingerprint in trusted:
+        return []
+    who = "the authority" if rule == "authorities" else "the aggregator"
+    return [Broken(file, rule, f"{who} with certificate {fingerprint}")]
 
 
 def require_trusted(file: RuleFile, rule: Literal["authorities", "leaders"], fingerprint: str) -> None:
-    """Raise `ConfigError` where the certificate with this SHA-256 is none of those that the rule names, if it names any."""
-    trusted = file.rules.authorities if rule == "authorities" else file.rules.leaders
-    if trusted is not None and fingerprint not in trusted:
-        who = "the authority" if rule == "authorities" else "the aggregator"
-        raise file.refusal(rule, f"{who} with certificate {fingerprint}")
+    """Raise `ConfigError` where the rule distrusts the certificate with this SHA-256, as `distrusted`."""
+    broken = distrusted(file, rule, fingerprint)
+    if broken:
+        raise refusal(broken)
 
 
 def _broken(config: Config, rules: SiteRules) -> Iterator[tuple[str, str]]:

@@ -25,11 +25,16 @@ class ModelSection(Section):
     inverse square roots under encryption).
     """
 
-    architecture: str = Field(default="small_cnn", description="the network")
+    architecture: str = Field(
+        default="small_cnn",
+        description="network that is trained: small_cnn, mlp, linear, resnet18, a function of a package",
+    )
     initial_weights: Digest | None = Field(
         default=None, description="SHA-256 of the file of weights to begin with; null: drawn from the seed"
     )
-    normalisation: Literal["frozen", "group"] = "frozen"
+    normalisation: Literal["frozen", "group"] = Field(
+        default="frozen", description="what replaces trained BatchNorm: its statistics kept fixed, or GroupNorm"
+    )
     weight_standardisation: bool = Field(
         default=False,
         description="train convolutions through filters of mean 0 and norm 1; the model file has plain ones",
@@ -45,12 +50,22 @@ class AugmentationSection(Section):
     any of these nothing is augmented.
     """
 
-    copies: Annotated[int, Field(ge=1, le=64)] = 1
-    flip: bool = False
-    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
-    scale: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    copies: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="random copies of an image, whose mean gradient is taken"
+    )
+    flip: bool = Field(default=False, description="mirror each copy with probability 1/2")
+    shift: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="farthest shift of a copy, as a share of its side"
+    )
+    rotation: Annotated[float, Field(ge=0, le=180)] = Field(
+        default=0.0, description="largest turn of a copy either way, in degrees"
+    )
+    scale: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="largest change of a copy's size, as a share of it"
+    )
+    contrast: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="largest change of a copy's contrast, as a share of it"
+    )
 
     @property
     def varies(self) -> bool:
@@ -77,20 +92,26 @@ class TrainingSection(Section):
     """
 
     strategy: Strategy | None = Field(
-        default=None, description="null: fedavg, or fedsgd with privacy.mechanism distributed"
+        default=None,
+        description="what becomes of the opened mean; null: fedavg, or fedsgd with privacy.mechanism distributed",
     )
-    rounds: Steps = Field(default=5, description="of training, each ended by signatures of all")
+    rounds: Steps = Field(default=5, description="rounds of training, each ended by signatures of all")
     local_steps: Steps = Field(
         default=10, description="steps in a round; with distributed noise each is a secure sum of its own"
     )
-    batch_size: Count = 64
-    learning_rate: Positive = 0.1
-    momentum: Momentum = 0.9
+    batch_size: Count = Field(
+        default=64, description="expected number of patients in a step of a hospital; who is in it is drawn at random"
+    )
+    learning_rate: Positive = Field(default=0.1, description="how far a step goes along the gradient")
+    momentum: Momentum = Field(default=0.9, description="share of the step before that is added to a step; 0: none")
     keep_momentum: bool | None = Field(
         default=None,
         description="a hospital's momentum lasts over rounds, instead of starting at zero in each; null: with local noise",
     )
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="how the learning rate goes over all steps: stays, or falls towards 0 along a cosine",
+    )
     warm_up: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="share of all steps in which the learning rate rises"
     )
@@ -101,10 +122,19 @@ class TrainingSection(Section):
         default=None, description="public, one for each class: what the loss of its records is multiplied with"
     )
     augmentation: AugmentationSection = AugmentationSection()
-    server_learning_rate: Positive | None = Field(default=None, description="null: 1, or 0.03 for fedadam and fedyogi")
-    server_momentum: Momentum | None = Field(default=None, description="null: 0.9 where the strategy has one")
-    server_adaptivity: Positive | None = Field(default=None, description="tau of fedadam and fedyogi; null: 1e-3")
-    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    server_learning_rate: Positive | None = Field(
+        default=None,
+        description="how far the aggregator steps along the opened mean; null: 1, or 0.03 for fedadam and fedyogi",
+    )
+    server_momentum: Momentum | None = Field(
+        default=None, description="momentum of the aggregator's steps; null: 0.9 where the strategy has one"
+    )
+    server_adaptivity: Positive | None = Field(
+        default=None, description="tau of fedadam and fedyogi: the larger, the less adaptive; null: 1e-3"
+    )
+    proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=0.0, description="weight of the FedProx term, which keeps local steps near the global model; 0: none"
+    )
     trainable: Annotated[str, Field(pattern="^(all|head|bias|last:[1-9][0-9]{0,3}|lora:[1-9][0-9]{0,2})$")] = Field(
         default="all",
         description="which parameters are trained: all, head, bias (and the head), last:N layers, or lora:R (adapters of "
@@ -117,14 +147,26 @@ class TrainingSection(Section):
         default=None,
         description="the final model is the exponential moving average of global models; not with average_last",
     )
-    local_normalisation: bool = False
+    local_normalisation: bool = Field(
+        default=False, description="keep parameters and statistics of normalisation layers at each hospital (FedBN)"
+    )
     per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = Field(
         default="auto", description="how gradients of single patients are computed; auto measures which is fastest"
     )
     sampling_seed: Whole | None = Field(
         default=None,
-        description="null draws the secret sampling order from the system; a number is for simulation only",
+        description="of the secret sampling order, for simulation alone; null: drawn from the system",
     )
+
+    @property
+    def trains_last_layers(self) -> bool:
+        """Whether the last layers alone are trained, or the last one."""
+        return self.trainable == "head" or self.trainable.startswith("last:")
+
+    @property
+    def computes_frozen_part_once(self) -> bool:
+        """Whether layers before the trained ones make the same of a record in every step, so that once is enough."""
+        return self.trains_last_layers and not self.augmentation.varies and not self.local_normalisation
 
     @model_validator(mode="after")
     def _check(self) -> TrainingSection:

@@ -68,6 +68,10 @@ class Signatory:
         """This party's signature (`sign_statement`). Raises `IdentityError` when the identity holds no usable key."""
         return sign_statement(self._identity, purpose, statement)
 
+    def knows(self, party: str) -> bool:
+        """Whether there is a certificate of this party."""
+        return self._certificate_of(party) is not None
+
     def is_genuine(self, party: str, purpose: str, statement: bytes, signature: object) -> bool:
         """Whether `party` signed this statement for this purpose (`is_genuine`)."""
         certificate = self._certificate_of(party)

@@ -16,7 +16,8 @@ from mpc_fl.audit.co_signing import CoSigners
 from mpc_fl.audit.ledger_file import RevealLedger, tensor_digest
 from mpc_fl.config.config import Config
 from mpc_fl.config.site_rules import require_trusted, rules_of
-from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.certificates import ROOT_FILE
+from mpc_fl.crypto.identity_files import load_identity, write_file
 from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
@@ -201,14 +202,16 @@ def signatory_of(ledger: RevealLedger) -> Signatory:
 
 
 def open_ledger(config: Config, name: str) -> RevealLedger:
-    """This party's reveal ledger in its directory.
+    """This party's reveal ledger in its directory, with the authority's certificate beside it, to verify it with.
 
     Raises `MpcFlError` when the one there was changed, or is that of an earlier run and this one shall not go on with it.
     """
     assert config.site.identity is not None  # `connect` came first
-    ledger = RevealLedger(site_directory(config), load_identity(config.site.identity, name))
+    identity = load_identity(config.site.identity, name)
+    ledger = RevealLedger(site_directory(config), identity)
     if ledger.blocks and not config.site.resume:
         raise MpcFlError(
             f"{ledger.path} is the ledger of an earlier run", "choose another directory, or go on with --resume"
         )
+    write_file(ledger.path.with_name(ROOT_FILE), identity.authority)
     return ledger

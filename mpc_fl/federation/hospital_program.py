@@ -87,6 +87,8 @@ def prepared_hospital(config: Config, rank: int, links: Links, notify: Notify) -
     patients, held_out, *aside = (as_records(images, config, progress, cache) for images in loaded)
     hospital = join(config, rank, patients, held_out, privacy_ledger_of(config, name), out)
     hospital.validation = aside[0] if aside else None
+    if hospital.frozen_outputs is not None:
+        hospital.frozen_outputs.keep_in(cache)
     unit, skipped = config.data.counted_unit, hospital.skipped_files
     log.info("%s trains on %d %ss; %d files cannot be read", name, hospital.train.patient_count, unit, skipped)
     return hospital

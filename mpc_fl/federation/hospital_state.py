@@ -47,7 +47,12 @@ from mpc_fl.learning.privacy.accounting import PrivacyBudget, SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.learning.training.dp_sgd import LocalTraining
-from mpc_fl.learning.training.head_inputs import HeadInputs, head_and_records, head_inputs_of, head_of
+from mpc_fl.learning.training.frozen_part import (
+    FrozenOutputs,
+    frozen_outputs_of,
+    trained_part_and_records,
+    trained_part_of,
+)
 from mpc_fl.learning.training.independent_records import require_independent_records
 from mpc_fl.learning.training.per_sample_gradients import (
     Method,
@@ -88,7 +93,7 @@ class Hospital:
     heaviest: int | None = None  # what it may weigh at most, where it is not in the opened number of patients
     kept_round: int = -1  # of the last checkpoint that it goes on from, -1 without one
     velocity: torch.Tensor | None = None  # the momentum of its last round, where it is kept
-    head_inputs: HeadInputs | None = None  # where steps pass through the head alone
+    frozen_outputs: FrozenOutputs | None = None  # where steps pass through the trained part alone
     noise_seed: Seed = field(default_factory=Seed.from_system)
 
     @property
@@ -112,15 +117,15 @@ class Hospital:
 
     @property
     def trained_network(self) -> nn.Module:
-        """What its steps pass through: the network, or its head alone."""
-        return self.model if self.head_inputs is None else head_of(self.model)
+        """What its steps pass through: the network, or its trained part alone."""
+        return self.model if self.frozen_outputs is None else trained_part_of(self.model)
 
     def trained(self) -> tuple[nn.Module, PatientRecords]:
         """What its steps pass through, and its training records as that reads them. Raises `ModelError` where the part before
-        the head is not what it was."""
-        if self.head_inputs is None:
+        the trained one is not what it was."""
+        if self.frozen_outputs is None:
             return self.model, self.train
-        return head_and_records(self.model, self.train, self.head_inputs)
+        return trained_part_and_records(self.model, self.train, self.frozen_outputs)
 
     @property
     def shared_parameters(self) -> torch.Tensor:
@@ -283,10 +288,10 @@ def join(
         if config.site.training_processes > 1:
             raise ConfigError("distributed noise trains in one process", "set site.training_processes to 1")
         hospital.mechanism = mechanism_of(config)
-    hospital.head_inputs = head_inputs_of(model, config, hospital.device)
+    hospital.frozen_outputs = frozen_outputs_of(model, config, hospital.device, len(train))
     if config.privacy.mechanism != "none":
         wanted, trained = config.training.per_sample_gradients, hospital.trained_network
-        shape = config.data.input_shape if hospital.head_inputs is None else hospital.head_inputs.shape[1:]
+        shape = config.data.input_shape if hospital.frozen_outputs is None else hospital.frozen_outputs.shape[1:]
         if wanted == "auto":
             copies = config.training.augmentation.copies
             wanted = choose_per_sample_method(

@@ -30,12 +30,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mpc_fl.aggregation.rules import require_quorum
-from mpc_fl.aggregation.signed_words import heard, repeated, require_one_version, say_signed
+from mpc_fl.aggregation.signed_words import has_said, heard, repeated, require_one_version, say_signed
 from mpc_fl.aggregation.words import (
     Deadlines,
     broadcast,
@@ -63,13 +64,14 @@ from mpc_fl.federation.peer_asking import WORDS as ASKING_WORDS
 from mpc_fl.federation.peer_asking import Asking, Further, further_than
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing
-from mpc_fl.federation.peer_proposal import Proposal, Proposals
+from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals, require_of_this_run
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
 
 _WORDS = ("present", "proposal", "block", *ASKING_WORDS)
+_AT_ONCE = 16
 _GIVEN = 2  # blocks that others lack and are given unasked
 _NO_ROUND = (-1, -1)  # of a word that is about the whole run
 
@@ -77,7 +79,7 @@ _NO_ROUND = (-1, -1)  # of a word that is about the whole run
 @dataclass
 class PeerAttendance:
     """A hospital's part in who takes part. `members` are the parties of the last block, first the founders; `complete` a block that
-    has all signatures and was not kept, with the view of which it is.
+    has all signatures and was not kept.
 
     It `recalls` what it signed, but for a block that it signed before it started and does not have: then it is not counted on until
     another block is kept. `give` gives a hospital that asks for it what it lacks.
@@ -90,7 +92,7 @@ class PeerAttendance:
     certificates: Certificates
     members: tuple[str, ...]
     give: Callable[[str, Mapping[str, Any]], None]
-    complete: tuple[int, Block] | None = None
+    complete: Complete | None = None
     recalls: bool = True
     _began: bool = False
     _starts: Mapping[str, str] = field(default_factory=dict)  # of the last plan
@@ -102,8 +104,8 @@ class PeerAttendance:
     def __post_init__(self) -> None:
         self.me, self._links = self.domain.links.name, self.domain.links.scoped("attendance")
         self.rules, self.founders = self.admission.rules, frozenset(self.members)
-        self._proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
-        subject = self._proposals.subject("asks", _NO_ROUND)
+        self.proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
+        subject = self.proposals.subject("asks", _NO_ROUND)
         self.asking = Asking(self._links, subject, self.admission, self.certificates, self.give)
         self._unconfirmed = self.ledger.signed_before()
         self.recalls = not self._unconfirmed
@@ -131,8 +133,9 @@ class PeerAttendance:
                 word = self._await_proposal(standing, tried, reason)
                 if word is None:
                     return None
-                proposal = self._proposals.sound(standing, proposer, word, self._latest[self.me][0], self._membership)
+                proposal = self.proposals.sound(standing, proposer, word, self._latest[self.me][0], self._membership)
                 self._require_recalled(number, proposal.present)
+                self._require_no_difference(standing, proposal, proposer)
                 self._sign_together(proposal, proposer)
                 if standing.leaves:
                     return proposal
@@ -144,6 +147,8 @@ class PeerAttendance:
                 return proposal
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
+                # Or it passes for late there.
+                say(self._agreeing(number, tried), self._linked, "void", reason=reason.why)
                 continue
             except LeftOutError:
                 raise
@@ -157,10 +162,31 @@ class PeerAttendance:
     def void(self, number: int, view: int, reason: Reason) -> None:
         """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
         give_up(self.signing(number, view), self._linked, reason.why)
+        say(self.signing(number, view, "finishing"), self._linked, "void", reason=reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""
         return self.domain.links.scoped(f"{what} {number} {view}")
+
+    def finish_together(self, view_of: tuple[int, int], block: Block, names: Sequence[str]) -> Complete:
+        """Before a complete block of an earlier view is finished: all of `names`, its parties that are there, sign that it is
+        under this view, so that whoever has it can show that later. Raises like any word that all say."""
+        links, subject = self.signing(*view_of, "finishing"), self.proposals.subject("finish", view_of)
+        values, signed, now = {"seal": block.seal()}, dict[str, str](), time.monotonic()
+
+        def take(name: str, word: dict[str, Any]) -> None:
+            if not has_said(self.domain, name, subject, values, word.get("signature")):
+                raise ProtocolError(f"{name} does not finish the block that it agreed to finish", DEVIATES, name)
+            signed[name] = str(word["signature"])
+
+        try:
+            own = say_signed(self.domain, links, names, subject, values)
+            # Another one may still wait for the block, in vain, and say so.
+            deadlines = Deadlines(f"round {view_of[0]}", now, 2 * self.deadlines.answer)
+            hear_all(links, names, "finish", take, (deadlines, 0))
+        finally:
+            links.end_scope()
+        return Complete(view_of[1], block, {**signed, self.me: own.signature})
 
     def _agreeing(self, number: int, view: int) -> Links:
         return self.domain.links.scoped(f"agreed {number} {view}")
@@ -218,13 +244,26 @@ class PeerAttendance:
                 "start it too, with --resume",
             )
 
+    def _require_no_difference(self, standing: Standing, proposal: Proposal, proposer: str) -> None:
+        """An exact sum that was opened is not made anew without somebody who was in it and is there: the difference would be that
+        one's summand. Raises `ProtocolError` naming who proposed it. Whether it has spoken under this view already is no matter,
+        for who proposes may be quicker."""
+        plan, lost = proposal.plan, Counter(one.lost for one in proposal.present.values())
+        mine = self._latest[self.me][0]
+        for name in () if plan.normalised else standing.among:
+            said = self._latest[name][0] if name in self._latest and name in self._alive else None
+            is_there = said is not None and (said.number, said.place) == (standing.number, mine.place)
+            if name not in plan.hospitals and is_there and 2 * lost[name] <= len(proposal.present):
+                what = f"{proposer} would make a sum of round {standing.number} anew without {name}, which is there"
+                raise ProtocolError(what, "nothing was sent under its proposal: the difference would be one summand")
+
     # ---- step 1 ----------------------------------------------------------------------------------------------------
 
     def _say_present(self, standing: Standing, view: int, reason: Reason) -> None:
         self.certificates.exchange()
         standing = replace(standing, recalls=self.recalls, votes=self.asking.votes)
-        mine = self._proposals.own_presence(standing, view, reason, self.ledger, self.complete)
-        values, subject, linked = asdict(mine), self._proposals.subject("present", mine.view_of), self._linked
+        mine = self.proposals.own_presence(standing, view, reason, self.ledger, self.complete)
+        values, subject, linked = asdict(mine), self.proposals.subject("present", mine.view_of), self._linked
         signed = say_signed(self.domain, self._links, linked, subject, values)
         self._latest[self.me] = mine, {**values, "signature": signed.signature}
         self._heard_by |= {self._hearing(name, mine) for name in linked}
@@ -242,10 +281,13 @@ class PeerAttendance:
             say(self._links, [name], "present", **word)
 
     def _take_words(self) -> None:
-        """All that has come; what is no word of this protocol is passed over, and said."""
+        """What has come; what is no word of this protocol is passed over, and said. Of one that speaks faster than it is heard
+        no more than a few words at once: deadlines go on meanwhile."""
         self.certificates.exchange()
         for name in self.rules.hospitals:
-            while name != self.me and has_spoken(self._links, name):
+            for _ in range(_AT_ONCE):
+                if name == self.me or not has_spoken(self._links, name):
+                    break
                 try:
                     word = next_word(self._links, name, _WORDS)
                     self._take_word(name, word)
@@ -266,7 +308,11 @@ class PeerAttendance:
 
     def _take_presence(self, name: str, word: dict[str, Any]) -> None:
         said = Presence.from_word(name, word)
-        heard(self.domain, name, self._proposals.subject("present", said.view_of), word)
+        if not set(said.held) <= set(self.rules.hospitals):
+            raise ProtocolError(
+                f"{name} says that it holds keys of others than the hospitals of this run", SAME_VERSION
+            )
+        heard(self.domain, name, self.proposals.subject("present", said.view_of), word)
         if name not in self._latest or self._latest[name][0].view_of <= said.view_of:
             self._latest[name] = said, word
         if 0 < self.ledger.chain.blocks - said.blocks <= _GIVEN:
@@ -287,6 +333,7 @@ class PeerAttendance:
             raise ProtocolError(f"{name} sent no block of the reveal ledger", SAME_VERSION) from None
         if block.number != self.ledger.chain.blocks:
             return
+        require_of_this_run(block, name, self.admission.about_run, self.rules.smallest)
         self.ledger.add(block, name)
         if self._unconfirmed and not self.ledger.signed_before():  # what it signed was kept, or can be kept no more
             self.recalls, self._unconfirmed = True, ()
@@ -362,7 +409,7 @@ class PeerAttendance:
                     self.asking.were_waited_for(newcomers)
                     values = self._own_proposal(standing)
                     self._require_recalled(number, {name: self._latest[name][0] for name in values["hospitals"]})
-                    subject = self._proposals.subject("proposal", (number, view))
+                    subject = self.proposals.subject("proposal", (number, view))
                     signed = say_signed(self.domain, self._links, self._linked, subject, values)
                     return {**values, "signature": signed.signature}
             elif (word := self._proposed.get(proposer)) and (word.get("number"), word.get("view")) == (number, view):
@@ -384,7 +431,7 @@ class PeerAttendance:
     def _own_proposal(self, standing: Standing) -> dict[str, Any]:
         """Raises `SumLostError` where too few are under this view with this hospital: others may be enough under the next one."""
         try:
-            return self._proposals.proposed(standing, self._membership, self._linked, self._latest)
+            return self.proposals.proposed(standing, self._membership, self._linked, self._latest)
         except QuorumError as error:
             raise SumLostError(error.what, error.fix) from None
 
@@ -404,7 +451,7 @@ class PeerAttendance:
         domain, plan, mine = self.domain, proposal.plan, {proposer: proposal.signed}
         links, (about, agreed) = (
             self._agreeing(*plan.round_of),
-            (self._proposals.subject(word, plan.round_of) for word in ("proposal", "agreed")),
+            (self.proposals.subject(word, plan.round_of) for word in ("proposal", "agreed")),
         )
         others = [name for name in plan.hospitals if name != self.me]
 
@@ -430,7 +477,9 @@ class _Behind(Exception):  # noqa: N818 - no error
 
 
 def lost_with(error: MpcFlError) -> str:
-    """Whom a view came to nothing with, "" where that is not known."""
+    """Whom a view came to nothing with, lost or deviating; "" where that is not known."""
     if isinstance(error, PeerLostError):
         return error.peer
-    return error.lost if isinstance(error, SumLostError) else ""
+    if isinstance(error, SumLostError):
+        return error.lost
+    return error.by if isinstance(error, ProtocolError) else ""

@@ -7,11 +7,13 @@ back, does the same.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 
 from cryptography import x509
 
 from mpc_fl.crypto.certificates import Identity, received_pem, verify_certificate
-from mpc_fl.errors import IdentityError, PeerLostError
+from mpc_fl.errors import IdentityError, PeerLostError, ProtocolError
 from mpc_fl.federation.peer_announcements import Announcements
 from mpc_fl.links.links import Links
 
@@ -52,4 +54,21 @@ class Certificates:
                     )
                 except IdentityError as error:
                     log.warning("%s", error)
+                except ProtocolError as error:
+                    log.warning("%s", error)
         self._announcements.exchange()
+
+    def await_those(self, names: Sequence[str], seconds: float) -> None:
+        """Wait for those of these that are linked: what they say can be checked then. One that gives none is done without."""
+        until = time.monotonic() + seconds
+        while True:
+            self.exchange()
+            missing = [name for name in names if self._links.alive(name) and name not in self.known]
+            if (
+                not missing
+                or time.monotonic() >= until
+                or self._links.await_any(dict.fromkeys(missing, _TAG), until) is None
+            ):
+                break
+        for name in missing:
+            log.warning("%s gave no certificate that counts within %g s", name, seconds)

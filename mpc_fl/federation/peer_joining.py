@@ -28,6 +28,7 @@ from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import SAME_VERSION, LeftOutError, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.peer_attendance import Further, PeerAttendance
+from mpc_fl.federation.peer_proposal import require_of_this_run
 from mpc_fl.federation.peer_state import Peer, given_form, largest_given, take_given
 from mpc_fl.links.links import Links
 
@@ -140,7 +141,9 @@ class Joining:
             lacks = links.receive_object(giver, "lacks", deadline)
             number, blocks, size = _announced(giver, lacks, largest_given(self.peer.common))
             for _ in range(blocks):
-                attendance.ledger.add(_block_in(giver, links.receive_object(giver, "block", deadline)), giver)
+                block = _block_in(giver, links.receive_object(giver, "block", deadline))
+                require_of_this_run(block, giver, attendance.admission.about_run, attendance.rules.smallest)
+                attendance.ledger.add(block, giver)
             state = torch.zeros(0, dtype=torch.uint8)
             if size:
                 state = links.receive_tensor(giver, "state", torch.uint8, (size,), deadline)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from cryptography import x509
 
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
+from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.peer_record import without_record
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
@@ -36,7 +38,7 @@ from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_joining import Giving, Joining
 from mpc_fl.federation.peer_presence import Reason, Standing
-from mpc_fl.federation.peer_proposal import Proposal
+from mpc_fl.federation.peer_proposal import Complete, Proposal
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
@@ -109,8 +111,10 @@ class _Run:
             self.attendance.members = ledger.blocks[-1].parties
         if config.site.resume or links.name not in founders:
             self.attendance.ask()
+        certificates.await_those([name for name in self.attendance.members if name != links.name], deadlines.beginning)
         self.joining = Joining(peer, self.attendance, deadlines)
-        self.results, self.begun_before, self.leave_after = [_Result()], False, config.site.leave_after
+        self.results, self.begun_before, self.blocks_before = [_Result()], False, len(ledger.blocks)
+        self.leave_after = config.site.leave_after
 
     def _allows(self, certificate: x509.Certificate) -> bool:
         """Whether the rules of this site allow its holder."""
@@ -176,7 +180,9 @@ class _Run:
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
             self.links.set_phase(f"round {number} attendance")
-            standing = Standing(number, state, before.common.weight_total, self.results[-1].made)
+            last, is_exact = self.results[-1], self.config.privacy.mechanism == "none"
+            among = last.hospitals if last.made and is_exact else ()
+            standing = Standing(number, state, before.common.weight_total, last.made, among)
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
@@ -191,9 +197,11 @@ class _Run:
                 break
             except LeftOutError:
                 raise
-            except (PeerLostError, SumLostError, QuorumError) as error:
+            except (PeerLostError, ProtocolError, QuorumError) as error:
                 # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.
                 lost = lost_with(error)
+                if isinstance(error, ProtocolError) and not isinstance(error, SumLostError) and not lost:
+                    raise  # nobody can tell who deviates
                 log.warning("%s; round %d goes on under the next view", error, number)
                 reason = Reason(error.what, lost)
                 self.attendance.void(number, view, reason)
@@ -208,12 +216,13 @@ class _Run:
         """
         plan, number = proposal.plan, proposal.plan.number
         begun = self.attendance.signing(*plan.round_of, "begun")
-        settling = Settling(begun, proposal.present, self.certificates, self.rules.smallest)
+        proposals, confirmed = self.attendance.proposals, self._confirmed
+        settling = Settling(begun, proposal.present, self.certificates, proposals, confirmed)
         self.links.set_phase(f"round {number} reveal ledger")
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
-            self._finish(plan, complete[1])
-            if complete[1].members is None:
+            self._finish(plan, complete)
+            if complete.members is None:
                 return
         elif self._newly_certified(plan.hospitals):
             self._introduce(proposal)
@@ -227,6 +236,13 @@ class _Run:
             self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
         self.links.set_phase(f"round {number} signatures")
         self._sign(proposal, self.results[-1])
+
+    @property
+    def _confirmed(self) -> Mapping[str, Opening] | None:
+        """The openings that this hospital has confirmed, by transcript; `None` before the first block of a start that goes on
+        from an earlier one, or that was given what it goes on from."""
+        is_first = self.config.site.resume and len(self.ledger.blocks) == self.blocks_before
+        return None if is_first or not self.attendance.recalls else self.domain.confirmed
 
     def _go_back(self, before: KeptState) -> None:
         """Make the round anew; what was signed of it before is kept, with its state, in case that a quorum has it complete."""
@@ -245,7 +261,9 @@ class _Run:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
-        self.attendance.complete = plan.attempt, complete
+        finished = self.attendance.finish_together(plan.round_of, complete, present)
+        if len(finished.signed) >= self.rules.smallest:
+            self.attendance.complete = finished
         signers.keep(complete, present)
         self.attendance.complete = None
         self.attendance.kept(complete)
@@ -305,10 +323,10 @@ class _Run:
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
         signers = self._signers(plan, hospitals, "start")
         require_allowed_members((self.certificates[name] for name in hospitals), config)
-        kind, about = "start", "the run begins"
-        if ledger.blocks:
-            again = f" ({plan.attempt})" if plan.attempt else ""
-            kind, about = "resume", f"the hospitals of round {plan.number}{again}"
+        kind, about = (
+            ("resume", f"the hospitals of round {plan.number}") if ledger.blocks else ("start", "the run begins")
+        )
+        about += _again(plan)
         self._signed(plan, signers, kind, about, proposal.told(self.attendance.members), members)
 
     def _sign(self, proposal: Proposal, result: _Result) -> None:
@@ -316,7 +334,7 @@ class _Run:
         plan, config, common, ledger = proposal.plan, self.config, self.peer.common, self.ledger
         number = plan.number
         signers = self._signers(plan, result.hospitals, "block")
-        again = f" ({plan.attempt})" if plan.attempt else ""
+        again = _again(plan)
         if number > config.last_round:
             path = site_directory(config) / MODEL_FILE
             save_model(path, self.peer.hospital.model, config, common.normalisation, None)
@@ -344,9 +362,9 @@ class _Run:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
             self.attendance.kept(signers.sign(kind, about, values, members))
-        except (PeerLostError, SumLostError):
+        except (PeerLostError, ProtocolError):
             if signers.complete is not None:
-                self.attendance.complete = plan.attempt, signers.complete
+                self.attendance.complete = Complete(plan.attempt, signers.complete)
             raise
         finally:
             signers.links.end_scope()
@@ -367,3 +385,8 @@ class _Run:
         if number and result.own is not None:
             append_json_line(out / "metrics.jsonl", result.own)
         checkpoint(self.peer, out, number)
+
+
+def _again(plan: RoundPlan) -> str:
+    """Under which view a block is made, if not the first, as its text ends (`peer_proposal.Complete.made_under`)."""
+    return f" ({plan.attempt})" if plan.attempt else ""

@@ -5,14 +5,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
-from mpc_fl.aggregation.signed_words import Signed, Subject, heard
-from mpc_fl.aggregation.transcript import digest_of
+from mpc_fl.aggregation.signed_words import Signed, Subject, has_said, heard
+from mpc_fl.aggregation.transcript import digest_of, signatory_of
 from mpc_fl.aggregation.words import names_in
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.peer_record import values_of
@@ -20,14 +21,31 @@ from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.errors import ProtocolError, printable
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.peer_admission import Admission, Membership
-from mpc_fl.federation.peer_presence import Presence, Reason, Standing
+from mpc_fl.federation.peer_presence import LONGEST_REASON, Presence, Reason, Standing
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
 
 _PURPOSE = "mpc-fl round among peers 1"
-_LONGEST_REASON = 300
+_VIEW = re.compile(r" \(([0-9]{1,9})\)$")
 DEVIATES = "it does not follow the protocol; nothing was sent under its proposal"
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A block with all signatures that a hospital has and has not kept, and the `view` under which that came about. Where that
+    is a later one than the block was made under, it was finished then, and `signed` has of each that said so the signature (hex).
+    """
+
+    view: int
+    block: Block
+    signed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def made_under(self) -> int:
+        """The view that its parties signed, in words, with the block."""
+        view = _VIEW.search(self.block.about)
+        return int(view[1]) if view else 0
 
 
 @dataclass(frozen=True)
@@ -66,11 +84,11 @@ class Proposals:
         return Subject(digest_of([_PURPOSE, *self.about_run, *view_of]), word)
 
     def own_presence(
-        self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: tuple[int, Block] | None
+        self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: Complete | None
     ) -> Presence:
-        """What this hospital says of itself. `complete`: a block that it has not kept, and of which view it is."""
+        """What this hospital says of itself. `complete`: a block that it has not kept."""
         links, chain, pending = self.domain.links, ledger.chain, ledger.pending
-        complete_view, seal = (0, "") if complete is None else (complete[0], complete[1].seal())
+        complete_view, seal = (0, "") if complete is None else (complete.view, complete.block.seal())
         return Presence(
             number=standing.number,
             view=view,
@@ -82,13 +100,27 @@ class Proposals:
             last=pending[-1].digest if pending else "",
             complete=seal,
             complete_view=complete_view,
-            held={n: links.key_fingerprint(n) for n in self.rules.hospitals if n == links.name or links.alive(n)},
-            why=printable(reason.why, _LONGEST_REASON),
+            held={name: links.key_fingerprint(name) for name in self.rules.hospitals if self._hears(name)},
+            why=printable(reason.why, LONGEST_REASON),
             lost=reason.lost,
             leaves=standing.leaves,
             recalls=standing.recalls,
             votes=dict(standing.votes),
         )
+
+    def is_of_its_view(self, number: int, complete: Complete) -> bool:
+        """Whether a block that somebody shows is of the view that it says: made under it, or finished under it by a quorum."""
+        subject, values = self.subject("finish", (number, complete.view)), {"seal": complete.block.seal()}
+        if complete.view <= complete.made_under:
+            return complete.view == complete.made_under
+        parties = complete.block.parties
+        those = [name for name in parties if has_said(self.domain, name, subject, values, complete.signed.get(name))]
+        return len(those) >= self.rules.smallest
+
+    def _hears(self, name: str) -> bool:
+        """Whether this hospital can check what `name` says: it is linked, and has shown a certificate."""
+        links, signatory = self.domain.links, signatory_of(self.domain)
+        return name == links.name or (links.alive(name) and signatory.knows(name))
 
     def proposed(self, standing: Standing, of: Membership, alive: Collection[str], latest: Heard) -> dict[str, Any]:
         """At who proposes: the values of its proposal, from what all said. Raises `QuorumError` where too few members are left.
@@ -155,7 +187,7 @@ class Proposals:
         """
         links, me, view_of = self.domain.links, self.domain.links.name, mine.view_of
         signed = heard(self.domain, proposer, self.subject("proposal", view_of), word)
-        hospitals, starts, present = names_in(word, "hospitals"), word.get("starts"), word.get("present")
+        hospitals, starts, present = names_in(word, "hospitals", proposer), word.get("starts"), word.get("present")
         if proposer not in hospitals:
             _refuse(proposer, "left itself out")
         if not isinstance(present, dict) or set(present) != set(hospitals):
@@ -168,6 +200,8 @@ class Proposals:
             _refuse(proposer, "named hospitals that have another block or model")
         if starts != {name: links.key_fingerprint(name) for name in hospitals}:
             _refuse(proposer, "named other starts of the hospitals than are linked here")
+        if old := next((name for name, one in said.items() if one.held.get(name) != links.key_fingerprint(name)), None):
+            _refuse(proposer, f"says of {old} what it said at an earlier start")
         if me in hospitals and word.get("weight_total") != standing.weight_total:
             _refuse(proposer, "sent another total of weights than was opened")
         if leaver := next((name for name, one in said.items() if one.leaves), None):
@@ -209,6 +243,14 @@ class Proposals:
         except ProtocolError:
             _refuse(proposer, f"says of {name} what it did not sign")
         return said
+
+
+def require_of_this_run(block: Block, sender: str, about_run: tuple[str, str], quorum: int) -> None:
+    """Raise `ProtocolError` naming who sent a block that begins a ledger of another session, configuration or quorum than those of
+    this run: it may be of an earlier run, or of hospitals that made it by themselves."""
+    of = block.members
+    if of is not None and (of.session, of.configuration, of.quorum) != (*about_run, quorum):
+        raise ProtocolError(f"{sender} sent a block that begins the ledger of another run", DEVIATES)
 
 
 def _signed_part(word: Mapping[str, Any]) -> dict[str, Any]:

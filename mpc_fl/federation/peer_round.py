@@ -21,7 +21,7 @@ from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.evaluation import Evaluated as Of
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.errors import LeftOutError, QuorumError
+from mpc_fl.errors import LeftOutError, ProtocolError, QuorumError
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.federated_sgd import (
@@ -197,7 +197,10 @@ class PeerRound:
         except QuorumError as error:  # nothing was opened, which all of them have found alike
             log.warning("%s", error)
             return kept[0].own, hospitals
-        opened[whom] = opened_evaluation(config, total, len(present), whom)
+        try:
+            opened[whom] = opened_evaluation(config, total, len(present), whom)
+        except ProtocolError as error:  # whose counts are false nobody can tell, and the model stands without them
+            log.warning("%s; round %d has no figure", error, plan.number)
         return kept[0].own, present
 
     def _sum(

@@ -16,6 +16,7 @@ from typing import Any
 
 from mpc_fl.errors import (
     SAME_VERSION,
+    BrokenLinkError,
     HandshakeError,
     LinkError,
     MpcFlError,
@@ -126,7 +127,7 @@ class Connections:
             elif isinstance(failure, HandshakeError):
                 failure = HandshakeError(f"{peer.name} refused {self._name}: {failure.what}", "compare the two sides")
             elif isinstance(failure, ProtocolError):
-                failure = ProtocolError(f"the link with {peer.name}: {failure.what}", failure.fix)
+                failure = BrokenLinkError(peer.name, failure.what, failure.fix)
             reason = failure or self._mailboxes.lost(peer.name, "the link ended without a farewell")
             seconds = self._mailboxes.silence.stood_still()
             parted = self._mailboxes.closed(peer.name) or self._mailboxes.failure(peer.name) is not None

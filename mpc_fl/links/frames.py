@@ -27,6 +27,7 @@ import torch
 from mpc_fl.crypto.memory_layout import bytes_of
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.links.traffic import TrafficCounter
+from mpc_fl.parsing import parse_json
 
 MAGIC = b"MPCF"
 VERSION = 1
@@ -233,9 +234,9 @@ class FrameReader:
         if kind in (Kind.TENSOR, Kind.RELAY):
             return Frame(kind, tag, sequence, _tensor(body, code, shape), length)
         try:
-            payload = json.loads(body.tobytes())
-        except (ValueError, RecursionError):
-            raise self._refuse("a control message is not JSON") from None
+            payload = parse_json(body.tobytes())
+        except ValueError as error:
+            raise self._refuse(f"a control message is not one: {error}") from None
         if not isinstance(payload, dict):
             raise self._refuse("a control message is not a JSON object")
         return Frame(kind, tag, sequence, payload, length)

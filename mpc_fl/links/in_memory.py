@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-from mpc_fl.errors import SAME_VERSION, HandshakeError, LinkError, MpcFlError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, BrokenLinkError, HandshakeError, LinkError, MpcFlError, ProtocolError
 from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind, Observer, Payload, encode_frame
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
@@ -243,7 +243,7 @@ class InMemoryLinks(Links):
         return True
 
     def _end_refused(self, peer: InMemoryLinks, why: str, fix: str = "") -> None:
-        self._lose(peer, ProtocolError(f"the link with {peer.name}: {why}", fix))
+        self._lose(peer, BrokenLinkError(peer.name, why, fix))
 
     # ---- parting ---------------------------------------------------------------------------------------------------
 

@@ -134,11 +134,12 @@ class Links(abc.ABC):
         frame = self._mailboxes.take(sender, self._scope + tag, deadline)
         tensor = frame.payload
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
-            raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", SAME_VERSION)
+            raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", SAME_VERSION, sender)
         if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise ProtocolError(
                 f"{sender} sent shape {tuple(tensor.shape)} for '{tag}' instead of {tuple(shape)}",
                 "check that all parties use the same configuration",
+                sender,
             )
         if shape is not None:
             self._mailboxes.was_asked_for(frame)
@@ -148,7 +149,7 @@ class Links(abc.ABC):
         """The next JSON object of `tag` from `sender`. Waits and raises like `receive_tensor`."""
         payload = self._mailboxes.take(sender, self._scope + tag, deadline).payload
         if not isinstance(payload, dict):
-            raise ProtocolError(f"{sender} sent a tensor for '{tag}'", SAME_VERSION)
+            raise ProtocolError(f"{sender} sent a tensor for '{tag}'", SAME_VERSION, sender)
         return payload
 
     def alive(self, peer: str) -> bool:

@@ -39,7 +39,7 @@ def first_named(losses: Iterable[Loss | None]) -> MpcFlError | None:
     """The failure to name, None without losses."""
 
     def explains(loss: Loss) -> tuple[int, int]:
-        refused = not isinstance(loss.failure, PeerLostError)
+        refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
         return (Known.REFUSED if refused else loss.known), loss.number
 
     first = min((loss for loss in losses if loss is not None), key=explains, default=None)

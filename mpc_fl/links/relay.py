@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mpc_fl.errors import HandshakeError, LinkError, ProtocolError
+from mpc_fl.errors import BrokenLinkError, HandshakeError, LinkError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.greetings import Greeter
 from mpc_fl.links.handshake import greeting_digest
@@ -212,7 +212,7 @@ class Relay:
                 self._arrivals.deliver(sender, opened)
         except ProtocolError as error:
             log.warning("refused a frame from %s that came through %s: %s", sender.name, origin.name, error)
-            self._mailboxes.lose(sender.name, ProtocolError(f"the link with {sender.name}: {error.what}", error.fix))
+            self._mailboxes.lose(sender.name, BrokenLinkError(sender.name, error.what, error.fix))
 
     def _require_relayable(self, origin: Peer, sender: Any, receiver: Any) -> Peer:
         target = self._peers.get(receiver) if isinstance(receiver, str) else None

@@ -237,10 +237,10 @@ class KeyCommitments:
         """
         keys = self._plan.keys_known_to(hospital)
         if not isinstance(hashes, list) or len(hashes) != len(keys):
-            raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION)
+            raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION, hospital)
         for key, committed in zip(keys, hashes, strict=True):
             if not isinstance(committed, str) or len(committed) != 2 * KEY_BYTES:
-                raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION)
+                raise ProtocolError(f"{hospital} did not commit to its keys", SAME_VERSION, hospital)
             kind, owner, partner = key
             other = partner if owner == hospital else owner
             twin = (kind, other, hospital) if kind == "zero" else key
@@ -257,6 +257,7 @@ class KeyCommitments:
             raise ProtocolError(
                 f"{hospital} sent another key of '{self._plan.name}' than it committed to",
                 f"{hospital} does not follow the protocol; the sum stays closed",
+                hospital,
             )
 
     def checked(self, admitted: Sequence[str], keys: Mapping[str, torch.Tensor]) -> dict[Key, bytes]:
@@ -268,7 +269,7 @@ class KeyCommitments:
         for name, answer in keys.items():
             names = self._plan.keys_of(name, inside)
             if answer.shape != (len(names), KEY_BYTES) or answer.dtype != torch.uint8:
-                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION)
+                raise ProtocolError(f"{name} sent something else than its keys", SAME_VERSION, name)
             for key, row in zip(names, answer, strict=True):
                 known[key] = row.numpy().tobytes()
                 self.require(name, key, known[key])
@@ -280,16 +281,18 @@ def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) ->
     inside = set(admitted)
     if tuple(name for name in plan.hospitals if name in inside) != tuple(admitted):
         raise ProtocolError(
-            f"{plan.opener} fixed '{plan.name}' over hospitals that do not belong to it", _NOTHING_OPENED
+            f"{plan.opener} fixed '{plan.name}' over hospitals that do not belong to it", _NOTHING_OPENED, plan.opener
         )
     if len(admitted) < max(2, smallest):
         raise ProtocolError(
-            f"{plan.opener} fixed '{plan.name}' over {len(admitted)} hospitals, too few to open it", _NOTHING_OPENED
+            f"{plan.opener} fixed '{plan.name}' over {len(admitted)} hospitals, too few to open it",
+            _NOTHING_OPENED,
+            plan.opener,
         )
     if plan.closing == 0 and len(admitted) < len(plan.hospitals):
         raise ProtocolError(f"{plan.opener} left a hospital out of '{plan.name}', which nobody may be", _NOTHING_OPENED)
     if plan.circle is not None and (bared := plan.circle.bared(inside)):
-        raise ProtocolError(f"{plan.opener} fixed '{plan.name}' so that {bared}", _NOTHING_OPENED)
+        raise ProtocolError(f"{plan.opener} fixed '{plan.name}' so that {bared}", _NOTHING_OPENED, plan.opener)
 
 
 @dataclass(repr=False)

@@ -45,7 +45,8 @@ class SecretDomain:
 
     `world` lists the parties among which values are shared, this one with them. A protocol that draws zero-shares of its
     own beside the openings gives its `zero_shares`, so that both count alike; else they are made here, once per links.
-    `signatory` signs and checks what hospitals confirm of closed sums; other openings do without.
+    `signatory` signs and checks what hospitals confirm of closed sums; other openings do without. `confirmed` are, by transcript,
+    the openings among peers that this party has signed that it takes part in, whether they came about or not.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class SecretDomain:
         self.zero_shares = ZeroShares(links, world) if zero_shares is None else zero_shares
         self._sum_seeds: dict[tuple[str, str], Seed] = {}
         self._transcripts: set[str] = set()
+        self.confirmed: dict[str, Opening] = {}
 
     def take_up(self, transcript: str) -> None:
         """Note that a summand is about to be masked under this transcript. Raises `SecrecyError` for one that was before."""

@@ -173,3 +173,21 @@ def test_values_are_typed_and_never_converted() -> None:
         typed(_Whole, {}, "file")
     with pytest.raises(DataError, match=r"^file: 'pair' is not a text"):
         typed(_Whole, {"parts": {}, "pair": [3, 4]}, "file")
+
+
+@pytest.mark.parametrize(
+    ("confusion", "records", "baseline"),
+    [
+        ([[3, 0], [1, 0]], 4, 0.75),
+        ([[0, 2, 0], [2, 0, 0], [0, 0, 2]], 6, 1 / 3),
+        ([[1, 0], [1, 0]], 100, 0.5),
+        ([[9, 0], [0, 0]], 8, 1.0),
+    ],
+)
+def test_the_baseline_is_the_accuracy_of_naming_the_largest_class(
+    confusion: list[list[int]], records: int, baseline: float
+) -> None:
+    """Noised counts, the last two, make it neither less than one over the classes nor more than one."""
+    assert typed(
+        Scores, {**FINAL, "confusion": confusion, "records": records}, "summary.json"
+    ).baseline == pytest.approx(baseline)

@@ -21,7 +21,7 @@ from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, sign_block, to_json
 from mpc_fl.errors import SumLostError
 from mpc_fl.federation import peer_attendance, peer_program
-from mpc_fl.federation.peer_proposal import Proposals
+from mpc_fl.federation.peer_proposal import Complete, Proposals
 from mpc_fl.federation.peer_settling import Settling
 from tests.support.peer_rounds import among_peers, names, require_sound
 from tests.support.peer_sums import only_at
@@ -71,11 +71,12 @@ TWO_SETS = [
 def test_two_sets(
     told: tuple[str, ...], left_out: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = among_peers(tmp_path, monkeypatch)
+    run, honest = among_peers(tmp_path, monkeypatch), [name for name in names(5) if name != PROPOSER]
     proposes_two(monkeypatch, told, lambda values: without(values, *left_out))
     run.run()
     assert any(f"{PROPOSER} said one thing to" in line and "signed both" in line for line in went_on(run)), run.log
-    require_sound(run, names(5))  # also who was left out by what was said to it alone
+    require_sound(run, honest)  # also who was left out by what was said to it alone
+    assert not [line for line in run.log if " is late" in line]
     assert not opened_under(run, 0) and opened_under(run, 1)
 
 
@@ -171,7 +172,7 @@ def test_two_signatures_of_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("view", [0, 10**9])
 def test_a_complete_block_that_nobody_else_signed(view: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hospital-3 gives up the first sum, and then says that it holds a block of the round with the signatures of all."""
-    gave_up, claimed = list[str](), list[tuple[int, Any]]()
+    gave_up, claimed = list[str](), list[Complete]()
 
     def gives_up(original: Any, fixed: Any) -> Any:
         if not gave_up:
@@ -184,7 +185,7 @@ def test_a_complete_block_that_nobody_else_signed(view: int, tmp_path: Path, mon
             draft = ledger.draft("openings", "round 0", tuple(names(4)), {"global model": "0" * 64})
             signature = sign_block(draft, ledger.identity, now())
             signatures = tuple(replace(signature, party=name) for name in names(4))
-            claimed.append((view, replace(draft, signatures=signatures)))
+            claimed.append(Complete(view, replace(draft, signatures=signatures)))
             own = claimed[-1]
         return original(self, standing, number, reason, ledger, own)
 

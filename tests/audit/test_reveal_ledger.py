@@ -37,12 +37,14 @@ from mpc_fl.audit.reveal_ledger import (
     sign_block,
     to_json,
 )
+from mpc_fl.config.config import Config
 from mpc_fl.crypto import signatory
 from mpc_fl.crypto.authority import Authority
-from mpc_fl.crypto.certificates import Identity, pem
-from mpc_fl.crypto.identity_files import load_identity
+from mpc_fl.crypto.certificates import ROOT_FILE, Identity, pem
+from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, ProtocolError
+from mpc_fl.federation.audit_trail import open_ledger
 from tests.support.harness import run_parties
 from tests.support.views import LAYOUTS
 
@@ -850,7 +852,10 @@ def test_verify_says_that_all_is_well(run_dir: Path) -> None:
     result = command("verify", run_dir)
     assert result.exit_code == 0, result.output
     assert "The reveal ledger verifies: 9 openings in 5 blocks" in result.output and "3 copies" in result.output
-    assert fingerprint(authority().certificate) in result.output and "from RUN_DIR" in result.output
+    assert f"certificate, from {run_dir / ROOT_FILE}: {fingerprint(authority().certificate)}\n" in result.output
+    assert "It lies with what it verifies" in result.output
+    given = command("verify", run_dir, "--authority", run_dir / ROOT_FILE).output
+    assert f"certificate: {fingerprint(authority().certificate)}\n" in given and "It lies with" not in given
     found = json.loads(command("verify", run_dir, "--json", "--authority", run_dir / "federation.crt").output)
     assert (
         found["ok"] is True and found["findings"] == [] and found["authority_given"] is True and found["openings"] == 9
@@ -894,10 +899,37 @@ def test_verify_compares_the_files_whose_digests_were_signed(run_dir: Path) -> N
     assert result.exit_code == 1 and "parties/hospital-0/model.safetensors is not the one" in result.output
 
 
-def test_what_is_missing_is_said_in_one_line(run_dir: Path) -> None:
+def test_the_directory_of_a_party_is_verified_by_the_certificate_that_the_run_left(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    """In the party's own directory first, which `mpc-fl party` writes; else in that of the run that it is a part of."""
+    party = run_dir / "parties" / "hospital-0"
+    result = command("verify", party)
+    assert result.exit_code == 0 and f"from {run_dir / ROOT_FILE}" in result.output
+    (party / ROOT_FILE).write_bytes(pem(authority().certificate))
+    assert f"from {party / ROOT_FILE}" in command("verify", party).output
+    (party / ROOT_FILE).write_bytes(pem(Authority(30 * DAY).certificate))
+    result = command("verify", party)
+    assert result.exit_code == 1 and "names another authority" in result.output
+    (party / ROOT_FILE).write_bytes(b"-----BEGIN CERTIFICATE-----\n")
+    assert "is not a certificate in PEM" in str(command("verify", party).exception)
+
+
+def test_a_party_keeps_the_certificate_of_its_run_beside_its_ledger(tmp_path: Path) -> None:
+    own, out = identity("hospital-0"), tmp_path / "out"
+    write_identity(own, tmp_path / "identity")
+    open_ledger(Config().with_values(site={"out": str(out), "identity": str(tmp_path / "identity")}), own.name)
+    assert (out / ROOT_FILE).read_bytes() == own.authority
+
+
+def test_what_is_missing_is_said_in_one_line(run_dir: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / LEDGER_FILE).write_bytes(genuine())
     for arguments, words in (
         (("verify", run_dir / "nowhere", "--authority", run_dir / "federation.crt"), "holds no reveal_ledger.jsonl"),
-        (("verify", run_dir / "parties" / "hospital-0"), "with --authority"),
+        (("verify", run_dir / "nowhere"), "holds no reveal_ledger.jsonl"),
+        (("verify", alone), "give it with --authority: each party has federation.crt in the directory that was its"),
         (("verify", run_dir, "--authority", run_dir / LEDGER_FILE), "not a certificate in PEM"),
         (("verify", run_dir, "--copy", run_dir), "cannot read"),
         (("show", run_dir / "parties"), "holds no reveal_ledger.jsonl"),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from mpc_fl.apps.first_configuration import Answers, first_configuration
 from mpc_fl.apps.runs.party_process import require_site_allows
-from mpc_fl.config.config import Config
-from mpc_fl.config.site_rules import read_rules, require_allowed, require_trusted, rules_of
+from mpc_fl.config.config import Config, parse_config
+from mpc_fl.config.loading import load_config
+from mpc_fl.config.settings import takes_text
+from mpc_fl.config.site_rules import broken_rules, read_rules, require_allowed, require_trusted, rules_of
 from mpc_fl.errors import ConfigError
+from mpc_fl.parsing import parse_yaml
+from mpc_fl.roles import hospital_name
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "site_rules.yaml"
 NOISED: dict[str, Any] = {"evaluation": {"noise_multiplier": 8.0}}
@@ -166,9 +172,59 @@ def test_all_runs_count_in_the_privacy_ledger_of_the_site(tmp_path: Path) -> Non
         run()
 
 
+def test_all_rules_that_a_run_breaks_are_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = tmp_path / "mpc-fl" / "site_rules.yaml", tmp_path / "other.yaml"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own.parent.mkdir()
+    own.write_text("models: [linear]\nlargest_rounds: 2\nprivacy:\n  largest_epsilon: 4\n")
+    other.write_text(f"tasks: [infer]\nprivacy:\n  ledger: {tmp_path}/ledgers\n")
+    (tmp_path / "ledgers").mkdir()
+    (tmp_path / "ledgers" / f"{hospital_name(1)}-privacy.sqlite3").touch()
+    with pytest.raises(ConfigError) as refused:
+        require_site_allows(Config().with_values(site={"rules": str(other)}), hospital_name(0), by_itself=True)
+    assert "\n" not in str(refused.value)
+    assert re.findall(r"(\w+\.yaml) line (\d) \(([a-z_.]+)\)", refused.value.what) == [
+        ("site_rules.yaml", "1", "models"), ("site_rules.yaml", "2", "largest_rounds"),
+        ("site_rules.yaml", "4", "privacy.largest_epsilon"), ("other.yaml", "1", "tasks"),
+        ("other.yaml", "3", "privacy.ledger"), ("other.yaml", "3", "privacy.ledger"),
+    ]  # fmt: skip
+
+
+def test_a_line_of_many_broken_rules_stays_short(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text("data: {columns: [age]}\n")
+    with pytest.raises(ConfigError) as refused:
+        require_allowed(Config().with_values(**TABLE_OF(*(f"c{number}" for number in range(20)))), read_rules(path))
+    assert re.search(r"'c7' of a table there: \S+ line 1 \(data.columns\); and 12 more$", refused.value.what)
+    assert "'c8'" not in refused.value.what
+
+
 def test_the_example_allows_what_it_says() -> None:
     file = read_rules(EXAMPLE)
-    allowed = Config().with_values(model={"architecture": file.rules.models[0]} if file.rules.models else {})
-    require_allowed(allowed, file)
+    for architecture in file.rules.models or ():
+        require_allowed(Config().with_values(model={"architecture": architecture}), file)
     with pytest.raises(ConfigError, match="privacy.epsilon 9"):
-        require_allowed(allowed.with_values(privacy={"epsilon": 9.0}), file)
+        require_allowed(Config().with_values(privacy={"epsilon": 9.0}), file)
+
+
+REPOSITORY = EXAMPLE.parents[1]
+SHIPPED = sorted(
+    path
+    for folder in ("configs", "examples")
+    for path in (REPOSITORY / folder).rglob("*.yaml")
+    if path not in (EXAMPLE, REPOSITORY / "examples" / "kubernetes.yaml")  # no configurations of runs
+)
+REFUSED = {"monai.yaml": ["models"], "timm.yaml": ["models"]}  # networks of others, as the example itself says
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_the_example_allows_what_is_shipped(path: Path) -> None:
+    broken = broken_rules(load_config(path), read_rules(EXAMPLE))
+    assert [each.rule for each in broken] == REFUSED.get(path.name, [])
+
+
+@pytest.mark.parametrize("source", ["phantoms", "images", "csv"])
+def test_the_example_allows_what_init_writes(source: Literal["phantoms", "images", "csv"]) -> None:
+    text = first_configuration(Answers(source, patient_column="patient"))
+    config = parse_config(parse_yaml(text, takes_text), "x")
+    assert broken_rules(config, read_rules(EXAMPLE)) == []

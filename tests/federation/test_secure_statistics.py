@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
 
-from mpc_fl.apps.report import figures, formats, run_files, training_sections
+from mpc_fl.apps import formats
+from mpc_fl.apps.report import figures, run_files, training_sections
 from mpc_fl.apps.summaries import Header, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.data import FEATURE_CONSTANT

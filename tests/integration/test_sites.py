@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.commands import app
+from mpc_fl.crypto.certificates import ROOT_FILE
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.learning.data.dicom_files import INVERTED
@@ -173,9 +174,18 @@ def test_three_sites_that_differ_train_together_and_report_what_check_said(
     assert all(final[key] is None for key in own)
     report = sites.report("aggregator")
     assert "12 test records of all hospitals" in report and "Not shown" not in report
+    _require_verified(sites, capsys, monkeypatch)
     _require_made_anew(sites, capsys, monkeypatch)
     _require_compared(sites)
     _require_asked_first(sites, capsys, monkeypatch)
+
+
+def _require_verified(sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each party's directory by itself: the certificate that the run used lies there."""
+    for name in sites.names:
+        status, said, complained = said_by(capsys, monkeypatch, ["ledger", "verify", str(sites.out(name))])
+        assert status == 0 and "The reveal ledger verifies" in said, said + complained
+        assert f"certificate, from {sites.out(name) / ROOT_FILE}: " in said and "It lies with what it verifies" in said
 
 
 def _require_made_anew(sites: Sites, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

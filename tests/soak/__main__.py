@@ -22,7 +22,7 @@ from typing import Any
 from tests.soak.plan import VARIANTS, Injection, injection
 from tests.soak.runs import Usual, Verdict, inject, measure
 
-TASKS = ("train", "infer", "serve")
+TASKS = ("train", "infer", "serve", "peers")
 
 
 def arguments() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time")
     parser.add_argument("--first", type=int, default=1, help="number of the first injection")
-    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all", help="peers: without an aggregator")
     parser.add_argument("--at-once", type=int, default=2, help="runs at the same time (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="a new directory; keeps what was bad")
     parser.add_argument("--json", action="store_true", help="the summary for machines")
@@ -81,7 +81,7 @@ def _measured(out: Path, tasks: tuple[str, ...]) -> tuple[dict[str, Usual], Path
     """How long undisturbed runs of each kind take; the first leaves the model that is diagnosed with."""
     usual, model = dict[str, Usual](), out / "undisturbed" / "train" / "run" / "model.safetensors"
     for name, variant in VARIANTS.items():
-        if variant.task in tasks or name == "train":
+        if variant.group in tasks or name == "train":
             directory = out / "undisturbed" / name.replace(",", "").replace(" ", "-")
             directory.mkdir(parents=True)
             usual[name] = measure(directory, name, model)

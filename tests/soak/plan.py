@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mpc_fl.roles import AGGREGATOR, DEALER, MODEL_OWNER, hospital_names
+
 LAUNCHER, FORK_SERVER, ASKING = "launcher", "fork server", "asking hospital"
-HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")
+HOSPITALS, FIVE_HOSPITALS = tuple(hospital_names(3)), tuple(hospital_names(5))
 KILL, TERM, STOP, STOP_AND_CONT = "KILL", "TERM", "STOP", "STOP and CONT"
 SILENCE_TIMEOUT = 10.0  # seconds; the shortest that the product allows
 SHORT_STOP = 3.0  # seconds; harms nobody, also when the last sign of life (every 5 s) was long ago
@@ -30,6 +32,9 @@ SETTINGS: dict[str, Any] = {
 }
 _DISTRIBUTED = {"privacy": {"mechanism": "distributed", "noise_multiplier": 4.0, "epsilon": 50.0, "delta": 1e-3}}
 _QUORUM = {"federation": {"quorum": 2}}
+_PEERS = {"federation": {"coordinator": "none", "hospitals": 3, "quorum": 3}}
+_FIVE_PEERS = {"federation": {"coordinator": "none", "hospitals": 5, "quorum": 3}}
+_SAME_RECORDS = {"training": {**SETTINGS["training"], "sampling_seed": 1}, "privacy": {"mechanism": "none"}}
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,34 @@ class Variant:
     @property
     def may_lose(self) -> tuple[str, ...]:
         """Parties without which it goes on."""
-        return HOSPITALS if "quorum" in self.changes.get("federation", {}) else ()
+        federation = self.changes.get("federation", {})
+        hospitals = hospital_names(federation.get("hospitals", len(HOSPITALS)))
+        return tuple(hospitals) if federation.get("quorum", len(hospitals)) < len(hospitals) else ()
+
+    @property
+    def group(self) -> str:
+        """What `--task` calls it: its task, or peers for a run without an aggregator."""
+        return "peers" if self.changes.get("federation", {}).get("coordinator") == "none" else self.task
+
+    @property
+    def same_model(self) -> bool:
+        """Whether a run that loses nobody has the model of one that nobody disturbs, bit for bit."""
+        return self.settings["privacy"].get("mechanism") == "none" and "sampling_seed" in self.settings["training"]
 
 
-_OF_TRAINING = (*HOSPITALS, "aggregator", LAUNCHER, FORK_SERVER)
+_OF_TRAINING = (*HOSPITALS, AGGREGATOR, LAUNCHER, FORK_SERVER)
+_OF_FIVE = (*FIVE_HOSPITALS, LAUNCHER, FORK_SERVER)
 VARIANTS = {
     "train": Variant("train", {}, _OF_TRAINING),
     "train, distributed noise": Variant("train", _DISTRIBUTED, _OF_TRAINING),
     "train, quorum 2 of 3": Variant("train", _QUORUM, _OF_TRAINING),
     "train, quorum and distributed noise": Variant("train", {**_QUORUM, **_DISTRIBUTED}, _OF_TRAINING),
     "train, quorum, hospitals started again": Variant("train", {**_QUORUM, "runtime": {"restarts": 1}}, _OF_TRAINING),
-    "infer": Variant("infer", {}, ("hospital-0", "model-owner", "dealer", LAUNCHER, FORK_SERVER)),
-    "serve": Variant("serve", {}, ("model-owner", "dealer", ASKING, LAUNCHER, FORK_SERVER)),
+    "peers, all three": Variant("train", {**_PEERS, **_SAME_RECORDS}, (*HOSPITALS, LAUNCHER, FORK_SERVER)),
+    "peers, quorum 3 of 5": Variant("train", {**_FIVE_PEERS, **_SAME_RECORDS}, _OF_FIVE),
+    "peers, quorum and distributed noise": Variant("train", {**_FIVE_PEERS, **_DISTRIBUTED}, _OF_FIVE),
+    "infer": Variant("infer", {}, (HOSPITALS[0], MODEL_OWNER, DEALER, LAUNCHER, FORK_SERVER)),
+    "serve": Variant("serve", {}, (MODEL_OWNER, DEALER, ASKING, LAUNCHER, FORK_SERVER)),
 }
 
 
@@ -87,7 +108,7 @@ class Injection:
 def injection(seed: int, number: int, tasks: Sequence[str]) -> Injection:
     """The one of this number. Depends on nothing but the arguments."""
     draw = random.Random(f"{seed}/{number}")  # noqa: S311 - chooses what to break, hides nothing
-    name = draw.choice([name for name, variant in VARIANTS.items() if variant.task in tasks])
+    name = draw.choice([name for name, variant in VARIANTS.items() if variant.group in tasks])
     victim = draw.choice(VARIANTS[name].victims)
     signals = [KILL, TERM, STOP, STOP_AND_CONT]
     if victim in (LAUNCHER, FORK_SERVER):

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from mpc_fl.config.loading import load_config
 from mpc_fl.errors import MpcFlError
+from mpc_fl.federation.peer_state import COMMON
 from mpc_fl.learning.models.model_file import load_model
+from mpc_fl.roles import AGGREGATOR
 from tests.soak.plan import HOSPITALS, SETTINGS
 
 _OF_TRAINING = ("config.yaml", "model.safetensors", "metrics.jsonl", "openings.jsonl", "reveal_ledger.jsonl", "federation.crt",
                 "summary.json", "report.html")  # fmt: skip
+_MODEL = "model.safetensors"
 _OF_DIAGNOSIS = ("config.yaml", "summary.json", "report.html")
-_AGGREGATOR_CHECKPOINT = "parties/aggregator/checkpoint-*.safetensors"
+_CHECKPOINTS = (f"parties/{AGGREGATOR}/checkpoint-*.safetensors", f"parties/*/{COMMON}/checkpoint-*.safetensors")
 
 
 def beside(out: Path, ending: str) -> Path:
@@ -23,7 +29,8 @@ def beside(out: Path, ending: str) -> Path:
 
 def resumable(out: Path) -> bool:
     """Whether a round of a run that did not succeed was completed."""
-    return any(path for ending in (".partial", ".failed") for path in beside(out, ending).glob(_AGGREGATOR_CHECKPOINT))
+    places = [beside(out, ending) for ending in (".partial", ".failed")]
+    return any(path for place in places for pattern in _CHECKPOINTS for path in place.glob(pattern))
 
 
 def _missing(out: Path, names: tuple[str, ...]) -> list[str]:
@@ -49,6 +56,13 @@ def training_incomplete(out: Path) -> list[str]:
     kept = [list(party.glob("checkpoint-*")) for party in (out / "parties").iterdir()]  # one, for more rounds
     found += [f"{paths[0]} is not the only one" for paths in kept if len(paths) > 1]
     return found + [f"{path} exists as well" for path in (beside(out, ".partial"),) if path.exists()]
+
+
+def another_model(out: Path, undisturbed: Path) -> list[str]:
+    """Whether the model of a finished run differs from the one of a run that nobody disturbed, in any bit."""
+    own, expected = load_file(out / _MODEL), load_file(undisturbed / _MODEL)
+    same = own.keys() == expected.keys() and all(torch.equal(own[name], expected[name]) for name in own)
+    return [] if same else ["the model is not that of an undisturbed run"]
 
 
 def lost_hospitals(out: Path) -> list[str]:

@@ -34,10 +34,11 @@ _SETTLE = 5.0
 
 @dataclass
 class Usual:
-    """Of a kind of run that nobody disturbs: its seconds, and those that each party lives."""
+    """Of a kind of run that nobody disturbs: its seconds, those that each party lives, and what it left."""
 
     seconds: float
     lives: dict[str, float]
+    out: Path
 
 
 @dataclass
@@ -93,7 +94,8 @@ def measure(directory: Path, variant: str, model: Path) -> Usual:
     if not succeeded:
         raise RuntimeError(f"an undisturbed run ({variant}) failed: see {directory}")
     seconds = time.monotonic() - began
-    return Usual(seconds, {LAUNCHER: seconds, **{name: end - start for name, (start, end) in lives.items()}})
+    lives_of = {LAUNCHER: seconds, **{name: end - start for name, (start, end) in lives.items()}}
+    return Usual(seconds, lives_of, directory / "run")
 
 
 def inject(injection: Injection, directory: Path, model: Path, usual: Usual) -> Verdict:
@@ -198,21 +200,25 @@ def _inject_into_run(verdict: Verdict, directory: Path, model: Path, usual: Usua
     if ended is None:
         return
     if ended.code == 0 or (ended.code < 0 and out.exists()):  # killed when all was done but the telling
-        verdict.bad += _judge_results(injection, directory)
+        verdict.bad += _judge_results(injection, directory, usual)
         return
     if ended.code > 0:
         verdict.bad += results.failed_badly(out)
     if kind.task == "train":
-        _resume(verdict, directory)
+        _resume(verdict, directory, usual)
 
 
-def _judge_results(injection: Injection, directory: Path) -> list[str]:
+def _judge_results(injection: Injection, directory: Path, usual: Usual) -> list[str]:
     out = directory / "run"
     if VARIANTS[injection.variant].task == "infer":
         return results.diagnosis_incomplete(out)
     if found := results.training_incomplete(out):
         return found
-    return judging.judge_lost(injection, results.lost_hospitals(out)) + _verify(directory)
+    lost = results.lost_hospitals(out)
+    found = judging.judge_lost(injection, lost) + _verify(directory)
+    if VARIANTS[injection.variant].same_model and not lost:
+        found += results.another_model(out, usual.out)
+    return found
 
 
 def _verify(directory: Path) -> list[str]:
@@ -220,7 +226,7 @@ def _verify(directory: Path) -> list[str]:
     return [] if verified is not None and verified.code == 0 else [f"the ledger does not verify: {verified}"]
 
 
-def _resume(verdict: Verdict, directory: Path) -> None:
+def _resume(verdict: Verdict, directory: Path, usual: Usual) -> None:
     """Go on with a training run that failed; one that has completed no round is refused in one line."""
     out, can = directory / "run", results.resumable(directory / "run")
     arguments = ["train", str(directory / "config.yaml"), "--out", str(out), "--resume"]
@@ -232,7 +238,7 @@ def _resume(verdict: Verdict, directory: Path) -> None:
         if ended.code:
             verdict.bad.append(f"--resume: exit code {ended.code}: {' | '.join(ended.lines)}")
         else:
-            verdict.bad += [f"after --resume: {what}" for what in _judge_results(verdict.injection, directory)]
+            verdict.bad += [f"after --resume: {what}" for what in _judge_results(verdict.injection, directory, usual)]
     else:
         verdict.followed = "nothing to resume"
         verdict.bad += judging.one_line(ended) if ended.code else ["--resume went on with nothing"]

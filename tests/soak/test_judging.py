@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mpc_fl.config.config import parse_config, party_names
 from tests.soak import judging, results
+from tests.soak.__main__ import TASKS
 from tests.soak.judging import Ended
 from tests.soak.plan import (
     ASKING,
+    FIVE_HOSPITALS,
     FORK_SERVER,
     KILL,
     LAUNCHER,
@@ -35,9 +39,9 @@ def ended(code: int, line: str = "") -> Ended:
 
 
 def test_the_same_seed_and_number_choose_the_same() -> None:
-    chosen = [injection(7, number, ("train", "infer", "serve")) for number in range(400)]
-    assert chosen == [injection(7, number, ("train", "infer", "serve")) for number in range(400)]
-    assert chosen != [injection(8, number, ("train", "infer", "serve")) for number in range(400)]
+    chosen = [injection(7, number, TASKS) for number in range(400)]
+    assert chosen == [injection(7, number, TASKS) for number in range(400)]
+    assert chosen != [injection(8, number, TASKS) for number in range(400)]
     assert {choice.variant for choice in chosen} == set(VARIANTS)
     assert {choice.signal for choice in chosen} == {KILL, TERM, STOP, STOP_AND_CONT}
     assert {choice.victim for choice in chosen} == {name for of in VARIANTS.values() for name in of.victims}
@@ -130,6 +134,24 @@ def test_only_the_one_that_was_struck_may_be_lost() -> None:
     assert not judging.judge_lost(struck("hospital-1", KILL), ["hospital-1", "hospital-1"])
     assert judging.judge_lost(struck("hospital-1", KILL), ["hospital-2"])
     assert judging.judge_lost(struck("hospital-1", STOP_AND_CONT, pause=1.0), ["hospital-1"])
+
+
+def test_without_an_aggregator_no_hospital_is_needed_where_the_quorum_is_less_than_all() -> None:
+    assert VARIANTS["peers, all three"].may_lose == ()
+    assert VARIANTS["peers, quorum 3 of 5"].may_lose == FIVE_HOSPITALS
+    assert not judging.judge_command(struck("hospital-4", KILL, "peers, quorum 3 of 5"), ended(0))
+    assert judging.judge_command(struck("hospital-4", KILL, "peers, quorum 3 of 5"), ended(11, "hospital-4 was killed"))
+
+
+def test_a_run_that_lost_nobody_must_have_the_model_of_an_undisturbed_one(tmp_path: Path) -> None:
+    assert {name for name, variant in VARIANTS.items() if variant.same_model} == {
+        "peers, all three", "peers, quorum 3 of 5"
+    }  # fmt: skip
+    for name, value in (("undisturbed", 1.0), ("same", 1.0), ("another", 1.0 + 2**-23)):
+        (tmp_path / name).mkdir()
+        save_file({"weight": torch.tensor([value])}, tmp_path / name / "model.safetensors")
+    assert results.another_model(tmp_path / "same", tmp_path / "undisturbed") == []
+    assert results.another_model(tmp_path / "another", tmp_path / "undisturbed")
 
 
 def test_logs_show_no_traceback_and_no_defect() -> None:

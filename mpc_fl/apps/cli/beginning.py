@@ -25,8 +25,20 @@ def init(
         str | None, typer.Option(help="Names of all classes, with commas; a hospital may lack some.")
     ] = None,
     label: Annotated[str | None, typer.Option(help="Column of a table that holds the class.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Columns of a table that become features, with commas; others are never read.")
+    ] = None,
+    patient: Annotated[
+        str | None, typer.Option(help="Column of a table that holds the patient; '': every row counts by itself.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="What gives the features of images: efficientnet_lite0, scattering or none.")
+    ] = None,
     hospitals: Annotated[int | None, typer.Option(min=2, max=64, help="How many take part.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy of each patient; smaller is more private.")] = None,
+    smallest_hospital: Annotated[
+        int | None, typer.Option(min=1, help="Fewest training patients of any hospital; will be public.")
+    ] = None,
     defaults: Annotated[
         bool, typer.Option("--defaults", help="Ask nothing: what is not given has its default.")
     ] = False,
@@ -50,25 +62,28 @@ def init(
     if path.is_dir() or (path.exists() and not force):
         what = "is a folder" if path.is_dir() else "exists already"
         raise ConfigError(f"{path} {what}", "choose another name" + ("" if path.is_dir() else ", or give --force"))
-    named = None if classes is None else tuple(name.strip() for name in classes.split(","))
     given = {
         "name": path.stem,
         "source": _source(source, data),
-        "classes": named,
+        "classes": None if classes is None else _names(classes),
         "label_column": label,
+        "columns": None if columns is None else _names(columns),
+        "backbone": features,
         "hospitals": hospitals,
         "epsilon": epsilon,
+        "smallest_hospital": smallest_hospital,
     }
-    said = {name: value for name, value in given.items() if value is not None}
+    said: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if patient is not None:
+        said["patient_column"] = patient or None
     answers = Answers(**cast(Any, said))
-    if answers.source not in ("phantoms", "images", "csv"):
-        raise ConfigError(f"mpc-fl init knows no data.source '{answers.source[:60]}'", "phantoms, images or csv")
+    _require_known(answers)
     answers, found = _with_data(answers, data, set(said))
     if not defaults and not as_json:
         answers = _asked(answers, set(said), data)
     elif len(answers.classes) < 2:
         raise ConfigError(f"{data} has fewer than two classes", "name all that the federation has with --classes")
-    else:
+    elif "smallest_hospital" not in said:
         answers = _with_patients(answers, data)
     answers = _with_sizes(answers, data)
     text = first_configuration(answers)
@@ -79,6 +94,36 @@ def init(
         return
     where = "" if answers.source == "phantoms" else f" --data {'DIR' if data is None else data}"
     say(f"Written: {path}\nNext: mpc-fl check {path}{where}\n      mpc-fl train {path}{where} --out RUN")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _require_known(answers: Answers) -> None:
+    """Raise `ConfigError` for a source or features that init knows nothing of."""
+    from mpc_fl.apps.first_configuration import Backbone, Source
+
+    for what, value, known in (
+        ("data.source", answers.source, get_args(Source)),
+        ("features", answers.backbone, get_args(Backbone)),
+    ):
+        if value not in known:
+            raise ConfigError(f"mpc-fl init knows no {what} '{value[:60]}'", f"give one of {', '.join(known)}")
+
+
+def _prompt(question: str, default: Any, kind: Any = None) -> Any:
+    """What somebody answers. Raises `ConfigError` where nobody is there to."""
+    try:
+        return typer.prompt(question, default=default, type=kind, err=True)
+    except typer.Abort as error:
+        if not isinstance(error.__context__, EOFError):
+            raise
+        typer.echo(err=True)  # the line of the question
+        raise ConfigError(
+            "mpc-fl init asks questions, and standard input has no more answers; nothing was written",
+            "give --defaults, or an option for each (mpc-fl init --help)",
+        ) from None
 
 
 def _source(source: str | None, data: Path | None) -> str | None:
@@ -157,7 +202,7 @@ def _asked(known: Answers, given: set[str], data: Path | None) -> Answers:
             return
         of = f" ({', '.join(choices)})" if choices else ""
         while True:
-            value = typer.prompt(question + of, default=getattr(known, name), type=kind, err=True)
+            value = _prompt(question + of, getattr(known, name), kind)
             if not choices or value in choices:
                 break
             typer.echo(f"'{value[:60]}' is none of {', '.join(choices)}", err=True)
@@ -165,8 +210,8 @@ def _asked(known: Answers, given: set[str], data: Path | None) -> Answers:
 
     def names_for(question: str, default: tuple[str, ...]) -> tuple[str, ...]:
         shown = ", ".join(default)  # kept as it is: a folder may have a comma in its name
-        names = typer.prompt(f"{question}, with commas", default=shown, err=True)
-        return default if names == shown else tuple(name.strip() for name in names.split(","))
+        names = _prompt(f"{question}, with commas", shown)
+        return default if names == shown else _names(names)
 
     ask("source", "Where do records come from?", str, ("phantoms", "images", "csv"))
     if known.source != "phantoms" and "classes" not in given:
@@ -175,16 +220,19 @@ def _asked(known: Answers, given: set[str], data: Path | None) -> Answers:
     ask("epsilon", "Epsilon for each patient (8: some protection, 1: strong)", float)
     if known.source == "phantoms":
         return known
-    known = counted = _with_patients(known, data)
-    ask("smallest_hospital", "Fewest training patients of any hospital (will be public)", int)
-    if known.smallest_hospital != counted.smallest_hospital:
-        known = replace(known, largest_hospital=None, shared_out=False)
+    if "smallest_hospital" not in given:
+        known = counted = _with_patients(known, data)
+        ask("smallest_hospital", "Fewest training patients of any hospital (will be public)", int)
+        if known.smallest_hospital != counted.smallest_hospital:
+            known = replace(known, largest_hospital=None, shared_out=False)
     if known.source == "images":
         ask("backbone", "Features of images from", str, get_args(Backbone))
         return known
-    known = replace(known, columns=names_for("Names of the feature columns", known.columns))
+    if "columns" not in given:
+        known = replace(known, columns=names_for("Names of the feature columns", known.columns))
     if data is None:
         ask("label_column", "Column that holds the class", str)
+    if "patient_column" in given:
+        return known
     question = "Column that holds the patient (empty: every row counts by itself)"
-    column = typer.prompt(question, default=known.patient_column or "", err=True)
-    return replace(known, patient_column=column or None)
+    return replace(known, patient_column=_prompt(question, known.patient_column or "") or None)

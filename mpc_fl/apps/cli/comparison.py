@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpc_fl.apps.cli.options import AsJson, cell, output_console, print_json, say
+from mpc_fl.apps.formats import duration
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +62,7 @@ def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
         cells = [
             where, *((of["party"] or "all", own) if of_parties else ()), str(of["hospitals"]), str(of["rounds"]),
             f"{of['parameters']:,}", interval, _number(of["balanced_accuracy"], ".1%"), _number(of["auc_macro"], ".3f"),
-            _number(of["epsilon"], ".2f", "none" if spent else ""), str(of["mechanism"] or ""), f"{of['seconds']:.0f} s",
+            _number(of["epsilon"], ".2f", "none" if spent else ""), str(of["mechanism"] or ""), duration(of["seconds"]),
         ]  # fmt: skip
         table.add_row(*map(cell, cells))
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,9 +42,10 @@ def explain(
     markdown: Annotated[bool, typer.Option("--markdown", help="All of them as a page of markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a setting may be, its default, and what it does.
+    """Say what a setting does, what it may be, its default, and an example.
 
-    For example: mpc-fl config explain privacy.spare_rounds
+    Of a section: what it is about, and all of its settings. For example:
+    mpc-fl config explain privacy.spare_rounds
     """
     from mpc_fl.config.settings import sections, setting
 
@@ -60,8 +62,9 @@ def explain(
             say(f"{section.key or 'all'}\n")
             say(_indented(section.about) + "\n")
             for item in section.settings:
-                say(f"  {item.key}: {item.default}    [{item.kind}]{'  ' * bool(item.about)}{item.about}")
-            say("")
+                say(f"  {item.key}: {item.default}    [{item.kind}]  {item.about}")
+            inner = [item.key for item in sections() if section.key and item.key.startswith(f"{section.key}.")]
+            say(f"\n  Within it: {', '.join(inner)}\n" if inner and key is not None else "")
 
 
 @app.command(cls=Command)
@@ -82,15 +85,22 @@ def _indented(text: str) -> str:
 
 
 def _in_words(item: Setting) -> str:
-    lines = [
-        item.key,
-        f"  may be:  {item.kind}",
-        f"  default: {item.default}",
-        *([f"  {item.about}"] if item.about else []),
-    ]
+    section = item.key.rpartition(".")[0]
     return "\n".join(
-        [*lines, "", f"Its section, {item.key.rpartition('.')[0] or 'the whole'}:", _indented(item.section)]
+        [
+            item.key,
+            f"  {item.about}",
+            f"  may be:  {item.kind}",
+            f"  default: {item.default}",
+            f"  example: {_set(item)}",
+            *([f"  section: mpc-fl config explain {section}"] if section else []),
+        ]
     )
+
+
+def _set(item: Setting) -> str:
+    """The option that sets it to its example, as a shell takes it."""
+    return f"--set {shlex.quote(f'{item.key}={item.example}')}"
 
 
 def _as_markdown(section: SectionText) -> str:
@@ -101,7 +111,7 @@ def _as_markdown(section: SectionText) -> str:
     ]
     if not rows:
         return head
-    return "\n".join([head, "", "| key | may be | default | |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join([head, "", "| key | may be | default | what it does |", "| --- | --- | --- | --- |", *rows])
 
 
 def _cell(text: str) -> str:

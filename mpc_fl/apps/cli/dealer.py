@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mpc_fl.apps.cli.options import AsJson, Command, Group, Overrides, print_json, say
+from mpc_fl.apps.formats import duration, size
 from mpc_fl.apps.rows import PartyTraffic, read_object
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
@@ -133,7 +134,7 @@ def _say_filled(filling: _Filling, filled: _Filled, as_json: bool) -> None:
         print_json({**told, "why": filled.why} if filled.why else told)
         return
     done = f"Not all added ({filled.why})" if filled.why else "Nothing added"
-    done = done if seconds is None else f"Added {count}, {seconds:.2f} s each"
+    done = done if seconds is None else f"Added {count}, {duration(seconds)} each"
     say(f"{done}. {left} batches are left{'' if filling.party else ' in both pools'}.")
 
 
@@ -147,7 +148,7 @@ def status(pool: PoolPath, as_json: AsJson = False) -> None:
     for half in halves:
         say(
             f"{half.party} with {half.counterpart}: {half.left} batches of {half.records} left, {half.used} "
-            f"used; {half.reveal}; {half.bytes / 1e6:,.1f} MB"
+            f"used; {half.reveal}; {size(half.bytes)}"
         )
     if not halves:
         say(f"There is no pool in {pool}.")

@@ -16,12 +16,15 @@ from mpc_fl.apps.cli.options import (
     Overrides,
     command_line,
     configure,
+    earlier_failure_of,
     error_console,
     print_json,
     say,
+    say_earlier_failure,
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
+from mpc_fl.apps.formats import duration
 from mpc_fl.errors import ConfigError, MpcFlError, RefusedError
 from mpc_fl.roles import DEALER, HOSPITAL, MODEL_OWNER
 
@@ -112,13 +115,14 @@ def _say_comparison(comparison: Comparison) -> None:
 def _print_summary(summary: AnyDiagnosisSummary, out: Path) -> None:
     """All for machines. Raises `MpcFlError` after it where the report could not be written."""
     report = None if summary.unreported else str(out / "report.html")
-    print_json({**summary.to_json(), "report": report})
+    print_json({**summary.to_json(), "report": report, **earlier_failure_of(out)})
     if summary.unreported:
         raise MpcFlError(summary.unreported, f"make it with: mpc-fl report {out}")
 
 
 def _say_report(summary: AnyDiagnosisSummary, out: Path) -> None:
-    """Where it is. Raises `MpcFlError` where it could not be written: all else has been said."""
+    """Where it is, and what failed before. Raises `MpcFlError` where it could not be written: all else has been said."""
+    say_earlier_failure(out)
     if summary.unreported:
         raise MpcFlError(summary.unreported, f"the diagnoses are above and in {out}")
     say(f"Report: {out / 'report.html'}")
@@ -203,4 +207,4 @@ def _say_diagnoses(summary: AnyDiagnosisSummary) -> None:
     for result in summary.results or []:
         name = summary.classes[result.predicted]
         chance = f" ({max(result.probabilities):.1%})" if result.probabilities else ""  # the label alone was opened
-        say(f"{result.name}: {name}{chance}, {result.seconds:.1f} s")
+        say(f"{result.name}: {name}{chance}, {duration(result.seconds)}")

@@ -49,7 +49,7 @@ def verify(
     run_dir: RunDirectory,
     authority: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help=f"The federation's certificate. Default: {ROOT_FILE} in RUN_DIR."),
+        typer.Option(metavar="FILE", help=f"The federation's certificate. Default: {ROOT_FILE} of the run."),
     ] = None,
     copies: Annotated[
         list[Path] | None,
@@ -69,17 +69,17 @@ def verify(
     exchange RUN_DIR could exchange its certificate too: give the one that you
     hold yourself with --authority, or compare the fingerprint that is printed.
     """
-    given = authority is not None
-    root = _authority(authority or run_dir / ROOT_FILE)
     given_copies = [Copy(str(path), None, _read(path)) for path in copies or []]
     found = _find(run_dir) + [copy for copy in given_copies if not are_receipts(copy.content)]
     receipts = _find(run_dir, RECEIPTS_FILE) + [copy for copy in given_copies if are_receipts(copy.content)]
     if not found and not receipts:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
+    given, place = authority is not None, authority or _authority_of(run_dir)
+    root = load_root(_read(place), str(place), "give the federation's certificate with --authority")
     checked = _check_receipts(receipts, root, said=not as_json)
+    told = {"authority": str(place), "authority_sha256": fingerprint(root), "authority_given": given}
     if not found:
-        if as_json:
-            print_json({**checked, "authority_sha256": fingerprint(root), "authority_given": given})
+        print_json({**checked, **told}) if as_json else _say_authority(root, None if given else place)
         if checked["receipt_findings"]:
             raise typer.Exit(1)
         return
@@ -104,15 +104,14 @@ def verify(
                 "blocks": len(blocks),
                 "openings": openings,
                 "copies": where,
-                "authority_sha256": fingerprint(root),
-                "authority_given": given,
+                **told,
             }
         )
     else:
         for text in [*(finding.line for finding in findings), *(f"Note: {note}." for note in notes)]:
             say(text)
         say(f"{len(where)} {_plural(len(where), 'copy', 'copies')}: {', '.join(where)}.")
-        say(f"SHA-256 of the authority's certificate{'' if given else ', from RUN_DIR'}: {fingerprint(root)}")
+        _say_authority(root, None if given else place)
         if findings:
             say(f"The reveal ledger does NOT verify: {len(findings)} {_plural(len(findings), 'finding', 'findings')}.")
         else:
@@ -121,6 +120,18 @@ def verify(
             say(f"The reveal ledger verifies: {signed}, every block signed by {all_of}, from start to end.")
     if findings or checked["receipt_findings"]:
         raise typer.Exit(1)
+
+
+def _say_authority(root: x509.Certificate, found: Path | None) -> None:
+    """By whose certificate signatures were checked; `found`: where it lay, if nobody gave it."""
+    if found is None:
+        say(f"SHA-256 of the authority's certificate: {fingerprint(root)}")
+        return
+    say(f"SHA-256 of the authority's certificate, from {found}: {fingerprint(root)}")
+    say(
+        "It lies with what it verifies, so this shows that all of it fits together, not that it is your federation's: "
+        "compare the SHA-256, or give the certificate that you hold with --authority."
+    )
 
 
 def _check_receipts(files: list[Copy], root: x509.Certificate, said: bool) -> dict[str, Any]:
@@ -277,10 +288,17 @@ def _blocks(copy: Copy) -> list[Block]:
     return blocks
 
 
-def _authority(path: Path) -> x509.Certificate:
-    if not path.exists():
-        raise MpcFlError(f"there is no {path}", "give the federation's certificate with --authority")
-    return load_root(_read(path), str(path), "give the federation's certificate with --authority")
+def _authority_of(run_dir: Path) -> Path:
+    """The certificate that a run left in its directory, for one party's also in that of the whole run."""
+    whole = run_dir.absolute()
+    places = [run_dir / ROOT_FILE, *([whole.parents[1] / ROOT_FILE] if whole.parent.name == "parties" else [])]
+    for path in places:
+        if path.is_file():
+            return path
+    raise MpcFlError(
+        f"there is no {ROOT_FILE} in {run_dir}, the certificate that its signatures are checked with",
+        f"give it with --authority: each party has {ROOT_FILE} in the directory that was its --identity",
+    )
 
 
 def _read(path: Path) -> bytes:

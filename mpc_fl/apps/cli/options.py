@@ -147,15 +147,27 @@ def output_console() -> Console:
     return Console(file=sys.stdout, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 
 
-def gigabytes(count: int) -> str:
-    """A number of bytes that was estimated, as text."""
-    return f"about {count / 1e9:.1f} GB"
-
-
 def say_skipped(files: int | None) -> None:
     """How many files could not be read; nothing where all could."""
     if files:
         say(f"Unreadable files left out: {files}; the logs of the hospitals name them.")
+
+
+def earlier_failure_of(out: Path) -> dict[str, str]:
+    """Of a run that is complete: where an earlier one of its name that failed still lies, for JSON; empty where there is none."""
+    from mpc_fl.apps.runs.run_directory import earlier_failure
+
+    failed = earlier_failure(out)
+    return {} if failed is None else {"earlier_failure": str(failed)}
+
+
+def say_earlier_failure(out: Path) -> None:
+    """The same for people, with how to remove it: what it revealed and spent is not removed unasked."""
+    for failed in earlier_failure_of(out).values():
+        say(
+            f"A run that failed before this one is still at {failed}, with its logs and what it revealed and spent. If none of "
+            f"it is needed: rm -r {shlex.quote(failed)}"
+        )
 
 
 def privacy_words(epsilon: float | None, noise_multiplier: float | None) -> str:

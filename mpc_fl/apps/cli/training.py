@@ -18,14 +18,16 @@ from mpc_fl.apps.cli.options import (
     Overrides,
     command_line,
     configure,
+    earlier_failure_of,
     error_console,
-    gigabytes,
     print_json,
     privacy_words,
     say,
+    say_earlier_failure,
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
+from mpc_fl.apps.formats import duration, in_ranges, size
 from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
 from mpc_fl.roles import is_hospital
 
@@ -87,14 +89,15 @@ def train(
             error.then = _GO_ON if may_go_on(out) else ""
             raise
     if as_json:
-        print_json({**summary.to_json(), "report": str(out / "report.html")})
+        print_json({**summary.to_json(), "report": str(out / "report.html"), **earlier_failure_of(out)})
         return
-    _say_training(summary, 1 / len(settings.data.classes))
+    _say_training(summary)
     if summary.began_with is not None:
         say(_of_the_beginning(settings))
     if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
+    say_earlier_failure(out)
     say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
 
 
@@ -110,19 +113,8 @@ def _of_the_beginning(config: Config) -> str:
     )
 
 
-def in_ranges(numbers: list[str]) -> str:
-    """Numbers in order, as text: 3, 5 to 9."""
-    runs: list[list[int]] = []
-    for number in map(int, numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
-
-
-def _say_training(summary: TrainingSummary, chance: float) -> None:
-    """What the model can do, what the patients have spent, and who was absent; `chance` is the accuracy of guessing."""
+def _say_training(summary: TrainingSummary) -> None:
+    """What the model can do, what the patients have spent, and who was absent."""
     final, rounds_missed = summary.final, summary.absences()
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
@@ -134,7 +126,7 @@ def _say_training(summary: TrainingSummary, chance: float) -> None:
         after = f" after round {summary.evaluated_round}" if early else ""
         say(
             f"Accuracy{after} {final.accuracy:.1%} (95 % interval {final.accuracy_low:.1%} to {final.accuracy_high:.1%}) "
-            f"on {final.records} {counted}; chance {chance:.1%}."
+            f"on {final.records} {counted}; baseline, always naming the largest class: {final.baseline:.1%}."
         )
         if after:
             say(
@@ -193,6 +185,7 @@ def check(
     Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
     from mpc_fl.apps.data_lines import data_lines, owners_word
+    from mpc_fl.apps.runs.party_process import require_site_allows
     from mpc_fl.inference.fast.kernels.compiled import kernels
     from mpc_fl.learning.data.survey import survey
     from mpc_fl.learning.device import device_of
@@ -209,6 +202,7 @@ def check(
                 raise ConfigError(f"{party} has no data that could be checked", "give --party the name of a hospital")
             settings.data.require_agreed_columns()
             settings = with_own_data(site_of(settings, party), party)
+        require_site_allows(settings, party, by_itself=party is not None)  # before every file is read
         _refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
         for words in () if as_json else data_lines(data_found, settings):
@@ -246,7 +240,7 @@ def check(
         say(
             f"Masks: with {found.mask_neighbours} others each, against the aggregator and {found.masks_against} hospitals."
         )
-    say(f"Memory: {gigabytes(found.memory_bytes_per_hospital)} per hospital. The run can work.")
+    say(f"Memory: about {size(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -262,34 +256,33 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         print_json({"training": about, "inference": inference.to_json()})
         return
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
-    sent, memory = training.bytes_sent_per_hospital / 1e6, gigabytes(training.memory_bytes_per_hospital)
-    say(f"  each hospital sends {sent:,.1f} MB in {training.messages_per_hospital} messages, needs {memory} of memory")
+    sent, memory = size(training.bytes_sent_per_hospital), size(training.memory_bytes_per_hospital)
+    say(f"  each hospital sends {sent} in {training.messages_per_hospital} messages, needs about {memory} of memory")
     opener, whom = "the aggregator", "the aggregator with any"
     if settings.among_peers:
         opener, whom = "each hospital", "any"
     else:
-        say(f"  the aggregator sends {training.bytes_sent_by_aggregator / 1e6:,.1f} MB")
+        say(f"  the aggregator sends {size(training.bytes_sent_by_aggregator)}")
     say(
         f"  masks: each hospital shares them with {training.mask_neighbours} others, holds {training.mask_keys} keys of a sum"
     )
     before = "" if training.mask_neighbours + 1 == settings.federation.hospitals else " that pool before it"
     say(f"  a summand is hidden from {whom} {training.masks_against} hospitals of the sum{before}")
-    masking, opening = training.masking_seconds, training.opening_seconds
-    say(f"  masking takes a core {masking:.2g} s a sum, opening at the quorum {opening:.2g} s at {opener}")
-    took, deadline = training.connecting_seconds, training.connecting_deadline
+    masking, opening = duration(training.masking_seconds), duration(training.opening_seconds)
+    say(f"  masking takes a core {masking} a sum, opening at the quorum {opening} at {opener}")
+    took, deadline = duration(training.connecting_seconds), duration(training.connecting_deadline)
     where = "each on a machine of its own" if settings.federation.addresses else "all on this machine"
-    say(
-        f"  connecting takes about {took:.1f} s with {where}; the run waits {deadline:.0f} s at most for all to be there"
-    )
+    say(f"  connecting takes about {took} with {where}; the run waits {deadline} at most for all to be there")
     for line in training.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
         say(f"  {line.hospital}: {line.patients} {settings.data.counted_unit}s{words}")
     _say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
-    say(f"  {inference.bytes_per_party / 1e6:,.1f} MB sent per party in {inference.rounds} {steps}")
-    dealt, memory = inference.bytes_sent_by_dealer / 1e6, gigabytes(inference.memory_bytes_per_party)
-    say(f"  {dealt:,.1f} MB sent by the dealer; {memory} of memory")
+    say(f"  {size(inference.bytes_per_party)} sent per party in {inference.rounds} {steps}")
+    say(
+        f"  {size(inference.bytes_sent_by_dealer)} sent by the dealer; about {size(inference.memory_bytes_per_party)} of memory"
+    )
     say(f"  {inference.comparisons:,} comparisons, {inference.multiplications:,} secret multiplications")
 
 
@@ -300,15 +293,15 @@ def _shared_patients(config: Config) -> SharedPatients:
 
 
 def _about_features(config: Config) -> str | None:
-    if config.data.features is None:
-        return None
+    if config.data.features is None and not config.training.computes_frozen_part_once:
+        return None  # without torch
     from mpc_fl.learning.models.feature_cache import about_features
 
     return about_features(config)
 
 
 def _say_features(config: Config) -> None:
-    """Whether features of images will be read or computed, where they are the records."""
+    """Whether features of images, or what the trained layers read, will be read or computed."""
     about = _about_features(config)
     if about is not None:
         say(about)
@@ -394,7 +387,7 @@ def _require_memory(config: Config, found: TrainingEstimate) -> None:
     needed, available = memory_here(config, found.memory_bytes_per_hospital), available_memory()
     if available is not None and needed > available:
         raise MpcFlError(
-            f"{parties} {'parties need' if parties > 1 else 'party needs'} about {needed / 1e9:.1f} GB of memory together, "
-            f"{available / 1e9:.1f} GB are available",
+            f"{parties} {'parties need' if parties > 1 else 'party needs'} about {size(needed)} of memory together, "
+            f"{size(available)} are available",
             "use fewer hospitals, a smaller training.batch_size, or training.per_sample_gradients=loop",
         )

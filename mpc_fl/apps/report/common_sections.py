@@ -6,8 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from mpc_fl.apps.formats import duration, size
 from mpc_fl.apps.report import figures
-from mpc_fl.apps.report.formats import duration, size
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table
 from mpc_fl.apps.report.run_files import Run, each, guarded, missing
 from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text, why_of_all

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from mpc_fl.apps.report.formats import UNITS
+from mpc_fl.apps.formats import UNITS
 from mpc_fl.apps.summaries import Scores
 from mpc_fl.learning.models.evaluation import area_under_curve, roc_points
 
@@ -125,8 +125,8 @@ def _legend_below(figure: Figure, axes: Any, columns: int) -> None:
 
 
 @_styled
-def global_curve(rounds: Sequence[int], scores: Sequence[Scores], largest_share: float) -> Figure:
-    """Accuracy of the global model after each round with its interval, balanced accuracy, and the largest class."""
+def global_curve(rounds: Sequence[int], scores: Sequence[Scores], baseline: float) -> Figure:
+    """Accuracy of the global model after each round with its interval, balanced accuracy, and the baseline."""
     low, high = [score.accuracy_low for score in scores], [score.accuracy_high for score in scores]
     accuracy, balanced = [score.accuracy for score in scores], [score.balanced_accuracy for score in scores]
     figure, (axes,) = _new(7.2, 3.3)
@@ -134,7 +134,7 @@ def global_curve(rounds: Sequence[int], scores: Sequence[Scores], largest_share:
     axes.plot(rounds, accuracy, color=PALETTE[0], marker="o", markersize=4, linewidth=2.2, label="accuracy")
     style = {"marker": "s", "markersize": 8, "markerfacecolor": "none", "linestyle": _DASHES[1], "linewidth": 1.2}
     axes.plot(rounds, balanced, color=PALETTE[1], label="balanced accuracy", **style)
-    axes.axhline(largest_share, color=_INK, linewidth=1, linestyle=_DASHES[2], label="largest class")
+    axes.axhline(baseline, color=_INK, linewidth=1, linestyle=_DASHES[2], label="baseline")
     axes.set_ylim(0, 1.02)
     _percent(axes.yaxis)
     _rounds(axes, "Global model, all hospitals' test records")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from mpc_fl.apps.formats import duration, percent, plain
 from mpc_fl.apps.report import figures
-from mpc_fl.apps.report.formats import duration, percent, plain
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
 from mpc_fl.apps.report.run_files import Run, each, missing, skipped
 from mpc_fl.apps.rows import PlaintextReference, read_object, read_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mpc_fl.apps.report.formats import duration, percent, plain
+from mpc_fl.apps.formats import duration, percent, plain
 from mpc_fl.apps.report.markup import Markup, paragraph, table, tiles
 from mpc_fl.apps.report.run_files import Run, skipped
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpc_fl.apps.report.formats import duration, percent, plain
+from mpc_fl.apps.formats import duration, percent, plain
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
 from mpc_fl.apps.report.page import document
 from mpc_fl.apps.rows import read_object, read_text

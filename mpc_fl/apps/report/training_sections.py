@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from mpc_fl.apps.formats import duration, number, percent, plain
 from mpc_fl.apps.report import figures
-from mpc_fl.apps.report.formats import duration, number, percent, plain
 from mpc_fl.apps.report.markup import Markup, paragraph, plot, table, tiles
 from mpc_fl.apps.report.run_files import Run, hospital_rounds, missing, skipped
 from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
@@ -30,9 +30,8 @@ def _final(run: Run) -> Scores:
 
 
 def result(run: Run) -> Markup:
-    """Headline numbers, and whether the model is better than chance."""
+    """Headline numbers, and whether the model is better than the baseline."""
     final, summary = _final(run), run.training
-    largest, guess = final.largest_share, 1 / len(final.confusion)
     spent = [(entry.epsilon, entry.delta) for entry in summary.privacy if entry.epsilon is not None]
     if len(spent) < len(summary.privacy):
         spent = []  # for the patients of one hospital none holds, so there is no largest one
@@ -45,15 +44,15 @@ def result(run: Run) -> Markup:
     facts: list[tuple[str, object, str]] = [
         ("Accuracy", percent(final.accuracy), f"{interval}; {final.records} {counted}"),
         ("Balanced accuracy", percent(final.balanced_accuracy), "mean over classes of the share found"),
-        ("Chance level", percent(max(largest, guess)), f"largest class {percent(largest)}; 1/classes {percent(guess)}"),
+        ("Baseline", percent(final.baseline), "accuracy of always naming the largest class"),
         ("Epsilon, largest of all hospitals", plain(worst) if spent else "none", remark),
         ("Rounds", summary.rounds, f"{len(summary.hospitals)} hospitals"),
         ("Time", duration(summary.seconds), f"{summary.parameters:,} trained parameters"),
         *skipped(summary),
     ]
-    better = final.accuracy_low > max(largest, guess)
-    text = f"""The {"whole interval lies" if better else "interval does not lie"} above the chance level: the model is
-    {"better" if better else "not shown to be better"} than naming the largest class. {_interval_words(final)}"""
+    better = final.accuracy_low > final.baseline
+    text = f"""The {"whole interval lies" if better else "interval does not lie"} above the baseline: the model is
+    {"better" if better else "not shown to be better"} than always naming the largest class. {_interval_words(final)}"""
     return Markup(tiles(facts) + paragraph(text) + _caveats(run))
 
 
@@ -144,9 +143,10 @@ def global_curve(run: Run) -> Markup:
     rounds, scores = [number for number, _ in evaluated], [found for _, found in evaluated]
     values = "; ".join(f"round {number}: {percent(found.accuracy)}" for number, found in evaluated)
     caption = """Accuracy and balanced accuracy of the global model on the test records of all hospitals together, with
-    its 95 % interval, after the rounds that evaluation.every says. Round 0 is the initial model. Only sums over hospitals were
-    opened: exact ones, unless evaluation.noise_multiplier is set."""
-    figure = figures.global_curve(rounds, scores, scores[-1].largest_share)
+    its 95 % interval, after the rounds that evaluation.every says. Round 0 is the initial model; the baseline
+    is the accuracy of always naming the largest class. Only sums over hospitals were opened: exact ones, unless
+    evaluation.noise_multiplier is set."""
+    figure = figures.global_curve(rounds, scores, scores[-1].baseline)
     return plot(figure, f"Accuracy by round. {values}.", caption)
 
 

@@ -51,10 +51,12 @@ from mpc_fl.learning.data.phantoms import public_phantoms
 from mpc_fl.learning.models.architectures import build_model
 from mpc_fl.learning.models.evaluation import EVALUATION_CHUNK, evaluation_length
 from mpc_fl.learning.models.parameters import flatten_buffers, flatten_parameters, shared_coordinates
+from mpc_fl.learning.models.splitting import split_before_trained
 from mpc_fl.learning.models.trainable import set_trainable
 from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.learning.training.batch_pieces import copies_at_once
+from mpc_fl.learning.training.frozen_part import LARGEST_BYTES, kept_bytes
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
@@ -79,10 +81,11 @@ _HELD_OF_CORRECTIONS = 2.9  # engine fast: bytes held at the model owner per byt
 
 
 class _Activations(NamedTuple):
-    """Elements that one record makes in a network: of all layers together, and of the widest layer."""
+    """Elements that one record makes in a network: of all layers together, and of the widest layer; the shape of its output."""
 
     all: int
     widest: int
+    output: tuple[int, ...]
 
 
 def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations:
@@ -99,13 +102,33 @@ def _activations(model: nn.Module, input_shape: tuple[int, ...]) -> _Activations
             module.register_forward_hook(count)
     try:
         with torch.no_grad():
-            shapes(torch.empty(1, *input_shape, device="meta"))
+            output = shapes(torch.empty(1, *input_shape, device="meta"))
     except (RuntimeError, ValueError, AssertionError):
         size = "x".join(map(str, input_shape))
         raise ModelError(
             f"the network does not take records of shape {size}", "set data.image_size to what it takes"
         ) from None
-    return _Activations(sum(sizes), max(sizes))
+    return _Activations(sum(sizes), max(sizes, default=output.numel()), tuple(output.shape[1:]))
+
+
+class _Steps(NamedTuple):
+    """What steps pass through: elements that a record of `shape` makes in it, and bytes kept of the records before."""
+
+    all: int
+    shape: tuple[int, ...]
+    kept: int = 0
+
+
+def _of_steps(config: Config, model: nn.Module, patients: int) -> _Steps:
+    """The whole network, or its trained part where what that reads is computed once (`training.frozen_part`)."""
+    shape = config.data.input_shape
+    parts = split_before_trained(model) if config.training.computes_frozen_part_once else None
+    if parts is not None:
+        read = _activations(parts[0], shape).output
+        kept = kept_bytes(read, patients)
+        if kept <= LARGEST_BYTES:
+            return _Steps(_activations(parts[1], read).all, read, kept)
+    return _Steps(_activations(model, shape).all, shape)
 
 
 def estimate_training(config: Config, patients: list[int], at: str | None = None) -> TrainingEstimate:
@@ -207,11 +230,12 @@ def _training_memory(config: Config, model: nn.Module, parameters: int, patients
     else:
         # Gradients of single records are held for a chunk of at most 1 GB (`per_sample_gradients`).
         gradients = min(together * parameters, max(parameters, (1 << 30) // _FLOAT))
-    in_network = min(together * config.training.augmentation.copies, copies_at_once(data.input_shape))
-    training = gradients + factor * layers.all * in_network
+    steps = _of_steps(config, model, patients)
+    in_network = min(together * config.training.augmentation.copies, copies_at_once(steps.shape))
+    training = gradients + factor * steps.all * in_network
     weights = 5 * parameters  # global, working copy, gradient, momentum, update
     shares = 4 * parameters * _WORD // _FLOAT  # encoded, mask, share, message
-    return _IDLE_BYTES + _FLOAT * (records + weights + max(evaluating, training, shares))
+    return _IDLE_BYTES + steps.kept + _FLOAT * (records + weights + max(evaluating, training, shares))
 
 
 def planned_privacy(config: Config, name: str, patients: int) -> NoPrivacy | PlannedPrivacy:

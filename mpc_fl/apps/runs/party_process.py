@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.config.site_rules import require_allowed, require_one_name, require_trusted, rules_of
+from mpc_fl.config.site_rules import Broken, broken_rules, distrusted, other_names, refusal, rules_of
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
@@ -68,21 +68,24 @@ def _give_signs(tell: Callable[..., None]) -> None:
 
 
 def require_site_allows(config: Config, name: str | None = None, by_itself: bool = False) -> None:
-    """Raise `ConfigError` where a rule of this site forbids the run, or the authority that certified `name`.
+    """Raise `ConfigError` where rules of this site forbid the run, or the authority that certified `name`, naming all of them.
 
     A party `by_itself` is this site; others are simulated here, each with a privacy ledger of its own.
     """
+    broken = list[Broken]()
     for file in rules_of(config):
-        require_allowed(config, file, name)
+        broken += broken_rules(config, file, name)
         if by_itself and name is not None and config.task == "train":
-            require_one_name(file, name)
+            broken += other_names(file, name)
         if name is not None and config.site.identity is not None and file.rules.authorities is not None:
             from mpc_fl.crypto.certificates import load_root
             from mpc_fl.crypto.identity_files import load_identity
             from mpc_fl.crypto.signatory import fingerprint
 
             authority = load_root(load_identity(config.site.identity, name).authority, str(config.site.identity))
-            require_trusted(file, "authorities", fingerprint(authority))
+            broken += distrusted(file, "authorities", fingerprint(authority))
+    if broken:
+        raise refusal(broken)
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:

@@ -104,6 +104,12 @@ def _remove_half_written(directory: Path) -> None:
         half.unlink(missing_ok=True)
 
 
+def earlier_failure(out: Path) -> Path | None:
+    """Where the last run that failed before this one became `out` still lies, None where there is none."""
+    failed = _beside(out)[1]
+    return failed if failed.is_dir() else None
+
+
 def may_go_on(out: Path) -> bool:
     """Whether a run that failed at `out` has kept what `--resume` needs."""
     return not out.exists() and any(map(_resumable, _beside(out)))

@@ -179,10 +179,11 @@ def site_key(place: Path | None) -> bytes:
 
 @dataclass(frozen=True)
 class PatientTable:
-    """Rows by the path of a file below DIR, or by its name alone."""
+    """Rows by the path of a file below DIR, or by its name alone. `read_as`: how the file was read, in some words."""
 
     path: Path
     rows: dict[str, PatientRow]
+    read_as: str
 
     def row_of(self, place: PurePosixPath) -> PatientRow | None:
         """The row of a file at DIR/`place`. Raises `DataError` where its split is another than that of its folder."""
@@ -219,7 +220,7 @@ def read_table(root: Path) -> PatientTable | None:
         file, row = values["file"].replace("\\", "/").removeprefix("./"), _row(values, path, line)
         if rows.setdefault(file, row) != row:
             raise DataError(f"{path} line {line} names a file again, with another patient", "leave one of the rows")
-    return PatientTable(path, rows)
+    return PatientTable(path, rows, table.described)
 
 
 def _require_no_other_table(root: Path) -> None:

@@ -45,6 +45,7 @@ class Survey:
     `treatments` says to how many images what was done, `left_aside` what else lies in the folders, `patients_from` how many
     readable files have their patient from where, `first_unreadable` names some files and what to do about them. `parts` counts
     what can be read by what it is for. `training_patients` are those of each hospital of whom something can be read.
+    `patient_table` says how the table of patients was read, None without one.
     """
 
     records: int
@@ -56,6 +57,7 @@ class Survey:
     treatments: dict[str, int]
     left_aside: dict[str, int]
     patients_from: dict[str, int]
+    patient_table: str | None
     first_unreadable: list[str]
     warnings: list[str]
 
@@ -112,6 +114,7 @@ def survey(config: Config) -> Survey:
         treatments=dict(treatments),
         left_aside=dict(left_aside),
         patients_from=dict(sources),
+        patient_table=_patient_table(config) if sources[FROM_TABLE] else None,
         first_unreadable=[str(error) for of in found for error in of.unreadable.values()][:_NAMED],
         warnings=[
             *(_warnings(sources, sorted(keys), records - unreadable, config) if sources else ()),
@@ -119,6 +122,11 @@ def survey(config: Config) -> Survey:
             *_lacks(found, parts, config),
         ],
     )
+
+
+def _patient_table(config: Config) -> str | None:
+    table = read_table(config.site.data or Path())
+    return None if table is None else table.read_as
 
 
 def patient_warnings(config: Config) -> list[str]:

@@ -82,7 +82,7 @@ def place_of_column(file: TableFile, name: str) -> int | None:
 
 
 def places_of_columns(file: TableFile, columns: Sequence[ColumnSection], others: Collection[str]) -> list[int]:
-    """Where each agreed column stands, whatever the order; `others` may stand there too.
+    """Where each agreed column stands, whatever the order; `others` may stand there too, with a unit or without.
 
     A header may name the unit in brackets. Raises `DataError` naming columns that are missing, that nobody agreed on, or whose
     unit is another.
@@ -96,7 +96,7 @@ def places_of_columns(file: TableFile, columns: Sequence[ColumnSection], others:
             name = plain_name(split["name"])
             column, unit = known.get(name), split["square"] or split["round"] or ""
             if column is None or column.unit is None:
-                name = ""
+                name = name if column is None and name in plain else ""
             elif _plain_unit(column.unit) != _plain_unit(unit):
                 raise DataError(
                     f"{file.path} has column '{column.name}' in '{printable(unit, 20)}', agreed is '{column.unit}'",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-l
 _SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # .xlsx and .ods, .xls
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
+_SERIAL = re.compile(r"[0-9]{1,18}")
 _SEPARATOR_LINE = re.compile(r"sep=([,;\t])\s*\Z")  # of spreadsheets, before the header
 _READABLE = "give a CSV file with a header line, as text in UTF-8"
 
@@ -25,7 +27,8 @@ _READABLE = "give a CSV file with a header line, as text in UTF-8"
 class TableFile:
     """A file's column names, and the line number and cells of each row, without spaces around them, as many as names.
 
-    `encoding` and `delimiter` (`,`, `;` or tab) are those that were found.
+    `encoding` and `delimiter` (`,`, `;` or tab) are those that were found. `numbered`: a first column without a name that
+    numbers the rows, as pandas writes it, was left out.
     """
 
     path: Path
@@ -33,18 +36,21 @@ class TableFile:
     rows: list[tuple[int, list[str]]]
     encoding: str
     delimiter: str
+    numbered: bool = False
 
     @property
     def described(self) -> str:
         """How it was read, in some words."""
-        return f"read as {self.encoding.upper()}, parted by {_DELIMITERS[self.delimiter]}"
+        numbers = ", without the numbers of rows in its first column, which has no name" if self.numbered else ""
+        return f"read as {self.encoding.upper()}, parted by {_DELIMITERS[self.delimiter]}{numbers}"
 
 
 def read_table_file(path: Path, expected: Collection[str]) -> TableFile:
     """Read a table whose header has some of the `expected` names.
 
     UTF-8 and UTF-16 with or without a byte-order mark, else cp1252, of which Latin-1 is a part. Rows and unnamed columns without
-    any value are left out. Raises `DataError` naming the first line that is wrong.
+    any value are left out, and a first column without a name that numbers the rows: whole numbers that rise. Raises `DataError`
+    naming the first line that is wrong.
     """
     try:
         content = path.read_bytes()
@@ -65,15 +71,24 @@ def read_table_file(path: Path, expected: Collection[str]) -> TableFile:
             )
     # Spreadsheets write columns beside the table that somebody touched.
     kept = [place for place, name in enumerate(header) if name or any(cells[place] for _, cells in lines[1:])]
+    numbered = 0 in kept and not header[0] and len(kept) > 1 and _rise([cells[0] for _, cells in lines[1:]])
+    kept = kept[1:] if numbered else kept
     header = [header[place] for place in kept]
     plain = [plain_name(name) for name in header]
     if len(set(plain)) != len(plain):
         raise DataError(f"{path} has two columns of the same name", "rename or remove one")
     if "" in plain:
         raise DataError(f"{path} has a column without a name, number {kept[plain.index('')] + 1}", "name or remove it")
-    return TableFile(
-        path, header, [(line, [cells[place] for place in kept]) for line, cells in lines[1:]], encoding, delimiter
-    )
+    rows = [(line, [cells[place] for place in kept]) for line, cells in lines[1:]]
+    return TableFile(path, header, rows, encoding, delimiter, numbered)
+
+
+def _rise(cells: Sequence[str]) -> bool:
+    """Whether they are whole numbers, each above the one before: an index, of which rows may have been taken out."""
+    if not all(_SERIAL.fullmatch(cell) for cell in cells):
+        return False
+    numbers = [int(cell) for cell in cells]
+    return all(before < after for before, after in itertools.pairwise(numbers))
 
 
 def _decoded(path: Path, content: bytes) -> tuple[str, str]:

@@ -30,7 +30,7 @@ from mpc_fl.learning.data.normalisation import CONSTANTS, Normalisation
 from mpc_fl.learning.device import Device, device_of, on_device
 from mpc_fl.learning.models.architectures import build_network
 from mpc_fl.learning.models.batch_norm import freeze_normalisation
-from mpc_fl.learning.models.feature_cache import FeatureCache, Progress
+from mpc_fl.learning.models.feature_cache import FeatureCache, Progress, settings_digest
 from mpc_fl.learning.models.foreign_weights import fit_weights
 from mpc_fl.learning.models.stages import Stages
 from mpc_fl.learning.models.weights_store import find, load
@@ -170,4 +170,5 @@ def as_records(
         return replace(images, inputs=torch.zeros(0, *config.data.input_shape))
     if cache is None:
         return replace(images, inputs=extractor.records(images.inputs, progress))
-    return replace(images, inputs=cache.records(images.inputs, extractor.records, progress))
+    kept = cache.values_of(settings_digest(config), config.data.input_shape)
+    return replace(images, inputs=kept.records(images.inputs, extractor.records, progress))

@@ -126,7 +126,7 @@ def test_nothing_is_asked_with_defaults_and_no_file_is_written_over(tmp_path: Pa
     other = CliRunner().invoke(app, [str(tmp_path / "other.yaml"), "--source", "phantoms", "--json"])
     assert json.loads(other.output) == {"configuration": str(tmp_path / "other.yaml")}
     unknown = CliRunner().invoke(app, [str(tmp_path / "third.yaml"), "--source", "dicom"])
-    assert "phantoms, images or csv" in str(unknown.exception) and not (tmp_path / "third.yaml").exists()
+    assert "phantoms, images, csv" in str(unknown.exception) and not (tmp_path / "third.yaml").exists()
 
 
 def _films(root: Path, suffix: str = "png", size: tuple[int, int] = (8, 8), name: str = "person{}_a") -> Path:
@@ -190,7 +190,59 @@ def test_a_table_gives_columns_and_their_kinds_and_a_run_can_read_it(tmp_path: P
     result = CliRunner().invoke(app, [str(tmp_path / "asked.yaml"), "--data", str(table)], input=given)
     assert result.exit_code == 0, result.output
     asked = load_config(tmp_path / "asked.yaml").data.table
-    assert [column.name for column in asked.columns or ()] == ["age", "mrn"] and asked.identifiers == ()
+    assert [column.name for column in asked.columns or ()] == ["age", "mrn"] and asked.identifiers == ("crp",)
+
+
+def test_a_table_can_be_read_where_only_some_of_its_columns_were_chosen(tmp_path: Path) -> None:
+    """Those that were left out were in no list, and a run was refused for them."""
+    path, table = tmp_path / "new.yaml", _clinic(tmp_path / "t.csv")
+    result = CliRunner().invoke(app, [str(path), "--data", str(table), "--defaults", "--columns", "age"])
+    assert result.exit_code == 0, result.exception
+    of = load_config(path).data.table
+    assert [column.name for column in of.columns or ()] == ["age"] and set(of.identifiers) == {"crp", "mrn"}
+    assert read_csv(table, load_config(path), None).inputs.shape == (40, 1)
+
+
+QUESTIONS = {
+    "phantoms": {"--source": "phantoms", "--hospitals": "3", "--epsilon": "4"},
+    "images": {"--source": "images", "--classes": "a,b", "--hospitals": "3", "--epsilon": "4", "--smallest-hospital": "90",
+               "--features": "scattering"},
+    "csv": {"--source": "csv", "--classes": "a,b", "--hospitals": "3", "--epsilon": "4", "--smallest-hospital": "90",
+            "--columns": "age, crp", "--label": "ill", "--patient": "pid"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", QUESTIONS)
+def test_every_question_has_an_option_and_is_then_not_asked(tmp_path: Path, source: str) -> None:
+    path, options = tmp_path / "new.yaml", QUESTIONS[source]
+    result = CliRunner().invoke(app, [str(path), *(word for pair in options.items() for word in pair)], input="")
+    assert result.exit_code == 0, result.exception
+    config = load_config(path)
+    assert (config.data.source, config.privacy.epsilon) == (source, 4)
+    assert config.privacy.smallest_hospital == (None if source == "phantoms" else 90)
+    if source == "images":
+        assert config.data.features is not None and config.data.features.extractor == "scattering"
+    if source == "csv":
+        table = config.data.table
+        assert (table.label_column, table.patient_column) == ("ill", "pid")
+        assert [column.name for column in table.columns or ()] == ["age", "crp"]
+    for option in options:  # and without it, it is
+        others = [word for pair in options.items() if pair[0] != option for word in pair]
+        left = CliRunner().invoke(app, [str(tmp_path / "other.yaml"), *others], input="")
+        assert isinstance(left.exception, ConfigError), option
+        assert "standard input has no more answers; nothing was written" in left.exception.what
+        assert "--defaults" in left.exception.fix and not (tmp_path / "other.yaml").exists()
+
+
+def test_options_go_before_what_the_data_seem_to_hold(tmp_path: Path) -> None:
+    path, table = tmp_path / "new.yaml", _clinic(tmp_path / "t.csv")
+    given = ["--patient", "", "--smallest-hospital", "7", "--columns", "age,crp", "--label", "outcome", "--defaults"]
+    assert CliRunner().invoke(app, [str(path), "--data", str(table), *given]).exit_code == 0
+    config = load_config(path)
+    assert (config.data.table.patient_column, config.data.unit) == (None, "image")
+    assert (config.privacy.smallest_hospital, config.privacy.largest_hospital) == (7, None)
+    unknown = CliRunner().invoke(app, [str(tmp_path / "x.yaml"), "--features", "vgg", "--defaults"])
+    assert "knows no features 'vgg'" in str(unknown.exception) and "efficientnet_lite0" in str(unknown.exception)
 
 
 @pytest.mark.parametrize(("hospitals", "rows"), [(2, 40), (3, 400), (8, 400)])

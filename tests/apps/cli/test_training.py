@@ -12,16 +12,11 @@ import torch
 from PIL import Image
 
 from mpc_fl.apps.cli.options import configure
-from mpc_fl.apps.cli.training import _preflight, check, in_ranges
+from mpc_fl.apps.cli.training import _preflight, check
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError, PrivacyBudgetError
 from mpc_fl.inference.fast.kernels.compiled import kernels
 from tests.learning.data.dicom_writing import write_dicom
-
-
-def test_rounds_in_a_row_are_a_range() -> None:
-    assert in_ranges(["3", "5", "6", "7", "9"]) == "3, 5 to 7, 9"
-    assert in_ranges(["4"]) == "4" and in_ranges([]) == ""
 
 
 @pytest.mark.parametrize(
@@ -193,3 +188,14 @@ def test_check_counts_before_it_refuses_what_the_counts_forbid(
         check(config, data=tmp_path / "data", as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert not answer["ok"] and sorted(answer["data"]["training_patients"]) == [2, 3]
+
+
+def test_check_refuses_what_the_site_does_not_allow_before_it_reads_every_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, rules = tmp_path / "config.yaml", tmp_path / "rules.yaml"
+    config.write_text("data: {source: images, classes: [a, b]}\n")
+    rules.write_text("models: [linear]\nprivacy: {largest_epsilon: 1}\n")
+    with pytest.raises(ConfigError, match=r"line 1 \(models\); nor privacy.epsilon 8: .* line 2"):
+        check(config, data=tmp_path / "absent", overrides=[f"site.rules={rules}"])
+    assert capsys.readouterr().out == ""

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mpc_fl.apps.report import common_sections, figures, formats
+from mpc_fl.apps.report import common_sections, figures
 from mpc_fl.apps.report.page import write_report
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
@@ -191,7 +191,7 @@ def test_training_report_states_the_numbers_on_file(tmp_path: Path) -> None:
     text = page(training_run(tmp_path / "run"))
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert f"95 % interval {100 * final['accuracy_low']:.1f} % to {100 * final['accuracy_high']:.1f} %" in text
-    assert "<dd>33.3 %<small>largest class 33.3 %; 1/classes 33.3 %" in text
+    assert "<dt>Baseline</dt><dd>33.3 %<small>accuracy of always naming the largest class" in text
     assert "<dd>7.5<small>per patient, at delta = 0.0001" in text  # 1.1 + 1.5 * 4 + 0.2 * 2 at hospital-2
     assert "All 13 openings" in text
     assert "<td>each round: evaluation counts</td><td>aggregator</td>" in text
@@ -408,12 +408,6 @@ def test_phases_of_rounds_and_images_are_summed() -> None:
         "images",
         "sharing weights",
     ]
-
-
-def test_formats() -> None:
-    assert [formats.duration(x) for x in (0.0123, 61, 180, 9000, None)] == ["0.0123 s", "61 s", "3 min", "2.5 h", "n/a"]
-    assert [formats.size(x) for x in (0, 12, 2500, 3.1e6, 4e9)] == ["0 bytes", "12 bytes", "2.5 kB", "3.1 MB", "4 GB"]
-    assert formats.percent(0.1234) == "12.3 %" and formats.plain(None) == "n/a"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -68,13 +68,17 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
     assert re.search(
         r"^hospital-2: 800 training patients, epsilon 7\.\d\d with noise multiplier 2\.\d+$", said, re.MULTILINE
     )
-    assert re.search(r"^Headroom: 1\.0 bits to spare\.\nMemory: about 0\.\d GB per hospital\. The run can work\.$", said,
+    assert re.search(r"^Headroom: 1\.0 bits to spare\.\nMemory: about [4-9]\d\d MB per hospital\. The run can work\.$", said,
                      re.MULTILINE)  # fmt: skip
     said = command(capsys, monkeypatch, "estimate", DEMO, "--set", "privacy.mechanism=none")
-    assert "each hospital sends 0.7 MB in 36 messages, needs about 0." in said
-    assert re.search(r"connecting takes about \d\.\d s with all on this machine; the run waits 60 s at most", said)
+    assert re.search(r"each hospital sends [67]\d\d kB in 36 messages, needs about [4-9]\d\d MB of memory", said)
+    assert re.search(r"connecting takes about [\d.]+ m?s with all on this machine; the run waits 60.1 s at most", said)
     assert said.count("800 patients, no differential privacy") == 3
-    assert "3.1 MB sent per party in 57 rounds" in said and "1.6 MB sent by the dealer" in said
+    assert re.search(r"3\.\d+ MB sent per party in 57 rounds", said) and re.search(
+        r"1\.\d+ MB sent by the dealer", said
+    )
+    said = command(capsys, monkeypatch, "estimate", DEMO.with_name("breast_cancer.yaml"))
+    assert re.search(r"each hospital sends \d+ kB in", said) and not re.search(r"\b0\.0 |\b0 bytes", said)
 
 
 def test_check_refuses_what_memory_cannot_hold(
@@ -87,7 +91,7 @@ def test_check_refuses_what_memory_cannot_hold(
     said, complained = capsys.readouterr()
     assert ended.value.code == 1 and json.loads(said)["ok"] is False
     assert re.fullmatch(
-        r"mpc-fl: 4 parties need about \d\.\d GB of memory together, 0\.5 GB are available: use fewer .*\n", complained
+        r"mpc-fl: 4 parties need about [\d.]+ GB of memory together, 537 MB are available: use fewer .*\n", complained
     )
 
 
@@ -116,6 +120,29 @@ def test_a_network_that_does_not_take_the_images(
     assert capsys.readouterr().err == (
         "mpc-fl: the network does not take records of shape 3x32x32: set data.image_size to what it takes\n"
     )
+
+
+def test_what_the_trained_layers_read_is_counted_and_a_step_is_that_of_the_trained_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def memory(patients: int, trainable: str) -> int:
+        values = {
+            "data": {"image_size": 64},
+            "model": {"architecture": "small_cnn"},
+            "training": {"trainable": trainable, "batch_size": 200},
+            "privacy": {"mechanism": "none"},
+        }
+        return estimate_training(parse_config(values, "test"), [patients] * 3).memory_bytes_per_hospital
+
+    def of_a_patient(trainable: str) -> float:
+        return (memory(2_000, trainable) - memory(1_000, trainable)) / 1_000
+
+    image, kept = 2 * 4 * 64 * 64, 4 * 32 * 16 * 16
+    assert of_a_patient("all") == image
+    assert of_a_patient("last:3") == image + kept
+    assert memory(200, "last:3") < memory(200, "all") - 100_000_000
+    monkeypatch.setattr(estimate, "LARGEST_BYTES", 999 * kept)  # then steps take the whole network
+    assert of_a_patient("last:3") == image and memory(200, "last:3") < memory(200, "all")
 
 
 def test_more_of_anything_costs_more() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from mpc_fl.apps.data_lines import data_lines
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.learning.data import loading
@@ -280,6 +281,52 @@ def test_tables_at_random_are_read_back(
         writer.writerows([f"{row}.png", patient] for row, patient in enumerate(patients))
     table = read_table(root)
     assert table is not None and [row.patient for row in table.rows.values()] == [name.strip() for name in patients]
+
+
+@given(
+    patients=st.lists(st.text("abcÄ7 _-,;'\"", min_size=1, max_size=8).filter(str.strip), min_size=1, max_size=12),
+    first=st.integers(0, 10**6),
+    taken_out=st.sets(st.integers(0, 11)),
+    mark=st.sampled_from([",", ";", "\t"]),
+)
+def test_numbers_of_rows_as_pandas_writes_them_are_left_out_and_it_is_said(
+    patients: list[str], first: int, taken_out: set[int], mark: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import csv
+
+    root = tmp_path_factory.mktemp("table")
+    kept = [row for row in range(len(patients)) if row not in taken_out or row == len(patients) - 1]
+    with (root / "patients.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=mark)
+        writer.writerow(["", "file", "patient"])
+        writer.writerows([first + row, f"{row}.png", patients[row]] for row in kept)
+    table = read_table(root)
+    assert table is not None and {name: row.patient for name, row in table.rows.items()} == {
+        f"{row}.png": patients[row].strip() for row in kept
+    }
+    assert "without the numbers of rows in its first column" in table.read_as
+
+
+@pytest.mark.parametrize("cells", [("2", "1"), ("1", "1"), ("1", "x"), ("1", ""), ("-1", "0"), ("1.0", "2.0")])
+def test_a_first_column_without_a_name_that_numbers_no_rows_is_refused(tmp_path: Path, cells: tuple[str, str]) -> None:
+    """It may be patients, or a column that lost its name: nothing is passed over that could matter."""
+    rows = [f"{cell},{row}.png,P{row}" for row, cell in enumerate(cells)]
+    (tmp_path / "patients.csv").write_text("\n".join([",file,patient", *rows]))
+    with pytest.raises(DataError, match="has a column without a name, number 1"):
+        read_table(tmp_path)
+
+
+def test_check_says_how_the_table_of_patients_was_read(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "d", {f"{split}/{name}": [f"{split}{name}{n}.png" for n in range(3)]
+                                    for split in ("train", "test") for name in ("ill", "well")})  # fmt: skip
+    rows = [f"{row};{path.name};{path.stem}" for row, path in enumerate(sorted(root.rglob("*.png")))]
+    (root / "patients.csv").write_text("\n".join([";file;patient", *rows]), encoding="utf-16")
+    config = _config(root).with_values(site={"data_of": "hospital"})
+    said = "  patients.csv: read as UTF-16-LE, parted by semicolon, without the numbers of rows in its first column"
+    assert any(line.startswith(said) for line in data_lines(survey(config), config))
+    (root / "patients.csv").unlink()
+    config = config.with_values(data={"unit": "image"})
+    assert not any("patients.csv:" in line for line in data_lines(survey(config), config))
 
 
 def _folder(root: Path, names: dict[str, list[str]]) -> Path:

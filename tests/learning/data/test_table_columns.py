@@ -228,6 +228,7 @@ AGE_AND_CRP = [{"name": "age"}, {"name": "CRP", "unit": "mg/l", "range": [0, 500
         ("who,age,crp,crp [mg/l],label\na,1,2,2,0\n", "has the column 'CRP' twice"),
         ("who,age,Crp,crp,label\na,1,2,2,0\n", "two columns of the same name"),
         ("who,age,,label,crp\na,1,2,0,3\n", "a column without a name, number 3"),
+        (",who,age,crp,label\n1,a,1,2,0\n0,b,1,2,0\n", "a column without a name, number 1"),
         ("who,age,crp,label\na,,2,0\n", "line 2: column 'age' has no value"),
         ("who,age,crp,label\na,<5,2,0\n", "line 2: column 'age' holds a limit; say with `censored`"),
         ("who,age,crp,label\na,GEHEIM,2,0\n", "line 2: column 'age' holds no number"),
@@ -247,6 +248,14 @@ def test_mistakes_in_tables_with_agreed_columns(tmp_path: Path, content: str | b
         read(tmp_path, content, config_of(AGE_AND_CRP))
     assert "\n" not in str(caught.value) and "GEHEIM" not in str(caught.value) and caught.value.fix
     assert caught.value.for_peers == "its data cannot be used"
+
+
+def test_what_is_never_read_need_not_name_the_unit_of_its_header(tmp_path: Path) -> None:
+    config = config_of([{"name": "age"}], identifiers=["crp"])
+    for header in ("crp", "crp [mg/l]", "CRP (mg/l)"):
+        assert read(tmp_path, f"who,{header},age,label\na,1,40,0\nb,2,50,1\n", config).inputs.shape[1] == 1
+    with pytest.raises(DataError, match=r"has 'bmi \[kg\]'"):
+        read(tmp_path, "who,bmi [kg],age,label\na,1,40,0\nb,2,50,1\n", config)
 
 
 def test_three_digits_after_the_mark_are_decimals_where_another_number_says_so(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from mpc_fl.learning.data.loading import load_hospital
 from mpc_fl.learning.models import feature_cache, feature_extractor
 from mpc_fl.learning.models.feature_cache import (
     KEY_FILE,
+    CachedValues,
     FeatureCache,
     about_features,
     make_simulation_key,
     open_feature_cache,
+    settings_digest,
 )
 from mpc_fl.learning.models.feature_extractor import as_records
 
@@ -56,8 +58,13 @@ class Computing:
         return torch.stack([torch.linspace(float(image.sum()), 1.0, size) for image in images])
 
 
-def opened(directory: Path, key: bytes = KEY, config: Config | None = None, **limits: int) -> FeatureCache:
-    return FeatureCache(directory, Seed(key), config or configured(), **limits)
+def opened(directory: Path, key: bytes = KEY, config: Config | None = None, **limits: int) -> CachedValues:
+    return of_features(FeatureCache(directory, Seed(key), **limits), config)
+
+
+def of_features(cache: FeatureCache, config: Config | None = None) -> CachedValues:
+    config = config or configured()
+    return cache.values_of(settings_digest(config), config.data.input_shape)
 
 
 def entries(directory: Path) -> list[Path]:
@@ -199,7 +206,7 @@ def test_a_party_seals_with_its_private_key_and_a_simulation_with_one_that_stays
     counts = []
     for name in ("hospital-0", "hospital-0", "hospital-1"):
         computing = Computing()
-        cache_of(name, tmp_path / "cache").records(IMAGES, computing)
+        of_features(cache_of(name, tmp_path / "cache")).records(IMAGES, computing)
         counts.append(computing.count)
     assert counts == [5, 0, 5]
 
@@ -207,7 +214,7 @@ def test_a_party_seals_with_its_private_key_and_a_simulation_with_one_that_stays
     for name in names:  # identities of two runs
         make_simulation_key(simulated)
         computing = Computing()
-        cache_of(name, simulated).records(IMAGES, computing)
+        of_features(cache_of(name, simulated)).records(IMAGES, computing)
         counts.append(computing.count)
     assert counts == [5, 0]
     assert (simulated / KEY_FILE).stat().st_mode & 0o777 == 0o600
@@ -232,7 +239,7 @@ def test_records_of_a_hospital_come_from_its_cache(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(feature_extractor.FeatureExtractor, "_features", counted)
     for expected in (len(images), 0):
         computed.clear()
-        kept = as_records(images, config, cache=opened(tmp_path))
+        kept = as_records(images, config, cache=FeatureCache(tmp_path, Seed(KEY)))
         assert torch.equal(kept.inputs, plain.inputs) and kept.names == images.names
         assert len(computed) == expected
 
@@ -249,6 +256,20 @@ def test_what_will_be_is_said(tmp_path: Path) -> None:
     assert "which has 0 records" in str(about_features(configured(tmp_path, mirror=False)))
 
 
-def test_a_cache_without_features_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="set data.features, or leave it at memory"):
-        parse_config({"site": {"feature_cache": str(tmp_path)}}, "test")
+def test_what_the_trained_layers_read_is_said_too(tmp_path: Path) -> None:
+    def about(cache: Path | str, **training: Any) -> str | None:
+        return about_features(parse_config({"site": {"feature_cache": str(cache)}, "training": training}, "test"))
+
+    assert about("memory", trainable="all") is None and about("memory", trainable="bias") is None
+    assert "kept in memory for the run" in str(about("memory", trainable="head"))
+    assert f"computed once, and kept in {tmp_path}, sealed." in str(about(tmp_path, trainable="last:2"))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"trainable": "bias"}, {"trainable": "head", "augmentation": {"flip": True}}],
+    ids=["all", "bias", "copies drawn anew"],
+)
+def test_a_cache_with_nothing_to_keep_is_refused(tmp_path: Path, training: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="keeps data.features, or what head or last:N reads; leave it at memory"):
+        parse_config({"site": {"feature_cache": str(tmp_path)}, "training": training}, "test")
