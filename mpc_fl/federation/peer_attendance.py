@@ -30,19 +30,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mpc_fl.aggregation.rules import require_quorum
-from mpc_fl.aggregation.signed_words import has_said, heard, repeated, require_one_version, say_signed
+from mpc_fl.aggregation.signed_words import heard, say_signed
 from mpc_fl.aggregation.words import (
-    Deadlines,
     broadcast,
     first_to_speak,
     has_spoken,
-    hear_all,
     next_word,
     say,
 )
@@ -60,11 +57,12 @@ from mpc_fl.errors import (
     SumLostError,
 )
 from mpc_fl.federation.peer_admission import Admission, Membership, required_by
+from mpc_fl.federation.peer_agreeing import Agreeing, require_no_difference
 from mpc_fl.federation.peer_asking import WORDS as ASKING_WORDS
 from mpc_fl.federation.peer_asking import Asking, Further, further_than
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing
-from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals, require_of_this_run
+from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals, require_of_this_run
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -107,6 +105,7 @@ class PeerAttendance:
         self.proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
         subject = self.proposals.subject("asks", _NO_ROUND)
         self.asking = Asking(self._links, subject, self.admission, self.certificates, self.give)
+        self.agreeing = Agreeing(self.domain, self.proposals, self.deadlines.answer)
         self._unconfirmed = self.ledger.signed_before()
         self.recalls = not self._unconfirmed
 
@@ -135,8 +134,8 @@ class PeerAttendance:
                     return None
                 proposal = self.proposals.sound(standing, proposer, word, self._latest[self.me][0], self._membership)
                 self._require_recalled(number, proposal.present)
-                self._require_no_difference(standing, proposal, proposer)
-                self._sign_together(proposal, proposer)
+                require_no_difference(standing, proposal, self._latest[self.me][0], self._said_by(self._alive))
+                self.agreeing.sign_together(proposal, self._linked)
                 if standing.leaves:
                     return proposal
                 if self.me not in proposal.plan.hospitals:
@@ -148,13 +147,13 @@ class PeerAttendance:
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
                 # Or it passes for late there.
-                say(self._agreeing(number, tried), self._linked, "void", reason=reason.why)
+                say(self.agreeing.links(number, tried), self._linked, "void", reason=reason.why)
                 continue
             except LeftOutError:
                 raise
             except (PeerLostError, ProtocolError) as error:
                 reason = Reason(error.what, lost_with(error))
-                say(self._agreeing(number, tried), self._linked, "void", reason=error.for_peers)
+                say(self.agreeing.links(number, tried), self._linked, "void", reason=error.for_peers)
             next_one = self.proposer(number, tried + 1)
             log.warning("round %d under %s came to nothing: %s; %s is next", number, proposer, reason.why, next_one)
         raise SumLostError(f"round {number} came to nothing under every hospital", "see the logs of the hospitals")
@@ -162,34 +161,11 @@ class PeerAttendance:
     def void(self, number: int, view: int, reason: Reason) -> None:
         """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
         give_up(self.signing(number, view), self._linked, reason.why)
-        say(self.signing(number, view, "finishing"), self._linked, "void", reason=reason.why)
+        say(self.agreeing.links(number, view, "finishing"), self._linked, "void", reason=reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""
         return self.domain.links.scoped(f"{what} {number} {view}")
-
-    def finish_together(self, view_of: tuple[int, int], block: Block, names: Sequence[str]) -> Complete:
-        """Before a complete block of an earlier view is finished: all of `names`, its parties that are there, sign that it is
-        under this view, so that whoever has it can show that later. Raises like any word that all say."""
-        links, subject = self.signing(*view_of, "finishing"), self.proposals.subject("finish", view_of)
-        values, signed, now = {"seal": block.seal()}, dict[str, str](), time.monotonic()
-
-        def take(name: str, word: dict[str, Any]) -> None:
-            if not has_said(self.domain, name, subject, values, word.get("signature")):
-                raise ProtocolError(f"{name} does not finish the block that it agreed to finish", DEVIATES, name)
-            signed[name] = str(word["signature"])
-
-        try:
-            own = say_signed(self.domain, links, names, subject, values)
-            # Another one may still wait for the block, in vain, and say so.
-            deadlines = Deadlines(f"round {view_of[0]}", now, 2 * self.deadlines.answer)
-            hear_all(links, names, "finish", take, (deadlines, 0))
-        finally:
-            links.end_scope()
-        return Complete(view_of[1], block, {**signed, self.me: own.signature})
-
-    def _agreeing(self, number: int, view: int) -> Links:
-        return self.domain.links.scoped(f"agreed {number} {view}")
 
     def conclude(self, number: int) -> None:
         """After the last block: stay until all others that are linked have it, and give it to who lacks it."""
@@ -243,19 +219,6 @@ class PeerAttendance:
                 f"round {number}: to go on after all have stopped takes all hospitals of the last block; {missing[0]} is missing",
                 "start it too, with --resume",
             )
-
-    def _require_no_difference(self, standing: Standing, proposal: Proposal, proposer: str) -> None:
-        """An exact sum that was opened is not made anew without somebody who was in it and is there: the difference would be that
-        one's summand. Raises `ProtocolError` naming who proposed it. Whether it has spoken under this view already is no matter,
-        for who proposes may be quicker."""
-        plan, lost = proposal.plan, Counter(one.lost for one in proposal.present.values())
-        mine = self._latest[self.me][0]
-        for name in () if plan.normalised else standing.among:
-            said = self._latest[name][0] if name in self._latest and name in self._alive else None
-            is_there = said is not None and (said.number, said.place) == (standing.number, mine.place)
-            if name not in plan.hospitals and is_there and 2 * lost[name] <= len(proposal.present):
-                what = f"{proposer} would make a sum of round {standing.number} anew without {name}, which is there"
-                raise ProtocolError(what, "nothing was sent under its proposal: the difference would be one summand")
 
     # ---- step 1 ----------------------------------------------------------------------------------------------------
 
@@ -359,9 +322,12 @@ class PeerAttendance:
 
     def further(self) -> Further | None:
         """Where a quorum of others is, if that is further than this hospital, or as far with another state."""
-        said = {name: self._latest[name][0] for name in self._linked if name in self._latest}
+        said = self._said_by(self._linked)
         mine = self._latest[self.me][0] if self.me in self._latest else None
         return further_than(mine, said, self.rules.smallest)
+
+    def _said_by(self, names: Sequence[str]) -> dict[str, Presence]:
+        return {name: self._latest[name][0] for name in names if name in self._latest}
 
     def look(self, until: float) -> bool:
         """Take what comes, waiting for it until then (of `time.monotonic`); False where fewer than a quorum of others are left."""
@@ -442,30 +408,6 @@ class PeerAttendance:
         reached = later[self.rules.smallest - 2] if len(later) >= self.rules.smallest - 1 else 0
         if reached > view:
             raise _Behind(reached)
-
-    # ---- step 3 ----------------------------------------------------------------------------------------------------
-
-    def _sign_together(self, proposal: Proposal, proposer: str) -> None:
-        """Sign a proposal that this hospital is in, and hear that all that are in it have. One that is left out hears it, too: what
-        a proposer tells it alone is no proposal."""
-        domain, plan, mine = self.domain, proposal.plan, {proposer: proposal.signed}
-        links, (about, agreed) = (
-            self._agreeing(*plan.round_of),
-            (self.proposals.subject(word, plan.round_of) for word in ("proposal", "agreed")),
-        )
-        others = [name for name in plan.hospitals if name != self.me]
-
-        def take(name: str, word: dict[str, Any]) -> None:
-            heard(domain, name, agreed, word)
-            require_one_version(domain, name, about, mine, word.get("repeated"))
-
-        try:
-            if self.me in plan.hospitals:  # to all: a hospital that was told another proposal waits for this one, too
-                say_signed(domain, links, self._linked, agreed, {"repeated": repeated(mine)})
-            now = time.monotonic()
-            hear_all(links, others, "agreed", take, (Deadlines(f"round {plan.number}", now, self.deadlines.answer), 0))
-        finally:
-            links.end_scope()
 
 
 class _Behind(Exception):  # noqa: N818 - no error

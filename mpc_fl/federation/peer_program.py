@@ -261,7 +261,7 @@ class _Run:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
-        finished = self.attendance.finish_together(plan.round_of, complete, present)
+        finished = self.attendance.agreeing.finish_together(plan.round_of, complete, present)
         if len(finished.signed) >= self.rules.smallest:
             self.attendance.complete = finished
         signers.keep(complete, present)
