@@ -195,7 +195,7 @@ class SiteSection(Section):
     model: Path | None = Field(default=None, description="the model owner's model.safetensors")
     weights: Path | None = Field(
         default=None,
-        description="file of a feature extractor's weights, or a folder of such; null: where mpc-fl model keeps them",
+        description="file of a feature extractor's weights, or a folder of such; null: where fetched ones are kept",
     )
     out: Path | None = Field(default=None, description="directory where this party writes")
     log: Path | None = Field(default=None, description="file that this party logs to; null: standard error")

@@ -160,8 +160,10 @@ class PeerAttendance:
 
     def void(self, number: int, view: int, reason: Reason) -> None:
         """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
-        give_up(self.signing(number, view), self._linked, reason.why)
-        say(self.agreeing.links(number, view, "finishing"), self._linked, "void", reason=reason.why)
+        for what in ("start", "finish", "block"):  # before any round there may be a block that says who takes part
+            give_up(self.signing(number, view, what), self._linked, reason.why)
+        for links in (self.signing(number, view, "finishing"), self.signing(number, view, "begun").scoped("settle")):
+            say(links, self._linked, "void", reason=reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""

@@ -40,7 +40,7 @@ from mpc_fl.audit.reveal_ledger import (
 from mpc_fl.config.config import Config
 from mpc_fl.crypto import signatory
 from mpc_fl.crypto.authority import Authority
-from mpc_fl.crypto.certificates import ROOT_FILE, Identity, pem
+from mpc_fl.crypto.certificates import ROOT_FILE, Identity, load_root, pem
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, ProtocolError
@@ -704,7 +704,7 @@ def test_all_parties_keep_the_same_ledger_over_restarts_and_losses(tmp_path: Pat
     results = run_parties(_whole_story, list(FOUR), tmp_path, str(tmp_path))
     assert results["hospital-0"] == results["hospital-2"] == results["aggregator"]
     trusted = load_identity(tmp_path / "aggregator", "aggregator")
-    root = ledger_commands._authority(tmp_path / "aggregator" / "federation.crt")
+    root = load_root((tmp_path / "aggregator" / ROOT_FILE).read_bytes(), "the root")
     copies = [Copy(name, name, results[name]) for name in FOUR]
     verdict = verify_copies(copies, root, BEGAN)
     assert trusted.name == "aggregator" and verdict.findings == ()

@@ -1,4 +1,4 @@
-"""Runs without an aggregator in real processes: whole, and with the proposer of a round killed or stopped in it."""
+"""Runs without an aggregator in real processes: whole, beside the mode with one, and with a proposer that is killed or stopped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mpc_fl.apps.cli import ledger
@@ -15,6 +17,7 @@ from mpc_fl.apps.runs.launcher import launch
 from mpc_fl.apps.runs.local_runs import train
 from mpc_fl.apps.runs.party_starter import PartyStarter, modules_to_share
 from mpc_fl.config.config import Config, parse_config
+from mpc_fl.roles import AGGREGATOR
 from tests.support.frozen_programs import FREEZE
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -26,6 +29,50 @@ SETTINGS: dict[str, Any] = {
     "privacy": {"mechanism": "none"},
     "runtime": {"connect_timeout": 240.0, "receive_timeout": 600.0},
 }
+
+
+NO_NOISE = {"mechanism": "none"}
+ON_XRAYS: dict[str, Any] = {
+    "task": "train",
+    "data": {
+        "source": "images",
+        "classes": ["normal", "bacterial", "viral"],
+        "image_size": 64,
+        "channels": 1,
+        "wrong_size": "resize",
+    },
+    "model": {"architecture": "small_cnn"},
+    "training": {"rounds": 2, "local_steps": 2, "batch_size": 32, "gradient_clipping": 1.0, "sampling_seed": 5},
+    "privacy": NO_NOISE,
+    "runtime": {"connect_timeout": 600.0, "receive_timeout": 1800.0},
+}
+
+
+def require_the_model_of_both_modes(settings: dict[str, Any], hospitals: int, directory: Path) -> None:
+    """Trains by real processes without an aggregator and with one, and compares every bit."""
+    models = []
+    for coordinator, quorum in (("none", max(3, hospitals // 2 + 1)), (AGGREGATOR, hospitals)):
+        federation = {"coordinator": coordinator, "hospitals": hospitals, "quorum": quorum}
+        config = parse_config({**settings, "federation": federation}, "test")
+        summary = train(config, directory / coordinator, "test", lambda *_: None)
+        assert not summary.lost
+        models.append(load_file(directory / coordinator / "model.safetensors"))
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.parametrize("hospitals", [3, pytest.param(5, marks=pytest.mark.long)])
+def test_the_model_is_that_of_the_mode_with_an_aggregator(hospitals: int, tmp_path: Path) -> None:
+    training = {**SETTINGS["training"], "sampling_seed": 5}
+    require_the_model_of_both_modes({**SETTINGS, "training": training}, hospitals, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("hospitals", [3, 5])
+def test_the_same_on_real_chest_xrays(hospitals: int, xrays: Path, tmp_path: Path) -> None:
+    data = {**ON_XRAYS["data"], "path": str(xrays)}
+    require_the_model_of_both_modes({**ON_XRAYS, "data": data}, hospitals, tmp_path)
 
 
 def configuration(hospitals: int) -> Config:

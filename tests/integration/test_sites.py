@@ -174,6 +174,9 @@ def test_three_sites_that_differ_train_together_and_report_what_check_said(
     assert all(final[key] is None for key in own)
     report = sites.report("aggregator")
     assert "12 test records of all hospitals" in report and "Not shown" not in report
+    for name in sites.names:  # what to do next
+        assert f"Model:  {sites.out(name) / 'model.safetensors'}\nReport: " in ended[name].stdout
+        assert f"mpc-fl ledger verify {sites.out(name)} --authority federation.crt" in ended[name].stdout
     _require_verified(sites, capsys, monkeypatch)
     _require_made_anew(sites, capsys, monkeypatch)
     _require_compared(sites)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,6 +78,8 @@ def party(
     log_refused_handshakes()  # before what follows loads gRPC, which reads then where to log
     from mpc_fl.apps.runs.site_data import with_own_data
     from mpc_fl.apps.runs.site_run import run_site
+    from mpc_fl.audit.model_origin import MODEL_FILE
+    from mpc_fl.crypto.certificates import ROOT_FILE
 
     settings = configure(
         config, overrides, from_model, out=out, identity=identity, data=data, images=images, model=model
@@ -98,7 +101,10 @@ def party(
             name, settings, command_line(), lambda phase, done, total: progress(name, phase, done, total)
         )
     if written is not None:
-        say(f"Report: {written}")
+        say(f"Model:  {written.with_name(MODEL_FILE)}\nReport: {written}")
+        say(
+            f"To check what was opened: mpc-fl ledger verify {shlex.quote(str(written.parent))} --authority {ROOT_FILE}"
+        )
 
 
 def _look_before(config: Config, name: str, anyway: bool) -> None:

@@ -78,7 +78,7 @@ def test_check_and_estimate_for_people(capsys: pytest.CaptureFixture[str], monke
         r"1\.\d+ MB sent by the dealer", said
     )
     said = command(capsys, monkeypatch, "estimate", DEMO.with_name("breast_cancer.yaml"))
-    assert re.search(r"each hospital sends \d+ kB in", said) and not re.search(r"\b0\.0 |\b0 bytes", said)
+    assert re.search(r"each hospital sends [\d.]+ kB in", said) and not re.search(r"\b0\.0 |\b0 bytes", said)
 
 
 def test_check_refuses_what_memory_cannot_hold(
