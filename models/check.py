@@ -107,7 +107,7 @@ CHECKS = (
     Check("three, a quorum of two, the block alone: one is lost, two are late", _BLOCK),
     Check("three, all stop and go on", "VIEWS=2 RESUMES=1 PROGRESS"),
     Check("three, a quorum of two, one is lost with the block and all stop", _STOP),
-    Check("three, a quorum of two, one is lost with the block and another comes back", _RETURN),
+    Check("three, a quorum of two, one is lost with the block and another comes back", _RETURN, is_small=False),
     Check("three, a quorum of two, the proposer deviates", "QUORUM=2 VIEWS=1 DEVIATING=0", "one set under one label"),
     Check("four, one is lost", f"{_FOUR_LOST} PROGRESS", is_small=False),
     Check("four, the proposer deviates", _FOUR_PROPOSER, is_small=False),
