@@ -7,6 +7,8 @@ images, updates or keys never enter an exception.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 # What to do when a peer's message is not what this version expects.
 SAME_VERSION = "run the same version everywhere"
 SAME_VERSION_AND_CONFIGURATION = "run the same version and configuration at every party"
@@ -32,6 +34,11 @@ class MpcFlError(Exception):
         self.what = printable(what, len(what))
         self.fix = printable(fix, len(fix))
         super().__init__(f"{self.what}: {self.fix}" if self.fix else self.what)
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Say the same in the words that people know (`chosen_names`): last of all, once other parties have been told."""
+        self.what, self.fix = words(self.what), words(self.fix)
+        self.args = (f"{self.what}: {self.fix}" if self.fix else self.what,)
 
     @property
     def for_peers(self) -> str:

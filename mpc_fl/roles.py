@@ -1,8 +1,8 @@
 """Names and roles of the parties: the only place that spells them and takes them apart.
 
 A federation has hospitals and up to three servers. A server's name is its role: `AGGREGATOR`, `DEALER`, `MODEL_OWNER`. The
-hospital of rank k is named by `hospital_name(k)`; nothing else may rely on how that name looks, so that sites can choose
-names of their own one day. Names are in certificates, in the ledger of openings and in the folders of a run.
+hospital of rank k is named by `hospital_name(k)`; nothing else may rely on how that name looks. These names are identities:
+they are in certificates, in the ledger of openings and in the folders of a run. What sites call themselves is in `chosen_names`.
 """
 
 from __future__ import annotations

@@ -44,6 +44,8 @@ def data_lines(found: Survey, config: Config) -> list[str]:
     treatments = sorted(found.treatments.items(), key=lambda entry: -entry[1])
     lines += [f"  {count} {what}" for what, count in treatments]
     lines += [f"  unreadable: {first}" for first in found.first_unreadable]
+    if more := found.unreadable - len(found.first_unreadable):
+        lines.append(f"  unreadable: {more} more; the log of a run names all")
     if found.left_aside:
         lines.append(
             "  left aside: " + ", ".join(f"{count} {what}" for what, count in sorted(found.left_aside.items()))

@@ -87,6 +87,7 @@ def first_configuration(answers: Answers) -> str:
             "  # addresses:       # who runs where, for mpc-fl party; on one machine mpc-fl train starts all",
             "  #   aggregator: aggregator.example.org:47100",
             "  #   hospital-0: hospital-0.example.org:47100   # and so for each hospital",
+            "  # names: {hospital-0: charite}   # that sites chose, in logs and reports; certificates bind them (mpc-fl pki)",
             "  # session: 2026-01-first   # for mpc-fl party: a fresh name for each run",
         ]
     if answers.source == "images":

@@ -21,7 +21,8 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class Header:
-    """What summaries of all kinds say; `hospital` is the one that asked, of a diagnosis."""
+    """What summaries of all kinds say; `hospital` is the one that asked, of a diagnosis. `names` are those that sites chose, by
+    identity: all else in a summary says identities."""
 
     kind: str
     name: str = ""
@@ -30,6 +31,7 @@ class Header:
     classes: list[str] | None = None
     command: str = "not recorded"
     versions: dict[str, str] | None = None
+    names: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,7 @@ class TrainingSummary:
     validation: Scores | None = None
     chosen: ChosenRound | None = None
     calibration: FittedCalibration | None = None
+    names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -191,6 +194,7 @@ class PartySummary:
     evaluated_round: int | None = None
     took_part: dict[str, list[str]] | None = None
     began_with: str | None = None
+    names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -220,6 +224,7 @@ class PartySummary:
             began_with=self.began_with,
             unit=self.unit,
             treatments=self.treatments,
+            names=self.names,
         )
 
 
@@ -273,6 +278,7 @@ class DiagnosisSummary:
     model_file: ModelOrigin | None = None
     unreported: str | None = None
     results: list[ImageResult] | None = None
+    names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -309,6 +315,7 @@ class ServedDiagnosisSummary:
     revealed: str | None = None
     unreported: str | None = None
     results: list[ImageResult] | None = None
+    names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

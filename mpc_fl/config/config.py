@@ -284,11 +284,11 @@ class Config(Section):
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
     def settings_of_run(self) -> dict[str, Any]:
-        """What a run computes, as JSON can hold it: all settings but where its parties are and how long they wait.
+        """What a run computes, as JSON can hold it: all settings but where its parties are, their names and their patience.
 
         `continuing` says with which others a run may go on.
         """
-        places = {"addresses", "session", "dial_out_only", "relay", "round_timeout"}
+        places = {"addresses", "session", "dial_out_only", "relay", "round_timeout", "names"}
         return self.model_dump(
             mode="json", exclude={"site": True, "serving": True, "runtime": True, "federation": places}
         )
@@ -314,7 +314,7 @@ def _require_parties(federation: FederationSection) -> None:
     """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
     leads = [AGGREGATOR] if federation.coordinator == AGGREGATOR else []
     known = [*hospital_names(federation.hospitals), *leads, HOSPITAL, MODEL_OWNER, DEALER]
-    named = [*federation.addresses, *federation.dial_out_only, *([federation.relay] if federation.relay else [])]
+    named = [*federation.addresses, *federation.names, *federation.dial_out_only, *filter(None, [federation.relay])]
     for name in named:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.config.section import Count, Positive, Section, Whole
+from mpc_fl.errors import IdentityError
 from mpc_fl.roles import AGGREGATOR, Coordinator, hospital_names
 
 
@@ -88,6 +90,10 @@ class FederationSection(Section):
         default=False,
         description="also open evaluation counts while hospitals are absent: the difference to the others shows theirs",
     )
+    names: dict[str, str] = Field(
+        default_factory=dict,
+        description="that sites chose (hospital-0: charite), shown in reports and logs; certificates must bind them",
+    )
     session: str = Field(default="", description="sets two runs of one configuration apart")
     addresses: dict[str, str] = Field(
         default_factory=dict,
@@ -112,12 +118,21 @@ class FederationSection(Section):
         for name, address in self.addresses.items():
             if not is_address(address):
                 raise ValueError(f"the address of {name} must be host:port")
+        try:
+            ChosenNames.of(self.names)
+        except IdentityError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
     def founding(self) -> list[str]:
         """Names of the hospitals that begin a run."""
         return hospital_names(self.hospitals if self.founders is None else self.founders)
+
+    @property
+    def chosen_names(self) -> ChosenNames:
+        """What parties are called where people read of them."""
+        return ChosenNames.of(self.names)
 
     @property
     def quorum_size(self) -> int:

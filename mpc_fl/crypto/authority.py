@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames
 from mpc_fl.crypto.certificates import CLOCK_SKEW, UNSOUND, Identity, host_name, load_root, party_subject, pem
 from mpc_fl.crypto.identity_files import private_pem, write_identity
 from mpc_fl.crypto.secrecy import Private
@@ -68,14 +69,21 @@ class Authority:
         return authority
 
     def certify(
-        self, name: str, public_key: ec.EllipticCurvePublicKey, lifetime: datetime.timedelta
+        self,
+        name: str,
+        public_key: ec.EllipticCurvePublicKey,
+        lifetime: datetime.timedelta,
+        chosen: str | None = None,
     ) -> x509.Certificate:
-        """A certificate that binds a public key to a party's name and role; it never outlives the authority's own."""
+        """A certificate that binds a public key to a party's name and role, and to the name that its site chose.
+
+        It never outlives the authority's own.
+        """
         now = datetime.datetime.now(datetime.UTC)
         key_identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         return (
             x509.CertificateBuilder()
-            .subject_name(party_subject(name, role_of(name), self._federation))
+            .subject_name(party_subject(name, role_of(name), self._federation, chosen))
             .issuer_name(self.certificate.subject)
             .public_key(public_key)
             .serial_number(x509.random_serial_number())
@@ -92,14 +100,14 @@ class Authority:
             .sign(self._key, hashes.SHA256())
         )
 
-    def issue(self, name: str, lifetime: datetime.timedelta | None = None) -> Identity:
+    def issue(self, name: str, lifetime: datetime.timedelta | None = None, chosen: str | None = None) -> Identity:
         """A fresh key and its certificate, valid as long as the authority's own unless `lifetime` is shorter.
 
         A negative lifetime makes an expired certificate, for tests.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         rest = self.certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-        certificate = self.certify(name, key.public_key(), rest if lifetime is None else lifetime)
+        certificate = self.certify(name, key.public_key(), rest if lifetime is None else lifetime, chosen)
         return Identity(name, pem(certificate), pem(self.certificate), private_pem(key))
 
     def revocation_list(self, revoked: Mapping[int, datetime.datetime], number: int, until: datetime.datetime) -> bytes:
@@ -198,8 +206,10 @@ def _key_usage(*, sign_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def make_local_identities(names: Iterable[str], directory_of: dict[str, Path], hours: float = 24.0) -> None:
-    """Make an authority for one local run and write an identity into each party's own directory."""
+def make_local_identities(
+    names: Iterable[str], directory_of: dict[str, Path], hours: float = 24.0, chosen: ChosenNames = NO_NAMES
+) -> None:
+    """Make an authority for one local run and write an identity into each party's own directory, with its chosen name."""
     authority = Authority(datetime.timedelta(hours=hours))
     for name in names:
-        write_identity(authority.issue(name), directory_of[name])
+        write_identity(authority.issue(name, chosen=chosen.get(name)), directory_of[name])

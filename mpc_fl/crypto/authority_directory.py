@@ -27,6 +27,7 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from mpc_fl.chosen_names import check_chosen_name, look_alike
 from mpc_fl.crypto.authority import Authority, federation_of, is_sealed, open_key
 from mpc_fl.crypto.certificate_record import Issued, lines_of, now, parse_record
 from mpc_fl.crypto.certificates import (
@@ -35,6 +36,7 @@ from mpc_fl.crypto.certificates import (
     load_root,
     pem,
     private_key,
+    requested_name,
     verify_request,
     verify_revocation_list,
 )
@@ -112,7 +114,7 @@ def describe(directory: Path) -> dict[str, Any]:
             "not_after": None if until is None else until.isoformat(),
             "complete": listed == {item.certificate.serial_number for item in record if item.revoked},
         },
-        "certificates": [item.summary() for item in record],
+        "certificates": [{**item.summary(), "chosen_name": item.chosen_name} for item in record],
     }
 
 
@@ -190,15 +192,24 @@ class AuthorityDirectory:
         read_record(directory, root)
         return cls(directory, authority)
 
-    def issue(self, name: str, site: Path, days: float = CERTIFICATE_DAYS, request_pem: bytes | None = None) -> Issued:
+    def issue(
+        self,
+        name: str,
+        site: Path,
+        days: float = CERTIFICATE_DAYS,
+        request_pem: bytes | None = None,
+        chosen: str | None = None,
+    ) -> Issued:
         """Issue the certificate of a party that has none; write what its site needs into the directory `site`.
 
-        With a request the site keeps its key; without one a key is made and written to `site`. Raises `IdentityError` for
-        a name no party has, when there is a live certificate of this name (see `renew`), for a request that does not fit,
-        and for a key that was revoked or is another party's.
+        With a request the site keeps its key; without one a key is made and written to `site`. The
+        certificate binds `chosen`, or the name that the request asks for. Raises `IdentityError` for a name no party has, when
+        there is a live certificate of this name (see `renew`), for a request that does not fit, for a key that was revoked or
+        is another party's, and for a chosen name that no site may choose or that looks like another party's.
         """
         check_party_name(name)
         public_key = None if request_pem is None else verify_request(request_pem, name)
+        chosen = _agreed_name(name, chosen, request_pem)
         with self._locked() as record:
             if any(item.name == name and item.state == "live" for item in record):
                 raise IdentityError(
@@ -209,19 +220,28 @@ class AuthorityDirectory:
                 if public_key is None:
                     public_key = make_key(site, name).public_key()
                     undo.callback((site / f"{name}.key").unlink, missing_ok=True)
-                issued = self._certify(record, name, public_key, days, site)
+                issued = self._certify(record, name, public_key, days, site, chosen)
                 undo.pop_all()
             self._deliver([*record, issued], issued, site)
         return issued
 
-    def renew(self, name: str, site: Path, days: float = CERTIFICATE_DAYS, request_pem: bytes | None = None) -> Issued:
+    def renew(
+        self,
+        name: str,
+        site: Path,
+        days: float = CERTIFICATE_DAYS,
+        request_pem: bytes | None = None,
+        chosen: str | None = None,
+    ) -> Issued:
         """Issue a new certificate to a party that has or had one: for the same key, or for the one in the request.
 
-        The old certificate stays valid until it expires, so a running site is not cut off. Raises `IdentityError` when
+        The old certificate stays valid until it expires, so a running site is not cut off. The new one binds the chosen name of
+        the old one where neither `chosen` nor the request gives another. Raises `IdentityError` when
         there is nothing to renew (never issued, or revoked), and for requests and keys as `issue` does.
         """
         check_party_name(name)
         requested = None if request_pem is None else verify_request(request_pem, name)
+        chosen = _agreed_name(name, chosen, request_pem)
         with self._locked() as record:
             held = [item for item in record if item.name == name and not item.revoked]
             if not held:
@@ -229,7 +249,7 @@ class AuthorityDirectory:
                     f"{name} has no certificate to renew", f"issue one with: mpc-fl pki issue {self.directory} {name}"
                 )
             public_key = held[-1].certificate.public_key() if requested is None else requested
-            issued = self._certify(record, name, public_key, days, site)
+            issued = self._certify(record, name, public_key, days, site, chosen or held[-1].chosen_name)
             self._deliver([*record, issued], issued, site)
         return issued
 
@@ -255,12 +275,15 @@ class AuthorityDirectory:
             self._write_revocations([changed.get(item.serial, item) for item in record])
         return revoked
 
-    def _certify(self, record: list[Issued], name: str, public_key: Any, days: float, site: Path) -> Issued:
+    def _certify(
+        self, record: list[Issued], name: str, public_key: Any, days: float, site: Path, chosen: str | None
+    ) -> Issued:
         """Certify a key and record the certificate, before anybody gets it."""
         if not 0 < days <= 36500:
             raise IdentityError(f"a certificate cannot be valid for {days:g} days", "give 1 to 36500")
-        certificate = self._authority.certify(name, public_key, datetime.timedelta(days=days))
+        certificate = self._authority.certify(name, public_key, datetime.timedelta(days=days), chosen)
         issued = Issued(certificate, False, now())
+        _require_own_name(record, name, chosen)
         another = f"make a new key with: mpc-fl pki request {name} --out NEW_DIR"
         for item in record:
             if item.public_key == issued.public_key and (item.revoked or item.name != name):
@@ -332,6 +355,27 @@ class AuthorityDirectory:
             yield record
         finally:
             os.close(descriptor)
+
+
+def _agreed_name(name: str, chosen: str | None, request_pem: bytes | None) -> str | None:
+    """The name that a certificate shall bind: what the administrator says and the site asks for, which must be one name."""
+    asked = None if request_pem is None else requested_name(request_pem)
+    if chosen is not None and asked is not None and chosen != asked:
+        raise IdentityError(
+            f"the request of {name} asks for the name '{asked}', not '{chosen}'",
+            "leave out --chosen-name, or have the site make another request",
+        )
+    return asked if chosen is None else check_chosen_name(chosen)
+
+
+def _require_own_name(record: list[Issued], name: str, chosen: str | None) -> None:
+    """Raise `IdentityError` where a live certificate of another party binds a name that looks like `chosen`."""
+    for item in record:
+        held = item.chosen_name
+        if item.state == "live" and item.name != name and held and chosen and look_alike(held, chosen):
+            raise IdentityError(
+                f"the name '{chosen}' looks like that of {item.name}, '{held}'", "agree on another name with the site"
+            )
 
 
 def _lock(directory: Path) -> int:

@@ -15,7 +15,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from mpc_fl.crypto.certificates import UNSOUND
+from mpc_fl.crypto.certificates import UNSOUND, chosen_name
 from mpc_fl.errors import IdentityError
 from mpc_fl.parsing import parse_json
 from mpc_fl.roles import role_of
@@ -33,6 +33,11 @@ class Issued:
     def name(self) -> str:
         """The party's name."""
         return str(self.certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+
+    @property
+    def chosen_name(self) -> str | None:
+        """The name that the party's site chose, None where it chose none."""
+        return chosen_name(self.certificate.subject)
 
     @property
     def serial(self) -> str:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames, check_chosen_name
 from mpc_fl.errors import SAME_VERSION, IdentityError
 from mpc_fl.roles import role_of
 
@@ -45,12 +46,14 @@ def host_name(name: str) -> str:
     return f"{name}.{_DOMAIN}"
 
 
-def party_subject(name: str, role: str, federation: str | None = None) -> x509.Name:
-    """The subject of a certificate or request: federation (O; a request leaves it out), role (OU), party name (CN)."""
+def party_subject(name: str, role: str, federation: str | None = None, chosen: str | None = None) -> x509.Name:
+    """The subject of a certificate or request: federation (O; a request leaves it out), role (OU), party name (CN), and the
+    name that its site chose, if it did (pseudonym, X.520; programs that know none read past it)."""
     fields = [
         (NameOID.ORGANIZATION_NAME, federation),
         (NameOID.ORGANIZATIONAL_UNIT_NAME, role),
         (NameOID.COMMON_NAME, name),
+        (NameOID.PSEUDONYM, chosen),
     ]
     return x509.Name([x509.NameAttribute(field, value) for field, value in fields if value is not None])
 
@@ -59,7 +62,8 @@ def party_subject(name: str, role: str, federation: str | None = None) -> x509.N
 class Identity:
     """A party's key and certificates in PEM. The key is secret and never shown.
 
-    `revoked` holds the serial numbers of certificates that this party no longer accepts.
+    `revoked` holds the serial numbers of certificates that this party no longer accepts, `names` what the configuration calls
+    parties: their certificates must say the same.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Identity:
     authority: bytes
     key: bytes = field(repr=False)
     revoked: frozenset[int] = frozenset()
+    names: ChosenNames = NO_NAMES
 
 
 # ---- checking a certificate --------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
 
     Raises `IdentityError` when the certificate is not PEM, or PEM with something beside it, is not signed by the
     federation's authority, is expired, not yet valid or revoked, names another party or another role than the name implies,
-    may not sign, or is an authority.
+    binds another chosen name than `trusted.names` has for the party, may not sign, or is an authority.
     """
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
@@ -131,6 +136,7 @@ def verify_certificate(certificate_pem: bytes, name: str, trusted: Identity) -> 
         raise IdentityError(f"the certificate of {name} was revoked", ASK_ADMINISTRATOR)
     try:
         _check_fields(certificate, name)
+        _check_chosen_name(certificate, name, trusted.names)
     except UNSOUND:
         raise IdentityError(
             f"the certificate of {name} lacks what a party's certificate must say", ASK_ADMINISTRATOR
@@ -184,6 +190,31 @@ def _check_fields(certificate: x509.Certificate, name: str) -> None:
     key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise IdentityError(f"the certificate of {name} holds no P-256 key", ASK_ADMINISTRATOR)
+
+
+def chosen_name(subject: x509.Name) -> str | None:
+    """The name that a party's site chose, by the subject of its certificate or request; None where it chose none.
+
+    Raises `IdentityError` for several, and for one that no site may choose.
+    """
+    values = _subject_values(subject, NameOID.PSEUDONYM)
+    if len(values) > 1:
+        raise IdentityError("a certificate can bind one chosen name, not several", ASK_ADMINISTRATOR)
+    return check_chosen_name(str(values[0])) if values else None
+
+
+def _check_chosen_name(certificate: x509.Certificate, name: str, names: ChosenNames) -> None:
+    """Raises `IdentityError` where the certificate binds another name than the party has, or the name of another party."""
+    bound, expected = chosen_name(certificate.subject), names.get(name)
+    if bound == expected:
+        return
+    fix = "have it renewed with the right one (mpc-fl pki renew --chosen-name), or correct federation.names everywhere"
+    has = "no chosen name" if bound is None else f"the name '{bound}'"
+    if expected is not None:
+        raise IdentityError(f"the certificate of {name} binds {has}, and federation.names says '{expected}'", fix)
+    holder = None if bound is None else names.holder(bound)
+    if holder is not None:
+        raise IdentityError(f"the certificate of {name} binds {has}, which federation.names has for {holder}", fix)
 
 
 def _subject_values(subject: x509.Name, attribute: x509.ObjectIdentifier) -> list[str | bytes]:
@@ -288,9 +319,14 @@ def verify_request(request_pem: bytes, name: str) -> ec.EllipticCurvePublicKey:
         raise IdentityError(f"the request for {name} holds no P-256 key", fix)
     if not genuine:
         raise IdentityError(f"the request for {name} is not signed with the key it holds", fix)
-    if request.subject != party_subject(name, role_of(name)):
+    if request.subject != party_subject(name, role_of(name), chosen=chosen_name(request.subject)):
         raise IdentityError(f"the request was not made for {name}", fix)
     return key
+
+
+def requested_name(request_pem: bytes) -> str | None:
+    """The name that a request asks to have bound, None for none; `verify_request` has checked the request."""
+    return chosen_name(x509.load_pem_x509_csr(request_pem).subject)
 
 
 def private_key(key_pem: bytes, name: str) -> ec.EllipticCurvePrivateKey:

@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames, check_chosen_name
 from mpc_fl.crypto.certificates import (
     ASK_ADMINISTRATOR,
     REVOCATION_FILE,
@@ -50,14 +51,18 @@ def make_key(directory: Path, name: str) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def make_request(directory: Path, name: str) -> Path:
+def make_request(directory: Path, name: str, chosen: str | None = None) -> Path:
     """Make a party's key and a request (PKCS 10) for its certificate in its own directory; return the request's path.
 
+    `chosen` is the name that the site wants to be known by.
+
     The key never leaves the directory: the request holds the public key, signed with the private one. Raises
-    `IdentityError` for a name no party has, or when there is a key already.
+    `IdentityError` for a name no party has or no site may choose, or when there is a key already.
     """
+    if chosen is not None:
+        check_chosen_name(chosen)
     key = make_key(directory, check_party_name(name))
-    request = x509.CertificateSigningRequestBuilder().subject_name(party_subject(name, role_of(name)))
+    request = x509.CertificateSigningRequestBuilder().subject_name(party_subject(name, role_of(name), chosen=chosen))
     path = directory / f"{name}.csr"
     signed = request.sign(key, hashes.SHA256())
     write_file(path, signed.public_bytes(serialization.Encoding.PEM))
@@ -129,8 +134,8 @@ def sealing_key(directory: Path, name: str, purpose: str) -> Seed:
     return Seed(hmac.new(private, b"mpc-fl seals " + purpose.encode(), hashlib.sha256).digest())
 
 
-def load_identity(directory: Path, name: str) -> Identity:
-    """Read and check a party's identity.
+def load_identity(directory: Path, name: str, names: ChosenNames = NO_NAMES) -> Identity:
+    """Read and check a party's identity. `names` are what parties are called: its own certificate must say so, too.
 
     Raises `IdentityError` when a file is missing, the key is readable by others, the key does not belong to the
     certificate, the revocation list is out of date or not of this authority, and for whatever `verify_certificate`
@@ -151,7 +156,7 @@ def load_identity(directory: Path, name: str) -> Identity:
     with contextlib.suppress(*UNSOUND):  # what it is instead, `verify_certificate` says
         certificate_pem = plain_pem(certificate_pem)
     revoked = frozenset[int]() if list_pem is None else revoked_serials(list_pem, authority)
-    identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked)
+    identity = Identity(name, certificate_pem, authority_pem, key_pem, revoked, names)
     certificate = verify_certificate(certificate_pem, name, identity)
     if private_key(key_pem, name).public_key() != certificate.public_key():
         raise IdentityError(f"the key of {name} does not belong to its certificate", ASK_ADMINISTRATOR)

@@ -207,7 +207,7 @@ def open_ledger(config: Config, name: str) -> RevealLedger:
     Raises `MpcFlError` when the one there was changed, or is that of an earlier run and this one shall not go on with it.
     """
     assert config.site.identity is not None  # `connect` came first
-    identity = load_identity(config.site.identity, name)
+    identity = load_identity(config.site.identity, name, config.federation.chosen_names)
     ledger = RevealLedger(site_directory(config), identity)
     if ledger.blocks and not config.site.resume:
         raise MpcFlError(

@@ -58,7 +58,7 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = None if own_address is None else config.site.listen or own_address
     return NetworkLinks(
-        load_identity(config.site.identity, name),
+        load_identity(config.site.identity, name, federation.chosen_names),
         Agreement(federation.session, config.digest(), config.task, code),
         Reach(listen, routes(name, names, addresses, relay, announced), relay),
         timeouts_of(config, name),

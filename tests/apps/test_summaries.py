@@ -48,19 +48,19 @@ TRAIN: dict[str, Any] = {
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
     "evaluated_round": 2, "shared_patients": 0, "began_with": None,
     "unit": "image", "treatments": {"resized": 4}, "validation": None, "chosen": {"round": 1, "figures": {"1": 0.5}},
-    "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]},
+    "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]}, "names": {"hospital-0": "charite"},
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
     "comparison": {"largest_logit_difference": None, "classes_agree": True, "plaintext_seconds_per_image": 0.01},
     "model_file": {"sha256": "5" * 64, "signed": False, "words": "could not be checked"}, "unreported": None,
-    "results": [RESULT],
+    "results": [RESULT], "names": None,
 }  # fmt: skip
 ASK: dict[str, Any] = {
     "kind": "ask", "name": "demo", "hospital": "hospital-2", "synthetic": False, "images": 1, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
-    "refused": "come back tomorrow", "revealed": "logits", "unreported": None, "results": [RESULT],
+    "refused": "come back tomorrow", "revealed": "logits", "unreported": None, "results": [RESULT], "names": None,
 }  # fmt: skip
 
 

@@ -40,6 +40,11 @@ def test_shipped_configurations_are_valid_and_survive_saving(path: Path, tmp_pat
             "a party 'hospital-3', and there is none with federation.hospitals: 3",
         ),
         ({"federation": {"relay": "agregator"}}, "the nearest known name is 'aggregator'"),
+        ({"federation": {"names": {"hospitl-1": "charite"}}}, "the nearest known name is 'hospital-1'"),
+        ({"federation": {"names": {"hospital-3": "charite"}}}, "there is none with federation.hospitals: 3"),
+        ({"federation": {"names": {"hospital-0": "Charité"}}}, "'Charité' cannot be the name of a site"),
+        ({"federation": {"names": {"hospital-0": "hospital-1"}}}, "reads like the identity of a party"),
+        ({"federation": {"names": {"hospital-0": "ukb", "hospital-1": "u-kb"}}}, "have names that look alike"),
         ([1], "not a mapping"),
     ],
 )

@@ -17,8 +17,9 @@ BEGAN = Config().with_values(training={"rounds": 5})
 KEPT = json.loads(json.dumps(BEGAN.settings_of_run()))  # as a checkpoint has it
 
 
-def test_a_run_goes_on_unchanged_wherever_its_parties_are() -> None:
+def test_a_run_goes_on_unchanged_wherever_its_parties_are_and_whatever_they_are_called() -> None:
     places: dict[str, Any] = {"addresses": {"aggregator": "host:1"}, "session": "s", "round_timeout": 5.0}
+    places["names"] = {"hospital-0": "charite"}
     moved = BEGAN.with_values(federation=places, runtime={"threads": 2}, site={"resume": True})
     assert changed_settings(KEPT, moved) == {} and not has_more_rounds(KEPT, moved)
     require_same_run(KEPT, moved, "the run")

@@ -23,7 +23,14 @@ from cryptography.x509.oid import NameOID
 from mpc_fl.crypto.authority import open_key
 from mpc_fl.crypto.authority_directory import KEY_FILE, RECORD_FILE, AuthorityDirectory, describe
 from mpc_fl.crypto.certificate_record import Issued
-from mpc_fl.crypto.certificates import REVOCATION_FILE, ROOT_FILE, Identity, verify_certificate, verify_request
+from mpc_fl.crypto.certificates import (
+    REVOCATION_FILE,
+    ROOT_FILE,
+    Identity,
+    chosen_name,
+    verify_certificate,
+    verify_request,
+)
 from mpc_fl.crypto.identity_files import load_identity, make_request
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import IdentityError, MpcFlError
@@ -245,6 +252,51 @@ def test_a_live_certificate_is_renewed_not_issued_again(authority: AuthorityDire
     assert third.public_key != first.public_key
     load_identity(tmp_path / "new key", "aggregator")
     assert states(authority) == [("aggregator", "live")] * 3
+
+
+def bound(site: Path, name: str) -> str | None:
+    return chosen_name(x509.load_pem_x509_certificate(load_identity(site, name).certificate).subject)
+
+
+def test_a_certificate_binds_the_name_that_its_site_chose(authority: AuthorityDirectory, tmp_path: Path) -> None:
+    """By the request, or by the administrator; a renewed one keeps it, unless another is agreed on."""
+    request = make_request(tmp_path / "site", "hospital-1", "charite").read_bytes()
+    with pytest.raises(IdentityError, match="asks for the name 'charite', not 'st-thomas'"):
+        authority.issue("hospital-1", tmp_path / "back", request_pem=request, chosen="st-thomas")
+    assert authority.issue("hospital-1", tmp_path / "back", request_pem=request).chosen_name == "charite"
+    shutil.copytree(tmp_path / "back", tmp_path / "site", dirs_exist_ok=True)
+    assert bound(tmp_path / "site", "hospital-1") == "charite"
+    authority.issue("hospital-2", tmp_path / "two", chosen="st-thomas")
+    authority.renew("hospital-2", tmp_path / "two")
+    assert bound(tmp_path / "two", "hospital-2") == "st-thomas"
+    authority.renew("hospital-2", tmp_path / "two", chosen="guys")
+    assert bound(tmp_path / "two", "hospital-2") == "guys"
+    authority.issue("aggregator", tmp_path / "none")
+    assert bound(tmp_path / "none", "aggregator") is None
+    found = [(item["name"], item["chosen_name"]) for item in describe(authority.directory)["certificates"]]
+    assert found == [("hospital-1", "charite"), *[("hospital-2", name) for name in ("st-thomas", "st-thomas", "guys")],
+                     ("aggregator", None)]  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["charite", "char1te", "cha-rite"])
+def test_no_two_parties_are_certified_for_names_that_look_alike(
+    authority: AuthorityDirectory, tmp_path: Path, other: str
+) -> None:
+    authority.issue("hospital-0", tmp_path / "one", chosen="charite")
+    with pytest.raises(IdentityError, match=f"the name '{other}' looks like that of hospital-0, 'charite'"):
+        authority.issue("hospital-1", tmp_path / "two", chosen=other)
+    assert not (tmp_path / "two" / "hospital-1.crt").exists() and len(states(authority)) == 1
+    authority.revoke("hospital-0")
+    authority.issue("hospital-1", tmp_path / "two", chosen=other)  # nobody has it any more
+
+
+def test_a_name_that_no_site_may_choose_is_not_certified(authority: AuthorityDirectory, tmp_path: Path) -> None:
+    for name in ("hospital-1", "Charité"):
+        with pytest.raises(IdentityError, match="reads like the identity|cannot be the name"):
+            make_request(tmp_path / "site", "hospital-0", name)
+        with pytest.raises(IdentityError, match="reads like the identity|cannot be the name"):
+            authority.issue("hospital-0", tmp_path / "site", chosen=name)
+    assert not (tmp_path / "site").exists() and states(authority) == []
 
 
 def test_an_expired_certificate_can_be_renewed(authority: AuthorityDirectory, tmp_path: Path) -> None:

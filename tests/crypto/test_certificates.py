@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.crypto.authority import Authority, make_local_identities
 from mpc_fl.crypto.authority_directory import AuthorityDirectory, read_root
 from mpc_fl.crypto.certificates import (
@@ -76,6 +77,7 @@ class Root:
         }
         subject = [x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role) for role in fields["roles"]]
         subject += [x509.NameAttribute(NameOID.COMMON_NAME, name) for name in fields["common_names"]]
+        subject += [x509.NameAttribute(NameOID.PSEUDONYM, name) for name in fields.get("chosen", [])]
         return pem(self._sign(x509.Name(subject), fields["key"], fields["start"], fields["end"], fields))
 
 
@@ -133,6 +135,52 @@ def test_an_unsound_certificate_is_refused(case: str) -> None:
     with pytest.raises(IdentityError, match=reason) as caught:
         verify_certificate(make(), "hospital-0", TRUSTED)
     assert "\n" not in str(caught.value)
+
+
+NAMED = replace(TRUSTED, names=ChosenNames.of({"hospital-0": "charite", "hospital-1": "st-thomas"}))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "trusted", "reason"),
+    [
+        (["charite"], NAMED, None),
+        (["charite"], TRUSTED, None),  # a run that names nobody
+        ([], TRUSTED, None),
+        ([], NAMED, "binds no chosen name, and federation.names says 'charite'"),
+        (["st-thomas"], NAMED, "binds the name 'st-thomas', and federation.names says 'charite'"),
+        (["char1te"], NAMED, "binds the name 'char1te', and federation.names says 'charite'"),
+        (["charite", "charite"], NAMED, "one chosen name, not several"),
+        (["hospital-1"], TRUSTED, "reads like the identity of a party"),
+        (["Dr. Who"], TRUSTED, "cannot be the name of a site"),
+    ],
+)
+def test_a_certificate_binds_the_name_that_the_configuration_says(
+    chosen: list[str], trusted: Identity, reason: str | None
+) -> None:
+    if reason is None:
+        verify_certificate(ROOT.certify(chosen=chosen), "hospital-0", trusted)
+        return
+    with pytest.raises(IdentityError, match=reason) as refused:
+        verify_certificate(ROOT.certify(chosen=chosen), "hospital-0", trusted)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bound", ["st-thomas", "st-th0mas"])
+def test_who_has_no_name_cannot_have_a_certificate_of_anothers(bound: str) -> None:
+    trusted = replace(TRUSTED, names=ChosenNames.of({"hospital-1": "st-thomas"}))
+    with pytest.raises(
+        IdentityError, match=f"hospital-0 binds the name '{bound}', which federation.names has for hosp"
+    ):
+        verify_certificate(ROOT.certify(chosen=[bound]), "hospital-0", trusted)
+    verify_certificate(ROOT.certify(chosen=["charite"]), "hospital-0", trusted)
+
+
+def test_a_party_does_not_start_with_a_certificate_of_another_name(tmp_path: Path) -> None:
+    names = ChosenNames.of({"hospital-0": "charite"})
+    make_local_identities(["hospital-0"], {"hospital-0": tmp_path}, chosen=names)
+    assert load_identity(tmp_path, "hospital-0", names).names == names
+    with pytest.raises(IdentityError, match="binds the name 'charite', and federation.names says 'st-thomas'"):
+        load_identity(tmp_path, "hospital-0", ChosenNames.of({"hospital-0": "st-thomas"}))
 
 
 def broken_root(certificate: bytes) -> bytes:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import PeerLostError
@@ -62,6 +63,7 @@ class Options:
     tolerated: Sequence[str] = ()
     goes_on_without: bool = False
     unread: Unread = Unread()
+    chosen: ChosenNames = NO_NAMES
 
     @property
     def timeouts(self) -> Timeouts:
@@ -77,7 +79,7 @@ def local_links(name: str, names: list[str], ports: dict[str, int], directory: P
     said = Options(**options)
     addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
     reach = Reach.of(name, names, addresses, said.relay)
-    identity = load_identity(directory / name, name)
+    identity = load_identity(directory / name, name, said.chosen)
     return NetworkLinks(identity, said.agreement, reach, said.timeouts, said.tolerance, said.observer)
 
 

@@ -79,7 +79,7 @@ def infer(
     with start_early(settings, "infer") as starter:  # it imports while this process does
         from mpc_fl.apps.runs import local_runs as run
 
-        with shown_progress() as progress:
+        with shown_progress(settings.federation.chosen_names) as progress:
             summary = run.infer(settings, out, command_line(), progress, starter)
     _say_films(model, settings, as_json)
     if as_json:
@@ -134,7 +134,7 @@ def _ask(settings: Config, out: Path, model: Path | None, as_json: bool) -> None
 
     if model is not None:
         raise ConfigError("the model is the server's", "leave --model out to ask a server")
-    with shown_progress() as progress:
+    with shown_progress(settings.federation.chosen_names) as progress:
         summary = run.ask(settings, out, command_line(), progress)
     if as_json:
         _print_summary(summary, out)
@@ -199,7 +199,7 @@ def serve(
 
             run.serve(settings, out, lambda *_progress: None, tell, starter)
         return
-    set_up_log(settings.site.log)
+    set_up_log(settings.site.log, settings.federation.chosen_names)
     run_alone(role, settings.with_values(task="serve"), lambda *_progress: None)
 
 

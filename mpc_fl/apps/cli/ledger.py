@@ -18,12 +18,14 @@ from rich.text import Text
 from mpc_fl.apps.cli.options import AsJson, Command, Group, cell, output_console, print_json, say
 from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify_copies
 from mpc_fl.audit.ledger_file import earlier_authorities
+from mpc_fl.audit.named_parties import names_in
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.peer_record import lines_of, without_record
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, UNCONFIRMED_FILE, Block, ChainedOpening, to_json
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.crypto.certificates import ROOT_FILE, load_root
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError
@@ -108,8 +110,9 @@ def verify(
             }
         )
     else:
+        names = names_in(verdict.reference.blocks, root)
         for text in [*(finding.line for finding in findings), *(f"Note: {note}." for note in notes)]:
-            say(text)
+            say(names.in_text(text))
         say(f"{len(where)} {_plural(len(where), 'copy', 'copies')}: {', '.join(where)}.")
         _say_authority(root, None if given else place)
         if findings:
@@ -160,26 +163,28 @@ def _check_receipts(files: list[Copy], root: x509.Certificate, said: bool) -> di
 def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
     """Show what was opened in each round: to whom, of what shape, why, who took part and who signed.
 
-    Reads the first copy in RUN_DIR as it is; mpc-fl ledger verify checks it.
+    Parties are called what the certificates in the ledger call them. Reads
+    the first copy in RUN_DIR as it is; mpc-fl ledger verify checks it.
     """
     copies = _find(run_dir)
     if not copies:
         raise MpcFlError(f"{run_dir} holds no {LEDGER_FILE}", "give the directory of a run, or of one party of it")
     blocks = _blocks(copies[0])
+    names = names_in(blocks)
     if as_json:
         shown = [{**to_json(block), "told": told} for block, told in zip(blocks, lines_of(blocks), strict=True)]
-        print_json({"copy": copies[0].where, "blocks": shown})
+        print_json({"copy": copies[0].where, "names": dict(names.pairs), "blocks": shown})
         return
     console = output_console()
     for block, told in zip(blocks, lines_of(blocks), strict=True):
-        _print_block(console, block, told)
+        _print_block(console, block, [names.in_text(line) for line in told], names)
     ended = bool(blocks) and blocks[-1].kind == "end"
     if not ended:
         console.print(Text("The end of the run is not in this copy."))
     console.print(Text(f"Not checked here. To check it: mpc-fl ledger verify {run_dir}"))
 
 
-def _print_block(console: Console, block: Block, told: list[str]) -> None:
+def _print_block(console: Console, block: Block, told: list[str], names: ChosenNames) -> None:
     """One table per block, its parties and values below. Texts of the ledger are never taken for markup."""
     times = [signature.time for signature in block.signatures]
     signed = f", signed {datetime.datetime.fromisoformat(max(times)):%Y-%m-%d %H:%M:%S} UTC" if times else ""
@@ -196,7 +201,7 @@ def _print_block(console: Console, block: Block, told: list[str]) -> None:
         for head in ("No.", "What was opened", "Shape", "To", "Why", "Took part", "Privacy spent"):
             table.add_column(head, justify="right" if head == "No." else "left", overflow="fold")
         for opening in block.openings:
-            table.add_row(*map(cell, _cells(opening, block)))
+            table.add_row(*(cell(names.in_text(text)) for text in _cells(opening, block)))
         console.print(table)
         for line in _agreed_on(block):
             console.print(Text(f"  {line}"))
@@ -204,9 +209,8 @@ def _print_block(console: Console, block: Block, told: list[str]) -> None:
         console.print(cell(f"  All hold the same {name}, SHA-256 {digest}"))
     signers = [signature.party for signature in block.signatures]
     unsigned = [party for party in block.parties if party not in signers]
-    console.print(
-        Text(f"  Signed by {', '.join(signers) or 'nobody'}" + (f"; NOT by {', '.join(unsigned)}" * bool(unsigned)))
-    )
+    signed_by = f"Signed by {', '.join(signers) or 'nobody'}" + (f"; NOT by {', '.join(unsigned)}" * bool(unsigned))
+    console.print(Text(f"  {names.in_text(signed_by)}"))
     console.print()
 
 

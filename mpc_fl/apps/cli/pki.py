@@ -54,6 +54,12 @@ Site = Annotated[
     typer.Option("--out", metavar="SITE_DIR", help="Where to write the site's files. Default: DIR/sites/NAME."),
 ]
 Days = Annotated[float, typer.Option(min=0.01, help="How long the certificate lives; never longer than the authority.")]
+ChosenName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Name that the site chose, like charite; bound by the certificate, shown in reports."
+    ),
+]
 Request = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The site's request (.csr); its key then stays where it is.")
 ]
@@ -95,14 +101,16 @@ def init(
 def request(
     name: Name,
     out: Annotated[Path, typer.Option("--out", metavar="SITE_DIR", help="The party's directory; gets its key.")],
+    chosen_name: ChosenName = None,
 ) -> None:
     """At a site: make its key in SITE_DIR and a request for a certificate.
 
     The key never leaves SITE_DIR. Send NAME.csr to the administrator and read
     the fingerprint out to them, by telephone for example: it shows that nobody
-    exchanged the request on its way.
+    exchanged the request on its way. With --chosen-name the site is shown by
+    that name where all parties have it in federation.names, too.
     """
-    path = identity_files.make_request(out, name)
+    path = identity_files.make_request(out, name, chosen_name)
     key = identity.verify_request(path.read_bytes(), name)
     say(
         f"Send this file to the federation's administrator: {path}\nFingerprint of the key: {identity.key_fingerprint(key)}"
@@ -118,16 +126,18 @@ def issue(
     days: Days = directories.CERTIFICATE_DAYS,
     request: Request = None,
     passphrase_file: PassphraseFile = None,
+    chosen_name: ChosenName = None,
 ) -> None:
     """Issue the certificate of a party that has none.
 
     With --request the site keeps its key: the way between machines. Without
     it a key is made here and written to SITE_DIR, which then has to be carried
-    to the site by a safe way and deleted here.
+    to the site by a safe way and deleted here. A name that the site asks for
+    is shown: see that it is the site's, and agreed on.
     """
     authority, request_pem = _open(directory, request, passphrase_file)
     site = out or directory / "sites" / name
-    _told(authority.issue(name, site, days, request_pem), name, site, request_pem)
+    _told(authority.issue(name, site, days, request_pem, chosen_name), name, site, request_pem)
     if request_pem is None:
         say(f"{name}.key is the party's secret: carry {site} to the site by a safe way and delete it here.")
 
@@ -140,17 +150,19 @@ def renew(
     days: Days = directories.CERTIFICATE_DAYS,
     request: Request = None,
     passphrase_file: PassphraseFile = None,
+    chosen_name: ChosenName = None,
 ) -> None:
     """Issue a new certificate to a party before its old one ends, or after.
 
     The site keeps its key and only exchanges the files written to SITE_DIR;
     with --request it gets a certificate for a new key. The old certificate
-    stays valid until it ends, so nothing that runs is cut off. A revoked party
-    needs a new key: mpc-fl pki issue.
+    stays valid until it ends, so nothing that runs is cut off. It keeps its
+    chosen name, unless another is given. A revoked party needs a new key:
+    mpc-fl pki issue.
     """
     authority, request_pem = _open(directory, request, passphrase_file)
     site = out or directory / "sites" / name
-    _told(authority.renew(name, site, days, request_pem), name, site, request_pem)
+    _told(authority.renew(name, site, days, request_pem, chosen_name), name, site, request_pem)
 
 
 @app.command(cls=Command)
@@ -196,10 +208,16 @@ def show(
         say(f"{identity.REVOCATION_FILE} is current until {_date(revocations['not_after'])}.")
     else:
         say(f"{identity.REVOCATION_FILE} is NOT complete: run mpc-fl pki revoke again for a revoked party.")
-    row = "{name:<14} {state:<8} {end:<21} {serial}"
-    say("\n" + row.format(name="PARTY", state="STATE", end="VALID UNTIL", serial="SERIAL"))
+    row = "{party:<14} {state:<8} {end:<21} {serial:<40} {name}"
+    say("\n" + row.format(party="PARTY", state="STATE", end="VALID UNTIL", serial="SERIAL", name="NAME"))
     for item in found["certificates"]:
-        say(row.format(**item, end=_date(item["not_after"])))
+        of = {
+            "party": item["name"],
+            "state": item["state"],
+            "serial": item["serial"],
+            "name": item["chosen_name"] or "-",
+        }
+        say(row.format(**of, end=_date(item["not_after"])))
 
 
 def _date(iso: str) -> str:
@@ -210,6 +228,8 @@ def _told(issued: Issued, name: str, site: Path, request_pem: bytes | None) -> N
     """Say what was issued and what to do with it."""
     end = issued.certificate.not_valid_after_utc.isoformat()
     say(f"Certificate of {name}, serial {issued.serial}, valid until {_date(end)}.")
+    if issued.chosen_name is not None:
+        say(f"It binds the name {issued.chosen_name}: federation.names must have it for {name} at every party.")
     if request_pem is not None:
         fingerprint = identity.key_fingerprint(identity.verify_request(request_pem, name))
         say(

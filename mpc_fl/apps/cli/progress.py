@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpc_fl.apps.cli.options import error_console
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -30,9 +31,14 @@ _AT_ONCE = ("lost", "started again")  # phases that say what became of a party
 class ProgressLines:
     """Writes a line when a phase has come further, at most one in 5 seconds, later one in a minute; a loss at once."""
 
-    def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` in seconds; the first line comes after 5 of them."""
-        self._write, self._clock = write, clock
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        names: ChosenNames = NO_NAMES,
+    ) -> None:
+        """`clock` in seconds; the first line comes after 5 of them. `names` are what parties are called."""
+        self._write, self._clock, self._names = write, clock, names
         self._began = self._last = clock()
         self._phases = _Phases()
 
@@ -40,7 +46,7 @@ class ProgressLines:
         """A party has done so much of a phase."""
         now, (of_all, in_all) = self._clock(), self._phases.take(party, phase, done, total)
         if phase in _AT_ONCE:
-            self._write(f"progress: {party} {phase}, {now - self._began:.0f} s")
+            self._write(f"progress: {self._names.shown(party)} {phase}, {now - self._began:.0f} s")
         elif now - self._last >= min(_MOST_GAP, max(_LEAST_GAP, _GAP_SHARE * (now - self._began))):
             self._last = now
             self._write(f"progress: {phase} {of_all} of {in_all}, {now - self._began:.0f} s")
@@ -60,8 +66,11 @@ class _Phases:
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """A callback that shows on standard error how far a command is; nothing before the first step."""
+def shown_progress(names: ChosenNames = NO_NAMES) -> Iterator[Progress]:
+    """A callback that shows on standard error how far a command is; nothing before the first step.
+
+    `names` are what parties are called.
+    """
     if sys.stderr.isatty() and (console := error_console()).is_interactive:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -84,7 +93,7 @@ def shown_progress() -> Iterator[Progress]:
             if tasks:
                 bars.stop()
     else:
-        yield ProgressLines(_write_line)
+        yield ProgressLines(_write_line, names=names)
 
 
 def _write_line(text: str) -> None:

@@ -44,7 +44,7 @@ def party(
         str | None,
         typer.Argument(
             metavar="[ROLE]",
-            help="hospital, aggregator, dealer or model-owner; torchrun, Slurm and Kubernetes tell it.",
+            help="hospital, aggregator, dealer, model-owner, or one of federation.names; torchrun, Slurm and Kubernetes tell it.",
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=0, help="Rank of a hospital, or without ROLE of any party.")] = None,
@@ -79,6 +79,7 @@ def party(
     from mpc_fl.apps.runs.site_data import with_own_data
     from mpc_fl.apps.runs.site_run import run_site
     from mpc_fl.audit.model_origin import MODEL_FILE
+    from mpc_fl.chosen_names import told_by_name
     from mpc_fl.crypto.certificates import ROOT_FILE
 
     settings = configure(
@@ -91,12 +92,13 @@ def party(
     settings.data.require_agreed_columns()
     name = party_of(settings, role, rank, os.environ)
     settings = with_own_data(site_of(settings, name), name)
-    set_up_log(settings.site.log)
-    with quoting_nothing():
+    names = settings.federation.chosen_names
+    set_up_log(settings.site.log, names)
+    with told_by_name(names), quoting_nothing():
         require_site_allows(settings, name, by_itself=True)
         if is_hospital(name) and settings.task == "train":
             _look_before(settings, name, anyway)
-    with shown_progress() as progress:
+    with told_by_name(names), shown_progress(names) as progress:
         written = run_site(
             name, settings, command_line(), lambda phase, done, total: progress(name, phase, done, total)
         )

@@ -28,6 +28,7 @@ from mpc_fl.apps.cli.options import (
 )
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.apps.formats import duration, in_ranges, size
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
 from mpc_fl.roles import is_hospital
 
@@ -75,10 +76,10 @@ def train(
         for forecast in [] if anyway else forecasts:
             forecast.require_worth()
         for forecast in [] if as_json else forecasts:
-            say(f"{forecast.described}.")
+            say(settings.federation.chosen_names.in_text(f"{forecast.described}."))
         _say_shared_patients(settings, as_json)
         try:
-            with shown_progress() as progress:
+            with shown_progress(settings.federation.chosen_names) as progress:
                 summary = run.train(settings, out, command_line(), progress, resume, starter)
         except RunFailedError as error:
             # A party that failed by itself says what to do; here one was ended from outside.
@@ -115,7 +116,7 @@ def _of_the_beginning(config: Config) -> str:
 
 def _say_training(summary: TrainingSummary) -> None:
     """What the model can do, what the patients have spent, and who was absent."""
-    final, rounds_missed = summary.final, summary.absences()
+    final, rounds_missed, names = summary.final, summary.absences(), ChosenNames.readable(summary.names)
     if summary.synthetic:
         say("Data: SYNTHETIC phantoms, not patients.")
     if final is not None:
@@ -138,7 +139,7 @@ def _say_training(summary: TrainingSummary) -> None:
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
-                f"{spent.hospital}: epsilon {spent.epsilon:.3f} per {summary.counted_unit} at delta {spent.delta:g}, "
+                f"{names.shown(spent.hospital)}: epsilon {spent.epsilon:.3f} per {summary.counted_unit} at delta {spent.delta:g}, "
                 f"noise multiplier {spent.noise_multiplier:.3f}."
             )
         else:
@@ -147,11 +148,11 @@ def _say_training(summary: TrainingSummary) -> None:
                 if spent.mechanism == "none"
                 else "a run without privacy released these patients' data"
             )
-            say(f"{spent.hospital}: NO differential privacy ({why}).")
+            say(f"{names.shown(spent.hospital)}: NO differential privacy ({why}).")
     for name in summary.hospitals:
         missed = [number for number, absent in rounds_missed.items() if name in absent]
         if missed:
-            say(f"{name} took no part in round {in_ranges(missed)}; its log says why.")
+            say(f"{names.shown(name)} took no part in round {in_ranges(missed)}; its log says why.")
 
 
 def _say_choice(summary: TrainingSummary) -> None:
@@ -226,12 +227,12 @@ def check(
     _say_shared_patients(settings, False)
     for what, package in _packages(settings).items():
         say(f"{what}: code of the package {package}.")
-    owners = owners_word(data_found, settings)
+    owners, names = owners_word(data_found, settings), settings.federation.chosen_names
     for line in found.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
-        say(f"{line.hospital}: {line.patients} training {owners}{words}")
+        say(f"{names.shown(line.hospital)}: {line.patients} training {owners}{words}")
     for forecast in forecasts:
-        say(f"{forecast.described}." + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
+        say(names.in_text(f"{forecast.described}.") + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
     say(f"Kernels of encrypted diagnosis here: {kernels()}.")
     _say_features(settings)
@@ -275,7 +276,9 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     say(f"  connecting takes about {took} with {where}; the run waits {deadline} at most for all to be there")
     for line in training.privacy:
         words = privacy_words(line.epsilon, line.noise_multiplier)
-        say(f"  {line.hospital}: {line.patients} {settings.data.counted_unit}s{words}")
+        say(
+            f"  {settings.federation.chosen_names.shown(line.hospital)}: {line.patients} {settings.data.counted_unit}s{words}"
+        )
     _say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"

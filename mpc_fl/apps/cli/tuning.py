@@ -55,7 +55,7 @@ def tune(
     from mpc_fl.apps.runs.search import tune as run_search
 
     search = searched(settings, _grid(tries, grid), share)
-    with shown_progress() as progress:
+    with shown_progress(settings.federation.chosen_names) as progress:
         summary = run_search(search, out, command_line(), progress, resume)
     if as_json:
         print_json({**summary.to_json(), "report": str(out / "report.html")})

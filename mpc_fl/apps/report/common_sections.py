@@ -76,7 +76,8 @@ def costs(run: Run) -> Markup:
     each other: the times of different parties overlap and do not add up."""
     head = ("Party", "Phase", "Seconds", "Waited", "Sent", "Received", "Messages", "Waits")
     text = "Waited: seconds spent waiting for peers. Waits: how often a party had to wait. Messages: those sent."
-    chart = plot(figures.phase_bars(seconds, sent), f"Totals. {totals}.", caption)
+    drawn = figures.phase_bars(run.by_short_name(seconds), run.by_short_name(sent))
+    chart = plot(drawn, f"Totals. {totals}.", caption)
     return Markup(chart + notes + table(text, head, rows, 6))
 
 

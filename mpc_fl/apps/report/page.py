@@ -19,6 +19,7 @@ from mpc_fl.files import write_text
 from mpc_fl.parsing import parse_yaml
 from mpc_fl.roles import is_hospital
 
+_CONFIGURATION = "Configuration"
 _Sections = dict[str, tuple[Callable[[Run], Markup], ...]]
 _TRAINING: _Sections = {
     "Result": (training_sections.result, training_sections.choice, training_sections.images),
@@ -48,7 +49,7 @@ _DIAGNOSIS: _Sections = {
 _BOTH: _Sections = {
     "What was opened": (common_sections.openings,),
     "Time and bytes": (common_sections.costs,),
-    "Configuration": (common_sections.configuration,),
+    _CONFIGURATION: (common_sections.configuration,),
 }
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -74,7 +75,11 @@ def _page(run: Run) -> str:
         title, of_kind = f"{title}, at {run.party.party}", _HOSPITAL if is_hospital(run.party.party) else _AGGREGATOR
     builders = {**of_kind, **_BOTH}
     sections = {name: Markup("".join(guarded(build, run) for build in of)) for name, of in builders.items()}
-    return document(title, run.header.synthetic, sections)
+    for name in sections.keys() - {
+        _CONFIGURATION
+    }:  # which is shown as it is; a chosen name has no letter that HTML minds
+        sections[name] = Markup(run.names.in_text(sections[name]))
+    return document(run.names.in_text(title), run.header.synthetic, sections)
 
 
 def document(title: str, synthetic: bool, sections: Mapping[str, Markup]) -> str:

@@ -5,7 +5,7 @@ A file that is missing, damaged or of another version costs the section that nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from mpc_fl.apps.summaries import (
     Summary,
     TrainingSummary,
 )
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.errors import DataError
 from mpc_fl.roles import HOSPITAL, is_hospital, split_name
 
@@ -53,6 +54,11 @@ class Run:
         served = self.header.kind == ServedDiagnosisSummary.KIND
         return (ServedDiagnosisSummary if served else DiagnosisSummary).from_json(self.content)
 
+    @cached_property
+    def names(self) -> ChosenNames:
+        """What the parties are called; the names in the files are not trusted."""
+        return ChosenNames.readable(self.header.names)
+
     @property
     def is_training(self) -> bool:
         """Whether hospitals trained in this run, and did not diagnose."""
@@ -62,6 +68,10 @@ class Run:
     def is_of_a_party(self) -> bool:
         """Whether this is the directory of one party that trained by itself, and has no other's files."""
         return self.header.kind == PartySummary.KIND
+
+    def by_short_name(self, of: Mapping[str, T]) -> dict[str, T]:
+        """The same by what parties are called in a figure."""
+        return {self.names.short(party): value for party, value in of.items()}
 
     def file_of(self, party: str, name: str) -> str:
         """Where a file of a party lies, below the run's directory."""

@@ -174,7 +174,9 @@ def hospital_curves(run: Run) -> Markup:
         here = "This run had all parties on one machine: at a real site each hospital sees only its own line."
     caption = f"""Loss of local training, and accuracy of the global model after each round on the hospital's own test
     records. {here}"""
-    return Markup(plot(figures.hospital_curves(rounds, loss, accuracy), f"Last round. {last}.", caption) + notes)
+    short = run.by_short_name
+    drawn = figures.hospital_curves(short(rounds), short(loss), short(accuracy))
+    return Markup(plot(drawn, f"Last round. {last}.", caption) + notes)
 
 
 def by_class(run: Run) -> Markup:
@@ -250,7 +252,7 @@ def privacy(run: Run) -> Markup:
         text = "The sampling order came from a fixed seed: epsilon does not hold against anyone who knows that seed."
         parts += paragraph(text, "warning")
     parts += _unit(run) + _guarantee(run)
-    parts += _epsilon_by_round(lines, [entry.target_epsilon for entry in entries])
+    parts += _epsilon_by_round(run.by_short_name(lines), [entry.target_epsilon for entry in entries])
     rows = []
     for entry in entries:
         numbers = (entry.epsilon, entry.target_epsilon, entry.delta, entry.noise_multiplier)

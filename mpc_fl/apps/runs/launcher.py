@@ -18,6 +18,7 @@ from typing import Any
 from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.apps.runs.party_starter import PartyStarter, StartedParty, modules_to_share
 from mpc_fl.apps.runs.watch import SILENCE, Watch, WatchedParty
+from mpc_fl.chosen_names import told_by_name
 from mpc_fl.config.config import Config, connect_seconds, greeting_seconds, may_lose_hospitals
 from mpc_fl.errors import RunFailedError
 from mpc_fl.links.silence import AtFirst, Silence
@@ -69,7 +70,8 @@ def launch(config: Config, run_dir: Path, progress: Progress, starter: PartyStar
     finally:
         _end_all(watch.parties, _cause(failures) if watch.endless and failures else None)
     if failures:
-        raise _explain(failures)
+        with told_by_name(config.federation.chosen_names):
+            raise _explain(failures)
     return watch.lost
 
 

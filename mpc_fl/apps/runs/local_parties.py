@@ -88,7 +88,8 @@ def place_parties(config: Config, run_dir: Path) -> dict[str, Config]:
         raise ConfigError(f"federation.addresses lacks {sorted(missing)[0]}", "name all parties or none")
     directories = {name: run_dir / "parties" / name for name in names}
     if not all((directories[name] / "identity").is_dir() for name in names):
-        make_local_identities(names, {name: directories[name] / "identity" for name in names})
+        own = {name: directories[name] / "identity" for name in names}
+        make_local_identities(names, own, chosen=config.federation.chosen_names)
     placed = {}
     for name in names:
         site: dict[str, Any] = {

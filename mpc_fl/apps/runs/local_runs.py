@@ -123,6 +123,7 @@ def train(
             privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
             took_part={str(line.round): line.hospitals for line in rounds},
             lost=lost,
+            names=config.federation.names or None,
         )
         try:
             _conclude(directory, summary)
@@ -234,6 +235,7 @@ def infer(
             comparison=comparison,
             model_file=origin,
             results=results,
+            names=config.federation.names or None,
         )
         summary = replace(summary, unreported=_unreported(directory, summary, config))
         forget_identities(config, directory)
@@ -272,7 +274,7 @@ def serve(
     names = [*servers, *hospital_names(config.federation.hospitals)]
     directories = {name: directory / "parties" / name / "identity" for name in names}
     if not all(path.is_dir() for path in directories.values()):
-        make_local_identities(names, directories, hours=_SERVICE_HOURS)
+        make_local_identities(names, directories, _SERVICE_HOURS, config.federation.chosen_names)
     addresses = config.federation.addresses or local_addresses(servers, config.runtime.first_port)
     config = config.with_values(federation={"addresses": addresses})
     root = load_identity(directories[servers[0]], servers[0]).authority
@@ -305,7 +307,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
         write_text(directory / ROOT_FILE, root)
         own = directory / "parties" / name
         config = config.with_values(site={"out": str(own)})
-        set_up_log(config.site.log or directory / "logs" / f"{name}.log")
+        set_up_log(config.site.log or directory / "logs" / f"{name}.log", config.federation.chosen_names)
         began, refused = time.monotonic(), None
         try:
             run_alone(name, config, lambda phase, done, total: progress(name, phase, done, total))
@@ -327,6 +329,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
             refused=refused,
             revealed=("label" if results[0].logits is None else "logits") if results else None,
             results=results,
+            names=config.federation.names or None,
         )
         summary = replace(summary, unreported=_unreported(directory, summary))
     return summary

@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
+from mpc_fl.chosen_names import NO_NAMES, ChosenNames
 from mpc_fl.errors import ConfigError, printable
 from mpc_fl.exhaustion import exhaustion, unwritable
 
@@ -24,12 +25,17 @@ _TIME_BYTES = 19
 class _Lines(logging.Formatter):
     """One line per event, without tracebacks: those of libraries quote what they were called with.
 
-    Names of files, patients and parties come from others: a line break in one would begin a line that nobody wrote.
+    Names of files, patients and parties come from others: a line break in one would begin a line that nobody wrote. Parties are
+    told of by the names that their sites chose.
     """
+
+    def __init__(self, names: ChosenNames) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+        self._names = names
 
     def format(self, record: logging.LogRecord) -> str:
         """In one line, without what moves the cursor of a terminal."""
-        text = super().format(record)
+        text = self._names.in_text(super().format(record))
         return printable(text, len(text))
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - a name of logging
@@ -56,8 +62,11 @@ def log_nowhere() -> None:
     logging.basicConfig(handlers=[logging.NullHandler()], force=True)
 
 
-def set_up_log(path: Path | None) -> None:
-    """Send this process's log to a file, or to standard error. Raises `MpcFlError` when the file cannot be opened."""
+def set_up_log(path: Path | None, names: ChosenNames = NO_NAMES) -> None:
+    """Send this process's log to a file, or to standard error, with parties called by `names`.
+
+    Raises `MpcFlError` when the file cannot be opened.
+    """
     stream = sys.stderr
     if path is not None:
         try:
@@ -67,7 +76,7 @@ def set_up_log(path: Path | None) -> None:
         except OSError as error:
             raise unwritable(path, error) from None
     handler = PartyLog(stream)
-    handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Lines(names))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     threading.excepthook = lambda failed: _log_failure(failed.exc_value, failed.thread)
     before = sys.unraisablehook

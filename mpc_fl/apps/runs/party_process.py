@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from mpc_fl.apps.runs.memory import peak_memory
 from mpc_fl.apps.runs.party_log import log_nowhere, say_lost_log, set_up_log
+from mpc_fl.chosen_names import told_by_name
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.site_rules import Broken, broken_rules, distrusted, other_names, refusal, rules_of
 from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
@@ -149,7 +150,7 @@ def quoting_nothing() -> Iterator[None]:
 
 def run_alone(name: str, config: Config, notify: Callable[[str, int, int], None]) -> None:
     """`run_party` where no launcher watches. Raises `MpcFlError` alone: a traceback could quote data or a model."""
-    with quoting_nothing():
+    with told_by_name(config.federation.chosen_names), quoting_nothing():
         run_party(name, config, notify)
 
 
@@ -182,7 +183,7 @@ def party_process(pipe: Connection) -> NoReturn:
     code = 0
     try:
         config = parse_config(told["values"], f"configuration of {name}")
-        set_up_log(config.site.log)
+        set_up_log(config.site.log, config.federation.chosen_names)
         threading.Thread(target=_end_with_launcher, args=(pipe,), daemon=True).start()
         threading.Thread(target=_give_signs, args=(tell,), daemon=True).start()
         run_party(name, config, lambda phase, done, total: tell(phase=phase, done=done, total=total))

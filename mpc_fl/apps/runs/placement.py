@@ -22,13 +22,14 @@ _CONVENTIONS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"), ("JOB_
 def party_of(config: Config, role: str | None, rank: int | None, environment: Mapping[str, str]) -> str:
     """The name of the party this process is to run, one of `party_names(config)`.
 
-    `role` is a role or a party's name, `rank` that of a hospital, or without a role that of any party. What is given
-    so wins; the environment decides only where both are None. Raises `ConfigError` for an unknown role or rank, for a
-    rank and role or a number of processes and of parties that contradict each other, and when nothing says who this is.
+    `role` is a role, a party's name, or what its site called it (`federation.names`); `rank` that of a hospital, or without a
+    role that of any party. What is given so wins; the environment decides only where both are None. Raises `ConfigError` for an
+    unknown role or rank, for a rank and role or a number of processes and of parties that contradict each other, and when
+    nothing says who this is.
     """
     names = party_names(config)
     if role is not None:
-        return _by_role(names, role, rank)
+        return _by_role(names, config.federation.chosen_names.called(role) or role, rank)
     if rank is not None:
         return _by_rank(names, rank, "--rank")
     for rank_key, size_key in _CONVENTIONS:

@@ -58,6 +58,7 @@ def _summary(name: str, config: Config, command: str, seconds: float) -> PartySu
         unit=config.data.counted_unit,
         openings=len(read_json_lines(out / OPENINGS_FILE)),
         began_with=config.model.initial_weights,
+        names=config.federation.names or None,
     )
 
 

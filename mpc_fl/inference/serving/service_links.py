@@ -53,7 +53,7 @@ def identity_of(config: Config, name: str) -> Identity:
     """The identity of this party. Raises `ConfigError` when the configuration names no directory, `IdentityError`."""
     if config.site.identity is None:
         raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
-    return load_identity(config.site.identity, name)
+    return load_identity(config.site.identity, name, config.federation.chosen_names)
 
 
 def listening_address(config: Config, name: str) -> str:

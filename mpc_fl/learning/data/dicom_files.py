@@ -17,7 +17,7 @@ from mpc_fl.learning.data.dicom_decoders import decoded
 from mpc_fl.learning.data.file_kinds import UnreadableImageError, has_dicom_mark, unreadable
 from mpc_fl.learning.data.quiet import MALFORMED, quiet
 from mpc_fl.learning.data.spellings import plain_patient
-from mpc_fl.learning.data.windows import shown
+from mpc_fl.learning.data.windows import shown, through_table
 
 Frame = Literal["error", "first", "middle"]
 LARGEST_PIXELS = 64_000_000
@@ -29,16 +29,15 @@ COLOUR = "colours as they stand"
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # the decoders give RGB for all of them
 _PALETTE = "PALETTE COLOR"
-_PALETTES = [
-    f"{colour}PaletteColorLookupTable{part}" for colour in ("Red", "Green", "Blue") for part in ("Descriptor", "Data")
-]
+_PRIMARIES = ("Red", "Green", "Blue")
+_PALETTES = [f"{colour}PaletteColorLookupTable{part}" for colour in _PRIMARIES for part in ("Descriptor", "Data")]
 # The only data elements that are loaded for a picture.
 _ELEMENTS = (
     "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
     "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "ModalityLUTSequence", "RescaleSlope",
     "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth", "VOILUTFunction", "ExtendedOffsetTable",
     "ExtendedOffsetTableLengths", "PixelData", "PixelPaddingValue", "PatientOrientation", *_PALETTES,
-    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _PRIMARIES),
 )  # fmt: skip
 _DAMAGED = "its header is damaged or lacks what a picture needs"
 _META_BEGINS = 132  # after the preamble and its mark
@@ -62,14 +61,22 @@ def read_dicom(path: Path, rule: Frame) -> tuple[np.ndarray, tuple[str, ...]]:
     """
     with quiet():
         dataset = _loaded(path, _ELEMENTS)
-        if "PixelData" not in dataset:
-            raise unreadable(path, "it holds no pixels (a report, a plan or an index)", "remove it from the folder")
         try:
+            if "PixelData" not in dataset:
+                raise _without_pixels(dataset, path)
             return _picture(dataset, path, rule)
         except UnreadableImageError:
             raise
         except _errors():  # their messages may quote values of tags
             raise unreadable(path, _DAMAGED) from None
+
+
+def _without_pixels(dataset: Any, path: Path) -> UnreadableImageError:
+    """What is wrong with a file without pixels: one that says it is a picture is cut off, of a transfer that broke, say."""
+    kind = dataset.file_meta.get("MediaStorageSOPClassUID")
+    if "Rows" in dataset or (kind is not None and "Image Storage" in kind.name):
+        return unreadable(path, "it is cut off before its pixels", "export it again, or remove it")
+    return unreadable(path, "it holds no pixels (a report, a plan or an index)", "remove it from the folder")
 
 
 def patient_identifier(path: Path) -> str | None:
@@ -182,11 +189,27 @@ def _brightness(pixels: np.ndarray, dataset: Any, interpretation: str, bits: int
     if interpretation in _COLOUR:
         return np.clip(pixels.astype(np.float32) / float(2**bits - 1), 0.0, 1.0), COLOUR
     if interpretation == _PALETTE:
+        return _colours_of_palette(pixels, dataset), PALETTE
+    return shown(pixels, dataset, bits, signed=int(dataset.PixelRepresentation) == 1)
+
+
+def _colours_of_palette(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """Colours in [0, 1] by the palette in the header, float32 (height, width, 3).
+
+    pydicom puts the pieces of a segmented palette together. A plain one it reads in the order of bytes of this machine, whatever
+    that of the file is, and it takes entries of 8 bits that lie in words of 16 for entries of 16: nearly black pictures.
+    """
+    if "RedPaletteColorLookupTableData" not in dataset:
         from pydicom.pixels import apply_color_lut
 
         colours = np.asarray(apply_color_lut(pixels, dataset))[..., :3]
-        return colours.astype(np.float32) / np.iinfo(colours.dtype).max, PALETTE
-    return shown(pixels, dataset, bits, signed=int(dataset.PixelRepresentation) == 1)
+        return colours.astype(np.float32) / np.iinfo(colours.dtype).max
+    descriptor, little_endian = dataset.RedPaletteColorLookupTableDescriptor, dataset.original_encoding[1]
+    tables = (dataset[f"{colour}PaletteColorLookupTableData"].value for colour in _PRIMARIES)
+    looked_up = [through_table(pixels, descriptor, table, little_endian) for table in tables]
+    return np.stack([np.clip(entries / largest, 0.0, 1.0) for entries, largest in looked_up], axis=-1).astype(
+        np.float32
+    )
 
 
 def _upright(picture: np.ndarray, dataset: Any) -> np.ndarray:

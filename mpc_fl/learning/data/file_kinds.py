@@ -57,6 +57,10 @@ def kind_of(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             head = file.read(_HEAD)
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise unreadable(path, "it is a link to what is not there", "bring that back, or remove the link") from None
+        raise unreadable(path, "it is not there any more", "run again when nobody writes there") from None
     except OSError as error:
         raise unreadable(path, error.strerror or "no access", "check its permissions") from None
     return _kind_of_bytes(head) or kind_by_name(path)

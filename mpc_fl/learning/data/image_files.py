@@ -65,14 +65,17 @@ def what_is_left_aside(path: Path) -> str | None:
     """In some words what an entry of a folder of images is that is not read; None for an image.
 
     A suffix that announces an image makes one, whatever is inside: damaged files are counted when they are read. Other names
-    say nothing, so the first bytes do. A file without access counts as an image, so that it is not overlooked.
+    say nothing, so the first bytes do. A file without access counts as an image, and so does a link that leads nowhere, as to
+    a share that is not there now: neither is overlooked.
     """
     if path.name.startswith("."):
         return "hidden"
     if path.name.upper() == _INDEX or path.name.lower() in _WINDOWS_LEAVES:
         return "index or cache of a program"
+    if path.is_symlink() and not path.exists():
+        return None
     if not path.is_file():
-        return "folder"
+        return "folder" if path.is_dir() else "no file"
     if kind_by_name(path) is not None:
         return None
     try:

@@ -130,14 +130,22 @@ def _windowed(values: np.ndarray, header: Any) -> np.ndarray | None:
 
 
 def _looked_up(values: np.ndarray, item: Any, header: Any) -> tuple[np.ndarray, float]:
-    """Values through a table (PS3.3 C.11.1.1 and C.11.2.1.1), and the greatest value its entries can take."""
-    count, first, depth = (int(number) for number in item.LUTDescriptor)
+    """Values through a table of one sequence item, and the greatest value its entries can take."""
+    return through_table(values, item.LUTDescriptor, item.LUTData, little_endian=header.original_encoding[1])
+
+
+def through_table(values: np.ndarray, descriptor: Any, data: Any, little_endian: bool) -> tuple[np.ndarray, float]:
+    """Values through a table (PS3.3 C.7.6.3.1.5, C.11.1.1 and C.11.2.1.1), float64, and the greatest value of an entry.
+
+    `descriptor` is how many entries there are, the value that the first stands for, and the bits of each; `data` its words, or
+    their bytes. Raises `ValueError` for a table that cannot be.
+    """
+    count, first, depth = (int(number) for number in descriptor)
     count = count % 65536 or 65536
     if not 8 <= depth <= 16:
         raise ValueError("the table has an unknown depth")
-    data = item.LUTData
     if isinstance(data, bytes):
-        words = np.frombuffer(data, "<u2" if header.original_encoding[1] else ">u2")
+        words = np.frombuffer(data, "<u2" if little_endian else ">u2")
     else:
         words = np.atleast_1d(np.asarray(data, dtype=np.int64)) % 65536
     if len(words) >= count:

@@ -118,3 +118,23 @@ def test_the_passphrase_is_asked_for(tmp_path: Path) -> None:
     terminal.good("revoke", fed, "dealer", passphrase=True)
     assert "NOT sealed" in terminal.good("show", tmp_path / "two")
     terminal.good("issue", tmp_path / "two", "dealer")
+
+
+def test_a_name_that_a_site_chose_goes_from_its_request_into_its_certificate(tmp_path: Path) -> None:
+    terminal, fed, site = Terminal(tmp_path), tmp_path / "fed", tmp_path / "site"
+    terminal.good("init", fed, "--no-passphrase")
+    assert "reads like the identity" in terminal.bad(
+        "request", "hospital-0", "--out", site, "--chosen-name", "hospital-1"
+    )
+    terminal.good("request", "hospital-0", "--out", site, "--chosen-name", "charite")
+    asked = ("issue", fed, "hospital-0", "--request", site / "hospital-0.csr")
+    assert "asks for the name 'charite', not 'ukb'" in terminal.bad(*asked, "--chosen-name", "ukb")
+    assert "It binds the name charite: federation.names must have it for hospital-0" in terminal.good(*asked)
+    assert "looks like that of hospital-0" in terminal.bad("issue", fed, "hospital-1", "--chosen-name", "char1te")
+    terminal.good("issue", fed, "hospital-1", "--chosen-name", "st-thomas")
+    assert "binds the name guys" in terminal.good("renew", fed, "hospital-1", "--chosen-name", "guys")
+    assert "It binds" not in terminal.good("issue", fed, "dealer")
+    rows = [line.split() for line in terminal.good("show", fed).splitlines()[-4:]]
+    assert [(row[0], row[-1]) for row in rows] == [
+        ("hospital-0", "charite"), ("hospital-1", "st-thomas"), ("hospital-1", "guys"), ("dealer", "-")
+    ]  # fmt: skip

@@ -245,6 +245,26 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "hospital-&lt;b&gt;&amp;" in pages[0] and "&lt;i&gt;.log" in pages[0]
 
 
+def test_parties_are_called_what_their_sites_chose_in_text_and_figures(tmp_path: Path) -> None:
+    """But in the configuration; and only by what can be a name: the summary is not trusted."""
+    run = training_run(tmp_path / "train", rounds=2)
+    summary = json.loads((run / "summary.json").read_text())
+    said = {"hospital-0": "charite", "hospital-1": HOSTILE, "aggregator": "rki"}
+    (run / "summary.json").write_text(json.dumps({**summary, "names": said}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"federation": {"names": {"hospital-0": "charite"}}}))
+    text = page(run)
+    assert_self_contained(text)
+    assert (
+        "<td>charite (hospital-0)</td>" in text and "<td>hospital-1</td>" in text and "<td>hospital-0</td>" not in text
+    )
+    assert "<td>rki (aggregator)</td>" in text and "rki (aggregator))" not in text
+    assert "hospital-0: charite" in text and "<script>" not in text
+    drawn = [base64.b64decode(picture) for picture in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text)]
+    assert sum(b"charite" in picture for picture in drawn) >= 3 and not any(
+        b"hospital-0" in picture for picture in drawn
+    )
+
+
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are laid out but not drawn, which takes most of the time of a report."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpc_fl.apps.runs.party_log import set_up_log
+from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.errors import ConfigError
 
 
@@ -46,3 +47,10 @@ def test_a_log_is_appended_to_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     set_up_log(tmp_path / "empty")
     set_up_log(Path("/dev/null"))
+
+
+def test_parties_are_logged_by_name_and_paths_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    set_up_log(path, ChosenNames.of({"hospital-1": "charite"}))
+    logging.getLogger("mpc_fl").warning("%s is late, see logs/hospital-1.log; %s is not", "hospital-1", "hospital-11")
+    assert path.read_text().endswith(": charite (hospital-1) is late, see logs/hospital-1.log; hospital-11 is not\n")

@@ -65,6 +65,14 @@ def test_a_diagnosis_has_one_hospital_which_needs_no_rank() -> None:
     assert party_of(config, None, None, {"JOB_COMPLETION_INDEX": "2"}) == "dealer"
 
 
+def test_a_party_may_be_said_by_the_name_that_its_site_chose() -> None:
+    config = Config().with_values(federation={"names": {"hospital-1": "charite", "aggregator": "rki"}})
+    assert party_of(config, "charite", None, {}) == "hospital-1"
+    assert party_of(config, "rki", None, {}) == "aggregator"
+    with pytest.raises(ConfigError, match="there is no party 'char1te'"):
+        party_of(config, "char1te", None, {})
+
+
 @pytest.mark.parametrize(
     ("role", "rank", "environment", "message"),
     [

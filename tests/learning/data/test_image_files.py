@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import random
 import struct
 import tracemalloc
@@ -265,14 +266,18 @@ def test_dicom_ybr_becomes_rgb(tmp_path: Path) -> None:
     np.testing.assert_allclose(_read(path, 3), rgb.transpose(2, 0, 1) / 255, atol=0.015)
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_dicom_palette(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian])
+@pytest.mark.parametrize(("bits", "allocated"), [(8, 8), (8, 16), (16, 16)])
+def test_dicom_palette(tmp_path: Path, bits: int, allocated: int, syntax: Any) -> None:
+    """Entries of 8 bits lie two in a word, or, against PS3.3 and as its note there says, one in each."""
     scale, tags = (2**bits - 1) / 255, {"PhotometricInterpretation": "PALETTE COLOR"}
     tables = {name: np.rint(np.arange(64) * step * scale) for name, step in (("Red", 1), ("Green", 2), ("Blue", 4))}
     for name, entries in tables.items():
+        entries += bits // 16 * 3  # two bytes that differ
+        words = entries.astype("<u1").view("<u2") if allocated == 8 else entries.astype("<u2")
         tags[f"{name}PaletteColorLookupTableDescriptor"] = [64, 0, bits]
-        tags[f"{name}PaletteColorLookupTableData"] = entries.astype("<u1" if bits == 8 else "<u2").tobytes()
-    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), **tags)
+        tags[f"{name}PaletteColorLookupTableData"] = words.astype("<u2" if syntax.is_little_endian else ">u2").tobytes()
+    path = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), syntax=syntax, **tags)
     np.testing.assert_allclose(_read(path, 3), np.stack([RAMP, RAMP * 2, RAMP * 4]) / 255, atol=1e-4)
     assert PALETTE in read_image(path, ImageForm(3, SIZE)).treatments
 
@@ -508,6 +513,36 @@ def test_which_files_of_a_folder_are_images(tmp_path: Path) -> None:
     }  # fmt: skip
     np.testing.assert_allclose(_read(tmp_path / "IM0001"), RAMP / 255, atol=1e-6)
     np.testing.assert_allclose(_read(tmp_path / "1.2.840.10008.77"), RAMP / 255, atol=1e-6)
+
+
+def test_a_link_to_what_is_not_there_is_not_overlooked(tmp_path: Path) -> None:
+    for name in ("a.png", "IM0001", ".hidden"):
+        (tmp_path / name).symlink_to(tmp_path / "gone" / name)  # a share that is not there now
+    assert [what_is_left_aside(tmp_path / name) for name in ("a.png", "IM0001", ".hidden")] == [None, None, "hidden"]
+    assert "a link to what is not there: bring that back" in _refused(tmp_path / "a.png")
+
+
+def test_a_file_that_was_removed_meanwhile_is_called_no_link(tmp_path: Path) -> None:
+    assert "it is not there any more: run again" in _refused(tmp_path / "a.png")
+
+
+def test_what_is_no_file_is_not_called_a_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    assert what_is_left_aside(tmp_path / "a.png") == "no file"
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_film_cut_off_before_its_pixels_is_no_report(tmp_path: Path, share: float) -> None:
+    whole = write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8)).read_bytes()
+    pixels = whole.index(b"\xe0\x7f\x10\x00")  # the tag of PixelData
+    (tmp_path / "a.dcm").write_bytes(whole[: 132 + int(share * (pixels - 132))])
+    message = _refused(tmp_path / "a.dcm")
+    assert "export it again" in message or "damaged" in message
+
+
+def test_a_picture_without_pixels_is_to_be_exported_again(tmp_path: Path) -> None:
+    message = _refused(write_dicom(tmp_path / "a.dcm", RAMP.astype(np.uint8), PixelData=None))
+    assert "cut off before its pixels: export it again" in message
 
 
 def test_a_file_without_access_is_not_overlooked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -440,3 +440,15 @@ def test_records_of_archives_and_tables_have_patients_or_are_refused(tmp_path: P
         load_hospital(rows, 0, "train")
     assert rows.with_values(data={"unit": "image"}).data.counted_unit == "record"
     assert load_hospital(rows.with_values(data={"unit": "image"}), 0, "train").patient_count
+
+
+def test_check_says_how_many_unreadable_files_it_does_not_name(tmp_path: Path) -> None:
+    root = _folder(tmp_path / "d", {f"{split}/{name}": [f"P{n}_{split}{name}.png" for n in range(8)]
+                                    for split in ("train", "test") for name in ("ill", "well")})  # fmt: skip
+    values: dict[str, Any] = {"data": {"most_unreadable": 0.9, "unit": "image"}, "site": {"data_of": "hospital"}}
+    config = _config(root).with_values(**values)
+    for count, line in ((5, None), (7, "  unreadable: 2 more; the log of a run names all")):
+        for path in sorted((root / "train" / "ill").iterdir())[:count]:
+            path.write_bytes(b"")
+        lines = [each for each in data_lines(survey(config), config) if each.startswith("  unreadable:")]
+        assert len(lines) == min(count, 5) + (line is not None) and line in (None, lines[-1])
