@@ -273,7 +273,7 @@ class PeerAttendance:
 
     def _take_presence(self, name: str, word: dict[str, Any]) -> None:
         said = Presence.from_word(name, word)
-        if not set(said.held) <= set(self.rules.hospitals):
+        if not {*said.held, *said.votes} <= set(self.rules.hospitals):
             raise ProtocolError(
                 f"{name} says that it holds keys of others than the hospitals of this run", SAME_VERSION
             )
