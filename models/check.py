@@ -95,6 +95,7 @@ _THREE_LOST = (
 _FOUR_LOST = "HOSPITALS=4 QUORUM=3 VIEWS=3 LOSSES=1"
 _BLOCK = "QUORUM=2 VIEWS=2 LOSSES=1 LATES=2 LATE_FROM=SIGNED LOSS_FROM=SIGNED"
 _STOP = "QUORUM=2 VIEWS=2 LOSSES=1 RESUMES=1 LOSS_FROM=SIGNED"
+_RETURN = "QUORUM=2 VIEWS=2 LOSSES=2 RETURNS=1 LATES=1 LATE_FROM=SIGNED LOSS_FROM=SIGNED"
 _FOUR_PROPOSER = "HOSPITALS=4 QUORUM=3 VIEWS=1 DEVIATING=0"
 
 CHECKS = (
@@ -106,6 +107,7 @@ CHECKS = (
     Check("three, a quorum of two, the block alone: one is lost, two are late", _BLOCK),
     Check("three, all stop and go on", "VIEWS=2 RESUMES=1 PROGRESS"),
     Check("three, a quorum of two, one is lost with the block and all stop", _STOP),
+    Check("three, a quorum of two, one is lost with the block and another comes back", _RETURN, is_small=False),
     Check("three, a quorum of two, the proposer deviates", "QUORUM=2 VIEWS=1 DEVIATING=0", "one set under one label"),
     Check("four, one is lost", f"{_FOUR_LOST} PROGRESS", is_small=False),
     Check("four, the proposer deviates", _FOUR_PROPOSER, is_small=False),
@@ -123,7 +125,7 @@ CHECKS = (
             ("RECORD_FIRST", _THREE_LOST, "no opening forgotten"),
             ("COMPLETE", _BLOCK, "one block of a round"),
             ("FINISH", _BLOCK, "one block of a round"),
-            ("ALL_AFTER_A_STOP", _STOP, "one block of a round"),
+            ("RECALL", _RETURN, "one block of a round"),
             ("SETTLE", f"{_THREE_LOST} PROGRESS", "progress"),
             ("NEXT_PROPOSER", f"{_THREE_LOST} PROGRESS", "progress"),
             ("DEADLINE", f"{_THREE_LOST} PROGRESS", "progress"),

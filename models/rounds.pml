@@ -19,6 +19,9 @@
 #ifndef RESUMES
 #define RESUMES 0 /* times that all stop at once, and start again with what is on their disks; who was lost may stay away */
 #endif
+#ifndef RETURNS
+#define RETURNS 0 /* times that one that was lost comes back while the others go on */
+#endif
 #ifndef LATES
 #define LATES 0 /* times that somebody is taken for lost that is not */
 #endif
@@ -107,12 +110,13 @@ byte blamed[HOSPITALS] = NOBODY;
 byte complete[HOSPITALS];       /* as in its presence */
 byte complete_view[HOSPITALS];
 byte parties[HOSPITALS];
-bool needs_all[HOSPITALS];      /* after a stop, until the first plan */
+bool forgets[HOSPITALS];        /* it has started again, and does not know what it said of a block that it signed before */
 
 /* On its disk: */
 byte charged[HOSPITALS];        /* privacy ledger: views whose release is charged */
 byte begun[HOSPITALS];          /* openings.jsonl: views whose sum was begun to be opened */
 byte kept[HOSPITALS];           /* the block of this round that it has gone on from */
+bool unconfirmed[HOSPITALS];    /* it has signed a block of this round (unconfirmed_block.json) */
 
 /* What left it, for the properties: */
 byte released[HOSPITALS];       /* views in which its summand left */
@@ -121,6 +125,7 @@ byte opened_over[EACH];         /* ... and for which V */
 
 byte losses = LOSSES;
 byte resumes = RESUMES;
+byte returns = RETURNS;
 byte lates = LATES;
 
 #define U (proposal[NOW] & ALL)
@@ -148,10 +153,11 @@ byte lates = LATES;
 #else
 #define ALL_CONFIRMED ALL_SAID(CONFIRM, V)
 #endif
-#ifdef WITHOUT_RULE_ALL_AFTER_A_STOP
+#define FORGETS(i) forgets[i]
+#ifdef WITHOUT_RULE_RECALL
 #define ENOUGH_FOR_A_PLAN(set) (SIZE(set) >= FEWEST)
 #else
-#define ENOUGH_FOR_A_PLAN(set) (SIZE(set) >= FEWEST && (!needs_all[h] || (set) == ALL))
+#define ENOUGH_FOR_A_PLAN(set) (SIZE(set) >= FEWEST && (SIZE((set) & ~WHO(FORGETS)) >= FEWEST || (set) == ALL))
 #endif
 #ifdef WITHOUT_RULE_COMPLETE
 #define ENOUGH_COMPLETE true
@@ -309,6 +315,7 @@ inline require_one_block() {
 
 inline add_block(which) {
   kept[h] = which;
+  forgets[h] = false;
   require_one_block();
   forget_what_was_heard();
   state[h] = done
@@ -447,7 +454,7 @@ end:
          differs = differs || (IN(i, U) && HONEST(i) && (proposal[SAME_VIEW(i)] != proposal[NOW] || is_made[SAME_VIEW(i)] != is_made[NOW]))
        }
        i = 0;
-       needs_all[h] = needs_all[h] && differs;
+       forgets[h] = forgets[h] && (differs || U != ALL);
        for (i : 0 .. HOSPITALS - 1) {
          if
          :: IN(i, U) && HONEST(i) && presence[SAME_VIEW(i)].complete_view > latest -> latest = presence[SAME_VIEW(i)].complete_view; first = i
@@ -483,6 +490,7 @@ end:
           :: is_made[NOW] != 0 ->
              admitted[NOW] = U;
              signed_openings[NOW] = begun[h];
+             unconfirmed[h] = true;
              state[h] = sign;
              say(SIGNED, U)
           :: else ->
@@ -641,6 +649,7 @@ end:
               (ALL_SAID(KEYS, V) || (V == U && SIZE(V & ~CAN_HEAR(KEYS)) == 1 && WITHIN(V & ~CAN_HEAR(KEYS), GONE))) ->
        made[h] = THIS;
        signed_openings[NOW] = begun[h];
+       unconfirmed[h] = true;
        state[h] = sign;
        say(SIGNED, V)
      }
@@ -704,7 +713,7 @@ active proctype Rest() {
 
 #if RESUMES > 0
 /* All stop, and start again under a view that none of them was in: their keys are new. A block that was complete and not kept is
-   forgotten; so the first plan needs all, as any could have kept it. */
+   forgotten; so who has signed one is not counted on, unless all are there, of which any could have kept it. */
 active proctype Stop() {
   byte i, h, last;
 end:
@@ -715,7 +724,7 @@ end:
        for (h : 0 .. HOSPITALS - 1) {
          forget_what_was_heard();
          made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY;
-         needs_all[h] = true;
+         forgets[h] = unconfirmed[h] && kept[h] == 0;
          view[h] = last + 1;
          if
          :: state[h] = (kept[h] != 0 -> done : say_present)
@@ -723,6 +732,43 @@ end:
          fi
        }
        i = 0; h = 0; last = 0
+     }
+  od
+}
+#endif
+
+#if RETURNS > 0
+/* One that was lost starts again, with what is on its disk or with nothing, and is given what it lacks: under the next view of those
+   that go on. What another start of it said is not taken for its own. */
+active proctype Return() {
+  byte i, h;
+end:
+  do
+  :: atomic { returns > 0 && (state[0] == lost || state[1] == lost || state[2] == lost || state[HOSPITALS - 1] == lost) ->
+       returns--;
+       h = (state[0] == lost -> 0 : (state[1] == lost -> 1 : (state[2] == lost -> 2 : HOSPITALS - 1)));
+       forget_what_was_heard();
+       made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY;
+       if
+       :: forgets[h] = unconfirmed[h]
+       :: forgets[h] = true
+       fi;
+       if
+       :: kept[h] != 0 -> state[h] = done
+       :: kept[h] == 0 && view[h] + 1 < VIEWS ->
+          view[h] = view[h] + 1;
+          for (i : 0 .. HOSPITALS - 1) {
+            if
+            :: i != h && HONEST(i) && !IS_ENDED(i) && kept[i] == 0 && view[i] == view[h] && state[i] != say_present ->
+               heard[PRESENT].by[NOW] = heard[PRESENT].by[NOW] | ONE(i)
+            :: else
+            fi
+          }
+          i = 0;
+          state[h] = say_present
+       :: kept[h] == 0 && view[h] + 1 == VIEWS
+       fi;
+       h = 0
      }
   od
 }

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from cryptography import x509
 
-from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, read_ledger
+from mpc_fl.audit.ledger_audit import Finding, check_openings, extend, parse_line, read_ledger
 from mpc_fl.audit.ledger_versions import VERSION
 from mpc_fl.audit.opening_record import OPENINGS_FILE, Opening
 from mpc_fl.audit.reveal_ledger import (
@@ -104,6 +104,21 @@ class RevealLedger:
         if opening.computed_digest() != opening.digest:
             raise MpcFlError(f"opening {opening.number} in {self.openings_path} was edited", "restore it from a backup")
         return opening
+
+    def signed_before(self) -> tuple[str, ...]:
+        """The parties of a block that this party has signed and not kept; nobody where there is none.
+
+        To be asked when it starts: it does not know whether that block became complete, and what it said about it. For a file that
+        cannot be read, which may stand where another block was, this party itself is named.
+        """
+        content = _whole_lines(self._unconfirmed_path) if self._unconfirmed_path.exists() else b""
+        if not content and not self._unconfirmed_path.exists():
+            return ()
+        try:
+            block = parse_line(content.removesuffix(b"\n"))
+        except ValueError:
+            return (self.identity.name,)
+        return block.parties if block.number >= self.chain.blocks else ()
 
     def continues(self, openings: Sequence[ChainedOpening]) -> bool:
         """Whether these openings, not signed yet, follow the signed ones."""

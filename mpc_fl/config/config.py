@@ -124,8 +124,18 @@ class Config(Section):
     def _check_peers(self) -> Config:
         """What a run without an aggregator needs, and what it cannot do yet."""
         federation = self.federation
+        if self.site.leave_after is not None and federation.coordinator == AGGREGATOR:
+            raise ValueError(
+                "site.leave_after is for runs without an aggregator; leave it null, or set federation.coordinator to none"
+            )
+        if federation.coordinator == AGGREGATOR and (federation.founders, federation.admission) != (None, "all"):
+            raise ValueError(
+                "federation.founders and federation.admission are for runs without an aggregator; with one all may join: "
+                "leave both as they are"
+            )
         if not self.trains or federation.coordinator == AGGREGATOR:
             return self
+        _require_founders(federation)
         least = max(_FEWEST_PEERS, federation.hospitals // 2 + 1)
         if federation.quorum_size < least:
             # All learn a sum, so of two each would learn the other's; and two halves must not go on apart.
@@ -143,7 +153,6 @@ class Config(Section):
         not_there = {
             "aggregation.norm_check": self.aggregation.norm_check,
             "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
-            "runtime.restarts": self.runtime.restarts > 0,
         }
         for what, wanted in not_there.items():
             if wanted:
@@ -322,6 +331,24 @@ def _require_parties(federation: FederationSection) -> None:
             raise ValueError(
                 f"federation names a party '{name[:60]}', and there is none with federation.hospitals: {federation.hospitals}; "
                 f"the nearest known name is '{nearest}'"
+            )
+
+
+def _require_founders(federation: FederationSection) -> None:
+    """Founders can begin a run, and who is admitted by name is none of them. Raises `ValueError`."""
+    founders = federation.founding
+    if not federation.quorum_size <= len(founders) <= federation.hospitals:
+        raise ValueError(
+            f"{len(founders)} founders must be a quorum ({federation.quorum_size}) and no more than federation.hospitals "
+            f"({federation.hospitals}); set federation.founders or federation.quorum"
+        )
+    if isinstance(federation.admission, str):
+        return
+    later = [name for name in hospital_names(federation.hospitals) if name not in founders]
+    for name in federation.admission:
+        if name not in later:
+            raise ValueError(
+                f"federation.admission names '{name[:60]}', which does not join later; who does: {', '.join(later) or 'nobody'}"
             )
 
 

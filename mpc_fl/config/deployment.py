@@ -13,7 +13,14 @@ from pydantic import Field, model_validator
 from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.config.section import Count, Positive, Section, Whole
 from mpc_fl.errors import IdentityError
-from mpc_fl.roles import AGGREGATOR, Coordinator
+from mpc_fl.roles import AGGREGATOR, Coordinator, hospital_names
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is host:port."""
+    host, separator, port = text.rpartition(":")
+    return bool(host and separator and port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+
 
 MOST_HOSPITALS = 64  # of parties that have links with each other
 MOST_SIMULATED = 1000  # their names have three digits
@@ -53,6 +60,8 @@ class FederationSection(Section):
 
     Without a `coordinator` (none) there are hospitals only, which propose rounds in turn and open sums together.
 
+    Those of them that are no `founders` need no entry in `addresses`: each says its own (`site.address`), signed, when it joins.
+
     Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
     aggregator unless named otherwise, which passes sealed chunks and can read none.
     """
@@ -66,6 +75,16 @@ class FederationSection(Section):
     )
     quorum: Annotated[int, Field(ge=2, le=MOST_SIMULATED)] | None = Field(
         default=None, description="fewest hospitals a sum is opened over; null: all, and losing one ends the run"
+    )
+    founders: Annotated[int, Field(ge=2, le=64)] | None = Field(
+        default=None,
+        description="without a coordinator: of hospitals the first so many begin the run, the others may join while it runs; null: "
+        "all begin it",
+    )
+    admission: Literal["all", "quorum"] | tuple[str, ...] = Field(
+        default="all",
+        description="who must agree to a hospital that joins later: all hospitals of the round, or a quorum of them; or the names "
+        "of those that may",
     )
     round_timeout: Positive | None = Field(
         default=None, description="seconds until a hospital is ready with its update; null: runtime.receive_timeout"
@@ -103,14 +122,18 @@ class FederationSection(Section):
             if name == (self.relay or AGGREGATOR):
                 raise ValueError(f"{name} is the relay, so others must be able to dial it")
         for name, address in self.addresses.items():
-            host, separator, port = address.rpartition(":")
-            if not (host and separator and port.isdigit() and 0 < int(port) < 65536):
+            if not is_address(address):
                 raise ValueError(f"the address of {name} must be host:port")
         try:
             ChosenNames.of(self.names)
         except IdentityError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def founding(self) -> list[str]:
+        """Names of the hospitals that begin a run."""
+        return hospital_names(self.hospitals if self.founders is None else self.founders)
 
     @property
     def chosen_names(self) -> ChosenNames:
@@ -146,6 +169,10 @@ class SiteSection(Section):
     listen: str | None = Field(
         default=None, description="host:port that this party serves, where that is not its address; null: its address"
     )
+    address: str | None = Field(
+        default=None,
+        description="host:port at which others reach this hospital, where it joins later and federation.addresses does not say it",
+    )
     resume: bool = Field(default=False, description="go on from the last checkpoint in site.out")
     training_processes: Count = Field(
         default=1, description="processes that share out each step of a hospital's training, on the CPU"
@@ -163,6 +190,10 @@ class SiteSection(Section):
     )
     mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
         default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
+    )
+    leave_after: Count | None = Field(
+        default=None,
+        description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
     )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = Field(
         default=(),
@@ -213,6 +244,8 @@ class SiteSection(Section):
         for name, value in self:
             if isinstance(value, Path) and "\0" in str(value):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
+        if self.address is not None and not is_address(self.address):
+            raise ValueError("address must be host:port")
         if self.mlflow_uri is not None and "mlflow" not in self.watch:
             raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
         if len(set(self.watch)) != len(self.watch):

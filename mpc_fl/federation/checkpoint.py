@@ -61,13 +61,18 @@ class _DamagedError(MpcFlError):
     """A checkpoint that is not what was written; one before it may be."""
 
 
+def checkpoint_name(number: int) -> str:
+    """The name of the file with the state after round `number`."""
+    return f"checkpoint-{number}.safetensors"
+
+
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, config: Config) -> None:
     """Write a checkpoint of a run of `config` whole or not at all, then remove those before the last two."""
     settings = config.settings_of_run()
     facts = {"format": _FORMAT, "round": checkpoint.round, "settings": settings, "facts": dict(checkpoint.facts)}
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in checkpoint.tensors.items()}
     said = {**facts, "sha256": _sha256(facts, tensors)}
-    with written_whole(directory / f"checkpoint-{checkpoint.round}.safetensors") as temporary:
+    with written_whole(directory / checkpoint_name(checkpoint.round)) as temporary:
         temporary.write_bytes(save(tensors, metadata={"mpc-fl": json.dumps(said)}))
     for path, number in _checkpoints(directory):
         if number <= checkpoint.round - _KEPT or number > checkpoint.round:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,20 +20,26 @@ from cryptography import x509
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.audit.opening_record import Opening
+from mpc_fl.audit.peer_record import without_record
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
 from mpc_fl.config.deadlines import peer_deadlines_of
-from mpc_fl.crypto.certificates import pem, received_pem, verify_certificate
+from mpc_fl.crypto.certificates import pem
 from mpc_fl.crypto.signatory import Signatory, fingerprint
-from mpc_fl.errors import IdentityError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
+from mpc_fl.errors import ConfigError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
 from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
 from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
+from mpc_fl.federation.peer_admission import Admission
+from mpc_fl.federation.peer_announcements import Announced, Announcements
 from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
-from mpc_fl.federation.peer_proposal import Complete, Proposal, Reason, Standing
+from mpc_fl.federation.peer_certificates import Certificates
+from mpc_fl.federation.peer_joining import Giving, Joining
+from mpc_fl.federation.peer_presence import Reason, Standing
+from mpc_fl.federation.peer_proposal import Complete, Proposal
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
@@ -43,14 +49,12 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.links import Links
-from mpc_fl.links.party_links import connect, site_directory, write_traffic
+from mpc_fl.links.party_links import connect, joining_later, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
-
-_BEGINNINGS = ("start", "resume")  # blocks that say who the parties are
 
 
 def run(config: Config, rank: int, notify: Notify, observer: Observer | None = None) -> None:
@@ -89,31 +93,90 @@ class _Run:
     def __init__(self, peer: Peer, links: Links, ledger: RevealLedger, notify: Notify) -> None:
         config = peer.hospital.config
         self.peer, self.ledger, self.notify, self.links = peer, ledger, notify, links
-        self.config, self.rules = config, peer_rules(config)
-        present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
-        self.certificates = _exchanged(links, ledger, present, peer_deadlines_of(config).beginning)
+        self.config, self.rules, deadlines = config, peer_rules(config), peer_deadlines_of(config)
+        announced = Announced(ledger.identity, config.federation.session, joining_later(config))
+        is_announced = links.name in announced.later and links.name not in config.federation.addresses
+        address = config.site.address if is_announced else None
+        certificates = Certificates(links, ledger.identity, Announcements(links, announced, address))
+        self.certificates = certificates.known
         signatory = Signatory(ledger.identity, self.certificates.get)
+        present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
         self.domain = SecretDomain(links, present, ledger, signatory=signatory)
         about_run = (config.federation.session, config.digest())
-        self.attendance = PeerAttendance(self.domain, ledger, self.rules, peer_deadlines_of(config), about_run)
+        admission = Admission(self.domain, self.rules, about_run, config.federation.admission, self._allows)
+        self.giving, founders = Giving(links, ledger), tuple(config.federation.founding)
+        self.attendance = PeerAttendance(
+            self.domain, ledger, deadlines, admission, certificates, founders, self.giving.give
+        )
         if ledger.blocks:
             self.attendance.members = ledger.blocks[-1].parties
-            self.attendance.needs_all = True
+        if config.site.resume or links.name not in founders:
+            self.attendance.ask()
+        certificates.await_those([name for name in self.attendance.members if name != links.name], deadlines.beginning)
+        self.joining = Joining(peer, self.attendance, deadlines)
         self.results, self.begun_before, self.blocks_before = [_Result()], False, len(ledger.blocks)
-        require_allowed_members(self.certificates.values(), config)
+        self.leave_after = config.site.leave_after
+
+    def _allows(self, certificate: x509.Certificate) -> bool:
+        """Whether the rules of this site allow its holder."""
+        try:
+            require_allowed_members([certificate], self.config)
+        except ConfigError as error:
+            log.warning("%s", error)
+            return False
+        return True
 
     def until_complete(self) -> None:
         """Round after round, until all have signed that the run is complete."""
         first = resume(self.peer, site_directory(self.config), self.ledger) + 1 if self.config.site.resume else 0
-        for number in range(first, self.config.last_round + 2):
-            if not self.ledger.chain.ended or number <= self.config.training.rounds:
-                self._round(number)
+        number = first
+        while number <= self.config.last_round + 1:
+            if self.leave_after is not None and self.leave_after < number <= self.config.last_round:
+                self._leave(number)
+                return
+            before = KeptState.of(self.peer)
+            try:
+                if not self.ledger.chain.ended or number <= self.config.training.rounds:
+                    self._round(number, before)
+                number += 1
+            except LeftOutError as error:
+                log.warning("%s", error)
+                before.restore(self.peer)
+                number = self._come_back(error)
         self.links.set_phase("conclusion")
         self.attendance.conclude(self.config.last_round + 2)
 
-    def _round(self, number: int) -> None:
+    def _come_back(self, left_out: LeftOutError) -> int:
+        """The others go on without this hospital: catch up with them, and ask to be in the next round. Its number."""
+        self.links.set_phase("joining")
+        number = self.joining.catch_up(left_out)
+        if self.ledger.blocks:
+            self.attendance.members = self.ledger.blocks[-1].parties
+        if number > 0:
+            checkpoint(self.peer, site_directory(self.config), number - 1)
+        return number
+
+    def _leave(self, number: int) -> None:
+        """Keep the model of the last block, and tell the others that they go on without this hospital.
+
+        Whoever of them lacks that block is given it. That none of them is there any more is no reason to stay.
+        """
+        hospital, common = self.peer.hospital, self.peer.common
+        path = site_directory(self.config) / MODEL_FILE
+        save_model(path, hospital.model, self.config, common.normalisation, None)
+        self.links.set_phase("leaving")
+        try:
+            self.attendance.agree(
+                Standing(number, digest_of_common(common), common.weight_total, leaves=True), 0, Reason()
+            )
+        except (PeerLostError, SumLostError, ProtocolError) as error:
+            log.warning("%s: the others have not said that they go on without this hospital", error)
+        log.info("%s leaves after round %d", self.links.name, number - 1)
+
+    def _round(self, number: int, before: KeptState) -> None:
         """A round, under as many views as it takes until all have signed it; then it is kept."""
-        began, before = time.monotonic(), KeptState.of(self.peer)
+        began = time.monotonic()
+        self.giving.before(number, before.common)
         self.results, self.attendance.complete = [_Result()], None
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
@@ -125,7 +188,7 @@ class _Run:
             if proposal is None:
                 block = self.ledger.blocks[-1]
                 more = block.kind == "end" and number <= self.config.training.rounds
-                if block.kind in _BEGINNINGS or more:
+                if block.members is not None or more:
                     self.attendance.members = block.parties
                     continue
                 self._go_back_to(block, number)
@@ -153,8 +216,7 @@ class _Run:
 
         A block that was complete before is finished first; then that is all, unless it was one that says who the parties are.
         """
-        plan = proposal.plan
-        number, proposer = plan.number, self.attendance.proposer(plan.number, plan.attempt)
+        plan, number = proposal.plan, proposal.plan.number
         begun = self.attendance.signing(*plan.round_of, "begun")
         proposals, confirmed = self.attendance.proposals, self._confirmed
         settling = Settling(begun, proposal.present, self.certificates, proposals, confirmed)
@@ -162,10 +224,10 @@ class _Run:
         complete = settling.completed(self.attendance.complete, self.ledger)
         if complete is not None:
             self._finish(plan, complete)
-            if complete.kind not in _BEGINNINGS:
+            if complete.members is None:
                 return
-        elif self._members is None or self._members.configuration != self.config.digest():
-            self._begin_ledger(plan)
+        elif self._newly_certified(plan.hospitals) or self._configured_otherwise:
+            self._introduce(proposal)
         settling.settle(self.ledger)
         self.begun_before = bool(self.ledger.pending) and not plan.normalised
         if plan.normalised:
@@ -174,17 +236,17 @@ class _Run:
             self.results.append(replace(self.results[-1], hospitals=plan.hospitals, drafted=None, state=None))
         else:
             self._go_back(before)
-            rules = replace(self.rules, opener=proposer)
+            rules = replace(self.rules, opener=proposal.proposer)
             self._make(PeerRound(self.peer, self.domain, self.ledger, rules, plan, self.notify), self.results[-1])
         self.links.set_phase(f"round {number} signatures")
-        self._sign(plan, self.results[-1])
+        self._sign(proposal, self.results[-1])
 
     @property
     def _confirmed(self) -> Mapping[str, Opening] | None:
         """The openings that this hospital has confirmed, by transcript; `None` before the first block of a start that goes on
-        from an earlier one."""
+        from an earlier one, or that was given what it goes on from."""
         is_first = self.config.site.resume and len(self.ledger.blocks) == self.blocks_before
-        return None if is_first else self.domain.confirmed
+        return None if is_first or not self.attendance.recalls else self.domain.confirmed
 
     def _keep_signed(self) -> None:
         """What was signed of this round before is kept, with its state, in case that a quorum has it complete."""
@@ -203,19 +265,18 @@ class _Run:
         """Keep a block that was complete under an earlier view, when a quorum has it."""
         if self.links.name not in complete.parties:
             raise LeftOutError(self.links.name, complete.about)
-        if complete.kind not in _BEGINNINGS:
+        if complete.members is None:
             self._go_back_to(complete, plan.number)
         signers = self._signers(plan, complete.parties, "finish")
         present = [name for name in complete.parties if name in plan.hospitals and name != self.links.name]
-        finished = self.attendance.finish_together(plan.round_of, complete, present)
+        finished = self.attendance.agreeing.finish_together(plan.round_of, complete, present)
         if len(finished.signed) >= self.rules.smallest:
             self.attendance.complete = finished
         signers.keep(complete, present)
         self.attendance.complete = None
-        if complete.kind in _BEGINNINGS:
-            self.attendance.members = complete.parties
-            if not set(plan.hospitals) <= set(complete.parties):
-                raise SumLostError("the ledger was begun by fewer hospitals", "those go on")
+        self.attendance.kept(complete)
+        if complete.members is not None and not set(plan.hospitals) <= set(complete.parties):
+            raise SumLostError("fewer hospitals signed who takes part", "those go on")
 
     def _go_back_to(self, block: Block, number: int) -> None:
         """Take the state of the result of round `number` that a block is about, which may be that of an earlier start.
@@ -230,7 +291,7 @@ class _Run:
                 return
         # Signed in an earlier start, which has kept what it takes.
         out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
-        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == block.values:
+        if is_in and block.kind == "end" and values_of_end(self.peer.hospital) == without_record(block.values):
             self._save_model()
         elif is_in and block.kind != "end":
             resume(self.peer, out, self.ledger)
@@ -260,25 +321,35 @@ class _Run:
             result.own = hospital.metrics(number, own, seconds) | figures
 
     @property
-    def _members(self) -> Members | None:
-        """Who the parties are by the ledger, and with which configuration."""
-        return next((block.members for block in reversed(self.ledger.blocks) if block.members is not None), None)
+    def _configured_otherwise(self) -> bool:
+        """Whether the parties signed another configuration last: the run was given more rounds."""
+        signed = next((block.members for block in reversed(self.ledger.blocks) if block.members is not None), None)
+        return signed is not None and signed.configuration != self.config.digest()
 
-    def _begin_ledger(self, plan: RoundPlan) -> None:
-        """The first block, or the first of a run that was given more rounds: all sign who they are, and with which configuration.
-        Whoever is not in it takes no part in the run."""
-        config, ledger, hospitals = self.config, self.ledger, plan.hospitals
+    def _newly_certified(self, hospitals: tuple[str, ...]) -> list[str]:
+        """Those by whose certificate no block of this ledger counts yet."""
+        known = self.ledger.chain.certificates
+        return [name for name in hospitals if known.get(name) != self.certificates[name]]
+
+    def _introduce(self, proposal: Proposal) -> None:
+        """The first block, one before the round that somebody joins in, and the first after a run was given more rounds: all sign
+        who they are, and with which configuration."""
+        config, ledger, plan, hospitals = self.config, self.ledger, proposal.plan, proposal.plan.hospitals
         certificates = {name: pem(self.certificates[name]).decode("ascii") for name in hospitals}
         quorum, authority = config.federation.quorum_size, fingerprint(ledger.authority)
         members = Members(config.federation.session, config.digest(), authority, certificates, quorum)
-        kind, about = ("resume", "the run goes on") if ledger.blocks else ("start", "the run begins")
+        kind, about = (
+            ("resume", f"the hospitals of round {plan.number}") if ledger.blocks else ("start", "the run begins")
+        )
         signers = self._signers(plan, hospitals, "start")
-        self._signed(plan, signers, kind, f"{about}{_again(plan)}", {}, members)
-        self.attendance.members = hospitals
+        require_allowed_members((self.certificates[name] for name in hospitals), config)
+        about += _again(plan)
+        self._signed(plan, signers, kind, about, proposal.told(self.attendance.members), members)
 
-    def _sign(self, plan: RoundPlan, result: _Result) -> None:
+    def _sign(self, proposal: Proposal, result: _Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
-        number, config, common, ledger = plan.number, self.config, self.peer.common, self.ledger
+        plan, config, common, ledger = proposal.plan, self.config, self.peer.common, self.ledger
+        number = plan.number
         signers = self._signers(plan, result.hospitals, "block")
         if number > config.last_round:
             self._save_model()
@@ -294,7 +365,9 @@ class _Run:
                 values["calibration"] = common.digests.calibration
             self._write_down(number, result)
         try:
-            self._signed(plan, signers, kind, f"{about}{_again(plan)}", values)
+            self._signed(
+                plan, signers, kind, f"{about}{_again(plan)}", {**values, **proposal.told(self.attendance.members)}
+            )
         finally:
             result.drafted = signers.drafted
 
@@ -314,7 +387,7 @@ class _Run:
     ) -> None:
         """Have a block signed; where it is complete and cannot be kept, it is finished under a later view."""
         try:
-            signers.sign(kind, about, values, members)
+            self.attendance.kept(signers.sign(kind, about, values, members))
         except (PeerLostError, ProtocolError):
             if signers.complete is not None:
                 self.attendance.complete = Complete(plan.attempt, signers.complete)
@@ -343,24 +416,3 @@ class _Run:
 def _again(plan: RoundPlan) -> str:
     """Under which view a block is made, if not the first, as its text ends (`peer_proposal.Complete.made_under`)."""
     return f" ({plan.attempt})" if plan.attempt else ""
-
-
-def _exchanged(
-    links: Links, ledger: RevealLedger, present: Iterable[str], seconds: float
-) -> dict[str, x509.Certificate]:
-    """The certificates of all that are linked and give one, each from its holder, checked. Raises `IdentityError` for its own."""
-    identity, until, others = ledger.identity, time.monotonic() + seconds, [n for n in present if n != links.name]
-    own = identity.certificate.decode("ascii")
-    for name in others:
-        try:
-            links.send_object(name, "certificate", {"certificate": own})
-        except PeerLostError as error:
-            log.warning("%s", error)
-    found = {links.name: verify_certificate(identity.certificate, links.name, identity)}
-    for name in others:
-        try:
-            said = links.receive_object(name, "certificate", until)
-            found[name] = verify_certificate(received_pem(said.get("certificate"), name), name, identity)
-        except (PeerLostError, ProtocolError, IdentityError) as error:  # the others may be a quorum
-            log.warning("%s", error)
-    return found

@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from mpc_fl.aggregation.rules import Rules, require_hospitals, require_quorum
@@ -16,82 +16,19 @@ from mpc_fl.aggregation.signed_words import Signed, Subject, has_said, heard
 from mpc_fl.aggregation.transcript import digest_of, signatory_of
 from mpc_fl.aggregation.words import names_in
 from mpc_fl.audit.ledger_file import RevealLedger
+from mpc_fl.audit.peer_record import values_of
 from mpc_fl.audit.reveal_ledger import Block
-from mpc_fl.errors import SAME_VERSION, ProtocolError, printable
+from mpc_fl.errors import ProtocolError, printable
 from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.peer_admission import Admission, Membership
+from mpc_fl.federation.peer_presence import LONGEST_REASON, Presence, Reason, Standing
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
 
 _PURPOSE = "mpc-fl round among peers 1"
-_LONGEST_REASON = 300
-_MOST = 1 << 31  # of rounds, views, blocks and openings
 _VIEW = re.compile(r" \(([0-9]{1,9})\)$")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 DEVIATES = "it does not follow the protocol; nothing was sent under its proposal"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a hospital has before a round, alike at all: its `number`, the digest of the `state` in common, the total of weights.
-    `made`: the digest of the state that this round has given already, where only its signatures are missing; `among`: the hospitals
-    whose exact sum it was made from, without privacy.
-    """
-
-    number: int
-    state: str
-    weight_total: int
-    made: str = ""
-    among: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Presence:
-    """What a hospital says of itself in step 1. `pending` openings are in no block yet, `last` is the digest of the last of
-    them; `complete` the seal of a block that it holds and has not kept, of `complete_view`; `held` the fingerprints of keys by
-    name; `why` the view before is over, and whom it was `lost` with."""
-
-    number: int
-    view: int
-    state: str
-    made: str
-    blocks: int
-    seal: str
-    pending: int
-    last: str
-    complete: str
-    complete_view: int
-    held: Mapping[str, str]
-    why: str
-    lost: str
-
-    @classmethod
-    def from_word(cls, name: str, word: Mapping[str, Any]) -> Presence:
-        """Raises `ProtocolError` for a word that is none. What is passed on in a proposal is bounded here, or one that says more
-        than all others would keep every proposal from leaving."""
-        numbers = {key: word.get(key) for key in ("number", "view", "blocks", "pending", "complete_view")}
-        texts = {key: word.get(key) for key in ("state", "made", "seal", "last", "complete", "why", "lost")}
-        held = word.get("held")
-        sound = set(word) - {"word", "signature"} == {each.name for each in fields(cls)} and isinstance(held, dict)
-        sound = sound and all(type(value) is int and 0 <= value < _MOST for value in numbers.values())
-        sound = sound and all(isinstance(value, str) for value in texts.values())
-        digests = [texts[key] for key in ("state", "made", "seal", "last", "complete")]
-        sound = sound and all(value == "" or _is_digest(value) for value in digests)
-        sound = sound and bool(texts["last"]) == bool(numbers["pending"])
-        sound = sound and all(len(str(texts[key])) <= _LONGEST_REASON for key in ("why", "lost"))
-        if not sound or not all(_is_digest(value) for value in held.values()):  # type: ignore[union-attr]
-            raise ProtocolError(f"{name} did not say how it is present", SAME_VERSION)
-        return cls(**numbers, **texts, held=held)  # type: ignore[arg-type]
-
-    @property
-    def view_of(self) -> tuple[int, int]:
-        """Round and view."""
-        return self.number, self.view
-
-    @property
-    def place(self) -> tuple[int, str, str]:
-        """After which block it stands, and with which state."""
-        return self.blocks, self.seal, self.state
 
 
 @dataclass(frozen=True)
@@ -112,20 +49,22 @@ class Complete:
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why a view came to nothing, and with whom, where that is known."""
-
-    why: str = ""
-    lost: str = ""
-
-
-@dataclass(frozen=True)
 class Proposal:
-    """A sound proposal: the plan in it, what its proposer signed, and what each of its hospitals said of itself."""
+    """A sound proposal: the plan in it, what its proposer signed, what each of its hospitals said of itself; who joins and who
+    leaves, with the digest of what it signed about that."""
 
     plan: RoundPlan
     signed: Signed
     present: Mapping[str, Presence]
+    proposer: str
+    joining: Mapping[str, str]
+    leaving: Mapping[str, str]
+
+    def told(self, members: Collection[str]) -> dict[str, str]:
+        """What a block under this plan tells of it (`audit.peer_record`): `members` signed the one before, or are founders."""
+        joined = {name: digest for name, digest in self.joining.items() if name not in members}
+        left = {name: digest for name, digest in self.leaving.items() if name in members}
+        return values_of((self.proposer, self.signed.digest), joined, left)
 
 
 Heard = Mapping[str, tuple[Presence, Mapping[str, Any]]]  # what each hospital said last of itself, and the word
@@ -138,6 +77,7 @@ class Proposals:
     domain: SecretDomain
     rules: Rules
     about_run: tuple[str, str]
+    admission: Admission
 
     def subject(self, word: str, view_of: tuple[int, int]) -> Subject:
         """What a word of a round and view is about."""
@@ -161,8 +101,11 @@ class Proposals:
             complete=seal,
             complete_view=complete_view,
             held={name: links.key_fingerprint(name) for name in self.rules.hospitals if self._hears(name)},
-            why=printable(reason.why, _LONGEST_REASON),
+            why=printable(reason.why, LONGEST_REASON),
             lost=reason.lost,
+            leaves=standing.leaves,
+            recalls=standing.recalls,
+            votes=dict(standing.votes),
         )
 
     def is_of_its_view(self, number: int, complete: Complete) -> bool:
@@ -179,39 +122,65 @@ class Proposals:
         links, signatory = self.domain.links, signatory_of(self.domain)
         return name == links.name or (links.alive(name) and signatory.knows(name))
 
-    def proposed(
-        self, standing: Standing, members: Sequence[str], alive: Collection[str], latest: Heard
-    ) -> dict[str, Any]:
-        """At who proposes: the values of its proposal, from what members said. Raises `QuorumError` where too few are left."""
+    def proposed(self, standing: Standing, of: Membership, alive: Collection[str], latest: Heard) -> dict[str, Any]:
+        """At who proposes: the values of its proposal, from what all said. Raises `QuorumError` where too few members are left.
+
+        Others are taken in beside them, where they are admitted, unless this round was made already.
+        """
         links, (mine, _) = self.domain.links, latest[self.domain.links.name]
         there = {name: said for name, (said, _) in latest.items() if said.view_of == mine.view_of}
-        named = Counter(said.lost for said in there.values())
+        members = {name: said for name, said in there.items() if name in of.members}
+        named = Counter(said.lost for said in members.values())
         alike, blamed = list[str](), list[str]()
-        for name in members:
-            if name not in there or name not in alive:
+        for name in of.members:
+            if name not in there or name not in alive or there[name].leaves:
                 continue
             if there[name].place != mine.place:
                 log.warning("%s is left out: it has another block or model before round %d", name, mine.number)
             else:
-                (blamed if 2 * named[name] > len(there) else alike).append(name)
+                (blamed if 2 * named[name] > len(members) else alike).append(name)
         chosen = _holding_keys([links.name, *alike], there, links.key_fingerprint)
         if len(chosen) < self.rules.smallest:  # those that the quorum needs are tried again
             chosen = _holding_keys([*chosen, *blamed], there, links.key_fingerprint)
         for name in blamed:
             if name not in chosen:
                 log.warning("%s is left out of round %d: sums were lost with it", name, mine.number)
-        hospitals = [name for name in members if name in chosen]
-        require_quorum(self.rules, hospitals, members, f"round {standing.number}")
+        require_quorum(self.rules, chosen, of.members, f"round {standing.number}")
+        if not any(there[name].made for name in chosen):
+            chosen = self._with_newcomers(chosen, of, alive, there, mine)
+        hospitals = [name for name in self.rules.hospitals if name in chosen]
         return {
             "number": mine.number,
             "view": mine.view,
             "hospitals": hospitals,
             "starts": {name: links.key_fingerprint(name) for name in hospitals},
             "weight_total": standing.weight_total,
-            "present": {name: {k: v for k, v in latest[name][1].items() if k != "word"} for name in hospitals},
+            "present": {name: _signed_part(latest[name][1]) for name in hospitals},
+            "leaving": {
+                name: _signed_part(word) for name, (said, word) in latest.items() if said.leaves_in(mine.number)
+            },
         }
 
-    def sound(self, standing: Standing, proposer: str, word: Mapping[str, Any], mine: Presence) -> Proposal:
+    def _with_newcomers(
+        self, chosen: list[str], of: Membership, alive: Collection[str], there: Mapping[str, Presence], mine: Presence
+    ) -> list[str]:
+        for name in self.rules.hospitals:
+            if name in of.members or name not in alive or name not in there or there[name].leaves:
+                continue
+            if there[name].place != mine.place:
+                continue  # it does not have what it was given yet
+            with_it = _holding_keys([*chosen, name], there, self.domain.links.key_fingerprint)
+            if name not in with_it:
+                log.info("%s is not linked with all others yet", name)
+            elif objection := self.admission.objection(of, {each: there[each] for each in with_it}):
+                log.info("%s is not in the proposal, which would have %s", name, objection)
+            else:
+                chosen = with_it
+        return chosen
+
+    def sound(
+        self, standing: Standing, proposer: str, word: Mapping[str, Any], mine: Presence, of: Membership
+    ) -> Proposal:
         """At a hospital: a proposal held against what it has itself, which it is in or not.
 
         Raises `ProtocolError` naming who proposed. `mine` is what it said of itself under this view.
@@ -235,10 +204,35 @@ class Proposals:
             _refuse(proposer, f"says of {old} what it said at an earlier start")
         if me in hospitals and word.get("weight_total") != standing.weight_total:
             _refuse(proposer, "sent another total of weights than was opened")
+        if leaver := next((name for name, one in said.items() if one.leaves), None):
+            _refuse(proposer, f"named {leaver}, which leaves")
+        if objection := self.admission.objection(of, said):
+            _refuse(proposer, objection)
+        joining = {
+            name: heard(self.domain, name, self.subject("present", view_of), present[name]).digest
+            for name in hospitals
+            if name not in of.members
+        }
+        leaving = self._leaving(word.get("leaving"), hospitals, mine.number, proposer)
         made = {one.made for one in said.values()}
         is_made = len(made) == 1 and "" not in made
         plan = RoundPlan(*view_of, hospitals, dict(starts), (), standing.weight_total, True, is_made)
-        return Proposal(plan, signed, said)
+        return Proposal(plan, signed, said, proposer, joining, leaving)
+
+    def _leaving(self, words: object, hospitals: Sequence[str], number: int, proposer: str) -> dict[str, str]:
+        """Who leaves, and the digest of what it signed about that, for this round under whichever view."""
+        digests = dict[str, str]()
+        for name, value in words.items() if isinstance(words, dict) else [("somebody", None)]:
+            if not isinstance(value, dict):
+                _refuse(proposer, f"says that {name} leaves, and not what it signed about that")
+            said = Presence.from_word(proposer, value)
+            if not said.leaves_in(number) or name in hospitals:
+                _refuse(proposer, f"says that {name} leaves, which did not say so")
+            try:
+                digests[name] = heard(self.domain, name, self.subject("present", said.view_of), value).digest
+            except ProtocolError:
+                _refuse(proposer, f"says that {name} leaves, which did not sign that")
+        return digests
 
     def _presence(self, name: str, value: object, view_of: tuple[int, int], proposer: str) -> Presence:
         if not isinstance(value, dict):
@@ -259,8 +253,9 @@ def require_of_this_run(block: Block, sender: str, about_run: tuple[str, str], q
         raise ProtocolError(f"{sender} sent a block that begins the ledger of another run", DEVIATES)
 
 
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+def _signed_part(word: Mapping[str, Any]) -> dict[str, Any]:
+    """What a hospital said, as it is passed on to others."""
+    return {key: value for key, value in word.items() if key != "word"}
 
 
 def _holding_keys(names: Sequence[str], there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> list[str]:

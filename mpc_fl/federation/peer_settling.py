@@ -21,7 +21,8 @@ from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.audit.reveal_ledger import Block, ChainedOpening, block_from, is_signed, opening_from, to_json
 from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
-from mpc_fl.federation.peer_proposal import Complete, Presence, Proposals, require_of_this_run
+from mpc_fl.federation.peer_presence import Presence
+from mpc_fl.federation.peer_proposal import Complete, Proposals, require_of_this_run
 from mpc_fl.links.links import Links
 
 

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from mpc_fl.errors import (
@@ -87,9 +88,20 @@ class Connections:
             refused = self._mailboxes.note_refused
             self._server = StreamServer(self._greeter.identity, listen, self.admit, streams, timeout, refused)
         for peer in self._peers.values():
-            if peer.route.how == "dial":
+            if peer.route.how == "dial" and peer.route.address:
                 self._dial(peer)
         self._pulse.start()
+
+    def learn_address(self, name: str, address: str) -> None:
+        """A peer to be dialled has said its address; a link that is there stays."""
+        peer = self._peers[name]
+        with self._lock:
+            if peer.route.how != "dial" or peer.route.address == address or self._parting is not None:
+                return
+            peer.route = replace(peer.route, address=address)
+            is_first = peer.conversation is None
+        if is_first:  # else it is dialled there when that link ends
+            self._dial(peer)
 
     def _dial(self, peer: Peer) -> None:
         peer.greeting = self._greeter.greet(peer.name)

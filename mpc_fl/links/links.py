@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,6 +24,8 @@ from mpc_fl.links.frames import Kind, Payload
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.traffic import Traffic, TrafficCounter
+
+log = logging.getLogger(__name__)
 
 AnyLinks = TypeVar("AnyLinks", bound="Links")
 
@@ -156,6 +159,10 @@ class Links(abc.ABC):
     def came(self, peer: str) -> bool:
         """Whether the peer's greeting was accepted, of its present start; it may have gone since."""
         return self._mailboxes.connected(peer)
+
+    def learn_address(self, peer: str, address: str) -> None:
+        """A peer said where it can be dialled (host:port), which this party did not know; nothing to do where links need none."""
+        log.debug("%s is at %s", peer, address)
 
     def stay_for(self, peers: Collection[str]) -> None:
         """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""

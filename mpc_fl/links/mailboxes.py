@@ -280,7 +280,11 @@ class Mailboxes:
         with self._changed:
             while True:
                 self._raise_first_failure()
-                missing = [name for name, box in self._boxes.items() if not box.connected and box.failure is None]
+                missing = [
+                    name
+                    for name, box in self._boxes.items()
+                    if not box.connected and box.failure is None and name not in self._tolerance.later
+                ]
                 remaining = self._remaining(deadline)
                 tolerated = self._tolerance.goes_on_without and self._tolerance.peers.issuperset(missing)
                 if not missing or (remaining <= 0 and tolerated):

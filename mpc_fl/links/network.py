@@ -44,6 +44,10 @@ class NetworkLinks(Links):
         """Answer the first chunk of a stream that a server shared by many sessions took (`Connections.admit`)."""
         return self._connections.admit(names, chunk)
 
+    def learn_address(self, peer: str, address: str) -> None:
+        """Dial a peer there, from now on and again, where this party is the one that dials."""
+        self._connections.learn_address(peer, address)
+
     def _open(self) -> None:
         self._connections.open(self._listen)
 

@@ -38,7 +38,8 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
         raise ConfigError(f"there is no party '{name}' in this task", f"the parties are {', '.join(names)}")
     federation = config.federation
     addresses = {party: address for party, address in federation.addresses.items() if party in names}
-    missing = [party for party in names if party not in addresses and party not in federation.dial_out_only]
+    announced = [party for party in joining_later(config) if party not in addresses]
+    missing = [party for party in names if party not in (*addresses, *federation.dial_out_only, *announced)]
     if missing:
         raise ConfigError(
             f"federation.addresses has no entry for {missing[0]}",
@@ -48,12 +49,18 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
         raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
     if not federation.session:
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
+    if name in announced and config.site.address is None:
+        raise ConfigError(
+            f"{name} is no founder, and neither federation.addresses nor site.address says where it is reached",
+            "give its host:port in site.address: it tells the others when it joins",
+        )
+    own_address = config.site.address if name in announced else addresses.get(name)
     relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
-    listen = (config.site.listen or addresses[name]) if name in addresses else None
+    listen = None if own_address is None else config.site.listen or own_address
     return NetworkLinks(
         load_identity(config.site.identity, name, federation.chosen_names),
         Agreement(federation.session, config.digest(), config.task, code),
-        Reach(listen, routes(name, names, addresses, relay), relay),
+        Reach(listen, routes(name, names, addresses, relay, announced), relay),
         timeouts_of(config, name),
         tolerance_of(config),
         observer,
@@ -74,7 +81,14 @@ def tolerance_of(config: Config) -> Tolerance:
     unread = Unread.with_dealer_ahead(config.runtime.dealer_ahead_bytes)
     if not may_lose_hospitals(config):
         return Tolerance(unread=unread)
-    return Tolerance(frozenset(filter(is_hospital, party_names(config))), True, unread)
+    later = frozenset(joining_later(config))
+    return Tolerance(frozenset(filter(is_hospital, party_names(config))), True, unread, later)
+
+
+def joining_later(config: Config) -> list[str]:
+    """Hospitals of a run among peers that need not be there when it begins."""
+    founders = config.federation.founding
+    return [name for name in party_names(config) if config.among_peers and is_hospital(name) and name not in founders]
 
 
 def write_traffic(links: Links, directory: Path) -> None:

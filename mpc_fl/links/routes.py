@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,8 +24,12 @@ class Route:
         return self.how.startswith("relay")
 
 
-def routes(name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None) -> dict[str, Route]:
+def routes(
+    name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None, announced: Collection[str] = ()
+) -> dict[str, Route]:
     """The routes of party `name` to all others; a party without an address can only dial out.
+
+    Those in `announced` have one that is not known yet: where it would be dialled the address of a route is empty until it is.
 
     All parties compute this from the same list, so the two ends of a pair always agree. Raises `LinkError` when two
     parties without address have no relay that has one.
@@ -39,6 +43,8 @@ def routes(name: str, parties: Sequence[str], addresses: dict[str, str], relay: 
             result[peer] = Route("dial", addresses[peer])
         elif name in addresses:
             result[peer] = Route("await")
+        elif name in announced and peer in announced:
+            result[peer] = Route("dial" if later else "await")
         elif relay is not None and relay in addresses:
             result[peer] = Route("relay, first" if later else "relay, second")
         else:

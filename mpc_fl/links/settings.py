@@ -75,12 +75,14 @@ class Unread:
 class Tolerance:
     """Whose loss, once all have been connected, ends only the waits for them; they may come back. What may stay unread.
 
-    `goes_on_without`: this party begins without those of them that are not there at the deadline.
+    `goes_on_without`: this party begins without those of them that are not there at the deadline. Those in `later` are not
+    waited for at all.
     """
 
     peers: frozenset[str] = frozenset()
     goes_on_without: bool = False
     unread: Unread = Unread()
+    later: frozenset[str] = frozenset()
 
 
 NOBODY_LOST = Tolerance()

@@ -72,7 +72,12 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
         ({"federation": {"dial_out_only": ["hospital-1"]}}, "no federation.dial_out_only"),
         ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
         ({"data": {"validation_fraction": 0.2}, "evaluation": {"choose": "best"}}, "no evaluation.choose best"),
-        ({"runtime": {"restarts": 1}}, "no runtime.restarts yet"),
+        ({"federation": {"hospitals": 5, "founders": 3, "quorum": 4}}, "3 founders must be a quorum"),
+        ({"federation": {"hospitals": 3, "founders": 4, "quorum": 3}}, "4 founders must be a quorum"),
+        (
+            {"federation": {"hospitals": 4, "founders": 3, "quorum": 3, "admission": ["hospital-1"]}},
+            "names 'hospital-1', which does not join later; who does: hospital-3",
+        ),
     ],
 )
 def test_what_a_run_without_a_coordinator_cannot_have_is_refused(values: dict[str, Any], message: str) -> None:
@@ -83,6 +88,16 @@ def test_what_a_run_without_a_coordinator_cannot_have_is_refused(values: dict[st
     fine = parse_config({"federation": {**others, "hospitals": 5, "quorum": 3}}, "f.yaml")
     assert party_names(fine) == hospital_names(5)
     parse_config({"federation": {**others, "hospitals": 5, "quorum": 4}, "privacy": {"colluders": 2}}, "f.yaml")
+
+
+def test_joining_and_leaving_are_for_runs_without_a_coordinator() -> None:
+    for section, values in (
+        ("federation", {"founders": 2}),
+        ("federation", {"admission": "quorum"}),
+        ("site", {"leave_after": 1}),
+    ):
+        with pytest.raises(ConfigError, match="without an aggregator"):
+            parse_config({section: values}, "f.yaml")
 
 
 def test_overrides(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,34 +118,58 @@ class Training:
     def _runtime(self, links: Links, config: Config) -> Iterator[_NoRuntime]:
         yield _NoRuntime(links, config)
 
-    def _party(self, name: str) -> None:
+    def _party(self, name: str, starts: Sequence[threading.Event]) -> None:
+        """The whole of a party, which begins when the first of `starts` is set, and again, after it was lost, with each other."""
         with self.clock.entered():
-            try:
-                if name == AGGREGATOR:
-                    aggregator_program.run(self.placed[name], lambda *_: None)
-                else:
-                    program = peer_program if self.config.among_peers else hospital_program
-                    program.run(self.placed[name], split_name(name)[1], lambda *_: None)
-                self.said[name] = "finished"
-            except DroppedError:
-                self.said[name] = "dropped"
-            except Exception as error:  # noqa: BLE001 - shown by the test
-                self.said[name] = f"{type(error).__name__}: {error}"
-            self.ended[name] = self.clock.monotonic()
+            for count, start in enumerate(starts):
+                if count:
+                    self.placed[name] = self.placed[name].with_values(site={"resume": True})
+                if not start.is_set():
+                    self.clock.wait(start, math.inf)
+                self._once(name)
+
+    def _once(self, name: str) -> None:
+        try:
+            if name == AGGREGATOR:
+                aggregator_program.run(self.placed[name], lambda *_: None)
+            else:
+                program = peer_program if self.config.among_peers else hospital_program
+                program.run(self.placed[name], split_name(name)[1], lambda *_: None)
+            self.said[name] = "finished"
+        except DroppedError:
+            self.said[name] = "dropped"
+        except Exception as error:  # noqa: BLE001 - shown by the test
+            self.said[name] = f"{type(error).__name__}: {error}"
+        self.ended[name] = self.clock.monotonic()
 
     def run(
-        self, *sleepers: Sleeper, training: Mapping[str, float] | None = None, silent: Collection[str] = ()
+        self,
+        *sleepers: Sleeper,
+        training: Mapping[str, float] | None = None,
+        silent: Collection[str] = (),
+        late: Mapping[str, str] | None = None,
+        again: Mapping[str, str] | None = None,
     ) -> None:
         """Run all parties until all but those that sleep for good, or are `silent`, have ended; then these are gone as if killed.
 
-        `training`: seconds that hospitals take for their updates.
+        `training`: seconds that hospitals take for their updates. `late`: who starts only when somebody sends a message of this
+        tag; `again`: who starts again, with --resume, when that happens after it has ended.
         """
+        late, again = dict(late or {}), dict(again or {})
+        started = {name: threading.Event() for name in late}
+        restarted = {name: threading.Event() for name in again}
 
         def watch(sender: str, _receiver: str, frame: Frame) -> None:
             self.clock.let_pass(LATENCY)
             if frame.kind not in (Kind.TENSOR, Kind.OBJECT):
                 return
             self.sent.append((sender, frame.tag))
+            for name in [name for name, tag in late.items() if frame.tag.startswith(tag)]:
+                late.pop(name)
+                self.clock.wake(started[name])
+            for name in [name for name, tag in again.items() if name in self.said and frame.tag.startswith(tag)]:
+                again.pop(name)
+                self.clock.wake(restarted[name])
             if frame.tag.startswith(("ready update", "ready gradient")) and sender in (training or {}):
                 self.clock.wait(threading.Event(), (training or {})[sender])
             for sleeper in sleepers:
@@ -162,8 +186,16 @@ class Training:
         logger = logging.getLogger("mpc_fl")
         logger.addHandler(handler)
         torch.set_num_threads(1)
+        at_once = threading.Event()
+        at_once.set()
         threads = {
-            name: threading.Thread(target=self._party, args=(name,), name=name, daemon=True) for name in self.placed
+            name: threading.Thread(
+                target=self._party,
+                args=(name, [started.get(name, at_once), *([restarted[name]] if name in restarted else [])]),
+                name=name,
+                daemon=True,
+            )
+            for name in self.placed
         }
         self.clock.expect(len(threads))
         for thread in threads.values():

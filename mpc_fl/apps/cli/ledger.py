@@ -20,6 +20,7 @@ from mpc_fl.audit.ledger_audit import Copy, Finding, Verdict, parse_line, verify
 from mpc_fl.audit.ledger_file import earlier_authorities
 from mpc_fl.audit.named_parties import names_in
 from mpc_fl.audit.opening_record import OPENINGS_FILE
+from mpc_fl.audit.peer_record import lines_of, without_record
 from mpc_fl.audit.receipt_audit import are_receipts, check_lines, compare
 from mpc_fl.audit.receipts import RECEIPTS_FILE
 from mpc_fl.audit.record_audit import RecordCopy, verify_records
@@ -171,23 +172,25 @@ def show(run_dir: RunDirectory, as_json: AsJson = False) -> None:
     blocks = _blocks(copies[0])
     names = names_in(blocks)
     if as_json:
-        parts = {"names": dict(names.pairs), "blocks": [to_json(block) for block in blocks]}
-        print_json({"copy": copies[0].where, **parts})
+        shown = [{**to_json(block), "told": told} for block, told in zip(blocks, lines_of(blocks), strict=True)]
+        print_json({"copy": copies[0].where, "names": dict(names.pairs), "blocks": shown})
         return
     console = output_console()
-    for block in blocks:
-        _print_block(console, block, names)
+    for block, told in zip(blocks, lines_of(blocks), strict=True):
+        _print_block(console, block, [names.in_text(line) for line in told], names)
     ended = bool(blocks) and blocks[-1].kind == "end"
     if not ended:
         console.print(Text("The end of the run is not in this copy."))
     console.print(Text(f"Not checked here. To check it: mpc-fl ledger verify {run_dir}"))
 
 
-def _print_block(console: Console, block: Block, names: ChosenNames) -> None:
+def _print_block(console: Console, block: Block, told: list[str], names: ChosenNames) -> None:
     """One table per block, its parties and values below. Texts of the ledger are never taken for markup."""
     times = [signature.time for signature in block.signatures]
     signed = f", signed {datetime.datetime.fromisoformat(max(times)):%Y-%m-%d %H:%M:%S} UTC" if times else ""
     console.print(Text(f"Block {block.number}, {block.kind}: {block.about}{signed}", style="bold"))
+    for line in told:
+        console.print(Text(f"  {line}"))
     if block.members is not None:
         console.print(Text(f"  Session {block.members.session}, configuration {block.members.configuration[:16]}..."))
         console.print(Text(f"  Authority, SHA-256 {block.members.authority}"))
@@ -202,7 +205,7 @@ def _print_block(console: Console, block: Block, names: ChosenNames) -> None:
         console.print(table)
         for line in _agreed_on(block):
             console.print(Text(f"  {line}"))
-    for name, digest in block.values.items():
+    for name, digest in without_record(block.values).items():
         console.print(cell(f"  All hold the same {name}, SHA-256 {digest}"))
     signers = [signature.party for signature in block.signatures]
     unsigned = [party for party in block.parties if party not in signers]

@@ -57,6 +57,10 @@ def party(
         bool,
         typer.Option("--resume", help="Go on from what --out holds: after a failure, or with more training.rounds."),
     ] = False,
+    leave_after: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="ROUND", help="Hospital without an aggregator: leave the run after this round."),
+    ] = None,
     from_model: FromModel = None,
     anyway: Anyway = False,
     overrides: Overrides = None,
@@ -83,6 +87,8 @@ def party(
     )
     if resume:
         settings = settings.with_values(site={"resume": True})
+    if leave_after is not None:
+        settings = settings.with_values(site={"leave_after": leave_after})
     settings.data.require_agreed_columns()
     name = party_of(settings, role, rank, os.environ)
     settings = with_own_data(site_of(settings, name), name)

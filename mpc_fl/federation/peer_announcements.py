@@ -1,0 +1,146 @@
+"""Where hospitals that join a run among peers are reached: each announces it, signed, and others pass it on.
+
+Founders have their addresses in the configuration, so a newcomer dials them. Of two newcomers the later one dials the other,
+whose address it has from any member. An announcement holds the name, the address, since and until when it counts, the
+certificate, and a signature for this session; so who passes it on can change nothing in it, and of two the newer counts. A
+hospital renews its own when half of its time is over.
+
+What an address cannot do: whoever is dialled there must show the certificate of that hospital, so a false one leads to nobody.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpc_fl.aggregation.transcript import digest_of
+from mpc_fl.audit.ledger_file import now
+from mpc_fl.config.deployment import is_address
+from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, received_pem, verify_certificate
+from mpc_fl.crypto.signatory import is_genuine, sign_statement, time_text
+from mpc_fl.errors import IdentityError, PeerLostError, ProtocolError, printable
+from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
+
+_PURPOSE = "mpc-fl announcement of an address 1"
+_TAG = "announcement"
+_VALID = datetime.timedelta(days=1)
+_LONGEST_ADDRESS, _LONGEST_NAME = 260, 64
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What a hospital says of where it is. Times are ISO 8601 in UTC, the certificate is PEM."""
+
+    party: str
+    address: str
+    since: str
+    until: str
+    certificate: str
+    signature: str = ""
+
+    def statement(self, session: str) -> bytes:
+        """What is signed."""
+        return digest_of([_PURPOSE, session, self.party, self.address, self.since, self.until]).encode("ascii")
+
+
+@dataclass(frozen=True)
+class Announced:
+    """Whose announcements count in a run of this `session`: those of hospitals that join `later`, certified as `identity` is."""
+
+    identity: Identity
+    session: str
+    later: Collection[str]
+
+    def made(self, address: str) -> Announcement:
+        """This hospital's own, from now on."""
+        certificate, moment = self.identity.certificate.decode("ascii"), now()
+        until = time_text(moment + _VALID)
+        own = Announcement(self.identity.name, address, time_text(moment), until, certificate)
+        signature = sign_statement(self.identity, _PURPOSE, own.statement(self.session))
+        return Announcement(**{**asdict(own), "signature": signature})
+
+    def checked(self, value: Mapping[str, Any], sender: str) -> Announcement:
+        """An announcement that `sender` passed on. Raises `ProtocolError` naming it for one that does not count."""
+        fields = {name: value.get(name) for name in Announcement.__dataclass_fields__}
+        if not all(isinstance(field, str) for field in fields.values()):
+            raise _refused(sender, "somebody", "it is none")
+        said = Announcement(**fields)  # type: ignore[arg-type]
+        party = printable(said.party, _LONGEST_NAME)
+        if said.party not in self.later:
+            raise _refused(sender, party, "that is no hospital that joins later")
+        if len(said.address) > _LONGEST_ADDRESS or not said.address.isprintable() or not is_address(said.address):
+            raise _refused(sender, party, "its address is not host:port")
+        try:
+            certificate = verify_certificate(received_pem(said.certificate, said.party), said.party, self.identity)
+        except IdentityError as error:
+            raise _refused(sender, party, error.what) from None
+        if not is_genuine(certificate, _PURPOSE, said.statement(self.session), said.signature):
+            raise _refused(sender, party, "it did not sign that for this run")
+        try:
+            since, until = (datetime.datetime.fromisoformat(text) for text in (said.since, said.until))
+            counts = since - CLOCK_SKEW <= now() < until <= since + _VALID
+        except (ValueError, TypeError):  # no time, or one without a zone
+            counts = False
+        if not counts:
+            raise _refused(sender, party, "it is not of now")
+        return said
+
+
+class Announcements:
+    """Those that a hospital knows by name, its own among them where it has an `address` to announce."""
+
+    def __init__(self, links: Links, announced: Announced, address: str | None) -> None:
+        self._links, self._announced, self._address = links, announced, address
+        self._told: set[tuple[str, str, str, str]] = set()
+        self.known: dict[str, Announcement] = {}
+
+    def exchange(self) -> None:
+        """Take what has come, and tell all that are linked what they were not told yet."""
+        self._renew()
+        for name in self._links.peers:
+            while self._links.waiting(name, _TAG):
+                try:
+                    self._take(self._announced.checked(self._links.receive_object(name, _TAG), name))
+                except ProtocolError as error:
+                    log.warning("%s", error)
+        for name in self._links.peers:
+            if self._links.alive(name):
+                self._tell(name)
+
+    def _renew(self) -> None:
+        own = self.known.get(self._links.name)
+        if self._address is None or (
+            own is not None and now() < datetime.datetime.fromisoformat(own.since) + _VALID / 2
+        ):
+            return
+        self.known[self._links.name] = self._announced.made(self._address)
+
+    def _take(self, said: Announcement) -> None:
+        before = self.known.get(said.party)
+        if said.party == self._links.name or (before is not None and before.since >= said.since):
+            return
+        self.known[said.party] = said
+        log.info("%s announces that it is reached at %s", said.party, said.address)
+        self._links.learn_address(said.party, said.address)
+
+    def _tell(self, name: str) -> None:
+        for party, said in self.known.items():
+            key = name, self._links.key_fingerprint(name), party, said.since
+            if party == name or key in self._told:
+                continue
+            self._told.add(key)
+            try:
+                self._links.send_object(name, _TAG, asdict(said))
+            except PeerLostError as error:
+                log.warning("%s", error)
+
+
+def _refused(sender: str, party: str, why: str) -> ProtocolError:
+    return ProtocolError(
+        f"{sender} passed on an announcement of {party} that does not count: {why}", f"see the log of {sender}"
+    )

@@ -1,0 +1,74 @@
+"""Certificates of the hospitals of a run among peers, each from its holder: told to every start of another one.
+
+A hospital says its certificate before it says anything else, so what comes after it can be checked. Whoever links later, or comes
+back, does the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from cryptography import x509
+
+from mpc_fl.crypto.certificates import Identity, received_pem, verify_certificate
+from mpc_fl.errors import IdentityError, PeerLostError, ProtocolError
+from mpc_fl.federation.peer_announcements import Announcements
+from mpc_fl.links.links import Links
+
+log = logging.getLogger(__name__)
+
+_TAG = "certificate"
+
+
+class Certificates:
+    """`known` are those that this hospital has checked, by name, its own with them. Raises `IdentityError` for an unsound own."""
+
+    def __init__(self, links: Links, identity: Identity, announcements: Announcements) -> None:
+        self._links, self._identity, self._announcements = links, identity, announcements
+        self._own = identity.certificate.decode("ascii")
+        self._told: set[tuple[str, str]] = set()
+        self.known: dict[str, x509.Certificate] = {
+            links.name: verify_certificate(identity.certificate, links.name, identity)
+        }
+
+    def exchange(self) -> None:
+        """Tell those that are linked, and were not told yet, and take what has come. One that is not sound is no certificate.
+
+        With certificates go announcements of where hospitals are.
+        """
+        for name in self._links.peers:
+            start = name, self._links.key_fingerprint(name)
+            if self._links.alive(name) and start not in self._told:
+                self._told.add(start)
+                try:
+                    self._links.send_object(name, _TAG, {"certificate": self._own})
+                except PeerLostError as error:
+                    log.warning("%s", error)
+            while self._links.waiting(name, _TAG):
+                try:
+                    said = self._links.receive_object(name, _TAG)
+                    self.known[name] = verify_certificate(
+                        received_pem(said.get("certificate"), name), name, self._identity
+                    )
+                except IdentityError as error:
+                    log.warning("%s", error)
+                except ProtocolError as error:
+                    log.warning("%s", error)
+        self._announcements.exchange()
+
+    def await_those(self, names: Sequence[str], seconds: float) -> None:
+        """Wait for those of these that are linked: what they say can be checked then. One that gives none is done without."""
+        until = time.monotonic() + seconds
+        while True:
+            self.exchange()
+            missing = [name for name in names if self._links.alive(name) and name not in self.known]
+            if (
+                not missing
+                or time.monotonic() >= until
+                or self._links.await_any(dict.fromkeys(missing, _TAG), until) is None
+            ):
+                break
+        for name in missing:
+            log.warning("%s gave no certificate that counts within %g s", name, seconds)
