@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mpc_fl.aggregation.mask_costs import mask_costs
-from mpc_fl.aggregation.quorum_sum import _plan
+from mpc_fl.aggregation.quorum_sum import plan_of
 from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
 from mpc_fl.aggregation.transcript import transcript_of
 from mpc_fl.errors import SumLostError
@@ -133,8 +133,8 @@ def test_up_to_sixteen_hospitals_nothing_is_other_than_without_a_graph() -> None
     links: Any = Fingerprints(dict.fromkeys(few, "f" * 64))
     with_graph = replace(rules, colluders=3)
     assert transcript_of(links, rules, agreed, few, 0) == transcript_of(links, with_graph, agreed, few, 0)
-    plan = _plan(links, with_graph, agreed, few, 0)
-    assert plan == _plan(links, rules, agreed, few, 0) and plan.circle is None
+    plan = plan_of(links, with_graph, agreed, few, 0)
+    assert plan == plan_of(links, rules, agreed, few, 0) and plan.circle is None
 
 
 def test_a_sum_whose_norms_are_checked_has_masks_between_all() -> None:
@@ -142,5 +142,5 @@ def test_a_sum_whose_norms_are_checked_has_masks_between_all() -> None:
     agreed = AgreedSum(MANY, ("update", 1), Description("mean update", "round 1"))
     links: Any = Fingerprints(dict.fromkeys(MANY, "f" * 64))
     check: Any = object()  # whichever it is
-    assert _plan(links, rules, agreed, MANY, 0).circle is not None
-    assert _plan(links, replace(rules, check=check), agreed, MANY, 0).circle is None
+    assert plan_of(links, rules, agreed, MANY, 0).circle is not None
+    assert plan_of(links, replace(rules, check=check), agreed, MANY, 0).circle is None

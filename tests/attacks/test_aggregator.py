@@ -114,7 +114,7 @@ def two_sets(evidence: Path) -> None:
     from mpc_fl.aggregation import quorum_sum
 
     _keep_summands(evidence)
-    say, plan, label = quorum_sum.say, quorum_sum._plan, [""]
+    say, plan, label = quorum_sum.say, quorum_sum.plan_of, [""]
 
     def planned(links: Any, rules: Any, agreed: Any, *more: Any) -> Any:
         label[0] = agreed.label[0]
@@ -127,7 +127,7 @@ def two_sets(evidence: Path) -> None:
             return
         say(links, names, word, **values)
 
-    quorum_sum.say, quorum_sum._plan = told, planned
+    quorum_sum.say, quorum_sum.plan_of = told, planned
     _believe_every_confirmation()
 
 

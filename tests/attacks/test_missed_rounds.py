@@ -54,7 +54,7 @@ def says_that_the_sum_is_void(evidence: Path) -> None:
     from mpc_fl.aggregation import quorum_sum
 
     leaves_it_out(evidence)
-    say, plan, label = quorum_sum.say, quorum_sum._plan, [()]
+    say, plan, label = quorum_sum.say, quorum_sum.plan_of, [()]
 
     def planned(links: Any, rules: Any, agreed: Any, *more: Any) -> Any:
         label[0] = agreed.label
@@ -67,7 +67,7 @@ def says_that_the_sum_is_void(evidence: Path) -> None:
             names = [name for name in names if name != "hospital-0"]
         say(links, names, word, **values)
 
-    quorum_sum.say, quorum_sum._plan = told, planned
+    quorum_sum.say, quorum_sum.plan_of = told, planned
 
 
 @pytest.mark.parametrize("deviation", [leaves_it_out, says_that_the_sum_is_void], ids=lambda each: each.__name__)

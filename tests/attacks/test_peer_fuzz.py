@@ -28,6 +28,7 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.crypto.signatory import fingerprint
 from mpc_fl.errors import MpcFlError, ProtocolError, SecrecyError
+from mpc_fl.federation.peer_admission import Admission, Membership
 from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals, Reason, Standing
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import InMemoryNetwork
@@ -124,7 +125,7 @@ def test_a_tensor_of_a_sum(tag: str, change: int, tmp_path: Path, monkeypatch: p
 # ---- proposals ---------------------------------------------------------------------------------------------------------
 
 NAMES = hospitals_of(4)
-STANDING = Standing(2, "5" * 64, 1)
+STANDING, MEMBERSHIP = Standing(2, "5" * 64, 1), Membership(NAMES, frozenset(NAMES))
 
 
 @cache
@@ -140,7 +141,9 @@ def hospitals() -> dict[str, Proposals]:
     for name, links in made.items():
         links._mailboxes.await_all_connected()
         domain = SecretDomain(links, NAMES, OpeningRecord(directory / name, name), signatory=signatory[name])
-        found[name] = Proposals(domain, rules_of(NAMES[0], NAMES, 3), ("test", "digest"))
+        rules, about_run = rules_of(NAMES[0], NAMES, 3), ("test", "digest")
+        admission = Admission(domain, rules, about_run, "all", lambda certificate: True)
+        found[name] = Proposals(domain, rules, about_run, admission)
     return found
 
 
@@ -158,11 +161,11 @@ def presences() -> dict[str, Any]:
 
 
 def proposed() -> dict[str, Any]:
-    return hospitals()[NAMES[0]].proposed(STANDING, NAMES, NAMES, presences())
+    return hospitals()[NAMES[0]].proposed(STANDING, MEMBERSHIP, NAMES, presences())
 
 
 def heard_at(name: str, word: dict[str, Any]) -> Proposal:
-    return hospitals()[name].sound(STANDING, NAMES[0], word, presences()[name][0])
+    return hospitals()[name].sound(STANDING, NAMES[0], word, presences()[name][0], MEMBERSHIP)
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -138,6 +138,9 @@ WRONG: dict[str, Any] = {
     "held": [None, [], {"hospital-0": 1}, {"hospital-0": "0"}],
     "why": [None, "x" * 301],
     "lost": [5, "x" * 301],
+    "leaves": [None, 0],
+    "recalls": ["yes", 1],
+    "votes": [None, [], {"hospital-0": 1}, {"hospital-0": "x" * 513}, {str(name): "" for name in range(65)}],
 }
 
 
@@ -146,7 +149,7 @@ def test_a_presence_that_is_none(key: str, value: Any) -> None:
     from mpc_fl.errors import ProtocolError
 
     held, zero = {"hospital-0": "0" * 64}, "0" * 64
-    sound = Presence(1, 0, zero, "", 2, zero, 0, "", "", 0, held, "", "")
+    sound = Presence(1, 0, zero, "", 2, zero, 0, "", "", 0, held, "", "", False, True, {})
     word = {**vars(sound), "word": "present", "signature": "00"}
     assert Presence.from_word("hospital-0", word) == sound
     with pytest.raises(ProtocolError, match="hospital-0 did not say how it is present"):
@@ -338,7 +341,9 @@ def test_whoever_all_see_deviate_is_left_out_and_the_others_go_on(
     coin_to(monkeypatch, *honest())
     run.run()
     require_sound(run, honest())
-    assert "finished" not in run.said[DEVIATES]
+    blocks = [parse_line(line) for line in (run.party("hospital-0") / LEDGER_FILE).read_bytes().splitlines()]
+    of_round = [block for block in blocks if block.about.startswith("round 1")]
+    assert [DEVIATES in block.parties for block in of_round] == [False]
     assert any(f"{DEVIATES} is left out of round 1" in line for line in run.log)
 
 

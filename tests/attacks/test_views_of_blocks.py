@@ -14,6 +14,7 @@ from mpc_fl.audit.ledger_audit import parse_line
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block
 from mpc_fl.errors import SumLostError
+from mpc_fl.federation.peer_attendance import PeerAttendance
 from mpc_fl.federation.peer_proposal import Complete, Proposals
 from mpc_fl.federation.peer_settling import Settling
 from tests.support.peer_rounds import among_peers, names, require_sound
@@ -70,6 +71,7 @@ def test_an_older_block_is_not_preferred_to_the_one_that_a_quorum_had(
     for where, name, deviation in (
         (PeerSigners, "keep", keep), (PeerSigners, "_say", say), (Proposals, "own_presence", present),
         (Proposals, "proposed", proposed), (Settling, "completed", completed),
+        (PeerAttendance, "_require_recalled", lambda original, self, *rest: None),
     ):  # fmt: skip
         only_at(monkeypatch, DEVIATES, where, name, deviation)
     only_at(monkeypatch, KEEPS, PeerSigners, "_say", says_nothing)
