@@ -155,7 +155,8 @@ except SystemExit:
     assert held & heavy == set()
     own = {name for name in held if name.startswith("mpc_fl.") and not name.startswith("mpc_fl.apps.cli")}
     own -= {
-        f"mpc_fl.{name}" for name in ("errors", "exhaustion", "files", "parsing", "roles")
+        f"mpc_fl.{name}"
+        for name in ("apps.formats", "chosen_names", "errors", "exhaustion", "files", "parsing", "roles")
     }  # of the standard library
     assert own == {"mpc_fl.apps"}
 

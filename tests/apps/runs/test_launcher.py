@@ -69,7 +69,7 @@ KEPT_OF_A_FAILED_RUN = {
     *(f"hospital-{rank}-privacy.sqlite3{end}" for rank in range(3) for end in ("", "-journal")),
 }
 KEPT_OF_A_PARTY = re.compile(
-    r"openings\.jsonl|reveal_ledger\.jsonl|unconfirmed_block\.json|metrics\.jsonl|identity|checkpoint-\d+\.safetensors"
+    r"openings\.jsonl|reveal_ledger\.jsonl|unconfirmed_block\.json|metrics\.jsonl|identity|federation\.crt|checkpoint-\d+\.safetensors"
     r"|hospital-\d-privacy\.sqlite3(-journal)?"
 )
 
