@@ -94,8 +94,7 @@ def test_a_value_that_is_no_value_of_messages(what: Any, tmp_path: Path, monkeyp
 
 
 def test_a_frame_that_is_none_costs_its_sender_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a sum, before hospital-0 sends it a slice: that one cannot send to it any more, nor hear from it, and goes on
-    without it."""
+    """In a sum, before hospital-0 sends it a slice: that one can neither send to it any more nor hear from it, and goes on."""
     done = list[str]()
 
     def send_after_garbage(original: Any, links: Any, receiver: str, tag: str, words: Any) -> None:
