@@ -36,21 +36,14 @@ from typing import Any
 
 from mpc_fl.aggregation.rules import require_quorum
 from mpc_fl.aggregation.signed_words import heard, say_signed
-from mpc_fl.aggregation.words import (
-    broadcast,
-    first_to_speak,
-    has_spoken,
-    next_word,
-    say,
-)
+from mpc_fl.aggregation.words import first_to_speak, has_spoken, next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.peer_signing import give_up
-from mpc_fl.audit.reveal_ledger import Block, block_from, to_json
+from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import (
     SAME_VERSION,
     LeftOutError,
-    MpcFlError,
     PeerLostError,
     ProtocolError,
     QuorumError,
@@ -60,9 +53,10 @@ from mpc_fl.federation.peer_admission import Admission, Membership, required_by
 from mpc_fl.federation.peer_agreeing import Agreeing, require_no_difference
 from mpc_fl.federation.peer_asking import WORDS as ASKING_WORDS
 from mpc_fl.federation.peer_asking import Asking, Further, further_than
+from mpc_fl.federation.peer_blocks import GIVEN, PassingOn
 from mpc_fl.federation.peer_certificates import Certificates
-from mpc_fl.federation.peer_presence import Presence, Reason, Standing
-from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals, require_of_this_run
+from mpc_fl.federation.peer_presence import Presence, Reason, Standing, lost_with
+from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -70,7 +64,6 @@ log = logging.getLogger(__name__)
 
 _WORDS = ("present", "proposal", "block", *ASKING_WORDS)
 _AT_ONCE = 16
-_GIVEN = 2  # blocks that others lack and are given unasked
 _NO_ROUND = (-1, -1)  # of a word that is about the whole run
 
 
@@ -97,7 +90,6 @@ class PeerAttendance:
     _heard_by: set[tuple[str, str, tuple[int, int]]] = field(default_factory=set)
     _latest: dict[str, tuple[Presence, dict[str, Any]]] = field(default_factory=dict)
     _proposed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _given: set[tuple[str, str, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.me, self._links = self.domain.links.name, self.domain.links.scoped("attendance")
@@ -106,6 +98,7 @@ class PeerAttendance:
         subject = self.proposals.subject("asks", _NO_ROUND)
         self.asking = Asking(self._links, subject, self.admission, self.certificates, self.give)
         self.agreeing = Agreeing(self.domain, self.proposals, self.deadlines.answer)
+        self._passing_on = PassingOn(self._links, self.ledger, self.admission.about_run, self.rules.smallest)
         self._unconfirmed = self.ledger.signed_before()
         self.recalls = not self._unconfirmed
 
@@ -280,26 +273,12 @@ class PeerAttendance:
         heard(self.domain, name, self.proposals.subject("present", said.view_of), word)
         if name not in self._latest or self._latest[name][0].view_of <= said.view_of:
             self._latest[name] = said, word
-        if 0 < self.ledger.chain.blocks - said.blocks <= _GIVEN:
-            for block in self.ledger.blocks[said.blocks :]:
-                self._give_block(name, block)
-
-    def _give_block(self, name: str, block: Block) -> None:
-        """Give a block to a hospital that lacks it, once."""
-        key = name, self._links.key_fingerprint(name), block.number
-        if key not in self._given:
-            self._given.add(key)
-            broadcast([name], lambda to: say(self._links, [to], "block", block=to_json(block)))
+        self._passing_on.give(name, said.blocks)
 
     def _take_block(self, name: str, word: Mapping[str, Any]) -> None:
-        try:
-            block = block_from(word.get("block"))
-        except ValueError:
-            raise ProtocolError(f"{name} sent no block of the reveal ledger", SAME_VERSION) from None
-        if block.number != self.ledger.chain.blocks:
+        block = self._passing_on.take(name, word)
+        if block is None:
             return
-        require_of_this_run(block, name, self.admission.about_run, self.rules.smallest)
-        self.ledger.add(block, name)
         if self._unconfirmed and not self.ledger.signed_before():  # what it signed was kept, or can be kept no more
             self.recalls, self._unconfirmed = True, ()
         if self.me not in block.parties:
@@ -362,7 +341,7 @@ class PeerAttendance:
                 return None
             self._require_not_behind(number, view)
             ahead = self.further()
-            if ahead is not None and not 0 < ahead.blocks - blocks <= _GIVEN:  # those are given to it
+            if ahead is not None and not 0 < ahead.blocks - blocks <= GIVEN:  # those are given to it
                 raise LeftOutError(self.me, f"round {number} (the others are before round {ahead.number})")
             if proposer in self._latest and self._latest[proposer][0].leaves_in(number):
                 raise PeerLostError(proposer, f"{proposer} leaves", "the others go on")
@@ -418,12 +397,3 @@ class _Behind(Exception):  # noqa: N818 - no error
     def __init__(self, view: int) -> None:
         self.view = view
         super().__init__(view)
-
-
-def lost_with(error: MpcFlError) -> str:
-    """Whom a view came to nothing with, lost or deviating; "" where that is not known."""
-    if isinstance(error, PeerLostError):
-        return error.peer
-    if isinstance(error, SumLostError):
-        return error.lost
-    return error.by if isinstance(error, ProtocolError) else ""

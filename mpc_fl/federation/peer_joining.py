@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.audit.reveal_ledger import Block, block_from, to_json
+from mpc_fl.audit.reveal_ledger import to_json
 from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import SAME_VERSION, LeftOutError, MpcFlError, PeerLostError, ProtocolError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.peer_attendance import Further, PeerAttendance
-from mpc_fl.federation.peer_proposal import require_of_this_run
+from mpc_fl.federation.peer_blocks import add_given, block_in
 from mpc_fl.federation.peer_state import Peer, given_form, largest_given, take_given
 from mpc_fl.links.links import Links
 
@@ -141,9 +141,9 @@ class Joining:
             lacks = links.receive_object(giver, "lacks", deadline)
             number, blocks, size = _announced(giver, lacks, largest_given(self.peer.common))
             for _ in range(blocks):
-                block = _block_in(giver, links.receive_object(giver, "block", deadline))
-                require_of_this_run(block, giver, attendance.admission.about_run, attendance.rules.smallest)
-                attendance.ledger.add(block, giver)
+                block = block_in(giver, links.receive_object(giver, "block", deadline))
+                about_run, quorum = attendance.admission.about_run, attendance.rules.smallest
+                add_given(attendance.ledger, block, giver, about_run, quorum)
             state = torch.zeros(0, dtype=torch.uint8)
             if size:
                 state = links.receive_tensor(giver, "state", torch.uint8, (size,), deadline)
@@ -183,10 +183,3 @@ def _announced(giver: str, word: Mapping[str, Any], most: int) -> tuple[int, int
             f"{giver} would give {blocks} blocks and {size} bytes, more than there can be", SAME_VERSION
         )
     return number, blocks, size
-
-
-def _block_in(giver: str, word: Mapping[str, Any]) -> Block:
-    try:
-        return block_from(word.get("block"))
-    except ValueError:
-        raise ProtocolError(f"{giver} gave no block of the reveal ledger", SAME_VERSION) from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from mpc_fl.errors import SAME_VERSION, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, ProtocolError, SumLostError
 
 LONGEST_REASON = 300
 _LONGEST_SIGNATURE = 512
@@ -100,6 +100,15 @@ class Reason:
 
     why: str = ""
     lost: str = ""
+
+
+def lost_with(error: MpcFlError) -> str:
+    """Whom a view came to nothing with, lost or deviating; "" where that is not known."""
+    if isinstance(error, PeerLostError):
+        return error.peer
+    if isinstance(error, SumLostError):
+        return error.lost
+    return error.by if isinstance(error, ProtocolError) else ""
 
 
 def _is_digest(value: object) -> bool:

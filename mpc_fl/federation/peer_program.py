@@ -12,7 +12,7 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from cryptography import x509
@@ -29,22 +29,22 @@ from mpc_fl.crypto.certificates import pem
 from mpc_fl.crypto.signatory import Signatory, fingerprint
 from mpc_fl.errors import ConfigError, LeftOutError, PeerLostError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import prepare_aggregator
-from mpc_fl.federation.attendance import ROUNDS_FILE, RoundPlan
+from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_admission import Admission
 from mpc_fl.federation.peer_announcements import Announced, Announcements
-from mpc_fl.federation.peer_attendance import PeerAttendance, lost_with
+from mpc_fl.federation.peer_attendance import PeerAttendance
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_joining import Giving, Joining
-from mpc_fl.federation.peer_presence import Reason, Standing
+from mpc_fl.federation.peer_presence import Reason, Standing, lost_with
 from mpc_fl.federation.peer_proposal import Complete, Proposal
+from mpc_fl.federation.peer_result import Result, write_down
 from mpc_fl.federation.peer_round import PeerRound, opened_json
 from mpc_fl.federation.peer_settling import Settling
 from mpc_fl.federation.peer_state import KeptState, Peer, checkpoint, digest_of_common, first_state, resume
 from mpc_fl.federation.planning import peer_rules
-from mpc_fl.files import append_json_line, keep_json_lines
 from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
@@ -69,22 +69,6 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             ledger, peer = open_ledger(config, name), first_state(hospital, common)
             _Run(peer, links, ledger, notify).until_complete()
     write_traffic(links, out)
-
-
-@dataclass
-class _Result:
-    """What a round gave beside its state: who was in it, the lines about it, and its digest, `made`, once it is there.
-
-    `drafted` is the block that this hospital has signed of it, if any; `state` what to go back to where it has been made anew.
-    """
-
-    hospitals: tuple[str, ...] = ()
-    opened: dict[str, Any] = field(default_factory=dict)
-    own: dict[str, Any] | None = None
-    made: str = ""
-    seconds: float = 0.0
-    drafted: Block | None = None
-    state: KeptState | None = None
 
 
 class _Run:
@@ -114,7 +98,7 @@ class _Run:
             self.attendance.ask()
         certificates.await_those([name for name in self.attendance.members if name != links.name], deadlines.beginning)
         self.joining = Joining(peer, self.attendance, deadlines)
-        self.results, self.begun_before, self.blocks_before = [_Result()], False, len(ledger.blocks)
+        self.results, self.begun_before, self.blocks_before = [Result()], False, len(ledger.blocks)
         self.leave_after = config.site.leave_after
 
     def _allows(self, certificate: x509.Certificate) -> bool:
@@ -177,7 +161,7 @@ class _Run:
         """A round, under as many views as it takes until all have signed it; then it is kept."""
         began = time.monotonic()
         self.giving.before(number, before.common)
-        self.results, self.attendance.complete = [_Result()], None
+        self.results, self.attendance.complete = [Result()], None
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
             self.links.set_phase(f"round {number} attendance")
@@ -259,7 +243,7 @@ class _Run:
         """Make the round anew."""
         self._keep_signed()
         before.restore(self.peer)
-        self.results.append(_Result())
+        self.results.append(Result())
 
     def _finish(self, plan: RoundPlan, complete: Block) -> None:
         """Keep a block that was complete under an earlier view, when a quorum has it."""
@@ -287,7 +271,7 @@ class _Run:
             if result.drafted is not None and result.drafted.content_digest() == block.content_digest():
                 if result.state is not None:
                     result.state.restore(self.peer)
-                self._write_down(number, result)
+                write_down(self.peer, number, result)
                 return
         # Signed in an earlier start, which has kept what it takes.
         out, is_in = site_directory(self.config), self.config.site.resume and self.links.name in block.parties
@@ -298,7 +282,7 @@ class _Run:
         else:
             raise LeftOutError(self.links.name, f"{block.about}, which it has not signed")
 
-    def _make(self, made: PeerRound, result: _Result) -> None:
+    def _make(self, made: PeerRound, result: Result) -> None:
         """The sums of a round."""
         number, hospital, began = made.plan.number, self.peer.hospital, time.monotonic()
         result.hospitals, result.opened, result.own, result.made = made.plan.hospitals, {}, None, ""
@@ -346,7 +330,7 @@ class _Run:
         about += _again(plan)
         self._signed(plan, signers, kind, about, proposal.told(self.attendance.members), members)
 
-    def _sign(self, proposal: Proposal, result: _Result) -> None:
+    def _sign(self, proposal: Proposal, result: Result) -> None:
         """The block of a round, or the last one of the run; the model is written before that."""
         plan, config, common, ledger = proposal.plan, self.config, self.peer.common, self.ledger
         number = plan.number
@@ -363,7 +347,7 @@ class _Run:
                 values["validation"] = figure_digest(common.choice.figures[number])
             if common.digests.calibration:
                 values["calibration"] = common.digests.calibration
-            self._write_down(number, result)
+            write_down(self.peer, number, result)
         try:
             self._signed(
                 plan, signers, kind, f"{about}{_again(plan)}", {**values, **proposal.told(self.attendance.members)}
@@ -398,19 +382,6 @@ class _Run:
     def _signers(self, plan: RoundPlan, hospitals: tuple[str, ...], what: str) -> PeerSigners:
         links = self.attendance.signing(plan.number, plan.attempt, what)
         return PeerSigners(self.ledger, links, hospitals, self.rules.smallest, self.certificates)
-
-    def _write_down(self, number: int, result: _Result) -> None:
-        """What there is of a round in this site's own files, before all sign it: who has signed has kept what it takes to go on."""
-        if number > self.config.last_round:
-            return
-        out, before = site_directory(self.config), lambda line: line["round"] < number
-        keep_json_lines(out / ROUNDS_FILE, before)
-        keep_json_lines(out / "metrics.jsonl", before)
-        line = {"round": number, "hospitals": list(result.hospitals), "seconds": result.seconds}
-        append_json_line(out / ROUNDS_FILE, {"evaluation": None, **line, **result.opened})
-        if number and result.own is not None:
-            append_json_line(out / "metrics.jsonl", result.own)
-        checkpoint(self.peer, out, number)
 
 
 def _again(plan: RoundPlan) -> str:

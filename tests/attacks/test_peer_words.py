@@ -94,17 +94,17 @@ def test_a_value_that_is_no_value_of_messages(what: Any, tmp_path: Path, monkeyp
 
 
 def test_a_frame_that_is_none_costs_its_sender_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a sum: hospital-0 cannot send to it any more, nor hear from it, and goes on without it."""
+    """In a sum, before hospital-0 sends it a slice: that one can neither send to it any more nor hear from it, and goes on."""
     done = list[str]()
 
-    def garbage(original: Any, links: Any, receiver: str, tag: str, words: Any) -> None:
-        if tag.startswith("total") and links._scope.startswith("peers update 1 ") and not done:
+    def send_after_garbage(original: Any, links: Any, receiver: str, tag: str, words: Any) -> None:
+        if (receiver, tag) == (DEVIATES, "slice") and links._scope.startswith("peers update 1 ") and not done:
             done.append(tag)
-            links.send_chunk("hospital-0", b"garbage")
+            run.network._present[DEVIATES].send_chunk("hospital-0", b"garbage")
         original(links, receiver, tag, words)
 
     run = among_peers(tmp_path, monkeypatch)
-    only_at(monkeypatch, DEVIATES, Links, "send_tensor", garbage)
+    only_at(monkeypatch, "hospital-0", Links, "send_tensor", send_after_garbage)
     run.run()
     assert done
     require_sound(run, honest())
