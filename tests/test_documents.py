@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from mpc_fl.apps.cli import config as config_commands
 from mpc_fl.apps.cli.commands import app
 from mpc_fl.config.columns import ColumnSection
-from mpc_fl.config.config import Config, parse_config, section_of
+from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.data import DataSection, TableSection
+from mpc_fl.config.mistakes import section_of
 from mpc_fl.config.settings import takes_text
 from mpc_fl.learning.data import windows
 from mpc_fl.learning.data.patients import PatientRow

@@ -15,8 +15,9 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from mpc_fl.config.config import Config, section_of
+from mpc_fl.config.config import Config
 from mpc_fl.config.examples import EXAMPLES
+from mpc_fl.config.mistakes import section_of
 from mpc_fl.config.section import LARGEST
 from mpc_fl.errors import ConfigError
 

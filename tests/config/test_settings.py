@@ -10,9 +10,10 @@ from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from mpc_fl.apps.cli import config as config_commands
-from mpc_fl.config.config import Config, parse_config, section_of
+from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.examples import EXAMPLES
 from mpc_fl.config.loading import apply_overrides
+from mpc_fl.config.mistakes import section_of
 from mpc_fl.config.privacy import PrivacySection
 from mpc_fl.config.settings import Setting, schema, sections, setting, takes_text
 from mpc_fl.errors import ConfigError
