@@ -31,6 +31,7 @@ from mpc_fl.federation.federated_sgd import keep_stepped, stepped_along
 from mpc_fl.federation.final_round import fitted_calibration, with_chosen
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
+from mpc_fl.federation.peer_round import opened_json
 from mpc_fl.federation.planning import headroom_of
 from mpc_fl.federation.preparation import is_counted, take_features, take_patients
 from mpc_fl.federation.secure_evaluation import Evaluated, log_accuracy, opened_evaluation
@@ -174,9 +175,7 @@ class SimulatedRounds:
 
     def _line(self, plan: RoundPlan, opened: dict[Of, Evaluated], seconds: float) -> dict[str, Any]:
         """As the aggregator of a real run writes it."""
-        test = opened["test"].to_json() if "test" in opened else None
-        line = {"round": plan.number, "hospitals": list(plan.hospitals), "evaluation": test, "seconds": seconds}
-        return line | ({"validation": opened["validation"].to_json()} if "validation" in opened else {})
+        return {"round": plan.number, "hospitals": list(plan.hospitals), "seconds": seconds} | opened_json(opened)
 
     # ---- a sum -----------------------------------------------------------------------------------------------------
 
