@@ -135,8 +135,8 @@ class TrainingSummary:
     validation: Scores | None = None
     chosen: ChosenRound | None = None
     calibration: FittedCalibration | None = None
-    names: dict[str, str] | None = None
     simulated: bool = False
+    names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

@@ -238,7 +238,8 @@ def _cells(opening: ChainedOpening, block: Block) -> list[str]:
 def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
     """Files of the run that are not the ones whose SHA-256 all parties signed in the last block.
 
-    A party that was lost before that may have those of an earlier end that it signed, where the run was given more rounds.
+    A party that was lost before that may have those of an earlier end that it signed, where the run was given more rounds; one that
+    left before any end keeps a model that no end is about.
     """
     ends = [block for block in verdict.reference.blocks if block is not None and block.kind == "end"]
     if not ends or verdict.reference.blocks[-1] is not ends[-1]:
@@ -246,7 +247,7 @@ def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
 
     def signed(name: str, path: Path) -> str | None:
         own = [block for block in ends if path.parent == run_dir or path.parent.name in block.parties]
-        return (own or ends)[-1].values.get(name)
+        return own[-1].values.get(name) if own else None
 
     return [
         Finding(f"{path.relative_to(run_dir)} is not the one that all parties signed", ends[-1].number)
@@ -254,7 +255,7 @@ def _changed_files(run_dir: Path, verdict: Verdict) -> list[Finding]:
         for path in [run_dir / name, *sorted(run_dir.glob(f"parties/*/{glob.escape(name)}"))]
         if Path(name).name == name
         and path.is_file()
-        and hashlib.sha256(path.read_bytes()).hexdigest() != signed(name, path)
+        and signed(name, path) not in (None, hashlib.sha256(path.read_bytes()).hexdigest())
     ]
 
 

@@ -52,7 +52,11 @@ def reopened(directory: Path, config: Config) -> Iterator[None]:
         return
     leading = [directory / "parties" / name for name in (party_names(config) if config.among_peers else [AGGREGATOR])]
     places = (directory, *(directory / "parties" / name for name in party_names(config)))
-    paths = (directory / _CONFIG_FILE, directory / SUMMARY_FILE, *(place / EARLIER_FILE for place in places))
+    paths = (
+        directory / _CONFIG_FILE,
+        directory / SUMMARY_FILE,
+        *(place / name for place in places for name in (EARLIER_FILE, ROOT_FILE)),
+    )
     before = {path: _text(path) for path in paths}
     signed = (directory / LEDGER_FILE).stat().st_size
     write_text(directory / SESSION_FILE, _session_of(directory / LEDGER_FILE))

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from mpc_fl.apps.simulation import ray_workers
-from mpc_fl.errors import ConfigError
+from mpc_fl.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TIMEOUT = 280
@@ -123,9 +123,8 @@ def test_a_hospital_that_fails_is_named_in_one_line(tmp_path: Path) -> None:
     config = written(tmp_path, federation={"hospitals": 3, "smallest_site": 41})
     done = mpc_fl("simulate", config, "--workers", 1, "--out", tmp_path / "out")
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 11 and last.startswith(
-        "mpc-fl: hospital-0 failed: hospital-0 has fewer training patients"
-    ), done.stderr
+    assert done.returncode == DataError.exit_code, done.stderr
+    assert last.startswith("mpc-fl: hospital-0 has fewer training patients"), done.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
