@@ -85,10 +85,8 @@ def test_two_join_and_one_leaves(tmp_path: Path) -> None:
     assert verified.exit_code == 0, verified.output
     shown = CliRunner().invoke(ledger.app, ["show", str(run), "--json"])
     told = {block["about"]: block["told"] for block in json.loads(shown.output)["blocks"]}
-    assert any(
-        about.startswith("the hospitals of round 3") and "Joined: hospital-3" in of for about, of in told.items()
-    ), told
-    assert [of for of in told.values() if "Joined: hospital-4" in of], told
+    joined = [line for of in told.values() for line in of if line.startswith("Joined: ")]  # when depends on the machine
+    assert sorted(", ".join(line.removeprefix("Joined: ") for line in joined).split(", ")) == list(SEATS[3:]), told
     assert any(about.startswith("round 5") and f"Left, as it said: {LEAVER}" in of for about, of in told.items()), told
     models = {name: (run / "parties" / name / "model.safetensors").read_bytes() for name in SEATS}
     stayed = [name for name in SEATS if name != LEAVER]
