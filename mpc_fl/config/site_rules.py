@@ -207,13 +207,6 @@ def broken_rules(config: Config, file: RuleFile, name: str | None = None) -> lis
     return found
 
 
-def require_allowed(config: Config, file: RuleFile, name: str | None = None) -> None:
-    """Raise `ConfigError` naming the lines of the rules that the configuration breaks, as `broken_rules`."""
-    broken = broken_rules(config, file, name)
-    if broken:
-        raise refusal(broken)
-
-
 def other_names(file: RuleFile, name: str) -> list[Broken]:
     """That the site's privacy ledger is of another hospital than `name`; nothing where it is not.
 

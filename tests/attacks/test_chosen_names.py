@@ -11,17 +11,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from mpc_fl.chosen_names import ChosenNames
 from mpc_fl.crypto.authority import Authority
-from mpc_fl.crypto.certificates import Identity, host_name
+from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import write_identity
 from mpc_fl.errors import HandshakeError
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
+from tests.support.dialling import channel_to, stream_end
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually
 
@@ -48,17 +48,8 @@ def _identities(directory: Path) -> Authority:
 def _dial(identity: Identity, port: int) -> str:
     """Dial hospital-0 as a program of one's own would; how the stream ended."""
     greeting = make_greeting(identity, AGREEMENT, FIRST, X25519PrivateKey.generate().public_key().public_bytes_raw())
-    credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-    options = [("grpc.ssl_target_name_override", host_name(FIRST))]
-    with grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options) as channel:
-        chunks = iter([next(encode_frame(Kind.HELLO, "", 0, greeting))])
-        call = channel.stream_stream("/mpc_fl.Link/Send")(chunks, wait_for_ready=True, timeout=SECONDS)
-        try:
-            for _ in call:
-                pass
-        except grpc.RpcError as error:
-            return f"{error.code().name}: {error.details()}"
-    return "OK"
+    with channel_to(FIRST, port, identity) as channel:
+        return stream_end(channel, [next(encode_frame(Kind.HELLO, "", 0, greeting))], SECONDS)
 
 
 def test_who_dials_under_anothers_name_is_refused_and_the_true_one_is_not(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mpc_fl.apps.runs.party_process import require_site_allows
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.loading import load_config
 from mpc_fl.config.settings import takes_text
-from mpc_fl.config.site_rules import broken_rules, read_rules, require_allowed, require_trusted, rules_of
+from mpc_fl.config.site_rules import RuleFile, broken_rules, read_rules, refusal, require_trusted, rules_of
 from mpc_fl.errors import ConfigError
 from mpc_fl.parsing import parse_yaml
 from mpc_fl.roles import hospital_name
@@ -24,6 +24,12 @@ UNPROTECTED: dict[str, Any] = {"privacy": {"mechanism": "none"}}
 VALIDATED: dict[str, Any] = {
     "data": {"validation_fraction": 0.2}, "evaluation": {"public_validation": True}
 }  # fmt: skip
+
+
+def require_allowed(config: Config, file: RuleFile) -> None:
+    """As a party asks before a run."""
+    if broken := broken_rules(config, file):
+        raise refusal(broken)
 
 
 def TABLE_OF(*names: str, **table: Any) -> dict[str, Any]:  # noqa: N802 - a part of cases

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -33,6 +32,7 @@ from mpc_fl.crypto.certificates import Identity, host_name
 from mpc_fl.crypto.identity_files import write_identity
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
+from tests.support.dialling import channel_to, stream_end
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually
 
@@ -113,17 +113,8 @@ def _genuine(name: str, ports: dict[str, int], directory: Path, outcome: list[An
 
 def _attack(waiting: Waiting, identity: Identity, *chunks: bytes, seconds: float = 10.0) -> str:
     """Dial with `identity`, send, wait for the end of the stream, return its status and details."""
-    credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-    options = [("grpc.ssl_target_name_override", host_name(TARGET))]
-    address = f"127.0.0.1:{waiting.ports[TARGET]}"
-    with grpc.secure_channel(address, credentials, options=options) as channel:
-        call = channel.stream_stream("/mpc_fl.Link/Send")(iter(chunks), wait_for_ready=True, timeout=seconds)
-        try:
-            for _ in call:
-                pass
-        except grpc.RpcError as error:
-            return f"{error.code().name}: {error.details()}"
-    return "OK"
+    with channel_to(TARGET, waiting.ports[TARGET], identity) as channel:
+        return stream_end(channel, chunks, seconds)
 
 
 def _greeting(identity: Identity, agreement: Agreement = AGREEMENT) -> bytes:

@@ -15,7 +15,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,7 @@ from scipy import stats
 
 import mpc_fl
 from mpc_fl.crypto.authority import Authority, make_local_identities
-from mpc_fl.crypto.certificates import Identity, host_name, sign
+from mpc_fl.crypto.certificates import Identity, sign
 from mpc_fl.crypto.identity_files import load_identity, write_identity
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, PeerLostError, ProtocolError
 from mpc_fl.links import connections, handshake
@@ -34,6 +33,7 @@ from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.sealing import Sealer, Unsealer
 from mpc_fl.links.settings import Reach, Timeouts
+from tests.support.dialling import channel_to, stream_end
 from tests.support.harness import SPAWN, free_ports, local_links, run_parties
 
 pytestmark = pytest.mark.processes
@@ -243,21 +243,12 @@ class Attacker:
     """Dials 'a' with the identity in `directory` and sends raw chunks."""
 
     def __init__(self, directory: Path, name: str, port: int) -> None:
-        identity = load_identity(directory, name)
-        credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-        self.identity = identity
-        options = [("grpc.ssl_target_name_override", host_name("a"))]
-        self.channel = grpc.secure_channel(f"127.0.0.1:{port}", credentials, options=options)
+        self.identity = load_identity(directory, name)
+        self.channel = channel_to("a", port, self.identity)
 
     def send(self, *chunks: bytes) -> str:
         """Send, wait for the end of the stream, return its status and details."""
-        call = self.channel.stream_stream("/mpc_fl.Link/Send")(iter(chunks), wait_for_ready=True, timeout=10)
-        try:
-            for _ in call:
-                pass
-        except grpc.RpcError as error:
-            return f"{error.code().name}: {error.details()}"
-        return "OK"
+        return stream_end(self.channel, chunks, 10)
 
 
 def _hello(identity: Identity, **changes: Any) -> bytes:
