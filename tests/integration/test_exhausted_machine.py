@@ -159,19 +159,7 @@ def test_an_output_that_cannot_be_kept_is_an_error() -> None:
 # ---- logs --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def own_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handlers, level and hooks are put back."""
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", root.handlers[:])
-    monkeypatch.setattr(root, "level", root.level)
-    for module, hook in ((party_log.threading, "excepthook"), (sys, "unraisablehook")):
-        monkeypatch.setattr(module, hook, getattr(module, hook))
-
-
-def test_a_log_on_a_full_disk_ends_nothing_and_prints_nothing_but_its_end(
-    own_log: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_on_a_full_disk_ends_nothing_and_prints_nothing_but_its_end(capfd: pytest.CaptureFixture[str]) -> None:
     """On the old code: "--- Logging error ---" with a traceback for each event."""
     party_log.set_up_log(Path("/dev/full"))
     log = logging.getLogger("mpc_fl")
@@ -182,7 +170,7 @@ def test_a_log_on_a_full_disk_ends_nothing_and_prints_nothing_but_its_end(
     assert capfd.readouterr().err == "mpc-fl: the log /dev/full is not whole: No space left on device\n"
 
 
-def test_a_log_holds_one_line_per_failure_and_no_traceback(own_log: None, tmp_path: Path) -> None:
+def test_a_log_holds_one_line_per_failure_and_no_traceback(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "party.log"
     party_log.set_up_log(path)
 
@@ -231,7 +219,7 @@ def test_a_party_that_fails_before_its_log_is_there_leaves_the_word_to_the_launc
     assert said in done.stdout and done.stderr == "", (done.stdout, done.stderr)
 
 
-def test_what_the_system_refuses_a_party_is_no_defect(own_log: None, tmp_path: Path) -> None:
+def test_what_the_system_refuses_a_party_is_no_defect(tmp_path: Path) -> None:
     party_log.set_up_log(tmp_path / "party.log")
     for error in (
         OSError(28, "No space left on device", "/data/x"),
