@@ -55,12 +55,12 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
             "give its host:port in site.address: it tells the others when it joins",
         )
     own_address = config.site.address if name in announced else addresses.get(name)
-    relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
+    relays = config.relays
     listen = None if own_address is None else config.site.listen or own_address
     return NetworkLinks(
         load_identity(config.site.identity, name, federation.chosen_names),
         Agreement(federation.session, config.digest(), config.task, code),
-        Reach(listen, routes(name, names, addresses, relay, announced), relay),
+        Reach(listen, routes(name, names, addresses, relays, announced), relays),
         timeouts_of(config, name),
         tolerance_of(config),
         observer,

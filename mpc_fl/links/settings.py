@@ -12,21 +12,21 @@ from mpc_fl.links.routes import Route, routes
 class Reach:
     """Where this party listens, how it reaches each peer, and who relays.
 
-    `listen` is host:port, None when the party can only dial out. `relay` names the party that passes sealed chunks
+    `listen` is host:port, None when the party can only dial out. `relays` names the parties that pass sealed chunks
     between parties that can only dial out.
     """
 
     listen: str | None
     peers: Mapping[str, Route]
-    relay: str | None = None
+    relays: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None = None) -> Reach:
+    def of(cls, name: str, parties: Sequence[str], addresses: dict[str, str], relays: Sequence[str] = ()) -> Reach:
         """The reach of party `name`, which listens where `addresses` says that the others find it.
 
         Raises `LinkError` when two parties without an address have no relay that has one.
         """
-        return cls(addresses.get(name), routes(name, parties, addresses, relay), relay)
+        return cls(addresses.get(name), routes(name, parties, addresses, relays), tuple(relays))
 
 
 @dataclass(frozen=True)
