@@ -1,8 +1,8 @@
 """Connections over gRPC streams: dial, admit, greet, dial again, let come back, part.
 
 One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
-parties that can only dial out reach each other through relays (`relay`, `relayed_links`). A link begins with one signed greeting from
-each side (`handshake`). A tolerated peer that comes back (after a restart, with new keys) has its link made again.
+parties that can only dial out reach each other through relays (`relay`, `relayed_links`). A link begins with one signed
+greeting from each side (`handshake`). A tolerated peer that comes back (after a restart, with new keys) has its link made again.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Connections:
         those of `relays` that are relays here."""
         peer, usable = self._peers[name], [relay for relay in relays if relay in self._outgoing.relays]
         with self._lock:
-            if peer.route.how != "dial" or peer.route.address or self._parting is not None:
+            if peer.route.relayed or peer.route.address or self._parting is not None:
                 return
             if self._server is not None:
-                peer.route = Route("await")
+                peer.route = Route("await", only_dials=True)
             elif usable:
                 peer.route = relayed_route(self._name, name, usable)
                 self._mailboxes.learn_relays(name, peer.route.relays)
@@ -263,7 +263,7 @@ class Connections:
     def close(self, error: BaseException | None, stays_for: Collection[str]) -> None:
         """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those of its peers that need it."""
         if error is None and self._relay.relays:
-            awaited = [name for name, peer in self._peers.items() if peer.route.how == "await" and name in stays_for]
+            awaited = [name for name, peer in self._peers.items() if peer.route.only_dials and name in stays_for]
             self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
         self._mailboxes.close()
         self._parting = parting_message(error)

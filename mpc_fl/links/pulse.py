@@ -23,7 +23,8 @@ from mpc_fl.links.silence import LOOK
 class Pulse:
     """This party's signs of life to all peers with a link of their own, and its ear for those of all.
 
-    `silent(peer, why)` is called of a peer that has given none for too long, until that is no longer `alive`; `beside()` each second.
+    `silent(peer, why)` is called of a peer that has given none for too long, until that is no longer `alive`; `beside()` after
+    each look.
     """
 
     def __init__(
@@ -72,7 +73,10 @@ class Pulse:
         for peer in behind:  # after the relays: of several that are silent those are named first
             assert peer.stream is not None
             cannot_hear = not relays_unheard.isdisjoint(peer.route.relays)
-            looked_at[peer.name], heard[peer.name] = peer.stream, peer.stream.heard() or (None if cannot_hear else False)
+            looked_at[peer.name], heard[peer.name] = (
+                peer.stream,
+                peer.stream.heard() or (None if cannot_hear else False),
+            )
         silence = self._mailboxes.silence
         for name in silence.look(heard, [peer.name for peer in behind]):
             peer = self._outgoing.peers[name]

@@ -89,7 +89,7 @@ class RelayedLinks:
         self._ask(peer, self._ways.through(peer))
 
     def beat(self) -> None:
-        """Each second: what is due to peers that are linked, and from time to time the question for a link to those that are not."""
+        """Each second: what is due to peers that are linked, and from time to time a greeting for those that are not."""
         self._ways.beat()
         if time.monotonic() - self._asked < SIGN or self._closing:
             return
@@ -263,9 +263,9 @@ class RelayedLinks:
             self._ways.came(sender, relay.name)
             try:
                 opened = reader.feed(chunk)
-                if opened is not None and not self._mailboxes.closed(sender.name):
-                    if not self._arrivals.deliver(sender, opened):
-                        stream.say()  # it waits for that before it goes
+                expected = opened is not None and not self._mailboxes.closed(sender.name)
+                if opened is not None and expected and not self._arrivals.deliver(sender, opened):
+                    stream.say()  # it waits for that before it goes
             except ProtocolError as error:
                 log.warning("refused a frame from %s that came through %s: %s", sender.name, relay.name, error)
                 self._mailboxes.lose(sender.name, BrokenLinkError(sender.name, error.what, error.fix))

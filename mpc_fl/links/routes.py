@@ -16,12 +16,14 @@ How = Literal["dial", "await", "relay, first", "relay, second"]
 class Route:
     """How this party and one peer reach each other: it dials `address`, awaits the peer, or both use one of `relays`.
 
-    Of two that use relays the one that is `first` greets. `relays` are in the order in which they are tried.
+    Of two that use relays the one that is `first` greets. `relays` are in the order in which they are tried. `only_dials`: the peer
+    is awaited because nobody can dial it.
     """
 
     how: How
     address: str = ""
     relays: tuple[str, ...] = ()
+    only_dials: bool = False
 
     @property
     def relayed(self) -> bool:
@@ -60,10 +62,10 @@ def routes(
         if peer in addresses and (name not in addresses or later):
             result[peer] = Route("dial", addresses[peer])
         elif name in addresses:
-            result[peer] = Route("await")
+            result[peer] = Route("await", only_dials=peer not in addresses and peer not in announced)
         elif name in announced or peer in announced:
             dials = peer in announced and (later or name not in announced)
-            result[peer] = Route("dial" if dials else "await")
+            result[peer] = Route("dial") if dials else Route("await", only_dials=peer not in announced)
         elif usable:
             result[peer] = relayed_route(name, peer, usable)
         else:

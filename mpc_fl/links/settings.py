@@ -37,6 +37,7 @@ class Timeouts:
     when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
     One that fails while links are made stays until `untold` seconds after it began for those that have not come yet.
     A peer that gives no sign of life for `silence` is lost (`pulse`), in the first `connect` seconds for `silence_at_first` more.
+    What gets nowhere through one relay for `another_relay` goes through another one.
     """
 
     connect: float
@@ -46,6 +47,7 @@ class Timeouts:
     untold: float = 0.0
     silence: float = 20.0
     silence_at_first: float = 0.0
+    another_relay: float = 10.0
 
 
 @dataclass(frozen=True)

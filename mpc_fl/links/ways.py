@@ -2,7 +2,7 @@
 
 A party brings all chunks for such a peer to one relay, and words about them (`sealed_stream`) to several, so that no relay alone
 can make a peer seem lost. It takes the next relay when the present one is lost, says that it has no link with the peer, or
-brings nothing: the peer takes no chunk for half of the time after which silence counts, or asks for some again. What the peer may
+brings nothing: the peer takes no chunk for a while (`Timeouts.another_relay`), or asks for some again. What the peer may
 not have is sent again there. A peer is lost when all relays say that they do not reach it, or none is left, or it has given no
 sign of life through any.
 
@@ -85,7 +85,8 @@ class Ways:
                 time.sleep(_LOOK_FOR_ROOM)
 
     def _say(self, peer: Peer, word: bytes) -> bool:
-        return any([self._outgoing.bring(relay, peer.name, word) for relay in self.through(peer)])
+        brought = [self._outgoing.bring(relay, peer.name, word) for relay in self.through(peer)]
+        return any(brought)
 
     def _relay_now(self, peer: Peer, stream: SealedStream) -> Peer | None:
         with self._lock:
@@ -116,7 +117,7 @@ class Ways:
 
     def beat(self) -> None:
         """Each second: words that are due, and streams that do not get on."""
-        patience = self._mailboxes.silence.limit / 2
+        patience = self._mailboxes.timeouts.another_relay
         for peer in self._peers.values():
             stream = peer.stream
             if stream is None or stream.over:

@@ -74,9 +74,7 @@ class Party:
 
     def __init__(self, *tolerated: str) -> None:
         self.clock, counter = Clock(), TrafficCounter("work")
-        self.mailboxes = Mailboxes(
-            {"a": (), "b": ()}, Timeouts(60.0, 60.0), Tolerance(frozenset(tolerated)), counter
-        )
+        self.mailboxes = Mailboxes({"a": (), "b": ()}, Timeouts(60.0, 60.0), Tolerance(frozenset(tolerated)), counter)
         self.mailboxes.silence = Silence(LIMIT, self.clock)
         self.read_on = threading.Event()
         self.read_on.set()
