@@ -131,8 +131,6 @@ class _Run:
         """The others go on without this hospital: catch up with them, and ask to be in the next round. Its number."""
         self.links.set_phase("joining")
         number = self.joining.catch_up(left_out)
-        if self.ledger.blocks:
-            self.attendance.members = self.ledger.blocks[-1].parties
         if number > 0:
             checkpoint(self.peer, site_directory(self.config), number - 1)
         return number
