@@ -4,7 +4,7 @@ What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its s
 to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
 waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
 circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
-with it ends after `patience`, unless something of it is taken: no protocol has so much under way. What comes through the relay
+with it ends after `patience`, unless something of it is taken: no protocol has so much under way. What comes through a relay
 shares its stream with the relay's own words, so there this holds while the party computes, too.
 """
 
