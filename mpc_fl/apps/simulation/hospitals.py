@@ -41,7 +41,8 @@ from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.training.dp_sgd import LocalRound
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
-from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import SummandMasks
+from mpc_fl.sharing.sum_plan import SumPlan
 
 Release = Callable[[], None]
 _PURPOSE = "closed sums"
