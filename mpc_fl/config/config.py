@@ -151,15 +151,11 @@ class Config(Section):
                 f"without a coordinator any two quorums need more hospitals in common than privacy.colluders={colluders}; set "
                 f"federation.quorum to {(federation.hospitals + colluders) // 2 + 1} or more, or lower privacy.colluders"
             )
-        not_there = {
-            "aggregation.norm_check": self.aggregation.norm_check,
-            "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
-        }
-        for what, wanted in not_there.items():
-            if wanted:
-                raise ValueError(
-                    f"there is no {what} yet where federation.coordinator is none; leave it as it is by default"
-                )
+        if federation.dial_out_only or federation.relay:
+            raise ValueError(
+                "there is no federation.dial_out_only, and federation.relay, yet where federation.coordinator is none; leave them "
+                "as they are by default"
+            )
         return self
 
     @model_validator(mode="after")

@@ -70,7 +70,6 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
         ),
         ({"federation": {"addresses": {"aggregator": "a:1"}}}, "a party 'aggregator', and there is none"),
         ({"federation": {"dial_out_only": ["hospital-1"]}}, "no federation.dial_out_only"),
-        ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
         ({"federation": {"hospitals": 5, "founders": 3, "quorum": 4}}, "3 founders must be a quorum"),
         ({"federation": {"hospitals": 3, "founders": 4, "quorum": 3}}, "4 founders must be a quorum"),
         (
