@@ -166,7 +166,9 @@ WORDS = ["heard", "sketch", "carries", "bits", "products", "answers", "judged"]
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_a_sum_is_lost_with_who_says_nothing_from_a_word_on(word: str, sums: PeerSums, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sum_is_lost_with_who_says_nothing_from_a_word_on(
+    word: str, sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
     silent: list[bool] = []
 
     def withheld(original: Any, links: Any, receiver: str, tag: str, value: Any) -> None:
