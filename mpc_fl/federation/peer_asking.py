@@ -38,6 +38,7 @@ class Asking:
     give: Callable[[str, Mapping[str, Any], str], None]
     votes: dict[str, str] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)
+    _asked: set[tuple[str, str]] = field(default_factory=set)  # whom this hospital asked, by which start of it
     _starts: dict[str, str] = field(default_factory=dict)  # who asks, and by which start of it
     _in_vain: Counter[str] = field(default_factory=Counter)  # how often one was waited for, since it took part last
     _waits_again: dict[str, int] = field(default_factory=dict)  # before which round it is waited for again
@@ -47,6 +48,12 @@ class Asking:
         self.certificates.exchange()
         values = {"from": giver, "request": request, "blocks": blocks, "votes": dict(self.votes)}
         say_signed(self.admission.domain, self.links, linked, self.subject, values)
+        self._asked |= {(name, self.links.key_fingerprint(name)) for name in linked}
+
+    def ask_those_that_linked(self, linked: Sequence[str], blocks: int) -> None:
+        """Say that to those, too, that have linked since: without it they would give no vote."""
+        if new := [name for name in linked if (name, self.links.key_fingerprint(name)) not in self._asked]:
+            self.ask(new, blocks)
 
     def take(self, name: str, word: Mapping[str, Any], of: Membership) -> None:
         """One of `WORDS`. Raises `ProtocolError` for one that was not signed."""

@@ -333,6 +333,7 @@ class PeerAttendance:
             self._take_words()
         except LeftOutError as error:  # a block that it was given, of a round that it was not in: it knows
             log.info("%s", error)
+        self.asking.ask_those_that_linked(self._linked, self.ledger.chain.blocks)
         return True
 
     def answered(self, givers: Collection[str]) -> bool:

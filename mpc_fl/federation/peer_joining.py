@@ -163,6 +163,9 @@ class Joining:
                 self._false.add(giver)
             else:
                 if number is not None:
+                    if ledger.blocks:
+                        attendance.members = ledger.blocks[-1].parties  # it needs their votes
+                    self._await_votes([name for name, _ in givers])
                     return number
         raise left_out
 

@@ -34,7 +34,7 @@ from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_al
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_admission import Admission
-from mpc_fl.federation.peer_announcements import Announced, Announcements
+from mpc_fl.federation.peer_announcements import own_announcements
 from mpc_fl.federation.peer_attendance import PeerAttendance
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_joining import Giving, Joining
@@ -49,7 +49,7 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.links import Links
-from mpc_fl.links.party_links import connect, joining_later, site_directory, write_traffic
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
@@ -78,10 +78,7 @@ class _Run:
         config = peer.hospital.config
         self.peer, self.ledger, self.notify, self.links = peer, ledger, notify, links
         self.config, self.rules, deadlines = config, peer_rules(config), peer_deadlines_of(config)
-        announced = Announced(ledger.identity, config.federation.session, joining_later(config))
-        is_announced = links.name in announced.later and links.name not in config.federation.addresses
-        address = config.site.address if is_announced else None
-        certificates = Certificates(links, ledger.identity, Announcements(links, announced, address))
+        certificates = Certificates(links, ledger.identity, own_announcements(config, links, ledger.identity))
         self.certificates = certificates.known
         signatory = Signatory(ledger.identity, self.certificates.get)
         present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
@@ -134,8 +131,6 @@ class _Run:
         """The others go on without this hospital: catch up with them, and ask to be in the next round. Its number."""
         self.links.set_phase("joining")
         number = self.joining.catch_up(left_out)
-        if self.ledger.blocks:
-            self.attendance.members = self.ledger.blocks[-1].parties
         if number > 0:
             checkpoint(self.peer, site_directory(self.config), number - 1)
         return number

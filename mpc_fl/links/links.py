@@ -171,6 +171,10 @@ class Links(abc.ABC):
         """A peer said where it can be dialled (host:port), which this party did not know; nothing to do where links need none."""
         log.debug("%s is at %s", peer, address)
 
+    def learn_relays(self, peer: str, relays: Sequence[str]) -> None:
+        """A peer said that it can only dial out, and through which parties it is reached; nothing to do where links need none."""
+        log.debug("%s is reached through %s", peer, ", ".join(relays))
+
     def stay_for(self, peers: Collection[str]) -> None:
         """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""
         self._stays_for = set(peers)
