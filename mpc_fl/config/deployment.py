@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +16,17 @@ from mpc_fl.config.section import Count, Positive, Section, Whole
 from mpc_fl.errors import IdentityError
 from mpc_fl.roles import AGGREGATOR, Coordinator, hospital_names
 
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]{1,32})?\]")
+
 
 def is_address(text: str) -> bool:
-    """Whether a text is host:port."""
-    host, separator, port = text.rpartition(":")
-    return bool(host and separator and port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+    """Whether a text is host:port: a name, or an IP address, of version 6 in brackets.
+
+    Nothing else is dialled: gRPC would take "unix:..." for a socket on this machine, and "dns://..." for whom to ask for names.
+    """
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    return is_port and _HOST.fullmatch(host) is not None
 
 
 MOST_HOSPITALS = 64  # of parties that have links with each other

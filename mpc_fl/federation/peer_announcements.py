@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _PURPOSE = "mpc-fl announcement of an address 2"
 _TAG = "announcement"
 _VALID = datetime.timedelta(days=1)
+_APART = datetime.timedelta(seconds=10)  # of two announcements of one hospital: no start of one is so quick
+_AT_ONCE = 16  # of one that speaks faster than it is heard
 _LONGEST_ADDRESS, _LONGEST_THROUGH, _LONGEST_NAME = 260, 2000, 64
 
 
@@ -118,14 +120,18 @@ class Announcements:
 
     def __init__(self, links: Links, announced: Announced, address: str | None, through: Sequence[str] = ()) -> None:
         self._links, self._announced, self._address, self._through = links, announced, address, through
-        self._told: set[tuple[str, str, str, str]] = set()
+        self._told: dict[
+            tuple[str, str], tuple[str, str]
+        ] = {}  # whom of whom: which start of it, and since when that counts
         self.known: dict[str, Announcement] = {}
 
     def exchange(self) -> None:
         """Take what has come, and tell all that are linked what they were not told yet."""
         self._renew()
         for name in self._links.peers:
-            while self._links.waiting(name, _TAG):
+            for _ in range(_AT_ONCE):
+                if not self._links.waiting(name, _TAG):
+                    break
                 try:
                     self._take(self._announced.checked(self._links.receive_object(name, _TAG), name))
                 except ProtocolError as error:
@@ -144,7 +150,7 @@ class Announcements:
 
     def _take(self, said: Announcement) -> None:
         before = self.known.get(said.party)
-        if said.party == self._links.name or (before is not None and before.since >= said.since):
+        if said.party == self._links.name or (before is not None and not _is_newer(said, before)):
             return
         self.known[said.party] = said
         log.info("%s announces that it is reached %s", said.party, said.place)
@@ -155,14 +161,20 @@ class Announcements:
 
     def _tell(self, name: str) -> None:
         for party, said in self.known.items():
-            key = name, self._links.key_fingerprint(name), party, said.since
-            if party == name or key in self._told:
+            told = self._links.key_fingerprint(name), said.since
+            if party == name or self._told.get((name, party)) == told:
                 continue
-            self._told.add(key)
+            self._told[name, party] = told
             try:
                 self._links.send_object(name, _TAG, asdict(said))
             except PeerLostError as error:
                 log.warning("%s", error)
+
+
+def _is_newer(said: Announcement, before: Announcement) -> bool:
+    """By enough that one which announces without end does not keep all others busy passing that on."""
+    since, known = (datetime.datetime.fromisoformat(each.since) for each in (said, before))
+    return since - known >= _APART
 
 
 def own_announcements(config: Config, links: Links, identity: Identity) -> Announcements:

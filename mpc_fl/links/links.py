@@ -42,6 +42,7 @@ class Links(abc.ABC):
         self._keys = keys
         self._counter = counter
         self._scope = ""
+        self._seconds: float | None = None
         self._stays_for = set(mailboxes.peers)
 
     @abc.abstractmethod
@@ -76,6 +77,12 @@ class Links(abc.ABC):
         """The same links for a protocol of its own: its messages and seeds are apart from all others."""
         links = copy.copy(self)
         links._scope = f"{self._scope}{scope}/"
+        return links
+
+    def within(self: AnyLinks, seconds: float) -> AnyLinks:
+        """The same links, over which a peer has so many seconds to take one message; by default it has the receive timeout."""
+        links = copy.copy(self)
+        links._seconds = seconds
         return links
 
     @property

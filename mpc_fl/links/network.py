@@ -61,4 +61,4 @@ class NetworkLinks(Links):
         self._connections.close(error, self._stays_for)
 
     def _send(self, receiver: str, kind: Kind, tag: str, payload: Payload) -> None:
-        self._outgoing.put(self._outgoing.peers[receiver], kind, tag, payload)
+        self._outgoing.put(self._outgoing.peers[receiver], kind, tag, payload, self._seconds)

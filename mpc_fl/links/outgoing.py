@@ -16,6 +16,7 @@ from mpc_fl.links.traffic import TrafficCounter
 
 _LOOK = 0.2  # seconds between looks whether a peer that takes nothing is lost
 _LOOK_FOR_ROOM = 0.005  # and whether there is room for what is relayed to it
+_LONGEST_STALL = 60.0  # that no chunk leaves: a process that reads takes some of what comes, whatever it computes
 _LEAST = 0.1  # seconds that a chunk gets for which there was room just now
 
 
@@ -40,7 +41,8 @@ class Outgoing:
         """Queue a frame; greetings also while the peer comes back after a failure.
 
         Raises the failure of the link, `LinkError` for a peer that was never connected, or `PeerLostError` when the
-        peer takes nothing for `seconds`, by default the receive timeout.
+        peer has not taken it within `seconds`, by default the receive timeout. One that may be lost is lost then, and has
+        less time for each chunk: whoever sends to all must not wait for one that reads nothing, word after word.
         """
         deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
         greeting = kind in (Kind.HELLO, Kind.WELCOME)
@@ -91,10 +93,23 @@ class Outgoing:
     def _queue(self, peer: Peer, chunk: bytes, deadline: float, greeting: bool) -> None:
         if self._queued(peer, chunk, 0.0, greeting):
             return
+        may_be_lost = self._mailboxes.tolerates(peer.name)
+        if may_be_lost:
+            deadline = min(deadline, time.monotonic() + _LONGEST_STALL)
         with self._mailboxes.held_up():  # whoever waits for room goes on reading, or two could wait for each other
             while not self._queued(peer, chunk, _LOOK, greeting):
                 if time.monotonic() > self._mailboxes.silence.moved(deadline):
-                    raise self._takes_nothing(peer)
+                    error = self._takes_nothing(peer)
+                    if may_be_lost:
+                        self._give_up(peer, error)
+                    raise error
+
+    def _give_up(self, peer: Peer, error: PeerLostError) -> None:
+        """Half of a frame may have left, so this link is of no use any more; the peer may make another one."""
+        self._mailboxes.lose(peer.name, error)
+        if peer.conversation is not None:
+            peer.conversation.finish()
+            peer.conversation.cut()
 
     def _queued(self, peer: Peer, chunk: bytes, seconds: float, greeting: bool) -> bool:
         """Whether the peer's conversation took the chunk, or nobody needs it any more."""
