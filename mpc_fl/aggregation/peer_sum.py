@@ -56,7 +56,8 @@ from typing import Any
 import torch
 
 from mpc_fl.aggregation.linear_check import COIN_BYTES, commitment
-from mpc_fl.aggregation.rules import AgreedSum, Rules, require_hospitals, require_only, require_quorum
+from mpc_fl.aggregation.peer_summands import PeerSummands
+from mpc_fl.aggregation.rules import AgreedSum, PeerCheck, Rules, require_hospitals, require_only, require_quorum
 from mpc_fl.aggregation.signed_words import (
     DEVIATES,
     NOTHING_SAID,
@@ -88,6 +89,7 @@ _LEAST_CLOSING = 2
 _ARRIVED, _FIXED = 3, 5
 _HANDED_ON, _CONFIRM = range(FIRST_STEP)
 _CONFIRMED = "mpc-fl slices of a peer sum 1"
+_CHECKED = "mpc-fl slices of a peer sum to check 1"
 _HEX = 64
 
 
@@ -116,10 +118,10 @@ def peer_sum(
             f"'{agreed.about.why}' cannot be summed among {len(plan.hospitals)} peers with masks in a circle",
             "set aggregation.mask_neighbours to all",
         )
-    if rules.check is not None or plan.closing < _LEAST_CLOSING or plan.opener not in plan.hospitals:
+    if plan.closing < _LEAST_CLOSING or plan.opener not in plan.hospitals:
         raise ProtocolError(
             f"'{agreed.about.why}' cannot be summed among peers",
-            f"let one of its hospitals propose, with at least {_LEAST_CLOSING} closing masks and without a norm check",
+            f"let one of its hospitals propose, with at least {_LEAST_CLOSING} closing masks",
         )
     domain.take_up(plan.transcript)
     part = _Part(domain, rules, agreed, plan, encoded)
@@ -141,13 +143,14 @@ def _said_of_slices(hospital: str, plan: SumPlan, word: Mapping[str, Any], signe
     texts = [*hashes, coin] if isinstance(hashes, list) else []
     if len(texts) != len(plan.hospitals) + 1 or not all(isinstance(text, str) and len(text) == _HEX for text in texts):
         raise ProtocolError(f"{hospital} sent no hashes of its slices", SAME_VERSION, hospital)
-    return SaidOfSlices(dict(zip(plan.hospitals, texts, strict=False)), word.get("keys"), texts[-1], signed)
+    hashes = dict(zip(plan.hospitals, texts, strict=False))
+    return SaidOfSlices(hashes, word.get("keys"), texts[-1], signed, word.get("check"))
 
 
 @dataclass
 class _Part:
     """A hospital's part in one sum. `admitted` is V once it is known; `said` the words of step 1 by hospital; `held` the slices
-    that this hospital opens, by slice and sender; `own` those of its summand.
+    that this hospital opens, by slice and sender; `own` those of its summand; `kept` the copies that it keeps, by slice.
     """
 
     domain: SecretDomain
@@ -159,6 +162,7 @@ class _Part:
     said: dict[str, SaidOfSlices] = field(default_factory=dict)
     held: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
+    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     fixed: Signed = NOTHING_SAID
 
     def __post_init__(self) -> None:
@@ -174,6 +178,8 @@ class _Part:
         self.number = Seed.from_system().reveal_for_transport()[:COIN_BYTES]
         at = plan.hospitals.index(self.me)
         self.others = (*plan.hospitals[at + 1 :], *plan.hospitals[:at])  # so each begins with another one
+        check = self.rules.check
+        self.check = None if check is None else check.among_peers(self.domain, self.links, self.masks)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -184,14 +190,16 @@ class _Part:
         """All steps."""
         self._send_slices(before_summand)
         self._take_slices()
+        why, late = self.agreed.about.why, "a slice came late, or not where it should"
         self._fix()
-        if self.me not in self.admitted:
-            log.warning(
-                "this hospital was left out of '%s': a slice came late, or not where it should", self.agreed.about.why
-            )
-            return self.admitted, None
         now = time.monotonic()
-        deadlines = Deadlines(self.agreed.about.why, now, self.links.deadline() - now)
+        deadlines = Deadlines(why, now, self.links.deadline() - now)
+        if self.check is not None:
+            late = "its update was not shown to be within the norm bound"
+            deadlines = self._leave_out_unchecked(self.check, deadlines)
+        if self.me not in self.admitted:
+            log.warning("this hospital was left out of '%s': %s", why, late)
+            return self.admitted, None
         self._hand_on(deadlines)
         return self.admitted, self._open(checked_totals(self._confirmed(deadlines)))
 
@@ -205,11 +213,16 @@ class _Part:
         hashes = {name: tensor_digest(words) for name, words in self.own.items()}
         coin = commitment(plan.transcript, self.me, self.number)
         values = {"hashes": list(hashes.values()), "keys": self.masks.commitments(), "coin": coin}
+        if self.check is not None:
+            values["check"] = self.check.committed
         if before_summand is not None:
             before_summand()
         signed = say_signed(self.domain, self.links, self.others, Subject(plan.transcript, "slices"), values)
         broadcast(self.others, lambda name: self.links.send_tensor(name, "slice", self.own[name]))
-        self.said[self.me] = SaidOfSlices(hashes, values["keys"], coin, signed)
+        if self.check is not None:
+            keeper = self.slices.keeper(self.me, plan.hospitals)
+            broadcast([keeper], lambda name: self.links.send_tensor(name, f"copy {self.me}", self.own[self.me]))
+        self.said[self.me] = SaidOfSlices(hashes, values["keys"], coin, signed, values.get("check"))
         self.held[self.me] = {self.me: self.own[self.me]}
 
     def _take_slices(self) -> None:
@@ -235,7 +248,17 @@ class _Part:
         said = _said_of_slices(name, self.plan, word, signed)
         words = self._receive(name, "slice", self.me, deadline)
         self._require_hash(name, words, said.hashes[self.me])
+        if self.check is not None:
+            self.check.require_committed(name, said.check)
+            if self.slices.keeper(name, self.plan.hospitals) == self.me:
+                self._take_copy(name, name, said, deadline)
         self.said[name], self.held[self.me][name] = said, words
+
+    def _take_copy(self, name: str, piece: str, said: SaidOfSlices, deadline: float) -> None:
+        """Of a slice that a hospital opens of its own summand."""
+        copy = self._receive(name, f"copy {piece}", piece, deadline)
+        self._require_hash(name, copy, said.hashes[piece])
+        self.kept[piece] = copy
 
     def _receive(self, name: str, tag: str, piece: str, deadline: float) -> torch.Tensor:
         return self.links.receive_tensor(name, tag, self.dtype, (self.slices.length(piece),), deadline)
@@ -274,12 +297,57 @@ class _Part:
             hear_all(self.links, [plan.opener], "fixed", take, (deadlines, 0))
         require_quorum(self.rules, self.admitted, plan.hospitals, why)
         require_admissible(plan, self.admitted, self.rules.smallest)
+        if self.check is not None and (absent := [name for name in plan.hospitals if name not in self.admitted]):
+            # Its masks are in the other summands.
+            raise PeerLostError(absent[0], f"{absent[0]} did not come to a sum whose norms are checked")
         if self.me not in self.admitted:
             return
         require_only(self.agreed, self.admitted)
         if missing := [name for name in self.admitted if name not in came]:
             what = f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come"
             raise ProtocolError(what, DEVIATES, plan.opener)
+
+    def _leave_out_unchecked(self, check: PeerCheck, deadlines: Deadlines) -> Deadlines:
+        """With a check: V is whoever passes it. The deadlines of what comes then."""
+        plan, said, why = self.plan, self.said, self.agreed.about.why
+        signed, fixed = {name: said[name].signed for name in plan.hospitals}, {plan.opener: self.fixed}
+        say(self.links, self.others, "heard", repeated=repeated(signed), fixed=repeated(fixed))
+
+        def take(name: str, word: dict[str, Any]) -> None:
+            self._require_same(name, fixed, signed, word)
+
+        hear_all(self.links, self.others, "heard", take, (deadlines, 0))
+        for name in plan.hospitals:  # whoever is left out, too: what it committed to is of masks in the other summands
+            self.commitments.take(name, said[name].keys)
+        held = {name: {self.me: self.held[self.me][name]} for name in self.others}
+        for piece, copy in self.kept.items():
+            held[piece][piece] = copy
+        bound = digest_of([_CHECKED, plan.transcript, {name: each.digest for name, each in signed.items()}])
+        summands = PeerSummands(
+            slices=self.slices,
+            own=self.own,
+            held=held,
+            hashes={name: said[name].hashes for name in plan.hospitals},
+            commitments=self.commitments,
+            committed={name: said[name].check for name in plan.hospitals},
+            bound=bound,
+            deadlines=deadlines.after(1),
+        )
+        self.admitted = check.passed(summands)
+        if refused := [name for name in plan.hospitals if name not in self.admitted]:
+            log.warning("'%s' goes on without %s: not shown to be within the norm bound", why, ", ".join(refused))
+        require_quorum(self.rules, self.admitted, plan.hospitals, why)
+        if self.me in self.admitted:
+            require_only(self.agreed, self.admitted)
+        return deadlines.after(1 + check.steps)
+
+    def _require_same(
+        self, name: str, fixed: Mapping[str, Signed], signed: Mapping[str, Signed], word: Mapping[str, Any]
+    ) -> None:
+        """Another one was told the same V, and the same of all slices."""
+        transcript = self.plan.transcript
+        require_one_version(self.domain, name, Subject(transcript, "fixed"), fixed, word.get("fixed"))
+        require_one_version(self.domain, name, Subject(transcript, "slices"), signed, word.get("repeated"))
 
     def _hand_on(self, deadlines: Deadlines) -> None:
         """Step 3, of slices whose hospitals are not in V: the same words of those in V, to who opens them instead."""
@@ -295,6 +363,28 @@ class _Part:
                 self._require_hash(name, words, self.said[name].hashes[piece])
                 self.held[piece][name] = words
         self.held[self.me] = {name: self.held[self.me][name] for name in self.admitted}
+        if self.check is not None:
+            self._hand_on_copies(deadline)
+
+    def _hand_on_copies(self, deadline: float) -> None:
+        """Of V each has another keeper of what it opens of its own summand, where the one before is not in V, and for what it
+        opens instead of another."""
+        slices, admitted, all_of_u = self.slices, self.admitted, self.plan.hospitals
+        keepers = {name: slices.keeper(name, admitted) for name in admitted}
+
+        def has_it(name: str, piece: str) -> bool:
+            return piece == name and slices.keeper(name, all_of_u) == keepers[name]
+
+        for piece in slices.opened_by(self.me, admitted):
+            if not has_it(self.me, piece):
+                self.links.send_tensor(keepers[self.me], f"copy {piece}", self.own[piece])
+        came, self.kept = self.kept, {}
+        for name in [name for name in self.peers if keepers[name] == self.me]:
+            for piece in slices.opened_by(name, admitted):
+                if has_it(name, piece):
+                    self.kept[piece] = came[piece]
+                else:
+                    self._take_copy(name, piece, self.said[name], deadline)
 
     def _confirmed(self, deadlines: Deadlines) -> FixedSlices:
         """Step 3: what all of V hold, when all of them have signed the same."""
@@ -304,19 +394,19 @@ class _Part:
         bound = digest_of([_CONFIRMED, plan.transcript, list(self.admitted), digests])
         self.domain.confirmed[plan.transcript] = self._opening()
         confirmation = confirm(self.domain, bound, self.admitted)
-        fixed, subject = {plan.opener: self.fixed}, Subject(plan.transcript, "fixed")
+        fixed = {plan.opener: self.fixed}
         # To all of U: a hospital that was told another V waits for this one, too.
         about_v = repeated(fixed)
         say(self.links, self.others, "confirm", confirmation=confirmation, repeated=repeated(signed), fixed=about_v)
 
         def take(name: str, word: dict[str, Any]) -> None:
-            require_one_version(self.domain, name, subject, fixed, word.get("fixed"))
-            require_one_version(self.domain, name, Subject(plan.transcript, "slices"), signed, word.get("repeated"))
+            self._require_same(name, fixed, signed, word)
             require_confirmation(self.domain, name, bound, self.admitted, word)
 
         hear_all(self.links, self.peers, "confirm", take, (deadlines, _CONFIRM))
-        for name, each in said.items():  # the same to all, now
-            self.commitments.take(name, each.keys)
+        if self.check is None:
+            for name, each in said.items():  # the same to all, now
+                self.commitments.take(name, each.keys)
         return FixedSlices(
             domain=self.domain,
             links=self.links,
@@ -330,6 +420,7 @@ class _Part:
             said=said,
             number=self.number,
             deadlines=deadlines,
+            kept=None if self.check is None else self.kept,
         )
 
     def _opening(self) -> Opening:
@@ -344,7 +435,10 @@ class _Part:
         masked = MaskedTotal(self.masks, self.commitments, total)
         self.own.clear()
         self.held.clear()
+        self.kept.clear()
         fixed = Shared(about.what, FixedSum(masked, self.admitted, self.rules.smallest, 0))
         opened = open_to(self.domain, fixed, list(self.admitted), about.why, about.privacy, decode=False)
         assert opened is not None
+        if self.rules.check is not None:
+            self.rules.check.require_total(opened, self.admitted, about.why)
         return opened

@@ -8,6 +8,10 @@ the table. Other tasks have no such chains: their parties wait for `runtime.rece
 Without an aggregator (`peer_deadlines_of`) all wait for all, and each step of a sum ends for all at about the same time. What
 nests is a change of the view: who proposes under the next one waits until the last of the others has found out, too, that this
 one comes to nothing.
+
+Below all of these are those of links. What a relay does not bring goes another way after `another_relay`, half of
+`runtime.silence_timeout`; a relay that stops is lost after the whole of it, and a peer that is heard through no relay two signs
+of life later. Among peers an answer may take longer than that (`relays`).
 """
 
 from __future__ import annotations
@@ -65,6 +69,11 @@ class PeerDeadlines:
     beginning: float
     presence: float
     beyond: float
+
+
+def another_relay(config: Config) -> float:
+    """Seconds without progress after which what is sent through a relay goes another way."""
+    return config.runtime.silence_timeout / 2
 
 
 def peer_deadlines_of(config: Config) -> PeerDeadlines:

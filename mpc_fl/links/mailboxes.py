@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
@@ -46,18 +46,18 @@ _SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
 class Mailboxes:
-    """This party's mailboxes, one per peer. `peers` says through which relay each is reached, None when directly.
+    """This party's mailboxes, one per peer. `peers` says through which relays each is reached, none when directly.
 
     `silence` counts how long peers give no sign of life (`pulse` looks); no wait counts a standstill of this party itself."""
 
     def __init__(
         self,
-        peers: Mapping[str, str | None],
+        peers: Mapping[str, Sequence[str]],
         timeouts: Timeouts,
         tolerance: Tolerance,
         counter: TrafficCounter,
     ) -> None:
-        self._relays = dict(peers)
+        self._relays = {name: tuple(relays) for name, relays in peers.items()}
         self.timeouts = timeouts
         self._tolerance = tolerance
         self._counter = counter
@@ -98,6 +98,8 @@ class Mailboxes:
         if frame.kind == Kind.BYE:
             with self._changed:
                 self._boxes[sender].closed = True
+                behind = [name for name in self._behind(sender) if name in self._tolerance.peers]
+                self._mark_lost(behind, self.lost(sender, "it has ended, and relays no more"), Known.VANISHED)
                 self._changed.notify_all()
             return False
         if frame.kind in (Kind.RELAY, Kind.RELAY_GREETING):
@@ -122,7 +124,7 @@ class Mailboxes:
     def _pause_reading(self, sender: str, alone: bool) -> None:
         """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
         bounds, box = self._tolerance.unread, self._boxes[sender]
-        start, deadline, relayed = box.starts, None, self._relays[sender] is not None
+        start, deadline, relayed = box.starts, None, bool(self._relays[sender])
         while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
             if box.failure is not None or box.starts != start:
                 return
@@ -139,14 +141,30 @@ class Mailboxes:
             self._changed.wait(min(_SLICE, bounds.patience))
 
     def lose(self, peer: str, failure: MpcFlError, known: Known = Known.VANISHED) -> None:
-        """Note why a peer is lost, and with a relay those behind it; the first reason stays."""
+        """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays."""
         with self._changed:
-            concerned = [box for name, box in self._boxes.items() if peer in (name, self._relays[name])]
-            for box in concerned:
-                if not self._closing and not box.closed and box.loss is None:
-                    self._losses += 1
-                    box.loss = Loss(failure, known, self._losses)
+            self._mark_lost([peer], failure, known)
+            self._mark_lost(self._behind(peer), failure, known)
             self._changed.notify_all()
+
+    def _mark_lost(self, names: Collection[str], failure: MpcFlError, known: Known) -> None:
+        for box in (self._boxes[name] for name in names):
+            if not self._closing and not box.closed and box.loss is None:
+                self._losses += 1
+                box.loss = Loss(failure, known, self._losses)
+
+    def _behind(self, relay: str) -> list[str]:
+        """Whom this party reached through `relay`, and has no other relay to any more."""
+
+        def usable(name: str) -> bool:
+            return self._boxes[name].loss is None and not self._boxes[name].closed
+
+        return [name for name, relays in self._relays.items() if relay in relays and not any(map(usable, relays))]
+
+    def learn_relays(self, peer: str, relays: Sequence[str]) -> None:
+        """A peer is reached through these."""
+        with self._changed:
+            self._relays[peer] = tuple(relays)
 
     def note_refused(self, name: str, why: str) -> None:
         """Somebody with a certificate of this name was refused; the true one may still come."""

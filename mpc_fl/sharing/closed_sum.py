@@ -198,6 +198,15 @@ class SummandMasks:
         if closing is not None:
             yield closing.again().stream("mask"), True
 
+    def own_keys(self, partner: str) -> list[bytes]:
+        """The keys of the masks of this hospital's own summand that `partner` knows too, in the order of `SumPlan.keys_known_to`.
+
+        To show all that `partner` answered falsely in a check. This hospital opens nothing of this sum any more.
+        """
+        self._given = True
+        keys = [key for key in self.plan.keys_known_to(self.me) if key[1:] == (self.me, partner)]
+        return [self._seeds[key].reveal_for_transport() for key in keys]
+
     def keys_for(self, admitted: Sequence[str], smallest: int) -> torch.Tensor:
         """Step 3: the keys for V, uint8 (count, 32), in the order of `SumPlan.keys_of`.
 

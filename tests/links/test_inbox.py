@@ -243,8 +243,7 @@ def test_a_dealer_ahead_of_need_never_waits_for_room() -> None:
 
 
 def test_the_first_of_those_that_went_in_silence_is_named_and_whoever_was_told_before_all() -> None:
-    peers = dict.fromkeys(NAMES)
-    boxes = Mailboxes(peers, Timeouts(1.0, 1.0), Tolerance(), TrafficCounter("work"))
+    boxes = Mailboxes(dict.fromkeys(NAMES, ()), Timeouts(1.0, 1.0), Tolerance(), TrafficCounter("work"))
     for name in NAMES:
         boxes.connect(name)
     boxes.lose("c", boxes.lost("c", "the link ended without a farewell"))

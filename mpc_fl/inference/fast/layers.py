@@ -49,12 +49,12 @@ class Linear(Layer):
 
 @dataclass(frozen=True)
 class ReLU(Layer):
-    """max(x, 0), or with `ceiling` min(max(x, 0), m) with an m that S alone knows (`IntegerWeights.ceilings`). shift is 0.
+    """max(x, 0), or with `ceiling` min(max(x, 0), ceiling), an integer at the scale of the input. shift is 0.
 
-    `ceiling` is True or None: pools of earlier versions are bound to a description that says null where there is none.
+    `ceiling` is None where there is none: pools of earlier versions are bound to a description that says null then.
     """
 
-    ceiling: bool | None = None
+    ceiling: int | None = None
 
 
 @dataclass(frozen=True)

@@ -82,16 +82,12 @@ class EvaluationLink:
 
 
 class _PartyEvaluation(ABC):
-    """What both parties do alike. `first` is true at the hospital alone: it adds public constants.
-
-    `ceilings` of ReLUs are the model owner's, by the layer's output; the hospital has none.
-    """
+    """What both parties do alike. `first` is true at the hospital alone: it adds public constants."""
 
     first: ClassVar[bool]
 
     def __init__(self, network: Network, link: EvaluationLink, gates: OneTime[GateMaterial]) -> None:
         self.network, self.link, self.gates = network, link, gates
-        self.ceilings: Mapping[str, int] = {}
         self.on_truncation: OnTruncation | None = None
         self.chain = MessageChain()
 
@@ -134,9 +130,7 @@ class _PartyEvaluation(ABC):
         match layer:
             case layers.Convolution() | layers.Linear():
                 return self.linear(layer)
-            case layers.ReLU():
-                return self._relu(layer, share, bits)
-            case layers.SignExtend():
+            case layers.ReLU() | layers.SignExtend():
                 return self._gate(layer.output, share.reshape(-1)).reshape(share.shape)
             case layers.MaxPool():
                 return max_pool(layer, share, bits, self.first, self._tournament(layer.output))
@@ -150,19 +144,6 @@ class _PartyEvaluation(ABC):
                 shape = self.network.values[layer.output].shape
                 return as_channels_last(as_channels_first(share).reshape(len(share), *shape))
         raise TypeError(f"layer '{layer.path}' of type {type(layer).__name__} has no protocol")
-
-    def _relu(self, layer: layers.ReLU, share: np.ndarray, bits: int) -> np.ndarray:
-        flat = share.reshape(-1)
-        if layer.ceiling is None:
-            return self._gate(layer.output, flat).reshape(share.shape)
-        # min(relu(x), m) = relu(x) - relu(x - m), both in one gate. S alone knows m.
-        below = flat if self.first else flat - np.uint32(self.ceilings[layer.output])
-        both = np.concatenate([flat, below & np.uint32((1 << bits) - 1)])
-        above, excess = self._gate(layer.output, both).reshape(2, -1)
-        above -= excess
-        if not self.network.values[layer.output].wide:
-            above &= np.uint32((1 << bits) - 1)
-        return above.reshape(share.shape)
 
     def _sum(self, layer: layers.Add, inputs: list[np.ndarray]) -> np.ndarray:
         total = np.zeros_like(inputs[0])
@@ -239,7 +220,6 @@ class OwnerEvaluation(_PartyEvaluation):
     ) -> None:
         super().__init__(network, link, correlations.gates)
         self._products, self._weights, self._biases = correlations.products, weights, integers.biases
-        self.ceilings = integers.ceilings
         self._masked: dict[str, torch.Tensor] = {}
         self._readers: Counter[str] = Counter()
 

@@ -77,8 +77,7 @@ def correlation_plan(network: Network, records: int, reveal: Reveal) -> Correlat
             pieces[layer.output] = LinearProduct(layer.inputs[0], channels_last(output.shape, records))
         elif isinstance(layer, ReLU):
             result = Result.WIDE if output.wide else Result.NARROW
-            halves = 1 if layer.ceiling is None else 2
-            pieces[layer.output] = ComparisonGate(value.bits, records * halves * value.elements, result)
+            pieces[layer.output] = ComparisonGate(value.bits, records * value.elements, result, layer.ceiling)
         elif isinstance(layer, SignExtend):
             pieces[layer.output] = ComparisonGate(value.bits, records * value.elements, Result.EXTENDED)
         elif isinstance(layer, MaxPool):

@@ -50,7 +50,9 @@ def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     """Cost of one batch of `records` records; `masked_weight_bytes` are sent once per model."""
     plan = correlation_plan(network, records, reveal)
     gates = [piece for piece in plan.pieces.values() if isinstance(piece, ComparisonGate)]
-    openings = sum(packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + 1) * gate.words for gate in gates)
+    openings = sum(
+        packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + len(gate.thresholds)) * gate.words for gate in gates
+    )
     masked = 4 * sum(records * network.values[name].elements for name in plan.masks)
     results = records * (4 if reveal == "label" else 4 * network.values[network.output].elements)
     return Cost(
