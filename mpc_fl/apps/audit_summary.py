@@ -30,6 +30,20 @@ class BoundFound:
         return self.upper is not None and self.lower > self.upper
 
 
+@dataclass(frozen=True)
+class MembershipFound:
+    """How well the patients of a run are told from others by its final model alone: so many `models` were trained and attacked.
+
+    `area` is that below the curve. `rates` and `curve`: pairs of a rate of mistakes and that of members recognised.
+    """
+
+    models: int
+    patients: int
+    area: float
+    rates: list[tuple[float, float]]
+    curve: list[tuple[float, float]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AuditSummary:
     """Of `mpc-fl audit privacy`. All lower bounds hold together with this `confidence`, at this `delta`.
@@ -59,6 +73,7 @@ class AuditSummary:
     upper: list[float]
     epsilon_of_run: float | None
     seconds: float
+    membership: MembershipFound | None = None
 
     @property
     def holds(self) -> bool:

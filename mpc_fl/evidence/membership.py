@@ -1,10 +1,11 @@
-"""Who trained a model, guessed from the model alone: the likelihood ratio attack with shadow models (Carlini et al., S&P 2022). Pure.
+"""Who trained a model, guessed from the model alone: the likelihood ratio attack with shadow models (Carlini et al., S&P
+2022). Pure.
 
 Several models are trained alike, each on patients that are in with probability 1/2. Each in turn is the one that is attacked, and
-the others are shadow models: of a patient they say how sure a model is of the patient's class if that patient trained it, and if not,
-as two normal distributions. The score is the log of how much likelier the first one makes what the attacked model says. With few
-shadow models deviations are those of all patients together (section VI-C there). An average over patients says little: what counts is
-how many are recognised while next to nobody is taken for a member by mistake.
+the others are shadow models: of a patient they say how sure a model is of the patient's class if that patient trained it, and
+if not, as two normal distributions. The score is the log of how much likelier the first one makes what the attacked model
+says. With few shadow models deviations are those of all patients together (section VI-C there). An average over patients says
+little: what counts is how many are recognised while next to nobody is taken for a member by mistake.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _LEAST_DEVIATION = 1e-6
 def confidences(logits: torch.Tensor, labels: torch.Tensor, patients: torch.Tensor) -> np.ndarray:
     """How sure a model is of each patient's class: the mean over records of log(p / (1 - p)), float64 (patients,).
 
-    `logits` float32 (N, classes), `labels` int64 (N,), `patients` int64 (N,) from 0 on without gaps. Raises `ValueError` for less than
-    two classes.
+    `logits` float32 (N, classes), `labels` int64 (N,), `patients` int64 (N,) from 0 on without gaps. Raises `ValueError` for
+    less than two classes.
     """
     if logits.shape[1] < 2:
         raise ValueError("a classifier has two classes or more")
@@ -36,7 +37,8 @@ def confidences(logits: torch.Tensor, labels: torch.Tensor, patients: torch.Tens
 def likelihood_ratios(sure: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """The score of each patient against each model, the others being its shadows: float64 (models, patients).
 
-    `sure` float64 and `inside` bool, both (models, patients). Not a number where the others do not have the patient both in and out.
+    `sure` float64 and `inside` bool, both (models, patients). Not a number where the others do not have the patient both in
+    and out.
     """
     scores = np.full(sure.shape, np.nan)
     for attacked in range(len(sure)):

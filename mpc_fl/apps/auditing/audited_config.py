@@ -12,6 +12,7 @@ import math
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpc_fl.config.config import Config
 from mpc_fl.config.evaluation import EvaluationSection
@@ -66,7 +67,6 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
     if privacy.mechanism != "none":
         sizes = public_sizes(config)
         bounds = {"smallest_hospital": sizes.smallest, "largest_hospital": max(sizes.largest, run.canaries)}
-    federation = config.federation
     return config.with_values(
         task="simulate",
         data={
@@ -94,9 +94,40 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
         evaluation=EvaluationSection().model_dump(),
         privacy={"noise_multiplier": run.noise_multiplier, **bounds},
         aggregation={"norm_check": False, "norm_bound": None},
-        federation={
+        inference={"public_features": None},
+        **_in_one_process(out),
+    )
+
+
+def shadow_config(config: Config, out: Path) -> Config:
+    """The configuration of a run with half of its patients, drawn anew: as likely to draw each of them, with its noise and network.
+
+    Raises `ConfigError` where hospitals are too small to leave half of their patients out.
+    """
+    changes: dict[str, Any] = {
+        "training": {"batch_size": max(1, round(config.training.batch_size / 2)), "sampling_seed": None}
+    }
+    if config.privacy.mechanism != "none":
+        sizes = public_sizes(config)
+        fewest = math.floor(sizes.smallest / 2 - _DEVIATIONS / 2 * math.sqrt(sizes.smallest))
+        if fewest < 1:
+            raise ConfigError(
+                f"a hospital may have {sizes.smallest} patients, too few to leave half of them out",
+                "audit a run whose hospitals have 50 training patients or more with --shadows",
+            )
+        rate = sample_rate_of(config, 0)
+        changes["privacy"] = {"smallest_hospital": fewest, "largest_hospital": sizes.largest}
+        changes["training"]["batch_size"] = max(1, round(rate * fewest))
+    return config.with_values(
+        task="simulate", aggregation={"norm_check": False, "norm_bound": None}, **changes, **_in_one_process(out)
+    )
+
+
+def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
+    """Sections as a run has them whose hospitals are all in this process, with privacy ledgers in `out`."""
+    return {
+        "federation": {
             "coordinator": "aggregator",
-            "quorum": federation.quorum,
             "founders": None,
             "admission": "all",
             "session": secrets.token_hex(16),
@@ -106,12 +137,20 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
             "relay": None,
             "evaluate_incomplete": False,
         },
-        inference={"public_features": None},
-        runtime={"restarts": 0},
-        site={**dict.fromkeys(("data", "identity", "privacy_ledger", "address", "listen")),
-              "out": str(out), "watch": [], "mlflow_uri": None, "leave_after": None, "resume": False, "training_processes": 1,
-              "device": "cpu", "precision": "float32", "feature_cache": "memory", "data_of": None},
-    )  # fmt: skip
+        "runtime": {"restarts": 0},
+        "site": {
+            **dict.fromkeys(
+                ("identity", "privacy_ledger", "address", "listen", "mlflow_uri", "leave_after", "data_of")
+            ),
+            "out": str(out),
+            "watch": [],
+            "resume": False,
+            "training_processes": 1,
+            "device": "cpu",
+            "precision": "float32",
+            "feature_cache": "memory",
+        },
+    }
 
 
 def _slow_learning_rate(run: AuditedRun) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mpc_fl.apps.audit_summary import AUDIT_FILE, AuditSummary
 from mpc_fl.apps.auditing.audited_config import AuditedRun, sample_rate
 from mpc_fl.apps.auditing.privacy_audit import CONFIDENCE, AuditPlan, audit_privacy
+from mpc_fl.apps.auditing.shadow_runs import infer_membership
 from mpc_fl.apps.rows import read_text
 from mpc_fl.apps.runs.run_directory import require_free, run_directory, versions
 from mpc_fl.apps.summaries import SUMMARY_FILE, TrainingSummary, parse_summary
@@ -21,13 +22,14 @@ _PARTY = "audit"  # what progress is told of
 
 @dataclass(frozen=True)
 class AuditRequest:
-    """The audit of the run in a directory: so many canaries in all, so many in one repetition, patients of several records or
-    of one; `command` is noted."""
+    """The audit of the run in a directory: so many canaries in all, so many in one repetition, so many models to infer
+    membership from (none: 0), patients of several records or of one; `command` is noted."""
 
     run: Path
     canaries: int
     at_once: int
     of_patients: bool
+    shadows: int
     command: str
 
 
@@ -66,7 +68,11 @@ def audit_run(request: AuditRequest, out: Path, progress: Progress) -> AuditSumm
     run, audited = run_to_audit(request.run, min(request.at_once, request.canaries)), summary_of(request.run)
     plan = AuditPlan(run, max(1, round(request.canaries / run.canaries)), request.of_patients)
     found = audit_privacy(plan, lambda done, of: progress(_PARTY, "audit", done, of))
-    config, training = run.config, run.config.training
+    config, training, membership = run.config, run.config.training, None
+    if request.shadows:
+        membership = infer_membership(
+            config, request.shadows, lambda done, of: progress(_PARTY, "membership", done, of)
+        )
     spent = [line.epsilon for line in audited.privacy if line.epsilon is not None]
     summary = AuditSummary(
         name=config.name,
@@ -90,6 +96,7 @@ def audit_run(request: AuditRequest, out: Path, progress: Progress) -> AuditSumm
         upper=found.upper,
         epsilon_of_run=max(spent) if spent else None,
         seconds=round(found.seconds, 2),
+        membership=membership,
     )
     with run_directory(out) as directory:
         from mpc_fl.apps.report.audit_page import write_audit_report  # draws: matplotlib comes with it

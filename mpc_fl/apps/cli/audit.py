@@ -9,6 +9,7 @@ import typer
 
 from mpc_fl.apps.cli.options import AsJson, Command, Group, command_line, print_json, say
 from mpc_fl.apps.cli.progress import shown_progress
+from mpc_fl.errors import ConfigError
 
 if TYPE_CHECKING:
     from mpc_fl.apps.audit_summary import AuditSummary
@@ -43,18 +44,32 @@ def privacy(
     unit: Annotated[
         Literal["patient", "record"], typer.Option(help="Canaries with two records each, or with one.")
     ] = "patient",
+    shadows: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=256,
+            help="Models to train on halves of the run's own data, to infer membership; 0, or 4 and more.",
+        ),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Bound epsilon from below, by canaries whose presence is guessed from what training opened (docs/evidence.md).
 
-    The run is made again with its own noise, steps and hospitals, several times, on this machine; needs no data. A lower bound
+    The run is made again with its own noise, steps and hospitals, several times, on this machine; that needs no data. With
+    --shadows it is also made again so many times on its own data, to attack its model. A lower bound
     above the accountant's upper bound means that patients lose more than is promised: exit status 1. With the confidence of 95 %
     that is no accident.
     """
     from mpc_fl.apps.auditing.finished_run import AuditRequest, audit_run
+    from mpc_fl.apps.auditing.shadow_runs import FEWEST_SHADOWS
 
+    if 0 < shadows < FEWEST_SHADOWS:
+        raise ConfigError(
+            f"{shadows} shadow models tell nothing", f"take --shadows {FEWEST_SHADOWS} or more, 16 for a figure"
+        )
     place = run.with_name(run.name + "-audit") if out is None else out
-    request = AuditRequest(run, canaries, at_once, unit == "patient", command_line())
+    request = AuditRequest(run, canaries, at_once, unit == "patient", shadows, command_line())
     with shown_progress() as progress:
         summary = audit_run(request, place, progress)
     if as_json:
@@ -81,3 +96,7 @@ def _say_audit(summary: AuditSummary) -> None:
         f"Per {summary.unit} at delta {summary.delta:.2g}, all bounds together with confidence {summary.confidence:.0%}; "
         f"{summary.canaries} canaries in {summary.repetitions} repetitions."
     )
+    found = summary.membership
+    if found is not None:
+        rates = ", ".join(f"{true:.1%} of members at {false:.1%} mistakes" for false, true in found.rates)
+        say(f"Membership by the final model alone: area {found.area:.3f} below the curve, one half is chance; {rates}.")

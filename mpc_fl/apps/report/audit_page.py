@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpc_fl.apps.audit_summary import AUDIT_FILE, AuditSummary
-from mpc_fl.apps.formats import duration, plain
-from mpc_fl.apps.report.figures import privacy_bounds
+from mpc_fl.apps.formats import duration, percent, plain
+from mpc_fl.apps.report.figures import membership_curve, privacy_bounds
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table, tiles
 from mpc_fl.apps.report.page import document
 from mpc_fl.apps.rows import read_object
@@ -71,6 +71,27 @@ def _guesses(summary: AuditSummary) -> Markup:
     return Markup(paragraph(text) + table("Guesses", head, rows, 5))
 
 
+def _membership(summary: AuditSummary) -> Markup:
+    found = summary.membership
+    if found is None:
+        return paragraph(
+            "Not asked for: --shadows N trains N models on halves of the run's own data, and attacks each."
+        )
+    rows = [(percent(false), percent(true)) for false, true in found.rates]
+    text = f"""{found.models} runs like this one were made on its own data, with half of the {found.patients} training
+    patients each. Of each model the others told how sure it would be of a patient that trained it, and of one that did not
+    (Carlini et al. 2022). Who attacks has the final model and the patients' records. This is an attack that was tried, not a
+    bound: a better one shows more. With half of the patients a model remembers more of each than that of all would."""
+    tile = tiles([("Area below the curve", plain(found.area), "one half is chance")])
+    picture = plot(
+        membership_curve(found.curve),
+        "Members recognised against patients taken for members by mistake, both on scales of powers of ten",
+        "To the left of the dashed line: better than chance at few mistakes, which is what harms.",
+    )
+    head = ("Patients taken for members by mistake", "Members recognised")
+    return Markup(paragraph(text) + tile + picture + table("At few mistakes", head, rows, 2))
+
+
 def _rests_on(summary: AuditSummary) -> Markup:
     noise, rate = plain(summary.noise_multiplier, ".4g"), plain(summary.sample_rate, ".4g")
     spent = "" if summary.epsilon_of_run is None else (
@@ -100,6 +121,7 @@ def write_audit_report(directory: Path) -> Path:
     sections = {
         "Result": Markup(_result(summary) + _picture(summary)),
         "Guesses": _guesses(summary),
+        "Membership": _membership(summary),
         "What it rests on": _rests_on(summary),
         "Record": _record(summary),
     }

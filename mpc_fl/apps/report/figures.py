@@ -195,6 +195,19 @@ def privacy_bounds(
 
 
 @_styled
+def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
+    """Members recognised against mistakes, on scales of powers of ten; points at zero are left out."""
+    shown = [(false, true) for false, true in curve if false > 0 and true > 0]
+    figure, (axes,) = _new(4.6, 3.7)
+    axes.plot([1e-4, 1], [1e-4, 1], color=_INK, linewidth=1, linestyle=_DASHES[2], label="chance")
+    axes.plot(*zip(*shown, strict=True), color=PALETTE[0], label="attack") if shown else None
+    axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1.2), aspect="equal")
+    axes.set(xlabel="False positive rate", ylabel="True positive rate", title="Membership")
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+@_styled
 def roc_curves(names: Sequence[str], scores: Sequence[Sequence[Sequence[int]]]) -> Figure:
     """One curve per class (one versus rest) from histograms (classes, 2, bins); the first eight classes."""
     figure, (axes,) = _new(7.2, 3.7)

@@ -59,7 +59,16 @@ def test_a_contradiction_is_an_exit_status_and_a_warning(tmp_path: Path, monkeyp
     values = json.loads((out / "audit.json").read_text())
     values["bounds"][0]["lower"] = values["upper"][0] + 1
     (out / "audit.json").write_text(json.dumps(values))
-    assert "Do not release" in write_audit_report(out).read_text()
+    values["membership"] = {
+        "models": 8,
+        "patients": 90,
+        "area": 0.71,
+        "rates": [[0.01, 0.2]],
+        "curve": [[0.0, 0.0], [0.01, 0.2], [1.0, 1.0]],
+    }
+    (out / "audit.json").write_text(json.dumps(values))
+    report = write_audit_report(out).read_text()
+    assert "Do not release" in report and "8 runs like this one" in report and "20.0 %" in report
     monkeypatch.setattr("mpc_fl.apps.audit_summary.AuditSummary.holds", False)
     assert invoked(run, "--canaries", 200, "--out", tmp_path / "again").exit_code == 1
 
@@ -71,6 +80,8 @@ def test_what_cannot_be_audited_is_told_in_one_line(broken: str, tmp_path: Path)
         finished(run, audited("local"))
     if broken == "no summary":
         (run / SUMMARY_FILE).unlink()
+    shadows = invoked(run, "--shadows", 2)
+    assert isinstance(shadows.exception, ConfigError) and "tell nothing" in str(shadows.exception)
     told = invoked(run, "--canaries", 20_000, "--at-once", 20_000)
     assert isinstance(told.exception, ConfigError if broken == "too many for delta" else DataError)
     assert str(told.exception).isprintable() and not told.stdout
