@@ -11,39 +11,39 @@ that it has in common with i. These are all shares of the sketch V_i, and i has 
      fixed at all verifiers: a first verifier shows its part of the next one only when it has what it is for
   3. all have recorded the opening, and tell all their answers to the point that the last numbers make ("answers", signed hashes),
      then what they have heard ("judged"). All know of every i, alike, whether it passed
-  4. who proved and did not pass knows all right answers. It shows whose was false ("accused"): the seed and the masks that it has in
-     common with that verifier, and the slices and corrections that it sent to it, all of which are committed to. Everybody
-     computes the right answer: a verifier that is shown to have answered falsely is named by all (`ProtocolError`) and nothing is
-     opened; who cannot show that deviates itself, and is left out
+  4. who proved and did not pass knows all right answers. It shows whose was false ("accused"): the seed and the masks that it
+     has in common with that verifier, and the slices and corrections that it sent to it, all of which are committed to.
+     Everybody computes the right answer: a verifier that is shown to have answered falsely is named by all (`ProtocolError`)
+     and nothing is opened; who cannot show that deviates itself, and is left out (`shown_answers`)
 Each word repeats what was heard before it (`signed_words`), so whoever tells two hospitals different things is named.
 
 Who learns what. All of U learn of each hospital whether its update is within the bound; nothing else.
 
 Security, against a hospital that deviates. As in `norm_check`: it passes with a sketch that is too long with probability below
-2^-38, whatever it sends, as long as the others follow the protocol. It cannot choose what is drawn, because one honest number is
-unknown when the others are committed to; whoever does not show its own makes the sum void, and that is lost with it. What passed
-is what is summed: the hashes of all slices are signed before anything is drawn, keys of masks and seeds of proofs committed to by both
-who have them, and the copies of own slices are compared in the linear check (`slice_totals`). *Two hospitals together can pass*,
-both, as with an aggregator, and the sum is held against the bounds of all by each of V. An honest hospital within its
-bound cannot be left out by false answers: who gave them is. It cannot be accused either: what it answered follows from what
-both committed to.
+2^-38, whatever it sends, as long as the others follow the protocol. It cannot choose what is drawn, because one honest number
+is unknown when the others are committed to; whoever does not show its own makes the sum void, and that is lost with it. What
+passed is what is summed: the hashes of all slices are signed before anything is drawn, keys of masks and seeds of proofs
+committed to by both who have them, and the copies of own slices are compared in the linear check (`slice_totals`). *Two
+hospitals together can pass*, both, as with an aggregator, and the sum is held against the bounds of all by each of V. An honest
+hospital within its bound cannot be left out by false answers: who gave them is. It cannot be accused either: what it answered
+follows from what both committed to.
 
-Secrecy, against n - 2 hospitals that deviate together. Shares of proofs are key streams at all verifiers and what is sent is what
-these do not add up to: uniform to all who lack one honest stream, row 0 of the polynomials with it. Streams are under the
-digest of all that was drawn and said: who was told different things holds shares that do not fit. Answers are given once. So an honest
-hospital within the bound opens a constant. What an accusation shows the accused knew; the summands that it is about are
+Secrecy, against n - 2 hospitals that deviate together. Shares of proofs are key streams at all verifiers and what is sent is
+what these do not add up to: uniform to all who lack one honest stream, row 0 of the polynomials with it. Streams are under the
+digest of all that was drawn and said: who was told different things holds shares that do not fit. Answers are given once. So an
+honest hospital within the bound opens a constant. What an accusation shows the accused knew; the summands that it is about are
 masked by others yet, and are never opened.
 
 A hospital that is lost or late makes the sum void (`SumLostError`), for a check needs all of U: the caller goes on without it.
 One that sends its first verifier nothing, and the others their words, is named by that verifier alone.
 
-Rounds and bytes. `steps` messages one after the other. A hospital sends 16 (M + bits + 66) bytes to its first verifier and
-16 (n - 1) (M / 16 + bits / 16 + 3) of answers to each other one (`ProofSize`), and six words of a few hundred bytes for each hospital.
+Rounds and bytes. `steps` messages one after the other. A hospital sends 16 (M + bits + 66) bytes to its first verifier and 16
+(n - 1) (M / 16 + bits / 16 + 3) of answers to each other one (`ProofSize`), and six words of a few hundred bytes for each
+hospital.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,10 +55,11 @@ from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.aggregation.norm_proof import ProofSize, Transcript, accepted, whole_numbers
 from mpc_fl.aggregation.peer_summands import PeerSummands
 from mpc_fl.aggregation.prime_field import Vector, from_words, to_words, zeros
-from mpc_fl.aggregation.proof_steps import ProofSteps, proof_seeds, refusal_line, shares_of_masks, stacked
+from mpc_fl.aggregation.proof_steps import PARTS, ProofSteps, proof_seeds, refusal_line, shares_of_masks, stacked
+from mpc_fl.aggregation.shown_answers import ShownAnswers, committed_seed, seed_hash
 from mpc_fl.aggregation.signed_words import DEVIATES, Signed, Subject, heard, repeated, require_one_version, say_signed
 from mpc_fl.aggregation.sketch import SignHash
-from mpc_fl.aggregation.words import broadcast, hear_all, next_word, say
+from mpc_fl.aggregation.words import broadcast, hear_all
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.stream_cipher import Seed
@@ -70,7 +71,7 @@ from mpc_fl.sharing.opening import SecretDomain
 log = logging.getLogger(__name__)
 
 WHAT = "whether each update is within its norm bound"
-_COINS = ("sketch", "carries", "bits", "products")
+_COINS = ("sketch", *PARTS)
 # A part of a proof goes to one hospital before all wait for the word of that one, so it has a step of its own.
 _SKETCH, _CARRIES, _BITS, _PRODUCTS, _ANSWERS, _JUDGED, _ACCUSED = 0, 1, 3, 5, 7, 8, 9
 _STEPS = 10
@@ -105,7 +106,7 @@ class PeerNormCheck:
         return {
             "coins": [commitment(self._label(word), self.me, self.numbers[word]) for word in _COINS],
             "seeds": [
-                _hash_of(seed.reveal_for_transport()) for seed in [*(p[0] for p in pairs), *(p[1] for p in pairs)]
+                seed_hash(seed.reveal_for_transport()) for seed in [*(p[0] for p in pairs), *(p[1] for p in pairs)]
             ],
         }
 
@@ -121,16 +122,10 @@ class PeerNormCheck:
     def _label(self, word: str) -> str:
         return f"{self.plan.transcript} {word}"
 
-    def _seed_hash(self, hospital: str, prover: str, verifier: str) -> str:
-        """What `hospital`, one of the two, committed to as the seed of this proof."""
-        said: Any = self.summands.committed[hospital]
-        others = self._others_of(hospital)
-        return str(said["seeds"][others.index(verifier) if hospital == prover else len(others) + others.index(prover)])
-
     def _require_one_seed(self) -> None:
         for prover in self.plan.hospitals:
             for verifier in self._others_of(prover):
-                one, other = (self._seed_hash(name, prover, verifier) for name in (prover, verifier))
+                one, other = (committed_seed(self.summands, name, prover, verifier) for name in (prover, verifier))
                 if one != other:
                     raise ProtocolError(
                         f"{prover} and {verifier} committed to different seeds of a proof of '{self.plan.name}'",
@@ -145,8 +140,8 @@ class PeerNormCheck:
         Raises `ProtocolError` naming who deviates, `PeerLostError`, and `SumLostError` where another hospital gave up.
         """
         self.summands, hospitals = summands, self.plan.hospitals
-        self.first = summands.slices.keeper(self.me, hospitals)
-        self.before_me = next(name for name in self.others if summands.slices.keeper(name, hospitals) == self.me)
+        self.first = summands.keeper(self.me)
+        self.before_me = next(name for name in self.others if summands.keeper(name) == self.me)
         self._require_one_seed()
         opening = Opening(
             WHAT, f"norm check of '{self.plan.name}'", (len(hospitals),), hospitals, hospitals, None, summands.bound
@@ -180,21 +175,15 @@ class PeerNormCheck:
 
     def _begun(self) -> ProofSteps:
         """With this hospital's shares of all sketches."""
-        hospitals, summands, keeper = self.plan.hospitals, self.summands, self.summands.slices.keeper
+        summands = self.summands
         shares, of_mine = shares_of_masks(self.sign_hash, self.masks, self.test.dtype)
         for name in self.others:
-            shares[name] = shares[name] + self._folded(summands.held[name])
-            kept = [name, self.me] if keeper(self.me, hospitals) == name else [name]
-            of_mine[name] = of_mine[name] + self._folded({piece: summands.own[piece] for piece in kept})
+            shares[name] = shares[name] + summands.folded(self.sign_hash, summands.held[name])
+            mine = {piece: summands.own[piece] for piece in summands.kept_by(name, self.me)}
+            of_mine[name] = of_mine[name] + summands.folded(self.sign_hash, mine)
         whole = {name: whole_numbers(share) for name, share in of_mine.items()}
         seeds = {name: self.seeds[name] for name in self._others_of(self.me)}
         return ProofSteps(self.size, (self.me, self.first), seeds, shares, whole)
-
-    def _folded(self, slices: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The sketch of these slices of a summand, (buckets,)."""
-        place = self.summands.slices.place
-        parts = [self.sign_hash.fold_part(words, place(piece).start) for piece, words in slices.items()]
-        return torch.stack(parts).sum(0, dtype=self.test.dtype)
 
     def _draw(self, word: str, step: int, values: dict[str, Any], take: Callable[..., None] | None = None) -> bytes:
         """All say `values` and their number of this word: what these make, uniform, and known to nobody before."""
@@ -258,7 +247,7 @@ class PeerNormCheck:
         name, digest = self.before_me, self._digests[part][self.before_me]
         if digest == "" and not words.numel():
             return
-        count = {"carries": self.test.buckets, "bits": self.size.bits, "products": self.size.products}[part]
+        count = self.size.of_parts[PARTS.index(part)]
         if tuple(words.shape) != (count, 2) or tensor_digest(words) != digest:
             raise ProtocolError(f"{name} sent another part of its proof than it signed", DEVIATES, name)
         self.proofs.take(name, from_words(words, name))
@@ -297,15 +286,18 @@ class PeerNormCheck:
 
     def _settle(self, failed: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Step 4. Raises `ProtocolError` naming a verifier that answered falsely."""
-        false = list[str]()
+        seeds, false = {name: mine for name, (mine, _) in self.seeds.items()}, list[str]()
+        shown_answers = ShownAnswers(
+            self.links, self.masks, seeds, self.summands, self.sign_hash, self.proofs, self._digests
+        )
         if self.me in failed:
             false = self.proofs.false_answers(failed[self.me])
             log.warning("%s", refusal_line(false))
-            self._accuse(false)
+            shown_answers.accuse(self.others, false)
         until = self.summands.deadlines.of(_ACCUSED)
         for name in [name for name in failed if name != self.me]:
             try:
-                shown = self._shown_by(name, failed[name], until)
+                shown = shown_answers.shown_by(name, failed[name], until)
             except (PeerLostError, ProtocolError) as error:
                 log.warning("%s", error)
                 shown = []
@@ -323,97 +315,6 @@ class PeerNormCheck:
                 f"false answers about a proof of '{self.plan.name}' were given by {names}", DEVIATES, by
             )
 
-    def _accuse(self, false: Sequence[str]) -> None:
-        """Show what these verifiers had to answer from."""
-        keys = {
-            name: {
-                "seed": self.seeds[name][0].reveal_for_transport().hex(),
-                "keys": [key.hex() for key in self.masks.own_keys(name)],
-            }
-            for name in false
-        }
-        say(self.links, self.others, "accused", false=keys)
-        for verifier in false:
-            for piece in self._kept_by(verifier, self.me):
-                self._show(f"accused {verifier} {piece}", self.summands.own[piece])
-            if verifier == self.first:
-                carries, bits, _, products = self.proofs.corrections
-                for part, words in zip(_COINS[1:], (carries, bits, products), strict=True):
-                    self._show(f"accused {part}", to_words(words))
-
-    def _show(self, tag: str, words: torch.Tensor) -> None:
-        broadcast(self.others, lambda name: self.links.send_tensor(name, tag, words))
-
-    def _kept_by(self, verifier: str, prover: str) -> list[str]:
-        is_first = self.summands.slices.keeper(prover, self.plan.hospitals) == verifier
-        return [verifier, prover] if is_first else [verifier]
-
-    def _shown_by(self, prover: str, answers: Mapping[str, torch.Tensor], until: float) -> list[str]:
-        """The verifiers of which a hospital shows that they answered falsely. Raises `ProtocolError` for what shows nothing."""
-        said = next_word(self.links, prover, ("accused", "void"), until).get("false")
-        found = list[str]()
-        for verifier, shown in said.items() if isinstance(said, dict) else ():
-            if verifier not in answers or not isinstance(shown, dict):
-                raise ProtocolError(f"{prover} accuses nobody who verified its proof", DEVIATES, prover)
-            right = to_words(self._right_answer(prover, verifier, shown, until))
-            if torch.equal(right, answers[verifier]):
-                raise ProtocolError(f"{prover} accuses {verifier}, whose answer was right", DEVIATES, prover)
-            found.append(verifier)
-        return found
-
-    def _right_answer(self, prover: str, verifier: str, shown: Mapping[str, Any], until: float) -> Vector:
-        """What the verifier had to answer, from what the prover shows; all of it is what both had committed to."""
-        summands, plan, dtype = self.summands, self.plan, self.test.dtype
-        seed = _bytes_of(shown.get("seed"))
-        if _hash_of(seed) != self._seed_hash(prover, prover, verifier):
-            raise ProtocolError(f"{prover} showed another seed of its proof than it committed to", DEVIATES, prover)
-        names = [key for key in plan.keys_known_to(prover) if key[1] == prover and key[2] == verifier]
-        values = shown.get("keys")
-        keys = [_bytes_of(value) for value in (values if isinstance(values, list) else [])]
-        if len(keys) != len(names):
-            raise ProtocolError(f"{prover} did not show the keys of its masks", DEVIATES, prover)
-        for name, key in zip(names, keys, strict=True):
-            summands.commitments.require(prover, name, key)
-        slices = {
-            piece: self._taken(
-                prover,
-                f"accused {verifier} {piece}",
-                (dtype, (summands.slices.length(piece),), summands.hashes[prover][piece]),
-                until,
-            )
-            for piece in self._kept_by(verifier, prover)
-        }
-        corrections = None
-        if summands.slices.keeper(prover, plan.hospitals) == verifier:
-            counts = (self.test.buckets, self.size.bits, self.size.products)
-            corrections = [
-                from_words(
-                    self._taken(
-                        prover, f"accused {part}", (torch.int64, (count, 2), self._digests[part][prover]), until
-                    ),
-                    prover,
-                )
-                for part, count in zip(_COINS[1:], counts, strict=True)
-            ]
-        added = [kind == "closing" or plan.adds(prover, verifier) for kind, _, _ in names]
-        masks = [(Seed(key).stream("mask"), not add) for key, add in zip(keys, added, strict=True)]
-        share = self.sign_hash.fold_masks(masks, dtype) + self._folded(slices)
-        return self.proofs.answers_under(Seed(seed), whole_numbers(share), corrections)
-
-    def _taken(
-        self, sender: str, tag: str, what: tuple[torch.dtype, tuple[int, ...], str], until: float
-    ) -> torch.Tensor:
-        """A tensor of this dtype, shape and digest. Raises `ProtocolError` naming the sender for another one."""
-        dtype, shape, digest = what
-        words = self.links.receive_tensor(sender, tag, dtype, shape, until)
-        if tensor_digest(words) != digest:
-            raise ProtocolError(f"{sender} showed something else than it signed", DEVIATES, sender)
-        return words
-
-
-def _hash_of(seed: bytes) -> str:
-    return hashlib.sha256(b"mpc-fl seed of a proof" + seed).hexdigest()
-
 
 def _is_hash(value: object) -> bool:
     return isinstance(value, str) and len(value) == _HEX
@@ -421,10 +322,3 @@ def _is_hash(value: object) -> bool:
 
 def _are_hashes(values: object, count: int) -> bool:
     return isinstance(values, list) and len(values) == count and all(_is_hash(value) for value in values)
-
-
-def _bytes_of(text: object) -> bytes:
-    try:
-        return bytes.fromhex(text) if isinstance(text, str) and len(text) == _HEX else b""
-    except ValueError:
-        return b""

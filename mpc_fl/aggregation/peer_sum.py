@@ -40,9 +40,15 @@ another one (`linear_check`). Nobody is blamed for another: who is named as devi
 that do not fit, or did so to the hospital that names it, whose word others only pass on. A loss is no proof. Whoever
 says that a slice did not come costs itself or its sender the place in V, and who falsely gives up a sum makes it void.
 
-Not here: who proposes after whom, and that all sign T and what came of it (a block): the caller's. A norm check needs each
-hospital's own slice with another one; rules with a check are refused. So is a circle of masks (`mask_graph`): what it holds
-against was counted for one opener, that none of its hospitals is.
+With a check of norms in the rules, V must be U in step 2, since the masks of whoever is missing are in the other summands: else
+the sum is void. After it all tell what they heard of the slices ("heard"), and what they committed to is compared, of all of U.
+Then they make the check (`peer_norm_check`); V are those who passed. So that nobody has alone what was checked, the hospital
+after i keeps a copy of the slice that i opens of its own summand (`held_slices`): from step 1 on, and in step 3 the next one of
+V does; in step 5 it tells its combinations, too. An opened sum that summands within their bounds cannot make ends the run
+(`ProtocolError`). A copy costs k/8/n bytes per element, the rest is what `peer_norm_check` states.
+
+Not here: who proposes after whom, and that all sign T and what came of it (a block): the caller's. A circle of masks
+(`mask_graph`) is refused: what it holds against was counted for one opener, that none of its hospitals is.
 """
 
 from __future__ import annotations
@@ -55,6 +61,7 @@ from typing import Any
 
 import torch
 
+from mpc_fl.aggregation.held_slices import HeldSlices
 from mpc_fl.aggregation.linear_check import COIN_BYTES, commitment
 from mpc_fl.aggregation.peer_summands import PeerSummands
 from mpc_fl.aggregation.rules import AgreedSum, PeerCheck, Rules, require_hospitals, require_only, require_quorum
@@ -71,7 +78,7 @@ from mpc_fl.aggregation.signed_words import (
 from mpc_fl.aggregation.slice_totals import FIRST_STEP, FixedSlices, SaidOfSlices, checked_totals
 from mpc_fl.aggregation.slices import Slices, who_has_all
 from mpc_fl.aggregation.transcript import confirm, digest_of, require_confirmation
-from mpc_fl.aggregation.words import Deadlines, broadcast, first_to_speak, hear_all, names_in, next_word, say
+from mpc_fl.aggregation.words import Deadlines, first_to_speak, hear_all, names_in, next_word, say
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.secrecy import Private, Shared
@@ -151,7 +158,7 @@ def _said_of_slices(hospital: str, plan: SumPlan, word: Mapping[str, Any], signe
 @dataclass
 class _Part:
     """A hospital's part in one sum. `admitted` is V once it is known; `said` the words of step 1 by hospital; `held` the slices
-    that this hospital opens, by slice and sender; `own` those of its summand; `kept` the copies that it keeps, by slice.
+    that this hospital has.
     """
 
     domain: SecretDomain
@@ -161,9 +168,6 @@ class _Part:
     encoded: Private[torch.Tensor]
     admitted: tuple[str, ...] = ()
     said: dict[str, SaidOfSlices] = field(default_factory=dict)
-    held: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    kept: dict[str, torch.Tensor] = field(default_factory=dict)
     fixed: Signed = NOTHING_SAID
 
     def __post_init__(self) -> None:
@@ -176,6 +180,7 @@ class _Part:
         self.masks = SummandMasks(plan, self.me, self.shape, self.domain.sum_seed)
         self.commitments = KeyCommitments(plan)
         self.slices = Slices(plan.hospitals, summand.numel())
+        self.held = HeldSlices(self.links, self.slices, self.me, self.agreed.about.why)
         self.number = Seed.from_system().reveal_for_transport()[:COIN_BYTES]
         at = plan.hospitals.index(self.me)
         self.others = (*plan.hospitals[at + 1 :], *plan.hospitals[:at])  # so each begins with another one
@@ -210,8 +215,8 @@ class _Part:
 
     def _send_slices(self, before_summand: Callable[[], None] | None) -> None:
         plan = self.plan
-        self.own = self.slices.cut(self.masks.masked(self.encoded, in_place=True))
-        hashes = {name: tensor_digest(words) for name, words in self.own.items()}
+        self.held.own = self.slices.cut(self.masks.masked(self.encoded, in_place=True))
+        hashes = {name: tensor_digest(words) for name, words in self.held.own.items()}
         coin = commitment(plan.transcript, self.me, self.number)
         values = {"hashes": list(hashes.values()), "keys": self.masks.commitments(), "coin": coin}
         if self.check is not None:
@@ -219,12 +224,8 @@ class _Part:
         if before_summand is not None:
             before_summand()
         signed = say_signed(self.domain, self.links, self.others, Subject(plan.transcript, "slices"), values)
-        broadcast(self.others, lambda name: self.links.send_tensor(name, "slice", self.own[name]))
-        if self.check is not None:
-            keeper = self.slices.keeper(self.me, plan.hospitals)
-            broadcast([keeper], lambda name: self.links.send_tensor(name, f"copy {self.me}", self.own[self.me]))
+        self.held.send(self.others, copy=self.check is not None)
         self.said[self.me] = SaidOfSlices(hashes, values["keys"], coin, signed, values.get("check"))
-        self.held[self.me] = {self.me: self.own[self.me]}
 
     def _take_slices(self) -> None:
         """A hospital whose slice does not come, or is not what it signed, is told to the proposer as one that did not come."""
@@ -247,31 +248,14 @@ class _Part:
         word = next_word(self.links, name, ("slices",), deadline)
         signed = heard(self.domain, name, Subject(self.plan.transcript, "slices"), word)
         said = _said_of_slices(name, self.plan, word, signed)
-        words = self._receive(name, "slice", self.me, deadline)
-        self._require_hash(name, words, said.hashes[self.me])
         if self.check is not None:
             self.check.require_committed(name, said.check)
-            if self.slices.keeper(name, self.plan.hospitals) == self.me:
-                self._take_copy(name, name, said, deadline)
-        self.said[name], self.held[self.me][name] = said, words
-
-    def _take_copy(self, name: str, piece: str, said: SaidOfSlices, deadline: float) -> None:
-        """Of a slice that a hospital opens of its own summand."""
-        copy = self._receive(name, f"copy {piece}", piece, deadline)
-        self._require_hash(name, copy, said.hashes[piece])
-        self.kept[piece] = copy
-
-    def _receive(self, name: str, tag: str, piece: str, deadline: float) -> torch.Tensor:
-        return self.links.receive_tensor(name, tag, self.dtype, (self.slices.length(piece),), deadline)
-
-    def _require_hash(self, name: str, words: torch.Tensor, digest: str) -> None:
-        if tensor_digest(words) != digest:
-            what = f"{name} sent another slice of '{self.agreed.about.why}' than it signed"
-            raise ProtocolError(what, DEVIATES, name)
+        self.held.take(name, said.hashes, deadline, copy=self.check is not None)
+        self.said[name] = said
 
     def _fix(self) -> None:
         """Step 2. The proposer waits for those alone that can be in V."""
-        plan, why, came = self.plan, self.agreed.about.why, list(self.held[self.me])
+        plan, why, came = self.plan, self.agreed.about.why, list(self.held.held[self.me])
         subject = Subject(plan.transcript, "fixed")
         if self.me == plan.opener:
             reports, deadline = {self.me: set(came)}, self.deadline + _ARRIVED * self.answer
@@ -320,13 +304,13 @@ class _Part:
         hear_all(self.links, self.others, "heard", take, (deadlines, 0))
         for name in plan.hospitals:  # whoever is left out, too: what it committed to is of masks in the other summands
             self.commitments.take(name, said[name].keys)
-        held = {name: {self.me: self.held[self.me][name]} for name in self.others}
-        for piece, copy in self.kept.items():
+        held = {name: {self.me: self.held.held[self.me][name]} for name in self.others}
+        for piece, copy in self.held.kept.items():
             held[piece][piece] = copy
         bound = digest_of([_CHECKED, plan.transcript, {name: each.digest for name, each in signed.items()}])
         summands = PeerSummands(
             slices=self.slices,
-            own=self.own,
+            own=self.held.own,
             held=held,
             hashes={name: said[name].hashes for name in plan.hospitals},
             commitments=self.commitments,
@@ -351,41 +335,11 @@ class _Part:
         require_one_version(self.domain, name, Subject(transcript, "slices"), signed, word.get("repeated"))
 
     def _hand_on(self, deadlines: Deadlines) -> None:
-        """Step 3, of slices whose hospitals are not in V: the same words of those in V, to who opens them instead."""
-        handed_on = self.slices.handed_on(self.admitted)
-        for piece, opener in handed_on.items():
-            if opener != self.me:
-                self.links.send_tensor(opener, f"slice {piece}", self.own[piece])
-        deadline = deadlines.of(_HANDED_ON)
-        for piece in [piece for piece, opener in handed_on.items() if opener == self.me]:
-            self.held[piece] = {self.me: self.own[piece]}
-            for name in self.peers:
-                words = self._receive(name, f"slice {piece}", piece, deadline)
-                self._require_hash(name, words, self.said[name].hashes[piece])
-                self.held[piece][name] = words
-        self.held[self.me] = {name: self.held[self.me][name] for name in self.admitted}
+        """Step 3, of slices whose hospitals are not in V."""
+        hashes, deadline = {name: said.hashes for name, said in self.said.items()}, deadlines.of(_HANDED_ON)
+        self.held.hand_on(self.admitted, hashes, deadline)
         if self.check is not None:
-            self._hand_on_copies(deadline)
-
-    def _hand_on_copies(self, deadline: float) -> None:
-        """Of V each has another keeper of what it opens of its own summand, where the one before is not in V, and for what it
-        opens instead of another."""
-        slices, admitted, all_of_u = self.slices, self.admitted, self.plan.hospitals
-        keepers = {name: slices.keeper(name, admitted) for name in admitted}
-
-        def has_it(name: str, piece: str) -> bool:
-            return piece == name and slices.keeper(name, all_of_u) == keepers[name]
-
-        for piece in slices.opened_by(self.me, admitted):
-            if not has_it(self.me, piece):
-                self.links.send_tensor(keepers[self.me], f"copy {piece}", self.own[piece])
-        came, self.kept = self.kept, {}
-        for name in [name for name in self.peers if keepers[name] == self.me]:
-            for piece in slices.opened_by(name, admitted):
-                if has_it(name, piece):
-                    self.kept[piece] = came[piece]
-                else:
-                    self._take_copy(name, piece, self.said[name], deadline)
+            self.held.hand_on_copies(self.admitted, hashes, deadline)
 
     def _confirmed(self, deadlines: Deadlines) -> FixedSlices:
         """Step 3: what all of V hold, when all of them have signed the same."""
@@ -416,12 +370,12 @@ class _Part:
             bound=bound,
             admitted=self.admitted,
             peers=self.peers,
-            own=self.own,
-            held=self.held,
+            own=self.held.own,
+            held=self.held.held,
             said=said,
             number=self.number,
             deadlines=deadlines,
-            kept=None if self.check is None else self.kept,
+            kept=None if self.check is None else self.held.kept,
         )
 
     def _opening(self) -> Opening:
@@ -434,9 +388,7 @@ class _Part:
         """Step 6."""
         about, total = self.agreed.about, self.slices.joined(totals).reshape(self.shape)
         masked = MaskedTotal(self.masks, self.commitments, total)
-        self.own.clear()
         self.held.clear()
-        self.kept.clear()
         fixed = Shared(about.what, FixedSum(masked, self.admitted, self.rules.smallest, 0))
         opened = open_to(self.domain, fixed, list(self.admitted), about.why, about.privacy, decode=False)
         assert opened is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mpc_fl.aggregation.sketch import SignHash
 from mpc_fl.aggregation.slices import Slices
 from mpc_fl.aggregation.words import Deadlines
 from mpc_fl.sharing.closed_sum import KeyCommitments
@@ -29,3 +30,21 @@ class PeerSummands:
     committed: Mapping[str, object]
     bound: str
     deadlines: Deadlines
+
+    @property
+    def hospitals(self) -> tuple[str, ...]:
+        """U, in order."""
+        return self.slices.hospitals
+
+    def keeper(self, hospital: str) -> str:
+        """Who keeps a copy of what a hospital opens of its own summand."""
+        return self.slices.keeper(hospital, self.hospitals)
+
+    def kept_by(self, keeper: str, sender: str) -> list[str]:
+        """The slices of the sender's summand that another hospital has."""
+        return [keeper, sender] if self.keeper(sender) == keeper else [keeper]
+
+    def folded(self, sign_hash: SignHash, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The sketch of these slices of a summand, (buckets,)."""
+        folds = [sign_hash.fold_part(words, self.slices.place(piece).start) for piece, words in parts.items()]
+        return torch.stack(folds).sum(0, dtype=folds[0].dtype)

@@ -1,10 +1,10 @@
 """What a hospital computes in a norm check, step by step: its own proof, and its shares of those of the others.
 
-It sends nothing. The same for both arrangements, which differ in who verifies, who tells what is public, and how messages travel: with an
-aggregator (`norm_check`) it is the first verifier of all proofs; among peers (`peer_norm_check`) that of each hospital is the next
-one. A verifier's share of a proof is a key stream that it has in common with the hospital that proves; the first verifier's
-has a correction added, which the hospital sends: what the streams do not add up to. An aggregator has no stream, so its share is the
-correction alone. The steps are those of `norm_proof`.
+It sends nothing. The same for both arrangements, which differ in who verifies, who tells what is public, and how messages
+travel: with an aggregator (`norm_check`) it is the first verifier of all proofs; among peers (`peer_norm_check`) that of each
+hospital is the next one. A verifier's share of a proof is a key stream that it has in common with the hospital that proves; the
+first verifier's has a correction added, which the hospital sends: what the streams do not add up to. An aggregator has no
+stream, so its share is the correction alone. The steps are those of `norm_proof`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import SummandMasks
 
-_PARTS = ("carries", "bits", "products")
+PARTS = ("carries", "bits", "products")  # of a proof, in order
 
 
 def proof_seeds(links: Links, hospitals: Sequence[str]) -> dict[str, tuple[Seed, Seed]]:
@@ -153,7 +153,7 @@ class ProofSteps:
         """What a verifier must answer that has this seed in common with the hospital that proves, this share of its sketch (whole
         numbers), and, where it is the first one, these corrections of three parts."""
         witness = Witness(self.size, {"verifier": seed})
-        for part, told in zip(_PARTS, self._told, strict=True):
+        for part, told in zip(PARTS, self._told, strict=True):
             witness.expand(part, told)
         if corrections is not None:
             corrections = [*corrections[:2], zeros(self.size.columns), *corrections[2:]]
@@ -178,7 +178,7 @@ class ProofSteps:
         return answers_of(self.size, self._projections, self.weights, self._point, held, corrections is not None)
 
     def _expand(self, told: str) -> None:
-        part = _PARTS[len(self._told)]
+        part = PARTS[len(self._told)]
         self._told.append(told)
         self.proof.expand(part, told)
         for name, witness in self.verified.items():

@@ -152,10 +152,6 @@ class Config(Section):
                 f"without a coordinator any two quorums need more hospitals in common than privacy.colluders={colluders}; set "
                 f"federation.quorum to {(federation.hospitals + colluders) // 2 + 1} or more, or lower privacy.colluders"
             )
-        if self.aggregation.norm_check:
-            raise ValueError(
-                "there is no aggregation.norm_check yet where federation.coordinator is none; leave it as it is by default"
-            )
         require_relays(federation, self.runtime)
         return self
 

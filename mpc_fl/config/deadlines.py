@@ -27,6 +27,7 @@ _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was 
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
 # Among peers, one after the other: transcript, five until V is fixed, seven steps until keys leave, keys, and a block.
 _ANSWERS_OF_A_PEER_SUM = 16
+_ANSWERS_OF_A_PEER_CHECK = 11  # what all heard of slices, and the steps of a norm check
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def peer_deadlines_of(config: Config) -> PeerDeadlines:
     """The deadlines of a training run without an aggregator, of the same settings as those of one with it."""
     connect, answer = connect_seconds(config), config.runtime.receive_timeout
     summand = config.federation.round_timeout or answer
-    presence = summand + _ANSWERS_OF_A_PEER_SUM * answer
+    answers = _ANSWERS_OF_A_PEER_SUM + (_ANSWERS_OF_A_PEER_CHECK if config.aggregation.norm_check else 0)
+    presence = summand + answers * answer
     return PeerDeadlines(connect, answer, summand, connect + summand, presence, 2 * answer)
 
 

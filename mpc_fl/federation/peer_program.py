@@ -20,7 +20,7 @@ from cryptography import x509
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.audit.opening_record import Opening
-from mpc_fl.audit.peer_record import without_record
+from mpc_fl.audit.peer_record import values_of_refused, without_record
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
@@ -292,6 +292,7 @@ class _Run:
             result.hospitals = made.prepare()
         elif number <= self.config.training.rounds:
             result.hospitals, figures, seconds = made.train()
+            result.refused = values_of_refused(made.refused)
         elif number == self.config.last_round:
             result.hospitals, said = made.conclude()
         result.made = digest_of_common(self.peer.common)
@@ -343,7 +344,7 @@ class _Run:
             complete = all({*opening.among, *opening.to} <= set(result.hospitals) for opening in ledger.pending)
             kind = "openings" if complete and not self.begun_before else "abandoned"
             about = f"round {number}"
-            values = {"global model": common.digests.parameters}
+            values = {"global model": common.digests.parameters, **result.refused}
             if number in common.choice.figures:
                 values["validation"] = figure_digest(common.choice.figures[number])
             if common.digests.calibration:

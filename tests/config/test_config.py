@@ -85,7 +85,6 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
             {"federation": {"dial_out_only": ["hospital-1"]}, "runtime": {"receive_timeout": 20}},
             "set runtime.receive_timeout to 35 or more",
         ),
-        ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
         ({"federation": {"hospitals": 5, "founders": 3, "quorum": 4}}, "3 founders must be a quorum"),
         ({"federation": {"hospitals": 3, "founders": 4, "quorum": 3}}, "4 founders must be a quorum"),
         (

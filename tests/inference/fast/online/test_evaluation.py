@@ -33,7 +33,7 @@ from mpc_fl.inference.fast.layers import (
     Linear,
     MaxPool,
     ReLU,
-    SignExtend,
+    SignExtension,
 )
 from mpc_fl.inference.fast.messages import batch_from, describe, network_from
 from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value, label_bits
@@ -81,9 +81,11 @@ def small_network() -> Network:
         "relu6": wide(8, 4, 3),
         "point": narrow(4, 4, 3),
         "extended": wide(4, 4, 3),
-        "cat": wide(12, 4, 3),
-        "average": Value((12, 2, 2), 32, unit / 4),
-        "flat": Value((48,), 32, unit / 4),
+        "mixed": narrow(4, 4, 3),
+        "relu4": wide(4, 4, 3),
+        "cat": wide(16, 4, 3),
+        "average": Value((16, 2, 2), 32, unit / 4),
+        "flat": Value((64,), 32, unit / 4),
         "logits": Value((CLASSES,), 20, unit / 4),
     }
     layers = (
@@ -98,11 +100,13 @@ def small_network() -> Network:
         Convolution("depthwise", ("relu3",), "depthwise", 12, (8, 1, 3, 3), (1, 1), (1, 1), (1, 1), 8),
         ReLU("relu6", ("depthwise",), "relu6", ceiling=6 << 12),
         Convolution("point", ("relu3",), "point", 12, (4, 8, 1, 1)),
-        SignExtend("extended", ("point",), "extended"),
-        Concatenate("cat", ("relu6", "extended"), "cat"),
+        SignExtension("extended", ("point",), "extended"),
+        Convolution("mixed", ("extended",), "mixed", 12, (4, 4, 1, 1)),
+        ReLU("relu4", ("mixed",), "relu4"),
+        Concatenate("cat", ("relu6", "extended", "relu4"), "cat"),
         AveragePool("average", ("cat",), "average", 0, (2, 2), (2, 2), (0, 0, 0, 1)),
         Flatten("flat", ("average",), "flat"),
-        Linear("fc", ("flat",), "logits", 12, (CLASSES, 48)),
+        Linear("fc", ("flat",), "logits", 12, (CLASSES, 64)),
     )
     return Network(layers, values, "image", "logits")
 

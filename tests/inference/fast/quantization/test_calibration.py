@@ -17,7 +17,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
 from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
-from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtension
 from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import encode, encode_silently
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check, stress_records
@@ -102,7 +102,7 @@ def test_integers_give_the_logits_of_unusual_combinations() -> None:
     model = every_shape()
     calibration = calibrate(model, images(16, 37))
     kinds = [type(layer) for layer in calibration.network.layers]
-    assert {Convolution, ReLU, MaxPool, AveragePool, Add, SignExtend} <= set(kinds)
+    assert {Convolution, ReLU, MaxPool, AveragePool, Add, SignExtension} <= set(kinds)
     assert logit_error(model, calibration, images(16, 37)) < 0.03  # the last BatchNorm multiplies by up to 40
 
 
@@ -128,7 +128,7 @@ def test_a_residual_network_truncates_once_per_gate_and_extends_nothing() -> Non
     model = build_model(config, input_shape=(3, 64, 64), seed=0)
     calibrate_batchnorm(model, images(8, 64))
     layers = calibrate(model.eval(), images(8, 64)).network.layers
-    assert not any(isinstance(layer, SignExtend) for layer in layers)
+    assert not any(isinstance(layer, SignExtension) for layer in layers)
     truncations = sum(layer.shift > 0 for layer in layers)
     gates = sum(isinstance(layer, ReLU) for layer in layers)
     assert truncations == gates + 1  # and the logits
