@@ -1,6 +1,7 @@
 """How a closed sum grows with hospitals: masks, keys, bytes and time, in one process, and a thousand hospitals simulated.
 
-    python benchmarks/many_hospitals.py [--hospitals 3 8 16 32] [--parameters 100000] [--simulated 1000] [--reckoned 1200 10000] [--json]
+    python benchmarks/many_hospitals.py [--hospitals 3 8 16 32] [--parameters 100000] [--simulated 1000] [--json]
+    python benchmarks/many_hospitals.py --hospitals --simulated --reckoned 32 1200 10000
 
 In process: hospitals and aggregator are threads with links in memory, whose messages are encoded and counted in the same
 frames as on the network; up to a tenth of the hospitals may be left out (closing masks, quorum nine tenths). Bytes are those that a
@@ -10,7 +11,8 @@ Simulated: every hospital's masks, commitments and keys are made and every sum i
 `--sums`, of 64 elements, of which a random tenth of the hospitals is lost; there are no links, so bytes are of the messages as the
 frames would hold them. Whether losses ever leave somebody too few neighbours is tried on `--circles` more graphs.
 
-Reckoned: what a hospital holds and sends (`mask_costs`), and each of it over the logarithm (to the base 2) of the number of hospitals.
+Reckoned: what a hospital holds and sends (`mask_costs`), and each of it over the logarithm of the number of hospitals, to the
+base 2.
 
 Up to 16 hospitals the graph is complete. `against` says how many may pool with the aggregator.
 """
