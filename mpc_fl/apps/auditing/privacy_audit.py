@@ -95,7 +95,8 @@ def audit_privacy(plan: AuditPlan, told: Told) -> PrivacyAudit:
             released = repeat_run(run, canaries, Path(directory), done, plan.delta if number == 0 else None)
         seen.inside.append(canaries.inside)
         seen.releases.append(released.matrix)
-        upper += [epsilon for epsilon in released.epsilon if math.isfinite(epsilon)]
+        if all(map(math.isfinite, released.epsilon)):
+            upper += released.epsilon
     return PrivacyAudit(_bounds(plan, seen, upper), upper, time.monotonic() - began)
 
 
