@@ -33,8 +33,9 @@ aggregator would be sent.
 What it does not find. An opener who adds E to its total and L(E) to its own numbers has done what it could do by itself:
 nobody else holds its own slice, and E is as if its summand had been another one. It chooses E without knowing the sum,
 because keys leave after the check. (Were the slices opened first, as the order of steps suggests, it could choose what its slice
-of the result is.) But that summand is no longer what was checked, if norms are: with a norm check the hospital's own
-slice has to be with another one, too.
+of the result is.) But that summand is no longer what was checked, if norms are: then the next hospital of V keeps a copy of the
+opener's own slice (`Slices.keeper`), of the signed hash, and tells L of it in step 3. Where the two differ it shows the copy: if
+that is what the hash says, and not what the opener told, the opener is named, else the keeper.
 
 Cost. Three additions a word, for a hospital's own summand and for the totals: under a nanosecond each on one core.
 `combinations` words a slice from each hospital to all.

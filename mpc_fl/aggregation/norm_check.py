@@ -1,5 +1,7 @@
 """Is each hidden update within its norm bound? Each hospital proves it to all others; one bit of each is opened.
 
+With an aggregator, as this module says; among peers (`peer_norm_check`) the same proofs are verified in another arrangement.
+
 Sketches V_i (`sketch`, M buckets) of the updates of the n hospitals U of a closed sum are shared over Z_2^k, k = 32 or 64: the
 opener folds the y_i it was sent, every other hospital the masks that it has in common with i (`closed_sum`). These
 are all shares: hospital i has none, and what is checked is what the sum is made of. For every i in U, at the same time:
@@ -55,33 +57,29 @@ import torch
 
 from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.aggregation.norm_proof import (
-    Point,
     ProofSize,
     Transcript,
     VerifierShare,
-    Witness,
     accepted,
     answers_of,
-    bits_of,
-    centred_sketch,
     draw_point,
     draw_projections,
     draw_weights,
-    products_of,
-    square_sum,
     whole_numbers,
 )
-from mpc_fl.aggregation.prime_field import PRIME, Vector, from_words, to_words, zeros
+from mpc_fl.aggregation.peer_norm_check import WHAT, PeerNormCheck
+from mpc_fl.aggregation.prime_field import Vector, from_words, to_words, zeros
+from mpc_fl.aggregation.proof_steps import ProofSteps, proof_seeds, refusal_line, shares_of_masks, stacked
 from mpc_fl.aggregation.sketch import SEED_BYTES, SignHash
 from mpc_fl.aggregation.words import broadcast
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, PeerLostError, ProtocolError
+from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
 
 log = logging.getLogger(__name__)
 
-_WHAT = "whether each update is within its norm bound"
 _PROOF, _ANSWERS, _TOLD, _ACCUSED = "proof", "answers", "told", "accused"  # tags of messages
 
 
@@ -118,6 +116,10 @@ class NormCheck:
         say_check(hospitals=list(closed.plan.hospitals), sketch=seed.hex())
         return _Opener(self, domain, closed, seed).run()
 
+    def among_peers(self, domain: SecretDomain, links: Links, masks: SummandMasks) -> PeerNormCheck:
+        """The same check of the summands of a sum among peers, at one of its hospitals."""
+        return PeerNormCheck(self.test, self.parameters, domain, links, masks)
+
     def require_total(self, total: torch.Tensor, admitted: Sequence[str], why: str) -> None:
         """A sum of summands within their bound is no longer than their number times it: what two together can do ends there.
 
@@ -143,7 +145,7 @@ def _seed_in(word: Mapping[str, Any], key: str, opener: str) -> bytes:
 
 
 def _about(hospitals: Sequence[str], opener: str, name: str) -> Opening:
-    return Opening(_WHAT, f"norm check of '{name}'", (len(hospitals),), (opener,), (*hospitals, opener))
+    return Opening(WHAT, f"norm check of '{name}'", (len(hospitals),), (opener,), (*hospitals, opener))
 
 
 class _StoppedError(Exception):
@@ -151,7 +153,7 @@ class _StoppedError(Exception):
 
 
 class _Hospital:
-    """One check at a hospital: `proof` is its own, `verified` are those of the others."""
+    """One check at a hospital, led by the opener, which is the first verifier of its proof."""
 
     def __init__(self, check: NormCheck, domain: SecretDomain, masks: SummandMasks, seed: bytes) -> None:
         plan = masks.plan
@@ -161,25 +163,14 @@ class _Hospital:
         self.told_first = self.told.add(seed)
         self.size = ProofSize(check.test, len(plan.hospitals))
         sign_hash = SignHash(seed, check.parameters, check.test.buckets)
-        others = [name for name in plan.hospitals if name != self.me]
-        pairs = {name: self.links.pairwise_seed(name, "norm check") for name in others}
-        self.of_opener: list[Vector] = []  # its share of this hospital's proof
-        self.proof = Witness(self.size, {name: pair.derive("proof", self.me) for name, pair in pairs.items()})
-        self.verified = {name: Witness(self.size, {name: pair.derive("proof", name)}) for name, pair in pairs.items()}
-        # What i added to its summand, a verifier takes away. The opener's share is the sketch of what it was sent.
-        dtype = self.test.dtype
-        self.shares = {
-            name: sign_hash.fold_masks(((stream, not added) for stream, added in masks.shared_masks(name)), dtype)
-            for name in others
-        }
-        of_mine = {
-            name: sign_hash.fold_masks(((stream, not added) for stream, added in masks.own_masks(name)), dtype)
-            for name in others
-        }
+        seeds = proof_seeds(self.links, plan.hospitals)
+        # The opener's share is the sketch of what it was sent.
+        shares, of_mine = shares_of_masks(sign_hash, masks, self.test.dtype)
         rest = sign_hash.fold(masks.encoded.inside_protocol().reshape(-1))
         for share in of_mine.values():
             rest = rest - share
-        self.shares_of_mine = {name: whole_numbers(share) for name, share in {**of_mine, plan.opener: rest}.items()}
+        shares_of_mine = {name: whole_numbers(share) for name, share in {**of_mine, plan.opener: rest}.items()}
+        self.steps = ProofSteps(self.size, (self.me, plan.opener), seeds, shares, shares_of_mine)
 
     def run(self) -> None:
         """All steps."""
@@ -196,85 +187,39 @@ class _Hospital:
             raise _StoppedError
         return told
 
-    def _expand(self, part: str, told: str, rows: Sequence[str]) -> None:
-        self.proof.expand(part, told)
-        for name, witness in self.verified.items():
-            if name in rows:
-                witness.expand(part, told)
-
-    def _share(self, values: Vector, place: int) -> None:
-        """Share the next piece of the proof: the opener gets what the others' key streams do not add up to."""
-        share = (values - self.proof.total(place)) % PRIME
-        self.of_opener.append(share)
-        self.links.send_tensor(self.plan.opener, _PROOF, to_words(share))
+    def _send(self, correction: Vector | None) -> None:
+        if correction is not None:
+            self.links.send_tensor(self.plan.opener, _PROOF, to_words(correction))
 
     def _steps(self) -> None:
-        opener, size = self.plan.opener, self.size
+        opener, steps = self.plan.opener, self.steps
         # 1. and 2.
-        self._expand("carries", self.told_first, self.plan.hospitals)
-        sketch, carries = centred_sketch(self.test, list(self.shares_of_mine.values()))
-        within = square_sum(sketch) <= self.test.largest_square_sum
-        if within:
-            self._share(carries % PRIME, 0)
-        else:
-            self.links.send_tensor(opener, _PROOF, to_words(zeros(0)))
+        carries = steps.carries(self.told_first)
+        self._send(zeros(0) if carries is None else carries)
         told = self._hear()
         seed, rows = _seed_in(told, "seed", opener), told.get("rows")
-        if not isinstance(rows, list) or not all(name in self.plan.hospitals for name in rows):
+        if not isinstance(rows, list) or not all(isinstance(name, str) for name in rows) or not steps.may_be(rows):
             raise ProtocolError(f"{opener} led a norm check of unknown proofs", SAME_VERSION_AND_CONFIGURATION)
-        if len(set(rows)) != len(rows) or (self.me in rows and not within):
-            raise ProtocolError(f"{opener} led a norm check of unknown proofs", SAME_VERSION_AND_CONFIGURATION)
-        projections = draw_projections(seed, self.test.buckets)
-        self._expand("bits", self.told.add(seed, rows), rows)
-        proves = self.me in rows
-        first_row = self.proof.total(2)
-        if proves:
-            bits = bits_of(size, projections, sketch, carries)
-            self._share(bits, 1)
-            self.of_opener.append(zeros(size.columns))  # of row 0
+        self._send(steps.bits(self.told.add(seed, rows), rows, seed))
         seed = _seed_in(self._hear(), "seed", opener)
-        weights = draw_weights(seed, size)
-        self._expand("products", self.told.add(seed), rows)
-        if proves:
-            self._share(products_of(size, weights, sketch, bits, first_row), 3)
+        self._send(steps.products(self.told.add(seed), seed))
         # 3.
-        point = draw_point(_seed_in(self._hear(), "seed", opener))
-        answers = [
-            answers_of(size, projections, weights, point, self._verifier_share(name, witness), False)
-            for name, witness in self.verified.items()
-            if name in rows
-        ]
+        answers = steps.answers(_seed_in(self._hear(), "seed", opener))
         self.domain.record.append(_about(self.plan.hospitals, opener, self.plan.name))
-        self.links.send_tensor(opener, _ANSWERS, _stacked(answers, size))
+        self.links.send_tensor(opener, _ANSWERS, stacked(list(answers.values()), self.size))
         # 4.
         failed = self._hear().get("failed")
-        if isinstance(failed, list) and self.me in failed and proves:
-            self._accuse(projections, weights, point)
+        if isinstance(failed, list) and self.me in failed and steps.proves:
+            self._accuse()
 
-    def _verifier_share(self, name: str, witness: Witness) -> VerifierShare:
-        return VerifierShare.of(self.test, whole_numbers(self.shares[name]), witness.shares[name])
-
-    def _accuse(self, projections: Any, weights: Vector, point: Point) -> None:
+    def _accuse(self) -> None:
         """Step 4 at a hospital that proved and was not accepted: who answered something else than it had to?"""
-        opener, size, accused = self.plan.opener, self.size, []
-        verifiers = [*self.verified, opener]
-        given = self.links.receive_tensor(opener, _ANSWERS, torch.int64, (len(verifiers), size.answers, 2))
-        for name, words in zip(verifiers, given, strict=True):
-            witness = self.of_opener if name == opener else self.proof.shares[name]
-            share = VerifierShare.of(self.test, self.shares_of_mine[name], witness)
-            expected = answers_of(size, projections, weights, point, share, name == opener)
-            if not torch.equal(to_words(expected), words):
-                accused.append(name)
-        log.warning(
-            "the proof of this hospital that its update is within its norm bound was not accepted: %s",
-            f"false answers of {', '.join(accused)}" if accused else "all answers are right, so the proof is wrong",
-        )
+        opener = self.plan.opener
+        verifiers = [*self.steps.verified, opener]
+        given = self.links.receive_tensor(opener, _ANSWERS, torch.int64, (len(verifiers), self.size.answers, 2))
+        accused = self.steps.false_answers(dict(zip(verifiers, given, strict=True)))
+        log.warning("%s", refusal_line(accused))
         self.links.send_object(opener, _ACCUSED, {"hospitals": accused})
-
-
-def _stacked(answers: Sequence[Vector], size: ProofSize) -> torch.Tensor:
-    words = [to_words(answer) for answer in answers]
-    return torch.stack(words) if words else torch.zeros(0, size.answers, 2, dtype=torch.int64)
 
 
 class _Opener:

@@ -111,6 +111,11 @@ class ProofSize:
         return 2 * (2 * ROWS + 1)
 
     @property
+    def of_parts(self) -> tuple[int, int, int]:
+        """Elements of steps 2, 4 (but for row 0) and 6."""
+        return self.test.buckets, self.bits, self.products
+
+    @property
     def answers(self) -> int:
         """Elements of step 8."""
         return self.columns + 3

@@ -40,9 +40,15 @@ another one (`linear_check`). Nobody is blamed for another: who is named as devi
 that do not fit, or did so to the hospital that names it, whose word others only pass on. A loss is no proof. Whoever
 says that a slice did not come costs itself or its sender the place in V, and who falsely gives up a sum makes it void.
 
-Not here: who proposes after whom, and that all sign T and what came of it (a block): the caller's. A norm check needs each
-hospital's own slice with another one; rules with a check are refused. So is a circle of masks (`mask_graph`): what it holds
-against was counted for one opener, that none of its hospitals is.
+With a check of norms in the rules, V must be U in step 2, since the masks of whoever is missing are in the other summands: else
+the sum is void. After it all tell what they heard of the slices ("heard"), and what they committed to is compared, of all of U.
+Then they make the check (`peer_norm_check`); V are those who passed. So that nobody has alone what was checked, the hospital
+after i keeps a copy of the slice that i opens of its own summand (`held_slices`): from step 1 on, and in step 3 the next one of
+V does; in step 5 it tells its combinations, too. An opened sum that summands within their bounds cannot make ends the run
+(`ProtocolError`). A copy costs k/8/n bytes per element, the rest is what `peer_norm_check` states.
+
+Not here: who proposes after whom, and that all sign T and what came of it (a block): the caller's. A circle of masks
+(`mask_graph`) is refused: what it holds against was counted for one opener, that none of its hospitals is.
 """
 
 from __future__ import annotations
@@ -55,8 +61,10 @@ from typing import Any
 
 import torch
 
+from mpc_fl.aggregation.held_slices import HeldSlices
 from mpc_fl.aggregation.linear_check import COIN_BYTES, commitment
-from mpc_fl.aggregation.rules import AgreedSum, Rules, require_hospitals, require_only, require_quorum
+from mpc_fl.aggregation.peer_summands import PeerSummands
+from mpc_fl.aggregation.rules import AgreedSum, PeerCheck, Rules, require_hospitals, require_only, require_quorum
 from mpc_fl.aggregation.signed_words import (
     DEVIATES,
     NOTHING_SAID,
@@ -70,14 +78,15 @@ from mpc_fl.aggregation.signed_words import (
 from mpc_fl.aggregation.slice_totals import FIRST_STEP, FixedSlices, SaidOfSlices, checked_totals
 from mpc_fl.aggregation.slices import Slices, who_has_all
 from mpc_fl.aggregation.transcript import confirm, digest_of, require_confirmation
-from mpc_fl.aggregation.words import Deadlines, broadcast, first_to_speak, hear_all, names_in, next_word, say
+from mpc_fl.aggregation.words import Deadlines, first_to_speak, hear_all, names_in, next_word, say
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
-from mpc_fl.sharing.closed_sum import KeyCommitments, MaskedTotal, SummandMasks, SumPlan, require_admissible
+from mpc_fl.sharing.closed_sum import KeyCommitments, MaskedTotal, SummandMasks
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
+from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +97,7 @@ _LEAST_CLOSING = 2
 _ARRIVED, _FIXED = 3, 5
 _HANDED_ON, _CONFIRM = range(FIRST_STEP)
 _CONFIRMED = "mpc-fl slices of a peer sum 1"
+_CHECKED = "mpc-fl slices of a peer sum to check 1"
 _HEX = 64
 
 
@@ -116,10 +126,10 @@ def peer_sum(
             f"'{agreed.about.why}' cannot be summed among {len(plan.hospitals)} peers with masks in a circle",
             "set aggregation.mask_neighbours to all",
         )
-    if rules.check is not None or plan.closing < _LEAST_CLOSING or plan.opener not in plan.hospitals:
+    if plan.closing < _LEAST_CLOSING or plan.opener not in plan.hospitals:
         raise ProtocolError(
             f"'{agreed.about.why}' cannot be summed among peers",
-            f"let one of its hospitals propose, with at least {_LEAST_CLOSING} closing masks and without a norm check",
+            f"let one of its hospitals propose, with at least {_LEAST_CLOSING} closing masks",
         )
     domain.take_up(plan.transcript)
     part = _Part(domain, rules, agreed, plan, encoded)
@@ -141,13 +151,14 @@ def _said_of_slices(hospital: str, plan: SumPlan, word: Mapping[str, Any], signe
     texts = [*hashes, coin] if isinstance(hashes, list) else []
     if len(texts) != len(plan.hospitals) + 1 or not all(isinstance(text, str) and len(text) == _HEX for text in texts):
         raise ProtocolError(f"{hospital} sent no hashes of its slices", SAME_VERSION, hospital)
-    return SaidOfSlices(dict(zip(plan.hospitals, texts, strict=False)), word.get("keys"), texts[-1], signed)
+    hashes = dict(zip(plan.hospitals, texts, strict=False))
+    return SaidOfSlices(hashes, word.get("keys"), texts[-1], signed, word.get("check"))
 
 
 @dataclass
 class _Part:
     """A hospital's part in one sum. `admitted` is V once it is known; `said` the words of step 1 by hospital; `held` the slices
-    that this hospital opens, by slice and sender; `own` those of its summand.
+    that this hospital has.
     """
 
     domain: SecretDomain
@@ -157,8 +168,6 @@ class _Part:
     encoded: Private[torch.Tensor]
     admitted: tuple[str, ...] = ()
     said: dict[str, SaidOfSlices] = field(default_factory=dict)
-    held: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
     fixed: Signed = NOTHING_SAID
 
     def __post_init__(self) -> None:
@@ -171,9 +180,12 @@ class _Part:
         self.masks = SummandMasks(plan, self.me, self.shape, self.domain.sum_seed)
         self.commitments = KeyCommitments(plan)
         self.slices = Slices(plan.hospitals, summand.numel())
+        self.held = HeldSlices(self.links, self.slices, self.me, self.agreed.about.why)
         self.number = Seed.from_system().reveal_for_transport()[:COIN_BYTES]
         at = plan.hospitals.index(self.me)
         self.others = (*plan.hospitals[at + 1 :], *plan.hospitals[:at])  # so each begins with another one
+        check = self.rules.check
+        self.check = None if check is None else check.among_peers(self.domain, self.links, self.masks)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -184,14 +196,16 @@ class _Part:
         """All steps."""
         self._send_slices(before_summand)
         self._take_slices()
+        why, late = self.agreed.about.why, "a slice came late, or not where it should"
         self._fix()
-        if self.me not in self.admitted:
-            log.warning(
-                "this hospital was left out of '%s': a slice came late, or not where it should", self.agreed.about.why
-            )
-            return self.admitted, None
         now = time.monotonic()
-        deadlines = Deadlines(self.agreed.about.why, now, self.links.deadline() - now)
+        deadlines = Deadlines(why, now, self.links.deadline() - now)
+        if self.check is not None:
+            late = "its update was not shown to be within the norm bound"
+            deadlines = self._leave_out_unchecked(self.check, deadlines)
+        if self.me not in self.admitted:
+            log.warning("this hospital was left out of '%s': %s", why, late)
+            return self.admitted, None
         self._hand_on(deadlines)
         return self.admitted, self._open(checked_totals(self._confirmed(deadlines)))
 
@@ -201,16 +215,17 @@ class _Part:
 
     def _send_slices(self, before_summand: Callable[[], None] | None) -> None:
         plan = self.plan
-        self.own = self.slices.cut(self.masks.masked(self.encoded, in_place=True))
-        hashes = {name: tensor_digest(words) for name, words in self.own.items()}
+        self.held.own = self.slices.cut(self.masks.masked(self.encoded, in_place=True))
+        hashes = {name: tensor_digest(words) for name, words in self.held.own.items()}
         coin = commitment(plan.transcript, self.me, self.number)
         values = {"hashes": list(hashes.values()), "keys": self.masks.commitments(), "coin": coin}
+        if self.check is not None:
+            values["check"] = self.check.committed
         if before_summand is not None:
             before_summand()
         signed = say_signed(self.domain, self.links, self.others, Subject(plan.transcript, "slices"), values)
-        broadcast(self.others, lambda name: self.links.send_tensor(name, "slice", self.own[name]))
-        self.said[self.me] = SaidOfSlices(hashes, values["keys"], coin, signed)
-        self.held[self.me] = {self.me: self.own[self.me]}
+        self.held.send(self.others, copy=self.check is not None)
+        self.said[self.me] = SaidOfSlices(hashes, values["keys"], coin, signed, values.get("check"))
 
     def _take_slices(self) -> None:
         """A hospital whose slice does not come, or is not what it signed, is told to the proposer as one that did not come."""
@@ -233,21 +248,14 @@ class _Part:
         word = next_word(self.links, name, ("slices",), deadline)
         signed = heard(self.domain, name, Subject(self.plan.transcript, "slices"), word)
         said = _said_of_slices(name, self.plan, word, signed)
-        words = self._receive(name, "slice", self.me, deadline)
-        self._require_hash(name, words, said.hashes[self.me])
-        self.said[name], self.held[self.me][name] = said, words
-
-    def _receive(self, name: str, tag: str, piece: str, deadline: float) -> torch.Tensor:
-        return self.links.receive_tensor(name, tag, self.dtype, (self.slices.length(piece),), deadline)
-
-    def _require_hash(self, name: str, words: torch.Tensor, digest: str) -> None:
-        if tensor_digest(words) != digest:
-            what = f"{name} sent another slice of '{self.agreed.about.why}' than it signed"
-            raise ProtocolError(what, DEVIATES, name)
+        if self.check is not None:
+            self.check.require_committed(name, said.check)
+        self.held.take(name, said.hashes, deadline, copy=self.check is not None)
+        self.said[name] = said
 
     def _fix(self) -> None:
         """Step 2. The proposer waits for those alone that can be in V."""
-        plan, why, came = self.plan, self.agreed.about.why, list(self.held[self.me])
+        plan, why, came = self.plan, self.agreed.about.why, list(self.held.held[self.me])
         subject = Subject(plan.transcript, "fixed")
         if self.me == plan.opener:
             reports, deadline = {self.me: set(came)}, self.deadline + _ARRIVED * self.answer
@@ -274,6 +282,9 @@ class _Part:
             hear_all(self.links, [plan.opener], "fixed", take, (deadlines, 0))
         require_quorum(self.rules, self.admitted, plan.hospitals, why)
         require_admissible(plan, self.admitted, self.rules.smallest)
+        if self.check is not None and (absent := [name for name in plan.hospitals if name not in self.admitted]):
+            # Its masks are in the other summands.
+            raise PeerLostError(absent[0], f"{absent[0]} did not come to a sum whose norms are checked")
         if self.me not in self.admitted:
             return
         require_only(self.agreed, self.admitted)
@@ -281,20 +292,54 @@ class _Part:
             what = f"{plan.opener} fixed '{why}' over {missing[0]}, whose slice did not come"
             raise ProtocolError(what, DEVIATES, plan.opener)
 
+    def _leave_out_unchecked(self, check: PeerCheck, deadlines: Deadlines) -> Deadlines:
+        """With a check: V is whoever passes it. The deadlines of what comes then."""
+        plan, said, why = self.plan, self.said, self.agreed.about.why
+        signed, fixed = {name: said[name].signed for name in plan.hospitals}, {plan.opener: self.fixed}
+        say(self.links, self.others, "heard", repeated=repeated(signed), fixed=repeated(fixed))
+
+        def take(name: str, word: dict[str, Any]) -> None:
+            self._require_same(name, fixed, signed, word)
+
+        hear_all(self.links, self.others, "heard", take, (deadlines, 0))
+        for name in plan.hospitals:  # whoever is left out, too: what it committed to is of masks in the other summands
+            self.commitments.take(name, said[name].keys)
+        held = {name: {self.me: self.held.held[self.me][name]} for name in self.others}
+        for piece, copy in self.held.kept.items():
+            held[piece][piece] = copy
+        bound = digest_of([_CHECKED, plan.transcript, {name: each.digest for name, each in signed.items()}])
+        summands = PeerSummands(
+            slices=self.slices,
+            own=self.held.own,
+            held=held,
+            hashes={name: said[name].hashes for name in plan.hospitals},
+            commitments=self.commitments,
+            committed={name: said[name].check for name in plan.hospitals},
+            bound=bound,
+            deadlines=deadlines.after(1),
+        )
+        self.admitted = check.passed(summands)
+        if refused := [name for name in plan.hospitals if name not in self.admitted]:
+            log.warning("'%s' goes on without %s: not shown to be within the norm bound", why, ", ".join(refused))
+        require_quorum(self.rules, self.admitted, plan.hospitals, why)
+        if self.me in self.admitted:
+            require_only(self.agreed, self.admitted)
+        return deadlines.after(1 + check.steps)
+
+    def _require_same(
+        self, name: str, fixed: Mapping[str, Signed], signed: Mapping[str, Signed], word: Mapping[str, Any]
+    ) -> None:
+        """Another one was told the same V, and the same of all slices."""
+        transcript = self.plan.transcript
+        require_one_version(self.domain, name, Subject(transcript, "fixed"), fixed, word.get("fixed"))
+        require_one_version(self.domain, name, Subject(transcript, "slices"), signed, word.get("repeated"))
+
     def _hand_on(self, deadlines: Deadlines) -> None:
-        """Step 3, of slices whose hospitals are not in V: the same words of those in V, to who opens them instead."""
-        handed_on = self.slices.handed_on(self.admitted)
-        for piece, opener in handed_on.items():
-            if opener != self.me:
-                self.links.send_tensor(opener, f"slice {piece}", self.own[piece])
-        deadline = deadlines.of(_HANDED_ON)
-        for piece in [piece for piece, opener in handed_on.items() if opener == self.me]:
-            self.held[piece] = {self.me: self.own[piece]}
-            for name in self.peers:
-                words = self._receive(name, f"slice {piece}", piece, deadline)
-                self._require_hash(name, words, self.said[name].hashes[piece])
-                self.held[piece][name] = words
-        self.held[self.me] = {name: self.held[self.me][name] for name in self.admitted}
+        """Step 3, of slices whose hospitals are not in V."""
+        hashes, deadline = {name: said.hashes for name, said in self.said.items()}, deadlines.of(_HANDED_ON)
+        self.held.hand_on(self.admitted, hashes, deadline)
+        if self.check is not None:
+            self.held.hand_on_copies(self.admitted, hashes, deadline)
 
     def _confirmed(self, deadlines: Deadlines) -> FixedSlices:
         """Step 3: what all of V hold, when all of them have signed the same."""
@@ -304,19 +349,19 @@ class _Part:
         bound = digest_of([_CONFIRMED, plan.transcript, list(self.admitted), digests])
         self.domain.confirmed[plan.transcript] = self._opening()
         confirmation = confirm(self.domain, bound, self.admitted)
-        fixed, subject = {plan.opener: self.fixed}, Subject(plan.transcript, "fixed")
+        fixed = {plan.opener: self.fixed}
         # To all of U: a hospital that was told another V waits for this one, too.
         about_v = repeated(fixed)
         say(self.links, self.others, "confirm", confirmation=confirmation, repeated=repeated(signed), fixed=about_v)
 
         def take(name: str, word: dict[str, Any]) -> None:
-            require_one_version(self.domain, name, subject, fixed, word.get("fixed"))
-            require_one_version(self.domain, name, Subject(plan.transcript, "slices"), signed, word.get("repeated"))
+            self._require_same(name, fixed, signed, word)
             require_confirmation(self.domain, name, bound, self.admitted, word)
 
         hear_all(self.links, self.peers, "confirm", take, (deadlines, _CONFIRM))
-        for name, each in said.items():  # the same to all, now
-            self.commitments.take(name, each.keys)
+        if self.check is None:
+            for name, each in said.items():  # the same to all, now
+                self.commitments.take(name, each.keys)
         return FixedSlices(
             domain=self.domain,
             links=self.links,
@@ -325,11 +370,12 @@ class _Part:
             bound=bound,
             admitted=self.admitted,
             peers=self.peers,
-            own=self.own,
-            held=self.held,
+            own=self.held.own,
+            held=self.held.held,
             said=said,
             number=self.number,
             deadlines=deadlines,
+            kept=None if self.check is None else self.held.kept,
         )
 
     def _opening(self) -> Opening:
@@ -342,9 +388,10 @@ class _Part:
         """Step 6."""
         about, total = self.agreed.about, self.slices.joined(totals).reshape(self.shape)
         masked = MaskedTotal(self.masks, self.commitments, total)
-        self.own.clear()
         self.held.clear()
         fixed = Shared(about.what, FixedSum(masked, self.admitted, self.rules.smallest, 0))
         opened = open_to(self.domain, fixed, list(self.admitted), about.why, about.privacy, decode=False)
         assert opened is not None
+        if self.rules.check is not None:
+            self.rules.check.require_total(opened, self.admitted, about.why)
         return opened

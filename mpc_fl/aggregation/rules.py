@@ -13,11 +13,14 @@ from typing import Any, Literal, Protocol
 import torch
 
 from mpc_fl.aggregation.mask_graph import MaskBounds, mask_bounds
+from mpc_fl.aggregation.peer_summands import PeerSummands
 from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.links.links import Links
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 # Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
 Missed = Literal["left out", "void"]
@@ -28,8 +31,27 @@ def missed_by(name: str, error: SumLostError) -> Missed:
     return "left out" if error.lost == name else "void"
 
 
+class PeerCheck(Protocol):
+    """A check among peers, of the summands of one sum, at one of its hospitals."""
+
+    steps: int
+
+    @property
+    def committed(self) -> object:
+        """What this hospital says for the check with the hashes of its slices, of JSON's types."""
+
+    def require_committed(self, hospital: str, said: object) -> None:
+        """Raise `ProtocolError` naming the hospital where what it said for the check cannot be."""
+
+    def passed(self, summands: PeerSummands) -> tuple[str, ...]:
+        """Take part, within so many `steps` of the deadlines; the hospitals that passed, in the order of U, alike at all."""
+
+
 class Check(Protocol):
-    """A check of hidden summands before anything is opened, on shares of them."""
+    """A check of hidden summands before anything is opened, on shares of them, in two arrangements."""
+
+    def among_peers(self, domain: SecretDomain, links: Links, masks: SummandMasks) -> PeerCheck:
+        """The check of one sum among peers, over `links` of this sum alone."""
 
     def at_hospital(self, domain: SecretDomain, masks: SummandMasks, word: Mapping[str, Any]) -> None:
         """Take part, after the aggregator's word "check"."""
@@ -38,7 +60,7 @@ class Check(Protocol):
         """Start it with `say_check`, return the hospitals that passed."""
 
     def require_total(self, total: torch.Tensor, admitted: Sequence[str], why: str) -> None:
-        """At the opener: raise `ProtocolError` for an opened sum that summands which passed cannot make."""
+        """At who opens: raise `ProtocolError` for an opened sum that summands which passed cannot make."""
 
 
 @dataclass(frozen=True)

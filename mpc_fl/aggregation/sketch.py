@@ -80,6 +80,23 @@ class SignHash:
         accumulator.add(elements, 0)
         return accumulator.folded()
 
+    def fold_part(self, elements: torch.Tensor, start: int) -> torch.Tensor:
+        """The sketch of a vector that is `elements` (int32 or int64, contiguous) from `start` on and zero elsewhere: (buckets,).
+
+        The part may begin and end within a block, unlike those of an accumulator.
+        """
+        accumulator, block, stop = self.accumulator(elements.dtype), self.block, start + elements.numel()
+        first = min(-(-start // block) * block, stop)
+        last = stop if stop == self.parameters else max(first, stop // block * block)
+        accumulator.add(elements[first - start : last - start], first if first < last else 0)
+        for begin, end in ((start, first), (last, stop)):
+            if begin < end:  # within one block, of which the rest is zero
+                at = begin // block * block
+                filled = torch.zeros(min(block, self.parameters - at), dtype=elements.dtype)
+                filled[begin - at : end - at] = elements[begin - start : end - start]
+                accumulator.add(filled, at)
+        return accumulator.folded()
+
     def fold_masks(self, masks: Iterable[tuple[Stream, bool]], dtype: torch.dtype) -> torch.Tensor:
         """The sketch of a sum of key streams, each added (True) or subtracted, without ever holding one: (buckets,).
 

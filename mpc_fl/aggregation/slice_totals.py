@@ -39,13 +39,14 @@ _TOTALS, _COIN, _COMBINATIONS, _REPEATED, _SHOWN = range(FIRST_STEP, FIRST_STEP 
 @dataclass(frozen=True, repr=False)
 class SaidOfSlices:
     """What a hospital said of its summand before it sent it: hashes of its slices by name, commitments to its keys (as they
-    came) and to its part of the coin, and its signature.
+    came) and to its part of the coin, its signature, and what it said for a check, if any.
     """
 
     hashes: Mapping[str, str]
     keys: object
     coin: str
     signed: Signed
+    check: object = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +55,8 @@ class FixedSlices:
 
     `own` are the slices of its summand and `held` those that it opens, by slice and sender, its own with them, each (length,).
     `said` is what each of V said of its slices, under the `transcript` T; `number` its part of the coin. `peers` are the others
-    of V, `deadlines` those of the sum, of which this takes the steps from `FIRST_STEP` on.
+    of V, `deadlines` those of the sum, of which this takes the steps from `FIRST_STEP` on. `kept` are, where summands were checked,
+    the copies that this hospital keeps of what the one before it opens of its own summand, by slice; else `None`.
     """
 
     domain: SecretDomain
@@ -69,6 +71,11 @@ class FixedSlices:
     said: Mapping[str, SaidOfSlices]
     number: bytes
     deadlines: Deadlines
+    kept: Mapping[str, torch.Tensor] | None = None
+
+    def keeper(self, piece: str) -> str:
+        """Who keeps a copy of a slice of the summand of who opens it."""
+        return self.slices.keeper(self.slices.opener(piece, self.admitted), self.admitted)
 
     @property
     def why(self) -> str:
@@ -83,7 +90,7 @@ def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
     """
     totals, told = _told_totals(fixed)
     linear = LinearMap(_coin(fixed, told))
-    published = _combinations(fixed, linear)
+    published, of_kept = _combinations(fixed, linear)
     failed = [
         piece
         for piece in fixed.slices.hospitals
@@ -91,6 +98,10 @@ def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
     ]
     if failed:
         _blame(fixed, linear, failed, totals, published)
+    for piece, numbers in of_kept.items():
+        opener = fixed.slices.opener(piece, fixed.admitted)
+        if not torch.equal(numbers, published[opener][piece]):
+            _blame_for_copy(fixed, linear, piece, published[opener][piece])
     return totals
 
 
@@ -136,21 +147,25 @@ def _coin(fixed: FixedSlices, told: Mapping[str, Signed]) -> bytes:
     return joint_coin(fixed.bound, numbers)
 
 
-def _combinations(fixed: FixedSlices, linear: LinearMap) -> dict[str, dict[str, torch.Tensor]]:
-    """What each hospital of V tells of its slices, by hospital and slice, the same to all of V."""
+def _combinations(
+    fixed: FixedSlices, linear: LinearMap
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """What each hospital of V tells of its slices, by hospital and slice, the same to all of V; and what keepers tell of their
+    copies, by slice."""
     domain, links, subject = fixed.domain, fixed.links, Subject(fixed.bound, "combinations")
     mine = {piece: linear.of(fixed.own[piece]) for piece in fixed.slices.hospitals}
     published, said = {links.name: mine}, dict[str, Signed]()
+    of_kept = {} if fixed.kept is None else {piece: linear.of(words) for piece, words in fixed.kept.items()}
     values = {"of": {piece: as_numbers(words) for piece, words in mine.items()}}
+    if fixed.kept is not None:
+        values["kept"] = {piece: as_numbers(words) for piece, words in of_kept.items()}
     said[links.name] = say_signed(domain, links, fixed.peers, subject, values)
 
     def take(name: str, word: dict[str, Any]) -> None:
         said[name] = heard(domain, name, subject, word)
-        given = word.get("of")
-        published[name] = {
-            piece: from_numbers(given.get(piece) if isinstance(given, dict) else None, name, MAP_SIZE, words.dtype)
-            for piece, words in mine.items()
-        }
+        kept = [piece for piece in mine if fixed.kept is not None and fixed.keeper(piece) == name]
+        published[name] = _told(word.get("of"), name, mine)
+        of_kept.update(_told(word.get("kept"), name, {piece: mine[piece] for piece in kept}))
 
     hear_all(links, fixed.peers, "combinations", take, (fixed.deadlines, _COMBINATIONS))
     say(links, fixed.peers, "repeated", repeated=repeated(said))
@@ -159,7 +174,14 @@ def _combinations(fixed: FixedSlices, linear: LinearMap) -> dict[str, dict[str, 
         require_one_version(domain, name, subject, said, word.get("repeated"))
 
     hear_all(links, fixed.peers, "repeated", compare, (fixed.deadlines, _REPEATED))
-    return published
+    return published, of_kept
+
+
+def _told(given: object, name: str, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        piece: from_numbers(given.get(piece) if isinstance(given, dict) else None, name, MAP_SIZE, words.dtype)
+        for piece, words in like.items()
+    }
 
 
 def _blame(
@@ -191,6 +213,23 @@ def _blame(
     names = ", ".join(dict.fromkeys(found))
     by = found[0] if found else ""
     raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES, by)
+
+
+def _blame_for_copy(fixed: FixedSlices, linear: LinearMap, piece: str, told: torch.Tensor) -> None:
+    """Who opens a slice, and who keeps a copy of it, tell different things of the opener's own: the copy shows whose is false.
+
+    Raises `ProtocolError` naming that one, `PeerLostError` where the copy is not shown.
+    """
+    opener, keeper = fixed.slices.opener(piece, fixed.admitted), fixed.keeper(piece)
+    if keeper == fixed.links.name:
+        assert fixed.kept is not None
+        copy = fixed.kept[piece]
+        _send(fixed, f"kept {piece}", copy)
+    else:
+        copy = _receive(fixed, keeper, f"kept {piece}", piece, _SHOWN)
+    is_copy = tensor_digest(copy) == fixed.said[opener].hashes[piece]
+    by = opener if is_copy and not torch.equal(linear.of(copy), told) else keeper
+    raise ProtocolError(f"a slice of '{fixed.why}' was not what was checked, by {by}", DEVIATES, by)
 
 
 def _send(fixed: FixedSlices, tag: str, words: torch.Tensor) -> None:

@@ -2,7 +2,8 @@
 
 Slice k of every summand goes to hospital k, who keeps that of its own. Of hospitals that are not in V none opens anything:
 what would have been theirs goes to the next hospital of V after them in U, as the same words of the same summands, so that
-nothing is opened that was not before.
+nothing is opened that was not before. Where summands are checked, a copy of what a hospital opens of its own summand is kept by the
+next one of V (`keeper`): else nobody but itself would have it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ class Slices:
             if hospital in admitted:
                 return hospital
         raise ProtocolError("nobody is left to open a sum", SAME_VERSION)
+
+    def keeper(self, hospital: str, admitted: Collection[str]) -> str:
+        """Who keeps a copy of what a hospital of V opens of its own summand: the next of V after it in U. It is another one where
+        V has two."""
+        at = self.hospitals.index(hospital)
+        after = (*self.hospitals[at + 1 :], *self.hospitals[: at + 1])
+        return next(name for name in after if name in admitted)
 
     def opened_by(self, hospital: str, admitted: Collection[str]) -> tuple[str, ...]:
         """The slices that a hospital of V opens, in the order of U."""

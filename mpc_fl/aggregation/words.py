@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError, printable
@@ -74,6 +74,10 @@ class Deadlines:
     def of(self, step: int) -> float:
         """Until when (of `time.monotonic`) step 0, 1, ... may last."""
         return self.began + (step + 1) * self.seconds
+
+    def after(self, steps: int) -> Deadlines:
+        """Those of what follows so many steps."""
+        return replace(self, began=self.began + steps * self.seconds)
 
 
 def hear_all(

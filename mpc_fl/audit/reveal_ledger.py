@@ -15,7 +15,7 @@ the new global model: a signature then also says that the party holds the same o
 Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`certificates`).
 A block counts only with the signatures of all its parties, among them everybody who learned what it opened and a quorum of
 hospitals, so nobody signs a history alone (version 2; `ledger_versions`). Of hospitals that opened a sum to themselves, who was
-lost since is no party of a block "abandoned". A sum's `transcript` is the digest of what all its parties agreed on.
+lost or refused since is no party of a block "abandoned". A sum's `transcript` is the digest of what all its parties agreed on.
 
 What signatures cannot show: an opening that all parties of a block left out together, or a time that a party's clock had
 wrong. This module makes blocks, `ledger_audit` checks them (both are pure), `ledger_file` keeps a party's copy,

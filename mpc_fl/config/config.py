@@ -27,6 +27,7 @@ from mpc_fl.config.protocols import (
     Reveal,
     ServingSection,
 )
+from mpc_fl.config.relays import relays_among_peers, require_relays
 from mpc_fl.config.section import Section, Strategy
 from mpc_fl.config.training import ModelSection, TrainingSection
 from mpc_fl.errors import ConfigError
@@ -151,15 +152,7 @@ class Config(Section):
                 f"without a coordinator any two quorums need more hospitals in common than privacy.colluders={colluders}; set "
                 f"federation.quorum to {(federation.hospitals + colluders) // 2 + 1} or more, or lower privacy.colluders"
             )
-        not_there = {
-            "aggregation.norm_check": self.aggregation.norm_check,
-            "federation.dial_out_only, and federation.relay": bool(federation.dial_out_only or federation.relay),
-        }
-        for what, wanted in not_there.items():
-            if wanted:
-                raise ValueError(
-                    f"there is no {what} yet where federation.coordinator is none; leave it as it is by default"
-                )
+        require_relays(federation, self.runtime)
         return self
 
     @model_validator(mode="after")
@@ -325,7 +318,7 @@ def _require_parties(federation: FederationSection) -> None:
     """Every party that a federation gives an address or a relay is one. Raises `ValueError` naming the nearest."""
     leads = [AGGREGATOR] if federation.coordinator == AGGREGATOR else []
     known = [*hospital_names(federation.hospitals), *leads, HOSPITAL, MODEL_OWNER, DEALER]
-    named = [*federation.addresses, *federation.names, *federation.dial_out_only, *filter(None, [federation.relay])]
+    named = [*federation.addresses, *federation.names, *federation.dial_out_only, *federation.named_relays]
     for name in named:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -351,6 +344,14 @@ def _require_founders(federation: FederationSection) -> None:
             raise ValueError(
                 f"federation.admission names '{name[:60]}', which does not join later; who does: {', '.join(later) or 'nobody'}"
             )
+
+
+def relays_of(config: Config) -> tuple[str, ...]:
+    """Who passes on what parties say that can only dial out: the aggregator, or hospitals, unless named."""
+    federation = config.federation
+    if config.trains and config.among_peers:
+        return relays_among_peers(federation)
+    return federation.named_relays or ((AGGREGATOR,) if config.trains else ())
 
 
 def parse_config(values: Any, source: str) -> Config:

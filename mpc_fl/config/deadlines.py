@@ -8,6 +8,10 @@ the table. Other tasks have no such chains: their parties wait for `runtime.rece
 Without an aggregator (`peer_deadlines_of`) all wait for all, and each step of a sum ends for all at about the same time. What
 nests is a change of the view: who proposes under the next one waits until the last of the others has found out, too, that this
 one comes to nothing.
+
+Below all of these are those of links. What a relay does not bring goes another way after `another_relay`, half of
+`runtime.silence_timeout`; a relay that stops is lost after the whole of it, and a peer that is heard through no relay two signs
+of life later. Among peers an answer may take longer than that (`relays`).
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was 
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
 # Among peers, one after the other: transcript, five until V is fixed, seven steps until keys leave, keys, and a block.
 _ANSWERS_OF_A_PEER_SUM = 16
+_ANSWERS_OF_A_PEER_CHECK = 11  # what all heard of slices, and the steps of a norm check
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,17 @@ class PeerDeadlines:
     beyond: float
 
 
+def another_relay(config: Config) -> float:
+    """Seconds without progress after which what is sent through a relay goes another way."""
+    return config.runtime.silence_timeout / 2
+
+
 def peer_deadlines_of(config: Config) -> PeerDeadlines:
     """The deadlines of a training run without an aggregator, of the same settings as those of one with it."""
     connect, answer = connect_seconds(config), config.runtime.receive_timeout
     summand = config.federation.round_timeout or answer
-    presence = summand + _ANSWERS_OF_A_PEER_SUM * answer
+    answers = _ANSWERS_OF_A_PEER_SUM + (_ANSWERS_OF_A_PEER_CHECK if config.aggregation.norm_check else 0)
+    presence = summand + answers * answer
     return PeerDeadlines(connect, answer, summand, connect + summand, presence, 2 * answer)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +16,17 @@ from mpc_fl.config.section import Count, Positive, Section, Whole
 from mpc_fl.errors import IdentityError
 from mpc_fl.roles import AGGREGATOR, Coordinator, hospital_names
 
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]{1,32})?\]")
+
 
 def is_address(text: str) -> bool:
-    """Whether a text is host:port."""
-    host, separator, port = text.rpartition(":")
-    return bool(host and separator and port.isascii() and port.isdigit() and 0 < int(port) < 65536)
+    """Whether a text is host:port: a name, or an IP address, of version 6 in brackets.
+
+    Nothing else is dialled: gRPC would take "unix:..." for a socket on this machine, and "dns://..." for whom to ask for names.
+    """
+    host, _, port = text.rpartition(":")
+    is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+    return is_port and _HOST.fullmatch(host) is not None
 
 
 MOST_HOSPITALS = 64  # of parties that have links with each other
@@ -62,8 +69,9 @@ class FederationSection(Section):
 
     Those of them that are no `founders` need no entry in `addresses`: each says its own (`site.address`), signed, when it joins.
 
-    Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`, the
-    aggregator unless named otherwise, which passes sealed chunks and can read none.
+    Parties in `dial_out_only` (behind a firewall) have no address; two of them reach each other through `relay`: the
+    aggregator, without one any hospital that has an address, unless named otherwise. It passes sealed chunks and can read
+    none. Of several the next takes over when one is lost.
     """
 
     hospitals: Annotated[int, Field(ge=2, le=MOST_SIMULATED)] = Field(
@@ -108,8 +116,10 @@ class FederationSection(Section):
     dial_out_only: tuple[str, ...] = Field(
         default=(), description="parties behind a firewall: they dial, and have no address"
     )
-    relay: str | None = Field(
-        default=None, description="party through which two of dial_out_only reach each other; null: the aggregator"
+    relay: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="party, or parties, through which two of dial_out_only reach each other; null: the aggregator, or without "
+        "one all founders that others can dial",
     )
 
     @model_validator(mode="after")
@@ -119,8 +129,10 @@ class FederationSection(Section):
         for name in self.dial_out_only:
             if name in self.addresses:
                 raise ValueError(f"{name} is in dial_out_only and has an address; give it only one of them")
-            if name == (self.relay or AGGREGATOR):
-                raise ValueError(f"{name} is the relay, so others must be able to dial it")
+            if name in (self.named_relays or (AGGREGATOR,)):
+                raise ValueError(f"{name} is a relay, so others must be able to dial it")
+        if self.relay is not None and len(set(self.named_relays)) != max(1, len(self.named_relays)):
+            raise ValueError("relay names a party twice, or none; leave it null for what is there by default")
         for name, address in self.addresses.items():
             if not is_address(address):
                 raise ValueError(f"the address of {name} must be host:port")
@@ -129,6 +141,11 @@ class FederationSection(Section):
         except IdentityError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def named_relays(self) -> tuple[str, ...]:
+        """The parties that `relay` names."""
+        return (self.relay,) if isinstance(self.relay, str) else self.relay or ()
 
     @property
     def founding(self) -> list[str]:
@@ -191,6 +208,10 @@ class SiteSection(Section):
     mlflow_uri: Annotated[str, Field(pattern=r"^(https?://|file:///)[^@\s]+$")] | None = Field(
         default=None, description="MLflow server of this site, or file:///FOLDER; null: a folder beside the metrics"
     )
+    reached_through: tuple[str, ...] = Field(
+        default=(),
+        description="relays through which a hospital is reached that joins later and can only dial out; it announces them",
+    )
     leave_after: Count | None = Field(
         default=None,
         description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
@@ -246,6 +267,8 @@ class SiteSection(Section):
                 raise ValueError(f"{name} is no path: it holds a zero byte")
         if self.address is not None and not is_address(self.address):
             raise ValueError("address must be host:port")
+        if self.address is not None and self.reached_through:
+            raise ValueError("a hospital with an address is reached there; leave reached_through or address out")
         if self.mlflow_uri is not None and "mlflow" not in self.watch:
             raise ValueError("mlflow_uri is used by watch: [mlflow] alone; name mlflow there, or leave mlflow_uri null")
         if len(set(self.watch)) != len(self.watch):

@@ -72,6 +72,11 @@ class Signatory:
         """Whether there is a certificate of this party."""
         return self._certificate_of(party) is not None
 
+    def fingerprint_of(self, party: str) -> str:
+        """SHA-256 of the certificate of this party, as hex; "" where there is none."""
+        certificate = self._certificate_of(party)
+        return "" if certificate is None else fingerprint(certificate)
+
     def is_genuine(self, party: str, purpose: str, statement: bytes, signature: object) -> bool:
         """Whether `party` signed this statement for this purpose (`is_genuine`)."""
         certificate = self._certificate_of(party)

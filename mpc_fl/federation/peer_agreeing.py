@@ -72,19 +72,24 @@ class Agreeing:
 
 
 def require_no_difference(
-    standing: Standing, proposal: Proposal, mine: Presence, alive: Mapping[str, Presence]
+    standing: Standing, proposal: Proposal, mine: Presence, alive: Mapping[str, Presence], was_time: bool
 ) -> None:
     """An exact sum that was opened is not made anew without somebody who was in it and is there: the difference would be that
-    one's summand. `alive`: what each member that is linked said last of itself.
+    one's summand. `alive`: what each member that is linked said last of itself; `was_time`: all had as long as who proposes waits.
 
-    Raises `ProtocolError` naming who proposed it. Whether one has spoken under this view already is no matter, for who
-    proposes may be quicker.
+    Raises `ProtocolError` naming who proposed it. Nobody is there who leaves, who has said nothing under this view though there
+    was time (who proposes may be quicker), or with whom most of the proposal are not linked or have lost a sum: else one that
+    was in it could keep the others from ever going on.
     """
-    plan, lost = proposal.plan, Counter(one.lost for one in proposal.present.values())
+    plan, present = proposal.plan, proposal.present.values()
+    lost = Counter(one.lost for one in present)
     for name in () if plan.normalised else standing.among:
         said = alive.get(name)
-        is_there = said is not None and (said.number, said.place) == (standing.number, mine.place)
-        if name not in plan.hospitals and is_there and 2 * lost[name] <= len(proposal.present):
+        if name in plan.hospitals or said is None or said.leaves or (was_time and said.view_of != mine.view_of):
+            continue
+        is_alike = (said.number, said.place) == (standing.number, mine.place)
+        linked = sum(one.held.get(name) == said.held.get(name) for one in present)
+        if is_alike and 2 * linked > len(present) and 2 * lost[name] <= len(present):
             what = (
                 f"{proposal.proposer} would make a sum of round {standing.number} anew without {name}, which is there"
             )

@@ -1,43 +1,51 @@
 """Where hospitals that join a run among peers are reached: each announces it, signed, and others pass it on.
 
 Founders have their addresses in the configuration, so a newcomer dials them. Of two newcomers the later one dials the other,
-whose address it has from any member. An announcement holds the name, the address, since and until when it counts, the
-certificate, and a signature for this session; so who passes it on can change nothing in it, and of two the newer counts. A
-hospital renews its own when half of its time is over.
+whose address it has from any member. One that can only dial out announces no address, but through which relays it is reached:
+who has an address awaits it, others use those. An announcement holds the name, the address or the relays, since and until when it
+counts, the certificate, and a signature for this session; so who passes it on can change nothing in it, and of two the newer
+counts. A hospital renews its own when half of its time is over.
 
-What an address cannot do: whoever is dialled there must show the certificate of that hospital, so a false one leads to nobody.
+What an address cannot do: whoever is dialled there must show the certificate of that hospital, so a false one leads to nobody. What
+goes through a relay is sealed for the holder of that certificate, too (`links.relayed_links`).
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpc_fl.aggregation.transcript import digest_of
 from mpc_fl.audit.ledger_file import now
+from mpc_fl.config.config import Config, relays_of
 from mpc_fl.config.deployment import is_address
 from mpc_fl.crypto.certificates import CLOCK_SKEW, Identity, received_pem, verify_certificate
 from mpc_fl.crypto.signatory import is_genuine, sign_statement, time_text
 from mpc_fl.errors import IdentityError, PeerLostError, ProtocolError, printable
 from mpc_fl.links.links import Links
+from mpc_fl.links.party_links import joining_later
 
 log = logging.getLogger(__name__)
 
-_PURPOSE = "mpc-fl announcement of an address 1"
+_PURPOSE = "mpc-fl announcement of an address 2"
 _TAG = "announcement"
 _VALID = datetime.timedelta(days=1)
-_LONGEST_ADDRESS, _LONGEST_NAME = 260, 64
+_APART = datetime.timedelta(seconds=10)  # of two announcements of one hospital: no start of one is so quick
+_AT_ONCE = 16  # of one that speaks faster than it is heard
+_LONGEST_ADDRESS, _LONGEST_THROUGH, _LONGEST_NAME = 260, 2000, 64
 
 
 @dataclass(frozen=True)
 class Announcement:
-    """What a hospital says of where it is. Times are ISO 8601 in UTC, the certificate is PEM."""
+    """What a hospital says of where it is: its `address`, host:port, or "" and `through` which relays it is reached, with spaces
+    between their names. Times are ISO 8601 in UTC, the certificate is PEM."""
 
     party: str
     address: str
+    through: str
     since: str
     until: str
     certificate: str
@@ -45,22 +53,33 @@ class Announcement:
 
     def statement(self, session: str) -> bytes:
         """What is signed."""
-        return digest_of([_PURPOSE, session, self.party, self.address, self.since, self.until]).encode("ascii")
+        return digest_of([_PURPOSE, session, self.party, self.address, self.through, self.since, self.until]).encode(
+            "ascii"
+        )
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        return f"at {self.address}" if self.address else f"through {', '.join(self.through.split())}"
 
 
 @dataclass(frozen=True)
 class Announced:
-    """Whose announcements count in a run of this `session`: those of hospitals that join `later`, certified as `identity` is."""
+    """Whose announcements count in a run of this `session`: those of hospitals that join `later`, certified as `identity` is.
+
+    They may be reached through these `relays`.
+    """
 
     identity: Identity
     session: str
     later: Collection[str]
+    relays: Collection[str] = ()
 
-    def made(self, address: str) -> Announcement:
+    def made(self, address: str, through: Sequence[str] = ()) -> Announcement:
         """This hospital's own, from now on."""
         certificate, moment = self.identity.certificate.decode("ascii"), now()
         until = time_text(moment + _VALID)
-        own = Announcement(self.identity.name, address, time_text(moment), until, certificate)
+        own = Announcement(self.identity.name, address, " ".join(through), time_text(moment), until, certificate)
         signature = sign_statement(self.identity, _PURPOSE, own.statement(self.session))
         return Announcement(**{**asdict(own), "signature": signature})
 
@@ -73,8 +92,13 @@ class Announced:
         party = printable(said.party, _LONGEST_NAME)
         if said.party not in self.later:
             raise _refused(sender, party, "that is no hospital that joins later")
-        if len(said.address) > _LONGEST_ADDRESS or not said.address.isprintable() or not is_address(said.address):
+        if not said.through and (
+            len(said.address) > _LONGEST_ADDRESS or not said.address.isprintable() or not is_address(said.address)
+        ):
             raise _refused(sender, party, "its address is not host:port")
+        through = said.through[:_LONGEST_THROUGH].split()
+        if said.through and (said.address or " ".join(through) != said.through or not {*through} <= {*self.relays}):
+            raise _refused(sender, party, "it is not reached through relays of this run")
         try:
             certificate = verify_certificate(received_pem(said.certificate, said.party), said.party, self.identity)
         except IdentityError as error:
@@ -92,18 +116,22 @@ class Announced:
 
 
 class Announcements:
-    """Those that a hospital knows by name, its own among them where it has an `address` to announce."""
+    """Those that a hospital knows by name, its own among them where it announces an `address`, or `through` which relays it is."""
 
-    def __init__(self, links: Links, announced: Announced, address: str | None) -> None:
-        self._links, self._announced, self._address = links, announced, address
-        self._told: set[tuple[str, str, str, str]] = set()
+    def __init__(self, links: Links, announced: Announced, address: str | None, through: Sequence[str] = ()) -> None:
+        self._links, self._announced, self._address, self._through = links, announced, address, through
+        self._told: dict[
+            tuple[str, str], tuple[str, str]
+        ] = {}  # whom of whom: which start of it, and since when that counts
         self.known: dict[str, Announcement] = {}
 
     def exchange(self) -> None:
         """Take what has come, and tell all that are linked what they were not told yet."""
         self._renew()
         for name in self._links.peers:
-            while self._links.waiting(name, _TAG):
+            for _ in range(_AT_ONCE):
+                if not self._links.waiting(name, _TAG):
+                    break
                 try:
                     self._take(self._announced.checked(self._links.receive_object(name, _TAG), name))
                 except ProtocolError as error:
@@ -114,30 +142,48 @@ class Announcements:
 
     def _renew(self) -> None:
         own = self.known.get(self._links.name)
-        if self._address is None or (
+        if (self._address is None and not self._through) or (
             own is not None and now() < datetime.datetime.fromisoformat(own.since) + _VALID / 2
         ):
             return
-        self.known[self._links.name] = self._announced.made(self._address)
+        self.known[self._links.name] = self._announced.made(self._address or "", self._through)
 
     def _take(self, said: Announcement) -> None:
         before = self.known.get(said.party)
-        if said.party == self._links.name or (before is not None and before.since >= said.since):
+        if said.party == self._links.name or (before is not None and not _is_newer(said, before)):
             return
         self.known[said.party] = said
-        log.info("%s announces that it is reached at %s", said.party, said.address)
-        self._links.learn_address(said.party, said.address)
+        log.info("%s announces that it is reached %s", said.party, said.place)
+        if said.address:
+            self._links.learn_address(said.party, said.address)
+        else:
+            self._links.learn_relays(said.party, said.through.split())
 
     def _tell(self, name: str) -> None:
         for party, said in self.known.items():
-            key = name, self._links.key_fingerprint(name), party, said.since
-            if party == name or key in self._told:
+            told = self._links.key_fingerprint(name), said.since
+            if party == name or self._told.get((name, party)) == told:
                 continue
-            self._told.add(key)
+            self._told[name, party] = told
             try:
                 self._links.send_object(name, _TAG, asdict(said))
             except PeerLostError as error:
                 log.warning("%s", error)
+
+
+def _is_newer(said: Announcement, before: Announcement) -> bool:
+    """By enough that one which announces without end does not keep all others busy passing that on."""
+    since, known = (datetime.datetime.fromisoformat(each.since) for each in (said, before))
+    return since - known >= _APART
+
+
+def own_announcements(config: Config, links: Links, identity: Identity) -> Announcements:
+    """Those of a run, with what this hospital says of itself where no configuration of the others does."""
+    later = joining_later(config)
+    announced = Announced(identity, config.federation.session, later, relays_of(config))
+    if links.name not in later or links.name in (*config.federation.addresses, *config.federation.dial_out_only):
+        return Announcements(links, announced, None)
+    return Announcements(links, announced, config.site.address, config.site.reached_through)
 
 
 def _refused(sender: str, party: str, why: str) -> ProtocolError:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -56,7 +56,7 @@ from mpc_fl.federation.peer_asking import Asking, Further, further_than
 from mpc_fl.federation.peer_blocks import GIVEN, PassingOn
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing, lost_with
-from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals
+from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -82,7 +82,7 @@ class PeerAttendance:
     admission: Admission
     certificates: Certificates
     members: tuple[str, ...]
-    give: Callable[[str, Mapping[str, Any]], None]
+    give: Callable[[str, Mapping[str, Any], str], None]
     complete: Complete | None = None
     recalls: bool = True
     _began: bool = False
@@ -121,13 +121,16 @@ class PeerAttendance:
             if not standing.leaves:
                 self._require_enough(number, reason)
             self._say_present(standing, tried, reason)
+            said_at = time.monotonic()
             try:
                 word = self._await_proposal(standing, tried, reason)
                 if word is None:
                     return None
                 proposal = self.proposals.sound(standing, proposer, word, self._latest[self.me][0], self._membership)
-                self._require_recalled(number, proposal.present)
-                require_no_difference(standing, proposal, self._latest[self.me][0], self._said_by(self._alive))
+                self._require_recalled(number, proposal.present, proposer)
+                was_time = time.monotonic() - said_at >= self.deadlines.presence - self.deadlines.beyond
+                alive = self._said_by(self._alive)
+                require_no_difference(standing, proposal, self._latest[self.me][0], alive, was_time)
                 self.agreeing.sign_together(proposal, self._linked)
                 if standing.leaves:
                     return proposal
@@ -207,9 +210,11 @@ class PeerAttendance:
             raise PeerLostError(reason.lost, reason.why, f"see the log of {reason.lost}")
         require_quorum(self.rules, present, self.rules.hospitals, f"round {number}")
 
-    def _require_recalled(self, number: int, said: Mapping[str, Presence]) -> None:
+    def _require_recalled(self, number: int, said: Mapping[str, Presence], proposer: str) -> None:
         own = () if self.recalls else self._unconfirmed
         if missing := required_by(self.rules, self._membership, said, own):
+            if proposer != self.me and missing[0] in self._linked:  # another one may propose it
+                raise ProtocolError(f"{proposer} left out {missing[0]}, which is there and needed", DEVIATES)
             raise QuorumError(
                 f"round {number}: to go on after all have stopped takes all hospitals of the last block; {missing[0]} is missing",
                 "start it too, with --resume",
@@ -252,6 +257,7 @@ class PeerAttendance:
                     self._say_again(name)
                 except ProtocolError as error:
                     log.warning("%s", error)
+        self._take_blocks()
 
     def _take_word(self, name: str, word: dict[str, Any]) -> None:
         match word["word"]:
@@ -260,7 +266,7 @@ class PeerAttendance:
             case "proposal":
                 self._proposed[name] = word
             case "block":
-                self._take_block(name, word)
+                self._passing_on.take(name, word)
             case _:
                 self.asking.take(name, word, self._membership)
 
@@ -275,14 +281,21 @@ class PeerAttendance:
             self._latest[name] = said, word
         self._passing_on.give(name, said.blocks)
 
-    def _take_block(self, name: str, word: Mapping[str, Any]) -> None:
-        block = self._passing_on.take(name, word)
-        if block is None:
-            return
-        if self._unconfirmed and not self.ledger.signed_before():  # what it signed was kept, or can be kept no more
-            self.recalls, self._unconfirmed = True, ()
-        if self.me not in block.parties:
-            raise LeftOutError(self.me, f"{block.about}, whose block {name} sent")
+    def _take_blocks(self) -> None:
+        """Those that others gave, where a quorum says that it has kept them."""
+        while True:
+            try:
+                taken = self._passing_on.believed(self._said_by(self._linked), self.members)
+            except ProtocolError as error:
+                log.warning("%s", error)
+                continue
+            if taken is None:
+                return
+            name, block = taken
+            if self._unconfirmed and not self.ledger.signed_before():  # what it signed was kept, or can be kept no more
+                self.recalls, self._unconfirmed = True, ()
+            if self.me not in block.parties:
+                raise LeftOutError(self.me, f"{block.about}, whose block {name} sent")
 
     def _is_present(self, name: str, view_of: tuple[int, int]) -> bool:
         return name in self._latest and self._latest[name][0].view_of == view_of
@@ -320,11 +333,12 @@ class PeerAttendance:
             self._take_words()
         except LeftOutError as error:  # a block that it was given, of a round that it was not in: it knows
             log.info("%s", error)
+        self.asking.ask_those_that_linked(self._linked, self.ledger.chain.blocks)
         return True
 
-    def answered(self) -> bool:
-        """Whether all others that are linked have answered this hospital that asks, where it needs their votes."""
-        return self.asking.answered(self._membership, self._alive)
+    def answered(self, givers: Collection[str]) -> bool:
+        """Whether all members that are linked, `givers` with them, have answered this one that asks, where it needs votes."""
+        return self.asking.answered(self._membership, {*self._alive, *givers})
 
     # ---- step 2 ----------------------------------------------------------------------------------------------------
 
@@ -350,12 +364,13 @@ class PeerAttendance:
                 waits = [
                     name for name in alive if self._is_same_start(name) and not self._is_present(name, (number, view))
                 ]
-                newcomers = () if waits else self.asking.awaited(self._present_in(number, view))
+                newcomers = () if waits else self.asking.awaited(self._present_in(number, view), number)
                 patience = patience or (0.0 if waits else time.monotonic() + self.deadlines.answer)
                 if late or (not waits and (not newcomers or time.monotonic() >= patience)):
-                    self.asking.were_waited_for(newcomers)
+                    self.asking.were_waited_for(newcomers, number)
                     values = self._own_proposal(standing)
-                    self._require_recalled(number, {name: self._latest[name][0] for name in values["hospitals"]})
+                    there = {name: self._latest[name][0] for name in values["hospitals"]}
+                    self._require_recalled(number, there, self.me)
                     subject = self.proposals.subject("proposal", (number, view))
                     signed = say_signed(self.domain, self._links, self._linked, subject, values)
                     return {**values, "signature": signed.signature}
@@ -370,7 +385,7 @@ class PeerAttendance:
 
     def _is_same_start(self, name: str) -> bool:
         """Whether it is that of the last plan: one that has started again is waited for once it asks."""
-        return self._starts.get(name) in (None, self._links.key_fingerprint(name))
+        return self._starts.get(name) in (None, self.proposals.start_of(name))
 
     def _present_in(self, number: int, view: int) -> list[str]:
         return [name for name, (said, _) in self._latest.items() if said.view_of == (number, view)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cryptography import x509
 
@@ -20,6 +21,7 @@ from mpc_fl.links.links import Links
 log = logging.getLogger(__name__)
 
 _TAG = "certificate"
+_AT_ONCE = 16  # of one that speaks faster than it is heard
 
 
 class Certificates:
@@ -29,6 +31,7 @@ class Certificates:
         self._links, self._identity, self._announcements = links, identity, announcements
         self._own = identity.certificate.decode("ascii")
         self._told: set[tuple[str, str]] = set()
+        self._shown: dict[str, tuple[tuple[str, str], x509.Certificate]] = {}  # by name: which start showed which one
         self.known: dict[str, x509.Certificate] = {
             links.name: verify_certificate(identity.certificate, links.name, identity)
         }
@@ -46,17 +49,26 @@ class Certificates:
                     self._links.send_object(name, _TAG, {"certificate": self._own})
                 except PeerLostError as error:
                     log.warning("%s", error)
-            while self._links.waiting(name, _TAG):
+            for _ in range(_AT_ONCE):
+                if not self._links.waiting(name, _TAG):
+                    break
                 try:
-                    said = self._links.receive_object(name, _TAG)
-                    self.known[name] = verify_certificate(
-                        received_pem(said.get("certificate"), name), name, self._identity
-                    )
+                    self._take(start, self._links.receive_object(name, _TAG))
                 except IdentityError as error:
                     log.warning("%s", error)
                 except ProtocolError as error:
                     log.warning("%s", error)
         self._announcements.exchange()
+
+    def _take(self, start: tuple[str, str], said: Mapping[str, Any]) -> None:
+        """What a start of a hospital shows. It has one certificate: with another one its words would seem to be somebody else's
+        to whoever has heard of the first. Raises `IdentityError` for one that is not sound."""
+        name, _ = start
+        shown = verify_certificate(received_pem(said.get("certificate"), name), name, self._identity)
+        before = self._shown.get(name)
+        if before is not None and before[0] == start and before[1] != shown:
+            raise IdentityError(f"{name} shows another certificate than it began with, which does not count")
+        self.known[name], self._shown[name] = shown, (start, shown)
 
     def await_those(self, names: Sequence[str], seconds: float) -> None:
         """Wait for those of these that are linked: what they say can be checked then. One that gives none is done without."""

@@ -20,7 +20,7 @@ from cryptography import x509
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.audit.opening_record import Opening
-from mpc_fl.audit.peer_record import without_record
+from mpc_fl.audit.peer_record import values_of_refused, without_record
 from mpc_fl.audit.peer_signing import PeerSigners
 from mpc_fl.audit.reveal_ledger import Block, Members
 from mpc_fl.config.config import Config
@@ -34,7 +34,7 @@ from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_al
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
 from mpc_fl.federation.peer_admission import Admission
-from mpc_fl.federation.peer_announcements import Announced, Announcements
+from mpc_fl.federation.peer_announcements import own_announcements
 from mpc_fl.federation.peer_attendance import PeerAttendance
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_joining import Giving, Joining
@@ -49,7 +49,7 @@ from mpc_fl.learning.models.model_file import save_model
 from mpc_fl.learning.training.process_group import training_group
 from mpc_fl.links.frames import Observer
 from mpc_fl.links.links import Links
-from mpc_fl.links.party_links import connect, joining_later, site_directory, write_traffic
+from mpc_fl.links.party_links import connect, site_directory, write_traffic
 from mpc_fl.progress import Notify
 from mpc_fl.roles import hospital_name
 from mpc_fl.sharing.opening import SecretDomain
@@ -78,17 +78,14 @@ class _Run:
         config = peer.hospital.config
         self.peer, self.ledger, self.notify, self.links = peer, ledger, notify, links
         self.config, self.rules, deadlines = config, peer_rules(config), peer_deadlines_of(config)
-        announced = Announced(ledger.identity, config.federation.session, joining_later(config))
-        is_announced = links.name in announced.later and links.name not in config.federation.addresses
-        address = config.site.address if is_announced else None
-        certificates = Certificates(links, ledger.identity, Announcements(links, announced, address))
+        certificates = Certificates(links, ledger.identity, own_announcements(config, links, ledger.identity))
         self.certificates = certificates.known
         signatory = Signatory(ledger.identity, self.certificates.get)
         present = [name for name in self.rules.hospitals if name == links.name or links.alive(name)]
         self.domain = SecretDomain(links, present, ledger, signatory=signatory)
         about_run = (config.federation.session, config.digest())
         admission = Admission(self.domain, self.rules, about_run, config.federation.admission, self._allows)
-        self.giving, founders = Giving(links, ledger), tuple(config.federation.founding)
+        self.giving, founders = Giving(links, ledger, deadlines.answer / 2), tuple(config.federation.founding)
         self.attendance = PeerAttendance(
             self.domain, ledger, deadlines, admission, certificates, founders, self.giving.give
         )
@@ -134,8 +131,6 @@ class _Run:
         """The others go on without this hospital: catch up with them, and ask to be in the next round. Its number."""
         self.links.set_phase("joining")
         number = self.joining.catch_up(left_out)
-        if self.ledger.blocks:
-            self.attendance.members = self.ledger.blocks[-1].parties
         if number > 0:
             checkpoint(self.peer, site_directory(self.config), number - 1)
         return number
@@ -153,7 +148,7 @@ class _Run:
             self.attendance.agree(
                 Standing(number, digest_of_common(common), common.weight_total, leaves=True), 0, Reason()
             )
-        except (PeerLostError, SumLostError, ProtocolError) as error:
+        except (PeerLostError, SumLostError, ProtocolError, QuorumError) as error:
             log.warning("%s: the others have not said that they go on without this hospital", error)
         log.info("%s leaves after round %d", self.links.name, number - 1)
 
@@ -165,9 +160,8 @@ class _Run:
         state, view, reason = digest_of_common(self.peer.common), 0, Reason()
         while True:
             self.links.set_phase(f"round {number} attendance")
-            last, is_exact = self.results[-1], self.config.privacy.mechanism == "none"
-            among = last.hospitals if last.made and is_exact else ()
-            standing = Standing(number, state, before.common.weight_total, last.made, among)
+            last = self.results[-1]
+            standing = Standing(number, state, before.common.weight_total, last.made, self._exactly_opened(last))
             proposal = self.attendance.agree(standing, view, reason)
             if proposal is None:
                 block = self.ledger.blocks[-1]
@@ -194,6 +188,13 @@ class _Run:
                 view += 1
         self.attendance.members = self.ledger.blocks[-1].parties
         log.info("round %d took %.1f s", number, time.monotonic() - began)
+
+    def _exactly_opened(self, last: Result) -> tuple[str, ...]:
+        """Without privacy, among whom sums of this round were opened, or may have been, also before this start."""
+        if self.config.privacy.mechanism != "none":
+            return ()
+        recorded = {name for opening in self.ledger.pending for name in opening.among}
+        return tuple(sorted({*recorded, *(last.hospitals if last.made else ())}))
 
     def _follow(self, proposal: Proposal, before: KeptState) -> None:
         """What a plan says: the sums of the round, unless all of its hospitals have made them, and the signatures.
@@ -291,6 +292,7 @@ class _Run:
             result.hospitals = made.prepare()
         elif number <= self.config.training.rounds:
             result.hospitals, figures, seconds = made.train()
+            result.refused = values_of_refused(made.refused)
         elif number == self.config.last_round:
             result.hospitals, said = made.conclude()
         result.made = digest_of_common(self.peer.common)
@@ -342,7 +344,7 @@ class _Run:
             complete = all({*opening.among, *opening.to} <= set(result.hospitals) for opening in ledger.pending)
             kind = "openings" if complete and not self.begun_before else "abandoned"
             about = f"round {number}"
-            values = {"global model": common.digests.parameters}
+            values = {"global model": common.digests.parameters, **result.refused}
             if number in common.choice.figures:
                 values["validation"] = figure_digest(common.choice.figures[number])
             if common.digests.calibration:

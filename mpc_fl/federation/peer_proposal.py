@@ -20,7 +20,7 @@ from mpc_fl.audit.peer_record import values_of
 from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.errors import ProtocolError, printable
 from mpc_fl.federation.attendance import RoundPlan
-from mpc_fl.federation.peer_admission import Admission, Membership
+from mpc_fl.federation.peer_admission import Admission, Membership, start_of
 from mpc_fl.federation.peer_presence import LONGEST_REASON, Presence, Reason, Standing
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -87,7 +87,7 @@ class Proposals:
         self, standing: Standing, view: int, reason: Reason, ledger: RevealLedger, complete: Complete | None
     ) -> Presence:
         """What this hospital says of itself. `complete`: a block that it has not kept."""
-        links, chain, pending = self.domain.links, ledger.chain, ledger.pending
+        chain, pending = ledger.chain, ledger.pending
         complete_view, seal = (0, "") if complete is None else (complete.view, complete.block.seal())
         return Presence(
             number=standing.number,
@@ -100,7 +100,7 @@ class Proposals:
             last=pending[-1].digest if pending else "",
             complete=seal,
             complete_view=complete_view,
-            held={name: links.key_fingerprint(name) for name in self.rules.hospitals if self._hears(name)},
+            held={name: self.start_of(name) for name in self.rules.hospitals if self._hears(name)},
             why=printable(reason.why, LONGEST_REASON),
             lost=reason.lost,
             leaves=standing.leaves,
@@ -116,6 +116,10 @@ class Proposals:
         parties = complete.block.parties
         those = [name for name in parties if has_said(self.domain, name, subject, values, complete.signed.get(name))]
         return len(those) >= self.rules.smallest
+
+    def start_of(self, name: str) -> str:
+        """Which start of a hospital this one is linked with."""
+        return start_of(self.domain, name)
 
     def _hears(self, name: str) -> bool:
         """Whether this hospital can check what `name` says: it is linked, and has shown a certificate."""
@@ -139,9 +143,9 @@ class Proposals:
                 log.warning("%s is left out: it has another block or model before round %d", name, mine.number)
             else:
                 (blamed if 2 * named[name] > len(members) else alike).append(name)
-        chosen = _holding_keys([links.name, *alike], there, links.key_fingerprint)
+        chosen = _holding_keys([links.name, *alike], there, self.start_of)
         if len(chosen) < self.rules.smallest:  # those that the quorum needs are tried again
-            chosen = _holding_keys([*chosen, *blamed], there, links.key_fingerprint)
+            chosen = _holding_keys([*chosen, *blamed], there, self.start_of)
         for name in blamed:
             if name not in chosen:
                 log.warning("%s is left out of round %d: sums were lost with it", name, mine.number)
@@ -153,7 +157,7 @@ class Proposals:
             "number": mine.number,
             "view": mine.view,
             "hospitals": hospitals,
-            "starts": {name: links.key_fingerprint(name) for name in hospitals},
+            "starts": {name: self.start_of(name) for name in hospitals},
             "weight_total": standing.weight_total,
             "present": {name: _signed_part(latest[name][1]) for name in hospitals},
             "leaving": {
@@ -169,7 +173,7 @@ class Proposals:
                 continue
             if there[name].place != mine.place:
                 continue  # it does not have what it was given yet
-            with_it = _holding_keys([*chosen, name], there, self.domain.links.key_fingerprint)
+            with_it = _holding_keys([*chosen, name], there, self.start_of)
             if name not in with_it:
                 log.info("%s is not linked with all others yet", name)
             elif objection := self.admission.objection(of, {each: there[each] for each in with_it}):
@@ -185,7 +189,7 @@ class Proposals:
 
         Raises `ProtocolError` naming who proposed. `mine` is what it said of itself under this view.
         """
-        links, me, view_of = self.domain.links, self.domain.links.name, mine.view_of
+        me, view_of = self.domain.links.name, mine.view_of
         signed = heard(self.domain, proposer, self.subject("proposal", view_of), word)
         hospitals, starts, present = names_in(word, "hospitals", proposer), word.get("starts"), word.get("present")
         if proposer not in hospitals:
@@ -198,9 +202,9 @@ class Proposals:
             _refuse(proposer, f"says of {me} what it said before")
         if len({one.place for one in said.values()}) > 1 or said.get(me, said[proposer]).place != said[proposer].place:
             _refuse(proposer, "named hospitals that have another block or model")
-        if starts != {name: links.key_fingerprint(name) for name in hospitals}:
+        if starts != {name: self.start_of(name) for name in hospitals}:
             _refuse(proposer, "named other starts of the hospitals than are linked here")
-        if old := next((name for name, one in said.items() if one.held.get(name) != links.key_fingerprint(name)), None):
+        if old := next((name for name, one in said.items() if one.held.get(name) != self.start_of(name)), None):
             _refuse(proposer, f"says of {old} what it said at an earlier start")
         if me in hospitals and word.get("weight_total") != standing.weight_total:
             _refuse(proposer, "sent another total of weights than was opened")
@@ -258,12 +262,13 @@ def _signed_part(word: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in word.items() if key != "word"}
 
 
-def _holding_keys(names: Sequence[str], there: Mapping[str, Presence], fingerprint: Callable[[str], str]) -> list[str]:
-    """The first of `names`, and of the others, in order, those that hold the present keys of all before them and the reverse."""
+def _holding_keys(names: Sequence[str], there: Mapping[str, Presence], start_of: Callable[[str], str]) -> list[str]:
+    """The first of `names`, and of the others, in order, those that are linked with the present starts of all before them, and
+    these with theirs."""
     chosen = list[str]()
     for name in names:
         both = (*chosen, name)
-        if not chosen or all(there[one].held.get(other) == fingerprint(other) for one in both for other in both):
+        if not chosen or all(there[one].held.get(other) == start_of(other) for one in both for other in both):
             chosen.append(name)
     return chosen
 

@@ -16,7 +16,8 @@ from mpc_fl.links.party_links import site_directory
 class Result:
     """What a round gave beside its state: who was in it, the lines about it, and its digest, `made`, once it is there.
 
-    `drafted` is the block that this hospital has signed of it, if any; `state` what to go back to where it has been made anew.
+    `refused`: who was not shown to be within the norm bound, as the block tells it. `drafted` is the block that this hospital has
+    signed of it, if any; `state` what to go back to where it has been made anew.
     """
 
     hospitals: tuple[str, ...] = ()
@@ -24,6 +25,7 @@ class Result:
     own: dict[str, Any] | None = None
     made: str = ""
     seconds: float = 0.0
+    refused: dict[str, str] = field(default_factory=dict)
     drafted: Block | None = None
     state: KeptState | None = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ from mpc_fl.federation.local_update import (
 from mpc_fl.federation.model_digests import sum_terms
 from mpc_fl.federation.noised_calibration import CalibrationPlan, plan_calibration
 from mpc_fl.federation.peer_state import Peer
+from mpc_fl.federation.planning import with_norm_check
 from mpc_fl.federation.preparation import (
     FEATURES,
     PATIENTS,
@@ -86,7 +87,8 @@ Summand = tuple[Private[torch.Tensor], Release | None]
 
 @dataclass(frozen=True)
 class PeerRound:
-    """A round of `plan` at a hospital. `rules` have the proposer as opener."""
+    """A round of `plan` at a hospital. `rules` have the proposer as opener. `refused`: who was not shown to be within the norm
+    bound, and the transcript (hex) of the sum that it was left out of."""
 
     peer: Peer
     domain: SecretDomain
@@ -94,6 +96,7 @@ class PeerRound:
     rules: Rules
     plan: RoundPlan
     notify: Notify
+    refused: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> tuple[str, ...]:
         """The sums before the first round. Returns the hospitals that are in them."""
@@ -145,7 +148,8 @@ class PeerRound:
             kept.append(trained.local)
             return trained.encoded, hospital.releasing(plan.number)
 
-        hospitals, total = self._sum(self.rules, agreed_update(hospital.config, plan, common.digests), summand)
+        rules = self._of_updates
+        hospitals, total = self._sum(rules, agreed_update(hospital.config, plan, common.digests), summand)
         shared = common.step_along_sum(total, len(hospitals), plan.number)
         common.digests.take(parameters=shared)
         return hospitals, keep_trained(hospital, kept[0], shared)
@@ -155,6 +159,7 @@ class PeerRound:
         hospital, common, plan, links = self.peer.hospital, self.peer.common, self.plan, self.domain.links
         gradients, hospitals, config = OwnGradients(hospital, plan), plan.hospitals, hospital.config
         step_done, count = progress_of(config, plan.number, self.notify), config.training.local_steps
+        rules = self._of_updates
         for step in range(count):
 
             def summand(step: int = step) -> Summand:
@@ -164,7 +169,7 @@ class PeerRound:
                 return share, hospital.ledger.release
 
             agreed = agreed_gradient(config, hospitals, plan, step, common.digests)
-            hospitals, opened = self._sum(self.rules, agreed, summand)
+            hospitals, opened = self._sum(rules, agreed, summand)
             stepped = stepped_along(common, gradients.parameters, opened, len(hospitals), (plan.number, step))
             common.digests.take(parameters=stepped)
             gradients.step_to(stepped)
@@ -267,8 +272,18 @@ class PeerRound:
         remaining = replace(rules, seconds=max(0.0, until - time.monotonic()))
         admitted, total = peer_sum(self.domain, remaining, agreed, plan, encoded, release)
         if total is None:
-            raise LeftOutError(self.domain.links.name, f"'{agreed.about.why}', for which its part came late")
+            why = "for which its part came late" if rules.check is None else "as its update was not shown to be short"
+            raise LeftOutError(self.domain.links.name, f"'{agreed.about.why}', {why}")
+        if rules.check is not None:  # which all others have passed: none is made without all of U
+            self.refused.update({name: plan.transcript for name in plan.hospitals if name not in admitted})
         return admitted, total
+
+    @property
+    def _of_updates(self) -> Rules:
+        """Of the sums whose norms may be checked."""
+        hospital = self.peer.hospital
+        size, mechanism = len(hospital.shared_parameters), hospital.mechanism
+        return with_norm_check(self.rules, hospital.config, mechanism, size, self.plan.weight_total)
 
 
 def opened_json(opened: dict[Of, Evaluated]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Connections over gRPC streams: dial, admit, greet, dial again, let come back, part.
 
 One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
-parties that can only dial out reach each other through the relay (`relay`). A link begins with one signed greeting from
-each side (`handshake`). A tolerated peer that comes back (after a restart, with new keys) has its link made again.
+parties that can only dial out reach each other through relays (`relay`, `relayed_links`). A link begins with one signed
+greeting from each side (`handshake`). A tolerated peer that comes back (after a restart, with new keys) has its link made again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,9 @@ from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer
 from mpc_fl.links.pulse import Pulse
-from mpc_fl.links.relay import Relay
+from mpc_fl.links.relay import GONE, SILENT, Relay
+from mpc_fl.links.relayed_links import RelayedLinks
+from mpc_fl.links.routes import Route, relayed_route
 from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
 from mpc_fl.links.silence import SIGN
 from mpc_fl.links.traffic import TrafficCounter
@@ -68,8 +70,9 @@ class Connections:
         self._mailboxes = mailboxes
         self._timeouts = timeouts
         self._observer = observer
-        self._relay = Relay(greeter, outgoing, mailboxes, counter, self)
-        self._pulse = Pulse(outgoing, mailboxes, SIGN, self._give_up)
+        self._relay = Relay(greeter.name, outgoing, mailboxes, counter)
+        self._relayed = RelayedLinks(greeter, outgoing, mailboxes, self)
+        self._pulse = Pulse(outgoing, mailboxes, SIGN, self._give_up, self._relayed.beat)
         self._lock = threading.Lock()
         self._began = 0.0  # of `time.monotonic`
         self._told: set[str] = set()
@@ -103,6 +106,22 @@ class Connections:
         if is_first:  # else it is dialled there when that link ends
             self._dial(peer)
 
+    def learn_relays(self, name: str, relays: Sequence[str]) -> None:
+        """A peer has said that it can only dial out: it is awaited, or where this party cannot be dialled either, reached through
+        those of `relays` that are relays here."""
+        peer, usable = self._peers[name], [relay for relay in relays if relay in self._outgoing.relays]
+        with self._lock:
+            if peer.route.relayed or peer.route.address or self._parting is not None:
+                return
+            if self._server is not None:
+                peer.route = Route("await", only_dials=True)
+            elif usable:
+                peer.route = relayed_route(self._name, name, usable)
+                self._mailboxes.learn_relays(name, peer.route.relays)
+            else:
+                return
+        self._relayed.learn(peer)
+
     def _dial(self, peer: Peer) -> None:
         peer.greeting = self._greeter.greet(peer.name)
         conversation = self._converse(peer)
@@ -135,6 +154,7 @@ class Connections:
                 reason = stood_still(self._name, seconds, peer.name)
                 self._mailboxes.interrupt(reason)
             self._mailboxes.lose(peer.name, reason)
+            self._note_lost(peer, GONE)
             self._dial_again(peer)
 
         conversation = peer.conversation = Conversation(take, ended)
@@ -149,8 +169,14 @@ class Connections:
             peer.conversation.cut()
             self._given_up.append(peer.conversation)
         self._mailboxes.lose(peer.name, silent, Known.SILENT)
-        self._relay.tell_silent(peer)
+        if peer.stream is not None:
+            peer.stream.end()
+        self._note_lost(peer, SILENT)
         self._dial_again(peer)
+
+    def _note_lost(self, peer: Peer, how: str) -> None:
+        self._relay.tell_lost(peer, how)
+        self._relayed.after_losing(peer)
 
     def _dial_again(self, peer: Peer) -> None:
         """A tolerated peer that this party dials may come back; the dialling goes on until it does or the run ends.
@@ -209,6 +235,7 @@ class Connections:
         self._greeter.keys.learn(peer.name, public_key)
         self._mailboxes.connect(peer.name)
         self._relay.after_connecting(peer)
+        self._relayed.after_connecting(peer)
 
     # ---- frames ----------------------------------------------------------------------------------------------------
 
@@ -224,9 +251,9 @@ class Connections:
             digest = greeting_digest(peer.greeting or {})
             self.accept(peer, self._greeter.check(peer.name, frame.payload, digest))
         elif frame.kind == Kind.RELAY:
-            self._relay.take_sealed(peer, frame)
+            (self._relay.pass_on if self._relay.relays else self._relayed.take_sealed)(peer, frame)
         elif frame.kind == Kind.RELAY_GREETING:
-            self._relay.take_greeting(peer, frame.payload)
+            (self._relay.pass_greeting_on if self._relay.relays else self._relayed.take_greeting)(peer, frame.payload)
         else:
             return self._mailboxes.file(peer.name, frame)
         return True
@@ -235,15 +262,18 @@ class Connections:
 
     def close(self, error: BaseException | None, stays_for: Collection[str]) -> None:
         """Say how this party ends, let what is queued leave, cut the rest. A relay stays for those of its peers that need it."""
-        if error is None and self._outgoing.relay == self._name:
-            awaited = [name for name, peer in self._peers.items() if peer.route.how == "await" and name in stays_for]
+        if error is None and self._relay.relays:
+            awaited = [name for name, peer in self._peers.items() if peer.route.only_dials and name in stays_for]
             self._mailboxes.await_farewells(awaited, lambda name: self._peers[name].gone)
         self._mailboxes.close()
         self._parting = parting_message(error)
-        # Through the relay first: its own link must still be open for that.
-        for peer in sorted(self._peers.values(), key=lambda peer: not peer.route.relayed):
-            if self._can_be_told(peer):
-                self._say_farewell(peer, *self._parting)
+        linger = self._timeouts.linger if error is None else self._timeouts.linger_after_error
+        for relayed in (True, False):  # first through relays: their own links must still be open for that
+            for peer in self._peers.values():
+                if peer.route.relayed == relayed and self._can_be_told(peer):
+                    self._say_farewell(peer, *self._parting)
+            if relayed:
+                self._relayed.await_arrival(linger)
         if isinstance(error, MpcFlError) and not self._mailboxes.started:
             self._await_untold()
         self._pulse.stop()
@@ -254,7 +284,7 @@ class Connections:
         ]
         for conversation in talking:
             conversation.finish()
-        wait_for_all(talking, self._timeouts.linger if error is None else self._timeouts.linger_after_error)
+        wait_for_all(talking, linger)
         for conversation in talking:
             conversation.cut()
         for conversation in self._given_up:
@@ -264,6 +294,7 @@ class Connections:
         if self._server is not None:
             self._server.stop()
         self._relay.close()
+        self._relayed.close()
 
     def _await_untold(self) -> None:
         """Stay until those who have not come yet have come and heard why: a party that finds nobody cannot say who failed."""

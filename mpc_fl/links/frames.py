@@ -135,14 +135,15 @@ class FrameWriter:
             self.next_sequence += 1
             traffic.messages_sent += 1
 
-    def put_at_once(self, kind: Kind, payload: dict[str, Any], write: Callable[[bytes], bool]) -> None:
-        """Hand a control frame to `write`, without waiting for another one under way; if it takes it. Not counted."""
+    def put_at_once(self, kind: Kind, tag: str, payload: Payload, write: Callable[[bytes], bool]) -> bool:
+        """Hand a frame of one chunk to `write`, without waiting for another one under way; whether it took it. Not counted."""
         if not self.lock.acquire(blocking=False):
-            return
+            return False
         try:
-            (chunk,) = encode_frame(kind, "", self.next_sequence, payload)
-            if write(chunk):
-                self.next_sequence += 1
+            (chunk,) = encode_frame(kind, tag, self.next_sequence, payload)
+            taken = write(chunk)
+            self.next_sequence += int(taken)
+            return taken
         finally:
             self.lock.release()
 

@@ -72,7 +72,7 @@ class Conversation:
         self._over = threading.Event()
         self._finishing = threading.Event()
         self._all_left = threading.Event()
-        self._heard = self._taking = False
+        self._heard = self.taking = False  # `taking`: whether a chunk of the peer is being taken
         self.last_put = float("-inf")  # when a chunk was queued last, of `time.monotonic`
         self.reached = False  # whether a chunk has left: there was somebody to send it to
         self.refusal: MpcFlError | None = None
@@ -100,7 +100,7 @@ class Conversation:
 
         That takes long where this party lets a peer wait (`mailboxes`).
         """
-        heard, self._heard = self._heard or self._taking, False
+        heard, self._heard = self._heard or self.taking, False
         return heard
 
     def finish(self) -> None:
@@ -130,11 +130,11 @@ class Conversation:
         try:
             wanted = True
             for chunk in chunks:  # read on after the last one: the call ends when both sides have finished
-                self._taking = True
+                self.taking = True
                 if wanted and (self._over.is_set() or not self._take(chunk)):
                     wanted = False
                     self.finish()  # the peer has said its last word, and stays until this side has ended, too
-                self._heard, self._taking = True, False
+                self._heard, self.taking = True, False
         except MpcFlError as error:
             failure = self.refusal = error
         except grpc.RpcError as error:

@@ -24,8 +24,9 @@ from mpc_fl.crypto.certificates import Identity, received_pem, sign, verify_cert
 from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, IdentityError, printable
 
 # What parties say to each other, all protocols together. 2: sums are bound to a transcript that all in them confirm.
-# 3: parties give signs of life. 4: the linear check has another map; peers say who joins, leaves and admits.
-PROTOCOL_VERSION = 4
+# 3: parties give signs of life. 4: the linear check has another map; peers say who joins, leaves and admits. 5: peers know each
+# other's starts with their certificates, and show votes to whom they ask for the state.
+PROTOCOL_VERSION = 5
 _VERSION = f"{__version__}, protocol {PROTOCOL_VERSION}"
 _LONGEST_VERSION = 40
 _LONGEST_CODE = 200

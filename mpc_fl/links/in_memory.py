@@ -131,7 +131,7 @@ class InMemoryLinks(Links):
     ) -> None:
         peers = [peer for peer in network.names if peer != name]
         counter = TrafficCounter("connect")
-        mailboxes = Mailboxes(dict.fromkeys(peers), timeouts, tolerance, counter)
+        mailboxes = Mailboxes(dict.fromkeys(peers, ()), timeouts, tolerance, counter)
         super().__init__(name, mailboxes, PairwiseKeys(name, network.agreement), counter)
         self._network = network
         self._observer = observer

@@ -44,6 +44,11 @@ class PairwiseKeys:
             key = self.public_key if party == self.name else self._peers.get(party)
         return "" if key is None else hashlib.sha256(key).hexdigest()
 
+    def is_of(self, peer: str, public_key: bytes) -> bool:
+        """Whether this is the key of the start of `peer` that was connected last."""
+        with self._lock:
+            return self._peers.get(peer) == public_key
+
     def sealing_key(self, peer: str, public_key: bytes, sender: str, receiver: str, greetings: str) -> bytes:
         """32 secret bytes for the sealed chunks of one direction between this party and `peer`.
 

@@ -42,6 +42,7 @@ class Links(abc.ABC):
         self._keys = keys
         self._counter = counter
         self._scope = ""
+        self._seconds: float | None = None
         self._stays_for = set(mailboxes.peers)
 
     @abc.abstractmethod
@@ -76,6 +77,12 @@ class Links(abc.ABC):
         """The same links for a protocol of its own: its messages and seeds are apart from all others."""
         links = copy.copy(self)
         links._scope = f"{self._scope}{scope}/"
+        return links
+
+    def within(self: AnyLinks, seconds: float) -> AnyLinks:
+        """The same links, over which a peer has so many seconds to take one message; by default it has the receive timeout."""
+        links = copy.copy(self)
+        links._seconds = seconds
         return links
 
     @property
@@ -163,6 +170,10 @@ class Links(abc.ABC):
     def learn_address(self, peer: str, address: str) -> None:
         """A peer said where it can be dialled (host:port), which this party did not know; nothing to do where links need none."""
         log.debug("%s is at %s", peer, address)
+
+    def learn_relays(self, peer: str, relays: Sequence[str]) -> None:
+        """A peer said that it can only dial out, and through which parties it is reached; nothing to do where links need none."""
+        log.debug("%s is reached through %s", peer, ", ".join(relays))
 
     def stay_for(self, peers: Collection[str]) -> None:
         """At the end a relay stays for these alone: others that are still linked with it take part in nothing any more."""

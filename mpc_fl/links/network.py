@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.links.connections import Connections
 from mpc_fl.links.frames import FrameWriter, Kind, Observer, Payload
@@ -31,13 +33,13 @@ class NetworkLinks(Links):
     ) -> None:
         counter = TrafficCounter("connect")
         keys = PairwiseKeys(identity.name, agreement)
-        relays = {name: reach.relay if route.relayed else None for name, route in reach.peers.items()}
+        relays = {name: route.relays for name, route in reach.peers.items()}
         mailboxes = Mailboxes(relays, timeouts, tolerance, counter)
         super().__init__(identity.name, mailboxes, keys, counter)
         peers = {name: Peer(name, route, FrameWriter(name, counter)) for name, route in reach.peers.items()}
         greeter = Greeter(identity, agreement, keys, mailboxes)
         self._listen = reach.listen
-        self._outgoing = Outgoing(peers, reach.relay, mailboxes, counter, timeouts.receive)
+        self._outgoing = Outgoing(peers, reach.relays, mailboxes, counter, timeouts.receive)
         self._connections = Connections(greeter, self._outgoing, mailboxes, counter, timeouts, observer)
 
     def admit(self, names: set[str], chunk: bytes) -> Conversation:
@@ -48,6 +50,10 @@ class NetworkLinks(Links):
         """Dial a peer there, from now on and again, where this party is the one that dials."""
         self._connections.learn_address(peer, address)
 
+    def learn_relays(self, peer: str, relays: Sequence[str]) -> None:
+        """Await a peer that can only dial out, or reach it through these."""
+        self._connections.learn_relays(peer, relays)
+
     def _open(self) -> None:
         self._connections.open(self._listen)
 
@@ -55,4 +61,4 @@ class NetworkLinks(Links):
         self._connections.close(error, self._stays_for)
 
     def _send(self, receiver: str, kind: Kind, tag: str, payload: Payload) -> None:
-        self._outgoing.put(self._outgoing.peers[receiver], kind, tag, payload)
+        self._outgoing.put(self._outgoing.peers[receiver], kind, tag, payload, self._seconds)

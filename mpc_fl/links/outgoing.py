@@ -1,9 +1,9 @@
-"""Frames on their way out: into the peer's conversation, or sealed and through the relay."""
+"""Frames on their way out: into the peer's conversation, or into the stream of sealed chunks that goes through relays."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +16,23 @@ from mpc_fl.links.traffic import TrafficCounter
 
 _LOOK = 0.2  # seconds between looks whether a peer that takes nothing is lost
 _LOOK_FOR_ROOM = 0.005  # and whether there is room for what is relayed to it
-_LEAST = 0.1  # seconds that the relay gets for a chunk of a frame that is late already
+_LONGEST_STALL = 60.0  # that no chunk leaves: a process that reads takes some of what comes, whatever it computes
+_LEAST = 0.1  # seconds that a chunk gets for which there was room just now
 
 
 class Outgoing:
-    """Sends to `peers`. Takes a writer's lock, then that of the writer to the relay, then the mailboxes' (`mailboxes`)."""
+    """Sends to `peers`. Takes a writer's lock, then that of its stream, then the mailboxes' (`mailboxes`)."""
 
     def __init__(
         self,
         peers: Mapping[str, Peer],
-        relay: str | None,
+        relays: Sequence[str],
         mailboxes: Mailboxes,
         counter: TrafficCounter,
         seconds: float,
     ) -> None:
         self.peers = peers
-        self.relay = relay
+        self.relays = tuple(relays)
         self._mailboxes = mailboxes
         self._counter = counter
         self._seconds = seconds
@@ -40,20 +41,25 @@ class Outgoing:
         """Queue a frame; greetings also while the peer comes back after a failure.
 
         Raises the failure of the link, `LinkError` for a peer that was never connected, or `PeerLostError` when the
-        peer takes nothing for `seconds`, by default the receive timeout.
+        peer has not taken it within `seconds`, by default the receive timeout. One that may be lost is lost then, and has
+        less time for each chunk: whoever sends to all must not wait for one that reads nothing, word after word.
         """
         deadline = time.monotonic() + (self._seconds if seconds is None else seconds)
         greeting = kind in (Kind.HELLO, Kind.WELCOME)
 
         def write(chunk: bytes) -> None:
-            if peer.sealer is not None:
-                assert self.relay is not None
-                remaining = max(_LEAST, deadline - time.monotonic())
-                self.put(self.peers[self.relay], Kind.RELAY, peer.name, peer.sealer.seal(chunk), remaining)
-            else:
-                self._queue(peer, chunk, deadline, greeting)
+            self._queue(peer, chunk, deadline, greeting)
 
         peer.writer.put(kind, tag, payload, write)
+
+    def bring(self, relay: Peer, receiver: str, sealed: bytes) -> bool:
+        """Queue what is sealed for `receiver` at a relay; whether there was room for it, and nobody else sent to that relay."""
+
+        def write(chunk: bytes) -> bool:
+            conversation = relay.conversation
+            return conversation is not None and self._mailboxes.alive(relay.name) and conversation.put(chunk, 0.0)
+
+        return relay.writer.put_at_once(Kind.RELAY, receiver, sealed, write)
 
     def pass_on(self, peer: Peer, sender: str, sealed: torch.Tensor) -> None:
         """At the relay: queue a sealed chunk of `sender`. Raises as `put`.
@@ -87,19 +93,33 @@ class Outgoing:
     def _queue(self, peer: Peer, chunk: bytes, deadline: float, greeting: bool) -> None:
         if self._queued(peer, chunk, 0.0, greeting):
             return
+        may_be_lost = self._mailboxes.tolerates(peer.name)
+        if may_be_lost:
+            deadline = min(deadline, time.monotonic() + _LONGEST_STALL)
         with self._mailboxes.held_up():  # whoever waits for room goes on reading, or two could wait for each other
             while not self._queued(peer, chunk, _LOOK, greeting):
                 if time.monotonic() > self._mailboxes.silence.moved(deadline):
-                    raise self._takes_nothing(peer)
+                    error = self._takes_nothing(peer)
+                    if may_be_lost:
+                        self._give_up(peer, error)
+                    raise error
+
+    def _give_up(self, peer: Peer, error: PeerLostError) -> None:
+        """Half of a frame may have left, so this link is of no use any more; the peer may make another one."""
+        self._mailboxes.lose(peer.name, error)
+        if peer.conversation is not None:
+            peer.conversation.finish()
+            peer.conversation.cut()
 
     def _queued(self, peer: Peer, chunk: bytes, seconds: float, greeting: bool) -> bool:
         """Whether the peer's conversation took the chunk, or nobody needs it any more."""
         failure = self._mailboxes.failure(peer.name)
         if failure is not None and not greeting:
             raise failure
-        if peer.conversation is None:
+        way = peer.conversation if peer.stream is None else peer.stream
+        if way is None:
             raise LinkError(f"{peer.name} is not connected", "connect before sending")
-        return self._mailboxes.closed(peer.name) or peer.conversation.put(chunk, seconds)
+        return self._mailboxes.closed(peer.name) or way.put(chunk, seconds)
 
     def give_sign(self, peer: Peer, seconds: float) -> None:
         """Say that this party is there to a connected peer to which nothing was queued for `seconds`."""
@@ -114,7 +134,7 @@ class Outgoing:
             conversation = peer.conversation  # under the writer's lock: after the greetings of this very conversation
             return conversation is not None and self._mailboxes.connected(peer.name) and conversation.put(chunk, 0.0)
 
-        peer.writer.put_at_once(kind, payload, write)
+        peer.writer.put_at_once(kind, "", payload, write)
 
     def begin_again(self, peer: Peer) -> None:
         """Forget the link with a peer that starts again; until it has connected, sending to it fails."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mpc_fl.config.config import Config, connect_seconds, greeting_seconds, may_lose_hospitals, party_names
-from mpc_fl.config.deadlines import deadlines_of
+from mpc_fl.config.config import (
+    Config,
+    connect_seconds,
+    greeting_seconds,
+    may_lose_hospitals,
+    party_names,
+    relays_of,
+)
+from mpc_fl.config.deadlines import another_relay, deadlines_of
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
@@ -16,7 +24,7 @@ from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
-from mpc_fl.roles import AGGREGATOR, is_hospital
+from mpc_fl.roles import is_hospital
 
 
 def site_directory(config: Config) -> Path:
@@ -38,7 +46,7 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
         raise ConfigError(f"there is no party '{name}' in this task", f"the parties are {', '.join(names)}")
     federation = config.federation
     addresses = {party: address for party, address in federation.addresses.items() if party in names}
-    announced = [party for party in joining_later(config) if party not in addresses]
+    announced = [party for party in joining_later(config) if party not in (*addresses, *federation.dial_out_only)]
     missing = [party for party in names if party not in (*addresses, *federation.dial_out_only, *announced)]
     if missing:
         raise ConfigError(
@@ -49,22 +57,37 @@ def connect(config: Config, name: str, observer: Observer | None = None, code: s
         raise ConfigError("site.identity is not set", "say with --identity where this party's key and certificate lie")
     if not federation.session:
         raise ConfigError("federation.session is empty", "give all parties one fresh name for this run")
-    if name in announced and config.site.address is None:
-        raise ConfigError(
-            f"{name} is no founder, and neither federation.addresses nor site.address says where it is reached",
-            "give its host:port in site.address: it tells the others when it joins",
-        )
+    relays = relays_of(config)
+    if name in announced:
+        _require_reachable(config, name, relays)
+        if config.site.address is None:
+            announced.remove(name)
     own_address = config.site.address if name in announced else addresses.get(name)
-    relay = federation.relay or (AGGREGATOR if AGGREGATOR in names else None)
     listen = None if own_address is None else config.site.listen or own_address
     return NetworkLinks(
         load_identity(config.site.identity, name, federation.chosen_names),
         Agreement(federation.session, config.digest(), config.task, code),
-        Reach(listen, routes(name, names, addresses, relay, announced), relay),
+        Reach(listen, routes(name, names, addresses, relays, announced), relays),
         timeouts_of(config, name),
         tolerance_of(config),
         observer,
     )
+
+
+def _require_reachable(config: Config, name: str, relays: Sequence[str]) -> None:
+    """A hospital that joins later says how it is reached. Raises `ConfigError`."""
+    if config.site.address is None and not config.site.reached_through:
+        raise ConfigError(
+            f"{name} is no founder, and neither federation.addresses nor site.address says where it is reached",
+            "give its host:port in site.address: it tells the others when it joins; or, where it can only dial out, relays in "
+            "site.reached_through",
+        )
+    for relay in config.site.reached_through:
+        if relay not in relays:
+            raise ConfigError(
+                f"site.reached_through names {relay[:60]}, which is no relay of this run",
+                f"the relays are {', '.join(relays) or 'none: set federation.relay'}",
+            )
 
 
 def timeouts_of(config: Config, name: str) -> Timeouts:
@@ -73,7 +96,14 @@ def timeouts_of(config: Config, name: str) -> Timeouts:
     if config.task == "train" and not config.among_peers:
         receive = deadlines_of(config).receive(name)
     silence, at_first = config.runtime.silence_timeout, greeting_seconds(config)
-    return Timeouts(connect, receive, untold=connect, silence=silence, silence_at_first=at_first)
+    return Timeouts(
+        connect,
+        receive,
+        untold=connect,
+        silence=silence,
+        silence_at_first=at_first,
+        another_relay=another_relay(config),
+    )
 
 
 def tolerance_of(config: Config) -> Tolerance:

@@ -11,16 +11,17 @@ from typing import Any
 from mpc_fl.links.frames import FrameReader, FrameWriter
 from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.routes import Route
-from mpc_fl.links.sealing import Sealer, Unsealer
+from mpc_fl.links.sealed_stream import SealedStream
 
 
 @dataclass
 class Peer:
     """The link with one peer. Its conversation is None while nobody dialled, and for a relayed peer.
 
-    The writer's lock guards what sending needs (`conversation`, `sealer`, the next sequence); a reader belongs to the
-    thread that reads its conversation. `greeting` is the one that this party sent first, which an answer must refer to;
-    `greeted` the digest of the peer's that was accepted last, through the relay.
+    The writer's lock guards what sending needs (`conversation`, `stream`, the next sequence); a reader belongs to the
+    thread that reads its conversation, or holds the stream's `reading`. `greeting` is the one that this party sent first, which
+    an answer must refer to. Of a relayed peer: `asks` while that has no answer yet; `made_by` the digest of the first greeting that
+    made the link; `answered` the digest of the last one that this party answered, with `answer`; `heard_before` those accepted.
     """
 
     name: str
@@ -29,9 +30,12 @@ class Peer:
     conversation: Conversation | None = None
     reader: FrameReader = field(default_factory=lambda: FrameReader(greetings_only=True))
     greeting: dict[str, Any] | None = None
-    greeted: str = ""
-    sealer: Sealer | None = None
-    unsealer: Unsealer | None = None
+    asks: bool = False
+    made_by: str = ""
+    answered: str = ""
+    answer: dict[str, Any] | None = None
+    heard_before: set[str] = field(default_factory=set)
+    stream: SealedStream | None = None
 
     def forget_link(self) -> None:
         """Forget a link that is gone, so that the peer can connect anew. The caller holds the writer's lock."""
@@ -39,7 +43,9 @@ class Peer:
             self.conversation.cut()  # the other end may keep it open
         self.conversation, self.reader = None, FrameReader(greetings_only=True)
         self.writer.next_sequence = 0
-        self.sealer = self.unsealer = None
+        if self.stream is not None:
+            self.stream.end()
+        self.stream, self.asks = None, False
 
     @property
     def gone(self) -> bool:

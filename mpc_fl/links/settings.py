@@ -12,21 +12,21 @@ from mpc_fl.links.routes import Route, routes
 class Reach:
     """Where this party listens, how it reaches each peer, and who relays.
 
-    `listen` is host:port, None when the party can only dial out. `relay` names the party that passes sealed chunks
+    `listen` is host:port, None when the party can only dial out. `relays` names the parties that pass sealed chunks
     between parties that can only dial out.
     """
 
     listen: str | None
     peers: Mapping[str, Route]
-    relay: str | None = None
+    relays: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, parties: Sequence[str], addresses: dict[str, str], relay: str | None = None) -> Reach:
+    def of(cls, name: str, parties: Sequence[str], addresses: dict[str, str], relays: Sequence[str] = ()) -> Reach:
         """The reach of party `name`, which listens where `addresses` says that the others find it.
 
         Raises `LinkError` when two parties without an address have no relay that has one.
         """
-        return cls(addresses.get(name), routes(name, parties, addresses, relay), relay)
+        return cls(addresses.get(name), routes(name, parties, addresses, relays), tuple(relays))
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Timeouts:
     when it ends with an error. Peers that read end at once; whoever leaves one behind that is slow, takes its reason away.
     One that fails while links are made stays until `untold` seconds after it began for those that have not come yet.
     A peer that gives no sign of life for `silence` is lost (`pulse`), in the first `connect` seconds for `silence_at_first` more.
+    What gets nowhere through one relay for `another_relay` goes through another one.
     """
 
     connect: float
@@ -46,11 +47,12 @@ class Timeouts:
     untold: float = 0.0
     silence: float = 20.0
     silence_at_first: float = 0.0
+    another_relay: float = 10.0
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Bytes of memory for what has arrived from one peer and nobody has taken (`mailboxes` says what happens then).
+    """Bytes of memory for what has arrived from one peer and nobody has taken (`readers` says what happens then).
 
     An honest peer is ahead by what it sends without an answer: a summand, a model, two tensors of an exchange between all
     (44 MB each for ResNet18), and corrections of the dealer, which it counts itself (`runtime.dealer_ahead_bytes`, 256 MiB

@@ -53,15 +53,19 @@ class Silence:
         """Seconds without a sign of life after which somebody counts as silent now."""
         return self._limit + (self._at_first.more if self.awake < self._at_first.until else 0.0)
 
-    def look(self, heard: Mapping[str, bool]) -> list[str]:
-        """Who has been silent for `limit` seconds. `heard`: of everybody there, whether there was a sign since the last look."""
+    def look(self, heard: Mapping[str, bool | None], behind: Collection[str] = ()) -> list[str]:
+        """Who has been silent for `limit` seconds. `heard`: of everybody there, whether there was a sign since the last look, None
+        of who could not be heard. Those `behind` relays may be silent for two signs longer: a relay that stops is found first.
+        """
         with self._lock:
             if self._seen is None:
                 self._seen = self._clock()
             self._see()
             seconds, self._uncounted = self._uncounted, 0.0
+            start = {name: -2 * SIGN if name in behind else 0.0 for name in heard}
             self._silent = {
-                name: 0.0 if sign else self._silent.get(name, 0.0) + seconds for name, sign in heard.items()
+                name: start[name] if sign else self._silent.get(name, start[name]) + (0.0 if sign is None else seconds)
+                for name, sign in heard.items()
             }
             return [name for name, silent in self._silent.items() if silent >= self.limit]
 

@@ -93,6 +93,15 @@ def test_pieces_in_any_order_give_the_whole(count: int, cuts: list[int], dtype: 
     assert torch.equal(accumulator.folded(), sign_hash.fold(x))
 
 
+@given(st.integers(1, 3000), st.integers(1, 9), st.sampled_from([torch.int32, torch.int64]))
+@settings(max_examples=30)
+def test_parts_that_are_no_whole_blocks_give_the_whole(count: int, parts: int, dtype: torch.dtype) -> None:
+    x, sign_hash = elements(3, count, dtype), SignHash(seed_number(7), count, 256)
+    cuts = [at * count // parts for at in range(parts + 1)]
+    folds = [sign_hash.fold_part(x[begin:end], begin) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    assert torch.equal(torch.stack(folds).sum(0, dtype=dtype), sign_hash.fold(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("count", [1, 5000, 300_001])
 def test_masks_fold_as_they_mask(dtype: torch.dtype, count: int) -> None:

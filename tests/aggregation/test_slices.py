@@ -76,3 +76,15 @@ def test_whoever_lacks_most_is_left_out_and_of_two_that_disagree_one() -> None:
     assert who_has_all(hospitals, "hospital-0", lacks_one) == ("hospital-0", "hospital-1", "hospital-3")
     # The proposer itself says that it has not got a slice: it does not leave itself out.
     assert who_has_all(hospitals, "hospital-2", {**everybody, "hospital-2": {"hospital-2"}}) == ("hospital-2",)
+
+
+@given(st.sets(st.integers(0, 6), min_size=2))
+def test_each_of_v_has_another_keeper_and_keeps_for_one(inside: set[int]) -> None:
+    hospitals = hospitals_of(7)
+    slices, admitted = Slices(hospitals, 70), tuple(hospitals[rank] for rank in sorted(inside))
+    keepers = {name: slices.keeper(name, admitted) for name in admitted}
+    assert sorted(keepers.values()) == sorted(admitted) and all(keepers[name] != name for name in admitted)
+    first, last = admitted[0], admitted[-1]
+    assert keepers[last] == first
+    kept = [piece for name in admitted for piece in slices.opened_by(name, admitted)]
+    assert sorted(kept) == sorted(hospitals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def _run(directory: Path, accuracy: float | None, config: Config, epsilon: float
     return directory
 
 
-def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
+def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     one = _run(tmp_path / "one", 0.81, parse_config({"training": {"rounds": 3}}, "x"))
     two = _run(
         tmp_path / "two", None, parse_config({"name": "other", "federation": {"session": "s"}}, "x"), epsilon=None
@@ -51,9 +53,9 @@ def test_runs_stand_side_by_side_with_what_differs(tmp_path: Path) -> None:
     figures = runs[0].figures()
     assert (figures["accuracy"], figures["epsilon"], figures["auc_macro"], figures["delta"]) == (0.81, 5.5, 0.91, 1e-5)
     assert (runs[1].figures()["accuracy"], runs[1].figures()["epsilon"]) == (None, None)
-    shown = CliRunner().invoke(app, [str(one), str(two)])
+    shown = CliRunner().invoke(app, ["one", "two"])
     text = " ".join(shown.output.split())
-    assert shown.exit_code == 0 and "81.0% (76.0% to 86.0%)" in text and "training.rounds 3 5" in text
+    assert shown.exit_code == 0 and "81.0% (76.0% to 86.0%) of 300" in text and "training.rounds 3 5" in text
     printed = json.loads(CliRunner().invoke(app, [str(one), str(two), "--json"]).output)
     assert [run["rounds"] for run in printed["runs"]] == [3, 5] and printed["settings"] == {"training.rounds": [3, 5]}
     assert "No setting differs" in CliRunner().invoke(app, [str(one), str(one)]).output
@@ -130,3 +132,75 @@ def test_a_run_of_others_writes_nothing_to_the_terminal_but_text(tmp_path: Path)
     shown = CliRunner().invoke(app, [str(one), str(two)])
     assert shown.exit_code == 0, shown.exception
     assert "\x1b" not in shown.output and "[red]one[b]" in shown.output.replace("\n", "") and "?[2Jkey" in shown.output
+
+
+def _changed(run: Path, **fields: Any) -> Path:
+    """The run with other values in its summary."""
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, **fields}))
+    return run
+
+
+def test_what_makes_figures_another_question_is_said_beside_them(tmp_path: Path) -> None:
+    config = Config()
+    plain = _changed(_run(tmp_path / "plain", 0.8, config), synthetic=False)
+    simulated = _changed(
+        _run(tmp_path / "many", 0.8, config), simulated=True, unit="image", evaluated_round=3,
+        took_part={"4": ["hospital-0", "hospital-1"], "5": ["hospital-0", "hospital-1", "hospital-2"]},
+    )  # fmt: skip
+    figures = read_run(simulated).figures()
+    keys = ("simulated", "synthetic", "unit", "evaluated_round", "rounds_with_absent", "counted_with_noise")
+    assert tuple(figures[key] for key in keys) == (True, True, "image", 3, 1, None)
+    output = CliRunner().invoke(app, [str(plain), str(simulated)]).output
+    (said,) = (line for line in output.replace("\n", " ").split(f"{simulated}: ")[1:])
+    for words in (
+        "synthetic phantoms", "simulated, without parties and signatures", "epsilon is per image, not per patient",
+        f"accuracy is that after round 3 of {config.training.rounds}", "absent in 1 of",
+    ):  # fmt: skip
+        assert words in said
+    assert f"{plain}:" not in output  # there is nothing to say of it
+
+
+def test_no_epsilon_is_shown_where_it_holds_for_one_hospital_no_more(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0.8, Config())
+    spent = json.loads((run / "summary.json").read_text())["privacy"]
+    _changed(run, privacy=[*spent[:2], {**spent[2], "epsilon": None, "noise_multiplier": None}])
+    read = read_run(run)
+    assert read.figures()["epsilon"] is None and "no epsilon holds" in " ".join(read.remarks())
+
+
+def test_values_that_differ_late_are_not_shown_alike(tmp_path: Path) -> None:
+    names = [f"a class with a long name {number}" for number in range(3)]
+    columns = [{"name": "age", "range": [0, 120]}, {"name": "crp", "range": [0, 500]}]
+    other = [{"name": "crp", "range": [0, 400]}, {"name": "age", "range": [0, 120]}]
+
+    def settings(classes: list[str], of: list[dict[str, Any]]) -> Config:
+        return parse_config({"data": {"source": "csv", "classes": classes, "table": {"columns": of}}}, "x")
+
+    one = _run(tmp_path / "one", 0.8, settings([*names, "x"], columns))
+    two = _run(tmp_path / "two", 0.8, settings([*names, "y"], other))
+    assert differing_settings([read_run(one), read_run(two)]) == {
+        "data.classes": [[*names, "x"], [*names, "y"]],
+        "data.table.columns.order": [["age", "crp"], ["crp", "age"]],
+        "data.table.columns.crp.range": [[0.0, 500.0], [0.0, 400.0]],
+    }
+    shown = CliRunner().invoke(app, [str(one), str(two)]).output
+    assert '"x"]' in shown and '"y"]' in shown
+
+
+def test_who_gives_another_directory_is_told_which(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run", 0.8, Config())
+    (run / "parties" / "hospital-0").mkdir(parents=True)
+    for name in ("run.failed", "search", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "search" / "tune.json").touch()
+    for directory, words in {
+        run / "parties" / "hospital-0": f"one party has of a run on one machine: give {run}",
+        tmp_path / "run.failed": "has not come to its end",
+        tmp_path / "search": f"give {tmp_path / 'search' / 'final'}",
+        tmp_path / "nowhere": "no such directory",
+        tmp_path / "empty": "give the directory of a finished training run",
+    }.items():
+        with pytest.raises(MpcFlError, match=re.escape(words)) as caught:
+            read_run(directory)
+        assert str(caught.value.what) == f"cannot read {directory / 'summary.json'}"

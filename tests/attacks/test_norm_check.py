@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpc_fl.aggregation import norm_check
+from mpc_fl.aggregation import norm_check, proof_steps
 from mpc_fl.aggregation.norm_check import NormCheck
 from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.aggregation.norm_proof import Transcript, whole_numbers
@@ -50,52 +50,52 @@ OFFSETS = [1, 2**32, 2**63, 2**64, PRIME // 2, PRIME - 1]
 
 
 def _say_that_it_is_within() -> None:
-    norm_check.square_sum = lambda sketch: 0
+    proof_steps.square_sum = lambda sketch: 0
 
 
 def _add_to_what(name: str) -> Callable[[int], None]:
-    """Let a function of `norm_check` that makes a vector add an offset to every element of it."""
+    """Let a function of `proof_steps` that makes a vector add an offset to every element of it."""
 
     def deviate(offset: int) -> None:
-        original = getattr(norm_check, name)
+        original = getattr(proof_steps, name)
 
         def changed(*arguments: Any, **named: Any) -> Any:
             return (original(*arguments, **named) + offset) % PRIME
 
-        setattr(norm_check, name, changed)
+        setattr(proof_steps, name, changed)
 
     return deviate
 
 
 def _add_to_sketch(offset: int) -> None:
-    original = norm_check.centred_sketch
+    original = proof_steps.centred_sketch
 
     def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
         sketch, carries = original(test, shares)
         return sketch + offset, carries
 
-    norm_check.centred_sketch = changed
+    proof_steps.centred_sketch = changed
 
 
 def _add_to_carries(offset: int) -> None:
-    original = norm_check.centred_sketch
+    original = proof_steps.centred_sketch
 
     def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
         sketch, carries = original(test, shares)
         return sketch - (offset << test.ring_bits), carries + offset
 
-    norm_check.centred_sketch = changed
+    proof_steps.centred_sketch = changed
 
 
 def _claim_another_sketch(offset: int) -> None:
     """All it proves is true of a sketch that is as short as its own divided by `offset`."""
-    original = norm_check.centred_sketch
+    original = proof_steps.centred_sketch
 
     def changed(test: NormTest, shares: Any) -> tuple[Vector, Vector]:
         sketch, carries = original(test, shares)
         return sketch // (offset + 10), carries
 
-    norm_check.centred_sketch = changed
+    proof_steps.centred_sketch = changed
 
 
 DEVIATIONS: dict[str, Callable[[int], None]] = {
@@ -112,7 +112,7 @@ EVERYWHERE = ("its sketch", "its bits", "its products")
 def deviate(links: Any, directory: str) -> Any:
     """One sum for every way and offset; who passed, at the aggregator."""
     domain, test, passed = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS), dict[str, Any]()
-    kept = dict(vars(norm_check))
+    kept = dict(vars(proof_steps))
     ways = [(name, [deviation]) for name, deviation in DEVIATIONS.items()]
     for way, deviations in [*ways, ("everywhere", [DEVIATIONS[name] for name in EVERYWHERE])]:
         for offset in OFFSETS:
@@ -122,7 +122,7 @@ def deviate(links: Any, directory: str) -> Any:
                     deviation(offset)
             x = None if links.name == AGGREGATOR else update("long" if links.name == DEVIATING else "honest", BOUND, 7)
             passed[f"{way} + {offset}"] = checked_sum(domain, f"{way} {offset}", test, x)
-            vars(norm_check).update(kept)
+            vars(proof_steps).update(kept)
     return passed
 
 
@@ -222,7 +222,7 @@ def test_an_aggregator_that_tells_two_truths_gets_noise(which: int, tmp_path: Pa
 
 def asked_twice(links: Any, directory: str) -> Any:
     """An aggregator that begins the check of one sum again, to have a second answer about the same proofs."""
-    from mpc_fl.sharing.closed_sum import SumPlan
+    from mpc_fl.sharing.sum_plan import SumPlan
 
     domain, test = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS)
     if links.name == AGGREGATOR:
@@ -321,10 +321,10 @@ def test_two_hospitals_that_pass_together_gain_what_the_bounds_of_all_allow_and_
         begin(self, check, domain, masks, seed)
         lie = SignHash(seed, PARAMETERS, BUCKETS).fold(update("long", BOUND, 3).int())
         if self.me == "hospital-1":
-            self.shares[DEVIATING] = self.shares[DEVIATING] - lie
+            self.steps.shares[DEVIATING] = self.steps.shares[DEVIATING] - lie
         elif self.me == DEVIATING:
-            share = self.shares_of_mine["hospital-1"]
-            self.shares_of_mine["hospital-1"] = (share - whole_numbers(lie)) % (1 << check.test.ring_bits)
+            share = self.steps.shares_of_mine["hospital-1"]
+            self.steps.shares_of_mine["hospital-1"] = (share - whole_numbers(lie)) % (1 << check.test.ring_bits)
 
     monkeypatch.setattr(norm_check._Hospital, "__init__", pool)
     signatory, said = signatories(WORLD, tmp_path / "identities"), Said()

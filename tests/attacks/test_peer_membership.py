@@ -116,7 +116,7 @@ def test_a_vote_for_another_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run = with_a_newcomer(tmp_path, monkeypatch)
     only_at(monkeypatch, "hospital-2", Admission, "vote", lambda *_: None)
 
-    def answered(_original: Any, self: Joining) -> None:
+    def answered(_original: Any, self: Joining, _givers: Any) -> None:
         votes = self.attendance.asking.votes
         votes["hospital-2"] = votes.get("hospital-1", "")
 

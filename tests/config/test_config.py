@@ -69,8 +69,22 @@ def test_mistakes_are_named_in_one_line(values: object, message: str) -> None:
             "set federation.quorum to 5 or more",
         ),
         ({"federation": {"addresses": {"aggregator": "a:1"}}}, "a party 'aggregator', and there is none"),
-        ({"federation": {"dial_out_only": ["hospital-1"]}}, "no federation.dial_out_only"),
-        ({"aggregation": {"norm_check": True}}, "no aggregation.norm_check yet"),
+        (
+            {"federation": {"dial_out_only": ["hospital-0", "hospital-1", "hospital-2"]}},
+            "need a hospital that both can dial",
+        ),
+        ({"federation": {"dial_out_only": ["hospital-1"], "relay": ["hospital-1"]}}, "hospital-1 is a relay"),
+        ({"federation": {"relay": []}}, "names a party twice, or none"),
+        ({"federation": {"relay": ["hospital-0", "hospital-0"]}}, "names a party twice"),
+        ({"federation": {"relay": "aggregator"}}, "a party 'aggregator', and there is none"),
+        (
+            {"federation": {"hospitals": 4, "founders": 3, "quorum": 3, "relay": "hospital-3"}},
+            "names hospital-3, which joins later",
+        ),
+        (
+            {"federation": {"dial_out_only": ["hospital-1"]}, "runtime": {"receive_timeout": 20}},
+            "set runtime.receive_timeout to 35 or more",
+        ),
         ({"federation": {"hospitals": 5, "founders": 3, "quorum": 4}}, "3 founders must be a quorum"),
         ({"federation": {"hospitals": 3, "founders": 4, "quorum": 3}}, "4 founders must be a quorum"),
         (

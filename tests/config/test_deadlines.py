@@ -7,6 +7,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpc_fl.aggregation.peer_norm_check import PeerNormCheck
 from mpc_fl.config.config import connect_seconds, parse_config
 from mpc_fl.config.deadlines import deadlines_of, peer_deadlines_of
 
@@ -39,9 +40,12 @@ def test_deadlines_nest(
     assert all(value > 0 for value in dataclasses.astuple(found))
 
 
-@given(SECONDS, SECONDS, st.none() | SECONDS, st.integers(3, 64))
-def test_deadlines_among_peers_nest(connect: float, receive: float, round_: float | None, hospitals: int) -> None:
+@given(SECONDS, SECONDS, st.none() | SECONDS, st.integers(3, 64), st.booleans())
+def test_deadlines_among_peers_nest(
+    connect: float, receive: float, round_: float | None, hospitals: int, checked: bool
+) -> None:
     values = {
+        "aggregation": {"norm_check": checked},
         "runtime": {"connect_timeout": connect, "receive_timeout": receive},
         "federation": {"hospitals": hospitals, "coordinator": "none", "round_timeout": round_},
     }
@@ -52,5 +56,7 @@ def test_deadlines_among_peers_nest(connect: float, receive: float, round_: floa
     assert found.beginning >= found.connect + found.summand
     # Transcript, summands, five answers until V is fixed, seven steps, keys: the last one that gives up a sum is still awaited.
     assert found.presence > found.summand + 14 * found.answer
+    if checked:  # and what all heard, and the steps of the check
+        assert found.presence >= found.summand + (14 + 2 + PeerNormCheck.steps) * found.answer
     # Whoever waits for a proposal outlasts who waits for others before it proposes, and what it then sends.
     assert found.beyond > found.answer

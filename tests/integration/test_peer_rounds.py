@@ -67,6 +67,22 @@ def test_the_model_is_that_of_the_mode_with_an_aggregator(hospitals: int, tmp_pa
     require_the_model_of_both_modes({**SETTINGS, "training": training}, hospitals, tmp_path)
 
 
+def test_norms_are_checked_in_both_modes(tmp_path: Path) -> None:
+    """All pass, and the model is the same; whoever verifies the ledger sees that one bit of each was opened."""
+    training, aggregation = (
+        {**SETTINGS["training"], "sampling_seed": 5, "rounds": 1},
+        {"norm_check": True, "norm_bound": 10.0},
+    )
+    settings = {**SETTINGS, "training": training, "aggregation": aggregation}
+    require_the_model_of_both_modes(settings, 3, tmp_path)
+    verified = CliRunner().invoke(ledger.app, ["verify", str(tmp_path / "none")])
+    assert verified.exit_code == 0, verified.output
+    lines = [json.loads(line) for line in (tmp_path / "none" / "reveal_ledger.jsonl").read_text().splitlines()]
+    opened = [opening for line in lines for opening in line["openings"]]
+    (checked,) = [opening for opening in opened if opening["what"] == "whether each update is within its norm bound"]
+    assert checked["to"] == checked["among"] == ["hospital-0", "hospital-1", "hospital-2"]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("hospitals", [3, 5])

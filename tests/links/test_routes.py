@@ -10,7 +10,7 @@ LATER = ["hospital-2", "hospital-3"]
 
 
 def test_of_two_that_announce_themselves_the_later_dials_when_it_knows_where() -> None:
-    found = {name: routes(name, PARTIES, ADDRESSES, None, LATER) for name in PARTIES}
+    found = {name: routes(name, PARTIES, ADDRESSES, (), LATER) for name in PARTIES}
     assert found["hospital-3"] == {
         "hospital-0": Route("dial", "a:1"),
         "hospital-1": Route("dial", "b:1"),

@@ -66,7 +66,7 @@ class Said:
         if taken:
             eventually(lambda: self._taken > before, 60.0, "the chunk is taken")
         else:
-            eventually(lambda: self.conversation._taking, 60.0, "the chunk arrives")
+            eventually(lambda: self.conversation.taking, 60.0, "the chunk arrives")
 
 
 class Party:
@@ -74,9 +74,7 @@ class Party:
 
     def __init__(self, *tolerated: str) -> None:
         self.clock, counter = Clock(), TrafficCounter("work")
-        self.mailboxes = Mailboxes(
-            {"a": None, "b": None}, Timeouts(60.0, 60.0), Tolerance(frozenset(tolerated)), counter
-        )
+        self.mailboxes = Mailboxes({"a": (), "b": ()}, Timeouts(60.0, 60.0), Tolerance(frozenset(tolerated)), counter)
         self.mailboxes.silence = Silence(LIMIT, self.clock)
         self.read_on = threading.Event()
         self.read_on.set()
@@ -87,7 +85,7 @@ class Party:
             self.heard[name] = Said(peer.conversation)
             self.mailboxes.connect(name)
         self.mailboxes.await_all_connected()
-        self.outgoing = Outgoing(self.peers, None, self.mailboxes, counter, 60.0)
+        self.outgoing = Outgoing(self.peers, (), self.mailboxes, counter, 60.0)
         self.silent: list[str] = []
         self.pulse = Pulse(self.outgoing, self.mailboxes, 0.0, self.lose)
         self.pulse.beat()
@@ -137,7 +135,7 @@ def test_a_peer_that_this_party_lets_wait_is_not_silent() -> None:
     party.pass_seconds(100)
     assert party.silent == ["b"]
     party.read_on.set()
-    eventually(lambda: not party.conversation("a")._taking, 60.0, "it is read on")
+    eventually(lambda: not party.conversation("a").taking, 60.0, "it is read on")
     party.pass_seconds(20)
     assert party.silent == ["b"]
     party.pass_seconds(1)
@@ -456,7 +454,7 @@ def test_a_sender_that_waits_for_a_party_that_computes_is_not_silent(
     def compute(links: Links) -> int:
         clock, conversation = Clock(), links._outgoing.peers["a"].conversation  # type: ignore[attr-defined]
         links._mailboxes.silence = Silence(LIMIT, clock)
-        eventually(lambda: links._mailboxes._pausing > 0, 60.0, "the sender has to wait")
+        eventually(lambda: links._mailboxes.readers.pausing > 0, 60.0, "the sender has to wait")
         for _ in range(100):
             clock.now += 1.0
             pulse_of(links).beat()

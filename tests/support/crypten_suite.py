@@ -46,10 +46,19 @@ def _open_with(domain: Any) -> Any:
     return get_plain_text
 
 
+def names_of(module: str, test_case: str, left_out: Collection[str]) -> list[str]:
+    """The tests of a class, in order."""
+    return [
+        name
+        for name in sorted(dir(getattr(load(module), test_case)))
+        if name.startswith("test") and name not in left_out
+    ]
+
+
 def run_tests(
-    links: Any, directory: str, world: Sequence[str], module: str, test_case: str, left_out: Collection[str]
+    links: Any, directory: str, world: Sequence[str], module: str, test_case: str, names: Sequence[str]
 ) -> dict[str, str]:
-    """One party, or the dealer: the tests of a class in turn, to the first that fails. What came of each, by its name.
+    """One party, or the dealer: these tests of a class in turn, to the first that fails. What came of each, by its name.
 
     "passed", "skipped" or "failed", with why: a party that fails ends, and with it the world.
     """
@@ -62,7 +71,6 @@ def run_tests(
         Dealer(links, list(world)).serve()
         return {}
     kind = getattr(load(module), test_case)
-    names = [name for name in sorted(dir(kind)) if name.startswith("test") and name not in left_out]
     outcomes: dict[str, str] = {}
     with CrypTenRuntime(links, list(world), "dealer", 16) as runtime, contextlib.ExitStack() as opened:
         domain = runtime.domain(OpeningRecord(Path(directory) / f"openings-{links.name}.jsonl", links.name))

@@ -58,8 +58,9 @@ class Options:
     connect_timeout: float = 60.0
     receive_timeout: float = 60.0
     linger_after_error: float = 2.0
+    another_relay: float = 10.0
     observer: Observer | None = None
-    relay: str | None = None
+    relay: str | Sequence[str] = ()
     tolerated: Sequence[str] = ()
     goes_on_without: bool = False
     unread: Unread = Unread()
@@ -67,7 +68,12 @@ class Options:
 
     @property
     def timeouts(self) -> Timeouts:
-        return Timeouts(self.connect_timeout, self.receive_timeout, linger_after_error=self.linger_after_error)
+        return Timeouts(
+            self.connect_timeout,
+            self.receive_timeout,
+            linger_after_error=self.linger_after_error,
+            another_relay=self.another_relay,
+        )
 
     @property
     def tolerance(self) -> Tolerance:
@@ -78,7 +84,7 @@ def local_links(name: str, names: list[str], ports: dict[str, int], directory: P
     """Links of one party on this machine, over the network; `options` are fields of `Options`."""
     said = Options(**options)
     addresses = {party: f"127.0.0.1:{port}" for party, port in ports.items()}
-    reach = Reach.of(name, names, addresses, said.relay)
+    reach = Reach.of(name, names, addresses, [said.relay] if isinstance(said.relay, str) else said.relay)
     identity = load_identity(directory / name, name, said.chosen)
     return NetworkLinks(identity, said.agreement, reach, said.timeouts, said.tolerance, said.observer)
 
@@ -165,7 +171,7 @@ def run_parties_in_memory(
     What traces networks cannot run so: torch.fx replaces `nn.Module.__call__` for all threads while it traces.
     """
     said = Options(**options)
-    assert said.relay is None, "there is no relay in memory"
+    assert not said.relay, "there is no relay in memory"
     network = InMemoryNetwork(names, said.agreement, said.timeouts)
     prepare(network)
     collected: dict[str, Any] = {}

@@ -12,5 +12,5 @@ from tests.support.held_party import hold
 
 def party_process(pipe: Connection) -> NoReturn:
     """The real one, changed so."""
-    hold({3: (os.environ[frozen_programs.FREEZE].split("/")[0], "asks")})
+    hold({3: [(os.environ[frozen_programs.FREEZE].split("/")[0], "asks")]})
     frozen_programs.party_process(pipe)

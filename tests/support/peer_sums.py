@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mpc_fl.aggregation.peer_sum import peer_sum
-from mpc_fl.aggregation.rules import AgreedSum, Description, Rules
+from mpc_fl.aggregation.rules import AgreedSum, Check, Description, Rules
 from mpc_fl.aggregation.transcript import transcript_of
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.secrecy import Private
@@ -28,8 +28,8 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.links.settings import Timeouts, Tolerance
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.signatories import signatories
 from tests.support.virtual_time import REAL_SECONDS, keep_virtual_time
 
@@ -98,6 +98,8 @@ class PeerSums:
         self.clock = keep_virtual_time(monkeypatch)
         self.proposer, self.smallest, self.numbers = self.hospitals[0], 2, (1,)
         self.dtype = torch.int32
+        self.check: Check | None = None
+        self.summands: dict[str, torch.Tensor] = {}  # of hospitals that have others than usual
         self.network = InMemoryNetwork(list(self.hospitals), Agreement("test", "digest", "train"), Timeouts(60.0, 60.0))
 
     def run(self, watch: Callable[[str, str, Frame], None] = lambda *_: None) -> Outcome:
@@ -138,10 +140,11 @@ class PeerSums:
 
     def _sum(self, domain: SecretDomain, number: int, outcome: Outcome) -> None:
         name = domain.links.name
-        rules = rules_of(self.proposer, self.hospitals, self.smallest)
+        rules = replace(rules_of(self.proposer, self.hospitals, self.smallest), check=self.check)
         agreed = AgreedSum(self.hospitals, ("update", number), Description("sum of updates", WHY))
         plan = planned(domain.links, rules, agreed)
-        encoded = Private("update", summand(name, self.elements, self.dtype, number))
+        own = self.summands.get(name, summand(name, self.elements, self.dtype, number))
+        encoded = Private("update", own.to(self.dtype, copy=True))
         try:
             admitted, total = peer_sum(domain, rules, agreed, plan, encoded, lambda: outcome.released.append(name))
         except Exception as error:  # noqa: BLE001 - shown by the test; a deviating hospital may end as it likes

@@ -108,10 +108,10 @@ def _party(name: str, task: _Task, results: Connection) -> None:
     if task.way == "gloo":
         results.send(_gloo(task.names.index(name), task))
         return
-    relay = "relay" if "relay" in task.names else None
+    relays = [name for name in task.names if name == "relay"]
     identity = load_identity(task.folder / name, name)
     agreement = Agreement(task.session, "bench links", "bench")
-    reach = Reach.of(name, task.names, task.addresses, relay)
+    reach = Reach.of(name, task.names, task.addresses, relays)
     with NetworkLinks(identity, agreement, reach, Timeouts(_WAIT, _WAIT)) as links:
         result = _over_links(links, task.amount) if name != "relay" else None
     results.send(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LONGEST = 40  # of a value in a table
+_BEFORE = 8  # letters that are shown before the first one that differs
 
 
 def compare(
@@ -26,7 +28,7 @@ def compare(
 ) -> None:
     """Show training runs side by side: results, privacy, and which settings differ.
 
-    Intervals are 95 %. Runs of different test records or noise are not the
+    Intervals are 95 %, of so many test records. Runs of different test records or noise are not the
     same question: what differs is listed below. Of a run by mpc-fl party each
     party's directory says what that party has; own accuracy is a hospital's,
     on its own test records alone.
@@ -40,6 +42,9 @@ def compare(
         return
     console = output_console()
     console.print(_results([(run.where, run.figures()) for run in read]))
+    for run in read:
+        if remarks := run.remarks():
+            say(f"{run.where}: {'; '.join(remarks)}.")
     if differing:
         say("")
         console.print(_settings([run.where for run in read], differing))
@@ -56,7 +61,9 @@ def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
     for where, of in runs:
         interval = ""
         if of["accuracy"] is not None:
-            interval = f"{of['accuracy']:.1%} ({of['accuracy_low']:.1%} to {of['accuracy_high']:.1%})"
+            interval = (
+                f"{of['accuracy']:.1%} ({of['accuracy_low']:.1%} to {of['accuracy_high']:.1%}) of {of['test_records']}"
+            )
         own = "" if of["own_accuracy"] is None else f"{of['own_accuracy']:.1%} of {of['own_test_records']}"
         spent = of["mechanism"] is not None  # the aggregator has no patients
         cells = [
@@ -71,7 +78,7 @@ def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
 def _settings(names: list[str], differing: dict[str, list[Any]]) -> Table:
     table = _table("Setting", *names)
     for key, values in differing.items():
-        table.add_row(*map(cell, [key, *(_shown(value) for value in values)]))
+        table.add_row(*map(cell, [key, *_shown(values)]))
     return table
 
 
@@ -88,6 +95,16 @@ def _number(value: float | None, form: str, otherwise: str = "") -> str:
     return otherwise if value is None else format(value, form)
 
 
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+def _shown(values: list[Any]) -> list[str]:
+    """Values of one setting as text, of long ones the part where they begin to differ."""
+    texts = [value if isinstance(value, str) else json.dumps(value, default=str) for value in values]
+    if max(map(len, texts)) <= _LONGEST:
+        return texts
+    begin = max(0, len(os.path.commonprefix(texts)) - _BEFORE)
+    parts = [_part(text, begin) for text in texts]
+    return parts if len(set(parts)) == len(set(texts)) else texts
+
+
+def _part(text: str, begin: int) -> str:
+    end = begin + _LONGEST
+    return f"{'...' if begin else ''}{text[begin:end]}{'...' if len(text) > end else ''}"

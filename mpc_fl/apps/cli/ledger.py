@@ -195,7 +195,7 @@ def _print_block(console: Console, block: Block, told: list[str], names: ChosenN
         console.print(Text(f"  Session {block.members.session}, configuration {block.members.configuration[:16]}..."))
         console.print(Text(f"  Authority, SHA-256 {block.members.authority}"))
     if block.kind == "abandoned":
-        console.print(Text("  Begun, and perhaps not completed, because a party was lost:"))
+        console.print(Text("  Begun, and perhaps not completed, because a party was lost or left out:"))
     if block.openings:
         table = Table(show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 2))
         for head in ("No.", "What was opened", "Shape", "To", "Why", "Took part", "Privacy spent"):

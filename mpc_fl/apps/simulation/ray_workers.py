@@ -207,6 +207,8 @@ def _ray(address: str | None) -> Iterator[None]:
         # Whoever may ask Ray for work runs programs as this user; on one machine that is this process alone.
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
         os.environ.pop("RAY_ADDRESS", None)
+        # Else Ray takes an address of this machine for 127.0.0.1, and listens where others can reach it.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         folder = tempfile.mkdtemp(prefix="mpc-fl-")  # short: names of sockets have an end
         quiet |= {
             "num_cpus": processors_here(),

@@ -49,17 +49,17 @@ class Linear(Layer):
 
 @dataclass(frozen=True)
 class ReLU(Layer):
-    """max(x, 0), or with `ceiling` min(max(x, 0), m) with an m that S alone knows (`IntegerWeights.ceilings`). shift is 0.
+    """max(x, 0), or with `ceiling` min(max(x, 0), ceiling), an integer at the scale of the input. shift is 0.
 
-    `ceiling` is True or None: pools of earlier versions are bound to a description that says null where there is none.
+    `ceiling` is None where there is none: pools of earlier versions are bound to a description that says null then.
     """
 
-    ceiling: bool | None = None
+    ceiling: int | None = None
 
 
 @dataclass(frozen=True)
-class SignExtend(Layer):
-    """The same signed value in Z_2^32. shift is 0."""
+class SignExtension(Layer):
+    """The same signed value, |x| < 2^(bits - 2), in Z_2^32. shift is 0."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ KINDS: tuple[type[Layer], ...] = (
     Convolution,
     Linear,
     ReLU,
-    SignExtend,
+    SignExtension,
     MaxPool,
     AveragePool,
     Add,

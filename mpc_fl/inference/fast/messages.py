@@ -47,7 +47,7 @@ def _fits(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     if default is None:
-        return value is None or value is True
+        return value is None or type(value) is int
     return type(value) is type(default)
 
 

@@ -18,12 +18,13 @@ keyed by the layer's output: `on_truncation`); without them it draws uniform one
 
 What needs which width:
   Convolution, Linear        wide input, wide result before truncation; weights `weights[layer.output]`, held by S alone
-  ReLU                       narrow input of 8 to 24 bits; output wide (extended for free) or as narrow as the input
-  SignExtend                 narrow input of 8 to 24 bits, wide output, same signed value; costs as much as a ReLU
+  ReLU                       narrow input of 8 to 24 bits; output wide (extended for free) or as narrow as the input; with a
+                             ceiling x >= ceiling - 2^(bits - 1), so that x - ceiling fits
+  SignExtension              narrow input of 8 to 24 bits, |x| < 2^(bits - 2), wide output, same signed value
   MaxPool                    narrow in and out, |x| < 2^(bits - 2) so that differences fit; so too for logits whose label
                              alone is revealed
   AveragePool, Add           any width, equal for all inputs; Concatenate, Flatten too
-So a narrow value cannot enter a linear layer: it goes through ReLU or SignExtend first. One truncation per layer: for a
+So a narrow value cannot enter a linear layer: it goes through ReLU or SignExtension first. One truncation per layer: for a
 residual block Add takes the convolution wide (shift 0) and the identity wide times a multiplier, and truncates the sum.
 
 Lowering. AdaptiveAveragePool becomes AveragePool where all windows are equal. AveragePool is a plain sum: the divisor
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -114,8 +115,8 @@ def _check(network: Network, layer: Layer, known: set[str]) -> None:
         require(2 <= layer.weight_bits <= RING_BITS, "its weights have no possible width")
     if isinstance(layer, layers.ReLU):
         require(gate and output.bits in (bits, RING_BITS), "ReLU needs a narrow input and shift 0")
-        require(layer.ceiling in (None, True), "its ceiling is not said to be or not to be")
-    elif isinstance(layer, layers.SignExtend):
+        require(layer.ceiling is None or 0 < layer.ceiling < 1 << (bits - 1), "its ceiling does not fit its input")
+    elif isinstance(layer, layers.SignExtension):
         require(gate and output.bits == RING_BITS, "sign extension goes from narrow to wide")
     elif isinstance(layer, layers.MaxPool):
         require(gate and output.bits == bits, "a max-pool keeps a narrow width")
@@ -176,29 +177,16 @@ def _windows(
 
 @dataclass(frozen=True, repr=False)
 class IntegerWeights:
-    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret.
-
-    `ceilings` are those of ReLUs that have one, by output, at the input's scale: what calibration saw shows in them.
-    """
+    """int32 weights (`weight_shape`) and biases (out,) of every linear layer, by the layer's output. Secret."""
 
     weights: Mapping[str, torch.Tensor]
     biases: Mapping[str, torch.Tensor]
-    ceilings: Mapping[str, int] = field(default_factory=dict)
 
     def require_fitting(self, network: Network) -> None:
         """Every layer of `network` has what it needs. Raises `ModelError`."""
-        for layer in network.layers:
-            if isinstance(layer, (Convolution, Linear)):
-                fits = tuple(self.biases[layer.output].shape) == (layer.weight_shape[0],)
-            elif isinstance(layer, layers.ReLU) and layer.ceiling:
-                # Differences from the ceiling must fit the gate.
-                fits = 0 < self.ceilings.get(layer.output, 0) < 1 << (network.values[layer.inputs[0]].bits - 2)
-            else:
-                continue
-            if not fits:
-                raise ModelError(
-                    f"layer '{layer.path}' has no bias of its size, or no ceiling", "this is a defect of calibration"
-                )
+        for layer in network.linear_layers:
+            if tuple(self.biases[layer.output].shape) != (layer.weight_shape[0],):
+                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def session_links(
     for name, address in addresses.items():
         if not address and identity.name != name:
             raise ConfigError(f"federation.addresses has no entry for {name}", "give its host:port")
-    peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses, None)
+    peers = routes(identity.name, [hospital, DEALER, MODEL_OWNER], addresses)
     timeouts = Timeouts(config.runtime.connect_timeout, deadline, silence=config.runtime.silence_timeout)
     return NetworkLinks(identity, agreement, Reach(None, peers), timeouts, observer=observer)
 

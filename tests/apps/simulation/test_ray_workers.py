@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import ipaddress
 import json
 import os
 import signal
@@ -71,7 +73,7 @@ def test_the_model_of_rays_processes_is_that_of_a_real_run_of_three(tmp_path: Pa
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.processes
-def test_twenty_hospitals_train_with_noise_and_nothing_is_left_running(tmp_path: Path) -> None:
+def test_twenty_hospitals_train_with_noise_on_this_machine_alone_and_nothing_is_left_running(tmp_path: Path) -> None:
     config = written(tmp_path, privacy={"mechanism": "local", "epsilon": 8.0, "delta": 1e-3})
     process = subprocess.Popen(
         command("simulate", config, "--hospitals", 20, "--out", tmp_path / "out", "--json"),
@@ -81,15 +83,21 @@ def test_twenty_hospitals_train_with_noise_and_nothing_is_left_running(tmp_path:
         text=True,
     )
     started = psutil.Process(process.pid)
-    seen: set[psutil.Process] = set()
+    seen, listening = set[psutil.Process](), set[str]()
     while process.poll() is None:
-        seen.update(started.children(recursive=True))
+        with contextlib.suppress(psutil.Error):  # one that has ended meanwhile
+            present = [started, *started.children(recursive=True)]
+            seen.update(present[1:])
+            for each in present:
+                found = each.net_connections(kind="inet")
+                listening |= {one.laddr.ip.removeprefix("::ffff:") for one in found if one.status == psutil.CONN_LISTEN}
         time.sleep(0.2)
     said, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, errors
     summary = json.loads(said)
     assert len(summary["privacy"]) == 20 and all(0 < line["epsilon"] <= 8 for line in summary["privacy"])
     assert seen and not any(each.is_running() for each in seen)
+    assert listening and all(ipaddress.ip_address(each).is_loopback for each in listening), listening
     assert all(line.startswith("progress: ") for line in errors.splitlines()), errors
 
 

@@ -34,7 +34,7 @@ _OFF = "off"
 _NAMES = ("avx512", "avx2", "neon", "generic")
 _UNTRIED = ("neon",)  # never run on such a processor by us: taken only where MPC_FL_KERNELS names it
 _LIBRARY = Path(__file__).with_name("native") / "ring_kernels.so"
-_INTERFACE = 1  # as in native/ring_kernels.h
+_INTERFACE = 2  # as in native/ring_kernels.h
 _PANEL = 16
 _MULTIPLY_ADDS_PER_THREAD = 1 << 20  # a thread takes some 20 microseconds to start, and as many to compute these
 

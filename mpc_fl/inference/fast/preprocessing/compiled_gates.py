@@ -11,13 +11,24 @@ from collections.abc import Callable
 import numpy as np
 
 from mpc_fl.inference.fast.kernels.compiled import InstructionSet
-from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, Corrected, Drawn, Result
+from mpc_fl.inference.fast.preprocessing.gate_correlation import (
+    MOST_DIGITS,
+    ComparisonGate,
+    Corrected,
+    Drawn,
+    Result,
+)
 
 
 class _Gate(ctypes.Structure):
     """`gate` of native/gates.h."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("count", "words", "bits", "compared", "digits", "first", "top")]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "words", "bits", "digits", "first")),
+        *((name, ctypes.c_int64) for name in ("thresholds", "ceiling", "common", "products")),
+        ("sizes", ctypes.c_int64 * MOST_DIGITS),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("mask_rows", "product_rows")),
+    ]
 
 
 class _CorrectionWork(ctypes.Structure):
@@ -26,8 +37,8 @@ class _CorrectionWork(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            *("c_input_mask", "s_input_mask", "c_masks", "s_masks", "c_result_mask", "s_result_mask"),
-            *("tables", "products", "w", "wr", "kappa", "both", "other", "at_zero", "at_one"),
+            *("c_input_mask", "s_input_mask", "c_masks", "s_masks", "c_result_masks", "s_result_masks"),
+            *("tables", "products", "w", "wr", "reached", "kappa", "both", "other", "at_zero", "at_one"),
         )
     ]
 
@@ -36,17 +47,16 @@ def compiled_correction(by: InstructionSet) -> Callable[[ComparisonGate, Drawn, 
     """What `gate_correction.correct` does with numpy, by one instruction set."""
 
     def correct(gate: ComparisonGate, c: Drawn, s: Drawn, result: Corrected) -> None:
-        names = ("at_zero", "at_one") if gate.result is Result.EXTENDED else ("w", "wr", "kappa", "both", "other")
         kept = []
         work = _CorrectionWork()
         for party, drawn in (("c", c), ("s", s)):
-            for name in ("input_mask", "masks", "result_mask"):
+            for name in ("input_mask", "masks", "result_masks"):
                 kept.append(plain(getattr(drawn, name)))
                 setattr(work, f"{party}_{name}", kept[-1].ctypes.data)
         for name, array in (
             ("tables", result.tables),
             ("products", result.products),
-            *zip(names, result.arrays, strict=False),
+            *zip(word_names(gate), result.arrays, strict=True),
         ):
             if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable):
                 raise ValueError("a correction is not made in an array of this layout")
@@ -56,12 +66,27 @@ def compiled_correction(by: InstructionSet) -> Callable[[ComparisonGate, Drawn, 
     return correct
 
 
+def word_names(gate: ComparisonGate) -> tuple[str, ...]:
+    """What native/gates.h calls the corrected words of a gate, in the order of `ComparisonGate.word_dtypes`."""
+    if gate.result is Result.EXTENDED:
+        return "at_zero", "at_one"
+    whole = ("w", "wr") if gate.ceiling is None else ("w", "wr", "reached")
+    return whole if gate.result is Result.NARROW else (*whole, "kappa", "both", "other")
+
+
 def described_gate(gate: ComparisonGate, first: bool) -> ctypes.Array[_Gate]:
-    extended = gate.result is Result.EXTENDED
     described = (_Gate * 1)()  # an array passes as a pointer, and keeps its memory as long as it is one
-    compared = gate.bits if extended else gate.bits - 1
-    described[0] = _Gate(gate.count, gate.words, gate.bits, compared, len(gate.digits), first, first and not extended)
+    to = described[0]
+    to.count, to.words, to.bits, to.digits = gate.count, gate.words, gate.bits, len(gate.digits)
+    to.first, to.thresholds, to.ceiling, to.common = first, len(gate.thresholds), gate.ceiling or 0, gate.common
+    to.products, to.sizes[: len(gate.digits)] = len(gate.product_rows[0]) if gate.thresholds else 0, gate.digits
+    to.mask_rows, to.product_rows = _rows(gate.mask_rows), _rows(gate.product_rows)
     return described
+
+
+def _rows(of_thresholds: tuple[tuple[int, ...], ...]) -> ctypes.Array[ctypes.c_int64]:
+    rows = [row for each in of_thresholds for row in each]
+    return (ctypes.c_int64 * len(rows))(*rows)
 
 
 def plain(array: np.ndarray) -> np.ndarray:

@@ -10,8 +10,6 @@ from mpc_fl.inference.fast.network import Network, Reveal
 from mpc_fl.inference.fast.preprocessing.correlations import CorrelationPlan, correlation_plan, level_name
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate
 
-_OPENINGS = 3  # of a gate
-
 
 @dataclass
 class MessageChain:
@@ -50,8 +48,10 @@ def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     """Cost of one batch of `records` records; `masked_weight_bytes` are sent once per model."""
     plan = correlation_plan(network, records, reveal)
     gates = [piece for piece in plan.pieces.values() if isinstance(piece, ComparisonGate)]
-    openings = sum(packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + 1) * gate.words for gate in gates)
-    masked = 4 * sum(records * network.values[name].elements for name in plan.masks)
+    openings = sum(
+        packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + len(gate.thresholds)) * gate.words for gate in gates
+    )
+    masked = sum(plan.masked_bytes(name) for name in plan.masks)
     results = records * (4 if reveal == "label" else 4 * network.values[network.output].elements)
     return Cost(
         gates=sum(gate.count for gate in gates),
@@ -76,9 +76,9 @@ def _chain(network: Network, plan: CorrelationPlan) -> MessageChain:
     def compare(name: str) -> None:
         levels = (name, *(level_name(name, level) for level in range(len(plan.pieces))))
         for level in levels:
-            if isinstance(plan.pieces.get(level), ComparisonGate):
-                for _ in range(_OPENINGS):
-                    chain.both()
+            piece = plan.pieces.get(level)
+            for _ in range(piece.openings if isinstance(piece, ComparisonGate) else 0):
+                chain.both()
 
     if network.input in plan.masks:
         chain.from_hospital()

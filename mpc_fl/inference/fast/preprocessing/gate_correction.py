@@ -22,18 +22,21 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     Result,
     corrected_from,
     draw,
-    product_rows,
+    gates_to_try,
+    monomials,
 )
 
 Correction = Callable[[ComparisonGate, Drawn, Drawn, Corrected], None]
 
 
-def correction_of(gate: ComparisonGate, hospital: Stream, owner: Stream) -> np.ndarray:
+def correction_of(
+    gate: ComparisonGate, hospital: Stream, owner: Stream, value_mask: np.ndarray | None = None
+) -> np.ndarray:
     """S's correction, uint8 (correction_bytes,): made by the dealer from the two streams, without any data.
 
-    The true values, less C's share of them.
+    The true values, less C's share of them. `value_mask` as in `draw`, for C.
     """
-    c, s = draw(gate, hospital), draw(gate, owner)
+    c, s = draw(gate, hospital, value_mask), draw(gate, owner)
     share = hospital.words(gate.correction_bytes, np.uint8)
     fastest_correction()(gate, c, s, corrected_from(gate, share))
     return share
@@ -46,9 +49,14 @@ def correct(gate: ComparisonGate, c: Drawn, s: Drawn, result: Corrected) -> None
         total = c.input_mask[gates] + s.input_mask[gates]
         r = total & mask
         planes = planes_of(r, gate.bits)
-        result.tables[:, words] ^= _tables(gate, planes)
-        result.products[:, words] ^= _products(gate, c.masks[:, words] ^ s.masks[:, words])
-        q = bits_of(c.result_mask[words] ^ s.result_mask[words], len(r))
+        if gate.thresholds:
+            result.tables[:, words] ^= _tables(gate, planes)
+        masks, made = c.masks[:, words] ^ s.masks[:, words], 0
+        for mask_rows, product_rows in zip(gate.mask_rows, gate.product_rows, strict=True):
+            fresh = [place for place, row in enumerate(product_rows) if row >= made]  # the others are made already
+            result.products[made : made + len(fresh), words] ^= _products(gate, masks[list(mask_rows)])[fresh]
+            made += len(fresh)
+        q = [bits_of(plane, len(r)) for plane in c.result_masks[:, words] ^ s.result_masks[:, words]]
         for array, true in zip(result.arrays, _words(gate, r, total >> np.uint32(gate.bits), q), strict=True):
             # array - true is C's share less the true value: negate it.
             piece = array[gates]
@@ -68,26 +76,27 @@ def _tables(gate: ComparisonGate, planes: Planes) -> Planes:
 
 
 def _products(gate: ComparisonGate, masks: Planes) -> Planes:
-    digits = len(gate.digits)
+    """The products of one threshold's masks, in the order of `monomials`."""
+    digits, every = len(gate.digits), monomials(len(gate.digits))
     less, equal = masks[:digits], masks[digits:]
-    subsets, slices = product_rows(digits)
     products = np.full((1 << digits - 1, masks.shape[1]), ~np.uint64(0), dtype=np.uint64)
     for index in range(digits - 1):
         products[1 << index : 2 << index] = products[: 1 << index] & equal[index]
-    result = np.empty((gate.product_planes, masks.shape[1]), dtype=np.uint64)
-    result[: len(subsets)] = products[subsets]
-    for digit, rows in enumerate(slices):
-        # Subsets of the digits above: every 2^digit-th, without the empty one.
-        np.bitwise_and(products[1 << digit :: 1 << digit], less[digit], out=result[rows])
+    result = products[[subset for _, subset in every]]
+    start = sum(factor is None for factor, _ in every)
+    for digit in range(digits - 1):
+        stop = start + (1 << digits - 1 - digit) - 1
+        result[start:stop] &= less[digit]
+        start = stop
     return result
 
 
-def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: np.ndarray) -> Sequence[np.ndarray]:
-    if gate.result is Result.EXTENDED:
-        return wrap + q, wrap + 1 - q
+def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     high = (r >> np.uint32(gate.bits - 1)).astype(np.uint8)
-    w = q ^ high
-    products = (w, r * w)
+    if gate.result is Result.EXTENDED:
+        return wrap + high, wrap
+    w = q[0] ^ (high if gate.ceiling is None else q[1])
+    products = (w, r * w) if gate.ceiling is None else (w, r * w, q[1] ^ high)
     return products if gate.result is Result.NARROW else (*products, wrap, w & high, high & (w ^ 1))
 
 
@@ -106,8 +115,7 @@ def same_correction(by: Correction) -> bool:
     return all(
         np.array_equal(correction_by(by, gate), correction_by(correct, gate))
         for result in Result
-        for bits, count in ((8, 65), (13, 600), (16, 520), (17, 9), (19, 700), (20, 1029), (23, 64), (24, 130))
-        for gate in (ComparisonGate(bits, count, result),)
+        for gate in gates_to_try(result)
     )
 
 

@@ -334,12 +334,10 @@ def _split(words: torch.Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def weights_digest(integers: IntegerWeights) -> bytes:
-    """SHA-256 of integer weights, biases and ceilings. A secret of the model owner's: who guesses a model could compare."""
+    """SHA-256 of integer weights and biases. A secret of the model owner's: who guesses a model could compare."""
     digest = hashlib.sha256()
     for tensors in (integers.weights, integers.biases):
         for name in sorted(tensors):
             digest.update(name.encode() + str(tuple(tensors[name].shape)).encode())
             digest.update(tensors[name].contiguous().numpy().tobytes())
-    if integers.ceilings:  # nothing is added without: pools of earlier versions stay those of their models
-        digest.update(json.dumps(integers.ceilings, sort_keys=True).encode())
     return digest.digest()

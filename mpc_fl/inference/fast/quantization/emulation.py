@@ -37,7 +37,7 @@ class Emulator:
     """A network with its weights, for plaintext records. Weights are secret: only their owner can emulate."""
 
     def __init__(self, network: Network, weights: IntegerWeights) -> None:
-        self.network, self.biases, self.ceilings = network, weights.biases, weights.ceilings
+        self.network, self.biases = network, weights.biases
         self._maps: dict[str, PreparedConvolution | PreparedLinear] = {}
         for layer in network.linear_layers:
             tensor = weights.weights[layer.output]
@@ -95,8 +95,8 @@ class Emulator:
             result = self._maps[layer.output](first.to(torch.int32)).to(torch.int64)
             return result + (bias[:, None, None] if isinstance(layer, layers.Convolution) else bias)
         if isinstance(layer, layers.ReLU):
-            return first.clamp(0, self.ceilings[layer.output] if layer.ceiling else None)
-        if isinstance(layer, (layers.SignExtend, layers.Flatten)):
+            return first.clamp(0, layer.ceiling)
+        if isinstance(layer, (layers.SignExtension, layers.Flatten)):
             return first
         if isinstance(layer, layers.Concatenate):
             return torch.cat(inputs, dim=1)

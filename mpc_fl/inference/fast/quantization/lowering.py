@@ -66,7 +66,6 @@ class _Lowering:
         self.values: dict[str, Value] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.biases: dict[str, torch.Tensor] = {}
-        self.ceilings: dict[str, int] = {}
         self.forms: dict[tuple[str, str], tuple[str, Scale]] = {}
         self.limits: list[RangeLimit] = []
 
@@ -82,7 +81,7 @@ class _Lowering:
         output = self.forms[graph.output, "narrow"][0]
         fused, values = _fused(self.layers, self.values, self.weights, self.biases)
         network = Network(fused, values, graph.input, output)
-        return network, IntegerWeights(self.weights, self.biases, self.ceilings), tuple(self.limits)
+        return network, IntegerWeights(self.weights, self.biases), tuple(self.limits)
 
     def _value(
         self, operation: str, output: str, bits: int, scale: Scale, shape: tuple[int, ...] | None = None
@@ -113,7 +112,7 @@ class _Lowering:
 
     def _extend(self, operation: str) -> None:
         source, scale = self.forms[operation, "narrow"]
-        layer = layers.SignExtend(self.plan.path(operation), (source,), f"{operation}.wide")
+        layer = layers.SignExtension(self.plan.path(operation), (source,), f"{operation}.wide")
         self.forms[operation, "wide"] = (self._append(operation, layer, RING_BITS, scale), scale)
 
     def _translate(self, operation: Operation) -> None:
@@ -146,9 +145,8 @@ class _Lowering:
         bits = RING_BITS if form == "wide" else self.values[source].bits
         layer = layers.ReLU(operation.path, (source,), f"{name}.{form}")
         if operation.kind == "Hardtanh":
-            # Rescaling multiplied it by a factor of the calibration data: it is not public.
-            layer = dataclasses.replace(layer, ceiling=True)
-            self.ceilings[layer.output] = round(operation.options["max_val"] / scale.value)
+            # Rescaling left it as it is: it follows from the architecture and the public scale.
+            layer = dataclasses.replace(layer, ceiling=round(operation.options["max_val"] / scale.value))
         self.forms[name, form] = (self._append(name, layer, bits, scale), scale)
         if form == "wide" and "narrow" in demanded:
             self._narrow(name, f"{name}.wide", scale)

@@ -10,8 +10,10 @@ too, and those that read them are divided by it (Nagel et al., ICCV 2019, sectio
                 its own largest value, and half of what the layer's largest channel holds
 
 Values that sums or pools connect have their factors in common; those of the input and of the logits are 1, and concatenation
-and ceilings (ReLU6) leave one for all channels. Factors are part of the owner's weights, and so are the ceilings that they
-multiply: public scales stay powers of two.
+leaves one for all channels. Factors are part of the owner's weights: public scales stay powers of two.
+
+Values with a ceiling (ReLU6) keep the factor 1. A gate needs a public ceiling, and one that was multiplied would show what
+calibration saw. It costs these layers half a bit of what weights and activations have together, on average.
 """
 
 from __future__ import annotations
@@ -60,14 +62,15 @@ def rescaled(plan: ScalePlan) -> Rescaled:
 
 
 def _factors(plan: ScalePlan) -> dict[str, torch.Tensor]:
-    """What every channel of every value is multiplied by."""
+    """What every channel of every value is multiplied by; 1 where a ceiling would be multiplied with it."""
     factors = {}
     for members in connected(plan.graph, lambda kind: kind not in WEIGHTED):
         inside = set(members)
         groups = [each for each in plan.groups if each.truncated and each.members[0] in inside]
         channels = min(plan.seen[name].shape[0] for name in members)
         common = torch.ones(channels, dtype=torch.float64)
-        if groups and plan.graph.input not in members and plan.graph.output not in members:
+        capped = any(name in plan.operations and plan.operations[name].kind == "Hardtanh" for name in members)
+        if groups and not capped and plan.graph.input not in members and plan.graph.output not in members:
             common = _fullest(groups) * _of_channels(plan, members, groups, channels)
         for name in members:
             # Flattened channels keep their factors.
@@ -107,9 +110,6 @@ def _repeated(factors: torch.Tensor, channels: int) -> torch.Tensor:
 def _multiplied(operation: Operation, factors: Mapping[str, torch.Tensor], seen: Mapping[str, Seen]) -> Operation:
     """The same operation on multiplied values."""
     after = factors[operation.name]
-    if operation.kind == "Hardtanh":  # one factor for all channels
-        ceiling = operation.options["max_val"] * float(after[0])
-        return dataclasses.replace(operation, options={**operation.options, "max_val": ceiling})
     if operation.kind not in WEIGHTED:
         return operation
     before, tensors = factors[operation.inputs[0]], dict(operation.tensors)

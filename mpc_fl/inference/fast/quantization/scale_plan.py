@@ -128,14 +128,15 @@ class ScalePlan:
     def _set_headroom(self, group: Group) -> None:
         group.largest = max(self.seen[name].largest for name in group.members)
         inside = [self.operations[name] for name in group.members if name in self.operations]
-        compared = any(operation.kind in (*MAX_POOLS, "Hardtanh") for operation in inside)
-        group.spare = int(compared or self.graph.output in group.members)
+        compared = any(operation.kind in MAX_POOLS for operation in inside)
+        extended = any(self.is_sum(name) and "wide" in self.demands[name] for name in group.members)
+        group.spare = int(compared or extended or self.graph.output in group.members)
         group.needed = self.precision.safety * max(group.largest, SMALLEST) * group.divisor
-        group.headroom = math.ceil(math.log2(group.needed)) + group.spare
-        for operation in inside:
-            if operation.kind == "Hardtanh":
-                ceiling = operation.options["max_val"] * group.divisor
-                group.headroom = max(group.headroom, math.ceil(math.log2(ceiling)) + 2)
+        ceilings = [each.options["max_val"] for each in inside if each.kind == "Hardtanh"]
+        ceiling = max(ceilings, default=0.0) * group.divisor
+        group.reserved = 0.0 if group.spare else ceiling
+        # A ceiling stays below what the width holds when it is rounded.
+        group.headroom = math.ceil(math.log2(max(group.needed + group.reserved, 1.01 * ceiling))) + group.spare
         group.truncated = any("narrow" in self.demands[name] for name in group.members) or any(
             "wide" in self.demands[name] and name != self.graph.input for name in group.origins
         )

@@ -83,8 +83,10 @@ def split(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return hospital, modulo(values - hospital.astype(np.int64), bits)
 
 
-def evaluate(values: np.ndarray, bits: int, result: Result) -> tuple[np.ndarray, tuple[Messages, Messages], Any]:
-    gate = ComparisonGate(bits, len(values), result)
+def evaluate(
+    values: np.ndarray, bits: int, result: Result, ceiling: int | None = None
+) -> tuple[np.ndarray, tuple[Messages, Messages], Any]:
+    gate = ComparisonGate(bits, len(values), result, ceiling)
     shares, (hospital, owner, correction) = split(values, bits), materials(gate)
     before = [share.copy() for share in shares]
     outputs, sent = run_pair(
@@ -94,16 +96,25 @@ def evaluate(values: np.ndarray, bits: int, result: Result) -> tuple[np.ndarray,
     return outputs[0] + outputs[1], sent, (gate, outputs, correction)
 
 
-def expected(values: np.ndarray, result: Result) -> np.ndarray:
-    return values if result is Result.EXTENDED else np.maximum(values, 0)
+def expected(values: np.ndarray, result: Result, ceiling: int | None = None) -> np.ndarray:
+    return values if result is Result.EXTENDED else np.clip(values, 0, ceiling)
 
 
-def check(values: np.ndarray, bits: int, result: Result) -> None:
-    opened, sent, (gate, _, _) = evaluate(values, bits, result)
+def fits(values: np.ndarray, bits: int, result: Result) -> np.ndarray:
+    """What a gate is made for: a sign extension has one bit to spare."""
+    most = 1 << bits - (2 if result is Result.EXTENDED else 1)
+    return (values >= -most) & (values < most)
+
+
+def check(values: np.ndarray, bits: int, result: Result, ceiling: int | None = None) -> None:
+    values = values[fits(values, bits, result)]
+    opened, sent, (gate, _, _) = evaluate(values, bits, result, ceiling)
     width = bits if result is Result.NARROW else 32
-    assert np.array_equal(modulo(opened.astype(np.int64), width), modulo(expected(values, result), width))
-    masked_digits = 8 * gate.masks * gate.words
-    lengths = [packed_bytes(bits, gate.count), masked_digits, 8 * gate.words]
+    assert np.array_equal(modulo(opened.astype(np.int64), width), modulo(expected(values, result, ceiling), width))
+    lengths = [packed_bytes(bits, gate.count)]
+    if result is not Result.EXTENDED:
+        lengths += [8 * gate.masks * gate.words, 8 * gate.words * (1 if ceiling is None else 2)]
+    assert len(lengths) == gate.openings
     assert [len(message) for message in sent[0]] == [len(message) for message in sent[1]] == lengths
 
 
@@ -127,12 +138,42 @@ def boundaries(bits: int) -> list[int]:
     return sorted({0, 1, -1, largest, -largest - 1, *[value for value in powers if -largest <= value <= largest]})
 
 
+def around(bits: int, ceiling: int) -> np.ndarray:
+    """Boundaries, and numbers next to the ceiling: those of which x - ceiling fits."""
+    numbers = {*boundaries(bits), ceiling - 1, ceiling, ceiling + 1, ceiling - (1 << bits - 1)}
+    return np.array([each for each in sorted(numbers) if ceiling - (1 << bits - 1) <= each < 1 << bits - 1])
+
+
+def ceilings(bits: int) -> st.SearchStrategy[int]:
+    """As those of ReLU6, with many zeros below, and any."""
+    rounded = st.integers(0, bits - 4).flatmap(lambda zeros: st.sampled_from([1, 3, 5]).map(lambda odd: odd << zeros))
+    return st.one_of(rounded, st.integers(1, (1 << bits - 1) - 1)).filter(lambda ceiling: ceiling < 1 << bits - 1)
+
+
 @given(st.data())
 def test_any_width_and_number(data: st.DataObject) -> None:
-    bits = data.draw(st.integers(8, 24))
-    numbers = st.one_of(st.sampled_from(boundaries(bits)), st.integers(-(1 << bits - 1), (1 << bits - 1) - 1))
-    values = np.array(data.draw(st.lists(numbers, min_size=1, max_size=300)))
-    check(values, bits, data.draw(st.sampled_from(list(Result))))
+    bits, result = data.draw(st.integers(8, 24)), data.draw(st.sampled_from(list(Result)))
+    ceiling = None if result is Result.EXTENDED else data.draw(st.one_of(st.none(), ceilings(bits)))
+    least = (ceiling or 0) - (1 << bits - 1)
+    some = boundaries(bits) if ceiling is None else around(bits, ceiling).tolist()
+    numbers = st.one_of(st.sampled_from(some), st.integers(least, (1 << bits - 1) - 1))
+    values = np.array([0, *data.draw(st.lists(numbers, max_size=300))])
+    check(values, bits, result, ceiling)
+
+
+@pytest.mark.parametrize("result", [Result.WIDE, Result.NARROW])
+@pytest.mark.parametrize("bits", [8, 10, 13])
+def test_every_value_below_and_above_every_kind_of_ceiling(bits: int, result: Result) -> None:
+    """One bit, several, none of the lowest, all; and with every number of digits in common."""
+    for ceiling in (1, 3, 6 << bits - 5, (1 << bits - 1) - 1, *(1 << place for place in range(1, bits - 1))):
+        check(np.arange(ceiling - (1 << bits - 1), 1 << bits - 1), bits, result, ceiling)
+
+
+@pytest.mark.parametrize("result", [Result.WIDE, Result.NARROW])
+@pytest.mark.parametrize("bits", range(8, 25))
+def test_boundaries_of_ceilings(bits: int, result: Result) -> None:
+    for ceiling in (3 << bits // 2, 1 << bits - 2, 5):
+        check(np.tile(around(bits, ceiling), 3), bits, result, ceiling)
 
 
 @pytest.mark.parametrize("result", Result)
@@ -146,6 +187,7 @@ def test_more_gates_than_one_pass() -> None:
     values = np.resize(np.array(boundaries(20)), count)
     for result in Result:
         check(values, 20, result)
+    check(np.resize(around(19, 6 << 12), count), 19, Result.WIDE, 6 << 12)
 
 
 @given(st.integers(8, 24), st.lists(st.integers(0, (1 << 24) - 1), min_size=1, max_size=200))
@@ -169,15 +211,53 @@ def test_a_gate_of_another_size_is_refused() -> None:
     for bits, count in ((7, 1), (25, 1), (20, 0)):
         with pytest.raises(ValueError, match="8 to 24 bits"):
             ComparisonGate(bits, count, Result.WIDE)
+    for ceiling, result in ((0, Result.WIDE), (-1, Result.WIDE), (1 << 19, Result.NARROW), (1, Result.EXTENDED)):
+        with pytest.raises(ValueError, match="a gate's ceiling"):
+            ComparisonGate(20, 1, result, ceiling)
 
 
 def test_bytes_per_gate() -> None:
-    """What the docs state, at k = 20: 3.75 bytes per direction online; corrections of 27, 21 and 18 bytes."""
+    """What the docs state, at k = 20: 3.75 or 2.5 bytes per direction online; corrections of 27, 21 and 4 bytes."""
     count = 6400
-    for result, correction in ((Result.WIDE, 27), (Result.NARROW, 21), (Result.EXTENDED, 18)):
+    for result, correction, online in ((Result.WIDE, 27, 3.75), (Result.NARROW, 21, 3.75), (Result.EXTENDED, 4, 2.5)):
         gate = ComparisonGate(20, count, result)
         assert gate.correction_bytes == correction * count
-        assert packed_bytes(20, count) + 8 * (gate.masks + 1) * gate.words == 3.75 * count
+        masked = gate.masks + len(gate.thresholds)
+        assert packed_bytes(20, count) + 8 * masked * gate.words == online * count
+
+
+def test_bytes_per_gate_with_a_ceiling() -> None:
+    """One opening, digits in common, one set of tables: of two gates' bytes half online, two thirds or less of corrections."""
+    count = 6400
+    for bits, fraction, online, correction in ((20, 12, 3.875, 36.625), (19, 12, 3.75, 32.625), (17, 11, 3.5, 28.625)):
+        gate, plain = (ComparisonGate(bits, count, Result.WIDE, ceiling) for ceiling in (6 << fraction, None))
+        assert gate.correction_bytes == correction * count <= 0.7 * 2 * plain.correction_bytes
+        sent = packed_bytes(bits, count) + 8 * (gate.masks + 2) * gate.words
+        assert sent == online * count
+        assert sent < 0.57 * 2 * (packed_bytes(bits, count) + 8 * (plain.masks + 1) * plain.words)
+
+
+@given(st.data())
+def test_masks_of_two_thresholds_differ_but_for_common_digits(data: st.DataObject) -> None:
+    """Each opened digit bit has a mask of its own, and what is opened once only is the same bit for both thresholds."""
+    bits = data.draw(st.integers(8, 24))
+    ceiling = data.draw(ceilings(bits))
+    gate = ComparisonGate(bits, 1, Result.WIDE, ceiling)
+    one, other = gate.mask_rows
+    digits, alike = len(gate.digits), sum(gate.digits[: gate.common])
+    assert digits >= 2 and sum(gate.digits) == bits - 1 and ceiling % (1 << alike) == 0
+    assert len(set(one)) == len(set(other)) == len(one) == len(other) == 2 * digits - 1
+    assert set(one) | set(other) == set(range(gate.masks))
+    shared = {place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] == pair[1]}
+    assert shared == {*range(gate.common), *range(digits, digits + max(gate.common - 1, 0))}
+    # A product of masks is corrected once where both thresholds need the same, and never stands for two.
+    made = {}
+    for masks, products in zip(gate.mask_rows, gate.product_rows, strict=True):
+        for (less, subset), row in zip(gate_correlation.monomials(digits), products, strict=True):
+            factors = {masks[digits + place] for place in range(digits - 1) if subset >> place & 1}
+            factors |= set() if less is None else {masks[less]}
+            assert made.setdefault(row, factors) == factors
+    assert sorted(made) == list(range(gate.product_planes)) and len(set(map(frozenset, made.values()))) == len(made)
 
 
 # --- uniform ------------------------------------------------------------------------------------------------------------
@@ -192,7 +272,7 @@ def assert_uniform(cells: np.ndarray, count: int, what: str) -> None:
 @pytest.mark.parametrize("result", Result)
 @pytest.mark.parametrize("value", [0, 5, -5, (1 << 19) - 1, -(1 << 19)])
 def test_everything_opened_sent_and_corrected_is_uniform(value: int, result: Result) -> None:
-    """For one fixed secret: 19 p-values a case, 15 cases, 10^-9 each: a false alarm once in 3 million runs."""
+    """For one fixed secret: 19 p-values a case at most, 15 cases, 10^-9 each: a false alarm once in 3 million runs."""
     bits, count = 20, 64_000
     _, sent, (gate, outputs, correction) = evaluate(np.full(count, value), bits, result)
     for who, messages in zip(("C", "S"), sent, strict=True):
@@ -204,6 +284,14 @@ def test_everything_opened_sent_and_corrected_is_uniform(value: int, result: Res
         assert_uniform(output >> np.uint32(12 if result is Result.NARROW else 24), 256, "a share of the result")
     # The opened values, jointly: a digit of c, both masked bits of that digit, and t.
     c = unpack(sent[0][0], bits, count) + unpack(sent[1][0], bits, count)
+    top = (c >> np.uint32(bits - 1)) & np.uint32(1)
+    if result is Result.EXTENDED:
+        assert_uniform(c & np.uint32(0xFF), 256, "the low bits of c")
+        for output in outputs:
+            assert_uniform(
+                2 * ((output >> np.uint32(bits)) & np.uint32(0x7F)) + top, 256, "a share and the highest bit of c"
+            )
+        return
     masked = (sent[0][1] ^ sent[1][1]).view(np.uint64).reshape(gate.masks, gate.words)
     t = bits_of((sent[0][2] ^ sent[1][2]).view(np.uint64), count)
     digits = len(gate.digits)
@@ -215,15 +303,45 @@ def test_everything_opened_sent_and_corrected_is_uniform(value: int, result: Res
             cells = 2 * cells + bits_of(masked[digits + digit - 1], count)
             cell_count *= 2
         assert_uniform(cells, cell_count, f"digit {digit} of what is opened")
-    assert_uniform(2 * ((c >> np.uint32(bits - 1)) & np.uint32(1)) + t, 4, "the highest bit of c and t")
+    assert_uniform(2 * top + t, 4, "the highest bit of c and t")
     # Shares of the result stay uniform when all that was opened is known.
     for output in outputs:
         assert_uniform(2 * (output & np.uint32(0x7F)) + t, 256, "a share of the result and t")
 
 
-def test_two_runs_on_one_secret_have_nothing_in_common() -> None:
+@pytest.mark.parametrize("result", [Result.WIDE, Result.NARROW])
+@pytest.mark.parametrize("value", [0, 5, -5, 24575, 24576, (1 << 19) - 1, 24576 - (1 << 19)])
+def test_everything_opened_sent_and_corrected_with_a_ceiling_is_uniform(value: int, result: Result) -> None:
+    """For one fixed secret: some 30 p-values a case, 14 cases, 10^-9 each."""
+    bits, count, ceiling = 20, 64_000, 6 << 12
+    _, sent, (gate, outputs, correction) = evaluate(np.full(count, value), bits, result, ceiling)
+    for who, messages in zip(("C", "S"), sent, strict=True):
+        for step, message in enumerate(messages):
+            assert_uniform(message, 256, f"message {step} of {who}")
+    assert_uniform(correction, 256, "S's correction")
+    # The opened values, jointly for both thresholds: a digit of c, the masked bits of that digit in both, t and t'.
+    c = unpack(sent[0][0], bits, count) + unpack(sent[1][0], bits, count)
+    masked = (sent[0][1] ^ sent[1][1]).view(np.uint64).reshape(gate.masks, gate.words)
+    t = [bits_of(each, count) for each in (sent[0][2] ^ sent[1][2]).view(np.uint64).reshape(2, -1)]
+    both, digits = 2 * t[0] + t[1], len(gate.digits)
+    assert_uniform(both, 4, "t and t'")
+    for digit in range(digits):
+        start = sum(gate.digits[:digit])
+        cells = 4 * ((c >> np.uint32(start)) & np.uint32((1 << gate.digits[digit]) - 1)) + both
+        places = {rows[place] for rows in gate.mask_rows for place in (digit, *([digits + digit - 1] if digit else []))}
+        for place in sorted(places):
+            cells = 2 * cells + bits_of(masked[place], count)
+        assert_uniform(cells, 4 << gate.digits[digit] + len(places), f"digit {digit} of what is opened")
+    assert_uniform(4 * ((c >> np.uint32(bits - 1)) & np.uint32(1)) + both, 8, "the highest bit of c, t and t'")
+    for output in outputs:
+        assert_uniform(4 * (output & np.uint32(0x3F)) + both, 256, "a share of the result, t and t'")
+        assert_uniform(4 * ((output >> np.uint32(14)) & np.uint32(0x3F)) + both, 256, "a share of the result, t and t'")
+
+
+@pytest.mark.parametrize("ceiling", [None, 6 << 12])
+def test_two_runs_on_one_secret_have_nothing_in_common(ceiling: int | None) -> None:
     values = np.full(64_000, 1234)
-    first, second = (evaluate(values, 20, Result.WIDE)[1] for _ in range(2))
+    first, second = (evaluate(values, 20, Result.WIDE, ceiling)[1] for _ in range(2))
     for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert_uniform(one ^ other, 256, "difference of two runs")
 

@@ -15,7 +15,7 @@ from mpc_fl.inference.fast.online import comparison
 from mpc_fl.inference.fast.online.comparison import NumpySteps, everything_computed, fastest_steps, same_steps
 from mpc_fl.inference.fast.online.compiled_steps import CompiledSteps
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, Result
-from tests.inference.fast.online.test_comparison import boundaries, check, materials
+from tests.inference.fast.online.test_comparison import around, boundaries, ceilings, check, materials
 from tests.support.compiled_kernels import SETS, needs_library
 
 
@@ -32,13 +32,15 @@ def fresh_choice() -> Iterator[None]:
     bits=st.integers(8, 24),
     count=st.one_of(st.integers(1, 140), st.integers(1, 3000)),
     result=st.sampled_from(list(Result)),
+    data=st.data(),
     first=st.booleans(),
     key=st.binary(min_size=32, max_size=32),
 )
 def test_every_message_and_result_is_that_of_numpy(
-    bits: int, count: int, result: Result, first: bool, key: bytes
+    bits: int, count: int, result: Result, data: st.DataObject, first: bool, key: bytes
 ) -> None:
-    gate = ComparisonGate(bits, count, result)
+    ceiling = None if result is Result.EXTENDED else data.draw(st.one_of(st.none(), ceilings(bits)))
+    gate = ComparisonGate(bits, count, result, ceiling)
     expected = everything_computed(NumpySteps(), gate, first, key)
     for by in SETS:
         found = everything_computed(CompiledSteps(by), gate, first, key)
@@ -57,13 +59,17 @@ def test_gates_are_right_with_every_instruction_set(
     monkeypatch.setattr(comparison, "fastest_steps", lambda: CompiledSteps(SETS[number]))
     for bits in (8, 13, 16, 20, 24):
         check(np.array(boundaries(bits) * 3), bits, result)
+        if result is not Result.EXTENDED:
+            for ceiling in (6 << bits - 5, 11):
+                check(np.tile(around(bits, ceiling), 3), bits, result, ceiling)
 
 
 @needs_library
 def test_one_party_may_have_kernels_and_the_other_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    both = iter([CompiledSteps(SETS[0]), NumpySteps()])
+    both = iter([CompiledSteps(SETS[0]), NumpySteps()] * 2)
     monkeypatch.setattr(comparison, "fastest_steps", lambda: next(both))
     check(np.arange(-(1 << 9), 1 << 9), 20, Result.WIDE)
+    check(np.arange(-(1 << 9), 1 << 9), 20, Result.WIDE, 3 << 7)
 
 
 @needs_library
@@ -87,10 +93,10 @@ def test_a_message_of_another_size_is_refused() -> None:
 
 
 class _Wrong(CompiledSteps):
-    def masked_borrow(self, *arguments: object) -> Planes:
-        plane = super().masked_borrow(*arguments)  # type: ignore[arg-type]
-        plane[-1] ^= 1
-        return plane
+    def masked_borrows(self, *arguments: object) -> Planes:
+        planes = super().masked_borrows(*arguments)  # type: ignore[arg-type]
+        planes[-1, -1] ^= 1
+        return planes
 
 
 @needs_library

@@ -33,7 +33,7 @@ from mpc_fl.inference.fast.layers import (
     Linear,
     MaxPool,
     ReLU,
-    SignExtend,
+    SignExtension,
 )
 from mpc_fl.inference.fast.messages import batch_from, describe, network_from
 from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value, label_bits
@@ -81,9 +81,11 @@ def small_network() -> Network:
         "relu6": wide(8, 4, 3),
         "point": narrow(4, 4, 3),
         "extended": wide(4, 4, 3),
-        "cat": wide(12, 4, 3),
-        "average": Value((12, 2, 2), 32, unit / 4),
-        "flat": Value((48,), 32, unit / 4),
+        "mixed": narrow(4, 4, 3),
+        "relu4": wide(4, 4, 3),
+        "cat": wide(16, 4, 3),
+        "average": Value((16, 2, 2), 32, unit / 4),
+        "flat": Value((64,), 32, unit / 4),
         "logits": Value((CLASSES,), 20, unit / 4),
     }
     layers = (
@@ -96,13 +98,15 @@ def small_network() -> Network:
         Add("add", ("conv3", "relu1"), "add", 12, (1, 4096), 77),
         ReLU("relu3", ("add",), "relu3"),
         Convolution("depthwise", ("relu3",), "depthwise", 12, (8, 1, 3, 3), (1, 1), (1, 1), (1, 1), 8),
-        ReLU("relu6", ("depthwise",), "relu6", ceiling=True),
+        ReLU("relu6", ("depthwise",), "relu6", ceiling=6 << 12),
         Convolution("point", ("relu3",), "point", 12, (4, 8, 1, 1)),
-        SignExtend("extended", ("point",), "extended"),
-        Concatenate("cat", ("relu6", "extended"), "cat"),
+        SignExtension("extended", ("point",), "extended"),
+        Convolution("mixed", ("extended",), "mixed", 12, (4, 4, 1, 1)),
+        ReLU("relu4", ("mixed",), "relu4"),
+        Concatenate("cat", ("relu6", "extended", "relu4"), "cat"),
         AveragePool("average", ("cat",), "average", 0, (2, 2), (2, 2), (0, 0, 0, 1)),
         Flatten("flat", ("average",), "flat"),
-        Linear("fc", ("flat",), "logits", 12, (CLASSES, 48)),
+        Linear("fc", ("flat",), "logits", 12, (CLASSES, 64)),
     )
     return Network(layers, values, "image", "logits")
 
@@ -115,7 +119,7 @@ def random_weights(network: Network) -> IntegerWeights:
         real = torch.randn(layer.weight_shape, generator=generator) * (2.0 / fan_in) ** 0.5
         weights[layer.output] = torch.round(real * 4096).to(torch.int32)
         biases[layer.output] = torch.randint(-(1 << 20), 1 << 20, layer.weight_shape[:1], generator=generator).int()
-    return IntegerWeights(weights, biases, {"relu6": 6 << 12})
+    return IntegerWeights(weights, biases)
 
 
 def model_of(network: Network, integers: IntegerWeights) -> IntegerModel:
@@ -387,7 +391,7 @@ def test_a_malformed_network_is_refused(data: st.DataObject) -> None:
     except ProtocolError as error:
         assert "not valid" in str(error)
     else:  # few changes give another valid network
-        assert key in ("constant", "weight_bits", "multiplier") or (key, place[key]) == ("ceiling", True)
+        assert key in ("constant", "weight_bits", "multiplier") or (key, place[key]) == ("ceiling", None)
 
 
 @given(

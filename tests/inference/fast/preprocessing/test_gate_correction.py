@@ -22,6 +22,7 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
     corrected_from,
     draw,
 )
+from tests.inference.fast.online.test_comparison import ceilings
 from tests.support.compiled_kernels import SETS, needs_library
 
 
@@ -38,10 +39,14 @@ def fresh_choice() -> Iterator[None]:
     bits=st.integers(8, 24),
     count=st.one_of(st.integers(1, 140), st.integers(1, 3000)),
     result=st.sampled_from(list(Result)),
+    data=st.data(),
     key=st.binary(min_size=32, max_size=32),
 )
-def test_every_correction_is_that_of_numpy(bits: int, count: int, result: Result, key: bytes) -> None:
-    gate = ComparisonGate(bits, count, result)
+def test_every_correction_is_that_of_numpy(
+    bits: int, count: int, result: Result, data: st.DataObject, key: bytes
+) -> None:
+    ceiling = None if result is Result.EXTENDED else data.draw(st.one_of(st.none(), ceilings(bits)))
+    gate = ComparisonGate(bits, count, result, ceiling)
     expected = correction_by(correct, gate, key)
     for by in SETS:
         assert np.array_equal(correction_by(compiled_correction(by), gate, key), expected), by.name

@@ -72,11 +72,11 @@ EXPORTED void ring_kernels_look_up(int set, const gate *of, const uint8_t *messa
 }
 
 EXPORTED void ring_kernels_borrow(int set, const gate *of, const uint32_t *opened, const uint64_t *products,
-                                  const uint64_t *masks, const uint64_t *masked, const uint64_t *result_mask,
+                                  const uint64_t *masks, const uint64_t *masked, const uint64_t *result_masks,
                                   uint64_t *result) {
     static void (*const by[])(const gate *, const borrow_work *) = BY_SET(borrow_of);
     const uint64_t first = of->first ? UINT64_MAX : 0;
-    by[set](of, &(borrow_work){opened, products, masks, masked, result_mask, result, first});
+    by[set](of, &(borrow_work){opened, products, masks, masked, result_masks, result, first});
 }
 
 EXPORTED void ring_kernels_rectify(int set, const gate *of, const rectifier_work *work) {

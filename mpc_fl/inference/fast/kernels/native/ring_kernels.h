@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define INTERFACE 1 /* compiled.py asks for the same number: a library of another source is not used */
+#define INTERFACE 2 /* compiled.py asks for the same number: a library of another source is not used */
 #define PANEL 16    /* output channels that are computed together; weights are packed by panels */
 
 /* A convolution. Images are padded, (images, rows, columns, channels), channels last; the result is (images, result_rows,

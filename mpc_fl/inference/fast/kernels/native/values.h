@@ -114,7 +114,7 @@ INLINE void NAME(unpacked)(const gate *of, const uint8_t *message, int64_t start
 TARGET static void NAME(look_up_digits)(const gate *of, const uint8_t *message, uint32_t *opened, const digit_work *work) {
     const int bits = (int)of->bits;
     const uint32_t ones = (1u << bits) - 1;
-    uint64_t planes[MOST_BITS * MOST_BLOCK] = {0};
+    uint64_t planes[MOST_THRESHOLDS][MOST_BITS * MOST_BLOCK] = {{0}};
     for (int64_t word = 0; word < of->words; word += MOST_BLOCK) {
         const int64_t block = of->words - word < MOST_BLOCK ? of->words - word : MOST_BLOCK;
         for (int64_t w = 0; w < block; w++) {
@@ -125,29 +125,42 @@ TARGET static void NAME(look_up_digits)(const gate *of, const uint8_t *message, 
             for (int i = 0; i < count; i++) values[i] = (values[i] + opened[start + i]) & ones;
             for (int i = count; i < WORD_BITS; i++) values[i] = 0;
             memcpy(opened + start, values, (size_t)count * sizeof *values);
-            NAME(planes_of)(values, bits, planes + w, MOST_BLOCK);
+            NAME(planes_of)(values, bits, planes[0] + w, MOST_BLOCK);
+            if (of->thresholds > 1) {
+                uint32_t less[WORD_BITS];
+                less_threshold(of, values, count, 1, less);
+                NAME(planes_of)(less, bits, planes[1] + w, MOST_BLOCK);
+            }
+        }
+        for (int number = 0; number < of->thresholds; number++) {
+            int64_t w = 0;
+            for (; w + WORDS <= block; w += WORDS) NAME(digits)(of, work, word + w, planes[number] + w, number);
+            for (; w < block; w++) digits_single(of, work, word + w, planes[number] + w, number);
+        }
+    }
+}
+
+INLINE void NAME(borrow_of_threshold)(const gate *of, const borrow_work *work, int number) {
+    for (int64_t word = 0; word < of->words; word += MOST_BLOCK) {
+        const int64_t block = of->words - word < MOST_BLOCK ? of->words - word : MOST_BLOCK;
+        uint64_t top[MOST_BLOCK] = {0};
+        for (int64_t w = 0; w < block && of->first; w++) {
+            const int64_t start = (word + w) * WORD_BITS;
+            const int count = of->count - start < WORD_BITS ? (int)(of->count - start) : WORD_BITS;
+            uint32_t values[WORD_BITS] = {0};
+            memcpy(values, work->opened + start, (size_t)count * sizeof *values);
+            less_threshold(of, values, count, number, values);
+            for (int i = 0; i < WORD_BITS; i++) values[i] >>= of->bits - 1;
+            NAME(planes_of)(values, 1, top + w, 1);
         }
         int64_t w = 0;
-        for (; w + WORDS <= block; w += WORDS) NAME(digits)(of, work, word + w, planes + w);
-        for (; w < block; w++) digits_single(of, work, word + w, planes + w);
+        for (; w + WORDS <= block; w += WORDS) NAME(borrows)(of, work, word + w, top + w, number);
+        for (; w < block; w++) borrows_single(of, work, word + w, top + w, number);
     }
 }
 
 TARGET static void NAME(borrow_of)(const gate *of, const borrow_work *work) {
-    for (int64_t word = 0; word < of->words; word += MOST_BLOCK) {
-        const int64_t block = of->words - word < MOST_BLOCK ? of->words - word : MOST_BLOCK;
-        uint64_t top[MOST_BLOCK] = {0};
-        for (int64_t w = 0; w < block && of->top; w++) {
-            const int64_t start = (word + w) * WORD_BITS;
-            const int count = of->count - start < WORD_BITS ? (int)(of->count - start) : WORD_BITS;
-            uint32_t values[WORD_BITS] = {0};
-            for (int i = 0; i < count; i++) values[i] = work->opened[start + i] >> (of->bits - 1);
-            NAME(planes_of)(values, 1, top + w, 1);
-        }
-        int64_t w = 0;
-        for (; w + WORDS <= block; w += WORDS) NAME(borrows)(of, work, word + w, top + w);
-        for (; w < block; w++) borrows_single(of, work, word + w, top + w);
-    }
+    for (int number = 0; number < of->thresholds; number++) NAME(borrow_of_threshold)(of, work, number);
 }
 
 /* A word of 16 or 32 bits. */
@@ -156,17 +169,23 @@ INLINE uint32_t NAME(high)(const void *from, int64_t index, int narrow) {
 }
 
 /* As `_rectified` of comparison.py. */
-INLINE void NAME(rectify)(const gate *of, const rectifier_work *work, int wide, int narrow) {
+INLINE void NAME(rectify)(const gate *of, const rectifier_work *work, int wide, int narrow, int capped) {
     const int bits = (int)of->bits;
     const uint32_t ones = wide ? UINT32_MAX : (1u << bits) - 1, c_too = of->first ? UINT32_MAX : 0;
     for (int64_t start = 0; start < of->count; start += WORD_BITS) {
         const int64_t end = of->count - start < WORD_BITS ? of->count : start + WORD_BITS;
-        uint32_t zeros[WORD_BITS];
-        NAME(where_zero)(work->t[start / WORD_BITS], zeros);
+        uint32_t zeros[WORD_BITS], below[WORD_BITS];
+        const int64_t word = start / WORD_BITS;
+        NAME(where_zero)(capped ? ~(work->t[word] ^ work->t[of->words + word]) : work->t[word], zeros);
+        if (capped) NAME(where_zero)(work->t[of->words + word], below);
         for (int64_t i = start; i < end; i++) {
             const uint32_t c = work->opened[i], zero = zeros[i - start];
             uint32_t y = ((work->w[i] * c - work->wr[i]) ^ zero) - zero;
             y += ((c & c_too) - work->input_mask[i]) & zero;
+            if (capped) {
+                const uint32_t at_zero = below[i - start];
+                y += (((work->reached[i] ^ at_zero) - at_zero) + (at_zero & c_too & 1)) * (uint32_t)of->ceiling;
+            }
             if (wide) {
                 const uint32_t both = NAME(high)(work->both, i, narrow), other = NAME(high)(work->other, i, narrow);
                 const uint32_t wraps = (((both ^ other) & zero) ^ both) & ((c >> (bits - 1)) - 1);
@@ -177,28 +196,31 @@ INLINE void NAME(rectify)(const gate *of, const rectifier_work *work, int wide, 
     }
 }
 
-TARGET static void NAME(rectified)(const gate *of, const rectifier_work *work) {
+INLINE void NAME(rectify_wide_or_not)(const gate *of, const rectifier_work *work, int capped) {
     if (work->kappa == NULL)
-        NAME(rectify)(of, work, 0, 0);
+        NAME(rectify)(of, work, 0, 0, capped);
     else if (of->bits >= 16)
-        NAME(rectify)(of, work, 1, 1);
+        NAME(rectify)(of, work, 1, 1, capped);
     else
-        NAME(rectify)(of, work, 1, 0);
+        NAME(rectify)(of, work, 1, 0, capped);
+}
+
+TARGET static void NAME(rectified)(const gate *of, const rectifier_work *work) {
+    if (of->thresholds > 1)
+        NAME(rectify_wide_or_not)(of, work, 1);
+    else
+        NAME(rectify_wide_or_not)(of, work, 0);
 }
 
 /* As `_extended` of comparison.py. */
 INLINE void NAME(extend)(const gate *of, const extension_work *work, int narrow) {
     const int bits = (int)of->bits;
-    const uint32_t c_too = of->first ? UINT32_MAX : 0, less = of->first ? 1u << (bits - 1) : 0;
-    for (int64_t start = 0; start < of->count; start += WORD_BITS) {
-        const int64_t end = of->count - start < WORD_BITS ? of->count : start + WORD_BITS;
-        uint32_t zeros[WORD_BITS];
-        NAME(where_zero)(work->t[start / WORD_BITS], zeros);
-        for (int64_t i = start; i < end; i++) {
-            const uint32_t at_zero = NAME(high)(work->at_zero, i, narrow), at_one = NAME(high)(work->at_one, i, narrow);
-            const uint32_t wraps = ((at_zero ^ at_one) & zeros[i - start]) ^ at_one;
-            work->result[i] = (work->opened[i] & c_too) - work->input_mask[i] - less + (wraps << bits);
-        }
+    const uint32_t c_too = of->first ? UINT32_MAX : 0, less = of->first ? 1u << (bits - 2) : 0;
+    for (int64_t i = 0; i < of->count; i++) {
+        const uint32_t c = work->opened[i], zero = (c >> (bits - 1)) - 1;
+        const uint32_t at_zero = NAME(high)(work->at_zero, i, narrow), at_one = NAME(high)(work->at_one, i, narrow);
+        const uint32_t wraps = ((at_zero ^ at_one) & zero) ^ at_one;
+        work->result[i] = (c & c_too) - work->input_mask[i] - less + (wraps << bits);
     }
 }
 

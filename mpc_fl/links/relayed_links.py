@@ -1,0 +1,271 @@
+"""Links through relays, at their two ends: how they are made and made anew, and what comes through them.
+
+Neither end can dial the other. The `first` greets through its relays, the other answers; both greetings are signed end to end
+(`handshake`), so that all that follows is sealed with keys that no relay has (`sealing`). The same greeting may come through
+several relays: it is answered alike. The `second` says, signed, that it has no link ("knock": it has started, or has lost the one
+that such a greeting made), and the first greets it anew. As long as there is no link both repeat that. So a link outlives its
+relay, and no word of a relay alone ends it or makes it anew.
+
+A false greeting is refused and counted, as on a stream of its own. A chunk that does not open ends no link: its relay may have
+changed it, and another one brings it again. A chunk that opens, and is wrong, ends the link with whoever sealed it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any, Protocol
+
+import torch
+
+from mpc_fl.errors import BrokenLinkError, HandshakeError, ProtocolError
+from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.greetings import Greeter
+from mpc_fl.links.handshake import greeting_digest
+from mpc_fl.links.losses import Known, not_relayable
+from mpc_fl.links.mailboxes import Mailboxes
+from mpc_fl.links.outgoing import Outgoing
+from mpc_fl.links.peer import Peer
+from mpc_fl.links.places import Refusals
+from mpc_fl.links.relay import GONE, SILENT
+from mpc_fl.links.sealed_stream import SealedStream
+from mpc_fl.links.sealing import Sealer, Unsealer
+from mpc_fl.links.silence import SIGN
+from mpc_fl.links.ways import Ways
+
+log = logging.getLogger(__name__)
+
+_KNOCK = "knock "  # then the digest of the greeting that made the link that is lost, or nothing
+_MOST_HEARD = 1000  # greetings of one peer that may be accepted
+
+
+class Arrivals(Protocol):
+    """What is handed on: a relayed link's frames and its accepted greeting (`connections`)."""
+
+    def deliver(self, peer: Peer, frame: Frame) -> bool:
+        """Take a frame that came sealed from `peer`."""
+
+    def accept(self, peer: Peer, public_key: bytes) -> None:
+        """The greeting of `peer` holds; this is its key."""
+
+
+class RelayedLinks:
+    """This party's links with peers behind relays. Its lock guards who greets or is heard: several relays may bring a greeting.
+
+    Nothing waits for a relay while it is held, or on the thread that looks for signs of life: what does not leave is repeated.
+    """
+
+    def __init__(self, greeter: Greeter, outgoing: Outgoing, mailboxes: Mailboxes, arrivals: Arrivals) -> None:
+        self._name = greeter.name
+        self._relays = outgoing.relays
+        self._greeter = greeter
+        self._outgoing = outgoing
+        self._peers = outgoing.peers
+        self._mailboxes = mailboxes
+        self._arrivals = arrivals
+        self._ways = Ways(outgoing, mailboxes)
+        self._refusals = Refusals(log)
+        self._lock = threading.RLock()
+        self._asked = 0.0  # when, of `time.monotonic`
+        self._closing = False
+
+    # ---- making links ----------------------------------------------------------------------------------------------
+
+    def after_connecting(self, peer: Peer) -> None:
+        """A link was made: if `peer` is a relay, ask for links through it with those that there is none with."""
+        if peer.name in self._relays and not peer.route.relayed:
+            for other in self._peers.values():
+                if peer.name in other.route.relays:
+                    self._ask(other, [peer])
+
+    def after_losing(self, peer: Peer) -> None:
+        """A link ended: if `peer` was a relay, another one takes its place."""
+        if peer.name in self._relays:
+            self._ways.wake()
+
+    def learn(self, peer: Peer) -> None:
+        """`peer` has said that relays lead to it: ask for a link."""
+        self._ask(peer, self._ways.through(peer))
+
+    def beat(self) -> None:
+        """Each second: what is due to peers that are linked, and from time to time a greeting for those that are not."""
+        self._ways.beat()
+        if time.monotonic() - self._asked < SIGN or self._closing:
+            return
+        self._asked = time.monotonic()
+        for peer in self._peers.values():
+            if peer.route.relayed:
+                self._ask(peer, self._ways.through(peer))
+
+    def _ask(self, peer: Peer, through: list[Peer]) -> None:
+        """Greet a peer that there is no link with, or say that there is none; nothing where it may not come back."""
+        name = peer.name
+        with self._lock:  # of the present link nobody may say that it is lost
+            if self._mailboxes.closed(name) or self._mailboxes.alive(name) or self._closing or not through:
+                return
+            lost = self._mailboxes.failure(name) is not None
+            if lost and not self._mailboxes.awaits_return(name):
+                return
+            if peer.route.how == "relay, second":
+                self._send(through, self._greeter.greet(name, _KNOCK + peer.made_by))
+                return
+            if not peer.asks:
+                if lost:
+                    self._outgoing.begin_again(peer)
+                peer.greeting, peer.asks = self._greeter.greet(name), True
+            assert peer.greeting is not None
+            self._send(through, peer.greeting)
+
+    def _send(self, through: list[Peer], greeting: dict[str, Any]) -> None:
+        for relay in through:
+            self._outgoing.put_at_once(relay, Kind.RELAY_GREETING, greeting)
+
+    def close(self) -> None:
+        """End all of them, and log what was refused more than once."""
+        for peer in self._peers.values():
+            if peer.stream is not None:
+                peer.stream.end()
+        self._refusals.close()
+
+    def await_arrival(self, seconds: float) -> None:
+        """No link is made from now on; wait until what was sent has arrived."""
+        self._closing = True
+        self._ways.await_arrival(seconds)
+
+    # ---- greetings -------------------------------------------------------------------------------------------------
+
+    def take_greeting(self, relay: Peer, greeting: Any) -> None:
+        """Check a greeting that came through a relay, answer it if it came first, or refuse it; or hear who is lost to the relay.
+
+        Raises `ProtocolError` for what no relay may send.
+        """
+        if relay.name not in self._relays:
+            raise not_relayable(relay.name)
+        if set(greeting) in ({GONE}, {SILENT}):
+            self._hear_of_loss(relay, *greeting.popitem())
+            return
+        name = greeting.get("name")
+        sender = self._peers.get(name) if isinstance(name, str) else None
+        if greeting.get("to") != self._name or sender is None or sender is relay:
+            raise not_relayable(relay.name)
+        try:
+            with self._lock:
+                self._hear(relay, sender, greeting, greeting_digest(greeting))
+        except HandshakeError as error:
+            kind = f"refused a greeting of {sender.name} that came through {relay.name}"
+            self._refusals.count(kind, f"{kind}: {error}")
+
+    def _hear_of_loss(self, relay: Peer, how: str, name: Any) -> None:
+        lost = self._peers.get(name) if isinstance(name, str) else None
+        if lost is None or not lost.route.relayed:
+            return
+        if how == SILENT:
+            failure, known = self._mailboxes.without_sign(lost.name, self._mailboxes.silence.limit), Known.SILENT
+        else:
+            failure, known = self._mailboxes.lost(lost.name, "it has no link with a relay any more"), Known.VANISHED
+        self._ways.lose_through(lost, relay.name, failure, known)
+
+    def _hear(self, relay: Peer, sender: Peer, greeting: dict[str, Any], said: str) -> None:
+        """Raises `HandshakeError` for a greeting that does not hold."""
+        if not sender.route.relayed:
+            raise HandshakeError(f"{sender.name} is not reached through relays")
+        if said in sender.heard_before:  # through another relay
+            if said == sender.answered and sender.answer is not None:
+                self._send([relay], sender.answer)
+            return
+        if len(sender.heard_before) >= _MOST_HEARD:
+            raise HandshakeError(f"{sender.name} has greeted too often")
+        refers_to = str(greeting.get("answers")).partition(":")[0]
+        if sender.route.how == "relay, second":
+            public_key = self._greeter.check(sender.name, greeting)
+            self._answer(relay, sender, public_key, said)
+        elif refers_to.startswith(_KNOCK):
+            public_key = self._greeter.check(sender.name, greeting, refers_to)
+            sender.heard_before.add(said)
+            self._hear_knock(sender, public_key, refers_to.removeprefix(_KNOCK))
+        else:
+            asked = greeting_digest(sender.greeting or {})
+            public_key = self._greeter.check(sender.name, greeting, asked)
+            if not sender.asks:
+                raise HandshakeError(f"{sender.name} is connected already")
+            self._make(relay, sender, public_key, (asked, said))
+
+    def _hear_knock(self, sender: Peer, public_key: bytes, lost: str) -> None:
+        """`sender` has no link: it is another start of it, or has lost the one that is here. Else that was said before this one."""
+        if self._mailboxes.connected(sender.name):
+            if self._greeter.keys.is_of(sender.name, public_key) and lost != sender.made_by:
+                return
+            if not self._mailboxes.may_return(sender.name):
+                raise HandshakeError(f"{sender.name} is connected already")
+            self._outgoing.begin_again(sender)
+        self._ask(sender, self._ways.through(sender))
+
+    def _answer(self, relay: Peer, sender: Peer, public_key: bytes, said: str) -> None:
+        may_return = self._mailboxes.may_return(sender.name)
+        if self._mailboxes.connected(sender.name) and not may_return:
+            raise HandshakeError(f"{sender.name} is connected already")
+        answer = self._greeter.greet(sender.name, said)
+        sealing = self._sealing(sender.name, public_key, f"{said} {greeting_digest(answer)}")
+        if may_return:
+            self._outgoing.begin_again(sender)
+        sender.answered, sender.answer = said, answer
+        self._send([relay], answer)
+        self._make(relay, sender, public_key, (said, said), sealing)
+
+    def _make(
+        self,
+        relay: Peer,
+        sender: Peer,
+        public_key: bytes,
+        greetings: tuple[str, str],
+        sealing: tuple[Sealer, Unsealer] | None = None,
+    ) -> None:
+        """The link is made by these: the digest of the first greeting, and of what `sender` said."""
+        made_by, said = greetings
+        sealing = sealing or self._sealing(sender.name, public_key, f"{made_by} {said}")
+        sender.heard_before.add(said)
+        sender.made_by, sender.asks, stream = made_by, False, SealedStream(*sealing)
+        with stream.reading:  # what comes of it through another relay waits until all is ready
+            sender.stream = stream
+            self._arrivals.accept(sender, public_key)
+            self._ways.open(sender, stream, relay.name)
+
+    def _sealing(self, peer: str, public_key: bytes, made_by: str) -> tuple[Sealer, Unsealer]:
+        """For a link that the greetings of these two digests made. Raises `HandshakeError` for a key of small order."""
+        keys, mine = self._greeter.keys, self._name
+        sealer = Sealer(keys.sealing_key(peer, public_key, mine, peer, made_by), mine, peer)
+        return sealer, Unsealer(keys.sealing_key(peer, public_key, peer, mine, made_by), peer, mine)
+
+    # ---- sealed chunks ---------------------------------------------------------------------------------------------
+
+    def take_sealed(self, relay: Peer, frame: Frame) -> None:
+        """Open a sealed chunk, or have it sent again. Raises `ProtocolError` for one that no relay may send."""
+        assert isinstance(frame.payload, torch.Tensor)
+        sender = self._peers.get(frame.tag)
+        if relay.name not in self._relays or sender is None or sender is relay:
+            raise not_relayable(relay.name)
+        stream, reader = sender.stream, sender.reader
+        if stream is None or self._mailboxes.failure(sender.name) is not None:
+            return  # of the link before, or of nobody who greeted
+        sealed = frame.payload.numpy().tobytes()
+        with stream.reading:
+            try:
+                chunk = stream.take(sealed, relay.name)
+            except ProtocolError as error:
+                kind = f"refused what {relay.name} brought as of {sender.name}"
+                self._refusals.count(kind, f"{kind}: {error}")
+                return
+            if chunk is None:
+                if stream.is_word(sealed):
+                    self._ways.came(sender, relay.name)
+                return
+            self._ways.came(sender, relay.name)
+            try:
+                opened = reader.feed(chunk)
+                expected = opened is not None and not self._mailboxes.closed(sender.name)
+                if opened is not None and expected and not self._arrivals.deliver(sender, opened):
+                    stream.say()  # it waits for that before it goes
+            except ProtocolError as error:
+                log.warning("refused a frame from %s that came through %s: %s", sender.name, relay.name, error)
+                self._mailboxes.lose(sender.name, BrokenLinkError(sender.name, error.what, error.fix))
