@@ -34,9 +34,8 @@ from mpc_fl.evidence.one_run_bound import lower_bound
 CONFIDENCE = 0.95
 FINAL_MODEL = "the final model alone"
 _CLEAREST = 2.0  # the accountant's epsilon up to which an accountant that is wrong is found with the fewest canaries
-_OF_ALL_CANARIES = (
-    1.0  # most that delta times the number of canaries may be: beyond, what delta allows hides what epsilon does
-)
+# Most that delta times the number of canaries may be: beyond, what delta allows hides what epsilon does.
+_OF_ALL_CANARIES = 0.2
 
 Told = Callable[[int, int], None]
 
@@ -45,7 +44,7 @@ Told = Callable[[int, int], None]
 class AuditPlan:
     """How a run is audited: so many repetitions of it, with patients of several records or of one.
 
-    `delta` is that of both bounds: the run's own, or one over the number of canaries, where that is less.
+    `delta` is that of both bounds: the run's own, or a fifth over the number of canaries, where that is less.
     """
 
     run: AuditedRun
@@ -96,7 +95,8 @@ def audit_privacy(plan: AuditPlan, told: Told) -> PrivacyAudit:
             released = repeat_run(run, canaries, Path(directory), done, plan.delta if number == 0 else None)
         seen.inside.append(canaries.inside)
         seen.releases.append(released.matrix)
-        upper += [epsilon for epsilon in released.epsilon if math.isfinite(epsilon)]
+        if all(map(math.isfinite, released.epsilon)):
+            upper += released.epsilon
     return PrivacyAudit(_bounds(plan, seen, upper), upper, time.monotonic() - began)
 
 

@@ -37,7 +37,7 @@ def privacy(
     out: Annotated[
         Path | None, typer.Option("--out", help="New directory for the results. Default: RUN-audit, beside the run.")
     ] = None,
-    canaries: Annotated[int, typer.Option(min=40, max=1_000_000, help="How many in all; more show more.")] = 8000,
+    canaries: Annotated[int, typer.Option(min=40, max=1_000_000, help="How many in all; more show more.")] = 16000,
     at_once: Annotated[
         int, typer.Option(min=40, max=20_000, help="How many in one repetition of the run; fewer need less memory.")
     ] = 1000,

@@ -121,7 +121,6 @@ def _written_in_many_ways(folder: Path, film: np.ndarray) -> dict[str, Path]:
     return files
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("not_square", ["pad", "crop", "stretch"])
 def test_a_film_written_in_many_ways_gets_the_same_logits(not_square: str, tmp_path: Path) -> None:
     _folder(tmp_path / "data")
