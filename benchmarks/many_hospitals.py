@@ -1,6 +1,7 @@
 """How a closed sum grows with hospitals: masks, keys, bytes and time, in one process, and a thousand hospitals simulated.
 
     python benchmarks/many_hospitals.py [--hospitals 3 8 16 32] [--parameters 100000] [--simulated 1000] [--json]
+    python benchmarks/many_hospitals.py --hospitals --simulated --reckoned 32 1200 10000
 
 In process: hospitals and aggregator are threads with links in memory, whose messages are encoded and counted in the same
 frames as on the network; up to a tenth of the hospitals may be left out (closing masks, quorum nine tenths). Bytes are those that a
@@ -9,6 +10,9 @@ hospital sends and receives beyond its summand, by the links' own counters.
 Simulated: every hospital's masks, commitments and keys are made and every sum is opened and compared, as many sums as
 `--sums`, of 64 elements, of which a random tenth of the hospitals is lost; there are no links, so bytes are of the messages as the
 frames would hold them. Whether losses ever leave somebody too few neighbours is tried on `--circles` more graphs.
+
+Reckoned: what a hospital holds and sends (`mask_costs`), and each of it over the logarithm of the number of hospitals, to the
+base 2.
 
 Up to 16 hospitals the graph is complete. `against` says how many may pool with the aggregator.
 """
@@ -58,7 +62,9 @@ _ABOUT = Description("sum of updates", "benchmark")
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one sum; bytes and keys are the largest of any hospital, beyond its summand, seconds the median over sums."""
+    """Of one sum; bytes and keys are the largest of any hospital, beyond its summand, seconds the median over sums. `processor` are
+    seconds of the processor, all parties together: other programs of the machine do not change them.
+    """
 
     hospitals: int
     lost: int
@@ -69,6 +75,7 @@ class Figures:
     received: int
     received_without_names: int
     seconds: float
+    processor: float
     exact: bool
 
 
@@ -92,7 +99,7 @@ def in_process(count: int, parameters: int, sums: int) -> Figures:
     rules = rules_of(count)
     world = [*rules.hospitals, AGGREGATOR]
     network = InMemoryNetwork(world, Agreement("many hospitals", "benchmark", "train"), Timeouts(_WAIT, _WAIT))
-    seconds, traffic, opened = list[float](), dict[str, tuple[int, int]](), list[bool]()
+    seconds, traffic, opened = list[tuple[float, float]](), dict[str, tuple[int, int]](), list[bool]()
     expected = torch.stack([value_of(rank, parameters) for rank in range(count)]).sum(0, dtype=torch.int32)
 
     def party(name: str, folder: Path, signatory: Signatory) -> None:
@@ -134,20 +141,23 @@ def in_process(count: int, parameters: int, sums: int) -> Figures:
         sent=max(sent for sent, _ in traffic.values()),
         received=max(received for _, received in traffic.values()),
         received_without_names=max(received for _, received in traffic.values()) - costs.bytes_of_names,
-        seconds=statistics.median(seconds),
+        seconds=statistics.median(took for took, _ in seconds),
+        processor=statistics.median(of_processor for _, of_processor in seconds),
         exact=len(opened) == sums and all(opened),
     )
 
 
-def lead(domain: SecretDomain, rules: Rules, agreed: AgreedSum, expected: torch.Tensor, opened: list[bool]) -> float:
-    """A sum at the aggregator: seconds from its word to all until the sum is opened."""
+def lead(
+    domain: SecretDomain, rules: Rules, agreed: AgreedSum, expected: torch.Tensor, opened: list[bool]
+) -> tuple[float, float]:
+    """A sum at the aggregator: seconds from its word to all until the sum is opened, and of the processor, of all parties."""
     links: Links = domain.links
     starts = {name: links.key_fingerprint(name) for name in rules.hospitals}
-    began = time.perf_counter()
+    began, of_processor = time.perf_counter(), time.process_time()
     for name in rules.hospitals:
         links.send_object(name, "go", {})
     _, total = collect(domain, rules, agreed, starts, torch.int32, tuple(expected.shape))
-    took = time.perf_counter() - began
+    took = time.perf_counter() - began, time.process_time() - of_processor
     opened.append(torch.equal(total, expected))
     return took
 
@@ -159,9 +169,9 @@ def simulated(count: int, sums: int, elements: int = 64) -> Figures:
     """All masks, commitments and keys of every hospital; a random tenth is lost before it sends."""
     rules = rules_of(count)
     bounds = rules.bounds(count)
-    seconds, sent, received, exact, lost = list[float](), 0, 0, True, count - rules.smallest
+    seconds, sent, received, exact, lost = list[tuple[float, float]](), 0, 0, True, count - rules.smallest
     for number in range(sums):
-        began = time.perf_counter()
+        began, of_processor = time.perf_counter(), time.process_time()
         transcript = hashlib.sha256(f"many hospitals {number}".encode()).hexdigest()
         circle = None if bounds is None else mask_circle(rules.hospitals, transcript, bounds)
         closing = rules.closing if bounds is None else bounds.closing
@@ -185,7 +195,7 @@ def simulated(count: int, sums: int, elements: int = 64) -> Figures:
         ranks = [rank for rank, name in enumerate(rules.hospitals) if name not in away]
         expected = torch.stack([value_of(rank, elements) for rank in ranks]).sum(0, dtype=torch.int32)
         exact = exact and torch.equal(total, expected)
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began, time.process_time() - of_processor))
     costs: MaskCosts = mask_costs(rules, count)
     return Figures(
         hospitals=count,
@@ -196,7 +206,8 @@ def simulated(count: int, sums: int, elements: int = 64) -> Figures:
         sent=sent,
         received=received + len(json.dumps({"word": "fixed", "hospitals": admitted, "late": sorted(away)})),
         received_without_names=received,
-        seconds=statistics.median(seconds),
+        seconds=statistics.median(took for took, _ in seconds),
+        processor=statistics.median(of for _, of in seconds),
         exact=exact,
     )
 
@@ -217,11 +228,22 @@ def stopped(count: int, circles: int) -> int:
     return found
 
 
+# ---- reckoned ------------------------------------------------------------------------------------------------------------
+
+
+def reckoned(count: int) -> dict[str, float]:
+    """Of a hospital beyond its summand: keys held, bytes sent, bytes received without names; and per doubling of hospitals."""
+    costs = mask_costs(rules_of(count), count)
+    of = {"keys": costs.keys, "sent": costs.bytes_sent, "received": costs.bytes_received}
+    return {"hospitals": count} | of | {f"{what} per doubling": value / math.log2(count) for what, value in of.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hospitals", type=int, nargs="*", default=[3, 8, 16, 32])
     parser.add_argument("--parameters", type=int, default=100_000)
     parser.add_argument("--simulated", type=int, nargs="*", default=[100, 300, 1000])
+    parser.add_argument("--reckoned", type=int, nargs="*", default=[])
     parser.add_argument("--sums", type=int, default=3)
     parser.add_argument("--circles", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
@@ -232,18 +254,25 @@ def main() -> None:
         "simulated": [simulated(count, arguments.sums) for count in arguments.simulated],
     }
     stops = {count: stopped(count, arguments.circles) for count in arguments.simulated}
+    growth = [reckoned(count) for count in arguments.reckoned]
     if arguments.json:
-        print(json.dumps({**{how: [asdict(each) for each in lines] for how, lines in found.items()}, "stopped": stops}))
+        measured = {how: [asdict(each) for each in lines] for how, lines in found.items()}
+        print(json.dumps({**measured, "stopped": stops, "reckoned": growth}))
         return
-    print("            hospitals  lost  neighbours  keys  against   sent  received  without names  seconds  exact")
+    print(
+        "            hospitals  lost  neighbours  keys  against   sent  received  without names  seconds  processor  exact"
+    )
     for how, lines in found.items():
         for each in lines:
             print(
                 f"{how:10s}  {each.hospitals:9d}  {each.lost:4d}  {each.neighbours:10d}  {each.keys:4d}  {each.against:7d}  "
-                f"{each.sent:5d}  {each.received:8d}  {each.received_without_names:13d}  {each.seconds:7.3f}  {each.exact}"
+                f"{each.sent:5d}  {each.received:8d}  {each.received_without_names:13d}  {each.seconds:7.3f}  "
+                f"{each.processor:9.3f}  {each.exact}"
             )
     for count, times in stops.items():
         print(f"{count} hospitals: {times} of {arguments.circles} sums would stop when a random tenth is lost")
+    for line in growth:
+        print(", ".join(f"{what} {value:,.1f}" for what, value in line.items()))
 
 
 if __name__ == "__main__":

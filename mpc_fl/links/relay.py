@@ -49,10 +49,10 @@ class Relay:
 
     def tell_lost(self, lost: Peer, how: str) -> None:
         """Let those that reach a peer through this relay know that it is gone, or silent. Waits for nobody."""
-        if not self.relays or lost.route.how != "await":
+        if not self.relays or not lost.route.only_dials:
             return
-        for other in self._peers.values():
-            if other is not lost and other.route.how == "await" and self._mailboxes.alive(other.name):
+        for other in self._peers.values():  # whoever can be dialled is a relay itself, or needs none
+            if other is not lost and other.route.only_dials and self._mailboxes.alive(other.name):
                 self._outgoing.put_at_once(other, Kind.RELAY_GREETING, {how: lost.name})
 
     def _tell(self, peer: Peer, message: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import PeerLostError
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.pulse import Pulse
 from mpc_fl.links.silence import Silence
 from tests.support.harness import free_ports, local_links
@@ -106,3 +107,38 @@ def test_the_relay_says_who_is_silent_to_those_that_cannot_hear_it(
     for thread in threads:
         thread.join()
     assert said and said[0].startswith("a has given no sign of life for 20 s")
+
+
+def test_parties_with_addresses_hear_from_no_relay_who_is_gone(tmp_path: Path) -> None:
+    """All are relays for others that only dial out; who is told what only such need to hear would end the link with the relay."""
+    names = ["first", "second", "third"]
+    make_local_identities(names, {name: tmp_path / name for name in names})
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    met, heard = threading.Barrier(3), list[Any]()
+
+    def links_of(name: str) -> NetworkLinks:
+        return local_links(
+            name, names, ports, tmp_path, relay=names, tolerated=[each for each in names if each != name]
+        )
+
+    def second() -> None:
+        with contextlib.suppress(PeerLostError), links_of("second"):
+            met.wait(60)
+            raise PeerLostError("nobody", "second stops", "look there")
+
+    def third() -> None:
+        with links_of("third") as links:
+            met.wait(60)
+            heard.append(links.receive_object("first", "after"))
+
+    threads = [threading.Thread(target=party) for party in (second, third)]
+    for thread in threads:
+        thread.start()
+    with links_of("first") as links:
+        met.wait(60)
+        with pytest.raises(PeerLostError, match="second stop"):
+            links.receive_object("second", "never")
+        threads[0].join()
+        links.send_object("third", "after", {"all": "well"})
+        threads[1].join()
+    assert heard == [{"all": "well"}]
