@@ -9,7 +9,7 @@ DEMO := runs/demo
 PYTHON := $(shell for p in $(PYTHON_BINARY) python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test test-slow test-long soak check check-model install bench clean help
+.PHONY: demo test test-slow test-long soak evidence check check-model install bench clean help
 
 help:
 	@echo "make demo    three hospitals train with differential privacy, then one image is diagnosed under encryption"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow   faults in every phase of every role, several minutes more"
 	@echo "make test-long   sweeps: a party frozen or lost at every message; most of an hour"
 	@echo "make soak    breaks real runs at random for an hour"
+	@echo "make evidence   audits privacy of honest runs; an hour"
 	@echo "make check   format, lint, types and layers"
 	@echo "make check-model   rounds among peers, by Spin (apt-get install spin gcc)"
 	@echo "make clean   remove the environment and the demo's results"
@@ -56,6 +57,9 @@ SOAK := --minutes 60
 
 soak: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
+
+evidence: $(STAMP)
+	$(BIN)/python benchmarks/privacy_audit.py $(EVIDENCE)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
     python benchmarks/chest_xray_table.py --data DIR --cache CACHE --out docs/chest_xray_table.md
 
 DIR/{train,test}/<class>/ as for `mpc-fl train`. Models: a linear layer on features of EfficientNet-Lite0 or on scattering, and
-the small network, which is trained as a whole and therefore for a few rows and seeds alone. Rows: all patients in one place
+the small network, which is trained as a whole. Rows: all patients in one place
 (`central`), one hospital by itself (`alone`), and the federation with either noise. The patient is the unit of privacy, and
 the mean of the features is charged as in a run (`plan_release`). Everything is computed by the functions that hospitals and
 aggregator call, without masks and links: masks cancel exactly, so a run of `mpc-fl train` gives the same up to the draw of
@@ -57,24 +57,31 @@ from mpc_fl.learning.models.evaluation import predict
 from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters
 from mpc_fl.learning.privacy.accounting import epsilon_of
-from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share
+from mpc_fl.learning.privacy.distributed_gaussian import DistributedGaussian, mean_gradient, noised_share
+from mpc_fl.learning.training.augmentation import augmented
 from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
-from mpc_fl.learning.training.iterate_average import IterateAverage
+from mpc_fl.learning.training.iterate_average import global_average
 from mpc_fl.learning.training.per_sample_gradients import (
+    Method,
     choose_per_sample_method,
     rounded_sum,
     sum_cross_entropy,
     working_copy,
 )
 from mpc_fl.learning.training.sampling import sample_patients
+from mpc_fl.learning.training.schedules import learning_rate_factor
 from mpc_fl.learning.training.server_optimizers import server_optimizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml", "small": "chest_xray_small.yaml"}
 NETWORKS = {"lite0": "Lite0, linear", "scattering": "scattering, linear", "small": "small network"}
-# What the small network is trained for: minutes a row and seed.
-SMALL_ROWS, SMALL_EPSILONS, SMALL_SEEDS = ("central", "local", "distributed"), (math.inf, 8.0), 2
-SMALL_WITHOUT_PRIVACY = {"gradient_clipping": 1.0, "learning_rate": 0.02, "batch_size": 128, "ema_decay": 0.5}
+SMALL_WITHOUT_PRIVACY = {
+    "local_steps": 15,
+    "gradient_clipping": 1.0,
+    "learning_rate": 0.02,
+    "batch_size": 128,
+    "ema_decay": 0.5,
+}
 RATE_AT_EPSILON_1 = 15.0  # of Lite0; scattering keeps its 30
 RATE_WITHOUT_CLIPPING = 5.0  # of a linear layer on features; gradients of the other rows are clipped to a tenth
 ROWS = {
@@ -195,22 +202,31 @@ def centred(config: Config, hospitals: list[Dataset], test: Dataset) -> tuple[li
     return [normalised(data, normalisation) for data in hospitals], normalised(test, normalisation)
 
 
+def fastest_method(config: Config, model: torch.nn.Module, mechanism: DistributedGaussian | None = None) -> Method:
+    """How gradients of single patients are computed: as configured, or by trial on this machine."""
+    if config.training.per_sample_gradients != "auto":
+        return config.training.per_sample_gradients
+    return choose_per_sample_method(model, config.data.input_shape, mechanism=mechanism)
+
+
 def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Module:
     """Rounds of one step at every hospital, each with its own noise or none; the mean is stepped along."""
     model, optimizer = initial_model(config), server_optimizer(config)
-    average = IterateAverage(config.training.average_last, config.global_models)
+    average = global_average(config)
     release = [plan_release(config, data.patient_count, [], "a hospital") for data in hospitals]
     seeds = [Seed.from_system() for _ in hospitals]
-    method = choose_per_sample_method(model, config.data.input_shape)
+    velocities: list[torch.Tensor | None] = [None] * len(hospitals)
+    method = None if config.privacy.mechanism == "none" else fastest_method(config, model)
     for number in range(1, config.training.rounds + 1):
         mean = torch.zeros(len(flatten_parameters(model)), dtype=torch.float64)
-        for data, planned, seed in zip(hospitals, release, seeds, strict=True):
+        for place, (data, planned, seed) in enumerate(zip(hospitals, release, seeds, strict=True)):
             noise, rate = (
                 None if planned is None else planned.noise_multiplier,
                 sample_rate_of(config, data.patient_count),
             )
-            training = LocalTraining(config, noise, rate, None, method)
-            mean += train_locally(model, data, training, number, seed).update.double() / len(hospitals)
+            training = LocalTraining(config, noise, rate, None, method, velocity=velocities[place])
+            trained = train_locally(model, data, training, number, seed)
+            mean, velocities[place] = mean + trained.update.double() / len(hospitals), trained.velocity
         stepped = optimizer.step(flatten_parameters(model), -mean)
         load_flat_parameters(model, average.take(stepped, number - 1))
     return model
@@ -219,20 +235,20 @@ def with_local_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Modul
 def with_distributed_noise(config: Config, hospitals: list[Dataset]) -> torch.nn.Module:
     """Every step a sum of clipped gradients to which each hospital has added its part of the noise."""
     model, optimizer, mechanism = initial_model(config), server_optimizer(config), mechanism_of(config)
-    average, working = IterateAverage(config.training.average_last, config.global_models), working_copy(model)
+    average, working = global_average(config), working_copy(model)
     seeds, parameters = [Seed.from_system() for _ in hospitals], flatten_parameters(model)
-    rate, method = (
-        sample_rate_of(config, 0),
-        choose_per_sample_method(model, config.data.input_shape, mechanism=mechanism),
-    )
+    rate, method = sample_rate_of(config, 0), fastest_method(config, model, mechanism)
     for position in range(config.global_models):
         total = torch.zeros(mechanism.parameters, dtype=mechanism.dtype)
         for data, seed in zip(hospitals, seeds, strict=True):
             rows = sample_patients(data.records_of_patient, rate, seed.stream("sampling", position))
-            sums = rounded_sum(working, sum_cross_entropy, data.inputs[rows], data.labels[rows], mechanism, method)
+            drawn = augmented(config.training.augmentation, data.inputs[rows], seed.derive("augmentation", position))
+            sums = rounded_sum(working, sum_cross_entropy, drawn, data.labels[rows], mechanism, method)
             share = noised_share(mechanism, Private("gradients", sums.total), seed.derive("noise", position))
             total += share.inside_protocol()
-        stepped = optimizer.step(parameters, mean_gradient(mechanism, total.long()))
+        number, step = divmod(position, config.training.local_steps)
+        factor = learning_rate_factor(config.training, number + 1, step)
+        stepped = optimizer.step(parameters, mean_gradient(mechanism, total.long()), factor)
         parameters = average.take(stepped, position)
         load_flat_parameters(working, parameters)
     load_flat_parameters(model, parameters)
@@ -259,8 +275,7 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
         privacy["epsilon"] = epsilon
     if config.data.features is None:
         if epsilon is None:  # as the file says
-            copies = {**config.training.augmentation.model_dump(mode="json"), "copies": 1}
-            return config.with_values(training={**SMALL_WITHOUT_PRIVACY, "augmentation": copies}, privacy=privacy)
+            return config.with_values(training=SMALL_WITHOUT_PRIVACY, privacy=privacy)
         hospitals = config.federation.hospitals if row == "central" else 1
         training = {"batch_size": min(smallest, config.training.batch_size * hospitals)}
         return config.with_values(training=training, privacy={**privacy, "delta": 1e-5})
@@ -364,17 +379,14 @@ def tasks(arguments: argparse.Namespace, features: str) -> list[list[Task]]:
     config = load_config(REPOSITORY / "configs" / CONFIGS[features], arguments.set)
     config = config.with_values(site={**config.site.model_dump(mode="json"), "data": str(arguments.data.resolve())})
     files = (stored(config, "train", arguments.cache), stored(config, "test", arguments.cache))
-    small, rows = features == "small", list[list[Task]]()
+    rows = list[list[Task]]()
     for epsilon in arguments.epsilons:
         budget = None if math.isinf(epsilon) else epsilon
         for row in arguments.rows:
             # Without noise there is nothing to distribute.
             if budget is None and row == "distributed":
                 continue
-            if small and (row not in SMALL_ROWS or epsilon not in SMALL_EPSILONS):
-                continue
-            seeds = arguments.seeds[: SMALL_SEEDS if small else None]
-            rows.append([Task(features, row, budget, seed, config, files, arguments.block) for seed in seeds])
+            rows.append([Task(features, row, budget, seed, config, files, arguments.block) for seed in arguments.seeds])
     return rows
 
 

@@ -46,8 +46,9 @@ from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.links.settings import NOBODY_LOST, Timeouts
 from mpc_fl.roles import AGGREGATOR, hospital_names
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 _WAIT = 300.0
 _ELEMENT = 4

@@ -40,8 +40,9 @@ from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
+from mpc_fl.sharing.sum_plan import SumPlan
 
 AGGREGATOR = "aggregator"
 DEVIATION = 0.01  # of the updates' coordinates: noise of a usual run

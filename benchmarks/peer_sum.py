@@ -48,8 +48,8 @@ from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts
 from mpc_fl.roles import hospital_names
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 _WAIT = 300.0
 _ABOUT = Description("sum of updates", "benchmark")

@@ -1,9 +1,10 @@
-"""What a clipped step costs beside a plain one: hooks, vmap and loop on two models.
+"""What a clipped step costs beside a plain one: layers, hooks, vmap and loop on two models.
 
     python benchmarks/per_sample_gradients.py [--json] [--threads 1] [--repeats 3]
 
 A plain step is one forward and backward pass of the batch. Each figure is the shortest of the repeats. The noise of one
-step is timed besides. `hooks` runs with GroupNorm only, because Opacus refuses BatchNorm, frozen or not.
+step is timed besides. `hooks` runs with GroupNorm only, because Opacus refuses BatchNorm, frozen or not; `layers` with frozen
+BatchNorm only, which it folds into convolutions.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ CASES = (
     ("resnet18", "group", (3, 96, 96), 16),
     ("small_cnn", "frozen", (1, 32, 32), 64),
     ("small_cnn", "group", (1, 32, 32), 64),
+    ("small_cnn", "frozen", (1, 64, 64), 64),
 )
 
 
@@ -94,12 +96,14 @@ def main() -> None:
     if options.json:
         print(json.dumps({"threads": options.threads, "torch": torch.__version__, "results": results}, indent=2))
         return
-    print(f"{'model':32} {'batch':>5} {'plain':>9} {'noise':>9} {'hooks':>7} {'vmap':>7} {'loop':>7}   (times plain)")
+    print(
+        f"{'model':32} {'batch':>5} {'plain':>9} {'noise':>9} {'layers':>7} {'hooks':>7} {'vmap':>7} {'loop':>7}   (times plain)"
+    )
     for result in results:
         name = f"{result['architecture']} {result['normalisation']} {'x'.join(map(str, result['shape']))}"
         ratios = [
             f"{seconds / result['plain_seconds']:6.2f}x" if seconds is not None else f"{'-':>7}"
-            for seconds in (result["seconds"][method] for method in ("hooks", "vmap", "loop"))
+            for seconds in (result["seconds"][method] for method in ("layers", "hooks", "vmap", "loop"))
         ]
         print(
             f"{name:32} {result['batch']:5} {result['plain_seconds']:8.4f}s {result['noise_seconds']:8.4f}s "

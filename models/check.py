@@ -97,6 +97,7 @@ _BLOCK = "QUORUM=2 VIEWS=2 LOSSES=1 LATES=2 LATE_FROM=SIGNED LOSS_FROM=SIGNED"
 _STOP = "QUORUM=2 VIEWS=2 LOSSES=1 RESUMES=1 LOSS_FROM=SIGNED"
 _RETURN = "QUORUM=2 VIEWS=2 LOSSES=2 RETURNS=1 LATES=1 LATE_FROM=SIGNED LOSS_FROM=SIGNED"
 _FOUR_PROPOSER = "HOSPITALS=4 QUORUM=3 VIEWS=1 DEVIATING=0"
+_TWO_BLOCKS = "HOSPITALS=4 QUORUM=3 VIEWS=4 DEVIATING=1 FROM_TWO_BLOCKS LATES=1"
 
 CHECKS = (
     Check("three", "VIEWS=2 PROGRESS"),
@@ -112,6 +113,7 @@ CHECKS = (
     Check("four, one is lost", f"{_FOUR_LOST} PROGRESS", is_small=False),
     Check("four, the proposer deviates", _FOUR_PROPOSER, is_small=False),
     Check("four, a hospital deviates", "HOSPITALS=4 QUORUM=3 VIEWS=2 DEVIATING=3", is_small=False),
+    Check("four, one that deviates has an older block", _TWO_BLOCKS),
     Check("four, one is late", "HOSPITALS=4 QUORUM=3 VIEWS=2 LATES=1 PROGRESS", is_small=False),
     Check("four, all stop and go on", "HOSPITALS=4 QUORUM=3 VIEWS=2 RESUMES=1 PROGRESS", is_small=False),
     *(
@@ -125,6 +127,7 @@ CHECKS = (
             ("RECORD_FIRST", _THREE_LOST, "no opening forgotten"),
             ("COMPLETE", _BLOCK, "one block of a round"),
             ("FINISH", _BLOCK, "one block of a round"),
+            ("FINISHED_BY_QUORUM", _TWO_BLOCKS, "one block of a round"),
             ("RECALL", _RETURN, "one block of a round"),
             ("SETTLE", f"{_THREE_LOST} PROGRESS", "progress"),
             ("NEXT_PROPOSER", f"{_THREE_LOST} PROGRESS", "progress"),

@@ -66,8 +66,9 @@
 #define TOTAL 8      /* and all words of the linear check after it */
 #define KEYS 9
 #define SIGNED 10    /* signature over the block */
-#define COMPLETE 11  /* I have the signatures of all */
-#define WORDS 12
+#define FINISH 11    /* signature over a complete block, and that it is finished under this view */
+#define COMPLETE 12  /* I have the signatures of all */
+#define WORDS 13
 
 #define AT(h, v) ((h) * VIEWS + (v))
 #define NOW AT(h, view[h])
@@ -101,7 +102,7 @@ byte admitted[EACH];          /* V; the parties of the block */
 /* ---- the state of each ----------------------------------------------------------------------------------------------- */
 
 mtype = { say_present, await_proposal, sign_together, signed_plan, take_slices, fix, confirmed, checked_totals,
-          open_among_peers, sign, keep,
+          open_among_peers, sign, finish_together, keep,
           done, lost, left_out, deviates, too_few }
 mtype state[HOSPITALS] = say_present;
 byte view[HOSPITALS];
@@ -110,6 +111,7 @@ byte blamed[HOSPITALS] = NOBODY;
 byte complete[HOSPITALS];       /* as in its presence */
 byte complete_view[HOSPITALS];
 byte parties[HOSPITALS];
+byte finishes[HOSPITALS];       /* whose block it finishes under its view */
 bool forgets[HOSPITALS];        /* it has started again, and does not know what it said of a block that it signed before */
 
 /* On its disk: */
@@ -122,6 +124,15 @@ bool unconfirmed[HOSPITALS];    /* it has signed a block of this round (unconfir
 byte released[HOSPITALS];       /* views in which its summand left */
 byte gave_keys[HOSPITALS];      /* views in which its keys left, ... */
 byte opened_over[EACH];         /* ... and for which V */
+
+#ifdef DEVIATING
+/* What the others signed, which a deviating hospital can show ever after, by views: who signed the block, and its parties when all
+   of them have; who signed that a block is finished, and which one. */
+byte block_signed_by[VIEWS];
+byte block_shown[VIEWS];
+byte finish_signed_by[VIEWS];
+byte finish_shown[VIEWS];
+#endif
 
 byte losses = LOSSES;
 byte resumes = RESUMES;
@@ -163,6 +174,12 @@ byte lates = LATES;
 #define ENOUGH_COMPLETE true
 #else
 #define ENOUGH_COMPLETE (SIZE(CAN_HEAR(COMPLETE) & V) >= FEWEST)
+#endif
+
+#ifdef WITHOUT_RULE_FINISHED_BY_QUORUM
+#define IS_FINISHED_UNDER(v, block) true
+#else
+#define IS_FINISHED_UNDER(v, block) (finish_shown[v] == (block) && SIZE(finish_signed_by[v] | DEVIATES) >= QUORUM)
 #endif
 
 /* ---- waiting ---------------------------------------------------------------------------------------------------------- */
@@ -339,6 +356,46 @@ inline leave_out_the_blamed(set) {
   i = 0; to = 0; there = 0
 }
 
+/* The block is signed, for all of V. */
+inline sign_block() {
+  signed_openings[NOW] = begun[h];
+  unconfirmed[h] = true;
+#ifdef DEVIATING
+  block_signed_by[view[h]] = block_signed_by[view[h]] | ONE(h);
+  differs = !WITHIN(V & ~DEVIATES, block_signed_by[view[h]]);
+  for (i : 0 .. HOSPITALS - 1) {
+    differs = differs || (IN(i, V) && HONEST(i) && (admitted[SAME_VIEW(i)] != V || signed_openings[SAME_VIEW(i)] != signed_openings[NOW]))
+  }
+  i = 0;
+  block_shown[view[h]] = (differs -> block_shown[view[h]] : V);
+  differs = false;
+#endif
+  state[h] = sign;
+  say(SIGNED, V)
+}
+
+/* A deviating hospital may say under this view, to all alike, that it holds a block: one that it can show, made under an earlier view,
+   and that it was finished under a later one. What it cannot show is found at once, and it is named. */
+inline claim_a_block() {
+#ifdef DEVIATING
+  for (i : 0 .. VIEWS - 1) {
+    for (to : 0 .. VIEWS - 1) {
+      if
+      :: true
+      :: i <= to && to < view[h] && block_shown[i] != 0 && presence[AT(DEVIATING, view[h])].complete == 0 &&
+         (i == to || IS_FINISHED_UNDER(to, i + 1)) ->
+         presence[AT(DEVIATING, view[h])].complete = i + 1;
+         presence[AT(DEVIATING, view[h])].complete_view = to + 1;
+         presence[AT(DEVIATING, view[h])].parties = block_shown[i]
+      fi
+    }
+  }
+  i = 0; to = 0
+#else
+  skip
+#endif
+}
+
 /* Whether all of `set` hold the same sum; a deviating one says so, or not. */
 inline look_whether_made(set) {
   for (i : 0 .. HOSPITALS - 1) {
@@ -360,7 +417,7 @@ inline look_whether_made(set) {
 proctype Hospital(byte h) {
   byte i, to, set, there, votes, latest;
   byte first = NOBODY;
-  bool differs;
+  bool differs, two;
 end:
   do
   /* ---- who takes part (`peer_attendance`) ---- */
@@ -392,6 +449,7 @@ end:
        if
        :: ENOUGH_FOR_A_PLAN(set) ->
           look_whether_made(set);
+          claim_a_block();
           for (i : 0 .. HOSPITALS - 1) {
             if
             :: HONEST(i) && view[i] <= view[h] -> proposal[SAME_VIEW(i)] = set; is_made[SAME_VIEW(i)] = is_made[NOW]
@@ -421,6 +479,7 @@ end:
        if
        :: SIZE(set) >= FEWEST ->
           look_whether_made(set);
+          claim_a_block();
           proposal[NOW] = set;
           if
           :: true
@@ -448,7 +507,7 @@ end:
   :: atomic { state[h] == await_proposal && SIZE(WHO(IS_AHEAD)) >= FEWEST - 1 -> change_view(NOBODY) }
 
   /* The plan holds. What was begun before comes to its end first (`peer_settling`): a block that one of U has is finished, of several
-     that of the latest view, and nothing else is made. Who holds it sends it. */
+     that of the latest view, and nothing else is made. Who holds it sends it. Two of one view end the run. */
   :: atomic { state[h] == sign_together && ALL_SAID(AGREED, U & ~ONE(PROPOSER)) ->
        for (i : 0 .. HOSPITALS - 1) {
          differs = differs || (IN(i, U) && HONEST(i) && (proposal[SAME_VIEW(i)] != proposal[NOW] || is_made[SAME_VIEW(i)] != is_made[NOW]))
@@ -457,7 +516,10 @@ end:
        forgets[h] = forgets[h] && (differs || U != ALL);
        for (i : 0 .. HOSPITALS - 1) {
          if
-         :: IN(i, U) && HONEST(i) && presence[SAME_VIEW(i)].complete_view > latest -> latest = presence[SAME_VIEW(i)].complete_view; first = i
+         :: IN(i, U) && presence[SAME_VIEW(i)].complete_view > latest ->
+            latest = presence[SAME_VIEW(i)].complete_view; first = i; two = false
+         :: IN(i, U) && presence[SAME_VIEW(i)].complete_view == latest && latest != 0 ->
+            two = two || presence[SAME_VIEW(i)].complete != presence[SAME_VIEW(first)].complete
          :: else
          fi
        }
@@ -467,16 +529,21 @@ end:
 #endif
        if
        :: differs -> change_view(NOBODY)
-       :: !differs && first != NOBODY && IN(first, GONE) && presence[NOW].complete != presence[SAME_VIEW(first)].complete -> change_view(first)
-       :: !differs && first != NOBODY && !IN(h, presence[SAME_VIEW(first)].parties) -> state[h] = left_out
-       :: !differs && first != NOBODY && IN(h, presence[SAME_VIEW(first)].parties) ->
-          complete[h] = presence[SAME_VIEW(first)].complete;
-          parties[h] = presence[SAME_VIEW(first)].parties;
-          complete_view[h] = THIS;
-          admitted[NOW] = parties[h] & U;
-          state[h] = keep;
-          say(COMPLETE, admitted[NOW])
-       :: !differs && first == NOBODY ->
+       :: !differs && two -> state[h] = deviates
+       :: !differs && !two && first != NOBODY && IN(first, GONE | DEVIATES) &&
+          presence[NOW].complete != presence[SAME_VIEW(first)].complete -> change_view(first)
+       :: !differs && !two && first != NOBODY && !IN(h, presence[SAME_VIEW(first)].parties) -> state[h] = left_out
+       :: !differs && !two && first != NOBODY && IN(h, presence[SAME_VIEW(first)].parties) ->
+          finishes[h] = first;
+          admitted[NOW] = presence[SAME_VIEW(first)].parties & U;
+#ifdef DEVIATING
+          assert(finish_shown[view[h]] == 0 || finish_shown[view[h]] == presence[SAME_VIEW(first)].complete);
+          finish_shown[view[h]] = presence[SAME_VIEW(first)].complete;
+          finish_signed_by[view[h]] = finish_signed_by[view[h]] | ONE(h);
+#endif
+          state[h] = finish_together;
+          say(FINISH, V)
+       :: !differs && !two && first == NOBODY ->
 #ifndef WITHOUT_RULE_SETTLE
           for (i : 0 .. HOSPITALS - 1) {
             if
@@ -489,10 +556,7 @@ end:
           if
           :: is_made[NOW] != 0 ->
              admitted[NOW] = U;
-             signed_openings[NOW] = begun[h];
-             unconfirmed[h] = true;
-             state[h] = sign;
-             say(SIGNED, U)
+             sign_block()
           :: else ->
              made[h] = 0;
              signed_transcript[NOW] = proposal[NOW];
@@ -500,7 +564,7 @@ end:
              say(TRANSCRIPT, U)
           fi
        fi;
-       first = NOBODY; differs = false
+       first = NOBODY; differs = false; two = false
      }
   :: atomic { state[h] == sign_together && GIVES_UP(AGREED, U & ~ONE(PROPOSER)) -> give_up(AGREED, U & ~ONE(PROPOSER)) }
 
@@ -648,10 +712,7 @@ end:
   :: atomic { state[h] == open_among_peers && IN(view[h], begun[h]) &&
               (ALL_SAID(KEYS, V) || (V == U && SIZE(V & ~CAN_HEAR(KEYS)) == 1 && WITHIN(V & ~CAN_HEAR(KEYS), GONE))) ->
        made[h] = THIS;
-       signed_openings[NOW] = begun[h];
-       unconfirmed[h] = true;
-       state[h] = sign;
-       say(SIGNED, V)
+       sign_block()
      }
   :: atomic { state[h] == open_among_peers && IN(view[h], begun[h]) && GIVES_UP(KEYS, V) -> give_up(KEYS, V) }
 
@@ -673,6 +734,21 @@ end:
        fi
      }
   :: atomic { state[h] == sign && GIVES_UP(SIGNED, V) -> give_up(SIGNED, V) }
+
+  /* All of its parties that are there have signed that the block is finished under this view: it counts as one of it from here on. */
+  :: atomic { state[h] == finish_together && ALL_SAID(FINISH, V) ->
+       if
+       :: SIZE(V) >= FEWEST ->
+          complete[h] = presence[SAME_VIEW(finishes[h])].complete;
+          parties[h] = presence[SAME_VIEW(finishes[h])].parties;
+          complete_view[h] = THIS;
+          state[h] = keep;
+          say(COMPLETE, V)
+       :: else -> change_view(NOBODY)
+       fi;
+       finishes[h] = 0
+     }
+  :: atomic { state[h] == finish_together && GIVES_UP(FINISH, V) -> finishes[h] = 0; give_up(FINISH, V) }
 
   :: atomic { state[h] == keep && ENOUGH_COMPLETE -> add_block(complete[h]) }
   :: atomic { state[h] == keep && SIZE(HEARD(COMPLETE) & V) < FEWEST && GIVES_UP(COMPLETE, V) -> give_up(COMPLETE, V) }
@@ -723,7 +799,7 @@ end:
        for (i : 0 .. HOSPITALS - 1) { last = (view[i] > last -> view[i] : last) }
        for (h : 0 .. HOSPITALS - 1) {
          forget_what_was_heard();
-         made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY;
+         made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY; finishes[h] = 0;
          forgets[h] = unconfirmed[h] && kept[h] == 0;
          view[h] = last + 1;
          if
@@ -748,7 +824,7 @@ end:
        returns--;
        h = (state[0] == lost -> 0 : (state[1] == lost -> 1 : (state[2] == lost -> 2 : HOSPITALS - 1)));
        forget_what_was_heard();
-       made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY;
+       made[h] = 0; complete[h] = 0; complete_view[h] = 0; blamed[h] = NOBODY; finishes[h] = 0;
        if
        :: forgets[h] = unconfirmed[h]
        :: forgets[h] = true
@@ -774,9 +850,32 @@ end:
 }
 #endif
 
+#ifdef FROM_TWO_BLOCKS
+/* Hospital 1 deviates. All signed a block under the first view, and it has withheld its own signature; under the second view all signed
+   another one, which hospital 0 has kept before it was lost. The others have it complete, and go on under the third view. Whether such a state comes about is the matter of other checks. */
+inline begin_with_two_blocks() {
+  for (i : 0 .. HOSPITALS - 1) {
+    if
+    :: HONEST(i) ->
+       view[i] = 2; made[i] = 1; charged[i] = 1; released[i] = 1; begun[i] = 1; gave_keys[i] = 1; unconfirmed[i] = true;
+       blamed[i] = DEVIATING; complete[i] = 2; complete_view[i] = 2; parties[i] = ALL
+    :: else
+    fi
+  }
+  i = 0;
+  state[0] = lost;
+  kept[0] = 2;
+  block_signed_by[0] = ALL & ~DEVIATES; block_shown[0] = ALL;
+  block_signed_by[1] = ALL & ~DEVIATES; block_shown[1] = ALL
+}
+#endif
+
 init {
   byte i;
   atomic {
+#ifdef FROM_TWO_BLOCKS
+    begin_with_two_blocks();
+#endif
     for (i : 0 .. HOSPITALS - 1) {
       if
       :: HONEST(i) -> run Hospital(i)

@@ -1,6 +1,6 @@
 """mpc-fl: hospitals learn together and diagnose together on secret-shared tensors.
 
-Eleven packages; each uses only those before it:
+Twelve packages; each uses only those before it:
 
     database      what must survive a crash and be shared by processes, in chained rows
     config        one validated YAML file
@@ -12,6 +12,7 @@ Eleven packages; each uses only those before it:
     aggregation   who is in a sum, and the bound on what a hospital may add to it
     federation    one round of training, both sides
     inference     encrypted diagnosis; needs neither federation nor aggregation
+    evidence      what runs show of patients, measured beside what is proved
     apps          command line, runs, reports, benchmarks; `parties/` beside it holds one short program per role
 
 The ground under all of them: `errors`, `roles`, `files`, `progress`, `compatibility`. Begin with `federation` for training

@@ -129,7 +129,7 @@ def test_pictures_are_of_a_known_kind_and_all_participants_are_declared(document
 def test_every_package_and_protocol_page_is_described() -> None:
     architecture = (REPOSITORY / "docs/architecture.md").read_text()
     packages = [path.parent.name for path in (REPOSITORY / "mpc_fl").glob("*/__init__.py")]
-    assert len(packages) == 11
+    assert len(packages) == 12
     for package in packages:
         assert f"**{package}** (`mpc_fl/{package}/`)." in architecture, package
     index = (REPOSITORY / "docs/protocols.md").read_text()

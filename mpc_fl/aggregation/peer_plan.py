@@ -15,8 +15,8 @@ from mpc_fl.aggregation.signed_words import Subject, heard, say_signed
 from mpc_fl.aggregation.transcript import transcript_of
 from mpc_fl.aggregation.words import Deadlines, hear_all, say
 from mpc_fl.errors import MpcFlError, PeerLostError, SumLostError
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 _WORD = "transcript"
 

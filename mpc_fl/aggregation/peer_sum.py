@@ -84,8 +84,9 @@ from mpc_fl.audit.opening_record import Opening
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
-from mpc_fl.sharing.closed_sum import KeyCommitments, MaskedTotal, SummandMasks, SumPlan, require_admissible
+from mpc_fl.sharing.closed_sum import KeyCommitments, MaskedTotal, SummandMasks
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
+from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
 
 log = logging.getLogger(__name__)
 

@@ -72,8 +72,9 @@ from mpc_fl.aggregation.transcript import (
 from mpc_fl.aggregation.words import names_in, next_word, say
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan, require_admissible
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import FixedSum, SecretDomain, open_to
+from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
 
 log = logging.getLogger(__name__)
 

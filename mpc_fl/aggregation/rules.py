@@ -18,8 +18,9 @@ from mpc_fl.audit.opening_record import Scalar
 from mpc_fl.crypto.stream_cipher import Label
 from mpc_fl.errors import ProtocolError, QuorumError, SumLostError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 # Why a hospital has no result of a round: it was left out of a sum, or a sum could not be opened.
 Missed = Literal["left out", "void"]

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import SAME_VERSION_AND_CONFIGURATION, ProtocolError, SecrecyError
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 _TRANSCRIPT = "mpc-fl transcript of a sum 1"
 _PURPOSE = "mpc-fl confirmation of a sum 1"

@@ -150,7 +150,7 @@ class TrainingSection(Section):
     local_normalisation: bool = Field(
         default=False, description="keep parameters and statistics of normalisation layers at each hospital (FedBN)"
     )
-    per_sample_gradients: Literal["auto", "vmap", "loop", "hooks"] = Field(
+    per_sample_gradients: Literal["auto", "layers", "vmap", "loop", "hooks"] = Field(
         default="auto", description="how gradients of single patients are computed; auto measures which is fastest"
     )
     sampling_seed: Whole | None = Field(

@@ -56,7 +56,7 @@ from mpc_fl.federation.peer_asking import Asking, Further, further_than
 from mpc_fl.federation.peer_blocks import GIVEN, PassingOn
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing, lost_with
-from mpc_fl.federation.peer_proposal import Complete, Proposal, Proposals
+from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -127,7 +127,7 @@ class PeerAttendance:
                 if word is None:
                     return None
                 proposal = self.proposals.sound(standing, proposer, word, self._latest[self.me][0], self._membership)
-                self._require_recalled(number, proposal.present)
+                self._require_recalled(number, proposal.present, proposer)
                 was_time = time.monotonic() - said_at >= self.deadlines.presence - self.deadlines.beyond
                 alive = self._said_by(self._alive)
                 require_no_difference(standing, proposal, self._latest[self.me][0], alive, was_time)
@@ -210,9 +210,11 @@ class PeerAttendance:
             raise PeerLostError(reason.lost, reason.why, f"see the log of {reason.lost}")
         require_quorum(self.rules, present, self.rules.hospitals, f"round {number}")
 
-    def _require_recalled(self, number: int, said: Mapping[str, Presence]) -> None:
+    def _require_recalled(self, number: int, said: Mapping[str, Presence], proposer: str) -> None:
         own = () if self.recalls else self._unconfirmed
         if missing := required_by(self.rules, self._membership, said, own):
+            if proposer != self.me and missing[0] in self._linked:  # another one may propose it
+                raise ProtocolError(f"{proposer} left out {missing[0]}, which is there and needed", DEVIATES)
             raise QuorumError(
                 f"round {number}: to go on after all have stopped takes all hospitals of the last block; {missing[0]} is missing",
                 "start it too, with --resume",
@@ -367,7 +369,8 @@ class PeerAttendance:
                 if late or (not waits and (not newcomers or time.monotonic() >= patience)):
                     self.asking.were_waited_for(newcomers, number)
                     values = self._own_proposal(standing)
-                    self._require_recalled(number, {name: self._latest[name][0] for name in values["hospitals"]})
+                    there = {name: self._latest[name][0] for name in values["hospitals"]}
+                    self._require_recalled(number, there, self.me)
                     subject = self.proposals.subject("proposal", (number, view))
                     signed = say_signed(self.domain, self._links, self._linked, subject, values)
                     return {**values, "signature": signed.signature}

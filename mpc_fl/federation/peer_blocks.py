@@ -7,7 +7,7 @@ signed, that it has kept it; or when too few are there to make another one witho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,17 +87,29 @@ def block_in(sender: str, word: Mapping[str, Any]) -> Block:
         raise ProtocolError(f"{sender} sent no block of the reveal ledger", SAME_VERSION) from None
 
 
-def add_given(ledger: RevealLedger, blocks: Sequence[Block], sender: str, seal: str) -> None:
-    """Add all blocks that another hospital gave, if they end with the one of this `seal`; else none of them.
+class GivenBlocks:
+    """The blocks that `sender` gives to one that asks for them, from where its ledger ends: each checked when it comes, and kept
+    together, or none of them."""
 
-    Raises `ProtocolError` where they do not, or one is not signed by all.
-    """
-    if (blocks[-1].seal() if blocks else ledger.chain.seal) != seal:
-        raise ProtocolError(f"{sender} gave another ledger than a quorum has", SAME_VERSION)
-    chain, blocks = ledger.chain, [block for block in blocks if block.number >= ledger.chain.blocks]
-    for block in blocks:
-        chain, findings = extend(chain, block, ledger.authority, ledger.earlier)
+    def __init__(self, ledger: RevealLedger, sender: str) -> None:
+        self._ledger, self._sender = ledger, sender
+        self._chain, self._blocks = ledger.chain, list[Block]()
+
+    def take(self, block: Block) -> None:
+        """The next one. Raises `ProtocolError` where it does not count, or is not signed by all."""
+        self._chain, findings = extend(self._chain, block, self._ledger.authority, self._ledger.earlier)
         if findings:
-            raise ProtocolError(f"{sender} gave a block that does not count: {findings[0].line}", SAME_VERSION)
-    for block in blocks:
-        ledger.add(block, sender)
+            raise ProtocolError(f"{self._sender} gave a block that does not count: {findings[0].line}", SAME_VERSION)
+        self._blocks.append(block)
+
+    def end_with(self, seal: str) -> bool:
+        """Whether the last one ends the run, and has this seal."""
+        return self._chain.ended and self._chain.seal == seal
+
+    def keep(self, seal: str) -> None:
+        """Keep them. Raises `ProtocolError` where the last one has another seal than this, which a quorum says."""
+        if self._chain.seal != seal:
+            raise ProtocolError(f"{self._sender} gave another ledger than a quorum has", SAME_VERSION)
+        for block in self._blocks:
+            if block.number >= self._ledger.chain.blocks:  # else it came meanwhile
+                self._ledger.add(block, self._sender)

@@ -31,7 +31,7 @@ from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import SAME_VERSION, LeftOutError, MpcFlError, PeerLostError, ProtocolError, printable
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.peer_attendance import Further, PeerAttendance
-from mpc_fl.federation.peer_blocks import add_given, block_in
+from mpc_fl.federation.peer_blocks import GivenBlocks, block_in
 from mpc_fl.federation.peer_proposal import require_of_this_run
 from mpc_fl.federation.peer_state import Peer, given_form, largest_given, take_given
 from mpc_fl.links.links import Links
@@ -176,7 +176,7 @@ class Joining:
         """
         attendance, deadline = self.attendance, time.monotonic() + self.deadlines.presence
         self.requests += 1
-        links, given = _of_request(attendance.domain.links, self.requests), list[Block]()
+        links, given = _of_request(attendance.domain.links, self.requests), GivenBlocks(attendance.ledger, giver)
         attendance.ask(giver, self.requests)
         try:
             lacks = links.receive_object(giver, "lacks", deadline)
@@ -187,18 +187,17 @@ class Joining:
             for _ in range(blocks):
                 block = block_in(giver, links.receive_object(giver, "block", deadline))
                 require_of_this_run(block, giver, attendance.admission.about_run, attendance.rules.smallest)
-                given.append(block)
+                given.take(block)
             state = torch.zeros(0, dtype=torch.uint8)
             if size:
                 state = links.receive_tensor(giver, "state", torch.uint8, (size,), deadline)
         finally:
             links.end_scope()
         further = self._where_others_are(number + 1)
-        has_ended = bool(given) and given[-1].kind == "end" and further is not None and given[-1].seal() == further.seal
-        if further is None or (further.number != number + 1 and not has_ended):
+        if further is None or (further.number != number + 1 and not given.end_with(further.seal)):
             return None
-        add_given(attendance.ledger, given, giver, further.seal)
-        if has_ended:
+        given.keep(further.seal)
+        if attendance.ledger.chain.ended:
             return None
         take_given(self.peer, state, attendance.ledger, number, further.state)
         log.info("took the state after round %d from %s, as a quorum has it", number, giver)

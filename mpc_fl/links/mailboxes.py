@@ -4,12 +4,7 @@ Every change (a message, a loss, a peer that connected, an interruption) wakes a
 concerns them. Losing a party ends every wait, except that the loss of a tolerated one, once all have been connected,
 ends only the waits for that one.
 
-What a peer may leave unread is bounded (`settings.Unread`). Above `pause` its stream is read no further, so that it has
-to wait, but only while this party waits for nobody: then it computes, and ends that by itself. As soon as any of its threads
-waits, for a message of whomever or for room to send, all streams are read on; so of those that wait for each other in a
-circle nobody has paused, and no pause can be part of a deadlock. Beyond `most` it is read no further even then, and the link
-with it ends after `patience`, unless something of it is taken: no protocol has so much under way. What comes through the relay
-shares its stream with the relay's own words, so there this holds while the party computes, too.
+How much a peer may leave unread, and whose stream is read no further meanwhile, is `readers`.
 
 Lock order of this package: `Connections` (who may make a link anew), `Relay` (greetings kept), the writers of frames (of
 the receiver, then of the relay to it), and last the one lock of the mailboxes, under which none but that of `silence` is taken.
@@ -17,14 +12,14 @@ the receiver, then of the relay to it), and last the one lock of the mailboxes, 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
 from mpc_fl.links.frames import Frame, Kind
-from mpc_fl.links.inbox import EndedTags, memory_of
+from mpc_fl.links.inbox import EndedTags
 from mpc_fl.links.losses import (
     Known,
     Loss,
@@ -37,12 +32,10 @@ from mpc_fl.links.losses import (
     without_sign,
 )
 from mpc_fl.links.mailbox import Mailbox
+from mpc_fl.links.readers import Readers
 from mpc_fl.links.settings import Timeouts, Tolerance
 from mpc_fl.links.silence import AtFirst, Silence
 from mpc_fl.links.traffic import TrafficCounter
-
-_FRAMES_AHEAD = 4  # of the largest that this party has asked for
-_SLICE = 5.0  # seconds between looks of a reader that pauses
 
 
 class Mailboxes:
@@ -63,9 +56,9 @@ class Mailboxes:
         self._counter = counter
         self._boxes = {name: Mailbox() for name in peers}
         self._ended_tags = EndedTags()
-        self._largest_taken = 0
-        self._waiting = self._pausing = self._losses = 0  # threads that wait, readers that pause, losses so far
+        self._losses = 0  # so far
         self._changed = threading.Condition()
+        self.readers = Readers(self._changed, tolerance.unread)
         self._started = False
         self._closing = False
         self._interruption: BaseException | None = None
@@ -115,30 +108,10 @@ class Mailboxes:
             alone = box.inbox.unread == 0
             box.inbox.put(frame)
             self._changed.notify_all()
-            self._pausing += 1
-            try:
-                self._pause_reading(sender, alone)
-            finally:
-                self._pausing -= 1
+            self.readers.pause(sender, box, alone, bool(self._relays[sender]), self._reads_no_more)
 
-    def _pause_reading(self, sender: str, alone: bool) -> None:
-        """On the reader's thread, as the head of this module says. Raises `ProtocolError` for a frame too many."""
-        bounds, box = self._tolerance.unread, self._boxes[sender]
-        start, deadline, relayed = box.starts, None, bool(self._relays[sender])
-        while box.inbox.unread > bounds.pause and not self._closing and self._interruption is None:
-            if box.failure is not None or box.starts != start:
-                return
-            if not self._waiting and not relayed:
-                deadline = None
-            elif alone or box.inbox.unread <= max(bounds.most, _FRAMES_AHEAD * self._largest_taken):
-                return
-            elif deadline is None:
-                deadline = time.monotonic() + bounds.patience
-            elif time.monotonic() > deadline:
-                raise ProtocolError(
-                    f"{sender} sent {box.inbox.unread >> 20} MiB that nobody has asked for", SAME_VERSION
-                )
-            self._changed.wait(min(_SLICE, bounds.patience))
+    def _reads_no_more(self) -> bool:
+        return self._closing or self._interruption is not None
 
     def lose(self, peer: str, failure: MpcFlError, known: Known = Known.VANISHED) -> None:
         """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays."""
@@ -265,29 +238,9 @@ class Mailboxes:
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
-    def _wait(self, seconds: float) -> None:
-        """Let go of the lock until something changes. Meanwhile no reader pauses."""
-        self._begin_to_wait()
-        try:
-            self._changed.wait(seconds)
-        finally:
-            self._waiting -= 1
-
-    def _begin_to_wait(self) -> None:
-        self._waiting += 1
-        if self._pausing and self._waiting == 1:
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def held_up(self) -> Iterator[None]:
+    def held_up(self) -> AbstractContextManager[None]:
         """Inside, a thread of this party waits for others in another way than here: no reader pauses."""
-        with self._changed:
-            self._begin_to_wait()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._waiting -= 1
+        return self.readers.held_up()
 
     def await_all_connected(self) -> None:
         """Wait for all peers; with `goes_on_without`, at the deadline tolerated ones may be missing, or be lost before.
@@ -310,7 +263,7 @@ class Mailboxes:
                     return
                 if remaining <= 0:
                     raise never_came({name: self._boxes[name].refused for name in missing}, self.timeouts.connect)
-                self._wait(remaining)
+                self.readers.wait(remaining)
 
     def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
         """The next frame of `tag` from `sender`, awaited until `deadline` (of `time.monotonic`) or the receive timeout.
@@ -325,15 +278,14 @@ class Mailboxes:
             if waited:
                 self._await_message(sender, tag, began + seconds, seconds)
             frame = box.inbox.take(tag)
-            if self._pausing:
-                self._changed.notify_all()
+            self.readers.made_room()
             self._counter.of(sender).take(frame.size, time.monotonic() - began if waited else None)
         return frame
 
     def was_asked_for(self, frame: Frame) -> None:
         """A frame was what this party expected, of the size that it expected: what may stay unread grows with such frames."""
         with self._changed:
-            self._largest_taken = max(self._largest_taken, memory_of(frame))
+            self.readers.was_asked_for(frame)
 
     def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
         box = self._boxes[sender]
@@ -348,7 +300,7 @@ class Mailboxes:
             if remaining <= 0:
                 self._raise_suspicion(sender)
                 raise late(sender, tag, seconds, self._counter.phase)
-            self._wait(remaining)
+            self.readers.wait(remaining)
 
     def _remaining(self, deadline: float) -> float:
         """Seconds until a deadline. Nobody is late for the time that this party itself stood still."""
@@ -372,12 +324,12 @@ class Mailboxes:
                 remaining = self._remaining(deadline)
                 if remaining <= 0:
                     return None
-                self._wait(remaining)
+                self.readers.wait(remaining)
 
     def await_change(self, seconds: float) -> None:
         """Wait until something arrives, is lost or connects, for at most `seconds`."""
         with self._changed:
-            self._wait(seconds)
+            self.readers.wait(seconds)
 
     def await_farewells(self, peers: Collection[str], gone: Callable[[str], bool]) -> None:
         """Stay, at most for the receive timeout, until of several peers each has ended or is `gone`."""
@@ -387,7 +339,7 @@ class Mailboxes:
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return
-                self._wait(min(remaining, 0.5))
+                self.readers.wait(min(remaining, 0.5))
 
     def waiting(self, sender: str, tag: str) -> bool:
         """Whether a message of `tag` from `sender` has arrived."""

@@ -101,12 +101,12 @@ class RelayedLinks:
     def _ask(self, peer: Peer, through: list[Peer]) -> None:
         """Greet a peer that there is no link with, or say that there is none; nothing where it may not come back."""
         name = peer.name
-        if self._mailboxes.closed(name) or self._mailboxes.alive(name) or self._closing or not through:
-            return
-        lost = self._mailboxes.failure(name) is not None
-        if lost and not self._mailboxes.awaits_return(name):
-            return
-        with self._lock:
+        with self._lock:  # of the present link nobody may say that it is lost
+            if self._mailboxes.closed(name) or self._mailboxes.alive(name) or self._closing or not through:
+                return
+            lost = self._mailboxes.failure(name) is not None
+            if lost and not self._mailboxes.awaits_return(name):
+                return
             if peer.route.how == "relay, second":
                 self._send(through, self._greeter.greet(name, _KNOCK + peer.made_by))
                 return
@@ -251,7 +251,7 @@ class RelayedLinks:
         sealed = frame.payload.numpy().tobytes()
         with stream.reading:
             try:
-                chunk = stream.take(sealed)
+                chunk = stream.take(sealed, relay.name)
             except ProtocolError as error:
                 kind = f"refused what {relay.name} brought as of {sender.name}"
                 self._refusals.count(kind, f"{kind}: {error}")

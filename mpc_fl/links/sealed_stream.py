@@ -2,8 +2,9 @@
 
 A sender keeps each chunk until its receiver has it; a receiver takes chunks in their order, passes over what it has, and says
 from time to time how many it has ("word"), which is its sign of life, too. Where one is missing or does not open it asks for
-all from that one on, and the sender sends them again, as they were sealed, by another way. So a relay can keep chunks from
-arriving, and no more. Sends nothing itself (`ways` does), and takes no lock but its own.
+all from that one on, naming the relay that brought what came instead, and the sender sends them again, as they were sealed,
+by another way. So a relay can keep chunks from arriving, and no more. Sends nothing itself (`ways` does), and takes no lock but
+its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from collections.abc import Callable
 from mpc_fl.errors import SAME_VERSION, ProtocolError
 from mpc_fl.links.sealing import WORDS, Sealer, Unsealer
 
-_WORD = struct.Struct("<Q?")  # how many chunks were taken; whether those that follow shall come again
+_WORD = struct.Struct(
+    "<Q"
+)  # how many chunks were taken; then through which relay those that follow did not come as they should
+_LONGEST_NAME = 256
 _MOST_KEPT, _MOST_KEPT_BYTES = 1024, 16 << 20  # of chunks that the receiver may not have yet: eight of 2 MB
 _SAY_AFTER, _SAY_AFTER_BYTES = 64, 1 << 20  # chunks taken, and their bytes, after which the receiver says so at once
 _ASK_AGAIN = 1.0  # seconds after which the same chunk is asked for once more
@@ -34,13 +38,13 @@ class SealedStream:
         self._kept: collections.deque[bytes] = collections.deque()  # from chunk number `_first` on
         self._kept_bytes = self._first = self._next = 0
         self._progress = clock()  # when the receiver had more last, or was sent something again
-        self._refused = False
+        self._refused = ""
         self._taken = self._unsaid = self._unsaid_bytes = 0
         self._last_word = WORDS - 1
         self._said = clock()
         self._word_due, self._heard = True, False
         self._asks = (-1, 0.0)  # for which chunk, and when
-        self._asks_now = False
+        self._asks_now = ""
 
     # ---- the sender ------------------------------------------------------------------------------------------------
 
@@ -82,10 +86,10 @@ class SealedStream:
         with self._changed:
             return bool(self._kept) and self._clock() - self._progress >= seconds
 
-    def was_refused(self) -> bool:
-        """Whether the receiver has asked for chunks again since the last call."""
+    def refused_through(self) -> str:
+        """The relay through which chunks did not arrive as they should, as the receiver has said since the last call; or ""."""
         with self._changed:
-            refused, self._refused = self._refused, False
+            refused, self._refused = self._refused, ""
             return refused
 
     @property
@@ -96,8 +100,8 @@ class SealedStream:
 
     # ---- the receiver ----------------------------------------------------------------------------------------------
 
-    def take(self, sealed: bytes) -> bytes | None:
-        """What comes through a relay: the next chunk, opened; None for a word, and for what is not next.
+    def take(self, sealed: bytes, relay: str) -> bytes | None:
+        """What comes through `relay`: the next chunk, opened; None for a word, and for what is not next.
 
         Raises `ProtocolError` for what does not open; its place is asked for again.
         """
@@ -109,11 +113,11 @@ class SealedStream:
                     return None
                 if number != self._taken:
                     if number > self._taken:
-                        self._ask_again()
+                        self._ask_again(relay)
                     return None
                 chunk = self._unsealer.unseal(sealed)
             except ProtocolError:
-                self._ask_again()
+                self._ask_again(relay)
                 raise
             self._taken += 1
             self._unsaid += 1
@@ -130,10 +134,11 @@ class SealedStream:
     def _hear(self, number: int, word: bytes) -> None:
         if number <= self._last_word:
             return  # it came by another way, or again
-        if len(word) != _WORD.size:
+        if not _WORD.size <= len(word) <= _WORD.size + _LONGEST_NAME:
             raise ProtocolError("a word about sealed chunks is none", SAME_VERSION)
         self._last_word, self._heard = number, True
-        taken, again = _WORD.unpack(word)
+        (taken,) = _WORD.unpack_from(word)
+        refused = word[_WORD.size :].decode("utf-8", "replace")
         if taken > self._sealer.chunks:
             raise ProtocolError("more sealed chunks were taken than there are", SAME_VERSION)
         while self._first < taken:
@@ -141,14 +146,15 @@ class SealedStream:
             self._first += 1
             self._progress = self._clock()
         self._next = max(self._next, self._first)
-        self._refused = self._refused or (again and taken == self._first and bool(self._kept))
+        if refused and taken == self._first and self._kept:
+            self._refused = refused
         self._changed.notify_all()
 
-    def _ask_again(self) -> None:
+    def _ask_again(self, relay: str) -> None:
         asked, since = self._asks
         if asked == self._taken and self._clock() - since < _ASK_AGAIN:
             return
-        self._asks, self._asks_now = (self._taken, self._clock()), True
+        self._asks, self._asks_now = (self._taken, self._clock()), relay
         self._say()
 
     def _say(self) -> None:
@@ -171,8 +177,8 @@ class SealedStream:
         with self._changed:
             if not self._word_due:
                 return None
-            word = self._sealer.seal_word(_WORD.pack(self._taken, self._asks_now))
-            self._word_due = self._asks_now = False
+            word = self._sealer.seal_word(_WORD.pack(self._taken) + self._asks_now.encode())
+            self._word_due, self._asks_now = False, ""
             self._unsaid = self._unsaid_bytes = 0
             self._said = self._clock()
             return word

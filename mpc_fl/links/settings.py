@@ -52,7 +52,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Unread:
-    """Bytes of memory for what has arrived from one peer and nobody has taken (`mailboxes` says what happens then).
+    """Bytes of memory for what has arrived from one peer and nobody has taken (`readers` says what happens then).
 
     An honest peer is ahead by what it sends without an answer: a summand, a model, two tensors of an exchange between all
     (44 MB each for ResNet18), and corrections of the dealer, which it counts itself (`runtime.dealer_ahead_bytes`, 256 MiB

@@ -93,7 +93,7 @@ class Ways:
             present = self._ways[peer.name].relay
         if not self._mailboxes.alive(present):
             self.take_another(peer, stream, "it is lost")
-        elif stream.was_refused():
+        elif stream.refused_through() == present:  # else it was sent again by another way already
             self.take_another(peer, stream, "chunks were lost or changed")
         with self._lock:
             present = self._ways[peer.name].relay
@@ -147,6 +147,7 @@ class Ways:
             if way is None or stream is None or stream.over:
                 return
             way.without[relay] = (failure, known)
+            log.info("%s says that it does not reach %s", relay, peer.name)
             used = way.relay == relay
             left = [name for name in peer.route.relays if self._mailboxes.alive(name) and name not in way.without]
         if not left:

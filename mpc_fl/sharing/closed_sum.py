@@ -30,110 +30,28 @@ Many hospitals. In a circle (`mask_circle`) z_ij and c_ij are shared by neighbou
 c_ij of one hospital are one key stream, whose key is a hash of the keys c_ij was expanded from: one honest one of P(i) is
 enough for it to be unknown. No V is opened that leaves somebody in it with too few who follow.
 
+Who shares what with whom, and which keys open what, is public: `sum_plan`.
+
 Rounds and bytes. Two: y_i (k / 8 bytes per element) and at most 2 `closing` + n commitments, then V and as many keys, of 32
-bytes each. The opener
-expands `closing` key streams for each hospital, so its work grows linearly with their number.
+bytes each. The opener expands `closing` key streams for each hospital, so its work grows linearly with their number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.crypto.stream_cipher import Label, Seed, Stream
+from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.errors import SAME_VERSION, ProtocolError, SecrecyError
-from mpc_fl.sharing.mask_circle import MaskCircle, joint_seed
+from mpc_fl.sharing.mask_circle import joint_seed
+from mpc_fl.sharing.sum_plan import Key, SumPlan, require_admissible
 
 KEY_BYTES = 32
-_NOTHING_OPENED = "it does not follow the protocol; no key was given, do not go on with it"
-Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with whom it is shared
-
-
-@dataclass(frozen=True)
-class SumPlan:
-    """What is public of one sum: its hospitals U in order, its opener, a label used once, `closing`, |P(i)|, and the
-    transcript T as this party has it, in hex. `circle`: who shares masks with whom, all with all where it is None.
-    """
-
-    hospitals: tuple[str, ...]
-    opener: str
-    label: tuple[Label, ...]
-    closing: int
-    transcript: str
-    circle: MaskCircle | None = None
-
-    def __post_init__(self) -> None:
-        if len(self._places) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
-            raise ProtocolError("a sum over these hospitals cannot be", "check federation.quorum")
-        if self.circle is not None and (
-            set(self.circle.order) != set(self.hospitals) or self.closing > self.circle.reach
-        ):
-            raise ProtocolError("a sum over these hospitals cannot be masked by this circle", SAME_VERSION)
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.hospitals)}
-
-    @property
-    def name(self) -> str:
-        """The label as text, for tags of messages."""
-        return " ".join(str(part) for part in self.label)
-
-    def neighbours(self, hospital: str) -> tuple[str, ...]:
-        """With whom this hospital shares z_ij."""
-        if self.circle is not None:
-            return self.circle.neighbours(hospital)
-        return tuple(name for name in self.hospitals if name != hospital)
-
-    def partners(self, hospital: str) -> tuple[str, ...]:
-        """P(i): who shares a closing mask of this hospital's summand."""
-        if self.circle is not None:
-            return self.circle.following(hospital, self.closing)
-        at, count = self._places[hospital], len(self.hospitals)
-        return tuple(self.hospitals[(at + step) % count] for step in range(1, self.closing + 1))
-
-    def closed_with(self, hospital: str) -> tuple[str, ...]:
-        """Whose partner this hospital is."""
-        if self.circle is not None:
-            return self.circle.preceding(hospital, self.closing)
-        return tuple(name for name in self.hospitals if hospital in self.partners(name))
-
-    def adds(self, hospital: str, other: str) -> bool:
-        """Whether the hospital adds z_ij (the other one then takes it away)."""
-        return self._places[hospital] < self._places[other]
-
-    def keys_known_to(self, hospital: str) -> list[Key]:
-        """All keys that this hospital of U holds, in the order in which it commits to them."""
-        zero: list[Key] = [("zero", hospital, other) for other in self.neighbours(hospital)]
-        own: list[Key] = [("closing", hospital, partner) for partner in self.partners(hospital)]
-        others: list[Key] = [("closing", other, hospital) for other in self.closed_with(hospital)]
-        return [*zero, *own, *others]
-
-    def keys_of(self, hospital: str, admitted: Collection[str]) -> list[Key]:
-        """The keys that this hospital of V sends in step 3, in this order."""
-        zero = [("zero", hospital, other) for other in self.neighbours(hospital) if other not in admitted]
-        own = [("closing", hospital, partner) for partner in self.partners(hospital)]
-        others = [("closing", other, hospital) for other in self.closed_with(hospital) if other in admitted]
-        return [*zero, *own, *others]
-
-    def confirmed_by(self, hospital: str, admitted: Iterable[str]) -> tuple[str, ...]:
-        """Whose confirmation of V this hospital of V must see: all of V, or its own and its neighbours' in a circle."""
-        if self.circle is None:
-            return tuple(admitted)
-        inside = set(admitted)
-        return tuple(name for name in (hospital, *self.circle.neighbours(hospital)) if name in inside)
-
-    def keys_missing(self, admitted: Sequence[str], answered: Sequence[str]) -> bool:
-        """Whether the sum over V cannot be opened with the keys of those who answered."""
-        inside = set(admitted)
-        given = {key for name in answered for key in self.keys_of(name, inside)}
-        return any(key not in given for key in _needed(self, admitted))
 
 
 class SummandMasks:
@@ -285,25 +203,6 @@ class KeyCommitments:
         return known
 
 
-def require_admissible(plan: SumPlan, admitted: Sequence[str], smallest: int) -> None:
-    """Raise `ProtocolError` unless V is a part of U of at least `smallest` hospitals and can be opened by this plan."""
-    inside = set(admitted)
-    if tuple(name for name in plan.hospitals if name in inside) != tuple(admitted):
-        raise ProtocolError(
-            f"{plan.opener} fixed '{plan.name}' over hospitals that do not belong to it", _NOTHING_OPENED, plan.opener
-        )
-    if len(admitted) < max(2, smallest):
-        raise ProtocolError(
-            f"{plan.opener} fixed '{plan.name}' over {len(admitted)} hospitals, too few to open it",
-            _NOTHING_OPENED,
-            plan.opener,
-        )
-    if plan.closing == 0 and len(admitted) < len(plan.hospitals):
-        raise ProtocolError(f"{plan.opener} left a hospital out of '{plan.name}', which nobody may be", _NOTHING_OPENED)
-    if plan.circle is not None and (bared := plan.circle.bared(inside)):
-        raise ProtocolError(f"{plan.opener} fixed '{plan.name}' so that {bared}", _NOTHING_OPENED, plan.opener)
-
-
 @dataclass(repr=False)
 class ClosedSum:
     """The opener's side: the summands that have come, added up at once, or each kept when a check may leave some out."""
@@ -393,7 +292,7 @@ class MaskedTotal:
 def _without_masks(
     plan: SumPlan, total: torch.Tensor, admitted: Sequence[str], known: Mapping[Key, bytes]
 ) -> torch.Tensor:
-    for key in _needed(plan, admitted):
+    for key in plan.keys_needed(admitted):
         if key not in known:
             raise ProtocolError("the keys of a sum were lost with the parties that held them", "make its summands anew")
         kind, owner, partner = key
@@ -404,15 +303,6 @@ def _without_masks(
         own = [known["closing", name, partner] for partner in plan.partners(name)]
         joint_seed(own).stream("mask").subtract_from(total)
     return total
-
-
-def _needed(plan: SumPlan, admitted: Sequence[str]) -> list[Key]:
-    inside = set(admitted)
-    closing = [("closing", name, partner) for name in admitted for partner in plan.partners(name)]
-    return [
-        *closing,
-        *(("zero", name, other) for name in admitted for other in plan.neighbours(name) if other not in inside),
-    ]
 
 
 def _add_or_subtract(stream: Stream, total: torch.Tensor, add: bool) -> None:

@@ -36,7 +36,8 @@ from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import PeerLostError, SecrecyError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import ClosedSum, MaskedTotal, SummandMasks, SumPlan, require_admissible
+from mpc_fl.sharing.closed_sum import ClosedSum, MaskedTotal, SummandMasks
+from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
 from mpc_fl.sharing.zero_shares import ZeroShares
 
 

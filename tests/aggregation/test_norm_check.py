@@ -166,7 +166,7 @@ def test_a_check_of_others_than_those_of_the_sum_is_refused() -> None:
 def test_a_summand_that_was_masked_in_place_cannot_be_checked() -> None:
     from mpc_fl.crypto.stream_cipher import Seed
     from mpc_fl.errors import SecrecyError
-    from mpc_fl.sharing.closed_sum import SumPlan
+    from mpc_fl.sharing.sum_plan import SumPlan
 
     plan = SumPlan(("hospital-0", "hospital-1"), AGGREGATOR, ("sum",), 0, "seen alike")
     masks = SummandMasks(plan, "hospital-0", (4,), lambda _: Seed.from_system())

@@ -19,8 +19,8 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.errors import ProtocolError, QuorumError, SecrecyError, SumLostError
 from mpc_fl.links.frames import Frame
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.harness import run_parties, run_parties_in_memory
 from tests.support.peer_sums import WHY, PeerSums, expected, hospitals_of, planned, rules_of, summand
 from tests.support.signatories import signatories, signatory_in

@@ -18,7 +18,8 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import MpcFlError
 from mpc_fl.roles import AGGREGATOR, hospital_names
-from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import SummandMasks
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.circle_sums import (
     AGREED,
     HOSPITALS,

@@ -23,7 +23,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import MpcFlError
 from mpc_fl.inference.diagnosis import request_diagnoses
 from mpc_fl.inference.fast.kernels.bit_planes import unpack
-from mpc_fl.inference.fast.layers import Add, Convolution, Flatten, Linear, ReLU
+from mpc_fl.inference.fast.layers import Add, Convolution, Flatten, Layer, Linear, ReLU, SignExtension
 from mpc_fl.inference.fast.messages import BATCH, NETWORK, READY, STEP, WEIGHTS, correction_tag, describe
 from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
@@ -300,8 +300,11 @@ def test_constants_that_leave_room_are_used(tmp_path: Path) -> None:
     assert outline(dark)[-1] == ("BYE", "", {})
 
 
-@pytest.mark.parametrize("reveal", ["logits", "label"])
-def test_whatever_the_owner_answers_the_hospital_goes_on_alike(reveal: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reveal", "first"),
+    [("logits", "relu"), ("label", "relu"), ("logits", "relu with a ceiling"), ("logits", "sign extension")],
+)
+def test_whatever_the_owner_answers_the_hospital_goes_on_alike(reveal: str, first: str, tmp_path: Path) -> None:
     """The owner sends noise in place of its part of every opening, and of the result."""
 
     def noise(links: Links, config: Config, directory: Path) -> None:
@@ -316,7 +319,7 @@ def test_whatever_the_owner_answers_the_hospital_goes_on_alike(reveal: str, tmp_
         links.send_tensor = send_noise  # type: ignore[method-assign]
         terms = SessionTerms(reveal)  # type: ignore[arg-type]
         domain = SecretDomain(links, [HOSPITAL, MODEL_OWNER], OpeningRecord(directory / "owner.jsonl", MODEL_OWNER))
-        OwnerSession(domain, HOSPITAL, model_of(gated_network(SIZE)), terms).serve()
+        OwnerSession(domain, HOSPITAL, model_of(gated_network(SIZE, first)), terms).serve()
         await_the_end(links)
 
     config = configuration(reveal=reveal)
@@ -333,20 +336,30 @@ def test_whatever_the_owner_answers_the_hospital_goes_on_alike(reveal: str, tmp_
 # ---- two networks ------------------------------------------------------------------------------------------------------
 
 
-def gated_network(size: int) -> Network:
-    """The image, truncated to 20 bits, enters a comparison at once: the hospital's share of it is the image itself."""
+def gated_network(size: int, first: str = "relu") -> Network:
+    """The image, truncated to 20 bits, enters a comparison at once: the hospital's share of it is the image itself.
+
+    The value that the gate makes is read by a linear layer as it is, so a sign extension's E follows what it opened.
+    """
     unit = 2.0**-12
     values = {
         "image": Value((1, size, size), 32, unit / 4096),
         "narrow": Value((1, size, size), 20, unit),
         "relu": Value((1, size, size), 32, unit),
+        "point": Value((1, size, size), 32, unit),
         "flat": Value((size * size,), 32, unit),
         "logits": Value((CLASSES,), 20, unit),
     }
+    gates: dict[str, Layer] = {
+        "relu": ReLU("relu", ("narrow",), "relu"),
+        "relu with a ceiling": ReLU("relu", ("narrow",), "relu", ceiling=3 << 9),
+        "sign extension": SignExtension("relu", ("narrow",), "relu"),
+    }
     layers = (
         Add("narrow", ("image",), "narrow", 12, (1,)),
-        ReLU("relu", ("narrow",), "relu"),
-        Flatten("flat", ("relu",), "flat"),
+        gates[first],
+        Convolution("point", ("relu",), "point", 0, (1, 1, 1, 1)),
+        Flatten("flat", ("point",), "flat"),
         Linear("fc", ("flat",), "logits", 12, (CLASSES, size * size)),
     )
     return Network(layers, values, "image", "logits")
@@ -369,8 +382,9 @@ def test_hospital_and_dealer_told_different_networks_use_different_masks(grey: f
     def attack(links: Links) -> None:
         links.send_object(HOSPITAL, NETWORK, describe(told))
         links.send_object(DEALER, NETWORK, describe(other))
-        weights = torch.zeros(told.linear_layers[0].weight_shape, dtype=torch.int32)
-        links.send_tensor(HOSPITAL, f"{WEIGHTS} logits", weights)
+        for layer in told.linear_layers:
+            weights = torch.zeros(layer.weight_shape, dtype=torch.int32)
+            links.send_tensor(HOSPITAL, f"{WEIGHTS} {layer.output}", weights)
         message = links.receive_object(HOSPITAL, STEP)
         links.send_object(DEALER, BATCH, {key: message[key] for key in ("number", "records", "reveal")})
         piece = correlation_plan(other, 1, "logits").pieces["relu"]

@@ -22,6 +22,7 @@ from mpc_fl.learning.models.low_rank import adapt
 from mpc_fl.learning.models.weight_standardisation import with_weight_standardisation
 from mpc_fl.learning.training.augmentation import augmented
 from mpc_fl.learning.training.per_sample_gradients import (
+    Method,
     choose_per_sample_method,
     clipped_sum,
     loss_with,
@@ -95,12 +96,13 @@ MIXED = {
 }
 
 
+@pytest.mark.parametrize("method", ["layers", "hooks"])
 @pytest.mark.parametrize("name", MIXED)
-def test_hooks_are_refused_and_never_chosen(name: str) -> None:
+def test_methods_with_all_records_in_the_network_are_refused_and_never_chosen(name: str, method: Method) -> None:
     network, shape = MIXED[name]
     with pytest.raises(ModelError, match="depend on other records"):
-        require_gradients_of_each(working_copy(network), shape, "hooks")
-    assert choose_per_sample_method(network, shape) != "hooks"
+        require_gradients_of_each(working_copy(network), shape, method)
+    assert choose_per_sample_method(network, shape) not in ("layers", "hooks")
     require_gradients_of_each(working_copy(network), shape, "loop")
 
 

@@ -222,7 +222,7 @@ def test_an_aggregator_that_tells_two_truths_gets_noise(which: int, tmp_path: Pa
 
 def asked_twice(links: Any, directory: str) -> Any:
     """An aggregator that begins the check of one sum again, to have a second answer about the same proofs."""
-    from mpc_fl.sharing.closed_sum import SumPlan
+    from mpc_fl.sharing.sum_plan import SumPlan
 
     domain, test = domain_of(links, directory, 3), NormTest(BOUND, 32, BUCKETS)
     if links.name == AGGREGATOR:

@@ -50,7 +50,7 @@ from tests.federation.test_peer_membership import FOUR, ROUNDS, require_joined, 
 from tests.support.harness import free_ports, local_links
 from tests.support.peer_rounds import among_peers, names, require_sound
 from tests.support.peer_sums import only_at
-from tests.support.training_in_memory import SETTINGS, Training
+from tests.support.training_in_memory import KILLED, SETTINGS, Sleeper, Training
 
 
 def given_to_newcomers(run: Training) -> list[tuple[str, str]]:
@@ -183,12 +183,8 @@ def test_one_says_nothing_after_a_sum(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not [line for line in run.log if "would make a sum of round 1 anew" in line]
 
 
-def test_an_exact_sum_is_not_made_anew_without_somebody_after_all_have_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All knew the sum of round 1 when they stopped, and not any more that they did when they went on with --resume."""
-    run = stopped(tmp_path, monkeypatch, "block 1 0/signed")
-    run.sent.clear()
+def leaves_out_hospital_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hospital-1, which proposes round 1."""
 
     def say(original: Any, domain: Any, links: Any, to: Any, subject: Any, values: Any) -> Any:
         if subject.word == "proposal" and (values["number"], values["view"]) == (1, 0):
@@ -196,10 +192,32 @@ def test_an_exact_sum_is_not_made_anew_without_somebody_after_all_have_stopped(
         return original(domain, links, to, subject, values)
 
     only_at(monkeypatch, "hospital-1", peer_attendance, "say_signed", say)
+
+
+def test_an_exact_sum_is_not_made_anew_without_somebody_after_all_have_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All knew the sum of round 1 when they stopped, and not any more that they did when they went on with --resume."""
+    run = among_peers(tmp_path, monkeypatch, 4, evaluation={"every": 1})
+    run.run(*(Sleeper(name, "transcript evaluation 1 0", KILLED) for name in ("hospital-2", "hospital-3")))
+    assert "finished" not in set(run.said.values()), run.said
+    run.placed = {name: config.with_values(site={"resume": True}) for name, config in run.placed.items()}
+    run.start_anew()
+    run.sent.clear()
+    leaves_out_hospital_3(monkeypatch)
     run.run()
     require_sound(run, honest(4, "hospital-1"))
     assert any("hospital-1 would make a sum of round 1 anew without hospital-3" in line for line in run.log)
     assert not [sender for sender, tag in run.sent if tag.startswith("transcript update 1 0")]
+
+
+def test_one_that_is_needed_is_left_out_after_all_have_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All had signed a block and may have forgotten, so all must be there; whoever was asked to go on without one ended the run."""
+    run = stopped(tmp_path, monkeypatch, "block 1 0/signed")
+    leaves_out_hospital_3(monkeypatch)
+    run.run()
+    require_sound(run, honest(4, "hospital-1"))
+    assert any("hospital-1 left out hospital-3, which is there and needed" in line for line in run.log)
 
 
 # ---- two certificates ----------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.links.settings import Timeouts, Tolerance
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.signatories import signatories
 
 HOSPITALS = ("hospital-0", "hospital-1", "hospital-2")

@@ -454,7 +454,7 @@ def test_a_sender_that_waits_for_a_party_that_computes_is_not_silent(
     def compute(links: Links) -> int:
         clock, conversation = Clock(), links._outgoing.peers["a"].conversation  # type: ignore[attr-defined]
         links._mailboxes.silence = Silence(LIMIT, clock)
-        eventually(lambda: links._mailboxes._pausing > 0, 60.0, "the sender has to wait")
+        eventually(lambda: links._mailboxes.readers.pausing > 0, 60.0, "the sender has to wait")
         for _ in range(100):
             clock.now += 1.0
             pulse_of(links).beat()

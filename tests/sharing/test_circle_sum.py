@@ -16,8 +16,9 @@ from scipy import stats
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError, SecrecyError
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.mask_circle import MaskCircle
+from mpc_fl.sharing.sum_plan import SumPlan
 
 FALSE_ALARM = 1e-7
 NAMES = tuple(f"hospital-{rank}" for rank in range(9))

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpc_fl.errors import ProtocolError
-from mpc_fl.sharing.closed_sum import SumPlan, require_admissible
 from mpc_fl.sharing.mask_circle import MaskCircle
+from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
 
 NAMES = tuple(f"hospital-{rank}" for rank in range(11))
 REACH, LEAST, CLOSING = 3, 2, 2

@@ -19,10 +19,11 @@ from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Private, Shared
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
-from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import SummandMasks
 from mpc_fl.sharing.crypten_communicator import LinksCollectives, ShapeCollectives
 from mpc_fl.sharing.opening import SecretDomain, open_to
 from mpc_fl.sharing.secure_sum import secure_sum
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.harness import run_parties_in_memory
 from tests.support.views import LAYOUTS, WRITABLE_LAYOUTS, in_row_order, views
 

@@ -12,8 +12,9 @@ from mpc_fl.aggregation.norm_check import NormCheck
 from mpc_fl.aggregation.norm_limits import NormTest
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 AGGREGATOR = "aggregator"
 PARAMETERS, BUCKETS = 20_000, 1024

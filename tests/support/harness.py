@@ -58,6 +58,7 @@ class Options:
     connect_timeout: float = 60.0
     receive_timeout: float = 60.0
     linger_after_error: float = 2.0
+    another_relay: float = 10.0
     observer: Observer | None = None
     relay: str | Sequence[str] = ()
     tolerated: Sequence[str] = ()
@@ -67,7 +68,12 @@ class Options:
 
     @property
     def timeouts(self) -> Timeouts:
-        return Timeouts(self.connect_timeout, self.receive_timeout, linger_after_error=self.linger_after_error)
+        return Timeouts(
+            self.connect_timeout,
+            self.receive_timeout,
+            linger_after_error=self.linger_after_error,
+            another_relay=self.another_relay,
+        )
 
     @property
     def tolerance(self) -> Tolerance:

@@ -28,8 +28,8 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.links.settings import Timeouts, Tolerance
-from mpc_fl.sharing.closed_sum import SumPlan
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.signatories import signatories
 from tests.support.virtual_time import REAL_SECONDS, keep_virtual_time
 

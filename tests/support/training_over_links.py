@@ -67,9 +67,7 @@ class TrainingOverLinks:
 
     def kill(self, name: str) -> None:
         """End a party as a killed process ends: its streams break, without a word, and it listens no more."""
-        links = self.links[name]
-        links._mailboxes.interrupt(KilledError())
-        _break(links._connections)
+        kill_links(self.links[name])
 
     def freeze(self, name: str) -> None:
         """Stop a party as SIGSTOP does: it reads and sends nothing, and its streams stay. `end_frozen` ends it at last."""
@@ -128,12 +126,18 @@ class TrainingOverLinks:
         return self.directory / "parties" / name
 
 
+def kill_links(links: NetworkLinks) -> None:
+    """End a party's links as a killed process ends them: its waits end with `KilledError`."""
+    links._mailboxes.interrupt(KilledError())
+    _break(links._connections)
+
+
 def _break(connections: Connections) -> None:
     """End all streams at once, and say nothing on any of them any more."""
     connections._mailboxes.close()
     connections._pulse.stop()
     connections._outgoing.put = _says_nothing  # type: ignore[method-assign]
-    connections._outgoing.put_at_once = _says_nothing  # type: ignore[method-assign]
+    connections._outgoing.put_at_once = lambda *_: None  # type: ignore[method-assign]
     for peer in connections._peers.values():
         peer.route = type(peer.route)("await")  # it dials nobody again
         if peer.conversation is not None:

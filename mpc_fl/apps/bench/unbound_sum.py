@@ -13,8 +13,9 @@ import torch
 
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
 from mpc_fl.sharing.opening import SecretDomain
+from mpc_fl.sharing.sum_plan import SumPlan
 
 _AT_A_TIME = 2
 _NOTHING = "nothing"

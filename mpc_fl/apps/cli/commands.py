@@ -19,6 +19,7 @@ GROUPS = {
     "pki": "Decide who belongs to the federation: its authority and certificates.",
     "bench": "Measure parts of the runtime on this machine, beside what they replace, in one run.",
     "ledger": "Read and check the reveal ledger of a run.",
+    "audit": "Measure what a run shows of patients, beside what it promises.",
     "dealer": "Make correlated randomness ahead of diagnoses.",
 }
 

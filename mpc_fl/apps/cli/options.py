@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from mpc_fl.chosen_names import ChosenNames
     from mpc_fl.config.config import Config
+    from mpc_fl.federation.ledger_forecast import LedgerForecast
 
 WIDTH = 132  # of tables that go to a file
 
@@ -119,6 +122,29 @@ def say(text: str) -> None:
     """
     sys.stdout.write("".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text) + "\n")
     sys.stdout.flush()
+
+
+def say_beside(text: str, as_json: bool) -> None:
+    """One text for a person: on standard output, or beside JSON on standard error."""
+    if as_json:
+        error_console().print(printable(text, len(text)), markup=False)
+    else:
+        say(text)
+
+
+def begin_on_ledgers(
+    forecasts: Sequence[LedgerForecast], names: ChosenNames, anyway: bool, as_json: bool
+) -> list[dict[str, Any]]:
+    """Before a run: say what privacy ledgers leave for it; return the same for JSON.
+
+    Raises `PrivacyBudgetError` where one is nearly spent and nobody said --anyway.
+    """
+    for forecast in forecasts:
+        if not anyway:
+            forecast.require_worth()
+    for forecast in forecasts:
+        say_beside(names.in_text(f"{forecast.described}."), as_json)
+    return [forecast.to_json() for forecast in forecasts]
 
 
 def cell(text: str) -> Text:

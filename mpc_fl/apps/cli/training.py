@@ -16,20 +16,21 @@ from mpc_fl.apps.cli.options import (
     FromModel,
     OutPath,
     Overrides,
+    begin_on_ledgers,
     command_line,
     configure,
     earlier_failure_of,
-    error_console,
     print_json,
     privacy_words,
     say,
+    say_beside,
     say_earlier_failure,
     say_skipped,
 )
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.apps.formats import duration, in_ranges, size
 from mpc_fl.chosen_names import ChosenNames
-from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError, printable
+from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
 from mpc_fl.roles import is_hospital
 
 if TYPE_CHECKING:
@@ -73,10 +74,7 @@ def train(
         require_free(out, resume)
         found = _preflight(settings, resume)
         forecasts = [] if found is None else _forecasts(settings, found)
-        for forecast in [] if anyway else forecasts:
-            forecast.require_worth()
-        for forecast in [] if as_json else forecasts:
-            say(settings.federation.chosen_names.in_text(f"{forecast.described}."))
+        ledgers = begin_on_ledgers(forecasts, settings.federation.chosen_names, anyway, as_json)
         _say_shared_patients(settings, as_json)
         try:
             with shown_progress(settings.federation.chosen_names) as progress:
@@ -90,16 +88,22 @@ def train(
             error.then = _GO_ON if may_go_on(out) else ""
             raise
     if as_json:
-        print_json({**summary.to_json(), "report": str(out / "report.html"), **earlier_failure_of(out)})
+        beside = {"report": str(out / "report.html"), **earlier_failure_of(out)}
+        print_json({**summary.to_json(), "ledgers": ledgers, **beside})
         return
     _say_training(summary)
     if summary.began_with is not None:
         say(_of_the_beginning(settings))
-    if ledger is None and settings.privacy.mechanism != "none" and not summary.synthetic:
+    if _ledgers_end_with_it(settings) and not summary.synthetic:
         say("The privacy ledgers are in this run only; with --ledger DIR they outlive it and bound all runs together.")
     say_skipped(summary.skipped_files)
     say_earlier_failure(out)
     say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
+
+
+def _ledgers_end_with_it(config: Config) -> bool:
+    """Whether what a run spends is written down in its own directory alone, wherever that was said."""
+    return config.privacy.mechanism != "none" and config.site.privacy_ledger is None
 
 
 def _of_the_beginning(config: Config) -> str:
@@ -228,8 +232,9 @@ def check(
     for what, package in _packages(settings).items():
         say(f"{what}: code of the package {package}.")
     owners, names = owners_word(data_found, settings), settings.federation.chosen_names
+    on_ledgers = {forecast.hospital for forecast in forecasts}  # these runs get another noise than the first
     for line in found.privacy:
-        words = privacy_words(line.epsilon, line.noise_multiplier)
+        words = "" if line.hospital in on_ledgers else privacy_words(line.epsilon, line.noise_multiplier)
         say(f"{names.shown(line.hospital)}: {line.patients} training {owners}{words}")
     for forecast in forecasts:
         say(names.in_text(f"{forecast.described}.") + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
@@ -332,8 +337,7 @@ def _say_shared_patients(config: Config, as_json: bool) -> None:
     found = _shared_patients(config)
     if found.names:
         become = "they stay in the test set" if config.data.shared_patients == "keep" else "left out of the test set"
-        text = f"{found.described}; {become} (data.shared_patients)."
-        error_console().print(printable(text, len(text)), markup=False) if as_json else say(text)
+        say_beside(f"{found.described}; {become} (data.shared_patients).", as_json)
 
 
 def _forecasts(config: Config, found: TrainingEstimate, at: str | None = None) -> list[LedgerForecast]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mpc_fl.apps.cli.options import (
+    Anyway,
     AsJson,
     ConfigPath,
     DataPath,
     OutPath,
     Overrides,
+    begin_on_ledgers,
     cell,
     command_line,
     configure,
@@ -43,6 +45,7 @@ def tune(
     overrides: Overrides = None,
     ledger: Annotated[Path | None, typer.Option(help="Directory of privacy ledgers that outlive this search.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the search that was ended at --out.")] = False,
+    anyway: Anyway = False,
     as_json: AsJson = False,
 ) -> None:
     """Try settings of training, each as a run on this machine, compare them by validation, train and test with the best.
@@ -51,14 +54,16 @@ def tune(
     Writes tune.json, report.html, the trials and the last run, in final/, to --out.
     """
     settings = configure(config, overrides, data=data, privacy_ledger=ledger)
-    from mpc_fl.apps.runs.search import searched
+    from mpc_fl.apps.runs.search import ledger_forecasts, searched
     from mpc_fl.apps.runs.search import tune as run_search
 
     search = searched(settings, _grid(tries, grid), share)
+    forecasts = [] if resume else ledger_forecasts(search)
+    ledgers = begin_on_ledgers(forecasts, settings.federation.chosen_names, anyway, as_json)
     with shown_progress(settings.federation.chosen_names) as progress:
         summary = run_search(search, out, command_line(), progress, resume)
     if as_json:
-        print_json({**summary.to_json(), "report": str(out / "report.html")})
+        print_json({**summary.to_json(), "ledgers": ledgers, "report": str(out / "report.html")})
         return
     _say_search(summary)
     say(f"Model:  {out / 'final' / 'model.safetensors'}\nReport: {out / 'report.html'}")

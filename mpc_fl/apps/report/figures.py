@@ -176,6 +176,38 @@ def epsilon_curves(
 
 
 @_styled
+def privacy_bounds(
+    upper: Sequence[float], lower: Sequence[tuple[int, float]], of_final_model: tuple[int, float]
+) -> Figure:
+    """The accountant's epsilon after each round, where there is any, and lower bounds by round: all releases, the final model."""
+    figure, (axes,) = _new(7.2, 3.2)
+    if upper:
+        rounds = range(1, len(upper) + 1)
+        axes.plot(rounds, upper, color=PALETTE[0], marker="o", markersize=4, label="at most, by the accountant")
+    style = {"linestyle": "none", "markersize": 9}
+    axes.plot(*zip(*lower, strict=True), color=PALETTE[1], marker="^", label="at least, by all releases", **style)
+    axes.plot(*of_final_model, color=PALETTE[2], marker="D", label="at least, by the final model", **style)
+    _from_zero(axes)
+    axes.set_ylabel("ε")
+    _rounds(axes, "What patients may lose, and what was shown that they lose")
+    _legend_below(figure, axes, 3)
+    return figure
+
+
+@_styled
+def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
+    """Members recognised against mistakes, on scales of powers of ten; points at zero are left out."""
+    shown = [(false, true) for false, true in curve if false > 0 and true > 0]
+    figure, (axes,) = _new(4.6, 3.7)
+    axes.plot([1e-4, 1], [1e-4, 1], color=_INK, linewidth=1, linestyle=_DASHES[2], label="chance")
+    axes.plot(*zip(*shown, strict=True), color=PALETTE[0], label="attack") if shown else None
+    axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1.2), aspect="equal")
+    axes.set(xlabel="False positive rate", ylabel="True positive rate", title="Membership")
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+@_styled
 def roc_curves(names: Sequence[str], scores: Sequence[Sequence[Sequence[int]]]) -> Figure:
     """One curve per class (one versus rest) from histograms (classes, 2, bins); the first eight classes."""
     figure, (axes,) = _new(7.2, 3.7)

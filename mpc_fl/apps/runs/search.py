@@ -29,6 +29,7 @@ from mpc_fl.apps.summaries import SUMMARY_FILE, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.config.loading import apply_overrides
 from mpc_fl.errors import ConfigError, RunFailedError
+from mpc_fl.federation.ledger_forecast import LedgerForecast
 from mpc_fl.federation.planning import budget_of
 from mpc_fl.federation.search_budget import noise_of_last, noise_of_trials
 from mpc_fl.files import write_json, write_text
@@ -121,6 +122,38 @@ def grid_setting(text: str) -> tuple[str, list[Any]]:
     return key.strip(), list(found)
 
 
+def ledger_forecasts(search: Search) -> list[LedgerForecast]:
+    """What privacy ledgers that outlive a search leave for it, of each hospital whose ledger holds something; charges nothing.
+
+    The noise is that of the trials. Raises `PrivacyBudgetError` where the search does not fit.
+    """
+    config, directory = search.config, search.config.site.privacy_ledger
+    if directory is None or config.privacy.mechanism == "none":
+        return []
+    ledgers = _ledgers(config, directory)
+    spent = {name: ledger.spent() for name, ledger in ledgers.items()}
+    if not any(spent.values()):
+        return []
+    trials, last = _runs_of(search, directory)
+    noises = [noise_of_trials(trials, last, before, search.share) for before in (list(spent.values()), [])]
+    budget = budget_of(config)
+    return [
+        LedgerForecast(
+            name, ledgers[name].epsilon(budget.delta, budget.accountant), budget.epsilon, noises[0], noises[1]
+        )
+        for name, events in spent.items()
+        if events
+    ]
+
+
+def _runs_of(search: Search, ledgers: Path) -> tuple[list[Config], list[Config]]:
+    """All trials, and the runs that the last one may be, with a noise that says nothing yet."""
+    numbers = range(1, len(search.settings) + 1)
+    return [search.trial(number, 1.0, ledgers) for number in numbers], [
+        search.last(number, 1.0, ledgers) for number in numbers
+    ]
+
+
 def tune(search: Search, out: Path, command: str, progress: Progress, resume: bool = False) -> SearchSummary:
     """Run all trials and the last run; return the summary.
 
@@ -194,7 +227,7 @@ class _Plan:
     @classmethod
     def of(cls, search: Search, directory: Path, ledgers: Path, resume: bool) -> _Plan:
         """A new plan, or the one in the directory. Raises `ConfigError` for that of another search."""
-        config, count = search.config, len(search.settings)
+        config = search.config
         settings = json.dumps(config.settings_of_run(), sort_keys=True)
         what = f"{hashlib.sha256(settings.encode()).hexdigest()} {search.settings} {search.share}"
         if resume and (directory / _PLAN).exists():
@@ -202,11 +235,9 @@ class _Plan:
             if plan.what != what:
                 raise ConfigError(f"{directory} is another search", "go on with the configuration and values it had")
             return plan
+        trials, last = _runs_of(search, ledgers)  # all are valid, before any begins
         noise = None
-        numbers = range(1, count + 1)
-        trials = [search.trial(number, 1.0, ledgers) for number in numbers]  # all are valid, before any begins
         if config.privacy.mechanism != "none":
-            last = [search.last(number, 1.0, ledgers) for number in numbers]
             noise = noise_of_trials(trials, last, _spent(config, ledgers), search.share)
         plan = cls(what, noise, [])
         plan.keep(directory)

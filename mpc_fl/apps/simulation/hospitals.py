@@ -34,6 +34,7 @@ from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.planning import sum_rules
 from mpc_fl.federation.preparation import own_count, own_features, take_normalisation
 from mpc_fl.federation.secure_evaluation import counts_to_sum, own_evaluation
+from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import DividedRecords, divided_records, load_own
 from mpc_fl.learning.data.tables import Part
 from mpc_fl.learning.models.calibration import Calibration
@@ -41,14 +42,15 @@ from mpc_fl.learning.models.evaluation import Evaluation
 from mpc_fl.learning.training.dp_sgd import LocalRound
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
-from mpc_fl.sharing.closed_sum import SummandMasks, SumPlan
+from mpc_fl.sharing.closed_sum import SummandMasks
+from mpc_fl.sharing.sum_plan import SumPlan
 
 Release = Callable[[], None]
 _PURPOSE = "closed sums"
 
 
 @dataclass(repr=False)
-class _Simulated:
+class Simulated:
     """One hospital, its keys, and what it holds of the round and of the sum that are under way."""
 
     hospital: Hospital
@@ -86,7 +88,7 @@ class HospitalGroup:
         self.config, self.ranks = config, tuple(ranks)
         self._beginning, self._rules = Beginning(config), sum_rules(config)
         self._records: dict[Part, DividedRecords] = {}
-        self._all: dict[int, _Simulated] = {}
+        self.hospitals: dict[int, Simulated] = {}
         self._known = KnownKeys({})
         self._request: SumRequest | None = None
         self._plans: dict[str, SumPlan] = {}
@@ -94,11 +96,12 @@ class HospitalGroup:
 
     def load(self, rank: int) -> None:
         """Read one hospital's patients and plan what may be released of them. Raises what a real hospital raises."""
-        hospital = joined_hospital(self._beginning, rank, lambda part: self._read(rank, part), lambda *_: None)
+        hospital = joined_hospital(self._beginning, rank, lambda part: self.read(rank, part), lambda *_: None)
         agreement = Agreement(self.config.federation.session, self.config.digest(), self.config.task)
-        self._all[rank] = _Simulated(hospital, PairwiseKeys(hospital.name, agreement))
+        self.hospitals[rank] = Simulated(hospital, PairwiseKeys(hospital.name, agreement))
 
-    def _read(self, rank: int, part: Part) -> Any:
+    def read(self, rank: int, part: Part) -> Dataset:
+        """The records of one hospital. A group with records of its own says here what they are."""
         if part not in self._records:
             self._records[part] = divided_records(self.config, part)
         return load_own(self._records[part], rank)
@@ -106,12 +109,12 @@ class HospitalGroup:
     def public_keys(self) -> dict[str, bytes]:
         """The X25519 public key of each hospital, once all are loaded: what was read for them is then let go."""
         self._records.clear()
-        return {each.hospital.name: each.keys.public_key for each in self._all.values()}
+        return {each.hospital.name: each.keys.public_key for each in self.hospitals.values()}
 
     def meet(self, public_keys: Mapping[str, bytes], known: KnownKeys) -> None:
         """All hospitals of this group take the public keys of all hospitals of the run."""
         self._known = known
-        for each in self._all.values():
+        for each in self.hospitals.values():
             for name, public_key in public_keys.items():
                 if name != each.hospital.name:
                     each.keys.learn(name, public_key)
@@ -133,7 +136,7 @@ class HospitalGroup:
             calibrate_own(hospital.model, hospital.train.inputs, self.config)
 
     def _hospitals(self) -> list[Hospital]:
-        return [each.hospital for each in self._all.values()]
+        return [each.hospital for each in self.hospitals.values()]
 
     # ---- a sum -----------------------------------------------------------------------------------------------------
 
@@ -147,9 +150,9 @@ class HospitalGroup:
 
         Raises `HeadroomError` and `PrivacyBudgetError` before anything leaves, as at a real hospital.
         """
-        each, request = self._all[rank], self._request
+        each, request = self.hospitals[rank], self._request
         assert request is not None  # `begin_sum` came first
-        encoded, release = self._summand(each, request)
+        encoded, release = self.summand(each, request)
         began, shape = time.monotonic(), encoded.inside_protocol().shape
         each.masks = SummandMasks(self._plan_at(each.hospital), each.hospital.name, shape, each.seed_with)
         words = each.masks.masked(encoded, in_place=True)
@@ -172,16 +175,19 @@ class HospitalGroup:
         """What leaves this group: masked words of all its hospitals added up, int32 or int64."""
         assert self._words is not None  # each has added its own
         words, self._words = self._words, None
-        masks = [each.masks for each in self._all.values() if each.masks is not None]
+        masks = [each.masks for each in self.hospitals.values() if each.masks is not None]
         return AddedSummands(words, {of.me: of.commitments() if of.plan.closing else [] for of in masks})
 
     def keys(self, admitted: Sequence[str], smallest: int) -> dict[str, torch.Tensor]:
         """Of each hospital the keys that open the sum over all, uint8 (count, 32), once."""
-        masks = [each.masks for each in self._all.values() if each.masks is not None]
+        masks = [each.masks for each in self.hospitals.values() if each.masks is not None]
         return {of.me: of.keys_for(admitted, smallest) for of in masks}
 
-    def _summand(self, each: _Simulated, request: SumRequest) -> tuple[Private[torch.Tensor], Release | None]:
-        """What a hospital adds to this sum, and what enters its privacy ledger before it leaves."""
+    def summand(self, each: Simulated, request: SumRequest) -> tuple[Private[torch.Tensor], Release | None]:
+        """What a hospital adds to this sum, and what enters its privacy ledger before it leaves.
+
+        A group that deviates says here what it adds instead.
+        """
         hospital, plan, began = each.hospital, request.plan, time.monotonic()
         if request.kind == "features":
             return own_features(hospital, plan_features(self.config), plan), hospital.releasing(0)
@@ -216,7 +222,7 @@ class HospitalGroup:
     def take_global(self, shared: torch.Tensor) -> None:
         """All put the new shared parameters, float32 (S,), beside what each has trained."""
         digest = tensor_digest(shared)
-        for each in self._all.values():
+        for each in self.hospitals.values():
             assert each.trained is not None
             each.steps, each.trained = keep_trained(each.hospital, each.trained, shared), None
             each.hospital.digests.parameters = digest
@@ -224,14 +230,14 @@ class HospitalGroup:
     def take_step(self, parameters: torch.Tensor) -> None:
         """All go on from the parameters after a step, float32 (P,)."""
         digest = tensor_digest(parameters)
-        for each in self._all.values():
+        for each in self.hospitals.values():
             assert each.gradients is not None
             each.gradients.step_to(parameters)
             each.hospital.digests.parameters = digest
 
     def keep_steps(self) -> None:
         """The last step of a round was made."""
-        for each in self._all.values():
+        for each in self.hospitals.values():
             assert each.gradients is not None
             each.steps, each.gradients = each.gradients.keep(), None
             each.hospital.digests.take(parameters=each.hospital.shared_parameters)
@@ -255,14 +261,14 @@ class HospitalGroup:
 
     def evaluate(self, rank: int, number: int) -> None:
         """A hospital's evaluation on its own test patients after round `number`, of which nothing is opened."""
-        each, began = self._all[rank], time.monotonic()
+        each, began = self.hospitals[rank], time.monotonic()
         each.own = own_evaluation(each.hospital, number, "test").own
         each.spend("evaluate", began)
 
     def metrics(self, number: int) -> dict[str, dict[str, Any]]:
         """The line of each hospital about a round, by name."""
         lines = {}
-        for each in self._all.values():
+        for each in self.hospitals.values():
             assert each.own is not None  # each has evaluated
             spent = {what: each.seconds.get(what, 0.0) for what in ("train", "aggregate", "evaluate")}
             steps = {} if each.steps is None else figures_of(each.steps)
@@ -273,5 +279,5 @@ class HospitalGroup:
 
     def privacy_ledgers(self) -> dict[str, bytes]:
         """The privacy ledger of each hospital as a file, by name; none of those that charged nothing."""
-        paths = {each.hospital.name: each.hospital.ledger.path for each in self._all.values()}
+        paths = {each.hospital.name: each.hospital.ledger.path for each in self.hospitals.values()}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 # How far a phase is: its name, steps done, steps in all.
 Tell = Callable[[str, int, int], None]
+# Sees a sum that was opened.
+Observe = Callable[[SumRequest, torch.Tensor], None]
 Form = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -58,7 +60,7 @@ class RoundDone:
 
 @dataclass
 class SimulatedRounds:
-    """All rounds of a run. `rules` are those of its sums, `record` is told of each before it is opened."""
+    """All rounds of a run. `rules` are those of its sums, `record` is told of each before it is opened, `observe` sees it then."""
 
     aggregator: Aggregator
     rules: Rules
@@ -66,6 +68,7 @@ class SimulatedRounds:
     record: OpeningRecord
     tell: Tell
     known: KnownKeys = field(default_factory=lambda: KnownKeys({}))
+    observe: Observe | None = None
 
     @property
     def _config(self) -> Config:
@@ -198,7 +201,10 @@ class SimulatedRounds:
         if plan.closing:
             for given in workers.all(HospitalGroup.keys, plan.hospitals, rules.smallest):
                 keys |= given
-        return closed.unmask(plan.hospitals, keys)
+        opened = closed.unmask(plan.hospitals, keys)
+        if self.observe is not None:
+            self.observe(request, opened)
+        return opened
 
     def _place_of(self, request: SumRequest) -> tuple[str, int, int]:
         """Of which phase a sum is a part, which of its equal parts, of how many."""

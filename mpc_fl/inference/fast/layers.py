@@ -58,8 +58,8 @@ class ReLU(Layer):
 
 
 @dataclass(frozen=True)
-class SignExtend(Layer):
-    """The same signed value in Z_2^32. shift is 0."""
+class SignExtension(Layer):
+    """The same signed value, |x| < 2^(bits - 2), in Z_2^32. shift is 0."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ KINDS: tuple[type[Layer], ...] = (
     Convolution,
     Linear,
     ReLU,
-    SignExtend,
+    SignExtension,
     MaxPool,
     AveragePool,
     Add,

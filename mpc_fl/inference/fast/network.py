@@ -20,11 +20,11 @@ What needs which width:
   Convolution, Linear        wide input, wide result before truncation; weights `weights[layer.output]`, held by S alone
   ReLU                       narrow input of 8 to 24 bits; output wide (extended for free) or as narrow as the input; with a
                              ceiling x >= ceiling - 2^(bits - 1), so that x - ceiling fits
-  SignExtend                 narrow input of 8 to 24 bits, wide output, same signed value; costs as much as a ReLU
+  SignExtension              narrow input of 8 to 24 bits, |x| < 2^(bits - 2), wide output, same signed value
   MaxPool                    narrow in and out, |x| < 2^(bits - 2) so that differences fit; so too for logits whose label
                              alone is revealed
   AveragePool, Add           any width, equal for all inputs; Concatenate, Flatten too
-So a narrow value cannot enter a linear layer: it goes through ReLU or SignExtend first. One truncation per layer: for a
+So a narrow value cannot enter a linear layer: it goes through ReLU or SignExtension first. One truncation per layer: for a
 residual block Add takes the convolution wide (shift 0) and the identity wide times a multiplier, and truncates the sum.
 
 Lowering. AdaptiveAveragePool becomes AveragePool where all windows are equal. AveragePool is a plain sum: the divisor
@@ -116,7 +116,7 @@ def _check(network: Network, layer: Layer, known: set[str]) -> None:
     if isinstance(layer, layers.ReLU):
         require(gate and output.bits in (bits, RING_BITS), "ReLU needs a narrow input and shift 0")
         require(layer.ceiling is None or 0 < layer.ceiling < 1 << (bits - 1), "its ceiling does not fit its input")
-    elif isinstance(layer, layers.SignExtend):
+    elif isinstance(layer, layers.SignExtension):
         require(gate and output.bits == RING_BITS, "sign extension goes from narrow to wide")
     elif isinstance(layer, layers.MaxPool):
         require(gate and output.bits == bits, "a max-pool keeps a narrow width")
@@ -184,10 +184,9 @@ class IntegerWeights:
 
     def require_fitting(self, network: Network) -> None:
         """Every layer of `network` has what it needs. Raises `ModelError`."""
-        for layer in network.layers:
-            if isinstance(layer, (Convolution, Linear)):
-                if tuple(self.biases[layer.output].shape) != (layer.weight_shape[0],):
-                    raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
+        for layer in network.linear_layers:
+            if tuple(self.biases[layer.output].shape) != (layer.weight_shape[0],):
+                raise ModelError(f"layer '{layer.path}' has no bias of its size", "this is a defect of calibration")
 
 
 @dataclass(frozen=True)

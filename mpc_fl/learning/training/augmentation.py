@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,14 +101,16 @@ def unchanged(records: int, copies: int) -> torch.Tensor:
 
 def _transformations(settings: AugmentationSection, uniform: np.ndarray) -> torch.Tensor:
     """Float32 (K, 7) from K * 6 numbers in (0, 1]. The map leads from a place in the copy to one in the image."""
-    mirror, *rest = uniform.reshape(_NUMBERS, settings.copies)
-    across, down, angle, scale, contrast = (2 * part - 1 for part in rest)  # in (-1, 1]
-    sign = np.where(settings.flip & (mirror <= 0.5), -1.0, 1.0)
-    angle, inverse = angle * math.radians(settings.rotation), 1 / (1 + scale * settings.scale)
-    cosine, sine = inverse * np.cos(angle), inverse * np.sin(angle)
-    # `grid_sample` has coordinates from -1 to 1: a side is 2 long.
-    rows = [sign * cosine, -sine, 2 * across * settings.shift, sign * sine, cosine, 2 * down * settings.shift]
-    return torch.from_numpy(np.stack([*rows, 1 + contrast * settings.contrast], axis=1)).float()
+    constants = []
+    for mirror, *rest in uniform.reshape(_NUMBERS, settings.copies).T.tolist():
+        across, down, angle, scale, contrast = (2 * part - 1 for part in rest)  # in (-1, 1]
+        sign, angle = -1.0 if settings.flip and mirror <= 0.5 else 1.0, angle * math.radians(settings.rotation)
+        inverse = 1 / (1 + scale * settings.scale)
+        cosine, sine = inverse * math.cos(angle), inverse * math.sin(angle)
+        # `grid_sample` has coordinates from -1 to 1: a side is 2 long.
+        plane = sign * cosine, -sine, 2 * across * settings.shift, sign * sine, cosine, 2 * down * settings.shift
+        constants.append([*plane, 1 + contrast * settings.contrast])
+    return torch.tensor(constants)
 
 
 def transformed(records: torch.Tensor, transformations: torch.Tensor) -> torch.Tensor:
@@ -116,22 +119,30 @@ def transformed(records: torch.Tensor, transformations: torch.Tensor) -> torch.T
     Bilinear; beyond an image's border its border goes on. Contrast spreads values about the mean of the copy; they are not cut off,
     because normalised images have no range.
     """
-    copies = records.new_empty(len(records), transformations.shape[1], *records.shape[1:])
-    for copy, record, transformation in zip(copies, records, transformations, strict=True):
-        copy.copy_(_transformed(record.clone(), transformation.clone()))
-    return copies
+    images = records.new_empty(len(records), transformations.shape[1], *records.shape[1:])
+    means = records.new_empty(*transformations.shape[:2], 1, 1, 1)
+    for record, places, copies, mean in zip(
+        records, _places(transformations, records.shape[2:]), images, means, strict=True
+    ):
+        # By itself, in memory of its own: by how many there are, these two might round differently.
+        drawn = grid_sample(
+            record.clone().expand_as(copies),
+            places.clone(),
+            mode="bilinear",
+            padding_mode="border",
+            align_corners=False,
+        )
+        copies.copy_(drawn)
+        mean.copy_(drawn.mean(dim=(1, 2, 3), keepdim=True))
+    # What follows treats each number by itself.
+    return images.sub_(means).mul_(transformations[:, :, 6].reshape(means.shape)).add_(means)
 
 
-def _transformed(record: torch.Tensor, transformation: torch.Tensor) -> torch.Tensor:
-    """Copies (K, C, H, W) of one image (C, H, W). Angles are true for square images, which all sources give."""
-    shape = (len(transformation), *record.shape)
-    plane = transformation[:, :6].reshape(-1, 2, 3)
-    # Places by sums and products of single elements: a matrix product might round differently by its size.
-    across, down = ((2 * torch.arange(side) + 1) / side - 1 for side in (shape[3], shape[2]))
-    places = [row[:, 0, None, None] * across + row[:, 1, None, None] * down[:, None] + row[:, 2, None, None]
-              for row in plane.unbind(1)]  # fmt: skip
-    images = grid_sample(
-        record.expand(shape), torch.stack(places, dim=-1), mode="bilinear", padding_mode="border", align_corners=False
-    )
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return (images - mean) * transformation[:, 6].reshape(-1, 1, 1, 1) + mean
+def _places(transformations: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """Where each pixel of a copy lies in its image, float32 (N, K, H, W, 2). Angles are true for square images, which all sources
+    give."""
+    # By sums and products of single elements: a matrix product might round differently by its size.
+    down, across = ((2 * torch.arange(side) + 1) / side - 1 for side in sides)
+    rows = transformations[:, :, :6].unflatten(2, (2, 3))[..., None, None].unbind(2)
+    places = [row[:, :, 0] * across + row[:, :, 1] * down[:, None] + row[:, :, 2] for row in rows]
+    return torch.stack(places, dim=-1)

@@ -1,7 +1,8 @@
-"""Clipped sums of per-sample gradients: three implementations, one mathematics.
+"""Clipped sums of per-sample gradients: four implementations, one mathematics.
 
-`hooks` is Opacus's GradSampleModule, `vmap` is torch.func, `loop` is one plain backward pass per record. Which
-is fastest depends on the network, so `choose_per_sample_method` measures; tests hold all of them against Opacus's own gradients.
+`layers` is a plain backward pass and a product for each layer (`layer_gradients`), `hooks` is Opacus's GradSampleModule, `vmap` is
+torch.func, `loop` is one plain backward pass per record. Which is fastest depends on the network, so `choose_per_sample_method`
+measures; tests hold all of them against Opacus's own gradients.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ from mpc_fl.learning.training.augmentation import (
     unchanged,
 )
 from mpc_fl.learning.training.batch_pieces import copies_at_once
+from mpc_fl.learning.training.layer_gradients import by_layers
 from mpc_fl.learning.training.record_places import places_of, record_batches
 
-Method = Literal["vmap", "loop", "hooks"]
+Method = Literal["layers", "vmap", "loop", "hooks"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _GRADIENT_BYTES = 1 << 30
 _HOOKS_PARAMETERS = 1_000_000
@@ -144,6 +146,7 @@ def _over_copies(values: torch.Tensor, records: int) -> torch.Tensor:
 
 # Gradients of the summed loss over the copies (N, K, ...) of each record, and that loss (N,).
 _IMPLEMENTATIONS: dict[str, Callable[[nn.Module, Loss, torch.Tensor, torch.Tensor], Iterator[Chunk]]] = {
+    "layers": by_layers,
     "loop": _by_loop,
     "vmap": _by_vmap,
     "hooks": _by_hooks,
@@ -360,7 +363,7 @@ def choose_per_sample_method(
     single = seconds("loop", 1)
     count = max(2, min(batch_size, 32, int(0.2 / single)))
     measured: dict[Method, float] = {"loop": seconds("loop", count)}
-    candidates: list[Method] = ["vmap"] if 4 * size * count < _GRADIENT_BYTES else []
+    candidates: list[Method] = ["layers", "vmap"] if 4 * size * count < _GRADIENT_BYTES else ["layers"]
     if size <= _HOOKS_PARAMETERS:
         candidates.append("hooks")
     for method in candidates:

@@ -12,7 +12,7 @@ import torch
 
 # With more places fewer batches are needed, and more places stay empty.
 _FEWEST_PLACES, _MOST_PLACES = 16, 256
-_GRADIENT_ELEMENTS = 1 << 20  # of a batch with more than the fewest places
+_GRADIENT_ELEMENTS = 1 << 18  # of a batch with more than the fewest places
 _WORDS = 1 << 20  # of records whose places are found at once
 _ODD = 0x5851F42D4C957F2D  # multiplier of a linear congruential generator (Knuth, TAOCP 2, section 3.3.4)
 

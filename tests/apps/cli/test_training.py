@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 
 from mpc_fl.apps.cli.options import configure
-from mpc_fl.apps.cli.training import _preflight, check
+from mpc_fl.apps.cli.training import _ledgers_end_with_it, _preflight, check
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError, PrivacyBudgetError
+from mpc_fl.federation.planning import budget_of
 from mpc_fl.inference.fast.kernels.compiled import kernels
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from tests.learning.data.dicom_writing import write_dicom
 
 
@@ -199,3 +202,33 @@ def test_check_refuses_what_the_site_does_not_allow_before_it_reads_every_file(
     with pytest.raises(ConfigError, match=r"line 1 \(models\); nor privacy.epsilon 8: .* line 2"):
         check(config, data=tmp_path / "absent", overrides=[f"site.rules={rules}"])
     assert capsys.readouterr().out == ""
+
+
+def test_check_on_a_ledger_shows_the_noise_that_the_run_will_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It said two noise multipliers of one run: that of an empty ledger, and that of this one."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "data: {phantoms: {train_patients: 60, test_patients: 20}, image_size: 8}\nmodel: {architecture: mlp, hidden: [2]}\n"
+        "training: {rounds: 2, local_steps: 1, batch_size: 4}\nfederation: {hospitals: 2}\n"
+        "privacy: {delta: 0.001, accountant: rdp}\n"
+    )
+    settings = configure(config, None)
+    event, ledgers = SubsampledGaussian(2.0, 0.1, 10), tmp_path / "ledgers"
+    ledgers.mkdir()
+    PrivacyLedger(ledgers / "hospital-1-privacy.sqlite3", "hospital-1").charge(
+        event, run="earlier", round_number=1, budget=budget_of(settings)
+    )
+    check(config, ledger=ledgers)
+    lines = capsys.readouterr().out.splitlines()
+    of_one, of_other = ([line for line in lines if line.startswith(f"hospital-{rank}:")] for rank in (1, 0))
+    assert of_one[0] == "hospital-1: 30 training patients" and "is left; the noise multiplier is" in of_one[1]
+    assert len(of_other) == 1 and "with noise multiplier" in of_other[0]
+
+
+def test_a_ledger_that_the_configuration_names_outlives_the_run() -> None:
+    """Only --ledger counted, so that a run on a ledger of its site said there was none."""
+    assert _ledgers_end_with_it(Config())
+    assert not _ledgers_end_with_it(Config().with_values(site={"privacy_ledger": "ledgers"}))
+    assert not _ledgers_end_with_it(Config().with_values(privacy={"mechanism": "none"}))

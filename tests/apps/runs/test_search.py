@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
+from mpc_fl.apps.cli import main
+from mpc_fl.apps.cli.options import begin_on_ledgers
 from mpc_fl.apps.report.search_page import write_search_report
-from mpc_fl.apps.runs.search import _epsilons, _spent, grid_of, grid_setting, searched
+from mpc_fl.apps.runs.search import _epsilons, _Plan, _spent, grid_of, grid_setting, ledger_forecasts, searched
 from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, best_trial
 from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.errors import ConfigError
-from mpc_fl.learning.privacy.accounting import SubsampledGaussian
+from mpc_fl.errors import ConfigError, PrivacyBudgetError
+from mpc_fl.federation.ledger_forecast import LedgerForecast
+from mpc_fl.federation.planning import budget_of
+from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier
 from mpc_fl.learning.privacy.privacy_ledger import PrivacyLedger
 from mpc_fl.roles import hospital_names
 
@@ -31,6 +35,8 @@ SECTIONS: dict[str, Any] = {
     "evaluation": {"noise_multiplier": 8.0, "choose": "best", "calibrate": "both"},
     "federation": {"hospitals": 2},
 }
+
+QUIET: dict[str, Any] = {"privacy": {"epsilon": 4.0, "accountant": "rdp"}, "evaluation": {"noise_multiplier": 200.0}}
 
 
 def configured(**sections: Any) -> Config:
@@ -95,6 +101,67 @@ def test_what_trials_spent_per_image_is_counted_per_image(tmp_path: Path) -> Non
     config = parse_config({**changes, "federation": {"hospitals": 3}}, "test")
     assert _spent(config, tmp_path) == [[event]] * 3
     assert all(epsilon is not None and epsilon > 0 for epsilon in _epsilons(config, tmp_path).values())
+
+
+def test_a_search_says_what_its_privacy_ledgers_leave_for_it(tmp_path: Path) -> None:
+    config = configured(**QUIET).with_values(site={"privacy_ledger": str(tmp_path)})
+    search = searched(config, {"training.learning_rate": [0.1, 0.2]})
+    assert ledger_forecasts(search) == [] and not list(tmp_path.iterdir())  # nothing is spent, and no ledger is made
+    budget = budget_of(config)
+    noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
+    ledger = PrivacyLedger(tmp_path / "hospital-1-privacy.sqlite3", "hospital-1", "patient")
+    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    (forecast,) = ledger_forecasts(search)
+    assert forecast.hospital == "hospital-1" and forecast.target == 4.0
+    assert 3 < forecast.used < 4 and forecast.used == ledger.epsilon(budget.delta, budget.accountant)
+    # What is said is the noise that the trials will have.
+    assert forecast.noise_multiplier == _Plan.of(search, tmp_path, tmp_path, False).noise and forecast.is_nearly_spent
+    without = config.with_values(privacy={"mechanism": "none"}, evaluation={"noise_multiplier": None})
+    assert ledger_forecasts(searched(without, {"training.learning_rate": [0.1, 0.2]})) == []
+
+
+def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(**QUIET)
+    budget = budget_of(config)
+    noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
+    ledger = PrivacyLedger(tmp_path / "ledgers" / "hospital-0-privacy.sqlite3", "hospital-0", "patient")
+    ledger.path.parent.mkdir()
+    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    (tmp_path / "config.yaml").write_text(configured().to_yaml())
+    command = [
+        "tune",
+        tmp_path / "config.yaml",
+        "--try",
+        "training.learning_rate=0.1,0.2",
+        "--ledger",
+        ledger.path.parent,
+    ]
+    monkeypatch.setattr(sys, "argv", ["mpc-fl", *map(str, command), "--out", str(tmp_path / "search")])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 3 and "times as much: say --anyway" in said, said
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("search")]
+
+
+def test_what_ledgers_leave_is_said_beside_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json nothing was said, before or after."""
+    little, much = (
+        LedgerForecast(f"hospital-{rank}", 4.7, 8.0, noise, 1.46) for rank, noise in enumerate((1.84, 24.9))
+    )
+    names = Config().federation.chosen_names
+    assert begin_on_ledgers([little], names, False, True) == [little.to_json()]
+    said, beside = capsys.readouterr()
+    assert said == "" and "epsilon 4.7 of 8 is used, 3.3 is left; the noise multiplier is 1.84" in " ".join(
+        beside.split()
+    )
+    with pytest.raises(PrivacyBudgetError, match="say --anyway"):
+        begin_on_ledgers([little, much], names, False, False)
+    assert capsys.readouterr().out == ""
+    assert len(begin_on_ledgers([little, much], names, True, False)) == 2
+    assert capsys.readouterr().out.count("is left") == 2
 
 
 def test_the_best_trial_is_the_first_of_the_best() -> None:

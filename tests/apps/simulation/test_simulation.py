@@ -170,7 +170,7 @@ def test_summands_of_hospitals_with_different_models_do_not_add_up(
     def other_for_one(group: HospitalGroup, given: Any) -> None:
         take(group, given)
         if 1 in group.ranks:
-            hospital = group._all[1].hospital
+            hospital = group.hospitals[1].hospital
             hospital.digests.take(parameters=given.parameters + 1)
 
     other_for_one.__name__ = "take_model"

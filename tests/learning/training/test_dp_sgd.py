@@ -96,11 +96,12 @@ def test_methods_agree_with_frozen_batchnorm_and_hooks_refuse_it() -> None:
     calibrate_batchnorm(model, inputs)
     pure = without_in_place(model)
     loop = clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, "loop")
-    vectorised = clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, "vmap")
-    torch.testing.assert_close(joined(loop.gradients), joined(vectorised.gradients), rtol=0, atol=1e-5)
+    for method in ("vmap", "layers"):
+        other = clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, method)
+        torch.testing.assert_close(joined(loop.gradients), joined(other.gradients), rtol=0, atol=1e-5)
     with pytest.raises(ModelError, match="BatchNorm"):
         clipped_sum(pure, sum_cross_entropy, inputs, labels, 0.7, "hooks")
-    assert choose_per_sample_method(model, (1, 32, 32), 8) in ("loop", "vmap")
+    assert choose_per_sample_method(model, (1, 32, 32), 8) in ("layers", "loop", "vmap")
 
 
 @pytest.mark.parametrize("which", ["head", "lora:1"])
@@ -137,7 +138,7 @@ records = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(records, st.floats(0.01, 100.0), st.sampled_from(["loop", "vmap", "hooks"]))
+@given(records, st.floats(0.01, 100.0), st.sampled_from(["layers", "loop", "vmap", "hooks"]))
 def test_one_patient_moves_the_sum_by_at_most_the_clipping_norm(
     rows: list[tuple[list[float], int]], norm: float, method: Method
 ) -> None:
@@ -150,7 +151,7 @@ def test_one_patient_moves_the_sum_by_at_most_the_clipping_norm(
     assert float((with_all - without_last).double().norm()) <= norm * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("method", ["loop", "vmap", "hooks"])
+@pytest.mark.parametrize("method", ["layers", "loop", "vmap", "hooks"])
 def test_a_poisoned_record_counts_as_zero(method: Method) -> None:
     model = linear_model()
     inputs, labels = batch(3, 4)

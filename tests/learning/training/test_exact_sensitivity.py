@@ -30,6 +30,9 @@ CASES: list[tuple[str, str, tuple[int, ...], Method]] = [
     ("small_cnn", "group", (1, 32, 32), "vmap"),
     ("small_cnn", "frozen", (1, 64, 64), "vmap"),
     ("small_cnn", "group", (1, 32, 32), "hooks"),
+    ("small_cnn", "frozen", (1, 32, 32), "layers"),
+    ("small_cnn", "frozen", (1, 64, 64), "layers"),
+    ("mlp", "frozen", (30,), "layers"),
     ("small_cnn", "frozen", (1, 32, 32), "loop"),
     ("mlp", "frozen", (30,), "vmap"),
     ("mlp", "frozen", (30,), "hooks"),
@@ -123,6 +126,7 @@ def test_what_a_row_adds_depends_on_that_row_alone(count: int, size: int, seed: 
 AUGMENTED: list[tuple[str, tuple[int, ...], Method]] = [
     ("frozen", (1, 32, 32), "vmap"),
     ("group", (1, 16, 16), "hooks"),
+    ("frozen", (1, 32, 32), "layers"),
     ("frozen", (1, 32, 32), "loop"),
 ]
 

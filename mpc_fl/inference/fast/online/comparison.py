@@ -1,9 +1,8 @@
-"""ReLU, ReLU6, maximum and sign extension of additively shared numbers, in three openings.
+"""ReLU, ReLU6, maximum and sign extension of additively shared numbers, in three openings or one.
 
 Protocol, for shares of x modulo 2^k, mask r shared by the dealer (`gate_correlation`), both parties alike:
 
   1. open c = x + r modulo 2^k. ReLU: x < 0 iff msb(c) ^ msb(r) ^ u = 1, with u = [c < r] on the low k - 1 bits.
-     Sign extension: x + 2^(k-1) is opened instead, and u = [c < r] on all k bits.
      Look c's digits up in the tables of r: shares of less_j = [c_j < r_j] and equal_j = [c_j = r_j].
   2. open less_j ^ m_j and equal_j ^ m'_j. u = less_L-1 ^ equal_L-1 (less_L-2 ^ equal_L-2 (...)) is now a polynomial with
      public coefficients in products of masks, which are shared: a share of u without a message.
@@ -12,7 +11,8 @@ Protocol, for shares of x modulo 2^k, mask r shared by the dealer (`gate_correla
 ReLU. p = 1 - [x < 0] = 1 ^ t ^ w with w = q ^ msb(r), and y = p (c - r'), where r' = r - 2^k msb(r) if msb(c) = 0 and r' = r
 otherwise: for x >= 0 the integer c - r wraps exactly when msb(c) = 0 and msb(r) = 1 (then u must be 1). As an integer
 r = r_C + r_S - 2^k kappa, so the result modulo 2^32 needs shares of kappa and the like modulo 2^(32-k) only.
-Sign extension. x + 2^(k-1) = c - r + 2^k u as integers, u = t ^ q.
+Sign extension, of |x| < 2^(k-2). Opened is c = x + 2^(k-2) + r, and nothing else: 0 <= x + 2^(k-2) < 2^(k-1), so by the same
+argument that integer is c - r', with the highest bits of c, public, and of r: linear in kappa and msb(r).
 ReLU with a ceiling h (ReLU6), which is public: min(relu(x), h), for x of which x - h fits k bits. One opening serves the comparison
 of x with 0 and that with h, because c' = c - h modulo 2^k is x - h under the same mask r:
 
@@ -32,9 +32,9 @@ q and q' are drawn independently.
 The steps are specified here with numpy. Where there are compiled kernels, these do them (`compiled_steps`), after a test that they
 do exactly the same; every message is equal, byte by byte.
 
-Rounds and bytes. Three openings, both parties send at the same time. k = 20: 2.5 + 9/8 + 1/8 = 3.75 bytes per gate and
-direction; sign extension the same. A ceiling 6 * 2^11, k = 17: 17 bits, 9 masked digit bits, t and t': 3.5 bytes, where two gates
-would take 6.25. In general k + (2L - 1) + 1 bits; with a ceiling and g > 0 common digits k + (2L - 1) + 2 (L - g) + 2.
+Rounds and bytes. Three openings, both parties send at the same time: k + (2L - 1) + 1 bits per gate and direction, for k = 20
+2.5 + 9/8 + 1/8 = 3.75 bytes. With a ceiling and g > 0 common digits k + (2L - 1) + 2 (L - g) + 2 bits: with k = 19 and the ceiling
+6 * 2^12 3.75 bytes, where two gates of 20 bits take 7.5. Sign extension: one opening of k bits.
 """
 
 from __future__ import annotations
@@ -94,6 +94,20 @@ def compare(material: GateMaterial, share: np.ndarray, first: bool, exchange: Ex
     `first` is true at C alone: it adds public constants. The result is modulo 2^32 or 2^k, as `Result` says. Raises
     `ValueError` when the share does not fit the gate.
     """
+    return _compared(material, share, first, exchange)[0]
+
+
+def extend(material: GateMaterial, share: np.ndarray, first: bool, exchange: Exchange) -> tuple[np.ndarray, np.ndarray]:
+    """The same for a sign extension; and x + r modulo 2^k, uint32 (count,), which both parties know then."""
+    result, opened = _compared(material, share, first, exchange)
+    gate = material.gate
+    return result, (opened - np.uint32(1 << gate.bits - 2)) & np.uint32((1 << gate.bits) - 1)
+
+
+def _compared(
+    material: GateMaterial, share: np.ndarray, first: bool, exchange: Exchange
+) -> tuple[np.ndarray, np.ndarray]:
+    """This party's share of the result, and c."""
     gate = material.gate
     if share.dtype != np.uint32 or share.shape != (gate.count,):
         raise ValueError("the share does not fit the gate")
@@ -102,10 +116,12 @@ def compare(material: GateMaterial, share: np.ndarray, first: bool, exchange: Ex
     # C draws the rest of its part while S still convolves.
     theirs = exchange(message, lambda: material.corrected)
     opened, masked = by.masked_digits(material, mine, theirs, first)
+    if not gate.thresholds:
+        return by.result(material, opened, masked, first), opened
     masked ^= exchange(masked.view(np.uint8).reshape(-1)).view(np.uint64).reshape(masked.shape)
     t = by.masked_borrows(material, opened, masked, first)
     t ^= exchange(t.view(np.uint8).reshape(-1)).view(np.uint64).reshape(t.shape)
-    return by.result(material, opened, t, first)
+    return by.result(material, opened, t, first), opened
 
 
 class NumpySteps:
@@ -133,7 +149,7 @@ class NumpySteps:
     def result(self, material: GateMaterial, opened: np.ndarray, t: Planes, first: bool) -> np.ndarray:
         """Step 4."""
         if material.gate.result is Result.EXTENDED:
-            return _extended(material, opened, t[0], first)
+            return _extended(material, opened, first)
         return _rectified(material, opened, t, first)
 
 
@@ -148,7 +164,7 @@ def _masked_input(material: GateMaterial, share: np.ndarray, first: bool) -> tup
     mask = np.uint32((1 << gate.bits) - 1)
     mine = share + material.drawn.input_mask
     if first and gate.result is Result.EXTENDED:
-        mine += np.uint32(1 << gate.bits - 1)
+        mine += np.uint32(1 << gate.bits - 2)
     mine &= mask
     return mine, pack(mine, gate.bits)
 
@@ -251,7 +267,7 @@ def _masked_borrow(material: GateMaterial, opened: np.ndarray, masked: Planes, n
                 term ^= folded
             value = term
         result[words] ^= value[0]
-        if first and gate.result is not Result.EXTENDED:
+        if first:
             high = _less_ceiling(gate, opened[gates], threshold) >> np.uint32(gate.bits - 1)
             result[words] ^= plane_of(high != 0)
     return result
@@ -302,16 +318,15 @@ def _rectified(material: GateMaterial, opened: np.ndarray, t_planes: Planes, fir
     return result
 
 
-def _extended(material: GateMaterial, opened: np.ndarray, t_plane: Planes, first: bool) -> np.ndarray:
-    """c - r + 2^k (kappa + u) - 2^(k-1), u = q if t = 0 and 1 - q otherwise."""
+def _extended(material: GateMaterial, opened: np.ndarray, first: bool) -> np.ndarray:
+    """c - r + 2^k (kappa + (1 - msb(c)) msb(r)) - 2^(k-2)."""
     gate = material.gate
     at_zero, at_one = material.corrected.arrays
     result = np.negative(material.drawn.input_mask)
     if first:
         result += opened
-        result -= np.uint32(1 << gate.bits - 1)
-    t = bits_of(t_plane, gate.count)
-    wraps = np.where(t, at_one, at_zero)
+        result -= np.uint32(1 << gate.bits - 2)
+    wraps = np.where(opened >> np.uint32(gate.bits - 1) != 0, at_one, at_zero)
     result += wraps.astype(np.uint32) << np.uint32(gate.bits)
     return result
 
@@ -347,6 +362,8 @@ def everything_computed(by: Steps, gate: ComparisonGate, first: bool, key: bytes
     mine, message = by.masked_input(material, share, first)
     kept = mine.copy()
     opened, masked = by.masked_digits(material, mine, others.words(len(message), np.uint8), first)
+    if not gate.thresholds:
+        return [kept, message, opened, by.result(material, opened, masked, first)]
     sent = masked.copy()
     masked ^= others.words(masked.size, np.uint64).reshape(masked.shape)
     borrows = by.masked_borrows(material, opened, masked, first)

@@ -28,7 +28,7 @@ class _RectifierWork(ctypes.Structure):
 class _ExtensionWork(ctypes.Structure):
     """`extension_work` of native/gates.h."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("opened", "input_mask", "at_zero", "at_one", "t", "result")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("opened", "input_mask", "at_zero", "at_one", "result")]
 
 
 class CompiledSteps:
@@ -40,7 +40,7 @@ class CompiledSteps:
     def masked_input(self, material: GateMaterial, share: np.ndarray, first: bool) -> tuple[np.ndarray, np.ndarray]:
         """x + r modulo 2^k of this party, uint32 (count,), and packed, uint8."""
         gate, mask = material.gate, plain(material.drawn.input_mask)
-        share, more = plain(share), 1 << gate.bits - 1 if first and gate.result is Result.EXTENDED else 0
+        share, more = plain(share), 1 << gate.bits - 2 if first and gate.result is Result.EXTENDED else 0
         mine = np.empty(gate.count, dtype=np.uint32)
         message = np.empty(packed_bytes(gate.bits, gate.count), dtype=np.uint8)
         arrays = (share.ctypes.data, mask.ctypes.data, more, mine.ctypes.data, message.ctypes.data)
@@ -76,11 +76,11 @@ class CompiledSteps:
         result, mask = np.empty(gate.count, dtype=np.uint32), plain(material.drawn.input_mask)
         words = [plain(array) for array in material.corrected.arrays]
         places = dict(zip(word_names(gate), (array.ctypes.data for array in words), strict=True))
-        ends = {"opened": opened.ctypes.data, "t": t.ctypes.data, "result": result.ctypes.data}
+        ends = {"opened": opened.ctypes.data, "result": result.ctypes.data}
         if gate.result is Result.EXTENDED:
             extension = _ExtensionWork(input_mask=mask.ctypes.data, **ends, **places)
             self._library.ring_kernels_extend(self._set, described, ctypes.byref(extension))
         else:
-            rectifier = _RectifierWork(input_mask=mask.ctypes.data, **ends, **places)
+            rectifier = _RectifierWork(input_mask=mask.ctypes.data, t=t.ctypes.data, **ends, **places)
             self._library.ring_kernels_rectify(self._set, described, ctypes.byref(rectifier))
         return result

@@ -4,10 +4,15 @@ Both parties walk the same public list of layers; a value is two shares, numpy u
 the encoded records, S with zeros.
 
   Convolution, Linear   C sends E once per value that they read, S convolves (`linear`): 1 message
-  ReLU, SignExtend      one comparison gate on all elements (`comparison`): 3 openings
+  ReLU                  one comparison gate on all elements (`comparison`): 3 openings
+  SignExtension         1 opening (`comparison`)
   MaxPool               gates per level of a tournament (`pooling`): 3 openings each
   all others            local
   after each layer      truncation, local (`linear.truncate`)
+
+E = y_C - A of a value that a sign extension made takes 32 - k bits an element instead of 32. There r_C = -A modulo 2^k
+(`gate_correlation.draw`), and y_C is -r_C plus what both know plus a multiple of 2^k. So the low k bits of E are those of x + r,
+which was opened, and only the high ones are sent. These are masked by the high bits of A, which are independent of r_C.
 
 In an opening both parties send at the same time. `sequential_messages` is the longest chain of messages that wait for one
 another, C's E and its part of the next opening going out together: 4 per linear layer with ReLU, 3 per level of a maximum.
@@ -28,10 +33,11 @@ import numpy as np
 import torch
 
 from mpc_fl.inference.fast import layers
+from mpc_fl.inference.fast.kernels.bit_planes import pack, packed_bytes, unpack
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_owner, truncate
 from mpc_fl.inference.fast.kernels.pooling import max_pool, maximum, sum_pool
 from mpc_fl.inference.fast.network import RING_BITS, IntegerWeights, Network, channels_last, label_bits
-from mpc_fl.inference.fast.online.comparison import compare
+from mpc_fl.inference.fast.online.comparison import compare, extend
 from mpc_fl.inference.fast.preprocessing.correlations import (
     HospitalCorrelations,
     OneTime,
@@ -65,12 +71,13 @@ class EvaluationLink:
     number: int
 
     def send_masked_value(self, masked: torch.Tensor) -> None:
-        """E, int32, of a value that linear layers read: hospital to model owner, in the order of the network."""
+        """E, int32, of a value that linear layers read, or its high bits packed, uint8: hospital to model owner, in the order of
+        the network."""
         self.links.send_tensor(self.peer, f"E {self.number}", masked)
 
-    def receive_masked_value(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """The next E, int32 of `shape`. Raises `PeerLostError`, `ProtocolError`."""
-        return self.links.receive_tensor(self.peer, f"E {self.number}", torch.int32, shape)
+    def receive_masked_value(self, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        """The next E, of `shape`. Raises `PeerLostError`, `ProtocolError`."""
+        return self.links.receive_tensor(self.peer, f"E {self.number}", dtype, shape)
 
     def exchange(self, message: np.ndarray, meanwhile: Callable[[], object] | None = None) -> np.ndarray:
         """One opening: send this party's part (uint8), do `meanwhile`, return as many bytes of the other's."""
@@ -79,6 +86,19 @@ class EvaluationLink:
         if meanwhile is not None:
             meanwhile()
         return self.links.receive_tensor(self.peer, tag, torch.uint8, message.shape).numpy()
+
+
+@dataclass(frozen=True, repr=False)
+class Extended:
+    """Of a value that a sign extension made: k, and x + r modulo 2^k, uint32, which was opened."""
+
+    bits: int
+    opened: np.ndarray
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of E that are sent."""
+        return RING_BITS - self.bits
 
 
 class _PartyEvaluation(ABC):
@@ -90,6 +110,8 @@ class _PartyEvaluation(ABC):
         self.network, self.link, self.gates = network, link, gates
         self.on_truncation: OnTruncation | None = None
         self.chain = MessageChain()
+        self.masked = {layer.inputs[0] for layer in network.linear_layers}  # the values that are handed over
+        self.extended: dict[str, Extended] = {}
 
     @abstractmethod
     def hand_over(self, name: str, share: np.ndarray) -> None:
@@ -103,9 +125,8 @@ class _PartyEvaluation(ABC):
         """This party's share of the network's output, from its share of the input."""
         network = self.network
         waiting = Counter(name for layer in network.layers for name in layer.inputs) + Counter([network.output])
-        masked = {layer.inputs[0] for layer in network.linear_layers}
         values = {network.input: share}
-        if network.input in masked:
+        if network.input in self.masked:
             self.hand_over(network.input, share)
         for layer in network.layers:
             inputs = [values[name] for name in layer.inputs]
@@ -116,7 +137,7 @@ class _PartyEvaluation(ABC):
                     self.on_truncation(layer.output, as_channels_first(result) & np.uint32((1 << width) - 1))
                 result = truncate(result, width, layer.shift, self.first)
             values[layer.output] = result
-            if layer.output in masked:
+            if layer.output in self.masked:
                 self.hand_over(layer.output, result)
             waiting.subtract(layer.inputs)
             for name in set(layer.inputs):
@@ -130,7 +151,12 @@ class _PartyEvaluation(ABC):
         match layer:
             case layers.Convolution() | layers.Linear():
                 return self.linear(layer)
-            case layers.ReLU() | layers.SignExtend():
+            case layers.SignExtension():
+                result, opened = extend(self.gates.take(layer.output), share.reshape(-1), self.first, self._exchange)
+                if layer.output in self.masked:
+                    self.extended[layer.output] = Extended(bits, opened.reshape(share.shape))
+                return result.reshape(share.shape)
+            case layers.ReLU():
                 return self._gate(layer.output, share.reshape(-1)).reshape(share.shape)
             case layers.MaxPool():
                 return max_pool(layer, share, bits, self.first, self._tournament(layer.output))
@@ -197,6 +223,10 @@ class HospitalEvaluation(_PartyEvaluation):
         A is uniform and used once; C expands it from the seed that it has in common with the dealer, so S does not know it.
         """
         masked = torch.from_numpy(share.view(np.int32)) - self._masks.take(name)
+        extended = self.extended.pop(name, None)
+        if extended is not None:
+            high = masked.numpy().view(np.uint32).reshape(-1) >> np.uint32(extended.bits)
+            masked = torch.from_numpy(pack(high, extended.high_bits))
         self.link.send_masked_value(masked)
         self.chain.from_hospital()
 
@@ -228,12 +258,22 @@ class OwnerEvaluation(_PartyEvaluation):
         self._masked[name] = torch.from_numpy(share.view(np.int32))
         self.chain.from_hospital()
 
+    def _receive(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """E."""
+        extended = self.extended.pop(name, None)
+        if extended is None:
+            return self.link.receive_masked_value(shape)
+        count, bits = extended.opened.size, extended.high_bits
+        packed = self.link.receive_masked_value((packed_bytes(bits, count),), torch.uint8)
+        high = unpack(packed.numpy(), bits, count).reshape(shape)
+        return torch.from_numpy(((high << np.uint32(extended.bits)) | extended.opened).view(np.int32))
+
     def linear(self, layer: layers.Convolution | layers.Linear) -> np.ndarray:
         """z_S = W * (E + y_S) + u_S + bias."""
         name = layer.inputs[0]
         if self._readers[name] == 0:
             mine = self._masked[name]
-            self._masked[name] = self.link.receive_masked_value(tuple(mine.shape)).add_(mine)
+            self._masked[name] = self._receive(name, tuple(mine.shape)).add_(mine)
         self._readers[name] += 1
         correction, bias = self._products.take(layer.output), self._biases[layer.output]
         share = product_share_of_owner(self._weights[layer.output], self._masked[name], correction, bias)

@@ -24,7 +24,7 @@ class _Gate(ctypes.Structure):
     """`gate` of native/gates.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("count", "words", "bits", "digits", "first", "top")),
+        *((name, ctypes.c_int64) for name in ("count", "words", "bits", "digits", "first")),
         *((name, ctypes.c_int64) for name in ("thresholds", "ceiling", "common", "products")),
         ("sizes", ctypes.c_int64 * MOST_DIGITS),
         *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("mask_rows", "product_rows")),
@@ -78,9 +78,8 @@ def described_gate(gate: ComparisonGate, first: bool) -> ctypes.Array[_Gate]:
     described = (_Gate * 1)()  # an array passes as a pointer, and keeps its memory as long as it is one
     to = described[0]
     to.count, to.words, to.bits, to.digits = gate.count, gate.words, gate.bits, len(gate.digits)
-    to.first, to.top = first, first and gate.result is not Result.EXTENDED
-    to.thresholds, to.ceiling, to.common = len(gate.thresholds), gate.ceiling or 0, gate.common
-    to.products, to.sizes[: len(gate.digits)] = len(gate.product_rows[0]), gate.digits
+    to.first, to.thresholds, to.ceiling, to.common = first, len(gate.thresholds), gate.ceiling or 0, gate.common
+    to.products, to.sizes[: len(gate.digits)] = len(gate.product_rows[0]) if gate.thresholds else 0, gate.digits
     to.mask_rows, to.product_rows = _rows(gate.mask_rows), _rows(gate.product_rows)
     return described
 

@@ -14,6 +14,7 @@ difference of what it hid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -23,10 +24,11 @@ import torch
 
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SecrecyError
+from mpc_fl.inference.fast.kernels.bit_planes import packed_bytes
 from mpc_fl.inference.fast.kernels.linear import LinearMap, product_share_of_hospital
 from mpc_fl.inference.fast.kernels.pooling import levels_of, max_pool_counts
-from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtend
-from mpc_fl.inference.fast.network import Network, Reveal, channels_last, label_bits
+from mpc_fl.inference.fast.layers import MaxPool, ReLU, SignExtension
+from mpc_fl.inference.fast.network import RING_BITS, Network, Reveal, channels_last, label_bits
 from mpc_fl.inference.fast.preprocessing.gate_correction import correction_of
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate, GateMaterial, Result
 
@@ -55,6 +57,17 @@ class CorrelationPlan:
     masks: Mapping[str, tuple[int, ...]]
     pieces: Mapping[str, ComparisonGate | LinearProduct]
 
+    def extension(self, value: str) -> ComparisonGate | None:
+        """The sign extension that makes a masked value, if one does: its r_C is -A, and of E only the high bits are sent."""
+        piece = self.pieces.get(value)
+        extends = isinstance(piece, ComparisonGate) and piece.result is Result.EXTENDED and value in self.masks
+        return piece if isinstance(piece, ComparisonGate) and extends else None
+
+    def masked_bytes(self, value: str) -> int:
+        """Bytes of E of a masked value."""
+        gate = self.extension(value)
+        return 4 * math.prod(self.masks[value]) if gate is None else packed_bytes(RING_BITS - gate.bits, gate.count)
+
     @property
     def correction_bytes(self) -> int:
         """Bytes that the dealer sends S."""
@@ -78,7 +91,7 @@ def correlation_plan(network: Network, records: int, reveal: Reveal) -> Correlat
         elif isinstance(layer, ReLU):
             result = Result.WIDE if output.wide else Result.NARROW
             pieces[layer.output] = ComparisonGate(value.bits, records * value.elements, result, layer.ceiling)
-        elif isinstance(layer, SignExtend):
+        elif isinstance(layer, SignExtension):
             pieces[layer.output] = ComparisonGate(value.bits, records * value.elements, Result.EXTENDED)
         elif isinstance(layer, MaxPool):
             channels, rows, columns = value.shape
@@ -138,6 +151,10 @@ def _mask(seed: Seed, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(seed.stream("mask", name).words(int(np.prod(shape)), np.int32).reshape(shape))
 
 
+def _value_mask(plan: CorrelationPlan, name: str, masks: Mapping[str, torch.Tensor]) -> np.ndarray | None:
+    return None if plan.extension(name) is None else masks[name].numpy()
+
+
 def hospital_correlations(
     plan: CorrelationPlan,
     seed: Seed,
@@ -154,7 +171,7 @@ def hospital_correlations(
     for name, piece in plan.pieces.items():
         stream = seed.stream("piece", name)
         if isinstance(piece, ComparisonGate):
-            gates[name] = GateMaterial(piece, stream)
+            gates[name] = GateMaterial(piece, stream, value_mask=_value_mask(plan, name, masks))
         elif stored is not None:
             products[name] = stored[name]
         else:
@@ -205,7 +222,8 @@ def corrections_of(
     last_use = {piece.value: name for name, piece in plan.pieces.items() if isinstance(piece, LinearProduct)}
     for name, piece in plan.pieces.items():
         if isinstance(piece, ComparisonGate):
-            yield name, correction_of(piece, hospital.stream("piece", name), owner.stream("piece", name))
+            streams = hospital.stream("piece", name), owner.stream("piece", name)
+            yield name, correction_of(piece, *streams, _value_mask(plan, name, masks))
             continue
         share = weight_masks[name](masks[piece.value])
         hospital.stream("piece", name).subtract_from(share)

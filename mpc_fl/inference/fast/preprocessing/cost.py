@@ -10,8 +10,6 @@ from mpc_fl.inference.fast.network import Network, Reveal
 from mpc_fl.inference.fast.preprocessing.correlations import CorrelationPlan, correlation_plan, level_name
 from mpc_fl.inference.fast.preprocessing.gate_correlation import ComparisonGate
 
-_OPENINGS = 3  # of a gate
-
 
 @dataclass
 class MessageChain:
@@ -53,7 +51,7 @@ def cost_of(network: Network, records: int, reveal: Reveal = "logits") -> Cost:
     openings = sum(
         packed_bytes(gate.bits, gate.count) + 8 * (gate.masks + len(gate.thresholds)) * gate.words for gate in gates
     )
-    masked = 4 * sum(records * network.values[name].elements for name in plan.masks)
+    masked = sum(plan.masked_bytes(name) for name in plan.masks)
     results = records * (4 if reveal == "label" else 4 * network.values[network.output].elements)
     return Cost(
         gates=sum(gate.count for gate in gates),
@@ -78,9 +76,9 @@ def _chain(network: Network, plan: CorrelationPlan) -> MessageChain:
     def compare(name: str) -> None:
         levels = (name, *(level_name(name, level) for level in range(len(plan.pieces))))
         for level in levels:
-            if isinstance(plan.pieces.get(level), ComparisonGate):
-                for _ in range(_OPENINGS):
-                    chain.both()
+            piece = plan.pieces.get(level)
+            for _ in range(piece.openings if isinstance(piece, ComparisonGate) else 0):
+                chain.both()
 
     if network.input in plan.masks:
         chain.from_hospital()

@@ -29,12 +29,14 @@ from mpc_fl.inference.fast.preprocessing.gate_correlation import (
 Correction = Callable[[ComparisonGate, Drawn, Drawn, Corrected], None]
 
 
-def correction_of(gate: ComparisonGate, hospital: Stream, owner: Stream) -> np.ndarray:
+def correction_of(
+    gate: ComparisonGate, hospital: Stream, owner: Stream, value_mask: np.ndarray | None = None
+) -> np.ndarray:
     """S's correction, uint8 (correction_bytes,): made by the dealer from the two streams, without any data.
 
-    The true values, less C's share of them.
+    The true values, less C's share of them. `value_mask` as in `draw`, for C.
     """
-    c, s = draw(gate, hospital), draw(gate, owner)
+    c, s = draw(gate, hospital, value_mask), draw(gate, owner)
     share = hospital.words(gate.correction_bytes, np.uint8)
     fastest_correction()(gate, c, s, corrected_from(gate, share))
     return share
@@ -47,7 +49,8 @@ def correct(gate: ComparisonGate, c: Drawn, s: Drawn, result: Corrected) -> None
         total = c.input_mask[gates] + s.input_mask[gates]
         r = total & mask
         planes = planes_of(r, gate.bits)
-        result.tables[:, words] ^= _tables(gate, planes)
+        if gate.thresholds:
+            result.tables[:, words] ^= _tables(gate, planes)
         masks, made = c.masks[:, words] ^ s.masks[:, words], 0
         for mask_rows, product_rows in zip(gate.mask_rows, gate.product_rows, strict=True):
             fresh = [place for place, row in enumerate(product_rows) if row >= made]  # the others are made already
@@ -89,9 +92,9 @@ def _products(gate: ComparisonGate, masks: Planes) -> Planes:
 
 
 def _words(gate: ComparisonGate, r: np.ndarray, wrap: np.ndarray, q: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    if gate.result is Result.EXTENDED:
-        return wrap + q[0], wrap + 1 - q[0]
     high = (r >> np.uint32(gate.bits - 1)).astype(np.uint8)
+    if gate.result is Result.EXTENDED:
+        return wrap + high, wrap
     w = q[0] ^ (high if gate.ceiling is None else q[1])
     products = (w, r * w) if gate.ceiling is None else (w, r * w, q[1] ^ high)
     return products if gate.result is Result.NARROW else (*products, wrap, w & high, high & (w ^ 1))

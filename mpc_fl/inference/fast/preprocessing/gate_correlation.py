@@ -18,7 +18,7 @@ its seed, S's is the true value less C's (or exclusive or). C's share is uniform
 so S's correction is uniform too.
 
 Size of a correction, k = 20: 67 bits of tables (equality needs none: [v = r] = [v-1 < r] - [v < r]), 37 bits of products, 14
-bytes of words: 27 bytes per wide ReLU, 21 per narrow one, 18 per sign extension. With a ceiling whose 13 lowest bits are zero:
+bytes of words: 27 bytes per wide ReLU, 21 per narrow one, 4 per sign extension. With a ceiling whose 13 lowest bits are zero:
 67 bits of tables, 57 of products, 18 bytes of words: 33.5 bytes per wide gate.
 """
 
@@ -53,7 +53,7 @@ class Result(enum.Enum):
 
     WIDE = "relu, extended to 32 bits"  # w, w r (mod 2^32); kappa, w msb(r), (1 - w) msb(r) (mod 2^(32-k))
     NARROW = "relu in k bits"  # w, w r (mod 2^k)
-    EXTENDED = "the same value, extended to 32 bits"  # kappa + q, kappa + 1 - q (mod 2^(32-k))
+    EXTENDED = "the same value, extended to 32 bits"  # kappa + msb(r), kappa (mod 2^(32-k)): nothing is compared
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,20 @@ class ComparisonGate:
 
     @cached_property
     def thresholds(self) -> tuple[int, ...]:
-        """What x is compared with: zero, then the ceiling."""
+        """What x is compared with: nothing, or zero, then the ceiling."""
+        if self.result is Result.EXTENDED:
+            return ()
         return (0,) if self.ceiling is None else (0, self.ceiling)
 
     @property
-    def compared(self) -> int:
-        """Bits that are compared. ReLU treats the highest bit of c and r apart."""
-        return self.bits if self.result is Result.EXTENDED else self.bits - 1
+    def openings(self) -> int:
+        """How often both parties send."""
+        return 3 if self.thresholds else 1
 
     @cached_property
     def digits(self) -> tuple[int, ...]:
-        """Bits of each digit that is compared, lowest first."""
-        return _digits(self.compared, self.ceiling)
+        """Bits of each digit that is compared, lowest first. The highest bit of c and r is treated apart."""
+        return _digits(self.bits - 1, self.ceiling) if self.thresholds else ()
 
     @cached_property
     def common(self) -> int:
@@ -100,7 +102,7 @@ class ComparisonGate:
     def mask_rows(self) -> tuple[tuple[int, ...], ...]:
         """For each threshold the rows, among all masks, of `less` of every digit, then of `equal` of every digit but the lowest."""
         digits, common = len(self.digits), self.common
-        rows = [tuple(range(2 * digits - 1))]
+        rows = [tuple(range(2 * digits - 1))] if self.thresholds else []
         if self.ceiling is not None:
             less = range(2 * digits - 1, 3 * digits - 1 - common)
             equal = range(less.stop, less.stop + digits - max(common, 1))
@@ -111,7 +113,7 @@ class ComparisonGate:
     @property
     def masks(self) -> int:
         """Masks of digit bits."""
-        return self.mask_rows[-1][-1] + 1
+        return self.mask_rows[-1][-1] + 1 if self.thresholds else 0
 
     @property
     def table_planes(self) -> int:
@@ -121,6 +123,8 @@ class ComparisonGate:
     @cached_property
     def product_rows(self) -> tuple[tuple[int, ...], ...]:
         """For each threshold the rows, among all products, of its `monomials`."""
+        if not self.thresholds:
+            return ()
         every = monomials(len(self.digits))
         rows = [tuple(range(len(every)))]
         if self.ceiling is not None:
@@ -133,7 +137,7 @@ class ComparisonGate:
     @property
     def product_planes(self) -> int:
         """Planes of all products of masks."""
-        return max(max(rows, default=-1) for rows in self.product_rows) + 1
+        return max((row for rows in self.product_rows for row in rows), default=-1) + 1
 
     @property
     def word_dtypes(self) -> tuple[type[np.generic], ...]:
@@ -181,20 +185,26 @@ class Corrected:
 class GateMaterial:
     """One party's part for a `ComparisonGate`, from its stream and, at S, the dealer's correction. Use once.
 
-    Nothing is drawn before it is read: until then a gate takes a key at C. Raises `ValueError` for a correction (uint8) of
-    another size than `gate.correction_bytes`.
+    Nothing is drawn before it is read: until then a gate takes a key at C. `value_mask` is A of the value that the gate makes, at
+    C, see `draw`. Raises `ValueError` for a correction (uint8) of another size than `gate.correction_bytes`.
     """
 
-    def __init__(self, gate: ComparisonGate, stream: Stream, correction: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        gate: ComparisonGate,
+        stream: Stream,
+        correction: np.ndarray | None = None,
+        value_mask: np.ndarray | None = None,
+    ) -> None:
         if correction is not None and (correction.dtype, correction.shape) != (np.uint8, (gate.correction_bytes,)):
             raise ValueError("the correction has another size than the gate needs")
         self.gate = gate
-        self._stream, self._correction = stream, correction
+        self._stream, self._correction, self._value_mask = stream, correction, value_mask
 
     @cached_property
     def drawn(self) -> Drawn:
         """This party's own masks: the beginning of its stream."""
-        return draw(self.gate, self._stream)
+        return draw(self.gate, self._stream, self._value_mask)
 
     @cached_property
     def corrected(self) -> Corrected:
@@ -205,9 +215,17 @@ class GateMaterial:
         return corrected_from(self.gate, self._correction)
 
 
-def draw(gate: ComparisonGate, stream: Stream) -> Drawn:
-    """A party's own masks from the start of its stream."""
-    masks = stream.words(gate.count, np.uint32)
+def draw(gate: ComparisonGate, stream: Stream, value_mask: np.ndarray | None = None) -> Drawn:
+    """A party's own masks from the start of its stream.
+
+    With A of the value that a sign extension makes, int32 of `count` elements, r_C is -A modulo 2^k: as uniform as any other, and
+    then the low k bits of E are those of what was opened (`evaluation`).
+    """
+    masks = (
+        stream.words(gate.count, np.uint32)
+        if value_mask is None
+        else np.negative(value_mask.reshape(-1).view(np.uint32))
+    )
     masks &= np.uint32((1 << gate.bits) - 1)
     count = gate.masks + len(gate.thresholds)
     planes = stream.words(count * gate.words, np.uint64).reshape(count, gate.words)

@@ -96,7 +96,7 @@ class Emulator:
             return result + (bias[:, None, None] if isinstance(layer, layers.Convolution) else bias)
         if isinstance(layer, layers.ReLU):
             return first.clamp(0, layer.ceiling)
-        if isinstance(layer, (layers.SignExtend, layers.Flatten)):
+        if isinstance(layer, (layers.SignExtension, layers.Flatten)):
             return first
         if isinstance(layer, layers.Concatenate):
             return torch.cat(inputs, dim=1)

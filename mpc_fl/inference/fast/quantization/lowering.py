@@ -112,7 +112,7 @@ class _Lowering:
 
     def _extend(self, operation: str) -> None:
         source, scale = self.forms[operation, "narrow"]
-        layer = layers.SignExtend(self.plan.path(operation), (source,), f"{operation}.wide")
+        layer = layers.SignExtension(self.plan.path(operation), (source,), f"{operation}.wide")
         self.forms[operation, "wide"] = (self._append(operation, layer, RING_BITS, scale), scale)
 
     def _translate(self, operation: Operation) -> None:

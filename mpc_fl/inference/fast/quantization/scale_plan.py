@@ -129,7 +129,8 @@ class ScalePlan:
         group.largest = max(self.seen[name].largest for name in group.members)
         inside = [self.operations[name] for name in group.members if name in self.operations]
         compared = any(operation.kind in MAX_POOLS for operation in inside)
-        group.spare = int(compared or self.graph.output in group.members)
+        extended = any(self.is_sum(name) and "wide" in self.demands[name] for name in group.members)
+        group.spare = int(compared or extended or self.graph.output in group.members)
         group.needed = self.precision.safety * max(group.largest, SMALLEST) * group.divisor
         ceilings = [each.options["max_val"] for each in inside if each.kind == "Hardtanh"]
         ceiling = max(ceilings, default=0.0) * group.divisor

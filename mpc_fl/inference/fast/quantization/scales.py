@@ -9,8 +9,8 @@ pictures of 8 bits are exact. Three forms of a value:
 
 Which forms are needed follows from the readers, last first (`_demanded`). Values that ReLU, max-pool, concatenation and
 reshaping connect form a group with one scale and one headroom: H = ceil(log2(safety * largest * d)), one more where
-differences are compared. A ceiling (ReLU6) is added to safety * largest, because it is taken away from values. A gate of 1 + H + e
-bits then holds values `safety` times as large as any seen.
+differences are compared or a narrow value is extended. A ceiling (ReLU6) is added to safety * largest, because it is taken away
+from values. A gate of 1 + H + e bits then holds values `safety` times as large as any seen.
 
 Before the truncation the exponent is R = 31 - H, so all 32 bits are used, and an input with F fractional bits leaves R - F to
 the weights. Rounding weights w disturbs the result by 2^(F - R) / sqrt(12) x, rounding activations at random by 2^-F / sqrt(6)
@@ -97,8 +97,8 @@ class Scale:
 @dataclass
 class Group:
     """Values of one scale. `origins` are no views of others; `needed` is the magnitude that must fit, in units of 1 / divisor,
-    `headroom` is H, `spare` 1 where differences must fit too, `reserved` a ceiling that is taken away from values, in units of
-    1 / divisor; `truncated` says whether there are narrow values at all."""
+    `headroom` is H, `spare` 1 where differences must fit too, or the value is extended, `reserved` a ceiling that is taken
+    away from values, in units of 1 / divisor; `truncated` says whether there are narrow values at all."""
 
     members: list[str]
     origins: list[str] = field(default_factory=list)

@@ -23,6 +23,7 @@ from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ModelError, ProtocolError, SecrecyError
+from mpc_fl.inference.fast.kernels.bit_planes import packed_bytes
 from mpc_fl.inference.fast.kernels.linear import linear_maps
 from mpc_fl.inference.fast.layers import (
     Add,
@@ -33,9 +34,9 @@ from mpc_fl.inference.fast.layers import (
     Linear,
     MaxPool,
     ReLU,
-    SignExtend,
+    SignExtension,
 )
-from mpc_fl.inference.fast.messages import batch_from, describe, network_from
+from mpc_fl.inference.fast.messages import batch_from, describe, hospital_seed, network_from
 from mpc_fl.inference.fast.network import IntegerModel, IntegerWeights, Network, Value, label_bits
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
@@ -81,9 +82,11 @@ def small_network() -> Network:
         "relu6": wide(8, 4, 3),
         "point": narrow(4, 4, 3),
         "extended": wide(4, 4, 3),
-        "cat": wide(12, 4, 3),
-        "average": Value((12, 2, 2), 32, unit / 4),
-        "flat": Value((48,), 32, unit / 4),
+        "mixed": narrow(4, 4, 3),
+        "relu4": wide(4, 4, 3),
+        "cat": wide(16, 4, 3),
+        "average": Value((16, 2, 2), 32, unit / 4),
+        "flat": Value((64,), 32, unit / 4),
         "logits": Value((CLASSES,), 20, unit / 4),
     }
     layers = (
@@ -98,11 +101,13 @@ def small_network() -> Network:
         Convolution("depthwise", ("relu3",), "depthwise", 12, (8, 1, 3, 3), (1, 1), (1, 1), (1, 1), 8),
         ReLU("relu6", ("depthwise",), "relu6", ceiling=6 << 12),
         Convolution("point", ("relu3",), "point", 12, (4, 8, 1, 1)),
-        SignExtend("extended", ("point",), "extended"),
-        Concatenate("cat", ("relu6", "extended"), "cat"),
+        SignExtension("extended", ("point",), "extended"),
+        Convolution("mixed", ("extended",), "mixed", 12, (4, 4, 1, 1)),
+        ReLU("relu4", ("mixed",), "relu4"),
+        Concatenate("cat", ("relu6", "extended", "relu4"), "cat"),
         AveragePool("average", ("cat",), "average", 0, (2, 2), (2, 2), (0, 0, 0, 1)),
         Flatten("flat", ("average",), "flat"),
-        Linear("fc", ("flat",), "logits", 12, (CLASSES, 48)),
+        Linear("fc", ("flat",), "logits", 12, (CLASSES, 64)),
     )
     return Network(layers, values, "image", "logits")
 
@@ -373,6 +378,44 @@ def test_cost_follows_from_the_network(tmp_path: Path) -> None:
 def test_network_as_a_message() -> None:
     for network in (small_network(), calibrated()[0]):
         assert network_from(json.loads(json.dumps(describe(network)))) == network
+
+
+def test_a_ceiling_belongs_to_the_network_that_masks_are_bound_to() -> None:
+    """Hospital and dealer that were told different ceilings use different masks; what does not fit is refused."""
+    network, drawn = small_network(), []
+    for ceiling in (6 << 12, 6 << 11, None):
+        changed = [
+            dataclasses.replace(each, ceiling=ceiling) if each.path == "relu6" else each for each in network.layers
+        ]
+        seed = hospital_seed(Seed(bytes(32)), dataclasses.replace(network, layers=tuple(changed)))
+        drawn.append(tuple(seed.stream("piece", "relu6").words(4, np.uint32).tolist()))
+    assert len(set(drawn)) == 3
+    for ceiling in (0, -1, 1 << 19):
+        description = json.loads(json.dumps(describe(network)))
+        next(layer for layer in description["layers"] if layer["path"] == "relu6")["ceiling"] = ceiling
+        with pytest.raises(ProtocolError, match="not valid"):
+            network_from(description)
+
+
+def test_masks_of_an_extended_value_hide_each_bit_once() -> None:
+    """x + r and the high bits of E are uniform together, for one fixed x: 2 p-values, 10^-9 each; both follow from A alone."""
+    network, _ = small()
+    bits, plan = network.values["point"].bits, correlation_plan(network, 1000, "logits")
+    gate = plan.extension("extended")
+    assert gate is not None and plan.extension("relu1") is None and plan.extension("image") is None
+    assert plan.masked_bytes("extended") == packed_bytes(32 - bits, gate.count) < 4 * gate.count / 2
+    zeros = {each.output: torch.zeros(each.weight_shape, dtype=torch.int32) for each in network.linear_layers}
+    correlations = hospital_correlations(plan, Seed.from_system(), linear_maps(network, zeros))
+    mask, material = correlations.masks.take("extended").numpy().view(np.uint32), correlations.gates.take("extended")
+    r, low = material.drawn.input_mask, np.uint32((1 << bits) - 1)
+    assert np.array_equal((r + mask.reshape(-1)) & low, np.zeros_like(r))
+    at_zero, _ = material.corrected.arrays
+    high = (at_zero - (mask.reshape(-1) >> np.uint32(bits))) & np.uint32((1 << 32 - bits) - 1)
+    digit = np.uint32(15)
+    for one, other in ((r >> np.uint32(bits - 4), high >> np.uint32(28 - bits)), (r & digit, high & digit)):
+        part = (one << np.uint32(4)) | other
+        counts = np.bincount(part.astype(np.int64), minlength=256)
+        assert stats.chisquare(counts).pvalue > FALSE_ALARM
 
 
 @given(st.data())

@@ -17,7 +17,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, SecrecyError, UnsupportedLayerError
 from mpc_fl.inference.fast.kernels.linear import truncate as truncate_share
-from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtend
+from mpc_fl.inference.fast.layers import Add, AveragePool, Convolution, MaxPool, ReLU, SignExtension
 from mpc_fl.inference.fast.messages import describe
 from mpc_fl.inference.fast.network import encode, encode_silently
 from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate, self_check, stress_records
@@ -102,7 +102,7 @@ def test_integers_give_the_logits_of_unusual_combinations() -> None:
     model = every_shape()
     calibration = calibrate(model, images(16, 37))
     kinds = [type(layer) for layer in calibration.network.layers]
-    assert {Convolution, ReLU, MaxPool, AveragePool, Add, SignExtend} <= set(kinds)
+    assert {Convolution, ReLU, MaxPool, AveragePool, Add, SignExtension} <= set(kinds)
     assert logit_error(model, calibration, images(16, 37)) < 0.03  # the last BatchNorm multiplies by up to 40
 
 
@@ -128,7 +128,7 @@ def test_a_residual_network_truncates_once_per_gate_and_extends_nothing() -> Non
     model = build_model(config, input_shape=(3, 64, 64), seed=0)
     calibrate_batchnorm(model, images(8, 64))
     layers = calibrate(model.eval(), images(8, 64)).network.layers
-    assert not any(isinstance(layer, SignExtend) for layer in layers)
+    assert not any(isinstance(layer, SignExtension) for layer in layers)
     truncations = sum(layer.shift > 0 for layer in layers)
     gates = sum(isinstance(layer, ReLU) for layer in layers)
     assert truncations == gates + 1  # and the logits
@@ -243,7 +243,34 @@ def test_values_that_are_compared_with_each_other_keep_a_bit_for_differences() -
         for path, output in (("0", first.output), (calibration.ranges[-1].path, network.output)):
             limit = next(each.limit for each in calibration.limits if each.path == path)
             value = network.values[output]
-            assert limit == 2.0 ** (value.bits - 2) * value.scale  # half of what the width holds
+            if (
+                model is capped and path == "0"
+            ):  # x - 6 must fit: from a limit below zero it takes away the ceiling alone
+                assert limit == 2.0 ** (value.bits - 1) * value.scale - 6
+            else:
+                assert limit == 2.0 ** (value.bits - 2) * value.scale  # half of what the width holds
+
+
+def test_a_capped_value_is_right_up_to_its_limit_and_so_is_an_extended_one() -> None:
+    """min(relu(x), 6) of values as far below zero as ranges allow, and a value that is extended: as in plaintext."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU6(), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.Flatten(),
+                          nn.Linear(32, 3)).eval()  # fmt: skip
+    torch.manual_seed(4)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([30.0, -30.0]).reshape(2, 1, 1, 1))
+        model[0].bias.zero_()
+    records = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.5
+    calibration = calibrate(model, records)
+    kinds = [type(layer) for layer in calibration.network.layers]
+    assert SignExtension in kinds
+    extended = next(layer for layer in calibration.network.layers if isinstance(layer, SignExtension))
+    limit = next(each.limit for each in calibration.limits if each.path == extended.path)
+    value = calibration.network.values[extended.inputs[0]]
+    assert limit <= 2.0 ** (value.bits - 2) * value.scale  # a bit to spare
+    far = 0.99 * min(each.limit for each in calibration.limits if each.path == "0") / 30
+    inside = torch.full((1, 1, 4, 4), far)
+    assert self_check(calibration, inside).fraction < 1
+    assert logit_error(model, calibration, inside) < 0.02
 
 
 def test_only_equal_gates_move_behind_a_concatenation() -> None:

@@ -82,15 +82,15 @@ INLINE void NAME(correct_words)(const gate *of, const correction_work *work, int
     const uint32_t ones = (1u << bits) - 1;
     const int count = of->count - start < WORD_BITS ? (int)(of->count - start) : WORD_BITS;
     uint32_t not_q[WORD_BITS], w_of[WORD_BITS];
-    NAME(where_zero)(q_words[0], not_q);
     if (work->at_zero != NULL) {
         for (int i = 0; i < count; i++) {
-            const uint32_t q = not_q[i] + 1, wrap = total[i] >> bits;
-            NAME(correct_high)(work->at_zero, start + i, wrap + q, narrow);
-            NAME(correct_high)(work->at_one, start + i, wrap + 1 - q, narrow);
+            const uint32_t high = (total[i] & ones) >> (bits - 1), wrap = total[i] >> bits;
+            NAME(correct_high)(work->at_zero, start + i, wrap + high, narrow);
+            NAME(correct_high)(work->at_one, start + i, wrap, narrow);
         }
         return;
     }
+    NAME(where_zero)(q_words[0], not_q);
     if (work->reached == NULL) {
         for (int i = 0; i < count; i++) w_of[i] = (not_q[i] + 1) ^ (total[i] & ones) >> (bits - 1);
     } else {
@@ -123,7 +123,7 @@ TARGET static void NAME(correct)(const gate *of, const correction_work *work) {
         for (int64_t w = 0; w < block; w++) {
             const int64_t start = (word + w) * WORD_BITS;
             const int count = of->count - start < WORD_BITS ? (int)(of->count - start) : WORD_BITS;
-            uint64_t q[MOST_THRESHOLDS];
+            uint64_t q[MOST_THRESHOLDS] = {0};
             for (int number = 0; number < of->thresholds; number++) {
                 const int64_t at = number * of->words + word + w;
                 q[number] = work->c_result_masks[at] ^ work->s_result_masks[at];
@@ -137,6 +137,7 @@ TARGET static void NAME(correct)(const gate *of, const correction_work *work) {
                 NAME(correct_words)(of, work, start, total, q, 0);
         }
         int64_t w = 0;
+        if (of->thresholds == 0) continue;
         for (; w + WORDS <= block; w += WORDS) NAME(correct_planes)(of, work, word + w, planes + w);
         for (; w < block; w++) correct_planes_single(of, work, word + w, planes + w);
     }

@@ -12,12 +12,12 @@
 #define MOST_BITS 24
 
 /* A batch of `count` gates, `words` words a plane, of width `bits`, compared in `digits` digits of `sizes` bits, lowest first, at most
- * six each. `top` is whether the highest bit of the opened value belongs to t here (ReLU, at C).
- * There are `thresholds`: zero, and perhaps `ceiling`, which has the lowest `common` digits in common with it. For each threshold
+ * six each.
+ * There are `thresholds`: none for a sign extension, else zero, and perhaps `ceiling`, which has the lowest `common` digits in common with it. For each threshold
  * `mask_rows` are the planes of its 2L - 1 masks and masked bits, `product_rows` those of its `products` products: a second
  * threshold's own lie behind those of the first. */
 typedef struct {
-    int64_t count, words, bits, digits, first, top;
+    int64_t count, words, bits, digits, first;
     int64_t thresholds, ceiling, common, products;
     int64_t sizes[MOST_DIGITS];
     const int64_t *mask_rows, *product_rows;
@@ -50,7 +50,6 @@ typedef struct {
 typedef struct {
     const uint32_t *opened, *input_mask;
     const void *at_zero, *at_one; /* uint16_t from 16 bits on, uint32_t below */
-    const uint64_t *t;
     uint32_t *result;
 } extension_work;
 

@@ -144,7 +144,7 @@ INLINE void NAME(borrow_of_threshold)(const gate *of, const borrow_work *work, i
     for (int64_t word = 0; word < of->words; word += MOST_BLOCK) {
         const int64_t block = of->words - word < MOST_BLOCK ? of->words - word : MOST_BLOCK;
         uint64_t top[MOST_BLOCK] = {0};
-        for (int64_t w = 0; w < block && of->top; w++) {
+        for (int64_t w = 0; w < block && of->first; w++) {
             const int64_t start = (word + w) * WORD_BITS;
             const int count = of->count - start < WORD_BITS ? (int)(of->count - start) : WORD_BITS;
             uint32_t values[WORD_BITS] = {0};
@@ -215,16 +215,12 @@ TARGET static void NAME(rectified)(const gate *of, const rectifier_work *work) {
 /* As `_extended` of comparison.py. */
 INLINE void NAME(extend)(const gate *of, const extension_work *work, int narrow) {
     const int bits = (int)of->bits;
-    const uint32_t c_too = of->first ? UINT32_MAX : 0, less = of->first ? 1u << (bits - 1) : 0;
-    for (int64_t start = 0; start < of->count; start += WORD_BITS) {
-        const int64_t end = of->count - start < WORD_BITS ? of->count : start + WORD_BITS;
-        uint32_t zeros[WORD_BITS];
-        NAME(where_zero)(work->t[start / WORD_BITS], zeros);
-        for (int64_t i = start; i < end; i++) {
-            const uint32_t at_zero = NAME(high)(work->at_zero, i, narrow), at_one = NAME(high)(work->at_one, i, narrow);
-            const uint32_t wraps = ((at_zero ^ at_one) & zeros[i - start]) ^ at_one;
-            work->result[i] = (work->opened[i] & c_too) - work->input_mask[i] - less + (wraps << bits);
-        }
+    const uint32_t c_too = of->first ? UINT32_MAX : 0, less = of->first ? 1u << (bits - 2) : 0;
+    for (int64_t i = 0; i < of->count; i++) {
+        const uint32_t c = work->opened[i], zero = (c >> (bits - 1)) - 1;
+        const uint32_t at_zero = NAME(high)(work->at_zero, i, narrow), at_one = NAME(high)(work->at_one, i, narrow);
+        const uint32_t wraps = ((at_zero ^ at_one) & zero) ^ at_one;
+        work->result[i] = (c & c_too) - work->input_mask[i] - less + (wraps << bits);
     }
 }
 

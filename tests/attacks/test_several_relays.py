@@ -1,0 +1,264 @@
+"""Two parties that can only dial out, and two relays of which one deviates or is lost: the two lose nothing but time.
+
+Real links over mutual TLS. 'a' and 'b' reach each other through 'r' and 's'; any of them may be lost and come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.errors import PeerLostError
+from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.links import Links
+from mpc_fl.links.network import NetworkLinks
+from mpc_fl.links.routes import relayed_route
+from tests.support.harness import free_ports, local_links
+from tests.support.training_over_links import KilledError, kill_links
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.processes
+NAMES = ["a", "b", "r", "s"]
+FIRST, OTHER = relayed_route("a", "b", ["r", "s"]).relays  # the relay that a and b use as long as it works
+PIECES, LENGTH = 12, 200_000
+Party = Callable[[NetworkLinks], Any]
+
+
+class Meeting:
+    """The four, each a thread; `outcomes` by name: what each returned or raised. Relays end when a and b have."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        make_local_identities(NAMES, {name: directory / name for name in NAMES})
+        self.ports = dict(zip(["r", "s"], free_ports(2), strict=True))
+        self.links: dict[str, NetworkLinks] = {}
+        self.outcomes: dict[str, Any] = {}
+        self.over = threading.Event()
+        self.made = {name: threading.Event() for name in NAMES}
+
+    def links_of(self, name: str) -> NetworkLinks:
+        tolerated = [other for other in NAMES if other != name]
+        options = {"relay": ["r", "s"], "tolerated": tolerated, "another_relay": 1.0}
+        return local_links(name, NAMES, self.ports, self.directory, **options)
+
+    def run(self, prepare: Callable[[NetworkLinks], None] = lambda relay: None, **parties: Party) -> dict[str, Any]:
+        """`prepare` is given the links of the relay that is used first, before they are made."""
+        for name in ("r", "s"):
+            parties.setdefault(name, lambda links: self.over.wait(120))
+
+        def run(name: str) -> None:
+            self.links[name] = links = self.links_of(name)
+            if name == FIRST:
+                prepare(links)
+            try:
+                with links:
+                    self.made[name].set()
+                    self.outcomes[name] = parties[name](links)
+            except KilledError:
+                self.outcomes[name] = "killed"
+            except Exception as error:  # noqa: BLE001 - the test looks at it
+                self.outcomes[name] = error
+
+        threads = {name: threading.Thread(target=run, args=(name,), name=name, daemon=True) for name in NAMES}
+        for thread in threads.values():
+            thread.start()
+        for name in ("a", "b", "r", "s"):
+            if name == "r":
+                self.over.set()
+            threads[name].join(150)
+            assert not threads[name].is_alive(), (name, self.outcomes)
+        return self.outcomes
+
+
+def piece(sender: str, number: int) -> torch.Tensor:
+    return torch.full((LENGTH,), 2 * number + (sender == "b"), dtype=torch.int64)
+
+
+def exchange(links: Links, peer: str, first: int = 0, count: int = PIECES) -> bool:
+    """Pieces both ways at once, in their order; whether each arrived as it was sent."""
+    right = True
+    for number in range(first, first + count):
+        links.send_tensor(peer, "piece", piece(links.name, number))
+        links.send_object(peer, "small", {"number": number})
+    for number in range(first, first + count):
+        right &= torch.equal(
+            links.receive_tensor(peer, "piece", torch.int64, (LENGTH,)), piece(peer, number)
+        ) and links.receive_object(peer, "small") == {"number": number}
+    return right
+
+
+def both(act: Callable[[Links, str], Any]) -> dict[str, Party]:
+    return {"a": lambda links: act(links, "b"), "b": lambda links: act(links, "a")}
+
+
+def not_lost(links: Links, *names: str) -> bool:
+    """Whether none of these is lost; it may have ended."""
+    return all(links._mailboxes.failure(name) is None for name in names)
+
+
+def test_two_that_only_dial_out_exchange_what_they_like(tmp_path: Path) -> None:
+    outcomes = Meeting(tmp_path).run(**both(exchange))
+    assert (outcomes["a"], outcomes["b"]) == (True, True), outcomes
+
+
+def test_a_relay_that_is_killed_costs_nobody_but_itself(tmp_path: Path) -> None:
+    """In the middle of what it passes on: all of it arrives, through the other one."""
+    meeting = Meeting(tmp_path)
+
+    def killed_on_its_way(relay: NetworkLinks) -> None:
+        passed, pass_on = [0], relay._connections._relay.pass_on
+
+        def counting(origin: Any, frame: Frame) -> None:
+            if frame.size > 1000:
+                passed[0] += 1
+            if passed[0] == 5:
+                kill_links(relay)
+            pass_on(origin, frame)
+
+        relay._connections._relay.pass_on = counting  # type: ignore[method-assign]
+
+    def party(links: Links, peer: str) -> bool:
+        right = exchange(links, peer)
+        with pytest.raises(PeerLostError) as caught:
+            links.receive_object(FIRST, "never")
+        return right and caught.value.peer == FIRST and not_lost(links, peer, OTHER)
+
+    outcomes = meeting.run(killed_on_its_way, **both(party))
+    assert (outcomes["a"], outcomes["b"], outcomes[FIRST]) == (True, True, "killed"), outcomes
+
+
+def dropping(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    """It passes on nothing that is large: words about it alone."""
+    if frame.size < 200:
+        pass_on(origin, frame)
+
+
+def dropping_all(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    pass
+
+
+def repeating(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    for _ in range(3):
+        pass_on(origin, frame)
+
+
+def changing(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    changed = frame.payload.clone()  # type: ignore[union-attr]
+    changed[random.Random(frame.size).randrange(len(changed))] ^= 1
+    pass_on(origin, Frame(frame.kind, frame.tag, frame.sequence, changed, frame.size))
+
+
+def reordering(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    """Each second one is kept, and comes after the next."""
+    kept = relay.__dict__.setdefault("_kept_for_later", {})
+    if before := kept.pop(origin.name, None):
+        pass_on(origin, frame)
+        pass_on(origin, before)
+    else:
+        kept[origin.name] = frame
+
+
+def swapping(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    """What one says goes back to itself, as of the other."""
+    other = "b" if origin.name == "a" else "a"
+    relay._outgoing.pass_on(origin, other, frame.payload)  # type: ignore[arg-type]
+
+
+def denying(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> None:
+    """It says that the other is gone, and silent, and passes everything on."""
+    other = "b" if origin.name == "a" else "a"
+    for how in ("gone", "silent"):
+        relay._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {how: other})
+    pass_on(origin, frame)
+
+
+@pytest.mark.parametrize(
+    "deviation",
+    [dropping, dropping_all, repeating, changing, reordering, swapping, denying],
+    ids=lambda each: each.__name__,
+)
+def test_a_relay_that_deviates_changes_nothing_that_arrives(deviation: Any, tmp_path: Path) -> None:
+    """Nobody is lost for it, and what arrives is what was sent."""
+    did = threading.Event()
+
+    def deviates(relay: NetworkLinks) -> None:
+        pass_on = relay._connections._relay.pass_on
+
+        def act(origin: Any, frame: Frame) -> None:
+            did.set()
+            deviation(relay, pass_on, origin, frame)
+
+        relay._connections._relay.pass_on = act  # type: ignore[method-assign]
+
+    def party(links: Links, peer: str) -> bool:
+        right = exchange(links, peer)
+        links.require_all()
+        return right and not_lost(links, *links.peers)
+
+    outcomes = Meeting(tmp_path).run(deviates, **both(party))
+    assert (outcomes["a"], outcomes["b"]) == (True, True) and did.is_set(), outcomes
+
+
+def test_a_relay_cannot_say_anything_in_the_name_of_a_hospital(tmp_path: Path) -> None:
+    """It greets as b with its own certificate, repeats what made their link, and seals frames of its own: all of it is refused."""
+    meeting = Meeting(tmp_path)
+
+    def party(links: Links, peer: str) -> bool:
+        right = exchange(links, peer, 0, 2)
+        links.send_object(FIRST, "attack", {})
+        links.receive_object(FIRST, "attacked")
+        return right and exchange(links, peer, 2, 2) and not_lost(links, FIRST)
+
+    def attacks(links: NetworkLinks) -> None:
+        for name in ("a", "b"):
+            links.receive_object(name, "attack")
+        said = {name: meeting.links[name]._outgoing.peers for name in ("a", "b")}
+        genuine = {"a": said["a"]["b"].answer, "b": said["b"]["a"].greeting}
+        for name, other in (("a", "b"), ("b", "a")):
+            mine = links._connections._greeter.greet(name)
+            for greeting in ({**mine, "name": other}, genuine[other], {**(genuine[other] or {}), "signature": "00"}):
+                assert greeting is not None
+                links._outgoing.put(links._outgoing.peers[name], Kind.RELAY_GREETING, "", greeting)
+            for sealed in (b"", b"no number", bytes(8) + bytes(40), bytes(7) + b"\x80" + bytes(40)):
+                links._outgoing.put(links._outgoing.peers[name], Kind.RELAY, other, sealed)
+            links.send_object(name, "attacked", {})
+
+    parties = both(party) | {FIRST: attacks}
+    outcomes = meeting.run(**parties)
+    assert (outcomes["a"], outcomes["b"], outcomes[FIRST]) == (True, True, None), outcomes
+
+
+@pytest.mark.parametrize("who", ["a", "b"])
+def test_one_that_starts_again_is_linked_again(who: str, tmp_path: Path) -> None:
+    """Whichever of the two it is: the one that greets, or the other."""
+    meeting = Meeting(tmp_path)
+    other = "b" if who == "a" else "a"
+    lost = threading.Event()
+
+    def starts_again(links: NetworkLinks) -> bool:
+        right = exchange(links, other, 0, 1)
+        kill_links(links)
+        assert lost.wait(60)
+        with contextlib.suppress(KilledError), meeting.links_of(who) as again:
+            eventually(lambda: again.alive(other), 60.0, "they are linked again")
+            right = right and exchange(again, other, 1, 2)
+        return right
+
+    def stays(links: NetworkLinks) -> bool:
+        right = exchange(links, who, 0, 1)
+        with pytest.raises(PeerLostError) as caught:
+            links.receive_object(who, "never")
+        lost.set()
+        eventually(lambda: links.alive(who), 60.0, "they are linked again")
+        return right and caught.value.peer == who and exchange(links, who, 1, 2)
+
+    outcomes = meeting.run(**{who: starts_again, other: stays})
+    assert outcomes[other] is True and outcomes[who] in (True, "killed"), outcomes
