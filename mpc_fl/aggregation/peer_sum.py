@@ -218,7 +218,7 @@ class _Part:
         self.held.own = self.slices.cut(self.masks.masked(self.encoded, in_place=True))
         hashes = {name: tensor_digest(words) for name, words in self.held.own.items()}
         coin = commitment(plan.transcript, self.me, self.number)
-        values = {"hashes": list(hashes.values()), "keys": self.masks.commitments(), "coin": coin}
+        values: dict[str, Any] = {"hashes": list(hashes.values()), "keys": self.masks.commitments(), "coin": coin}
         if self.check is not None:
             values["check"] = self.check.committed
         if before_summand is not None:
