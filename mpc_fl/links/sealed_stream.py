@@ -3,7 +3,8 @@
 A sender keeps each chunk until its receiver has it; a receiver takes chunks in their order, passes over what it has, and says
 from time to time how many it has ("word"), which is its sign of life, too. Where one is missing or does not open it asks for
 all from that one on, naming the relay that brought what came instead, and the sender sends them again, as they were sealed, by
-another way. So a relay can keep chunks from arriving, and no more. Sends nothing itself (`ways` does), and takes no lock but its own.
+another way. So a relay can keep chunks from arriving, and no more. Sends nothing itself (`ways` does), and takes no lock but
+its own.
 """
 
 from __future__ import annotations
