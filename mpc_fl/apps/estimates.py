@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mpc_fl.apps.formats import size
+from mpc_fl.config.config import Config, relays_of
+
 
 @dataclass(frozen=True)
 class NoPrivacy:
@@ -41,6 +44,8 @@ class TrainingEstimate:
     `connecting_seconds` until all parties are connected, started at once: on this machine, or each on its own where they have
     addresses; `connecting_deadline` ends the wait for those that are not there.
 
+    `bytes_relayed`: what relays pass on together, among peers that can only dial out; all of it through one where others are lost.
+
     Of one sum of updates or gradients (`aggregation.mask_costs`): with how many others a hospital shares masks, how many keys
     it holds, how many hospitals may pool with the aggregator; seconds of a core to mask a summand, and to open the sum when as
     many are lost as the quorum allows.
@@ -52,6 +57,7 @@ class TrainingEstimate:
     connecting_deadline: float
     bytes_sent_per_hospital: int
     bytes_sent_by_aggregator: int
+    bytes_relayed: int
     messages_per_hospital: int
     mask_neighbours: int
     mask_keys: int
@@ -65,6 +71,16 @@ class TrainingEstimate:
     def to_json(self) -> dict[str, Any]:
         """Its fields, ready for JSON."""
         return asdict(self)
+
+
+def relaying(config: Config, found: TrainingEstimate) -> str | None:
+    """What relays pass on among hospitals, and what losing one costs, in words; None where nothing is relayed."""
+    relays = relays_of(config)
+    if not found.bytes_relayed:
+        return None
+    shown = ", ".join(map(config.federation.chosen_names.shown, relays))
+    alone = "; there is one alone, and without it those that only dial out lose each other" if len(relays) == 1 else ""
+    return f"relays ({shown}) pass on {size(found.bytes_relayed)} in all, which they cannot read{alone}"
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class _Run:
         path = site_directory(self.config) / MODEL_FILE
         save_model(path, hospital.model, self.config, common.normalisation, None)
         self.links.set_phase("leaving")
+        self.links.stay_for(())  # others relay for those that need it
         try:
             self.attendance.agree(
                 Standing(number, digest_of_common(common), common.weight_total, leaves=True), 0, Reason()

@@ -112,6 +112,8 @@ def tolerance_of(config: Config) -> Tolerance:
     if not may_lose_hospitals(config):
         return Tolerance(unread=unread)
     later = frozenset(joining_later(config))
+    if config.site.reached_through:  # those that use relays, too, learn of this hospital from others
+        later |= frozenset(config.federation.dial_out_only)
     return Tolerance(frozenset(filter(is_hospital, party_names(config))), True, unread, later)
 
 

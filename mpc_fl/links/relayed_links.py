@@ -168,8 +168,9 @@ class RelayedLinks:
 
     def _hear(self, relay: Peer, sender: Peer, greeting: dict[str, Any], said: str) -> None:
         """Raises `HandshakeError` for a greeting that does not hold."""
-        if not sender.route.relayed:
-            raise HandshakeError(f"{sender.name} is not reached through relays")
+        if not sender.route.relayed:  # it joins later, and is not known to use relays yet: it says that again
+            log.info("%s greets through %s, and has not announced that it is reached so", sender.name, relay.name)
+            return
         if said in sender.heard_before:  # through another relay
             if said == sender.answered and sender.answer is not None:
                 self._send([relay], sender.answer)

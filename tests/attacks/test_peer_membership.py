@@ -149,7 +149,10 @@ def announced(tmp_path: Path) -> dict[str, Announced]:
     make_local_identities(names(5), {name: tmp_path / name for name in names(5)})
     make_local_identities(["hospital-3"], {"hospital-3": tmp_path / "foreign"})
     later = ("hospital-3", "hospital-4")
-    own = {name: Announced(load_identity(tmp_path / name, name), "session", later) for name in names(5)}
+    own = {
+        name: Announced(load_identity(tmp_path / name, name), "session", later, ("hospital-0", "hospital-1"))
+        for name in names(5)
+    }
     return own | {"foreign": Announced(load_identity(tmp_path / "foreign", "hospital-3"), "session", later)}
 
 
@@ -166,6 +169,19 @@ def test_announcements_that_do_not_count(announced: dict[str, Announced], monkey
         ("not signed by this federation's authority", announced["foreign"].made("x:1")),
         ("not host:port", announced["hospital-3"].made("nowhere")),
         ("not host:port", announced["hospital-3"].made("\x1b[2J:1")),
+    ]
+    for why, said in false:
+        with pytest.raises(ProtocolError, match=f"hospital-1 passed on an announcement of .*{why}"):
+            reader.checked(asdict(said), "hospital-1")
+    behind = announced["hospital-3"].made("", ["hospital-0", "hospital-1"])
+    assert reader.checked(asdict(behind), "hospital-1") == behind
+    false = [
+        ("did not sign", replace(behind, through="hospital-1")),
+        ("not reached through relays", announced["hospital-3"].made("", ["hospital-2"])),
+        ("not reached through relays", announced["hospital-3"].made("", ["hospital-0"] * 1000)),
+        ("not reached through relays", replace(behind, through="hospital-0  hospital-1")),
+        ("not reached through relays", announced["hospital-3"].made("x:1", ["hospital-0"])),
+        ("not host:port", announced["hospital-3"].made("")),
     ]
     for why, said in false:
         with pytest.raises(ProtocolError, match=f"hospital-1 passed on an announcement of .*{why}"):

@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from mpc_fl.crypto.authority import make_local_identities
+from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import PeerLostError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
-from mpc_fl.links.routes import relayed_route
-from tests.support.harness import free_ports, local_links
+from mpc_fl.links.routes import Route, relayed_route, routes
+from mpc_fl.links.settings import Reach, Tolerance
+from tests.support.harness import Options, free_ports, local_links
 from tests.support.training_over_links import KilledError, kill_links
 from tests.support.waiting import eventually
 
@@ -262,3 +264,31 @@ def test_one_that_starts_again_is_linked_again(who: str, tmp_path: Path) -> None
 
     outcomes = meeting.run(**{who: starts_again, other: stays})
     assert outcomes[other] is True and outcomes[who] in (True, "killed"), outcomes
+
+
+def test_one_that_joins_later_is_reached_through_relays_once_it_has_said_so(tmp_path: Path) -> None:
+    """Of 'b' the others know no more than that it joins later; 'a', which can only dial out, too, hears it from somebody."""
+    meeting = Meeting(tmp_path)
+    addresses = {name: f"127.0.0.1:{port}" for name, port in meeting.ports.items()}
+
+    def links_of(name: str) -> NetworkLinks:
+        found = routes(name, NAMES, addresses, ["r", "s"], [] if name == "b" else ["b"])
+        said = Options(relay=["r", "s"], tolerated=[other for other in NAMES if other != name], goes_on_without=True)
+        later = Tolerance(said.tolerance.peers, True, later=frozenset("ab") - {name})
+        reach = Reach(addresses.get(name), found, ("r", "s"))
+        return NetworkLinks(load_identity(tmp_path / name, name), said.agreement, reach, said.timeouts, later)
+
+    meeting.links_of = links_of  # type: ignore[method-assign]
+
+    def hears_of_it(links: NetworkLinks) -> bool:
+        assert links._outgoing.peers["b"].route == Route("dial")
+        links.learn_relays("b", ["nobody", "r", "s"])
+        eventually(lambda: links.alive("b"), 60.0, "it is linked")
+        return exchange(links, "b", 0, 2)
+
+    def joins(links: NetworkLinks) -> bool:
+        eventually(lambda: links.alive("a"), 60.0, "it is linked")
+        return exchange(links, "a", 0, 2)
+
+    outcomes = meeting.run(a=hears_of_it, b=joins)
+    assert (outcomes["a"], outcomes["b"]) == (True, True), outcomes

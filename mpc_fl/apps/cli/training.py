@@ -190,6 +190,7 @@ def check(
     Every file is read that training will read, so this can take a while. Without --party the data are divided over all hospitals.
     """
     from mpc_fl.apps.data_lines import data_lines, owners_word
+    from mpc_fl.apps.estimates import relaying
     from mpc_fl.apps.runs.party_process import require_site_allows
     from mpc_fl.inference.fast.kernels.compiled import kernels
     from mpc_fl.learning.data.survey import survey
@@ -246,11 +247,14 @@ def check(
         say(
             f"Masks: with {found.mask_neighbours} others each, against the aggregator and {found.masks_against} hospitals."
         )
+    if (relayed := relaying(settings, found)) is not None:
+        say(f"R{relayed[1:]}.")
     say(f"Memory: about {size(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
 
 def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Say what training and one encrypted diagnosis cost: bytes, messages, rounds, epsilon, memory."""
+    from mpc_fl.apps.estimates import relaying
     from mpc_fl.apps.runs.estimate import estimate_inference, estimate_training
     from mpc_fl.learning.data.loading import patients_per_hospital
 
@@ -269,6 +273,8 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         opener, whom = "each hospital", "any"
     else:
         say(f"  the aggregator sends {size(training.bytes_sent_by_aggregator)}")
+    if (relayed := relaying(settings, training)) is not None:
+        say(f"  {relayed}")
     say(
         f"  masks: each hospital shares them with {training.mask_neighbours} others, holds {training.mask_keys} keys of a sum"
     )

@@ -57,7 +57,7 @@ from mpc_fl.learning.models.weight_standardisation import plain_network
 from mpc_fl.learning.privacy.accounting import epsilon_of
 from mpc_fl.learning.training.batch_pieces import copies_at_once
 from mpc_fl.learning.training.frozen_part import LARGEST_BYTES, kept_bytes
-from mpc_fl.roles import hospital_name
+from mpc_fl.roles import hospital_name, is_hospital
 from mpc_fl.sharing.closed_sum import KEY_BYTES
 
 _WORD = 8
@@ -181,6 +181,7 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
         connecting_deadline=round(connect_seconds(config), 1),
         bytes_sent_per_hospital=up,
         bytes_sent_by_aggregator=hospitals * down,
+        bytes_relayed=relayed_pairs(config) * 2 * up // (hospitals - 1) if config.among_peers else 0,
         messages_per_hospital=sent,
         mask_neighbours=of_update.neighbours,
         mask_keys=of_update.keys,
@@ -203,6 +204,12 @@ def _evaluations(config: Config, classes: int) -> list[int]:
         found += [counts] * sum(config.evaluates(number, whom) for number in range(config.last_round + 1))
     calibration = plan_calibration(config)
     return found if calibration is None else [*found, calibration.grid.length]
+
+
+def relayed_pairs(config: Config) -> int:
+    """How many pairs of hospitals can both only dial out, and reach each other through relays."""
+    behind = sum(is_hospital(name) for name in config.federation.dial_out_only)
+    return behind * (behind - 1) // 2
 
 
 def _connecting(config: Config) -> float:
