@@ -134,25 +134,36 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = list[tuple[str, Any]]()
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if key in _OF_NO_MATTER:
+        if key not in _OF_NO_MATTER:
+            found += _flat(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
+    return found
+
+
+def differing_settings(runs: Sequence[RunResults]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs, with the value of each, `None` where it has none.
+
+    Where all runs have a list of sections or of lists, its entries are compared: by their names, or by their places from 0.
+    """
+    return _differing([run.settings for run in runs])
+
+
+def _differing(settings: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for of in settings for key in of):
+        values = [of.get(key) for of in settings]
+        if all(value == values[0] for value in values[1:]):
             continue
-        if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-            value = _by_name(value)
-        found += _flat(value, f"{key}.") if isinstance(value, dict) else [(key, value)]
+        if all(isinstance(value, list) and any(isinstance(item, dict | list) for item in value) for value in values):
+            entries = _differing([dict(_flat(_by_name(value or []))) for value in values])
+            found |= {f"{key}.{name}": of for name, of in entries.items()}
+        else:
+            found[key] = values
     return found
 
 
 def _by_name(items: list[Any]) -> dict[str, Any]:
-    """A list of sections or lists as one section, so that each is held against its own kind: by their names, with the order of
-    these, or by their places from 0."""
+    """A list as one section: by the names of its entries, with the order of these, or by their places."""
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
     if all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
         return {"order": names, **dict(zip(map(str, names), items, strict=True))}
     return {str(place): item for place, item in enumerate(items)}
-
-
-def differing_settings(runs: Sequence[RunResults]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs, with the value of each, `None` where it has none."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    values = {key: [run.settings.get(key) for run in runs] for key in keys}
-    return {key: of for key, of in values.items() if any(value != of[0] for value in of[1:])}

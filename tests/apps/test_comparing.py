@@ -184,6 +184,14 @@ def test_values_that_differ_late_are_not_shown_alike(tmp_path: Path) -> None:
         "data.table.columns.order": [["age", "crp"], ["crp", "age"]],
         "data.table.columns.crp.range": [[0.0, 500.0], [0.0, 400.0]],
     }
+    (unlike,) = [
+        values
+        for key, values in differing_settings(
+            [read_run(one), read_run(_run(tmp_path / "three", 0.8, Config()))]
+        ).items()
+        if key.startswith("data.table.columns")
+    ]
+    assert len(unlike[0]) == 2 and unlike[1] is None  # of runs of other kinds no line for each entry
     shown = CliRunner().invoke(app, [str(one), str(two)]).output
     assert '"x"]' in shown and '"y"]' in shown
 

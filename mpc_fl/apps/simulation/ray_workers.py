@@ -27,6 +27,7 @@ from mpc_fl.apps.simulation.hospitals import HospitalGroup
 from mpc_fl.apps.simulation.workers import Done, Given, T
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, MpcFlError, RunFailedError, printable
+from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.roles import hospital_name
 
@@ -224,9 +225,13 @@ def _ray(address: str | None) -> Iterator[None]:
         try:
             ray.init(address=address, **quiet)
             signal.signal(signal.SIGTERM, terminated)  # Ray would end this process without a word
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+        except Exception as error:  # noqa: BLE001 - Ray raises just that where it is not up in time
+            if (exhausted := exhaustion(error)) is not None:
+                raise exhausted from None
             where = "Ray cannot be started here" if address is None else f"there is no Ray cluster at {address}"
-            fix = "see its own words" if address is None else "start one with ray start --head, or leave out --address"
+            fix = "start one with ray start --head, or leave out --address"
+            if address is None:
+                fix = "see its own words; if it took too long, try again when this machine has less to do"
             raise ConfigError(f"{where}: {_reason(error)}", fix) from None
         yield
     finally:

@@ -110,7 +110,7 @@ def test_a_search_says_what_its_privacy_ledgers_leave_for_it(tmp_path: Path) -> 
     budget = budget_of(config)
     noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
     ledger = PrivacyLedger(tmp_path / "hospital-1-privacy.sqlite3", "hospital-1", "patient")
-    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    ledger.charge(SubsampledGaussian(1.005 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
     (forecast,) = ledger_forecasts(search)
     assert forecast.hospital == "hospital-1" and forecast.target == 4.0
     assert 3 < forecast.used < 4 and forecast.used == ledger.epsilon(budget.delta, budget.accountant)
@@ -128,7 +128,7 @@ def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
     noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
     ledger = PrivacyLedger(tmp_path / "ledgers" / "hospital-0-privacy.sqlite3", "hospital-0", "patient")
     ledger.path.parent.mkdir()
-    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    ledger.charge(SubsampledGaussian(1.005 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
     (tmp_path / "config.yaml").write_text(configured().to_yaml())
     command = [
         "tune",

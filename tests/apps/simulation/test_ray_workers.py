@@ -144,6 +144,23 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         ray_workers.require_ray()
 
 
+@pytest.mark.parametrize("address", [None, "192.0.2.1:6379"])
+def test_a_ray_that_does_not_start_is_said_in_one_line(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine Ray gives up with an exception of no kind, which was a traceback for the user."""
+    ray = pytest.importorskip("ray")
+
+    def late(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with (
+        pytest.raises(ConfigError, match=r"current node timed out during startup\.: ") as caught,
+        ray_workers._ray(address),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
 def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(ray_workers, "processors_here", lambda: 2)
