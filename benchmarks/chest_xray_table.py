@@ -83,6 +83,7 @@ SMALL_WITHOUT_PRIVACY = {
     "ema_decay": 0.5,
 }
 RATE_AT_EPSILON_1 = 15.0  # of Lite0; scattering keeps its 30
+SMALL_RATE_AT_EPSILON_1 = 0.25  # half of the small network's, as for Lite0; not searched for
 RATE_WITHOUT_CLIPPING = 5.0  # of a linear layer on features; gradients of the other rows are clipped to a tenth
 ROWS = {
     "central": "central",
@@ -277,7 +278,9 @@ def configured(config: Config, row: str, epsilon: float | None, patients: int) -
         if epsilon is None:  # as the file says
             return config.with_values(training=SMALL_WITHOUT_PRIVACY, privacy=privacy)
         hospitals = config.federation.hospitals if row == "central" else 1
-        training = {"batch_size": min(smallest, config.training.batch_size * hospitals)}
+        training: dict[str, Any] = {"batch_size": min(smallest, config.training.batch_size * hospitals)}
+        if epsilon <= 1:
+            training["learning_rate"] = SMALL_RATE_AT_EPSILON_1
         return config.with_values(training=training, privacy={**privacy, "delta": 1e-5})
     training = {"batch_size": smallest}
     if mechanism != "distributed":  # one step a round, so that steps are those of the federation
