@@ -147,7 +147,7 @@ def _plan(network: fx.GraphModule) -> tuple[dict[str, _Recorded], set[str]]:
         if calls[name] > 1 or not isinstance(before, fx.Node):
             raise _unsuitable(f"'{name}' is called twice, or with more than its input")
         if _is_known(layer):
-            recorded[name] = _Recorded(layer)  # type: ignore[arg-type]
+            recorded[name] = _Recorded(layer)
             continue
         source = modules.get(str(before.target)) if before.op == "call_module" else None
         alone = len(before.users) == 1 and calls[str(before.target)] == 1
@@ -164,7 +164,8 @@ def _plan(network: fx.GraphModule) -> tuple[dict[str, _Recorded], set[str]]:
 
 def _patches(images: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
     """What each place of a convolution's output sees, (M, places, rows * columns of the filter, C), of images (M, C, H, W)."""
-    (down, across), (top, left) = layer.padding, layer.kernel_size  # type: ignore[misc]
+    assert not isinstance(layer.padding, str)  # `_is_known`
+    (down, across), (top, left) = layer.padding, layer.kernel_size
     padded = nn.functional.pad(images.permute(0, 2, 3, 1), (0, 0, across, across, down, down))
     count, height, width, channels = padded.shape
     steps, gaps = layer.stride, layer.dilation
