@@ -37,7 +37,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import balanced_accuracy_score, matthews_corrcoef, roc_auc_score
 
 from mpc_fl.apps.runs.memory import use_large_pages
 from mpc_fl.apps.runs.run_directory import versions
@@ -76,7 +75,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = {"lite0": "chest_xray.yaml", "scattering": "chest_xray_scattering.yaml", "small": "chest_xray_small.yaml"}
 NETWORKS = {"lite0": "Lite0, linear", "scattering": "scattering, linear", "small": "small network"}
 SMALL_WITHOUT_PRIVACY = {
-    "local_steps": 15,
+    "local_steps": 10,
     "gradient_clipping": 1.0,
     "learning_rate": 0.02,
     "batch_size": 128,
@@ -325,26 +324,39 @@ def measure(task: Task) -> Result:
 # ---- statistics and text -----------------------------------------------------------------------------------------------
 
 
-def figures_of(probabilities: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
-    """The `FIGURES` of one model, probabilities (N, classes)."""
-    predicted = probabilities.argmax(axis=1)
-    area = roc_auc_score(labels, probabilities / probabilities.sum(axis=1, keepdims=True), multi_class="ovr")
-    accuracy = float((predicted == labels).mean())
-    return accuracy, balanced_accuracy_score(labels, predicted), area, matthews_corrcoef(labels, predicted)
+def figures_of(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, ...]:
+    """The `FIGURES` of one model, probabilities (N, classes), each record counted as often as `weights` (N,) say."""
+    classes = probabilities.shape[1]
+    pairs = np.bincount(labels * classes + probabilities.argmax(axis=1), weights, classes**2).reshape(classes, classes)
+    found, right, total = pairs.sum(axis=1), pairs.trace(), pairs.sum()
+    said = pairs.sum(axis=0)
+    spread = (total**2 - said @ said) * (total**2 - found @ found)
+    correlation = (right * total - said @ found) / math.sqrt(spread) if spread else 0.0
+    areas = [_area(probabilities[:, own], labels == own, weights) for own in range(classes)]
+    return right / total, float(np.mean(pairs.diagonal() / found)), float(np.mean(areas)), correlation
+
+
+def _area(scores: np.ndarray, own: np.ndarray, weights: np.ndarray) -> float:
+    """Under the curve of one class against the others: how often a record of it has the higher score, equal ones half."""
+    places = np.unique(scores, return_inverse=True)[1]
+    of_class, others = np.bincount(places, weights * own), np.bincount(places, weights * ~own)
+    return float(of_class @ (others.cumsum() - others / 2) / (of_class.sum() * others.sum()))
 
 
 def interval(results: Sequence[Result], test: Dataset) -> list[tuple[float, float, float]]:
     """Mean of each figure over seeds and models, with a 95 % interval over seeds and test patients (bootstrap)."""
     labels, rows = test.labels.numpy(), [records.numpy() for records in test.records_of_patient]
     by_seed = [result.probabilities for result in results]
-    means = np.mean([[figures_of(model, labels) for model in models] for models in by_seed], axis=(0, 1))
+    once = np.ones(len(labels))
+    means = np.mean([[figures_of(model, labels, once) for model in models] for models in by_seed], axis=(0, 1))
     draw, drawn = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
         models = by_seed[draw.integers(len(by_seed))]
         model = models[draw.integers(len(models))]
         chosen = np.concatenate([rows[patient] for patient in draw.integers(len(rows), size=len(rows))])
+        weights = np.bincount(chosen, minlength=len(labels)).astype(float)
         if len(np.unique(labels[chosen])) == len(np.unique(labels)):
-            drawn.append(figures_of(model[chosen], labels[chosen]))
+            drawn.append(figures_of(model, labels, weights))
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return list(zip(means, low, high, strict=True))
 
