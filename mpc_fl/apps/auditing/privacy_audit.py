@@ -134,6 +134,6 @@ def _scores(plan: AuditPlan, releases: np.ndarray, rounds: int) -> np.ndarray:
     if run.config.privacy.mechanism == "distributed":  # each step is opened by itself
         steps = rounds * training.local_steps
         return scores_of(releases[:steps], np.eye(steps), claim)
-    steps = Steps(training.local_steps, rates_of(run)[: rounds * training.local_steps], training.momentum,
+    order = Steps(training.local_steps, rates_of(run)[: rounds * training.local_steps], training.momentum,
                   run.config.keeps_momentum)  # fmt: skip
-    return scores_of(releases[:rounds], step_responses(steps), claim)
+    return scores_of(releases[:rounds], step_responses(order), claim)
