@@ -132,8 +132,8 @@ def _scores(plan: AuditPlan, releases: np.ndarray, rounds: int) -> np.ndarray:
     run, training = plan.run, plan.run.config.training
     claim = Claim(run.noise_multiplier, sample_rate(run))
     if run.config.privacy.mechanism == "distributed":  # each step is opened by itself
-        opened = rounds * training.local_steps
-        return scores_of(releases[:opened], np.eye(opened), claim)
-    steps = Steps(training.local_steps, rates_of(run)[: rounds * training.local_steps], training.momentum,
+        steps = rounds * training.local_steps
+        return scores_of(releases[:steps], np.eye(steps), claim)
+    order = Steps(training.local_steps, rates_of(run)[: rounds * training.local_steps], training.momentum,
                   run.config.keeps_momentum)  # fmt: skip
-    return scores_of(releases[:rounds], step_responses(steps), claim)
+    return scores_of(releases[:rounds], step_responses(order), claim)
