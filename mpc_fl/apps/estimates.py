@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpc_fl.apps.formats import size
 from mpc_fl.config.config import Config, relays_of
 
 
@@ -73,8 +73,8 @@ class TrainingEstimate:
         return asdict(self)
 
 
-def relaying(config: Config, found: TrainingEstimate) -> str | None:
-    """What relays pass on among hospitals, and what losing one costs, in words; None where nothing is relayed."""
+def relaying(config: Config, found: TrainingEstimate, size: Callable[[int], str]) -> str | None:
+    """What relays pass on among hospitals, and what losing one costs; None where nothing is relayed. `size` puts bytes in words."""
     relays = relays_of(config)
     if not found.bytes_relayed:
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mpc_fl.apps.estimates import relaying
+from mpc_fl.apps.formats import size
 from mpc_fl.apps.runs.estimate import estimate_training
 from mpc_fl.config.config import parse_config
 from mpc_fl.links.routes import relayed_route
@@ -76,9 +77,9 @@ def test_what_relays_pass_on_is_estimated_and_said() -> None:
     found = parse_config(values, "test")
     training = estimate_training(found, [10] * 5)
     assert training.bytes_relayed == 2 * training.bytes_sent_per_hospital // 4
-    words = relaying(found, training)
+    words = relaying(found, training, size)
     assert words is not None and "relays (hospital-0, hospital-2) pass on" in words and "alone" not in words
     alone = found.with_values(federation={"relay": "hospital-0"})
-    assert "there is one alone" in str(relaying(alone, estimate_training(alone, [10] * 5)))
+    assert "there is one alone" in str(relaying(alone, estimate_training(alone, [10] * 5), size))
     none = found.with_values(federation={"dial_out_only": ["hospital-1"]})
-    assert relaying(none, estimate_training(none, [10] * 5)) is None
+    assert relaying(none, estimate_training(none, [10] * 5), size) is None

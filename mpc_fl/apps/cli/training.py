@@ -247,7 +247,7 @@ def check(
         say(
             f"Masks: with {found.mask_neighbours} others each, against the aggregator and {found.masks_against} hospitals."
         )
-    if (relayed := relaying(settings, found)) is not None:
+    if (relayed := relaying(settings, found, size)) is not None:
         say(f"R{relayed[1:]}.")
     say(f"Memory: about {size(found.memory_bytes_per_hospital)} per hospital. The run can work.")
 
@@ -273,7 +273,7 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         opener, whom = "each hospital", "any"
     else:
         say(f"  the aggregator sends {size(training.bytes_sent_by_aggregator)}")
-    if (relayed := relaying(settings, training)) is not None:
+    if (relayed := relaying(settings, training, size)) is not None:
         say(f"  {relayed}")
     say(
         f"  masks: each hospital shares them with {training.mask_neighbours} others, holds {training.mask_keys} keys of a sum"
