@@ -21,6 +21,7 @@ from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, 
 from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
+from mpc_fl.federation import ledger_forecast
 from mpc_fl.federation.ledger_forecast import LedgerForecast
 from mpc_fl.federation.planning import budget_of
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier
@@ -110,12 +111,12 @@ def test_a_search_says_what_its_privacy_ledgers_leave_for_it(tmp_path: Path) -> 
     budget = budget_of(config)
     noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
     ledger = PrivacyLedger(tmp_path / "hospital-1-privacy.sqlite3", "hospital-1", "patient")
-    ledger.charge(SubsampledGaussian(1.005 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
     (forecast,) = ledger_forecasts(search)
     assert forecast.hospital == "hospital-1" and forecast.target == 4.0
     assert 3 < forecast.used < 4 and forecast.used == ledger.epsilon(budget.delta, budget.accountant)
     # What is said is the noise that the trials will have.
-    assert forecast.noise_multiplier == _Plan.of(search, tmp_path, tmp_path, False).noise and forecast.is_nearly_spent
+    assert forecast.noise_multiplier == _Plan.of(search, tmp_path, tmp_path, False).noise and 1.9 < forecast.times < 2
     without = config.with_values(privacy={"mechanism": "none"}, evaluation={"noise_multiplier": None})
     assert ledger_forecasts(searched(without, {"training.learning_rate": [0.1, 0.2]})) == []
 
@@ -128,7 +129,7 @@ def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
     noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
     ledger = PrivacyLedger(tmp_path / "ledgers" / "hospital-0-privacy.sqlite3", "hospital-0", "patient")
     ledger.path.parent.mkdir()
-    ledger.charge(SubsampledGaussian(1.005 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
     (tmp_path / "config.yaml").write_text(configured().to_yaml())
     command = [
         "tune",
@@ -138,11 +139,12 @@ def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
         "--ledger",
         ledger.path.parent,
     ]
+    monkeypatch.setattr(ledger_forecast, "NEARLY_SPENT", 1.5)  # such a search has 1.95 times the noise
     monkeypatch.setattr(sys, "argv", ["mpc-fl", *map(str, command), "--out", str(tmp_path / "search")])
     with pytest.raises(SystemExit) as ended:
         main.main()
     said = " ".join(capsys.readouterr().err.split())
-    assert ended.value.code == 3 and "times as much: say --anyway" in said, said
+    assert ended.value.code == PrivacyBudgetError.exit_code and "times as much: say --anyway" in said, said
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("search")]
 
 
