@@ -118,8 +118,8 @@ class FederationSection(Section):
     )
     relay: str | tuple[str, ...] | None = Field(
         default=None,
-        description="party, or parties, through which two of dial_out_only reach each other; null: the aggregator, or without "
-        "one all founders that others can dial",
+        description="through which parties two of dial_out_only reach each other; null: the aggregator, or among peers all "
+        "founders with an address",
     )
 
     @model_validator(mode="after")

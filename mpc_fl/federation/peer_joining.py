@@ -163,9 +163,11 @@ class Joining:
                 self._false.add(giver)
             else:
                 if number is not None:
+                    waited_for = {*attendance.members}
                     if ledger.blocks:
-                        attendance.members = ledger.blocks[-1].parties  # it needs their votes
-                    self._await_votes([name for name, _ in givers])
+                        attendance.members = ledger.blocks[-1].parties
+                    if not waited_for.issuperset(attendance.members):  # it needs their votes, too
+                        self._await_votes([name for name, _ in givers])
                     return number
         raise left_out
 
