@@ -21,7 +21,6 @@ from mpc_fl.apps.search_summary import SEARCH_FILE, SearchSummary, TrialResult, 
 from mpc_fl.audit.model_origin import model_origin
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, PrivacyBudgetError
-from mpc_fl.federation import ledger_forecast
 from mpc_fl.federation.ledger_forecast import LedgerForecast
 from mpc_fl.federation.planning import budget_of
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian, calibrate_noise_multiplier
@@ -129,8 +128,8 @@ def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
     noise = calibrate_noise_multiplier(budget, 0.1, 10, [], "an earlier run")
     ledger = PrivacyLedger(tmp_path / "ledgers" / "hospital-0-privacy.sqlite3", "hospital-0", "patient")
     ledger.path.parent.mkdir()
-    ledger.charge(SubsampledGaussian(1.02 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
-    (tmp_path / "config.yaml").write_text(configured().to_yaml())
+    ledger.charge(SubsampledGaussian(1.001 * noise, 0.1, 10), run="earlier", round_number=1, budget=budget)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
     command = [
         "tune",
         tmp_path / "config.yaml",
@@ -139,7 +138,6 @@ def test_a_search_on_ledgers_that_are_nearly_spent_asks_first(
         "--ledger",
         ledger.path.parent,
     ]
-    monkeypatch.setattr(ledger_forecast, "NEARLY_SPENT", 1.5)  # such a search has 1.95 times the noise
     monkeypatch.setattr(sys, "argv", ["mpc-fl", *map(str, command), "--out", str(tmp_path / "search")])
     with pytest.raises(SystemExit) as ended:
         main.main()
