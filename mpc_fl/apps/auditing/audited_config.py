@@ -22,6 +22,7 @@ from mpc_fl.evidence.canaries import CLASSES, largest_movement
 from mpc_fl.federation.planning import sample_rate_of
 from mpc_fl.learning.data.loading import public_sizes
 from mpc_fl.learning.training.schedules import learning_rate_factor
+from mpc_fl.roles import AGGREGATOR
 
 _DEVIATIONS = 6  # of noise that the learning rate leaves room for
 _OF_POSTPROCESSING = ("strategy", "server_learning_rate", "server_momentum", "server_adaptivity", "proximal", "trainable",
@@ -127,7 +128,7 @@ def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
     """Sections as a run has them whose hospitals are all in this process, with privacy ledgers in `out`."""
     return {
         "federation": {
-            "coordinator": "aggregator",
+            "coordinator": AGGREGATOR,
             "founders": None,
             "admission": "all",
             "session": secrets.token_hex(16),
