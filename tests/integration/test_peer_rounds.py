@@ -119,15 +119,20 @@ def test_a_whole_run_of_three(tmp_path: Path) -> None:
         assert not (own / "identity").exists()
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["dies", "stops"])
 @pytest.mark.parametrize("phase", ["round 1 attendance", "round 1 training", "round 1 signatures"])
 def test_the_proposer_is_lost(how: str, phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     require_without_hospital_1(how, phase, configuration(5), monkeypatch, tmp_path)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["dies", "stops"])
 def test_the_relay_of_two_that_only_dial_out_is_lost(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The two begin with hospital-1, which proposes; another one takes over, and no hospital loses one that is there."""
+    """hospital-1 proposes, and the two prefer it; another one takes over, and no hospital loses one that is there.
+
+    Where it was not linked with both in time they use the other one from the beginning; `test_peer_relays` loses the one that is used.
+    """
     relays = ["hospital-1", "hospital-0"]
     if relayed_route("hospital-3", "hospital-4", relays).relays[0] != "hospital-1":
         relays.reverse()
@@ -135,7 +140,6 @@ def test_the_relay_of_two_that_only_dial_out_is_lost(how: str, monkeypatch: pyte
     config = configuration(5).with_values(federation={"coordinator": "none", "hospitals": 5, "quorum": 3, **federation})
     require_without_hospital_1(how, "round 1 training", config, monkeypatch, tmp_path)
     logs = "".join((tmp_path / "logs" / f"{name}.log").read_text() for name in ("hospital-3", "hospital-4"))
-    assert "goes through hospital-0 from now on, no more through hospital-1" in logs
     assert "lost hospital-3" not in logs and "lost hospital-4" not in logs
 
 
@@ -143,6 +147,8 @@ def require_without_hospital_1(
     how: str, phase: str, config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is lost in that phase, and the others end the run, with one ledger."""
+    # Where it stops between its words to two others, these wait for each other until a deadline.
+    config = config.with_values(runtime={"receive_timeout": 150.0})
     monkeypatch.setenv(FREEZE, f"hospital-1/{phase}/{how}")
     with PartyStarter(modules_to_share(config), "tests.support.frozen_programs") as starter:
         lost = launch(config, tmp_path, lambda *_: None, starter)
