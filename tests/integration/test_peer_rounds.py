@@ -131,7 +131,7 @@ def test_the_proposer_is_lost(how: str, phase: str, monkeypatch: pytest.MonkeyPa
 def test_the_relay_of_two_that_only_dial_out_is_lost(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """hospital-1 proposes, and the two prefer it; another one takes over, and no hospital loses one that is there.
 
-    Where it was not linked with both in time they use the other one from the beginning; `test_peer_relays` loses the one that is used.
+    Where it was not linked with both in time they use the other one from the beginning; `test_peer_relays` loses the used one.
     """
     relays = ["hospital-1", "hospital-0"]
     if relayed_route("hospital-3", "hospital-4", relays).relays[0] != "hospital-1":
