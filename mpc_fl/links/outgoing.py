@@ -81,6 +81,8 @@ class Outgoing:
 
         with peer.writer.lock:
             failure, conversation = self._mailboxes.failure(peer.name), peer.conversation
+            if failure is None and not self._mailboxes.connected(peer.name):  # its greeting leaves first
+                raise LinkError(f"{peer.name} is not connected", "connect before sending")
             if failure is None and conversation is not None and not conversation.has_room_to_spare():
                 return False
             peer.writer.put(Kind.RELAY, sender, sealed, write)
