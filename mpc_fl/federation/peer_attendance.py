@@ -213,7 +213,8 @@ class PeerAttendance:
     def _require_recalled(self, number: int, said: Mapping[str, Presence], proposer: str) -> None:
         own = () if self.recalls else self._unconfirmed
         if missing := required_by(self.rules, self._membership, said, own):
-            if proposer != self.me and missing[0] in self._linked:  # another one may propose it
+            is_there = missing[0] == self.me or missing[0] in self._linked
+            if proposer != self.me and is_there:  # another one may propose it
                 raise ProtocolError(f"{proposer} left out {missing[0]}, which is there and needed", DEVIATES)
             raise QuorumError(
                 f"round {number}: to go on after all have stopped takes all hospitals of the last block; {missing[0]} is missing",
