@@ -34,7 +34,8 @@ MOST_SIMULATED = 1000  # their names have three digits
 
 
 class RuntimeSection(Section):
-    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
+    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need, and whether messages are
+    recorded for an audit (docs/evidence.md), which all parties must agree on.
 
     In training all other deadlines follow from `connect_timeout`, `receive_timeout` (an answer that takes no work) and
     `federation.round_timeout`: hospitals wait longer for the aggregator than it waits for them.

@@ -8,7 +8,7 @@ closing masks each follows from the other and from the sum, so that two alone ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,10 +120,10 @@ def received_by(parties: Iterable[Path]) -> tuple[list[Received], int]:
     return [Received(*key, *counts) for key, counts in sorted(found.items())], left_out
 
 
-def add_tests_of_records(parties: Iterable[Path], tests: PValues) -> None:
+def add_tests_of_records(parties: Sequence[Path], tests: PValues) -> None:
     """Add the tests of all masked words in these records. Raises `DataError` for a damaged one."""
     for party in parties:
-        last, of_sum = dict[tuple[str, str], Words](), dict[str, Words]()
+        last, latest = dict[tuple[str, str], Words](), dict[str, Words]()
         counts = dict[tuple[str, str], int]()
         for what, words in _masked_words(party):
             key = (what, words.sender)
@@ -131,15 +131,19 @@ def add_tests_of_records(parties: Iterable[Path], tests: PValues) -> None:
             if counts[key] > _MOST_MESSAGES:
                 continue
             tests.add(what, words.name, p_values_of_one(words.values))
-            before, beside = last.get(key), of_sum.get(f"{what} {words.tag}")
+            before, beside = last.get(key), latest.get(what)
             if before is not None and _alike(before, words):
                 tests.add(f"{what}, with the one before", words.name, p_values_of_two(words.values, before.values))
-            if beside is not None and beside.sender != words.sender and _alike(beside, words) and _several(parties):
+            if beside is not None and _of_one_sum(beside, words) and _several(parties):
                 tests.add(f"{what}, with another's", words.name, p_values_of_two(words.values, beside.values))
-            last[key], of_sum[f"{what} {words.tag}"] = words, words
+            last[key], latest[what] = words, words
 
 
-def _several(parties: Iterable[Path]) -> bool:
+def _of_one_sum(one: Words, other: Words) -> bool:
+    return one.tag == other.tag and one.sender != other.sender and _alike(one, other)
+
+
+def _several(parties: Sequence[Path]) -> bool:
     return sum(is_hospital(party.name) for party in parties) > 2
 
 

@@ -94,9 +94,10 @@ def require_may_record(config: Config) -> None:
     """Raise `ConfigError` where messages shall be recorded that may be about patients, and this site has not said that they may."""
     if not config.runtime.record_messages:
         return
-    if config.task == "serve":
+    if config.task not in ("train", "infer"):
         raise ConfigError(
-            "runtime.record_messages records train and infer, not a service that others ask", "set it to false"
+            "runtime.record_messages records the parties of train and infer alone, no service and no simulation",
+            "set it to false",
         )
     is_real = config.data.source != "phantoms" or config.site.images is not None
     if is_real and not config.site.record_patients:

@@ -38,9 +38,10 @@ def test_messages_about_patients_are_recorded_only_where_the_site_has_allowed_it
     require_may_record(config.with_values(site={"record_patients": True}))
 
 
-def test_a_service_is_not_recorded() -> None:
-    with pytest.raises(ConfigError, match="not a service"):
-        require_may_record(parse_config({**RECORDS, "task": "serve"}, "test"))
+@pytest.mark.parametrize("task", ["serve", "simulate"])
+def test_a_service_and_a_simulation_are_not_recorded(task: str) -> None:
+    with pytest.raises(ConfigError, match="no service and no simulation"):
+        require_may_record(parse_config({**RECORDS, "task": task}, "test"))
 
 
 def test_no_file_allows_it_and_none_that_is_written_does(tmp_path: Path) -> None:
