@@ -33,7 +33,7 @@ _OF_QUERIES, _OF_HELD_OUT, _OF_STUDENT = (
 
 def counts_up_to(most: int) -> list[int]:
     """Numbers of queries: 25 and its doubles up to `most`, which is the last."""
-    counts = []
+    counts = list[int]()
     while (count := FEWEST_QUERIES << len(counts)) < most:
         counts.append(count)
     return [*counts, most]

@@ -2,8 +2,9 @@
 
 Two runs are made like the audited one, on the same data with the same patients drawn, each with keys, masks and noise of its own: a
 step in each of two rounds. Of every summand the encoded update and the masked words are kept, and tested: the words by themselves;
-with the update that they mask, and the mask itself, which is their difference; with the same hospital's words in the round before,
-with another hospital's for the same sum, and with its own in the other run, where what is masked is nearly the same.
+with the update that they mask, and the mask itself, which is their difference; what is left of them once the keys are given that
+open the sum; with the same hospital's words in the round before, with another hospital's for the same sum, and with its own in the
+other run, where what is masked is nearly the same.
 
 Training, encoding, masks and sums are the code of every run (`apps.simulation.hospitals`); nothing of it is a copy.
 """
@@ -31,17 +32,23 @@ from mpc_fl.evidence.uniformity import FEWEST_WORDS, correlation, equal_bits, p_
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.planning import sum_rules
 from mpc_fl.roles import AGGREGATOR
+from mpc_fl.sharing.closed_sum import SummandMasks
 
 _OF_TRAINING, _RUNS, _MOST_WORDS = ("update", "gradient"), 2, 1 << 18
 
 
 @dataclass(frozen=True, repr=False)
 class MaskedSummand:
-    """One hospital's part in a sum of training: the encoded update, and the masked words that leave; ring elements of one shape."""
+    """One hospital's part in a sum of training: the encoded update, and the masked words that leave; ring elements of one shape.
+
+    `unlocked` is what the opener makes of these words with the keys that it is given: without the masks that close the sum. None
+    where no masks close it.
+    """
 
     hospital: int
     plain: torch.Tensor
     masked: torch.Tensor
+    unlocked: torch.Tensor | None = None
 
     @property
     def words(self) -> tuple[np.ndarray, np.ndarray]:
@@ -75,7 +82,19 @@ class WatchedGroup(HospitalGroup):
         super().add(rank)
         if self._plain is not None and self._words is not None:
             masked = self._words.clone() if before is None else self._words - before
-            self.sums[-1][rank], self._plain = MaskedSummand(rank, self._plain, masked), None
+            unlocked = _without_closing_masks(masked, self.hospitals[rank].masks)
+            self.sums[-1][rank], self._plain = MaskedSummand(rank, self._plain, masked, unlocked), None
+
+
+def _without_closing_masks(masked: torch.Tensor, masks: SummandMasks | None) -> torch.Tensor | None:
+    """Beyond 16 hospitals (a circle of masks) None: there one mask closes a summand, of keys that are joined."""
+    if masks is None or not masks.plan.closing or masks.plan.circle is not None:
+        return None
+    unlocked = masked.clone()
+    for partner in masks.plan.partners(masks.me):
+        _, (closing, _) = masks.own_masks(partner)  # the one that cancels in the sum comes first
+        closing.subtract_from(unlocked)
+    return unlocked
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,10 @@ def add_tests_of_summands(runs: list[list[dict[int, MaskedSummand]]], tests: PVa
                 signed = summand.plain.reshape(-1).double().numpy()[: len(masked)]
                 shown = {"correlation": correlation(masked, signed), "equal bits": equal_bits(masked, plain)}
                 tests.add("masked words and the update", name, shown)
+                if summand.unlocked is not None:
+                    opened = words_of(summand.unlocked)[:_MOST_WORDS]
+                    of_opened = p_values_of_one(opened) | {"correlation": correlation(opened, signed)}
+                    tests.add("masked words, less the masks whose keys are given", name, of_opened)
                 for of, other in _others(runs, (run, number, rank)):
                     tests.add(of, name, p_values_of_two(masked, other.words[1]))
 

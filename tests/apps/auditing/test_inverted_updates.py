@@ -29,9 +29,10 @@ def test_every_view_is_attacked_and_pictured() -> None:
 
 @pytest.mark.long
 def test_plaintext_shows_the_image_and_masked_words_are_at_chance() -> None:
-    """The acceptance of issue 18: similarity at least 0.5, and indistinguishable from another image's at 95 %."""
+    """Similarity at least 0.5, and no closer than chance has it. Masks are fresh in every run: at 99.9 %, so that an honest one
+    fails here once in 1000 times; `make evidence` says it at 95 %."""
     found = {of.view: of for of in invert_updates(Attack(8, 3, 0.7, Search()), lambda *_: None).inversions}
     assert found[PLAINTEXT].mean >= 0.5 and found[PLAINTEXT].at_chance < 1e-4
-    assert found[MASKED].at_chance >= 0.05 and abs(found[MASKED].mean) < 0.2
+    assert found[MASKED].at_chance >= 0.001 and abs(found[MASKED].mean) < 0.2
     assert found[NOISED].mean < 0.2
     assert found[SUM].mean < found[PLAINTEXT].mean

@@ -30,6 +30,10 @@ OF_TESTS = {
 }
 
 
+LEVEL = 1e-6  # keys are fresh in every run: so seldom an honest one fails here, and what is wrong is far below
+UNLOCKED = "masked words, less the masks whose keys are given"
+
+
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     same_seeds(monkeypatch)
@@ -43,7 +47,7 @@ def found(mechanism: str = "none", noise: float | None = None, **federation: Any
 
 
 def rejected(tests: PValues) -> set[str]:
-    return {made.of for made in tests.judged(0.05) if made.rejected}
+    return {made.of for made in tests.judged(LEVEL) if made.rejected}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,8 @@ def rejected(tests: PValues) -> set[str]:
 )
 def test_honest_sums_show_nothing(mechanism: str, noise: float | None, federation: dict[str, Any]) -> None:
     tests = found(mechanism, noise, **federation)
-    assert {made.of for made in tests.judged(0.05)} == OF_TESTS
+    unlocked = {UNLOCKED} if "quorum" in federation else set()
+    assert {made.of for made in tests.judged(LEVEL)} == OF_TESTS | unlocked
     assert rejected(tests) == set() and tests.count > 200
 
 
@@ -70,6 +75,23 @@ class SameInEveryRound(SummandMasks):
     def __init__(self, plan: SumPlan, me: str, shape: Any, seed_with: Callable[[str], Seed]) -> None:
         once = replace(plan, label=("update",), transcript="")
         super().__init__(once, me, shape, lambda other: seed_with(other).again())
+
+
+class WithoutZeroShares(SummandMasks):
+    """A defect: the masks that cancel in the sum are left out; those that close it hide words only until their keys are given."""
+
+    def masked(self, encoded: Private[torch.Tensor], in_place: bool = False) -> torch.Tensor:
+        words = super().masked(encoded, in_place)
+        for (kind, owner, partner), seed in self._seeds.items():
+            if kind == "zero" and owner == self.me:
+                stream, added = seed.again().stream("mask"), self.plan.adds(owner, partner)
+                (stream.subtract_from if added else stream.add_to)(words)
+        return words
+
+
+def test_words_that_their_keys_lay_open_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hospitals, "SummandMasks", WithoutZeroShares)
+    assert rejected(found(quorum=2)) == {UNLOCKED}
 
 
 def test_masks_that_are_left_out_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from mpc_fl.apps.auditing import views_audit
 from mpc_fl.apps.cli import audit
 from mpc_fl.apps.report.views_page import write_views_report
 from mpc_fl.apps.summaries import SUMMARY_FILE
@@ -30,6 +31,7 @@ QUICK = ("--images", 2, "--steps", 10, "--queries", 25)
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     same_seeds(monkeypatch)
+    monkeypatch.setattr(views_audit, "LEVEL", 1e-6)  # keys are fresh in every run
     torch.set_num_threads(1)
 
 
