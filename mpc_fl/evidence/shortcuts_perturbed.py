@@ -23,6 +23,7 @@ from mpc_fl.learning.data.phantom_shortcuts import corner_side
 # What a change should do to a diagnosis: end it, leave it, or leave it though pixels everywhere change.
 Kind = Literal["lungs", "places", "contrast"]
 _BORDER, _MARGIN, _BLUR = 0.1, 0.04, 1 / 32  # shares of a side
+_LEAST_BLUR = 0.7  # pixels: less is no blur
 _DARKER = 1.4  # exponent of the brightness
 _TOP, _BOTTOM = 1 / 6, 5 / 6  # the central two thirds of the height
 _OUTER, _INNER = 0.08, 0.46  # of the left field, as shares of the width; the right one is its mirror
@@ -82,8 +83,8 @@ def hidden(images: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
 
 
 def blurred(images: torch.Tensor) -> torch.Tensor:
-    """Images through a Gaussian whose deviation is 1/32 of the side, with mirrored edges."""
-    deviation = _BLUR * images.shape[-1]
+    """Images through a Gaussian whose deviation is 1/32 of the side, 0.7 pixels at least, with mirrored edges."""
+    deviation = max(_LEAST_BLUR, _BLUR * images.shape[-1])
     reach = min(math.ceil(2 * deviation), images.shape[-1] - 1)
     steps = torch.arange(-reach, reach + 1, dtype=torch.float32)
     kernel = torch.exp(-steps.square() / (2 * deviation**2))

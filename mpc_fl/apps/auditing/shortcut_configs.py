@@ -39,6 +39,11 @@ def require_films(config: Config) -> None:
         )
 
 
+def run_again_config(config: Config, out: Path) -> Config:
+    """That of the run as it was, in one process."""
+    return config.with_values(task="simulate", aggregation=_UNCHECKED, **in_one_process(out))
+
+
 def probe_config(config: Config, out: Path) -> Config:
     """That of a probe: the run's training with hospitals for classes, and privacy ledgers in `out`.
 
