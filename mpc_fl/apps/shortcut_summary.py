@@ -104,7 +104,8 @@ class FilmShown:
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutSummary:
-    """Of `mpc-fl audit shortcuts`. `lungs` says where they were taken to lie. What was not asked for is None or empty."""
+    """Of `mpc-fl audit shortcuts`. `lungs` says where they were taken to lie, `films_of` which hospital's films alone were there,
+    None for those of all. What was not asked for is None or empty."""
 
     name: str
     run: str
@@ -113,6 +114,7 @@ class ShortcutSummary:
     versions: dict[str, str]
     classes: list[str]
     hospitals: int
+    films_of: str | None
     lungs: str
     mark: str | None
     models: list[ModelStudied]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from mpc_fl.apps.summaries import SUMMARY_FILE, TrainingSummary
+from mpc_fl.apps.summaries import SUMMARY_FILE, PartySummary, TrainingSummary
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.files import write_json, write_text
@@ -51,6 +53,33 @@ def finished_run(directory: Path, config: Config, model: torch.nn.Module) -> Pat
     summary = TrainingSummary(
         name=config.name, synthetic=True, rounds=2, parameters=9, hospitals=names, seconds=1.0, command="mpc-fl train",
         versions={}, privacy=[],
+    )  # fmt: skip
+    directory.mkdir()
+    write_text(directory / "config.yaml", config.to_yaml())
+    write_json(directory / SUMMARY_FILE, summary.to_json())
+    save_model(directory / MODEL_FILE, model, config)
+    return directory
+
+
+def hospitals_own_run(directory: Path, films: Path, party: str = "hospital-1") -> Path:
+    """What a hospital kept of a run, and its films in a folder: a few of noise, with the diagnosis in the lower left corner."""
+    generator, classes = np.random.default_rng(0), ("normal", "bacterial")
+    for label, name in enumerate(classes):
+        place = films / "test" / name
+        place.mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(60, 120, (16, 16), dtype=np.uint8)
+            pixels[13:, :3] = 250 if label else 10
+            Image.fromarray(pixels).save(place / f"person{12 * label + number}_{number}.png")
+    values = {"source": "images", "classes": list(classes), "image_size": 16}
+    config = parse_config({"name": "own", "data": values, "model": {"architecture": "linear"}}, "test")
+    model, weights = build_model(config), torch.zeros(2, 16, 16)
+    weights[1, 13:, :3] = 2.0
+    weights[0] = 0.03
+    load_flat_parameters(model, weights.flatten())
+    summary = PartySummary(
+        name="own", party=party, synthetic=False, rounds=2, rounds_made=2, hospitals=3, parameters=9, seconds=1.0,
+        command="mpc-fl party", versions={}, classes=list(classes), unit="patient", openings=1,
     )  # fmt: skip
     directory.mkdir()
     write_text(directory / "config.yaml", config.to_yaml())

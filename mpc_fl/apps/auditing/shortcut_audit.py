@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mpc_fl.apps.auditing.finished_run import summary_of
+from mpc_fl.apps.auditing.finished_run import summary_content, summary_of
 from mpc_fl.apps.auditing.shortcut_configs import FEWEST_HOSPITALS, left_out_config, probe_config, require_films
 from mpc_fl.apps.auditing.shortcut_runs import (
     JudgingModel,
@@ -37,17 +37,20 @@ from mpc_fl.apps.shortcut_summary import (
     ShortcutSummary,
     SiteLeftOut,
 )
+from mpc_fl.apps.summaries import PartySummary
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
+from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.evidence.shortcuts_perturbed import PERTURBATIONS
 from mpc_fl.evidence.shortcuts_sites import site_guesses
 from mpc_fl.evidence.shortcuts_tested import Answers, Changed, accuracy_and_area, changed, holm
 from mpc_fl.files import write_json
 from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.data.records import is_one_hospitals
 from mpc_fl.learning.data.tables import Part
 from mpc_fl.progress import Progress
-from mpc_fl.roles import hospital_name
+from mpc_fl.roles import hospital_name, is_hospital, split_name
 
 _PARTY = "audit"  # what progress is told of
 _PHANTOMS, _FILMS = "the phantoms' own lungs", "two fixed fields over the central two thirds of the height"
@@ -73,15 +76,13 @@ def audit_shortcuts(request: ShortcutRequest, out: Path, progress: Progress) -> 
     an `out` that exists, `ModelError` for a model that is not the run's, and what the run itself would raise.
     """
     require_free(out)
-    began, audited, config = time.monotonic(), summary_of(request.run), load_config(request.run / "config.yaml")
-    if request.data is not None:
-        config = config.with_values(site={**config.site.model_dump(mode="json"), "data": str(request.data.resolve())})
+    began, (config, synthetic, only) = time.monotonic(), _run_and_films(request)
     require_films(config)
     model, hospitals = model_of_run(request.run / MODEL_FILE, config), config.federation.hospitals
     parts: list[Part] = ["train", "test"] if request.probe or request.left_out else ["test"]
     parts += ["validation"] if config.data.validation_fraction and request.left_out else []
-    sites = films_of_sites(config, parts)
-    progress(_PARTY, "films", hospitals, hospitals)
+    sites = films_of_sites(config, parts, only)
+    progress(_PARTY, "films", len(sites), len(sites))
     probe = probe_sites(config, sites, progress) if request.probe else None
     alone = dict[str, JudgingModel]()
     if request.left_out:
@@ -92,11 +93,12 @@ def audit_shortcuts(request: ShortcutRequest, out: Path, progress: Progress) -> 
     summary = ShortcutSummary(
         name=config.name,
         run=str(request.run),
-        synthetic=audited.synthetic,
+        synthetic=synthetic,
         command=request.command,
         versions=versions(),
         classes=list(config.data.classes),
         hospitals=hospitals,
+        films_of=None if only is None else hospital_name(only),
         lungs=_PHANTOMS if config.data.source == "phantoms" else _FILMS,
         mark=_mark_of(config),
         models=studied,
@@ -108,9 +110,35 @@ def audit_shortcuts(request: ShortcutRequest, out: Path, progress: Progress) -> 
         from mpc_fl.apps.report.shortcut_page import write_shortcut_report  # draws: matplotlib comes with it
 
         write_json(directory / SHORTCUTS_FILE, summary.to_json())
-        shown = pictures(model, sites) if audited.synthetic or request.pictures else []
+        shown = pictures(model, sites) if synthetic or request.pictures else []
         write_shortcut_report(directory, shown)
     return summary
+
+
+def _run_and_films(request: ShortcutRequest) -> tuple[Config, bool, int | None]:
+    """The configuration of a run, whether its films are synthetic, and whose films alone are here, by rank; None for those of all.
+
+    A run may be that of all parties, or what one hospital kept of it, which then audits with its own films.
+    """
+    header, content = summary_content(request.run)
+    config = load_config(request.run / "config.yaml")
+    site = config.site.model_dump(mode="json")
+    if request.data is not None:
+        site["data"] = str(request.data.resolve())
+    if header.kind != PartySummary.KIND:
+        return config.with_values(site=site), summary_of(request.run).synthetic, None
+    party = PartySummary.from_json(content)
+    if not is_hospital(party.party):
+        raise DataError(f"{request.run} is that of {party.party}, which has no films", "give a hospital's directory")
+    own = config.with_values(site={**site, "data_of": "hospital"})
+    if not is_one_hospitals(own):
+        return own, party.synthetic, None
+    if request.probe or request.left_out:
+        raise ConfigError(
+            f"the films of {party.party} alone are here: neither a probe of sites nor a training without one can be made of them",
+            "add --no-probe --no-left-out",
+        )
+    return own, party.synthetic, split_name(party.party)[1]
 
 
 def _mark_of(config: Config) -> str | None:
@@ -153,7 +181,7 @@ def _studied(
     whole, all_lungs = together([site.test for site in sites]), torch.cat([site.lungs for site in sites])
     tasks: list[tuple[str, JudgingModel, str | None, Dataset, torch.Tensor]]
     tasks = [(FEDERATION, model, None, whole, all_lungs)]
-    tasks += [(FEDERATION, model, site.name, site.test, site.lungs) for site in sites]
+    tasks += [(FEDERATION, model, site.name, site.test, site.lungs) for site in sites if len(sites) > 1]
     tasks += [(ALONE, alone[site.name], site.name, site.test, site.lungs) for site in sites if site.name in alone]
     found = list[ModelStudied]()
     for number, (kind, judging, name, films, lungs) in enumerate(tasks, 1):

@@ -14,6 +14,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.evaluation import EvaluationSection
 from mpc_fl.errors import ConfigError
 from mpc_fl.learning.data.loading import public_sizes
+from mpc_fl.learning.data.records import is_one_hospitals
 from mpc_fl.roles import hospital_names
 
 FEWEST_HOSPITALS = 2  # of a federation
@@ -21,13 +22,13 @@ _UNCHECKED: dict[str, Any] = {"norm_check": False, "norm_bound": None}
 
 
 def require_films(config: Config) -> None:
-    """Raise `ConfigError` for a run without films, or whose hospitals have the same ones or no common model."""
+    """Raise `ConfigError` for a run without films, or whose simulated hospitals have the same ones or no common model."""
     if config.data.is_table:
         raise ConfigError(
             "records of this run are rows of a table, and shortcuts are looked for in images",
             "audit a run on images or phantoms",
         )
-    if config.data.partition.method == "none":
+    if config.data.partition.method == "none" and not is_one_hospitals(config):
         raise ConfigError(
             "with data.partition.method none every hospital has the same films: no site can be told from another",
             "audit a run whose hospitals have films of their own",

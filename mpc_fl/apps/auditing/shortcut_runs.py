@@ -64,11 +64,15 @@ class SiteFilms:
         return self.parts["test"]
 
 
-def films_of_sites(config: Config, parts: Sequence[Part]) -> list[SiteFilms]:
-    """The films of all hospitals, as the run divided them. Raises what a run raises that cannot read them."""
+def films_of_sites(config: Config, parts: Sequence[Part], only: int | None = None) -> list[SiteFilms]:
+    """The films of all hospitals, as the run divided them; or those of the hospital of rank `only`, whose own are here.
+
+    Raises what a run raises that cannot read them.
+    """
+    ranks = range(config.federation.hospitals) if only is None else (only,)
     divided = {part: divided_records(config, part) for part in parts}
     lungs, size, found = _lungs_of_phantoms(config), config.data.image_size, []
-    for rank in range(config.federation.hospitals):
+    for rank in ranks:
         own = {part: load_own(records, rank) for part, records in divided.items()}
         fixed = lung_fields(size).expand(len(own["test"]), -1, -1)
         found.append(SiteFilms(rank, own, fixed if lungs is None else lungs[rank]))

@@ -86,7 +86,7 @@ def _result(summary: ShortcutSummary) -> Markup:
             percent(whole.accuracy.value),
             f"{whole.records} test films of {whole.patients} patients",
         ),
-        ("Signs of shortcuts", len(whole.shortcuts), "of the run's model, over all hospitals"),
+        ("Signs of shortcuts", len(whole.shortcuts), "of the run's model"),
         ("Time", duration(summary.seconds), ""),
     ]
     if probe is not None:
@@ -103,12 +103,13 @@ def _rests_on(summary: ShortcutSummary, films: Sequence[FilmShown]) -> Markup:
     one half, and its interval is above one half, the diagnosis comes from elsewhere. With borders masked or corners removed it
     should stay. So it should under another contrast; that is no shortcut by itself, but what another scanner changes. A loss
     counts from {100 * LEAST_LOSS:.0f} points on, where the paired test says so at {LEVEL:.0%} over all changes together (Holm)."""
-    series = {"federation, all films": [_triple(change) for change in whole.changes]}
+    whose = "all hospitals'" if summary.films_of is None else f"{summary.films_of}'s"
+    series = {f"the run's model, {whose} films": [_triple(change) for change in whole.changes]}
     names = [change.name for change in whole.changes]
     figure = accuracy_changes(names, series, "The run's model on changed films")
     picture = plot(figure, "Change of accuracy by each change of the films", "With intervals of 95 % over patients.")
     return Markup(
-        paragraph(text) + picture + _table_of(whole, "The run's model, all hospitals' films") + _shown(summary, films)
+        paragraph(text) + picture + _table_of(whole, f"The run's model, {whose} films") + _shown(summary, films)
     )
 
 

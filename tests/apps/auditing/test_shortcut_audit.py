@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.evidence.shortcuts_tested import Changed
 from mpc_fl.learning.data.phantoms import make_phantoms
 from mpc_fl.parsing import parse_json
-from tests.support.shortcuts import finished_run, reads_the_mark, small_run
+from tests.support.shortcuts import finished_run, hospitals_own_run, reads_the_mark, small_run
 
 
 def found_in(model: torch.nn.Module, site: int) -> dict[str, Changed]:
@@ -90,6 +91,28 @@ def test_a_run_is_audited_and_reported(tmp_path: Path) -> None:
         audit_shortcuts(request, tmp_path / "audit", lambda *_: None)
 
 
+def test_a_hospital_audits_with_its_own_films(tmp_path: Path) -> None:
+    run, films = hospitals_own_run(tmp_path / "run", tmp_path / "films"), tmp_path / "films"
+    whole = ShortcutRequest(run, True, False, False, "", films)
+    with pytest.raises(ConfigError, match="the films of hospital-1 alone are here.*--no-probe --no-left-out"):
+        audit_shortcuts(whole, tmp_path / "audit", lambda *_: None)
+    request = replace(whole, probe=False)
+    summary = audit_shortcuts(request, tmp_path / "audit", lambda *_: None)
+    assert summary.films_of == "hospital-1" and len(summary.models) == 1 and "fixed" in summary.lungs
+    assert summary.models[0].accuracy.value == 1.0 and summary.shortcuts == [
+        "lungs masked",
+        "borders masked",
+        "corners removed",
+    ]
+    report = (tmp_path / "audit" / "report.html").read_text()
+    assert "data:image/png" not in report and "No film is shown" in report  # these are patients
+    audit_shortcuts(replace(request, pictures=True), tmp_path / "shown", lambda *_: None)
+    assert (tmp_path / "shown" / "report.html").read_text().count("data:image/png") == 2 * 8
+    of_aggregator = hospitals_own_run(tmp_path / "other", tmp_path / "films of other", "aggregator")
+    with pytest.raises(DataError, match="aggregator, which has no films"):
+        audit_shortcuts(replace(request, run=of_aggregator), tmp_path / "third", lambda *_: None)
+
+
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a finished run"):
         audit_shortcuts(ShortcutRequest(tmp_path, False, False, False, ""), tmp_path / "audit", lambda *_: None)
@@ -111,7 +134,7 @@ def test_all_trainings_of_an_audit(mechanism: str, tmp_path: Path) -> None:
     assert all(of.without is not None and of.patients == 60 for of in summary.left_out)
     assert sum(of.model == "alone" for of in summary.models) == 3
     report = (tmp_path / "audit" / "report.html").read_text()
-    assert "On the films of hospital-" in report and "Nothing was charged" in report
+    assert "Untouched: hospital-0 alone" in report and "Nothing was charged" in report
 
 
 @pytest.mark.long
