@@ -27,7 +27,7 @@ from mpc_fl.evidence.inversion import Search, inverted
 from mpc_fl.evidence.similarity import probability_at_chance, similarities
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.learning.data.dataset import Dataset
-from mpc_fl.learning.data.phantoms import Phantoms, make_phantoms, public_phantoms
+from mpc_fl.learning.data.phantoms import make_phantoms, public_phantoms
 from mpc_fl.learning.data.tables import Part
 
 PLAINTEXT, NOISED, MASKED, SUM = "plaintext", "noised", "masked", "sum"
@@ -54,17 +54,24 @@ class InversionsFound:
     pictures: Mapping[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Exposed:
+    """Phantoms, float32 (n, 1, 32, 32), and their classes, int64 (n,): first those looked for, then others to compare with."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
 class OneImageEach(WatchedGroup):
     """Hospitals of one patient with one image each."""
 
-    def __init__(self, config: Config, phantoms: Phantoms) -> None:
+    def __init__(self, config: Config, exposed: Exposed) -> None:
         super().__init__(config)
-        self._phantoms = phantoms
+        self._exposed = exposed
 
     def read(self, rank: int, part: Part) -> Dataset:
         """The image of this hospital, in training and tests alike."""
-        image = torch.from_numpy(self._phantoms.images[rank])[None, None]
-        label = torch.tensor([int(self._phantoms.labels[rank])])
+        image, label = self._exposed.images[rank : rank + 1], self._exposed.labels[rank : rank + 1]
         return Dataset(image, label, torch.zeros(1, dtype=torch.int64), ("phantom",))
 
 
@@ -96,28 +103,28 @@ def _config_of(attack: Attack, noised: bool, out: Path) -> Config:
     return parse_config(values, "inversion").with_values(task="simulate", **in_one_process(out))
 
 
-def _summands(attack: Attack, noised: bool, phantoms: Phantoms) -> tuple[torch.Tensor, torch.Tensor]:
+def _summands(attack: Attack, noised: bool, exposed: Exposed) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoded updates and masked words of all hospitals' one step, as numbers, float64 (images, P) each."""
     with tempfile.TemporaryDirectory(prefix="mpc-fl-audit-") as directory:
         config = _config_of(attack, noised, Path(directory))
-        run = watched_rounds(config, OneImageEach(config, phantoms), Path(directory), lambda: None)
+        run = watched_rounds(config, OneImageEach(config, exposed), Path(directory), lambda: None)
     rows = [run.sums[0][rank] for rank in range(attack.images)]
     return torch.stack([row.plain.double() for row in rows]), torch.stack([row.masked.double() for row in rows])
 
 
-def _phantoms(attack: Attack) -> Phantoms:
-    """Of one patient each: first those whose images are looked for, then others to compare with."""
+def _exposed(attack: Attack) -> Exposed:
+    """One phantom of each patient."""
     count = attack.images + _OTHERS
     drawn = make_phantoms(count, _CLASSES, _SIZE, attack.search.seed, "test")
     firsts = [int((drawn.patients == patient).argmax()) for patient in range(count)]
-    return Phantoms(drawn.images[firsts], drawn.labels[firsts], drawn.patients[firsts])
+    return Exposed(torch.from_numpy(drawn.images[firsts])[:, None], torch.from_numpy(drawn.labels[firsts]))
 
 
 def invert_updates(attack: Attack, told: Callable[[int, int], None]) -> InversionsFound:
     """Attack all four views. `told(step, steps)` follows. Raises what a run would raise."""
-    phantoms, together = _phantoms(attack), min(attack.hospitals, attack.images)
-    plain, masked = _summands(attack, False, phantoms)
-    noised, _ = _summands(attack, True, phantoms)
+    exposed, together = _exposed(attack), min(attack.hospitals, attack.images)
+    plain, masked = _summands(attack, False, exposed)
+    noised, _ = _summands(attack, True, exposed)
     seen = {PLAINTEXT: plain, NOISED: noised, MASKED: masked, SUM: plain[:together].sum(0, keepdim=True)}
     with tempfile.TemporaryDirectory(prefix="mpc-fl-audit-") as directory:
         config = _config_of(attack, False, Path(directory))
@@ -131,10 +138,11 @@ def invert_updates(attack: Attack, told: Callable[[int, int], None]) -> Inversio
     all_seen = -torch.cat(list(seen.values()))  # an update goes against its gradient
     found = inverted(initial_model(config), all_seen, (1, _SIZE, _SIZE), attack.search, step_done)
     by_view = dict(zip(seen, found.split([len(rows) for rows in seen.values()]), strict=True))
-    images, common = torch.from_numpy(phantoms.images)[:, None], public_phantoms(_PUBLIC, config).mean(0)
-    pictures = {"image": _pixels(images[: attack.images])} | {view: _pixels(rows) for view, rows in by_view.items()}
+    common = public_phantoms(_PUBLIC, config).mean(0)
+    pictures = {view: _pixels(rows) for view, rows in by_view.items()}
+    pictures["image"] = _pixels(exposed.images[: attack.images])
     by_view[SUM] = by_view[SUM].expand(together, -1, -1, -1)
-    inversions = [_scored(view, similarities(rows, images, common)) for view, rows in by_view.items()]
+    inversions = [_scored(view, similarities(rows, exposed.images, common)) for view, rows in by_view.items()]
     return InversionsFound(inversions, pictures)
 
 

@@ -16,12 +16,12 @@ from safetensors.torch import save
 
 from mpc_fl.apps.auditing.audited_config import noise_of_steps
 from mpc_fl.apps.auditing.extracted_models import extract_model
+from mpc_fl.apps.auditing.finished_run import summary_content
 from mpc_fl.apps.auditing.inverted_updates import Attack, InversionsFound, invert_updates
 from mpc_fl.apps.auditing.recorded_views import PValues, add_tests_of_records, received_by, require_record
 from mpc_fl.apps.auditing.repeated_views import add_tests_of_repetitions
-from mpc_fl.apps.rows import read_text
 from mpc_fl.apps.runs.run_directory import require_free, run_directory, versions
-from mpc_fl.apps.summaries import SUMMARY_FILE, PartySummary, TrainingSummary, parse_summary
+from mpc_fl.apps.summaries import PartySummary, TrainingSummary
 from mpc_fl.apps.views_summary import PICTURES_FILE, VIEWS_FILE, Extraction, ViewsSummary
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
@@ -59,12 +59,7 @@ class _Run:
 
 
 def _finished(directory: Path) -> _Run:
-    try:
-        header, content = parse_summary(read_text(directory, SUMMARY_FILE))
-    except DataError as error:
-        raise DataError(
-            f"{directory} is not a finished run: {error}", "give the --out of a finished train or infer"
-        ) from None
+    header, content = summary_content(directory)
     if header.kind == PartySummary.KIND:
         raise DataError(
             f"{directory} is the run of one party alone", "give the --out of a train or infer of all parties"
