@@ -75,7 +75,7 @@ class Changed:
         """Whether this shows a shortcut, or that the model leans on a scanner's contrast."""
         if self.kind == "lungs":
             return "shortcut" if self.area.low > 0.5 and self.kept >= LEAST_KEPT else "none"
-        if self.p_holm >= LEVEL or self.accuracy_change.value > -LEAST_LOSS:
+        if self.p_holm >= LEVEL or self.accuracy_change.value > -LEAST_LOSS or self.area_change.high >= 0:
             return "none"
         return "shortcut" if self.kind == "places" else "contrast"
 

@@ -13,6 +13,7 @@ from mpc_fl.evidence.shortcuts_perturbed import (
     corners,
     hidden,
     lung_fields,
+    replaced,
     widened,
 )
 from mpc_fl.learning.data.phantom_shortcuts import mark_pixels
@@ -53,6 +54,16 @@ def test_what_is_hidden_is_one_grey_and_the_rest_stays() -> None:
         assert len(torch.unique(found[where])) == 1 and torch.equal(found[~where], images[~where])
         assert float(found[where][0]) == pytest.approx(float(images[where].mean()), abs=1e-5)
     assert torch.equal(hidden(images, torch.zeros(32, 32, dtype=torch.bool)), images)
+
+
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_what_is_replaced_is_another_films_and_each_gives_to_one(count: int) -> None:
+    images = torch.arange(float(count))[:, None, None, None].expand(count, 1, 16, 16)
+    found = replaced(images, corners(16))
+    given = found[:, 0, 0, 0]
+    assert sorted(given.tolist()) == list(range(count)) and not bool((given == torch.arange(float(count))).any())
+    assert torch.equal(found[..., ~corners(16)], images[..., ~corners(16)])
+    assert torch.equal(found, replaced(images, corners(16)))
 
 
 def test_masked_lungs_hold_all_that_tells_the_diagnoses() -> None:

@@ -125,7 +125,7 @@ def shortcuts(
 ) -> None:
     """Find out what diagnoses rest on: the lungs, or a letter in a corner, a cassette's border, a site's look (docs/evidence.md).
 
-    The run's model judges its test films again with lungs masked, borders masked, corners removed, and another contrast.
+    The run's model judges its test films again with lungs masked, another film's borders or corners, and another contrast.
     A diagnosis that survives without lungs, or dies with the corners, is a shortcut; the report says which, with
     intervals and corrected tests. Two more questions need trainings, with the run's own network, noise and steps: whether the
     site can be told from the film, and how a model does at a site that it was trained without. All of it is done in one

@@ -24,7 +24,7 @@ from mpc_fl.files import write_text
 
 _MOST_ALONE = 3  # hospitals in one figure
 _SAYS = {"shortcut": "shows a shortcut", "contrast": "leans on contrast", "none": "no sign"}
-_CORNERS = "corners removed"
+_CORNERS = "corners replaced"
 
 
 def _share(of: Estimate) -> str:
@@ -61,7 +61,7 @@ def said_of(summary: ShortcutSummary) -> list[str]:
             continue
         less = next(change for change in beside.changes if change.name == _CORNERS)
         said.append(
-            f"{alone.site} alone learned what is in the corners: without them it loses "
+            f"{alone.site} alone learned what is in the corners: with another film's it loses "
             f"{-100 * mark.accuracy_change.value:.1f} points of accuracy on its own films, the federation "
             f"{max(0.0, -100 * less.accuracy_change.value):.1f} on the same ones."
         )
@@ -100,9 +100,10 @@ def _rests_on(summary: ShortcutSummary, films: Sequence[FilmShown]) -> Markup:
     whole = _of_all(summary)
     text = f"""Each change is made to all test films, and the same model judges them again. Lungs are {summary.lungs}. With
     lungs masked a diagnosis should be lost: where {LEAST_KEPT:.0%} or more are left of what the area below the curve has above
-    one half, and its interval is above one half, the diagnosis comes from elsewhere. With borders masked or corners removed it
-    should stay. So it should under another contrast; that is no shortcut by itself, but what another scanner changes. A loss
-    counts from {100 * LEAST_LOSS:.0f} points on, where the paired test says so at {LEVEL:.0%} over all changes together (Holm)."""
+    one half, and its interval is above one half, the diagnosis comes from elsewhere. With the borders or corners of another
+    film, drawn at random, it should stay. So it should under another contrast; that is no shortcut by itself, but what another
+    scanner changes. A loss counts from {100 * LEAST_LOSS:.0f} points on, where the paired test says so at {LEVEL:.0%} over all
+    changes together (Holm) and the area below the curve falls, too: a model that is merely less sure has lost nothing."""
     whose = "all hospitals'" if summary.films_of is None else f"{summary.films_of}'s"
     series = {f"the run's model, {whose} films": [_triple(change) for change in whole.changes]}
     names = [change.name for change in whole.changes]
@@ -226,7 +227,7 @@ def _left_out(summary: ShortcutSummary) -> Markup:
 
 def _limits(summary: ShortcutSummary) -> Markup:
     where = f"Lungs were taken to be {summary.lungs}; nothing outlines them. "
-    more = """What is hidden leaves an edge that no training film has, so a model may lose by the edge alone; and what is seen
+    more = """Grey lungs have an edge that no training film has, and a model may lose by the edge alone; what is seen
     with lungs masked may lie in heart, chest wall or posture, and be medicine all the same. A fixed region misses lungs of
     films that are turned or cropped. A change that does nothing says nothing of shortcuts that are not in this list. Intervals
     and tests are over patients of these sites; they say nothing of other hospitals, nor of another draw of noise."""

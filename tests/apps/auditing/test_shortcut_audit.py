@@ -36,10 +36,10 @@ def found_in(model: torch.nn.Module, site: int) -> dict[str, Changed]:
 def test_a_model_that_reads_the_mark_is_found() -> None:
     at_marked = found_in(reads_the_mark(small_run()), 0)
     assert at_marked["lungs masked"].finding == "shortcut" and at_marked["lungs masked"].kept > 0.8
-    assert at_marked["corners removed"].finding == "shortcut"
-    assert at_marked["corners removed"].accuracy_change.high < -0.1 and at_marked["corners removed"].p_holm < 0.01
+    assert at_marked["corners replaced"].finding == "shortcut"
+    assert at_marked["corners replaced"].accuracy_change.high < -0.1 and at_marked["corners replaced"].p_holm < 0.01
     elsewhere = found_in(reads_the_mark(small_run()), 1)
-    assert elsewhere["corners removed"].finding == "none" == elsewhere["lungs masked"].finding
+    assert elsewhere["corners replaced"].finding == "none" == elsewhere["lungs masked"].finding
 
 
 def test_a_model_that_reads_the_lungs_is_not_blamed() -> None:
@@ -54,7 +54,7 @@ def test_a_model_that_reads_the_lungs_is_not_blamed() -> None:
     found = found_in(model, 0)
     change = found["lungs masked"]
     assert change.area.value - change.area_change.value > 0.6  # it is no blind model
-    assert found["corners removed"].finding == "none" and found["lungs masked"].finding == "none"
+    assert found["corners replaced"].finding == "none" and found["lungs masked"].finding == "none"
 
 
 def test_lungs_of_phantoms_are_their_own() -> None:
@@ -101,8 +101,8 @@ def test_a_hospital_audits_with_its_own_films(tmp_path: Path) -> None:
     assert summary.films_of == "hospital-1" and len(summary.models) == 1 and "fixed" in summary.lungs
     assert summary.models[0].accuracy.value == 1.0 and summary.shortcuts == [
         "lungs masked",
-        "borders masked",
-        "corners removed",
+        "borders replaced",
+        "corners replaced",
     ]
     report = (tmp_path / "audit" / "report.html").read_text()
     assert "data:image/png" not in report and "No film is shown" in report  # these are patients
@@ -157,7 +157,7 @@ def test_one_hospital_alone_learns_the_mark_and_the_federation_less(tmp_path: Pa
     alone = train_alone(config, sites[0], lambda *_: None)
 
     def corners(model: JudgingModel) -> Changed:
-        return next(one for one in study(model, sites[0].test, sites[0].lungs)[1] if one.name == "corners removed")
+        return next(one for one in study(model, sites[0].test, sites[0].lungs)[1] if one.name == "corners replaced")
 
     own, common = corners(alone), corners(federation)
     assert own.finding == "shortcut" and own.accuracy_change.value < -0.1
