@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ from mpc_fl.apps.auditing.shortcut_runs import (
     train_again,
     train_alone,
 )
+from mpc_fl.apps.shortcut_summary import CORNERS
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
-from mpc_fl.evidence.shortcuts_perturbed import corners, hidden
-from mpc_fl.evidence.shortcuts_tested import Estimate, accuracy_and_area, changed
+from mpc_fl.evidence.shortcuts_tested import Estimate, accuracy_and_area
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARKED = ("data.phantoms.shortcut.site=0", "data.phantoms.shortcut.style=0.5")
@@ -64,13 +64,6 @@ def told_of(model: JudgingModel, sites: list[SiteFilms]) -> dict[str, Any]:
     }
 
 
-def grey_corners(model: JudgingModel, sites: list[SiteFilms]) -> dict[str, Any]:
-    """What corners in one grey do, which the audit does not use: an edge that no film of the training has."""
-    films = together([site.test for site in sites])
-    grey = replace(films, inputs=hidden(films.inputs, corners(films.inputs.shape[-1])))
-    return asdict(changed("grey corners", "places", model.answers(films), model.answers(grey), 0))
-
-
 def measure(options: argparse.Namespace, mechanism: str, marked: bool, seed: int) -> dict[str, Any]:
     """One run: its own model, that of hospital-0 alone, and a probe."""
     began, config = time.monotonic(), configuration(options, mechanism, marked, seed)
@@ -78,8 +71,6 @@ def measure(options: argparse.Namespace, mechanism: str, marked: bool, seed: int
     found: dict[str, Any] = {"mechanism": mechanism, "marked": marked, "seed": seed}
     model = train_again(run_again_config, config, [site.parts for site in sites], lambda *_: None).model
     found["federation"] = told_of(model, sites)
-    if not marked:
-        found["grey corners"] = grey_corners(model, sites)
     if marked or options.data:
         found["federation on hospital-0"] = told_of(model, sites[:1])
         alone = {
@@ -93,8 +84,8 @@ def measure(options: argparse.Namespace, mechanism: str, marked: bool, seed: int
 
 
 def corners_of(told: dict[str, Any]) -> float:
-    """Points of accuracy that are lost without corners."""
-    (lost,) = (change["accuracy_change"]["value"] for change in told["changes"] if change["name"] == "corners replaced")
+    """Points of accuracy that are lost with the corners of another diagnosis, beyond their seams."""
+    (lost,) = (change["beyond_seams"]["value"] for change in told["changes"] if change["name"] == CORNERS)
     return -100 * float(lost)
 
 
@@ -134,9 +125,6 @@ def main() -> None:
 def _say(found: dict[str, Any]) -> None:
     what = "marked" if found["marked"] else "neither mark nor style"
     print(f"{found['mechanism']}, {what}, seed {found['seed']} ({found['seconds']} s)", flush=True)
-    if "grey corners" in found:
-        edge = found["grey corners"]
-        print(f"  grey corners: {100 * edge['accuracy_change']['value']:+.1f} points, AUC {edge['area']['value']:.3f}")
     for name in ("federation", "federation on hospital-0", "hospital-0 alone"):
         if name in found:
             told = found[name]
@@ -151,7 +139,7 @@ def _say(found: dict[str, Any]) -> None:
                 print(
                     f"    {change['name']:16} {100 * moved['value']:+6.1f} points ({100 * moved['low']:+.1f} to "
                     f"{100 * moved['high']:+.1f})  AUC {change['area']['value']:.3f}  log odds "
-                    f"{change['log_odds_change']['value']:+.2f}  p {change['p_holm']:.2g} {mark}"
+                    f"{change['log_odds_change']['value']:+.2f}  p {change['p_holm']:.2g}{_beyond(change)} {mark}"
                 )
     for site in found.get("left out", []):
         without = "n/a" if site["without"] is None else _share(site["without"])
@@ -164,6 +152,13 @@ def _say(found: dict[str, Any]) -> None:
     print(
         f"  probe: {_share(probe['accuracy'])} of sites, without films {blind:.1f} %, told {probe['told']}", flush=True
     )
+
+
+def _beyond(change: dict[str, Any]) -> str:
+    beyond = change["beyond_seams"]
+    if beyond is None:
+        return ""
+    return f"  beyond seams {100 * beyond['value']:+.1f} ({100 * beyond['low']:+.1f} to {100 * beyond['high']:+.1f})"
 
 
 def _share(of: dict[str, float]) -> str:

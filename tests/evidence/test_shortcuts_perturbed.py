@@ -8,6 +8,7 @@ import torch
 
 from mpc_fl.evidence.shortcuts_perturbed import (
     PERTURBATIONS,
+    Films,
     blurred,
     borders,
     corners,
@@ -32,7 +33,8 @@ def phantoms(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_change_keeps_form_and_range_and_does_something(name: str, size: int) -> None:
     images, lungs = phantoms(size)
     before = images.clone()
-    found = BY_NAME[name].of(images.expand(-1, 3, -1, -1), lungs)
+    labels = torch.arange(len(images)) % 3
+    found = BY_NAME[name].of(Films(images.expand(-1, 3, -1, -1), lungs, labels))
     assert found.shape == (len(images), 3, size, size) and found.dtype == torch.float32
     assert found.min() >= 0 and found.max() <= 1 and torch.equal(images, before)
     assert float((found - images).abs().mean()) > 1e-3
@@ -56,14 +58,20 @@ def test_what_is_hidden_is_one_grey_and_the_rest_stays() -> None:
     assert torch.equal(hidden(images, torch.zeros(32, 32, dtype=torch.bool)), images)
 
 
-@pytest.mark.parametrize("count", [2, 3, 30])
-def test_what_is_replaced_is_another_films_and_each_gives_to_one(count: int) -> None:
-    images = torch.arange(float(count))[:, None, None, None].expand(count, 1, 16, 16)
-    found = replaced(images, corners(16))
-    given = found[:, 0, 0, 0]
-    assert sorted(given.tolist()) == list(range(count)) and not bool((given == torch.arange(float(count))).any())
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_replaced_is_that_of_a_film_of_the_same_class_or_of_another(alike: bool) -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    images = torch.arange(10.0)[:, None, None, None].expand(10, 1, 16, 16)
+    films = Films(images, torch.zeros(10, 16, 16, dtype=torch.bool), labels)
+    found = replaced(films, corners(16), alike)
+    given = found[:, 0, 0, 0].long()
+    assert bool(((labels[given] == labels) == alike).all()) and not bool((given == torch.arange(10)).any())
     assert torch.equal(found[..., ~corners(16)], images[..., ~corners(16)])
-    assert torch.equal(found, replaced(images, corners(16)))
+    assert torch.equal(found, replaced(films, corners(16), alike))
+    if alike:
+        assert sorted(given.tolist()) == list(range(10))  # each gives to one
+    one_class = Films(images, films.lungs, torch.zeros(10, dtype=torch.int64))
+    assert torch.equal(replaced(one_class, corners(16), False), images)
 
 
 def test_masked_lungs_hold_all_that_tells_the_diagnoses() -> None:

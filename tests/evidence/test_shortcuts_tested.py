@@ -96,6 +96,18 @@ def test_a_change_that_does_nothing_and_one_that_ends_all() -> None:
     assert replace(after, p_holm=0.06).finding == "none"
 
 
+def test_a_loss_by_seams_alone_is_no_shortcut() -> None:
+    before = drawn(300, 3.0)
+    worse = drawn(300, 1.0)
+    seams = replace(worse, labels=before.labels)
+    blind = replace(before, logits=torch.zeros(300, 2), decided=1 - before.labels)
+    alike = replace(changed("corners replaced", "places", before, seams, 0, seams), p_holm=0.001)
+    assert alike.accuracy_change.high < -0.03 and alike.beyond_seams == Estimate(0.0, 0.0, 0.0)
+    assert alike.finding == "none"
+    beyond = replace(changed("corners replaced", "places", before, blind, 0, seams), p_holm=0.001)
+    assert beyond.beyond_seams is not None and beyond.beyond_seams.high < -0.3 and beyond.finding == "shortcut"
+
+
 def test_a_diagnosis_without_lungs_is_a_shortcut_and_chance_is_none() -> None:
     before = drawn(300, 3.0)
     noise = answers(torch.randn(300, 2, generator=torch.Generator().manual_seed(4)), before.labels)
