@@ -108,6 +108,11 @@ def test_a_hospital_audits_with_its_own_films(tmp_path: Path) -> None:
     assert "data:image/png" not in report and "No film is shown" in report  # these are patients
     audit_shortcuts(replace(request, pictures=True), tmp_path / "shown", lambda *_: None)
     assert (tmp_path / "shown" / "report.html").read_text().count("data:image/png") == 2 * 8
+    empty = tmp_path / "empty"
+    for name in ("normal", "bacterial"):
+        (empty / "test" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="hospital-1 has no test films here"):
+        audit_shortcuts(replace(request, data=empty), tmp_path / "none", lambda *_: None)
     of_aggregator = hospitals_own_run(tmp_path / "other", tmp_path / "films of other", "aggregator")
     with pytest.raises(DataError, match="aggregator, which has no films"):
         audit_shortcuts(replace(request, run=of_aggregator), tmp_path / "third", lambda *_: None)
