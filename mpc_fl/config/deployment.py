@@ -22,7 +22,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]
 def is_address(text: str) -> bool:
     """Whether a text is host:port: a name, or an IP address, of version 6 in brackets.
 
-    Nothing else is dialled: gRPC would take "unix:..." for a socket on this machine, and "dns://..." for whom to ask for names.
+    Nothing else is dialled: no "unix:..." for a socket on this machine, no "dns://..." for whom to ask for names.
     """
     host, _, port = text.rpartition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import FrameReader, FrameWriter
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.routes import Route
 from mpc_fl.links.sealed_stream import SealedStream
 
