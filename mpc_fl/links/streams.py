@@ -224,6 +224,7 @@ class StreamServer:
         self._context = context_of(identity, listens=True)
         self._lock = threading.Lock()
         self._lines: dict[TlsSocket, threading.Thread] = {}
+        self._stopped = False
         try:
             self._listening = listening(listen)
         except LinkError as error:
@@ -299,6 +300,7 @@ class StreamServer:
             return "", None
         names = printable(names, _LONGEST_DETAILS)
         what, reason = Parcel.REFUSED_PARTY, ""
+        tells = True
         try:
             try:
                 verify_certificate(certificate, names, self._identity)  # TLS knows no revocation
@@ -315,7 +317,7 @@ class StreamServer:
         except MpcFlError as error:
             reason = error.what
         except OSError:
-            reason = "it sent no greeting"
+            reason, tells = "it sent no greeting", False  # it may be slow, and come again
         except Exception as error:  # noqa: BLE001 - a thread's last words would show what was received
             log.error("unexpected %s while admitting a link at %s", type(error).__name__, place(error))
             reason = f"unexpected {type(error).__name__} (a defect)"
@@ -323,8 +325,9 @@ class StreamServer:
         kind = f"refused a link ({names}): {reason}"
         self._refusals.count(kind, f"refused a link from {address} ({names}): {reason}")
         with contextlib.suppress(OSError):
-            send_parcel(line, what, reason.encode("utf-8", "replace")[:_LONGEST_REFUSAL], lambda: False)
-            line.drain(_LAST_WORDS)
+            if tells:
+                send_parcel(line, what, reason.encode("utf-8", "replace")[:_LONGEST_REFUSAL], lambda: False)
+                line.drain(_LAST_WORDS)
         return names, None
 
     def _first_chunk(self, line: TlsSocket) -> bytes:
@@ -338,7 +341,11 @@ class StreamServer:
         return line.take(length, deadline)
 
     def stop(self) -> None:
-        """Cut all streams and free the port."""
+        """Cut all streams and free the port; once is enough."""
+        with self._lock:
+            stopped, self._stopped = self._stopped, True
+        if stopped:
+            return
         os.write(self._wake, b".")
         self._acceptor.join()
         for each in self._listening:

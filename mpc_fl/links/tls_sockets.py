@@ -52,7 +52,7 @@ def context_of(identity: Identity, listens: bool) -> ssl.SSLContext:
         with _readable(identity.certificate) as certificate, _readable(identity.key) as key:
             context.load_cert_chain(certificate, key, password="")
         context.load_verify_locations(cadata=identity.authority.decode("ascii"))
-    except (ssl.SSLError, ValueError):
+    except (OSError, ValueError):
         raise IdentityError(
             f"the key or a certificate of {identity.name} is of no use for TLS", ASK_ADMINISTRATOR
         ) from None
@@ -94,6 +94,8 @@ def why(error: OSError) -> str:
 def _host_and_port(address: str) -> tuple[str, int]:
     """Raises `ValueError` for what is no host:port."""
     host, _, port = address.rpartition(":")
+    if not 0 <= int(port) < 1 << 16:  # the system would take it modulo 2^16
+        raise ValueError(f"there is no port {port}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
@@ -112,7 +114,7 @@ def listening(address: str) -> list[socket.socket]:
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-    except (OSError, ValueError, OverflowError):
+    except (OSError, ValueError):
         for opened in sockets:
             opened.close()
         sockets = []
@@ -133,7 +135,7 @@ def connected_to(address: str, seconds: float) -> socket.socket:
     """A TCP connection to host:port. Raises `OSError`."""
     try:
         return socket.create_connection(_host_and_port(address), seconds)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise OSError(errno.EINVAL, "it is no address") from None
 
 
@@ -161,6 +163,15 @@ class TlsSocket:
             connection.close()
             raise
         self._lock = threading.Lock()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[ssl.SSLSocket]:
+        """For one call. Once closed there is none: OpenSSL would use whatever file has the number of the socket now."""
+        with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError("the connection was closed")
+            yield self._connection
 
     def shake_hands(self, seconds: float) -> None:
         """Prove and check certificates, within `seconds`. Raises `OSError` (`why` explains it)."""
@@ -210,9 +221,9 @@ class TlsSocket:
 
     def _receive(self, memory: memoryview, deadline: float | None) -> int:
         while True:
-            with self._lock:
+            with self._held() as connection:
                 try:
-                    return self._connection.recv_into(memory)
+                    return connection.recv_into(memory)
                 except ssl.SSLWantReadError:
                     event = select.POLLIN
                 except ssl.SSLWantWriteError:
@@ -224,9 +235,9 @@ class TlsSocket:
         """Send all of `data`; whoever waits for room asks each second whether it `goes_on`. Raises `OSError`."""
         rest = memoryview(data)
         while rest:
-            with self._lock:
+            with self._held() as connection:
                 try:
-                    rest = rest[self._connection.send(rest) :]
+                    rest = rest[connection.send(rest) :]
                     continue
                 except ssl.SSLWantWriteError:
                     event = select.POLLOUT
@@ -241,13 +252,15 @@ class TlsSocket:
         rest = memoryview(data)
         with contextlib.suppress(ssl.SSLWantWriteError, ssl.SSLWantReadError):
             while rest:
-                with self._lock:
-                    rest = rest[self._connection.send(rest) :]
+                with self._held() as connection:
+                    rest = rest[connection.send(rest) :]
         return rest
 
     def _wait(self, event: int, seconds: float | None) -> bool:
-        poll = select.poll()
-        poll.register(self._connection.fileno(), event)
+        poll, number = select.poll(), self._connection.fileno()
+        if number < 0:
+            raise ConnectionAbortedError("the connection was closed")
+        poll.register(number, event)
         return bool(poll.poll(None if seconds is None else max(0, round(1000 * seconds))))
 
     def cut(self) -> None:
@@ -256,8 +269,10 @@ class TlsSocket:
             socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give the socket back. Nobody may use it any more."""
-        self._connection.close()
+        """Give the socket back: whoever uses it from now on is told that it is closed."""
+        with self._lock:
+            self._closed = True
+            self._connection.close()
 
 
 def certificate_of(line: TlsSocket) -> tuple[str, bytes]:
