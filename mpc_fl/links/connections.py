@@ -25,6 +25,7 @@ from mpc_fl.errors import (
     ProtocolError,
 )
 from mpc_fl.links.conversation import Conversation
+from mpc_fl.links.dialling import Dialling
 from mpc_fl.links.frames import Frame, FrameReader, Kind, Observer
 from mpc_fl.links.greetings import Greeter, first_greeting
 from mpc_fl.links.handshake import greeting_digest
@@ -38,7 +39,8 @@ from mpc_fl.links.relayed_links import RelayedLinks
 from mpc_fl.links.routes import Route, relayed_route
 from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
 from mpc_fl.links.silence import SIGN
-from mpc_fl.links.streams import Dialling, StreamServer, wait_for_all
+from mpc_fl.links.stream_server import StreamServer
+from mpc_fl.links.streams import wait_for_all
 from mpc_fl.links.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)

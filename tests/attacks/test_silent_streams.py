@@ -104,7 +104,7 @@ def test_silent_streams_of_one_certificate_keep_nobody_out(
     assert outcome == {TARGET: [6, 6], "hospital-1": [6], "aggregator": [6]}
     if whose == "revoked":
         assert all(said.startswith("REFUSED_PARTY") and "revoked" in said for said in attack.streams.ended[:100])
-    about = [record for record in caplog.records if record.name.endswith("streams") and "link" in record.message]
+    about = [record for record in caplog.records if record.name.endswith("stream_server") and "link" in record.message]
     assert 1 <= len(about) < 30, [record.message for record in about]
     assert any("in all" in record.message for record in about), "they are counted"
 

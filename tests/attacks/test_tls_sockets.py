@@ -18,9 +18,11 @@ import pytest
 from mpc_fl.crypto.authority import Authority
 from mpc_fl.crypto.certificates import Identity, host_name
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, MpcFlError, ProtocolError
-from mpc_fl.links import places, streams
+from mpc_fl.links import places, stream_server, streams
 from mpc_fl.links.conversation import Conversation
-from mpc_fl.links.streams import Dialling, Parcel, StreamServer, next_parcel, send_parcel
+from mpc_fl.links.dialling import Dialling
+from mpc_fl.links.stream_server import StreamServer
+from mpc_fl.links.streams import Parcel, next_parcel, send_parcel
 from mpc_fl.links.tls_sockets import TlsSocket, context_of
 from tests.support.dialling import dialled, end_of, stream_end
 from tests.support.harness import free_ports
@@ -83,7 +85,7 @@ class Served:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(streams, "_HANDSHAKE", 2.0)
+    monkeypatch.setattr(stream_server, "_HANDSHAKE", 2.0)
     authority = Authority(datetime.timedelta(hours=1))
     state = Served(free_ports(1)[0], authority, authority.issue(NAME), authority.issue(OTHER))
     server = StreamServer(state.own, f"127.0.0.1:{state.port}", state.admit, 4, 2.0)
@@ -275,7 +277,7 @@ def test_a_peer_that_reads_nothing_is_let_go_when_its_stream_is_over(
 
 def test_more_connections_than_may_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that say nothing make room, the oldest first; the party accepts all the while."""
-    monkeypatch.setattr(streams, "_HANDSHAKE", 2 * LONG)
+    monkeypatch.setattr(stream_server, "_HANDSHAKE", 2 * LONG)
     crowd = [socket.create_connection(("127.0.0.1", served.port), LONG) for _ in range(places._UNKNOWN + 40)]
     try:
         for connection in crowd[:20]:

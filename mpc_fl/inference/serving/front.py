@@ -29,7 +29,7 @@ from mpc_fl.links.handshake import Agreement, check_greeting
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import LONGEST_GREETING
-from mpc_fl.links.streams import StreamServer
+from mpc_fl.links.stream_server import StreamServer
 
 log = logging.getLogger(__name__)
 
