@@ -80,7 +80,7 @@ class Connections:
         self._began = 0.0  # of `time.monotonic`
         self._told: set[str] = set()
         self._server: StreamServer | None = None
-        self._diallings: list[Dialling] = []
+        self._diallings: dict[str, Dialling] = {}  # of each peer that this party dials, the last
         self._given_up: list[Conversation] = []
         self._parting: tuple[Kind, dict[str, Any]] | None = None
 
@@ -129,7 +129,9 @@ class Connections:
         peer.greeting = self._greeter.greet(peer.name)
         conversation = self._converse(peer)
         self._outgoing.put(peer, Kind.HELLO, "", peer.greeting)
-        self._diallings.append(Dialling(self._greeter.identity, peer.name, peer.route.address, conversation))
+        if (before := self._diallings.get(peer.name)) is not None:
+            before.close()  # the other end may keep it open, each time that it lets this party dial again
+        self._diallings[peer.name] = Dialling(self._greeter.identity, peer.name, peer.route.address, conversation)
 
     def _converse(self, peer: Peer) -> Conversation:
         """A new conversation with a peer. One that it replaces has no more say."""
@@ -295,7 +297,7 @@ class Connections:
             conversation.cut()
         for conversation in self._given_up:
             conversation.wait_until_left(_FOR_THE_SILENT)
-        for dialling in self._diallings:
+        for dialling in self._diallings.values():
             dialling.close()
         if self._server is not None:
             self._server.stop()

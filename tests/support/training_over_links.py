@@ -142,7 +142,7 @@ def _break(connections: Connections) -> None:
         peer.route = type(peer.route)("await")  # it dials nobody again
         if peer.conversation is not None:
             peer.conversation.cut()
-    for dialling in connections._diallings:
+    for dialling in connections._diallings.values():
         dialling.close()
     if connections._server is not None:
         connections._server.stop()

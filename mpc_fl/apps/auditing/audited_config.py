@@ -96,7 +96,7 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
         privacy={"noise_multiplier": run.noise_multiplier, **bounds},
         aggregation={"norm_check": False, "norm_bound": None},
         inference={"public_features": None},
-        **_in_one_process(out),
+        **in_one_process(out),
     )
 
 
@@ -120,11 +120,11 @@ def shadow_config(config: Config, out: Path) -> Config:
         changes["privacy"] = {"smallest_hospital": fewest, "largest_hospital": sizes.largest}
         changes["training"]["batch_size"] = max(1, round(rate * fewest))
     return config.with_values(
-        task="simulate", aggregation={"norm_check": False, "norm_bound": None}, **changes, **_in_one_process(out)
+        task="simulate", aggregation={"norm_check": False, "norm_bound": None}, **changes, **in_one_process(out)
     )
 
 
-def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
+def in_one_process(out: Path) -> dict[str, dict[str, Any]]:
     """Sections as a run has them whose hospitals are all in this process, with privacy ledgers in `out`."""
     return {
         "federation": {
