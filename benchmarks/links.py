@@ -2,8 +2,8 @@
 
     python benchmarks/links.py [--repeats 12] [--megabytes 256] [--json]
 
-Both parties run on this machine, each a process of its own, with mutual TLS as in a run. `exchange`: 18 messages from one side,
-then 63 that both send at the same time, 28 MB from the one and 20 MB from the other. `stream`: `--megabytes` one way,
+Both parties run on this machine, each a process of its own, with mutual TLS as in a run. `exchange`: 19 messages from one side,
+then 63 that both send at the same time: 19 MB from the one and 11 MB from the other. `stream`: `--megabytes` one way,
 in messages of 8 MB. Seconds are medians; `processor` is what a whole process used, its threads together.
 """
 
