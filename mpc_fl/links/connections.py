@@ -77,7 +77,7 @@ class Connections:
         self._began = 0.0  # of `time.monotonic`
         self._told: set[str] = set()
         self._server: StreamServer | None = None
-        self._channels: list[Any] = []
+        self._channels: dict[str, Any] = {}  # of each peer that this party dials, the last
         self._given_up: list[Conversation] = []
         self._parting: tuple[Kind, dict[str, Any]] | None = None
 
@@ -126,7 +126,9 @@ class Connections:
         peer.greeting = self._greeter.greet(peer.name)
         conversation = self._converse(peer)
         self._outgoing.put(peer, Kind.HELLO, "", peer.greeting)
-        self._channels.append(dial(self._greeter.identity, peer.name, peer.route.address, conversation))
+        if (before := self._channels.get(peer.name)) is not None:
+            before.close()  # the other end may keep it open, each time that it lets this party dial again
+        self._channels[peer.name] = dial(self._greeter.identity, peer.name, peer.route.address, conversation)
 
     def _converse(self, peer: Peer) -> Conversation:
         """A new conversation with a peer. One that it replaces has no more say."""
@@ -289,7 +291,7 @@ class Connections:
             conversation.cut()
         for conversation in self._given_up:
             conversation.wait_until_left(_FOR_THE_SILENT)
-        for channel in self._channels:
+        for channel in self._channels.values():
             channel.close()
         if self._server is not None:
             self._server.stop()

@@ -142,7 +142,7 @@ def _break(connections: Connections) -> None:
         peer.route = type(peer.route)("await")  # it dials nobody again
         if peer.conversation is not None:
             peer.conversation.cut()
-    for channel in connections._channels:
+    for channel in connections._channels.values():
         channel.close()
     if connections._server is not None:
         connections._server.stop()
