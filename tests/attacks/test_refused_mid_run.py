@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from concurrent import futures
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -21,6 +17,8 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import HandshakeError, PeerLostError
 from mpc_fl.links.frames import FrameReader, Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, greeting_digest, make_greeting
+from mpc_fl.links.streams import Parcel, next_parcel, send_parcel
+from mpc_fl.links.tls_sockets import TlsSocket, context_of, listening
 from tests.support.harness import Options, free_ports, local_links
 from tests.support.waiting import eventually
 
@@ -33,32 +31,50 @@ class _Deviating:
 
     def __init__(self, directory: Path, port: int) -> None:
         self._identity = load_identity(directory / "a", "a")
-        self.endings = queue.SimpleQueue[grpc.StatusCode]()
+        self.endings = queue.SimpleQueue[Parcel | None]()
         self.greeted = 0
-        credentials = grpc.ssl_server_credentials(
-            [(self._identity.key, self._identity.certificate)], self._identity.authority, require_client_auth=True
-        )
-        self.server = grpc.server(futures.ThreadPoolExecutor(8))
-        handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mpc_fl.Link", {"Send": handler}),))
-        self.server.add_secure_port(f"127.0.0.1:{port}", credentials)
-        self.server.start()
+        (self._listening,) = listening(f"127.0.0.1:{port}")
+        self._listening.settimeout(60)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
-    def _serve(self, chunks: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
-        greeting = FrameReader(greetings_only=True).feed(next(chunks))
+    def _serve(self) -> None:
+        while self._greet_and_wait() is not None:
+            pass
+
+    def _greet_and_wait(self) -> Parcel | None:
+        """One stream: how it was told to end it, None to serve no more."""
+        try:
+            connection, _ = self._listening.accept()
+        except OSError:
+            return None
+        line = TlsSocket(connection, context_of(self._identity, listens=True))
+        line.shake_hands(30)
+        send_parcel(line, Parcel.OPEN)
+        _, length = next_parcel(line)
+        greeting = FrameReader(greetings_only=True).feed(line.take(length))
         assert greeting is not None and isinstance(greeting.payload, dict)
         key = X25519PrivateKey.generate().public_key().public_bytes_raw()
         answer = make_greeting(self._identity, Options().agreement, "b", key, greeting_digest(greeting.payload))
         self.greeted += 1
-        yield from encode_frame(Kind.WELCOME, "", 0, answer)
-        context.abort(self.endings.get(), "not you")
+        for chunk in encode_frame(Kind.WELCOME, "", 0, answer):
+            send_parcel(line, Parcel.CHUNK, chunk)
+        ending = self.endings.get()
+        if ending is not None:
+            send_parcel(line, ending, b"not you")
+        line.drain(5)
+        line.close()
+        return ending
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self.endings.put(None)
+        self._listening.close()
 
 
-@pytest.mark.parametrize("status", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED])
-def test_who_ends_a_link_as_if_it_refused_a_greeting_is_lost_like_any_other(
-    status: grpc.StatusCode, tmp_path: Path
-) -> None:
-    """No reason for those that dialled it to end, as where links are made. And each channel takes the place of the last."""
+@pytest.mark.parametrize("ending", [Parcel.REFUSED_PARTY, Parcel.REFUSED_FULL])
+def test_who_ends_a_link_as_if_it_refused_a_greeting_is_lost_like_any_other(ending: Parcel, tmp_path: Path) -> None:
+    """No reason for those that dialled it to end, as where links are made. And each dialling takes the place of the last."""
     make_local_identities(NAMES, {name: tmp_path / name for name in NAMES})
     (port,) = free_ports(1)
     deviating = _Deviating(tmp_path, port)
@@ -67,15 +83,13 @@ def test_who_ends_a_link_as_if_it_refused_a_greeting_is_lost_like_any_other(
             for again in range(3):
                 eventually(lambda: links.alive("a"), 30.0, "the link is there")
                 assert deviating.greeted == again + 1
-                deviating.endings.put(status)
+                deviating.endings.put(ending)
                 with pytest.raises(PeerLostError, match="not you") as caught:
                     links.receive_object("a", "never")
                 assert caught.value.peer == "a"
-            assert len(links._connections._channels) == 1
+            assert len(links._connections._diallings) == 1
     finally:
-        for _ in range(8):
-            deviating.endings.put(status)
-        deviating.server.stop(0)
+        deviating.stop()
 
 
 def test_who_dials_again_for_another_run_is_lost_like_any_other(tmp_path: Path) -> None:
