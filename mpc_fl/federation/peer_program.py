@@ -303,7 +303,7 @@ class _Run:
         own, opened = made.evaluate(result.hospitals)
         seconds["evaluate"] = time.monotonic() - evaluated
         result.seconds = time.monotonic() - began
-        result.opened = opened_json(opened) | said
+        result.opened = opened_json(opened) | said | made.of_groups
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
 

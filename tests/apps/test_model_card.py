@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
 from mpc_fl.apps.model_card import CardFacts, SignedModel, card_text
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.federation.noised_evaluation import NoisedEvaluation
-from mpc_fl.learning.models.evaluation import evaluate_locally, wilson_interval
+from mpc_fl.learning.models.evaluation import evaluate_locally
+from mpc_fl.learning.models.shares import wilson_interval
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
 DIGEST, SEAL = "ab" * 32, "cd" * 32

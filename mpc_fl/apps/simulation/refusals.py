@@ -17,6 +17,7 @@ def require_simulable(config: Config) -> None:
             "set it to aggregator: the model is the same, bit for bit, with noise off",
         ),
         "aggregation.norm_check": (config.aggregation.norm_check, "set it to false"),
+        "evaluation.groups": (bool(config.evaluation.groups.attributes), "leave it out"),
         "runtime.restarts": (config.runtime.restarts > 0, "set it to 0: no hospital is lost"),
         "federation.evaluate_incomplete": (federation.evaluate_incomplete, "set it to false: no hospital is lost"),
         "site.resume": (site.resume, "leave it out, and begin anew"),
