@@ -13,7 +13,7 @@ _DRAWN = 4  # classes
 
 def groups(run: Run) -> Markup:
     """All that is known of groups; nothing where none were asked for."""
-    found = run.training.groups
+    found = run.training.groups if run.content.get("groups") is not None else None
     if found is None:
         return Markup("")
     if not found.shown:
