@@ -62,6 +62,20 @@ class HospitalRound:
 
 
 @dataclass(frozen=True)
+class OwnModel:
+    """A hospital's own_model.json: the final model and one trained on its own patients alone, on its own test records.
+
+    How many records one of them alone decides rightly, and how probable so large a difference is by chance.
+    """
+
+    federated: Scores
+    alone: Scores
+    federated_alone_right: int
+    own_alone_right: int
+    chance: float
+
+
+@dataclass(frozen=True)
 class OpenedValue:
     """A line of openings.jsonl: what was opened, why, of what shape, to whom, and who held the shares."""
 

@@ -6,9 +6,12 @@ from mpc_fl.apps.formats import percent, plain
 from mpc_fl.apps.group_scores import GroupScores, GroupShare, GroupShown
 from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.markup import Markup, paragraph, plot, table, tiles
-from mpc_fl.apps.report.run_files import Run
+from mpc_fl.apps.report.run_files import Run, each
+from mpc_fl.apps.rows import OwnModel, read_object
+from mpc_fl.roles import is_hospital
 
 _DRAWN = 4  # classes
+_OWN_MODEL = "own_model.json"  # as `federation.own_model` names it
 
 
 def groups(run: Run) -> Markup:
@@ -114,3 +117,34 @@ def _gaps(found: GroupScores, names: list[str]) -> Markup:
     that one group is as far from all others of its attribute ({test}, corrected for all tests of the run by Holm's procedure; below
     0.05 is more than chance). Records count as independent of each other."""
     return table(text, ("By", "Figure", "Worst", "Best", "Gap", "95 % interval", "By chance (group)"), rows, 3)
+
+
+def own_models(run: Run) -> Markup:
+    """The final model beside one that each hospital trained alone, where hospitals were asked for that."""
+    kept = [name for name in run.parties() if is_hospital(name) and (run.directory / _own_file(run, name)).is_file()]
+    found, notes = each(lambda name: read_object(OwnModel, run.directory, _own_file(run, name)), kept)
+    if not kept:
+        return Markup("")
+    rows = [
+        (
+            name,
+            of.alone.records,
+            f"{percent(of.federated.accuracy)} ({percent(of.federated.accuracy_low)} to {percent(of.federated.accuracy_high)})",
+            f"{percent(of.alone.accuracy)} ({percent(of.alone.accuracy_low)} to {percent(of.alone.accuracy_high)})",
+            f"{of.federated_alone_right} / {of.own_alone_right}",
+            plain(of.chance, ".2g"),
+        )
+        for name, of in found.items()
+    ]
+    here = "This is this hospital's own, which it alone sees."
+    if not run.is_of_a_party:
+        here = "This run had all parties on one machine: at a real site each hospital sees only its own line."
+    text = f"""The final model, and one that a hospital trained on its own patients alone, without noise, both on its own test
+    records. Neither its own model nor these counts leave it. Right alone: records that one of both decides rightly and the other
+    does not; by chance: how probable so unequal numbers are among equally good models (McNemar's exact test). {here}"""
+    head = ("Hospital", "Records", "Federation's model", "Own model", "Right alone", "By chance")
+    return Markup(notes + table(text, head, rows, 5))
+
+
+def _own_file(run: Run, name: str) -> str:
+    return run.file_of(name, _OWN_MODEL)

@@ -30,6 +30,7 @@ _TRAINING: _Sections = {
     ),
     "Results by class": (training_sections.by_class, training_sections.calibration),
     "Groups of patients": (group_sections.groups,),
+    "Own models": (group_sections.own_models,),
     "Privacy": (training_sections.privacy,),
 }
 _AGGREGATOR: _Sections = {
@@ -42,6 +43,7 @@ _HOSPITAL: _Sections = {
     "Result": (party_sections.result, party_sections.counts, training_sections.images),
     "Training curves": (training_sections.hospital_curves,),
     "Groups of patients": (group_sections.groups,),
+    "Own models": (group_sections.own_models,),
     "Privacy": (training_sections.privacy,),
 }
 _DIAGNOSIS: _Sections = {

@@ -81,6 +81,14 @@ def _log_choose(of: int, count: torch.Tensor) -> torch.Tensor:
     return math.lgamma(of + 1) - torch.lgamma(count + 1) - torch.lgamma(of - count + 1)
 
 
+def sign_test(first: int, second: int) -> float:
+    """Probability that of so many cases, which one or the other side has with equal chance, either has at least the larger
+    number: the exact form of McNemar's test of two shares of the same records (Psychometrika 1947)."""
+    cases, fewer = first + second, min(first, second)
+    below = torch.arange(fewer + 1, dtype=torch.float64)
+    return min(1.0, 2 * float((_log_choose(cases, below) - cases * math.log(2)).exp().sum()))
+
+
 NoisedShare = tuple[float, float, tuple[int, int]]  # how many, of how many, and counts as `noised_interval` has them
 
 
