@@ -6,6 +6,7 @@ from mpc_fl.roles import AGGREGATOR, hospital_name
 
 _DIGEST = "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"
 EXAMPLES = {
+    "data.phantoms.shortcut.site": "0",
     "data.table.patient_column": "patient",
     "data.table.columns": "[{name: age, unit: years, range: [0, 120]}, {name: sex, kind: category, categories: [f, m]}]",
     "data.table.identifiers": "[mrn, surname]",

@@ -96,7 +96,7 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
         privacy={"noise_multiplier": run.noise_multiplier, **bounds},
         aggregation={"norm_check": False, "norm_bound": None},
         inference={"public_features": None},
-        **_in_one_process(out),
+        **in_one_process(out),
     )
 
 
@@ -124,11 +124,11 @@ def shadow_config(config: Config, out: Path) -> Config:
         aggregation={"norm_check": False, "norm_bound": None},
         evaluation={"groups": {}},
         **changes,
-        **_in_one_process(out),
+        **in_one_process(out),
     )
 
 
-def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
+def in_one_process(out: Path) -> dict[str, dict[str, Any]]:
     """Sections as a run has them whose hospitals are all in this process, with privacy ledgers in `out`."""
     return {
         "federation": {
@@ -150,6 +150,7 @@ def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
             "out": str(out),
             "watch": [],
             "resume": False,
+            "train_alone": False,
             "training_processes": 1,
             "device": "cpu",
             "precision": "float32",

@@ -195,6 +195,28 @@ def privacy_bounds(
 
 
 @_styled
+def accuracy_changes(
+    names: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+) -> Figure:
+    """How much accuracy each named change costs: value and interval (low, high), one mark of each series in every row."""
+    figure, (axes,) = _new(7.2, 1.3 + (0.2 + 0.16 * len(series)) * len(names))
+    for index, (name, values) in enumerate(series.items()):
+        rows = [row + 0.2 * (index - (len(series) - 1) / 2) for row in range(len(names))]
+        middle, low, high = np.array(values).T
+        reach = np.maximum([middle - low, high - middle], 0)
+        style = {"color": PALETTE[index % len(PALETTE)], "fmt": _MARKERS[index % len(_MARKERS)], "capsize": 2}
+        axes.errorbar(middle, rows, xerr=reach, label=shorten(name, 40), markersize=5, **style)
+    axes.axvline(0, color=_INK, linewidth=1, linestyle=_DASHES[2])
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set(title=title, xlabel="change of accuracy")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    _percent(axes.xaxis)
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+@_styled
 def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
     """Members recognised against mistakes, on scales of powers of ten; points at zero are left out."""
     shown = [(false, true) for false, true in curve if false > 0 and true > 0]
