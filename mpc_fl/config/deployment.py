@@ -216,6 +216,10 @@ class SiteSection(Section):
         default=None,
         description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
     )
+    train_alone: bool = Field(
+        default=False,
+        description="after a run, also train on this hospital's patients alone and compare both models here; nothing of it leaves",
+    )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = Field(
         default=(),
         description="installed packages whose networks and loaders a configuration may run here; on the command line alone",
