@@ -308,8 +308,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The complete configuration as YAML that `loading.load_config` reads back to an equal object, but for what no file may
-        say (`site.allow_packages`, `site.mlflow_uri`)."""
-        unsaid = {"site": {"allow_packages", "mlflow_uri"}}
+        say (`site.allow_packages`, `site.mlflow_uri`, `site.record_patients`)."""
+        unsaid = {"site": {"allow_packages", "mlflow_uri", "record_patients"}}
         return yaml.safe_dump(self.model_dump(mode="json", exclude=unsaid), sort_keys=False)
 
     def with_values(self, **sections: dict[str, Any] | str | int) -> Config:

@@ -230,6 +230,19 @@ def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
 
 
 @_styled
+def extraction_curves(curves: Mapping[str, Sequence[tuple[int, float]]], least: float) -> Figure:
+    """By what a student was told: agreement with the model against queries, a scale of powers of ten, with the least line."""
+    figure, (axes,) = _new(4.6, 3.4)
+    for index, (name, points) in enumerate(curves.items()):
+        axes.plot(*zip(*points, strict=True), color=PALETTE[index], marker=_MARKERS[index], label=shorten(name))
+    axes.axhline(least, color=_INK, linewidth=1, linestyle=_DASHES[2], label="always one class")
+    axes.set(xscale="log", xlabel="Queries", ylabel="Agreement", title="Extraction", ylim=(None, 1.0))
+    _percent(axes.yaxis)
+    _legend_below(figure, axes, 3)
+    return figure
+
+
+@_styled
 def roc_curves(names: Sequence[str], scores: Sequence[Sequence[Sequence[int]]]) -> Figure:
     """One curve per class (one versus rest) from histograms (classes, 2, bins); the first eight classes."""
     figure, (axes,) = _new(7.2, 3.7)

@@ -72,6 +72,7 @@ def require_site_allows(config: Config, name: str | None = None, by_itself: bool
 
     A party `by_itself` is this site; others are simulated here, each with a privacy ledger of its own.
     """
+    require_may_record(config)
     broken = list[Broken]()
     for file in rules_of(config):
         broken += broken_rules(config, file, name)
@@ -86,6 +87,23 @@ def require_site_allows(config: Config, name: str | None = None, by_itself: bool
             broken += distrusted(file, "authorities", fingerprint(authority))
     if broken:
         raise refusal(broken)
+
+
+def require_may_record(config: Config) -> None:
+    """Raise `ConfigError` where messages shall be recorded that may be about patients, and this site has not said that they may."""
+    if not config.runtime.record_messages:
+        return
+    if config.task not in ("train", "infer"):
+        raise ConfigError(
+            "runtime.record_messages records the parties of train and infer alone, no service and no simulation",
+            "set it to false",
+        )
+    is_real = config.data.source != "phantoms" or config.site.images is not None
+    if is_real and not config.site.record_patients:
+        raise ConfigError(
+            "runtime.record_messages would keep messages about real patients, and this site has not allowed it",
+            "record a run on phantoms, or give --set site.record_patients=true if everybody concerned has agreed",
+        )
 
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
@@ -104,6 +122,13 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
     from mpc_fl.apps.runs.curves import curves_of
 
     program = importlib.import_module(ROLES[role])
+    if config.runtime.record_messages and observer is None:
+        from mpc_fl.links.message_record import MESSAGES_DIRECTORY, MessageRecord
+        from mpc_fl.links.party_links import site_directory
+
+        directory = site_directory(config) / MESSAGES_DIRECTORY
+        log.warning("all messages that this party receives are recorded in %s", directory)
+        observer = MessageRecord(directory, config.runtime.recorded_bytes)
     if config.task != "train":
         program.run(config, rank, notify, observer)
     else:
