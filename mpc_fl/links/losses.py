@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, printable
+from mpc_fl.errors import HandshakeError, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, printable
 from mpc_fl.links.frames import Kind
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
@@ -39,7 +39,8 @@ def first_named(losses: Iterable[Loss | None]) -> MpcFlError | None:
     """The failure to name, None without losses."""
 
     def explains(loss: Loss) -> tuple[int, int]:
-        refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
+        is_refusal = isinstance(loss.failure, ProtocolError | HandshakeError)
+        refused = is_refusal or not isinstance(loss.failure, PeerLostError)
         return (Known.REFUSED if refused else loss.known), loss.number
 
     first = min((loss for loss in losses if loss is not None), key=explains, default=None)

@@ -1,4 +1,4 @@
-"""`mpc-fl audit`: what a run shows of its patients, measured beside what is promised, and what its diagnoses rest on."""
+"""`mpc-fl audit`: what a run shows of its patients, beside what is promised, what its parties saw, and what diagnoses rest on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mpc_fl.errors import ConfigError
 if TYPE_CHECKING:
     from mpc_fl.apps.audit_summary import AuditSummary
     from mpc_fl.apps.shortcut_summary import ShortcutSummary
+    from mpc_fl.apps.views_summary import ViewsSummary
 
 app = typer.Typer(
     cls=Group,
@@ -96,6 +97,69 @@ def _say_audit(summary: AuditSummary) -> None:
     if found is not None:
         rates = ", ".join(f"{true:.1%} of members at {false:.1%} mistakes" for false, true in found.rates)
         say(f"Membership by the final model alone: area {found.area:.3f} below the curve, one half is chance; {rates}.")
+
+
+@app.command(cls=Command)
+def views(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Directory of a train or infer made with runtime.record_messages=true."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="New directory for the results. Default: RUN-views, beside the run.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=2, max=64, help="Phantoms to look for by gradient inversion.")] = 8,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Steps of that search; more find more.")] = 300,
+    queries: Annotated[
+        int,
+        typer.Option(min=0, max=1_000_000, help="Most queries to extract the run's model with, 25 or more; 0: none."),
+    ] = 800,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each party received, and test that it shows nothing (docs/evidence.md).
+
+    mpc-fl train configs/demo.yaml --set runtime.record_messages=true --out runs/seen, then mpc-fl audit views runs/seen.
+
+    A table says who received what. Masked words are tested: are they uniform, and independent of each other and of what they
+    mask? Then images are looked for in what leaves a hospital (gradient inversion): in the plaintext update, which shows them,
+    in the noised one, in the masked words. And the run's model is copied by queries, with labels alone and with logits, so
+    that quotas of a service can be set by a curve. Exit status 1 where a test is rejected; by chance that happens to at most 1 %
+    of audits.
+    """
+    from mpc_fl.apps.auditing.extracted_models import FEWEST_QUERIES
+    from mpc_fl.apps.auditing.views_audit import ViewsRequest, audit_views
+
+    if 0 < queries < FEWEST_QUERIES:
+        raise ConfigError(f"{queries} queries extract no model", f"take --queries {FEWEST_QUERIES} or more, or 0")
+    place = run.with_name(run.name + "-views") if out is None else out
+    with shown_progress() as progress:
+        summary = audit_views(ViewsRequest(run, images, steps, queries, command_line()), place, progress)
+    if as_json:
+        print_json({**summary.to_json(), "report": str(place / "report.html")})
+    else:
+        _say_views(summary)
+        say(f"Report: {place / 'report.html'}")
+    if not summary.holds:
+        raise typer.Exit(1)
+
+
+def _say_views(summary: ViewsSummary) -> None:
+    tests = sum(made.tests for made in (*summary.recorded, *summary.repeated))
+    messages = sum(of.messages for of in summary.received)
+    say(f"{messages} messages recorded; {tests} tests of masked words at level {summary.level:.0%} together.")
+    for name in summary.rejected:
+        say(f"REJECTED: {name}")
+    if not summary.rejected:
+        say("None is rejected: masked words look uniform and independent.")
+    for found in summary.inversions:
+        say(
+            f"Inversion, {found.view}: similarity {found.mean:.2f} with its own image; "
+            f"as close by chance with probability {found.at_chance:.2g}."
+        )
+    if summary.extraction is not None:
+        of = summary.extraction
+        (most, by_labels), (_, by_logits) = of.labels[-1], of.logits[-1]
+        say(f"Extraction with {most} queries: agreement {by_labels:.1%} by labels, {by_logits:.1%} by logits.")
 
 
 @app.command(cls=Command)
