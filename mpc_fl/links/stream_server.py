@@ -24,7 +24,7 @@ from mpc_fl.links.streams import (
     next_parcel,
     send_parcel,
 )
-from mpc_fl.links.tls_sockets import TlsSocket, certificate_of, context_of, listening, why
+from mpc_fl.links.tls_sockets import ENDED, TlsSocket, certificate_of, context_of, listening, why
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,8 @@ class StreamServer:
         except (OSError, ValueError) as error:
             reason = why(error) if isinstance(error, OSError) else "its certificate cannot be read"
             said = "refused a TLS hand-shake"
-            self._refusals.count(f"{said}: {reason}", f"{said} from {address}: {reason}")
+            level = logging.INFO if reason == ENDED else logging.WARNING  # whoever only looks whether somebody listens
+            self._refusals.count(f"{said}: {reason}", f"{said} from {address}: {reason}", level)
             line.drain(LAST_WORDS)
             return "", None
         names = printable(names, LONGEST_DETAILS)

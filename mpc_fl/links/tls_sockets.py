@@ -25,6 +25,7 @@ _BACKLOG = 1024  # connections that the system keeps until they are accepted
 _LOOK = 1.0  # seconds between looks whether a sender that waits for room may go on waiting
 _SCRATCH = 64 << 10
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # a machine that is gone is found in 20 s
+ENDED = "it ended the connection"
 _REASONS = {
     "HTTP_REQUEST": "it speaks no TLS",
     "WRONG_VERSION_NUMBER": "it speaks no TLS",
@@ -78,14 +79,14 @@ def why(error: OSError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     if isinstance(error, ssl.SSLEOFError):
-        return "it ended the connection"
+        return ENDED
     if isinstance(error, ssl.SSLError) and error.reason:
         alert = error.reason.partition("_ALERT_")[2]
         said = f"the other end says: {alert.replace('_', ' ').lower()}"
         return _REASONS.get(error.reason) or (said if alert else error.reason.replace("_", " ").lower())
     if isinstance(error, TimeoutError):
         return "it took too long"
-    return (error.strerror or "it ended the connection").lower()
+    return (error.strerror or ENDED).lower()
 
 
 # ---- addresses ---------------------------------------------------------------------------------------------------------
