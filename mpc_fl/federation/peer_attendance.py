@@ -38,7 +38,6 @@ from mpc_fl.aggregation.rules import require_quorum
 from mpc_fl.aggregation.signed_words import heard, say_signed
 from mpc_fl.aggregation.words import first_to_speak, has_spoken, next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.audit.peer_signing import give_up
 from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import (
@@ -57,6 +56,7 @@ from mpc_fl.federation.peer_blocks import GIVEN, PassingOn
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing, lost_with
 from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals
+from mpc_fl.federation.peer_views import Views
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -92,7 +92,11 @@ class PeerAttendance:
     _proposed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.me, self._links = self.domain.links.name, self.domain.links.scoped("attendance")
+        self.me, self._links, self._views = (
+            self.domain.links.name,
+            self.domain.links.scoped("attendance"),
+            Views(self.domain),
+        )
         self.rules, self.founders = self.admission.rules, frozenset(self.members)
         self.proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
         subject = self.proposals.subject("asks", _NO_ROUND)
@@ -120,6 +124,7 @@ class PeerAttendance:
             proposer = self.proposer(number, tried)
             if not standing.leaves:
                 self._require_enough(number, reason)
+            self._views.enter(number, tried)
             self._say_present(standing, tried, reason)
             said_at = time.monotonic()
             try:
@@ -142,24 +147,20 @@ class PeerAttendance:
                 return proposal
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
-                # Or it passes for late there.
-                say(self.agreeing.links(number, tried), self._linked, "void", reason=reason.why)
+                self.void(number, tried, reason)  # or it passes for late there
                 continue
             except LeftOutError:
                 raise
             except (PeerLostError, ProtocolError) as error:
                 reason = Reason(error.what, lost_with(error))
-                say(self.agreeing.links(number, tried), self._linked, "void", reason=error.for_peers)
+                self.void(number, tried, Reason(error.for_peers))
             next_one = self.proposer(number, tried + 1)
             log.warning("round %d under %s came to nothing: %s; %s is next", number, proposer, reason.why, next_one)
         raise SumLostError(f"round {number} came to nothing under every hospital", "see the logs of the hospitals")
 
     def void(self, number: int, view: int, reason: Reason) -> None:
-        """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
-        for what in ("start", "finish", "block"):  # before any round there may be a block that says who takes part
-            give_up(self.signing(number, view, what), self._linked, reason.why)
-        for links in (self.signing(number, view, "finishing"), self.signing(number, view, "begun").scoped("settle")):
-            say(links, self._linked, "void", reason=reason.why)
+        """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it in that."""
+        self._views.give_up((number, view), self._linked, reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""

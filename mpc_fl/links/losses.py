@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, printable
+from mpc_fl.errors import MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, SumLostError, printable
 from mpc_fl.links.frames import Kind
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
@@ -78,6 +78,12 @@ def as_heard(sender: str, message: dict[str, Any]) -> PeerLostError:
     cause = printable(str(message.get("cause") or sender), _LONGEST_NAME)
     how = "gave this party up" if gives_up(message) else "stopped"
     return PeerLostError(sender, f"{sender} {how}: {reason}", f"see the log of {cause}", cause)
+
+
+def gave_up(peer: str, message: object) -> SumLostError:
+    """The failure of a wait for a peer that has given up what the wait is part of, and said so in this message."""
+    reason = message.get("reason") if isinstance(message, dict) else None
+    return SumLostError(f"{peer} gave up: {printable(str(reason), _LONGEST_REASON)}", f"see the log of {peer}")
 
 
 def late(peer: str, tag: str, seconds: float, phase: str) -> PeerLostError:

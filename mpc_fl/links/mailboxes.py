@@ -25,6 +25,7 @@ from mpc_fl.links.losses import (
     Loss,
     as_heard,
     first_named,
+    gave_up,
     gives_up,
     late,
     never_came,
@@ -265,10 +266,11 @@ class Mailboxes:
                     raise never_came({name: self._boxes[name].refused for name in missing}, self.timeouts.connect)
                 self.readers.wait(remaining)
 
-    def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
+    def take(self, sender: str, tag: str, deadline: float | None = None, void: str | None = None) -> Frame:
         """The next frame of `tag` from `sender`, awaited until `deadline` (of `time.monotonic`) or the receive timeout.
 
-        Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait.
+        Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait;
+        `SumLostError` when an object of the tag `void` has come instead.
         """
         began = time.monotonic()
         seconds = self.timeouts.receive if deadline is None else max(0.0, deadline - began)
@@ -276,7 +278,7 @@ class Mailboxes:
             box = self._boxes[sender]
             waited = tag not in box.inbox
             if waited:
-                self._await_message(sender, tag, began + seconds, seconds)
+                self._await_message(sender, (tag, void), began + seconds, seconds)
             frame = box.inbox.take(tag)
             self.readers.made_room()
             self._counter.of(sender).take(frame.size, time.monotonic() - began if waited else None)
@@ -287,8 +289,8 @@ class Mailboxes:
         with self._changed:
             self.readers.was_asked_for(frame)
 
-    def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
-        box = self._boxes[sender]
+    def _await_message(self, sender: str, tags: tuple[str, str | None], deadline: float, seconds: float) -> None:
+        box, (tag, void) = self._boxes[sender], tags
         start = box.starts
         while tag not in box.inbox:
             self._raise_first_failure(sender)
@@ -296,6 +298,8 @@ class Mailboxes:
                 raise self.lost(sender, "it started again")
             if box.closed:
                 raise self.lost(sender, "it had finished already")
+            if void is not None and void in box.inbox:  # it stays there, for what is awaited next
+                raise gave_up(sender, box.inbox.first(void).payload)
             remaining = self._remaining(deadline)
             if remaining <= 0:
                 self._raise_suspicion(sender)
@@ -312,14 +316,16 @@ class Mailboxes:
         if suspect := self.silence.suspect(self._needed(awaited)):
             raise self.without_sign(*suspect)
 
-    def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
-        """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
+    def await_any(self, tags: Mapping[str, str], deadline: float, void: str | None = None) -> str | None:
+        """The first of these peers of which a message of its tag has arrived, or one of the tag `void`, or that is lost; `None` at
+        the deadline."""
         with self._changed:
             while True:
                 self._raise_first_failure()
                 for name, tag in tags.items():
                     box = self._boxes[name]
-                    if tag in box.inbox or box.failure is not None or box.closed:
+                    has_given_up = void is not None and void in box.inbox
+                    if tag in box.inbox or has_given_up or box.failure is not None or box.closed:
                         return name
                 remaining = self._remaining(deadline)
                 if remaining <= 0:

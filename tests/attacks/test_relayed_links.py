@@ -266,7 +266,9 @@ def test_what_is_relayed_leaves_room_for_the_relays_own_words(tmp_path: Path) ->
     links = local_links(RELAY, [FIRST, RELAY], dict(zip([FIRST, RELAY], free_ports(2), strict=True)), tmp_path)
     peer, ended = links._outgoing.peers[FIRST], threading.Event()
     peer.conversation = Conversation(lambda chunk: True, lambda failure: None)
-    with pytest.raises(LinkError, match=f"{FIRST} is not connected"):  # or a chunk would leave before the relay's greeting
+    with pytest.raises(
+        LinkError, match=f"{FIRST} is not connected"
+    ):  # or a chunk would leave before the relay's greeting
         links._outgoing.pass_on(peer, SECOND, torch.zeros(1, dtype=torch.uint8))
     links._mailboxes.connect(FIRST)
 

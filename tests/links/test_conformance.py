@@ -505,6 +505,30 @@ def test_an_interruption_ends_this_partys_waits(world: type[World]) -> None:
     assert outcome == {"a": [reason, reason, reason, False], "b": {}}
 
 
+def test_who_has_given_up_is_waited_for_no_more(world: type[World]) -> None:
+    """In whatever scope the wait is; what came before is taken still, and other waits go on."""
+
+    def waits(links: Links) -> list[Any]:
+        bound = links.voided_by("given up 3/1").scoped("sum")
+        said = bound.receive_object("b", "said", time.monotonic() + LONG)
+        first = error_of(bound.receive_tensor, "b", "slice", torch.int32, (1,), time.monotonic() + LONG)
+        spoke = bound.await_any({"b": "never"}, time.monotonic() + LONG)
+        second = error_of(bound.scoped("check").receive_object, "b", "never", time.monotonic() + LONG)
+        links.send_object("b", "go on", {})
+        other = links.voided_by("given up 3/2").receive_object("b", "other", time.monotonic() + LONG)
+        return [said, first, spoke, second, other]
+
+    def gives_up(links: Links) -> None:
+        links.scoped("sum").send_object("a", "said", {"before": True})
+        links.scoped("given up 3").send_object("a", "1", {"reason": "lost c\x1b[2J"})
+        links.receive_object("a", "go on")
+        links.send_object("a", "other", {"of": "the next view"})
+
+    reason = "b gave up: lost c?[2J; see the log of b"
+    said = world(["a", "b"]).meet(a=waits, b=gives_up)["a"]
+    assert said == [{"before": True}, reason, "b", reason, {"of": "the next view"}]
+
+
 def test_await_any_says_who_is_first(world: type[World]) -> None:
     def waits(links: Links) -> list[Any]:
         links.send_object("c", "speak", {})
