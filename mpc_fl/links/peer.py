@@ -20,8 +20,9 @@ class Peer:
 
     The writer's lock guards what sending needs (`conversation`, `stream`, the next sequence); a reader belongs to the
     thread that reads its conversation, or holds the stream's `reading`. `greeting` is the one that this party sent first, which
-    an answer must refer to. Of a relayed peer: `asks` while that has no answer yet; `made_by` the digest of the first greeting that
-    made the link; `answered` the digest of the last one that this party answered, with `answer`; `heard_before` those accepted.
+    an answer must refer to, `start` the fingerprint of the key of the peer's start that was linked last. Of a relayed peer: `asks`
+    while that has no answer yet; `made_by` the digest of the first greeting that made the link; `answered` the digest of the last
+    one that this party answered, with `answer`; `heard_before` those accepted.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Peer:
     conversation: Conversation | None = None
     reader: FrameReader = field(default_factory=lambda: FrameReader(greetings_only=True))
     greeting: dict[str, Any] | None = None
+    start: str = ""
     asks: bool = False
     made_by: str = ""
     answered: str = ""
