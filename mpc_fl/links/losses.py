@@ -35,15 +35,21 @@ class Loss:
     number: int
 
 
-def first_named(losses: Iterable[Loss | None]) -> MpcFlError | None:
-    """The failure to name, None without losses."""
+def first_named(losses: Iterable[Loss | None]) -> Loss | None:
+    """The loss whose failure is named, None without losses."""
+    return min(
+        (loss for loss in losses if loss is not None), key=lambda loss: (_known(loss), loss.number), default=None
+    )
 
-    def explains(loss: Loss) -> tuple[int, int]:
-        refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
-        return (Known.REFUSED if refused else loss.known), loss.number
 
-    first = min((loss for loss in losses if loss is not None), key=explains, default=None)
-    return None if first is None else first.failure
+def is_explained(loss: Loss) -> bool:
+    """Whether more is known of it than that a link ended: what explains that may come a moment later, from another peer."""
+    return _known(loss) != Known.VANISHED
+
+
+def _known(loss: Loss) -> Known:
+    refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
+    return Known.REFUSED if refused else loss.known
 
 
 def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:

@@ -27,6 +27,7 @@ from mpc_fl.links.losses import (
     first_named,
     gave_up,
     gives_up,
+    is_explained,
     late,
     never_came,
     not_relayable,
@@ -246,11 +247,19 @@ class Mailboxes:
     def await_all_connected(self) -> None:
         """Wait for all peers; with `goes_on_without`, at the deadline tolerated ones may be missing, or be lost before.
 
-        Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline.
+        Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline. Of a peer whose link just ended
+        it waits for what explains that, as long as a party that fails stays to say so: whoever refuses one ends, too.
         """
-        deadline = time.monotonic() + self.timeouts.connect
+        deadline, patience = time.monotonic() + self.timeouts.connect, 0.0
         with self._changed:
             while True:
+                first = first_named(self._losses_that_end_waits())
+                if first is not None and not is_explained(first) and self._interruption is None:
+                    now = time.monotonic()
+                    patience = patience or min(deadline, now + self.timeouts.linger_after_error)
+                    if now < patience:
+                        self.readers.wait(patience - now)
+                        continue
                 self._raise_first_failure()
                 missing = [
                     name
@@ -375,9 +384,11 @@ class Mailboxes:
         """The failure that explains most (`losses.Known`)."""
         if self._interruption is not None:
             raise self._interruption
-        ending = (box.loss for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited))
-        if failure := first_named(ending):
-            raise failure
+        if first := first_named(self._losses_that_end_waits(awaited)):
+            raise first.failure
+
+    def _losses_that_end_waits(self, awaited: str | None = None) -> list[Loss | None]:
+        return [box.loss for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited)]
 
     def _needed(self, awaited: str | None) -> list[str]:
         """Whose loss ends a wait for `awaited`."""
