@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 _WORDS = ("present", "proposal", "block", *ASKING_WORDS)
 _AT_ONCE = 16
+_LOOK = 5.0  # seconds between looks for who has linked, and has not heard this hospital yet
 _NO_ROUND = (-1, -1)  # of a word that is about the whole run
 
 
@@ -237,8 +238,8 @@ class PeerAttendance:
         return name, self._links.key_fingerprint(name), mine.view_of
 
     def _say_again(self, name: str) -> None:
-        """To one that has linked since: what this hospital said of itself last."""
-        if self.me not in self._latest:
+        """To one that has linked since: what this hospital said of itself last. It may have spoken to nobody here, either."""
+        if self.me not in self._latest or not self.certificates.has_told(name):
             return
         mine, word = self._latest[self.me]
         if self._links.alive(name) and self._hearing(name, mine) not in self._heard_by:
@@ -253,13 +254,18 @@ class PeerAttendance:
             for _ in range(_AT_ONCE):
                 if name == self.me or not has_spoken(self._links, name):
                     break
+                self.certificates.exchange()  # what it showed came before its word
                 try:
-                    word = next_word(self._links, name, _WORDS)
-                    self._take_word(name, word)
-                    self._say_again(name)
+                    self._take_word(name, next_word(self._links, name, _WORDS))
                 except ProtocolError as error:
                     log.warning("%s", error)
+        for name in self._linked:
+            self._say_again(name)
         self._take_blocks()
+
+    def _await_word(self, until: float) -> None:
+        """Until somebody speaks, or may have linked."""
+        first_to_speak(self._links, self._linked, min(until, time.monotonic() + _LOOK))
 
     def _take_word(self, name: str, word: dict[str, Any]) -> None:
         match word["word"]:
@@ -327,10 +333,9 @@ class PeerAttendance:
 
     def look(self, until: float) -> bool:
         """Take what comes, waiting for it until then (of `time.monotonic`); False where fewer than a quorum of others are left."""
-        linked = self._linked
-        if len(linked) < self.rules.smallest:
+        if len(self._linked) < self.rules.smallest:
             return False
-        first_to_speak(self._links, linked, until)
+        self._await_word(until)
         try:
             self._take_words()
         except LeftOutError as error:  # a block that it was given, of a round that it was not in: it knows
@@ -383,7 +388,7 @@ class PeerAttendance:
                 raise PeerLostError(proposer, f"{proposer} {how}", f"see the log of {proposer}")
             if not standing.leaves:
                 self._require_enough(number, reason)
-            first_to_speak(self._links, self._linked, min(until, patience or until))
+            self._await_word(min(until, patience or until))
 
     def _is_same_start(self, name: str) -> bool:
         """Whether it is that of the last plan: one that has started again is waited for once it asks."""

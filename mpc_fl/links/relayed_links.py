@@ -173,7 +173,7 @@ class RelayedLinks:
     def _hear(self, relay: Peer, sender: Peer, greeting: dict[str, Any], said: str) -> None:
         """Raises `HandshakeError` for a greeting that does not hold."""
         if not sender.route.relayed:  # it joins later, and is not known to use relays yet: it says that again
-            log.info("%s greets through %s, and has not announced that it is reached so", sender.name, relay.name)
+            log.debug("%s greets through %s, and has not announced that it is reached so", sender.name, relay.name)
             return
         if said in sender.heard_before:  # through another relay
             if said == sender.answered and sender.answer is not None:
