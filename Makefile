@@ -17,7 +17,7 @@ help:
 	@echo "make test-slow   faults in every phase of every role, several minutes more"
 	@echo "make test-long   sweeps: a party frozen or lost at every message; most of an hour"
 	@echo "make soak    breaks real runs at random for an hour"
-	@echo "make evidence   audits privacy of honest runs; an hour"
+	@echo "make evidence   attacks updates, audits privacy of honest runs, and what marked phantoms teach; over an hour"
 	@echo "make check   format, lint, types and layers"
 	@echo "make check-model   rounds among peers, by Spin (apt-get install spin gcc)"
 	@echo "make clean   remove the environment and the demo's results"
@@ -59,7 +59,9 @@ soak: $(STAMP)
 	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tests.soak $(SOAK)
 
 evidence: $(STAMP)
+	$(BIN)/python benchmarks/gradient_inversion.py
 	$(BIN)/python benchmarks/privacy_audit.py $(EVIDENCE)
+	$(BIN)/python benchmarks/shortcuts.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mpc_fl.config.columns import ColumnSection, plain_name
+from mpc_fl.config.phantoms import PhantomSection, ShortcutSection
 from mpc_fl.config.section import Bound, Count, Digest, Positive, Section
 from mpc_fl.errors import ConfigError
 
@@ -28,13 +29,6 @@ class PartitionSection(Section):
     alpha: Positive = Field(
         default=0.5, description="of method dirichlet: the smaller, the less the hospitals are alike"
     )
-
-
-class PhantomSection(Section):
-    """Sizes of the embedded synthetic chest X-ray phantoms, in patients over all hospitals."""
-
-    train_patients: Count = Field(default=1200, description="patients who train, of all hospitals together")
-    test_patients: Count = Field(default=300, description="patients of the tests, of all hospitals together")
 
 
 class TableSection(Section):
@@ -320,6 +314,11 @@ class DataSection(Section):
                 raise ValueError("patient_pattern needs a group (in brackets) that is the patient")
         if self.features is not None and self.is_table:
             raise ValueError("features are those of images; leave data.features null for tables")
+        if self.phantoms.shortcut != ShortcutSection():
+            if self.source != "phantoms":
+                raise ValueError("phantoms.shortcut is put into phantoms alone; leave it as it is")
+            if self.phantoms.shortcut.diagnosis >= len(self.classes):
+                raise ValueError("phantoms.shortcut.diagnosis is the number of one of data.classes, from 0 on")
         self._check_table()
         return self
 

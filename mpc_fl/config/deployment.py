@@ -22,7 +22,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]
 def is_address(text: str) -> bool:
     """Whether a text is host:port: a name, or an IP address, of version 6 in brackets.
 
-    Nothing else is dialled: gRPC would take "unix:..." for a socket on this machine, and "dns://..." for whom to ask for names.
+    Nothing else is dialled: no "unix:..." for a socket on this machine, no "dns://..." for whom to ask for names.
     """
     host, _, port = text.rpartition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
@@ -34,7 +34,8 @@ MOST_SIMULATED = 1000  # their names have three digits
 
 
 class RuntimeSection(Section):
-    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need.
+    """Deadlines in seconds, threads per party, bytes of corrections that a dealer may send ahead of need, and whether messages are
+    recorded for an audit (docs/evidence.md), which all parties must agree on.
 
     In training all other deadlines follow from `connect_timeout`, `receive_timeout` (an answer that takes no work) and
     `federation.round_timeout`: hospitals wait longer for the aggregator than it waits for them.
@@ -59,6 +60,13 @@ class RuntimeSection(Section):
     )
     dealer_ahead_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] = Field(
         default=256 << 20, description="bytes of corrections that a dealer may send ahead of need"
+    )
+    record_messages: bool = Field(
+        default=False,
+        description="each party keeps what it receives in its own directory, for mpc-fl audit views; phantoms alone",
+    )
+    recorded_bytes: Annotated[int, Field(ge=1 << 10, le=1 << 50)] = Field(
+        default=256 << 20, description="bytes of messages that each party keeps with record_messages"
     )
 
 
@@ -180,7 +188,7 @@ class SiteSection(Section):
     trained layers read of them (`training.trainable: head` or `last:N`), from one run to the next, sealed with its own key;
     `memory` computes them in every run. In a simulation each hospital has a folder of its own below it.
     `allow_packages` are installed packages, by name, whose code a configuration may run here: networks and loaders of others. It
-    is given on the command line alone, so that no file allows itself.
+    is given on the command line alone, so that no file allows itself. So is `record_patients`.
     """
 
     listen: str | None = Field(
@@ -216,9 +224,17 @@ class SiteSection(Section):
         default=None,
         description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
     )
+    train_alone: bool = Field(
+        default=False,
+        description="after a run, also train on this hospital's patients alone and compare both models here; nothing of it leaves",
+    )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = Field(
         default=(),
         description="installed packages whose networks and loaders a configuration may run here; on the command line alone",
+    )
+    record_patients: bool = Field(
+        default=False,
+        description="runtime.record_messages may record messages about real patients here; on the command line alone",
     )
     data: Path | None = Field(default=None, description="folder, .npz or .csv of this site")
     data_of: Literal["hospital", "federation"] | None = Field(

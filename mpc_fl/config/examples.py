@@ -6,6 +6,7 @@ from mpc_fl.roles import AGGREGATOR, hospital_name
 
 _DIGEST = "8601c9ea396013b30ad83d20fd807105937e97c949ec69c298b121392715d197"
 EXAMPLES = {
+    "data.phantoms.shortcut.site": "0",
     "data.table.patient_column": "patient",
     "data.table.columns": "[{name: age, unit: years, range: [0, 120]}, {name: sex, kind: category, categories: [f, m]}]",
     "data.table.identifiers": "[mrn, surname]",
@@ -32,6 +33,9 @@ EXAMPLES = {
     "evaluation.every": "5",
     "evaluation.noise_multiplier": "8.0",
     "evaluation.validate_every": "2",
+    "evaluation.groups.sex": "[female, male]",
+    "evaluation.groups.age_bands": "[18, 40, 65]",
+    "evaluation.groups.scanner": "[Ysio, DigitalDiagnost]",
     "aggregation.norm_bound": "10.0",
     "inference.limit": "10",
     "serving.images_per_day_of_all": "1000",

@@ -89,6 +89,11 @@ def load_config(path: Path, overrides: list[str] | None = None, begins_with: str
             f"{path}: site.mlflow_uri says where this site's own numbers go, without noise, and a file could come from others",
             "remove it there; give --set site.mlflow_uri=URI on the command line",
         )
+    if isinstance(site, dict) and site.get("record_patients"):
+        raise ConfigError(
+            f"{path}: site.record_patients lets messages about real patients be recorded, and a file could come from others",
+            "remove it there; give --set site.record_patients=true on the command line",
+        )
     return parse_config(_beginning(apply_overrides(values or {}, overrides or []), begins_with, path), str(path))
 
 

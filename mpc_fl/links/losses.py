@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, SumLostError, printable
+from mpc_fl.errors import (
+    HandshakeError,
+    MpcFlError,
+    PeerLostError,
+    PeerRefusedError,
+    ProtocolError,
+    SumLostError,
+    printable,
+)
 from mpc_fl.links.frames import Kind
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
@@ -48,7 +56,8 @@ def is_explained(loss: Loss) -> bool:
 
 
 def _known(loss: Loss) -> Known:
-    refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
+    is_refusal = isinstance(loss.failure, ProtocolError | HandshakeError)
+    refused = is_refusal or not isinstance(loss.failure, PeerLostError)
     return Known.REFUSED if refused else loss.known
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, RefusedLinkError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.inbox import EndedTags
 from mpc_fl.links.losses import (
@@ -116,8 +116,13 @@ class Mailboxes:
         return self._closing or self._interruption is not None
 
     def lose(self, peer: str, failure: MpcFlError, known: Known = Known.VANISHED) -> None:
-        """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays."""
+        """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays.
+
+        Once all have been connected, one that may be lost is no more than that, whatever it or this party refuses.
+        """
         with self._changed:
+            if self._started and peer in self._tolerance.peers and not isinstance(failure, PeerLostError):
+                failure = RefusedLinkError(peer, failure.what, failure.fix)
             self._mark_lost([peer], failure, known)
             self._mark_lost(self._behind(peer), failure, known)
             self._changed.notify_all()

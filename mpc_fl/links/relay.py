@@ -7,6 +7,7 @@ sender that it has no link with the receiver; whether that is so each end finds 
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from mpc_fl.errors import LinkError
-from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.frames import MAX_GREETING, Frame, Kind
 from mpc_fl.links.losses import not_relayable
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
@@ -77,7 +78,8 @@ class Relay:
         Raises `ProtocolError` for one that may not be relayed.
         """
         target = self._require_relayable(origin, greeting.get("name"), greeting.get("to"))
-        if not all(isinstance(value, str) for value in greeting.values()):  # what is no greeting anywhere
+        is_one = all(isinstance(value, str) for value in greeting.values())  # else it is no greeting anywhere
+        if not is_one or len(json.dumps(greeting)) > MAX_GREETING:  # written anew, letters may be longer than they came
             raise not_relayable(origin.name)
         with self._lock:
             if not self._mailboxes.connected(target.name):
@@ -100,5 +102,7 @@ class Relay:
     def _require_relayable(self, origin: Peer, sender: Any, receiver: Any) -> Peer:
         target = self._peers.get(receiver) if isinstance(receiver, str) else None
         if not self.relays or sender != origin.name or target is None or target is origin:
+            raise not_relayable(origin.name)
+        if target.name in self._outgoing.relays:  # it would take this party for the one that sent it
             raise not_relayable(origin.name)
         return target

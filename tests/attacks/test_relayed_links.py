@@ -19,8 +19,8 @@ import torch
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import LinkError, PeerLostError, ProtocolError
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import CHUNK_BYTES, Frame, FrameReader, Kind, Observer
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.settings import Unread
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually
@@ -266,9 +266,8 @@ def test_what_is_relayed_leaves_room_for_the_relays_own_words(tmp_path: Path) ->
     links = local_links(RELAY, [FIRST, RELAY], dict(zip([FIRST, RELAY], free_ports(2), strict=True)), tmp_path)
     peer, ended = links._outgoing.peers[FIRST], threading.Event()
     peer.conversation = Conversation(lambda chunk: True, lambda failure: None)
-    with pytest.raises(
-        LinkError, match=f"{FIRST} is not connected"
-    ):  # or a chunk would leave before the relay's greeting
+    # Or a chunk would leave before the relay's greeting.
+    with pytest.raises(LinkError, match=f"{FIRST} is not connected"):
         links._outgoing.pass_on(peer, SECOND, torch.zeros(1, dtype=torch.uint8))
     links._mailboxes.connect(FIRST)
 

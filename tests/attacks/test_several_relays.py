@@ -227,6 +227,16 @@ def test_a_relay_that_deviates_changes_nothing_that_arrives(deviation: Any, tmp_
 def test_a_relay_cannot_say_anything_in_the_name_of_a_hospital(tmp_path: Path) -> None:
     """It greets as b with its own certificate, repeats what made their link, and seals frames of its own: all of it is refused."""
     meeting = Meeting(tmp_path)
+    genuine = dict[str, Any]()
+
+    def records(relay: NetworkLinks) -> None:
+        pass_on = relay._connections._relay.pass_greeting_on
+
+        def recording(origin: Any, greeting: Any) -> None:
+            genuine[origin.name] = greeting
+            pass_on(origin, greeting)
+
+        relay._connections._relay.pass_greeting_on = recording  # type: ignore[method-assign]
 
     def party(links: Links, peer: str) -> bool:
         right = exchange(links, peer, 0, 2)
@@ -237,19 +247,16 @@ def test_a_relay_cannot_say_anything_in_the_name_of_a_hospital(tmp_path: Path) -
     def attacks(links: NetworkLinks) -> None:
         for name in ("a", "b"):
             links.receive_object(name, "attack")
-        said = {name: meeting.links[name]._outgoing.peers for name in ("a", "b")}
-        genuine = {"a": said["a"]["b"].answer, "b": said["b"]["a"].greeting}
         for name, other in (("a", "b"), ("b", "a")):
             mine = links._connections._greeter.greet(name)
-            for greeting in ({**mine, "name": other}, genuine[other], {**(genuine[other] or {}), "signature": "00"}):
-                assert greeting is not None
+            for greeting in ({**mine, "name": other}, genuine[other], {**genuine[other], "signature": "00"}):
                 links._outgoing.put(links._outgoing.peers[name], Kind.RELAY_GREETING, "", greeting)
             for sealed in (b"", b"no number", bytes(8) + bytes(40), bytes(7) + b"\x80" + bytes(40)):
                 links._outgoing.put(links._outgoing.peers[name], Kind.RELAY, other, sealed)
             links.send_object(name, "attacked", {})
 
     parties = both(party) | {FIRST: attacks}
-    outcomes = meeting.run(**parties)
+    outcomes = meeting.run(records, **parties)
     assert (outcomes["a"], outcomes["b"], outcomes[FIRST]) == (True, True, None), outcomes
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import HandshakeError, PeerLostError, ProtocolError
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.links import Links
 from mpc_fl.links.losses import Known, Loss, as_heard, first_named, giving_up, without_sign
 from mpc_fl.links.mailboxes import Mailboxes

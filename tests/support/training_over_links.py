@@ -19,8 +19,8 @@ from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.federation import aggregator_program, hospital_program, peer_program
 from mpc_fl.links.connections import Connections
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import Frame, Kind
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.outgoing import Outgoing
@@ -149,8 +149,8 @@ def _break(connections: Connections) -> None:
         peer.route = type(peer.route)("await")  # it dials nobody again
         if peer.conversation is not None:
             peer.conversation.cut()
-    for channel in connections._channels:
-        channel.close()
+    for dialling in connections._diallings.values():
+        dialling.close()
     if connections._server is not None:
         connections._server.stop()
 

@@ -20,10 +20,12 @@ from mpc_fl.config.training import AugmentationSection, TrainingSection
 from mpc_fl.errors import ConfigError
 from mpc_fl.evidence.canaries import CLASSES, largest_movement
 from mpc_fl.federation.planning import sample_rate_of
-from mpc_fl.learning.data.loading import public_sizes
+from mpc_fl.learning.data.loading import patients_per_hospital, public_sizes
+from mpc_fl.learning.privacy.accounting import PrivacyBudget, calibrate_noise_multiplier
 from mpc_fl.learning.training.schedules import learning_rate_factor
 from mpc_fl.roles import AGGREGATOR
 
+_WATCHED_ROUNDS = 2
 _DEVIATIONS = 6  # of noise that the learning rate leaves room for
 _OF_POSTPROCESSING = ("strategy", "server_learning_rate", "server_momentum", "server_adaptivity", "proximal", "trainable",
                       "average_last", "ema_decay", "local_normalisation", "class_weights", "gradient_clipping",
@@ -96,7 +98,7 @@ def audited_config(run: AuditedRun, out: Path) -> Config:
         privacy={"noise_multiplier": run.noise_multiplier, **bounds},
         aggregation={"norm_check": False, "norm_bound": None},
         inference={"public_features": None},
-        **_in_one_process(out),
+        **in_one_process(out),
     )
 
 
@@ -120,11 +122,40 @@ def shadow_config(config: Config, out: Path) -> Config:
         changes["privacy"] = {"smallest_hospital": fewest, "largest_hospital": sizes.largest}
         changes["training"]["batch_size"] = max(1, round(rate * fewest))
     return config.with_values(
-        task="simulate", aggregation={"norm_check": False, "norm_bound": None}, **changes, **_in_one_process(out)
+        task="simulate",
+        aggregation={"norm_check": False, "norm_bound": None},
+        evaluation={"groups": {}},
+        **changes,
+        **in_one_process(out),
     )
 
 
-def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
+def viewed_config(config: Config, noise_multiplier: float | None, out: Path) -> Config:
+    """The configuration of sums that are watched: one step in each of two rounds at most, on the run's own data, with its network,
+    noise and hospitals; the same patients are drawn in each run."""
+    plain = {name: value for name, value in TrainingSection().model_dump().items() if name in _OF_POSTPROCESSING}
+    rounds = min(_WATCHED_ROUNDS, config.training.rounds)
+    changes = {**plain, "trainable": config.training.trainable, "rounds": rounds, "local_steps": 1, "sampling_seed": 1}
+    return config.with_values(
+        task="simulate",
+        data={"validation_fraction": 0.0},
+        training=changes,
+        evaluation=EvaluationSection().model_dump(),
+        privacy={"noise_multiplier": noise_multiplier},
+        aggregation={"norm_check": False, "norm_bound": None},
+        **in_one_process(out),
+    )
+
+
+def noise_of_steps(config: Config) -> float:
+    """The noise multiplier with which a hospital's own noise would have kept this run, which had none, to its epsilon."""
+    patients = min(patients_per_hospital(config))
+    steps = config.training.rounds * config.training.local_steps
+    budget = PrivacyBudget(config.privacy.epsilon, config.privacy.delta)
+    return calibrate_noise_multiplier(budget, sample_rate_of(config, patients), steps)
+
+
+def in_one_process(out: Path) -> dict[str, dict[str, Any]]:
     """Sections as a run has them whose hospitals are all in this process, with privacy ledgers in `out`."""
     return {
         "federation": {
@@ -138,7 +169,7 @@ def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
             "relay": None,
             "evaluate_incomplete": False,
         },
-        "runtime": {"restarts": 0},
+        "runtime": {"restarts": 0, "record_messages": False},
         "site": {
             **dict.fromkeys(
                 ("identity", "privacy_ledger", "address", "listen", "mlflow_uri", "leave_after", "data_of")
@@ -146,6 +177,7 @@ def _in_one_process(out: Path) -> dict[str, dict[str, Any]]:
             "out": str(out),
             "watch": [],
             "resume": False,
+            "train_alone": False,
             "training_processes": 1,
             "device": "cpu",
             "precision": "float32",

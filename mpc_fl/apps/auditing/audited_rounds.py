@@ -72,13 +72,13 @@ class OneGroup:
         self._group = group
 
     def all(self, method: Callable[..., Any], *given: Any, **named: Any) -> list[Any]:
-        """The answer of the one group there is."""
-        return [method(self._group, *given, **named)]
+        """The answer of the one group there is, in its own way where it has one."""
+        return [getattr(self._group, method.__name__)(*given, **named)]
 
     def each(self, method: Callable[..., None], done: Callable[[int, int], None], *given: object) -> None:
         """Hospital after hospital."""
         for count, rank in enumerate(self._group.ranks, 1):
-            method(self._group, rank, *given)
+            getattr(self._group, method.__name__)(rank, *given)
             done(count, len(self._group.ranks))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpc_fl.apps.audit_summary import AUDIT_FILE, AuditSummary
 from mpc_fl.apps.auditing.audited_config import AuditedRun, sample_rate
@@ -11,7 +12,7 @@ from mpc_fl.apps.auditing.privacy_audit import CONFIDENCE, AuditPlan, audit_priv
 from mpc_fl.apps.auditing.shadow_runs import infer_membership
 from mpc_fl.apps.rows import read_text
 from mpc_fl.apps.runs.run_directory import require_free, run_directory, versions
-from mpc_fl.apps.summaries import SUMMARY_FILE, TrainingSummary, parse_summary
+from mpc_fl.apps.summaries import SUMMARY_FILE, Header, TrainingSummary, parse_summary
 from mpc_fl.config.loading import load_config
 from mpc_fl.errors import DataError
 from mpc_fl.files import write_json
@@ -33,12 +34,17 @@ class AuditRequest:
     command: str
 
 
-def summary_of(directory: Path) -> TrainingSummary:
-    """That of a finished training run, by all its parties or simulated. Raises `DataError` for anything else."""
+def summary_content(directory: Path) -> tuple[Header, dict[str, Any]]:
+    """Header and content of the summary of a finished run of any kind. Raises `DataError` where there is none."""
     try:
-        header, content = parse_summary(read_text(directory, SUMMARY_FILE))
+        return parse_summary(read_text(directory, SUMMARY_FILE))
     except DataError as error:
         raise DataError(f"{directory} is not a finished run: {error}", "give the --out of a finished train") from None
+
+
+def summary_of(directory: Path) -> TrainingSummary:
+    """That of a finished training run, by all its parties or simulated. Raises `DataError` for anything else."""
+    header, content = summary_content(directory)
     if header.kind != TrainingSummary.KIND:
         raise DataError(
             f"{directory} is no training run of all its parties", "give the --out of a finished train or simulate"

@@ -23,22 +23,29 @@ from mpc_fl.apps.cli.options import (
     print_json,
     privacy_words,
     say,
-    say_beside,
     say_earlier_failure,
     say_skipped,
+)
+from mpc_fl.apps.cli.preflight import (
+    about_features,
+    forecasts_of,
+    packages_of,
+    preflight,
+    refuse_shared_patients,
+    require_memory,
+    say_features,
+    say_shared_patients,
+    shared_patients_of,
 )
 from mpc_fl.apps.cli.progress import shown_progress
 from mpc_fl.apps.formats import duration, in_ranges, size
 from mpc_fl.chosen_names import ChosenNames
-from mpc_fl.errors import ConfigError, DataError, MpcFlError, RunFailedError
+from mpc_fl.errors import ConfigError, MpcFlError, RunFailedError
 from mpc_fl.roles import is_hospital
 
 if TYPE_CHECKING:
-    from mpc_fl.apps.estimates import TrainingEstimate
     from mpc_fl.apps.summaries import TrainingSummary
     from mpc_fl.config.config import Config
-    from mpc_fl.federation.ledger_forecast import LedgerForecast
-    from mpc_fl.learning.data.loading import SharedPatients
 
 _GO_ON = "--resume goes on from the last round"
 
@@ -72,10 +79,10 @@ def train(
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
 
         require_free(out, resume)
-        found = _preflight(settings, resume)
-        forecasts = [] if found is None else _forecasts(settings, found)
+        found = preflight(settings, resume)
+        forecasts = [] if found is None else forecasts_of(settings, found)
         ledgers = begin_on_ledgers(forecasts, settings.federation.chosen_names, anyway, as_json)
-        _say_shared_patients(settings, as_json)
+        say_shared_patients(settings, as_json)
         try:
             with shown_progress(settings.federation.chosen_names) as progress:
                 summary = run.train(settings, out, command_line(), progress, resume, starter)
@@ -140,6 +147,8 @@ def _say_training(summary: TrainingSummary) -> None:
     elif summary.validation is None:
         say("No evaluation was opened: hospitals were absent.")
     _say_choice(summary)
+    for line in () if summary.groups is None else summary.groups.described():
+        say(names.in_text(line))
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(
@@ -209,28 +218,28 @@ def check(
             settings.data.require_agreed_columns()
             settings = with_own_data(site_of(settings, party), party)
         require_site_allows(settings, party, by_itself=party is not None)  # before every file is read
-        _refuse_shared_patients(settings)  # with their names, before the survey refuses without
+        refuse_shared_patients(settings)  # with their names, before the survey refuses without
         data_found = survey(settings)
         for words in () if as_json else data_lines(data_found, settings):
             say(words)  # before what these numbers may have refused
-        found = _preflight(settings, patients=data_found.training_patients, at=party)
+        found = preflight(settings, patients=data_found.training_patients, at=party)
         assert found is not None  # of a run from its start
-        _require_memory(settings, found)
-        forecasts = _forecasts(settings, found, party)
+        require_memory(settings, found)
+        forecasts = forecasts_of(settings, found, party)
     except MpcFlError as error:
         if as_json:
             counted = {} if data_found is None else {"data": data_found.to_json()}
             print_json({"ok": False, "error": error.what, "fix": error.fix, **counted})
         raise
     if as_json:
-        of = {"device": device_of(settings).words, **found.to_json(), "packages": _packages(settings)}
-        shared, features = list(_shared_patients(settings).names), _about_features(settings)
+        of = {"device": device_of(settings).words, **found.to_json(), "packages": packages_of(settings)}
+        shared, features = list(shared_patients_of(settings).names), about_features(settings)
         of["kernels"] = str(kernels())
         of["data"], of["ledgers"] = data_found.to_json(), [forecast.to_json() for forecast in forecasts]
         print_json({"ok": True, **of, "shared_patients": shared, "features": features})
         return
-    _say_shared_patients(settings, False)
-    for what, package in _packages(settings).items():
+    say_shared_patients(settings, False)
+    for what, package in packages_of(settings).items():
         say(f"{what}: code of the package {package}.")
     owners, names = owners_word(data_found, settings), settings.federation.chosen_names
     on_ledgers = {forecast.hospital for forecast in forecasts}  # these runs get another noise than the first
@@ -241,7 +250,7 @@ def check(
         say(names.in_text(f"{forecast.described}.") + (" A run asks for --anyway." if forecast.is_nearly_spent else ""))
     say(f"Device of hospitals here: {device_of(settings).words}.")
     say(f"Kernels of encrypted diagnosis here: {kernels()}.")
-    _say_features(settings)
+    say_features(settings)
     say(f"Headroom: {found.headroom_bits_spare} bits to spare.")
     if found.mask_neighbours + 1 < settings.federation.hospitals:
         say(
@@ -262,7 +271,7 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
     training = estimate_training(settings, patients_per_hospital(settings))
     inference = estimate_inference(settings)
     if as_json:
-        about = {**training.to_json(), "features": _about_features(settings)}
+        about = {**training.to_json(), "features": about_features(settings)}
         print_json({"training": about, "inference": inference.to_json()})
         return
     say(f"Training, {training.rounds} rounds of {training.parameters:,} parameters:")
@@ -290,7 +299,7 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         say(
             f"  {settings.federation.chosen_names.shown(line.hospital)}: {line.patients} {settings.data.counted_unit}s{words}"
         )
-    _say_features(settings)
+    say_features(settings)
     say(f"Encrypted inference, a batch of {inference.batch}:")
     steps = "sequential messages" if settings.inference.engine == "fast" else "rounds"
     say(f"  {size(inference.bytes_per_party)} sent per party in {inference.rounds} {steps}")
@@ -298,109 +307,3 @@ def estimate(config: ConfigPath, data: DataPath = None, overrides: Overrides = N
         f"  {size(inference.bytes_sent_by_dealer)} sent by the dealer; about {size(inference.memory_bytes_per_party)} of memory"
     )
     say(f"  {inference.comparisons:,} comparisons, {inference.multiplications:,} secret multiplications")
-
-
-def _shared_patients(config: Config) -> SharedPatients:
-    from mpc_fl.learning.data.loading import shared_patients
-
-    return shared_patients(config)
-
-
-def _about_features(config: Config) -> str | None:
-    if config.data.features is None and not config.training.computes_frozen_part_once:
-        return None  # without torch
-    from mpc_fl.learning.models.feature_cache import about_features
-
-    return about_features(config)
-
-
-def _say_features(config: Config) -> None:
-    """Whether features of images, or what the trained layers read, will be read or computed."""
-    about = _about_features(config)
-    if about is not None:
-        say(about)
-
-
-def _packages(config: Config) -> dict[str, str]:
-    """Installed packages whose code the configuration runs, by the setting that names them."""
-    from mpc_fl.installed_code import is_reference, package_of
-    from mpc_fl.learning.data.loaders import loader_package
-
-    loader, network = loader_package(config), config.model.architecture
-    named = {} if loader is None else {"data.source": str(loader)}
-    return named | ({"model.architecture": str(package_of(network))} if is_reference(network) else {})
-
-
-def _refuse_shared_patients(config: Config) -> None:
-    """Raise `DataError` naming them, where the configuration says so."""
-    found = _shared_patients(config) if config.data.shared_patients == "refuse" else None
-    if found is not None and found.names:
-        raise DataError(found.described, "part the patients, or set data.shared_patients to leave_out or keep")
-
-
-def _say_shared_patients(config: Config, as_json: bool) -> None:
-    """Name test patients that train somewhere, and say what becomes of them; on standard error beside JSON."""
-    found = _shared_patients(config)
-    if found.names:
-        become = "they stay in the test set" if config.data.shared_patients == "keep" else "left out of the test set"
-        say_beside(f"{found.described}; {become} (data.shared_patients).", as_json)
-
-
-def _forecasts(config: Config, found: TrainingEstimate, at: str | None = None) -> list[LedgerForecast]:
-    """What privacy ledgers that outlive runs leave for this one, where they hold something: of the hospital `at`, or all."""
-    from mpc_fl.federation.ledger_forecast import ledger_forecast
-
-    if config.site.privacy_ledger is None:
-        return []
-    lines = [line for line in found.privacy if at in (None, line.hospital)]
-    forecasts = (ledger_forecast(config, line.hospital, line.patients) for line in lines)
-    return [forecast for forecast in forecasts if forecast is not None]
-
-
-def _preflight(
-    config: Config, resume: bool = False, patients: list[int] | None = None, at: str | None = None
-) -> TrainingEstimate | None:
-    """Everything that can be refused before a process starts. Raises the error the run would raise.
-
-    `patients`: training patients of each hospital, where they are known already, or of the one hospital `at` by itself. What a
-    run that goes on may still release follows from the hospitals' ledgers (None for it): they plan it themselves.
-    """
-    from mpc_fl.apps.runs.curves import require_watchers
-    from mpc_fl.apps.runs.estimate import estimate_training
-    from mpc_fl.apps.runs.party_process import require_site_allows
-    from mpc_fl.federation.feature_statistics import plan_features, require_enough_patients
-    from mpc_fl.federation.planning import headroom_of
-    from mpc_fl.learning.data.loading import patients_per_hospital
-    from mpc_fl.learning.data.records import is_one_hospitals
-    from mpc_fl.learning.device import device_of
-    from mpc_fl.learning.models.earlier_model import begun_anew
-    from mpc_fl.learning.models.feature_extractor import require_weights
-
-    require_site_allows(config, at, by_itself=at is not None)
-    headroom_of(config).require()
-    device_of(config)
-    require_watchers(config)
-    require_weights(config)
-    if config.model.initial_weights is not None:
-        begun_anew(config)
-    _refuse_shared_patients(config)
-    if patients is None:
-        patients = patients_per_hospital(config)
-    alone = at if is_one_hospitals(config) else None
-    if config.data.normalise == "secure" and alone is None:
-        require_enough_patients(plan_features(config), sum(patients), before=True)
-    return None if resume else estimate_training(config, patients, alone)
-
-
-def _require_memory(config: Config, found: TrainingEstimate) -> None:
-    """Of this machine: for all parties when the launcher runs them here, for one hospital when the others have addresses."""
-    from mpc_fl.apps.runs.estimate import available_memory, memory_here, parties_here
-
-    parties = parties_here(config)
-    needed, available = memory_here(config, found.memory_bytes_per_hospital), available_memory()
-    if available is not None and needed > available:
-        raise MpcFlError(
-            f"{parties} {'parties need' if parties > 1 else 'party needs'} about {size(needed)} of memory together, "
-            f"{size(available)} are available",
-            "use fewer hospitals, a smaller training.batch_size, or training.per_sample_gradients=loop",
-        )

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from mpc_fl.apps.formats import UNITS
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.learning.models.evaluation import area_under_curve, roc_points
 
 _MOST_LINES, _MOST_CLASSES, _MOST_CELLS, _MOST_BARS, _THUMBNAIL = 8, 8, 20, 8, 320
@@ -195,6 +195,28 @@ def privacy_bounds(
 
 
 @_styled
+def accuracy_changes(
+    names: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+) -> Figure:
+    """How much accuracy each named change costs: value and interval (low, high), one mark of each series in every row."""
+    figure, (axes,) = _new(7.2, 1.3 + (0.2 + 0.16 * len(series)) * len(names))
+    for index, (name, values) in enumerate(series.items()):
+        rows = [row + 0.2 * (index - (len(series) - 1) / 2) for row in range(len(names))]
+        middle, low, high = np.array(values).T
+        reach = np.maximum([middle - low, high - middle], 0)
+        style = {"color": PALETTE[index % len(PALETTE)], "fmt": _MARKERS[index % len(_MARKERS)], "capsize": 2}
+        axes.errorbar(middle, rows, xerr=reach, label=shorten(name, 40), markersize=5, **style)
+    axes.axvline(0, color=_INK, linewidth=1, linestyle=_DASHES[2])
+    axes.set_yticks(range(len(names)), list(names))
+    axes.set(title=title, xlabel="change of accuracy")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    _percent(axes.xaxis)
+    _legend_below(figure, axes, 2)
+    return figure
+
+
+@_styled
 def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
     """Members recognised against mistakes, on scales of powers of ten; points at zero are left out."""
     shown = [(false, true) for false, true in curve if false > 0 and true > 0]
@@ -204,6 +226,19 @@ def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
     axes.set(xscale="log", yscale="log", xlim=(1e-4, 1), ylim=(1e-4, 1.2), aspect="equal")
     axes.set(xlabel="False positive rate", ylabel="True positive rate", title="Membership")
     _legend_below(figure, axes, 2)
+    return figure
+
+
+@_styled
+def extraction_curves(curves: Mapping[str, Sequence[tuple[int, float]]], least: float) -> Figure:
+    """By what a student was told: agreement with the model against queries, a scale of powers of ten, with the least line."""
+    figure, (axes,) = _new(4.6, 3.4)
+    for index, (name, points) in enumerate(curves.items()):
+        axes.plot(*zip(*points, strict=True), color=PALETTE[index], marker=_MARKERS[index], label=shorten(name))
+    axes.axhline(least, color=_INK, linewidth=1, linestyle=_DASHES[2], label="always one class")
+    axes.set(xscale="log", xlabel="Queries", ylabel="Agreement", title="Extraction", ylim=(None, 1.0))
+    _percent(axes.yaxis)
+    _legend_below(figure, axes, 3)
     return figure
 
 
@@ -246,6 +281,27 @@ def reliability_diagram(bins: Sequence[tuple[int, float | None, float | None]]) 
     _from_zero(lower)
     _percent(lower.xaxis)
     _legend_below(figure, upper, 2)
+    return figure
+
+
+@_styled
+def group_shares(
+    classes: Sequence[str], groups: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]]
+) -> Figure:
+    """A panel per class: for each group (its name, and a share with its interval per class) a mark on a line from low to high."""
+    figure, panels = _new(7.2, 1.2 + 0.27 * len(groups), len(classes))
+    for index, (name, axes) in enumerate(zip(classes, panels, strict=True)):
+        for row, (_, spans) in enumerate(groups):
+            span = spans[index]
+            if span is not None:
+                axes.plot(span[1:], (row, row), color=PALETTE[index], linewidth=1.6)
+                axes.plot(span[0], row, color=PALETTE[index], marker=_MARKERS[index], markersize=5)
+        axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5), title=shorten(name, 16))
+        axes.set_yticks(
+            range(len(groups)), [shorten(name, 30) for name, _ in groups] if not index else [""] * len(groups)
+        )
+        _percent(axes.xaxis)
+    figure.supxlabel("Sensitivity", fontsize=9.5)
     return figure
 
 

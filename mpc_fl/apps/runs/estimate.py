@@ -39,6 +39,7 @@ from mpc_fl.config.protocols import MASKS_BETWEEN_ALL_UP_TO
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.group_evaluation import plan_groups
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.federation.planning import (
@@ -212,15 +213,16 @@ def _check_costs(config: Config, shared: int, summand_bytes: int, patients: list
 
 
 def _evaluations(config: Config, classes: int) -> list[int]:
-    """Elements of every sum of evaluation and calibration that a run opens."""
+    """Elements of every sum of evaluation and calibration that a run opens, at most: groups may be withheld."""
     found = list[int]()
     of: tuple[Evaluated, ...] = ("test", "validation")
     for whom in of:
         noised = plan_noised_evaluation(config, whom)
         counts = evaluation_length(classes) if noised is None else noised.length
         found += [counts] * sum(config.evaluates(number, whom) for number in range(config.last_round + 1))
-    calibration = plan_calibration(config)
-    return found if calibration is None else [*found, calibration.grid.length]
+    calibration, groups = plan_calibration(config), plan_groups(config)
+    found += [] if calibration is None else [calibration.grid.length]
+    return found if groups is None else [*found, groups.length, groups.counts_length(groups.cells)]
 
 
 def relayed_pairs(config: Config) -> int:

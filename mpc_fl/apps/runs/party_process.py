@@ -31,7 +31,6 @@ from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.links.silence import SIGN
-from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
 ROLES = {HOSPITAL_ROLE: "parties.hospital", AGGREGATOR: "parties.aggregator", DEALER: "parties.dealer",
@@ -73,6 +72,7 @@ def require_site_allows(config: Config, name: str | None = None, by_itself: bool
 
     A party `by_itself` is this site; others are simulated here, each with a privacy ledger of its own.
     """
+    require_may_record(config)
     broken = list[Broken]()
     for file in rules_of(config):
         broken += broken_rules(config, file, name)
@@ -89,9 +89,25 @@ def require_site_allows(config: Config, name: str | None = None, by_itself: bool
         raise refusal(broken)
 
 
+def require_may_record(config: Config) -> None:
+    """Raise `ConfigError` where messages shall be recorded that may be about patients, and this site has not said that they may."""
+    if not config.runtime.record_messages:
+        return
+    if config.task not in ("train", "infer"):
+        raise ConfigError(
+            "runtime.record_messages records the parties of train and infer alone, no service and no simulation",
+            "set it to false",
+        )
+    is_real = config.data.source != "phantoms" or config.site.images is not None
+    if is_real and not config.site.record_patients:
+        raise ConfigError(
+            "runtime.record_messages would keep messages about real patients, and this site has not allowed it",
+            "record a run on phantoms, or give --set site.record_patients=true if everybody concerned has agreed",
+        )
+
+
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
     """Run one party's program in this process until it ends. Raises what the program raises."""
-    log_refused_handshakes()
     require_site_allows(config, name)
     import torch
 
@@ -103,9 +119,16 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
         raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
     log = logging.getLogger("mpc_fl")
     log.info("%s starts (%s), process %d", name, config.task, os.getpid())
-    from mpc_fl.apps.runs.curves import curves_of  # with what follows it loads gRPC, which reads then where to log
+    from mpc_fl.apps.runs.curves import curves_of
 
     program = importlib.import_module(ROLES[role])
+    if config.runtime.record_messages and observer is None:
+        from mpc_fl.links.message_record import MESSAGES_DIRECTORY, MessageRecord
+        from mpc_fl.links.party_links import site_directory
+
+        directory = site_directory(config) / MESSAGES_DIRECTORY
+        log.warning("all messages that this party receives are recorded in %s", directory)
+        observer = MessageRecord(directory, config.runtime.recorded_bytes)
     if config.task != "train":
         program.run(config, rank, notify, observer)
     else:

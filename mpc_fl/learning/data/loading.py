@@ -12,13 +12,16 @@ import torch
 
 from mpc_fl.config.config import Config
 from mpc_fl.config.data import SOURCES
+from mpc_fl.config.phantoms import ShortcutSection
 from mpc_fl.errors import ConfigError, DataError
+from mpc_fl.learning.data.attributes import group_numbers
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
 from mpc_fl.learning.data.image_folders import ImageFolder
 from mpc_fl.learning.data.loaders import read_with_loader
 from mpc_fl.learning.data.partition import partition_dirichlet, partition_equal, place_of
 from mpc_fl.learning.data.patients import UNREADABLE
+from mpc_fl.learning.data.phantom_shortcuts import with_shortcut
 from mpc_fl.learning.data.phantoms import phantom_labels
 from mpc_fl.learning.data.reading import ReadImages, read_files, require_one_readable, require_readable
 from mpc_fl.learning.data.records import Index, index_from, index_of, is_one_hospitals, phantom_names
@@ -216,7 +219,8 @@ def load_own(divided: DividedRecords, rank: int) -> Dataset:
     position = {key: number for number, key in enumerate(_own_patients(divided, rank))}
     rows = [row for row, patient in enumerate(index.patients) if patient in position]
     if index.arrays is not None:
-        inputs = torch.from_numpy(np.ascontiguousarray(index.arrays[rows], dtype=np.float32))
+        arrays = np.ascontiguousarray(index.arrays[rows], dtype=np.float32)
+        inputs = torch.from_numpy(_with_shortcut(arrays, index, rows, rank, config))
         kept, read = rows, ReadImages([], [], index.treatments_of(rows), {})
     else:
         read = read_files([index.files[row] for row in rows], config)
@@ -230,7 +234,17 @@ def load_own(divided: DividedRecords, rank: int) -> Dataset:
     names = tuple(index.names[row] for row in kept)
     # What lies in a folder that is divided belongs to no hospital.
     aside = index.left_aside if is_one_hospitals(config) else {}
-    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments, aside)
+    known = [index.attributes[row] for row in kept] if index.attributes else []
+    groups = group_numbers(config.evaluation.groups, known, rank, len(kept)) if part == "test" else {}
+    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments, aside, groups)
+
+
+def _with_shortcut(arrays: np.ndarray, index: Index, rows: Sequence[int], rank: int, config: Config) -> np.ndarray:
+    """The same records, of phantoms with what `data.phantoms.shortcut` puts into them at this hospital."""
+    if config.data.phantoms.shortcut == ShortcutSection():
+        return arrays
+    patients, names = [index.patients[row] for row in rows], [index.names[row] for row in rows]
+    return with_shortcut(arrays, index.labels[list(rows)], patients, names, rank, config)
 
 
 def _require_owners(index: Index, rows: Sequence[int]) -> None:

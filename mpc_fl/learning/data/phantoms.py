@@ -20,15 +20,18 @@ from mpc_fl.learning.data.partition import generator
 Split = Literal["train", "test", "public"]
 _SPLIT_KEY = {"train": 10, "test": 11, "public": 12}
 _CHUNK = 256
+_EDGE = 0.1  # of a lung's darkness: beyond hardly anything of a diagnosis is drawn
 
 
 @dataclass(frozen=True)
 class Phantoms:
-    """float32 images (records, height, width) in [0, 1], int64 labels and patients (records,)."""
+    """float32 images (records, height, width) in [0, 1], int64 labels and patients (records,), and where lungs lie: bool
+    (records, height, width), with the soft edge in which a diagnosis still shows."""
 
     images: np.ndarray
     labels: np.ndarray
     patients: np.ndarray
+    lungs: np.ndarray
 
 
 def make_phantoms(patients: int, classes: int, size: int, seed: int, split: Split) -> Phantoms:
@@ -39,7 +42,8 @@ def make_phantoms(patients: int, classes: int, size: int, seed: int, split: Spli
     owner, label_of, draw = _drawn_patients(patients, classes, seed, split)
     labels = label_of[owner]
     pieces = [_draw_images(labels[start : start + _CHUNK], size, draw) for start in range(0, len(labels), _CHUNK)]
-    return Phantoms(np.concatenate(pieces), labels.astype(np.int64), owner.astype(np.int64))
+    images, lungs = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return Phantoms(images, labels.astype(np.int64), owner.astype(np.int64), lungs)
 
 
 def phantom_labels(patients: int, classes: int, seed: int, split: Split) -> np.ndarray:
@@ -64,7 +68,8 @@ def _bell(distance: np.ndarray, softness: float) -> np.ndarray:
     return 1.0 / (1.0 + np.exp((distance - 1.0) / softness))
 
 
-def _draw_images(labels: np.ndarray, size: int, draw: np.random.Generator) -> np.ndarray:
+def _draw_images(labels: np.ndarray, size: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Images, and where each one's lungs lie."""
     count = len(labels)
     y, x = np.meshgrid(np.linspace(-1, 1, size), np.linspace(-1, 1, size), indexing="ij")
 
@@ -98,7 +103,7 @@ def _draw_images(labels: np.ndarray, size: int, draw: np.random.Generator) -> np
     mean = film.mean(axis=(1, 2), keepdims=True)
     deviation = film.std(axis=(1, 2), keepdims=True)
     exposure = 0.45 + each(-0.04, 0.04) + (film - mean) / deviation * each(0.17, 0.21)
-    return np.clip(exposure, 0.0, 1.0).astype(np.float32)
+    return np.clip(exposure, 0.0, 1.0).astype(np.float32), lungs > _EDGE
 
 
 def public_phantoms(count: int, config: Config) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`mpc-fl audit privacy`: from the directory of a finished run to bounds, a report, and an exit status."""
+"""`mpc-fl audit`: from the directory of a finished run to bounds, a report, and an exit status."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.files import write_json, write_text
 from mpc_fl.roles import hospital_names
 from tests.support.auditing import NOISE, audited, same_seeds
+from tests.support.shortcuts import hospitals_own_run
 
 
 def finished(directory: Path, config: Config) -> Path:
@@ -86,3 +87,18 @@ def test_what_cannot_be_audited_is_told_in_one_line(broken: str, tmp_path: Path)
     assert isinstance(told.exception, ConfigError if broken == "too many for delta" else DataError)
     assert str(told.exception).isprintable() and not told.stdout
     assert not (tmp_path / "run-audit").exists()
+
+
+def test_shortcuts_are_found_and_said(tmp_path: Path) -> None:
+    run = hospitals_own_run(tmp_path / "run", tmp_path / "films")
+    words = ["shortcuts", str(run), "--data", str(tmp_path / "films"), "--no-probe", "--no-left-out"]
+    told = CliRunner().invoke(audit.app, words)
+    assert told.exit_code == 0, told.output
+    assert "corners replaced: accuracy -100.0 points" in told.stdout and "SHORTCUT" in told.stdout
+    assert (
+        "The run's model shows a shortcut" in told.stdout
+        and str(tmp_path / "run-shortcuts" / "report.html") in told.stdout
+    )
+    told = CliRunner().invoke(audit.app, [*words, "--json", "--out", str(tmp_path / "other")])
+    assert "corners replaced" in json.loads(told.stdout.splitlines()[-1])["shortcuts"]
+    assert "--no-left-out" in CliRunner().invoke(audit.app, ["shortcuts", "--help"], env={"COLUMNS": "200"}).stdout

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mpc_fl.apps.cli.options import configure
-from mpc_fl.apps.cli.training import _ledgers_end_with_it, _preflight, check
+from mpc_fl.apps.cli.preflight import preflight
+from mpc_fl.apps.cli.training import _ledgers_end_with_it, check
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import ConfigError, DataError, ModelError, PrivacyBudgetError
 from mpc_fl.federation.planning import budget_of
@@ -34,7 +35,7 @@ def test_weights_that_are_not_here_are_missed_before_anything_starts(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ModelError, match="mpc-fl model import or mpc-fl model fetch"):
-        _preflight(parse_config(sections, "test"))
+        preflight(parse_config(sections, "test"))
 
 
 @pytest.mark.parametrize("source", ["phantoms", "breast_cancer"])
@@ -67,7 +68,7 @@ def folder_of_images(directory: Path, patients: dict[str, dict[str, list[int]]])
 def test_a_class_without_a_test_patient_of_its_own_is_named(tmp_path: Path) -> None:
     patients = {"train": {"a": [1, 2], "b": [3, 4]}, "test": {"a": [11, 12], "b": [3, 4]}}
     with pytest.raises(DataError, match="no test patient of class 'b' is left without those that also train"):
-        _preflight(folder_of_images(tmp_path, patients))
+        preflight(folder_of_images(tmp_path, patients))
 
 
 def test_check_says_where_gradients_are_computed_and_refuses_what_is_not_here(
@@ -84,10 +85,10 @@ def test_check_says_where_gradients_are_computed_and_refuses_what_is_not_here(
     assert (found["device"], found["kernels"]) == ("cpu, gradients in bfloat16", str(kernels()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^site\.device is cuda, and torch"):
-        _preflight(parse_config({"site": {"device": "cuda"}}, "test"))
+        preflight(parse_config({"site": {"device": "cuda"}}, "test"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'mpc-fl\[mlflow\]'"):
-        _preflight(parse_config({"site": {"watch": ["mlflow"]}}, "test"))
+        preflight(parse_config({"site": {"watch": ["mlflow"]}}, "test"))
 
 
 def test_check_names_test_patients_that_train_where_they_are_refused(tmp_path: Path) -> None:
