@@ -178,7 +178,8 @@ class _Run:
             try:
                 self._follow(proposal, before)
                 break
-            except LeftOutError:
+            except LeftOutError as error:
+                self.attendance.void(number, view, Reason(error.what))  # who counts on this hospital hears that in time
                 raise
             except (PeerLostError, ProtocolError, QuorumError) as error:
                 # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.

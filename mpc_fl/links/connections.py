@@ -146,8 +146,10 @@ class Connections:
             return peer.reader.room(length) if peer.conversation is conversation else None
 
         def ended(failure: MpcFlError | None) -> None:
-            if peer.conversation is not conversation:
-                return
+            with self._lock:
+                if peer.conversation is not conversation:
+                    return
+                start = peer.start
             if isinstance(failure, HandshakeError) and conversation.refusal is failure:
                 what = f"{self._name} refused {peer.name}: {failure.what}"
                 failure = PeerRefusedError(peer.name, what, f"see the log of {peer.name}")
@@ -162,7 +164,7 @@ class Connections:
                 reason = stood_still(self._name, seconds, peer.name)
                 self._mailboxes.interrupt(reason)
             self._mailboxes.lose(peer.name, reason)
-            self._note_lost(peer, GONE)
+            self._note_lost(peer, GONE, start)
             self._dial_again(peer)
 
         conversation = peer.conversation = Conversation(take, ended, room)
@@ -171,6 +173,7 @@ class Connections:
     def _give_up(self, peer: Peer, silent: PeerLostError) -> None:
         """A peer has given no sign of life for too long: it is lost like any other, and told if it ever wakes up."""
         log.warning("%s", silent)
+        start = peer.start
         self._outgoing.put_at_once(peer, *giving_up(silent))
         if peer.conversation is not None:
             peer.conversation.finish()
@@ -179,11 +182,11 @@ class Connections:
         self._mailboxes.lose(peer.name, silent, Known.SILENT)
         if peer.stream is not None:
             peer.stream.end()
-        self._note_lost(peer, SILENT)
+        self._note_lost(peer, SILENT, start)
         self._dial_again(peer)
 
-    def _note_lost(self, peer: Peer, how: str) -> None:
-        self._relay.tell_lost(peer, how)
+    def _note_lost(self, peer: Peer, how: str, start: str) -> None:
+        self._relay.tell_lost(peer, how, start)
         self._relayed.after_losing(peer)
 
     def _dial_again(self, peer: Peer) -> None:
@@ -242,6 +245,7 @@ class Connections:
         peer.reader.trust()
         self._greeter.keys.learn(peer.name, public_key)
         self._mailboxes.connect(peer.name)
+        peer.start = self._greeter.keys.fingerprint(peer.name)
         self._relay.after_connecting(peer)
         self._relayed.after_connecting(peer)
 

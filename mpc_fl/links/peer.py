@@ -35,10 +35,11 @@ class Peer:
 
     The writer's lock guards what sending needs (`conversation`, `stream`, the next sequence); a reader belongs to the
     thread that reads its conversation, or holds the stream's `reading`. `greeting` is the one that this party sent first, which
-    an answer must refer to. Of a relayed peer: `asks` while that has no answer yet; `called` digests of greetings to one that says
-    it has started anew, while the link before is there; `made_by` that of the first greeting that made the link; `answered` what
-    was answered and has made no link yet, by the digest of the greeting; `knocks` digests of what this party said to be called;
-    `heard` those of greetings that were accepted, and may come through another relay.
+    an answer must refer to, `start` the fingerprint of the key of the peer's start that was linked last. Of a relayed peer: `asks`
+    while that has no answer yet; `called` digests of greetings to one that says it has started anew, while the link before is
+    there; `made_by` that of the first greeting that made the link; `answered` what was answered and has made no link yet, by the
+    digest of the greeting; `knocks` digests of what this party said to be called; `heard` those of greetings that were accepted,
+    and may come through another relay.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Peer:
     conversation: Conversation | None = None
     reader: FrameReader = field(default_factory=lambda: FrameReader(greetings_only=True))
     greeting: dict[str, Any] | None = None
+    start: str = ""
     asks: bool = False
     called: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=_RECENT))
     made_by: str = ""

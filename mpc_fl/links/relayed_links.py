@@ -33,7 +33,7 @@ from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Answered, Peer
 from mpc_fl.links.places import Refusals
-from mpc_fl.links.relay import GONE, SILENT
+from mpc_fl.links.relay import GONE, SILENT, START
 from mpc_fl.links.sealed_stream import SealedStream
 from mpc_fl.links.sealing import Sealer, Unsealer
 from mpc_fl.links.silence import SIGN
@@ -150,9 +150,10 @@ class RelayedLinks:
         """
         if relay.name not in self._relays:
             raise not_relayable(relay.name)
-        if set(greeting) in ({GONE}, {SILENT}):
-            self._hear_of_loss(relay, *greeting.popitem())
-            return
+        for how in (GONE, SILENT):
+            if set(greeting) == {how, START}:
+                self._hear_of_loss(relay, how, greeting[how], greeting[START])
+                return
         name = greeting.get("name")
         sender = self._peers.get(name) if isinstance(name, str) else None
         if greeting.get("to") != self._name or sender is None or sender is relay:
@@ -166,7 +167,8 @@ class RelayedLinks:
             kind = f"refused a greeting of {sender.name} that came through {relay.name}"
             self._refusals.count(kind, f"{kind}: {error}")
 
-    def _hear_of_loss(self, relay: Peer, how: str, name: Any) -> None:
+    def _hear_of_loss(self, relay: Peer, how: str, name: Any, start: Any) -> None:
+        """What a relay says of another start than that of the present link is of one before: it came late."""
         lost = self._peers.get(name) if isinstance(name, str) else None
         if lost is None or not lost.route.relayed:
             return
@@ -174,7 +176,9 @@ class RelayedLinks:
             failure, known = self._mailboxes.without_sign(lost.name, self._mailboxes.silence.limit), Known.SILENT
         else:
             failure, known = self._mailboxes.lost(lost.name, "it has no link with a relay any more"), Known.VANISHED
-        self._ways.lose_through(lost, relay.name, failure, known)
+        with self._lock:  # no link with another start is made meanwhile
+            if start in ("", lost.start):
+                self._ways.lose_through(lost, relay.name, failure, known)
 
     def _hear(self, relay: Peer, sender: Peer, greeting: dict[str, Any], said: str) -> None:
         """Raises `HandshakeError` for a greeting that does not hold."""

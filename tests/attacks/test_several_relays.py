@@ -52,6 +52,11 @@ class Meeting:
         options = {"relay": ["r", "s"], "tolerated": tolerated, "another_relay": 1.0}
         return local_links(name, NAMES, self.ports, self.directory, **options)
 
+    def await_made(self) -> None:
+        """Until all have made their links: before that none may be lost."""
+        for name, made in self.made.items():
+            assert made.wait(60), name
+
     def run(
         self,
         prepare: Callable[[NetworkLinks], None] = lambda relay: None,
@@ -188,7 +193,7 @@ def denying(relay: NetworkLinks, pass_on: Any, origin: Any, frame: Frame) -> Non
     """It says that the other is gone, and silent, and passes everything on."""
     other = "b" if origin.name == "a" else "a"
     for how in ("gone", "silent"):
-        relay._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {how: other})
+        relay._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {how: other, "start": ""})
     pass_on(origin, frame)
 
 
@@ -256,7 +261,6 @@ def test_a_relay_cannot_say_anything_in_the_name_of_a_hospital(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.long  # once in a dozen on a busy machine the other loses it again: relays do not say of which start they speak
 @pytest.mark.parametrize("who", ["a", "b"])
 def test_one_that_starts_again_is_linked_again(who: str, tmp_path: Path) -> None:
     """Whichever of the two it is: the one that greets, or the other."""
@@ -266,6 +270,7 @@ def test_one_that_starts_again_is_linked_again(who: str, tmp_path: Path) -> None
 
     def starts_again(links: NetworkLinks) -> bool:
         right = exchange(links, other, 0, 1)
+        meeting.await_made()
         kill_links(links)
         assert lost.wait(60)
         with contextlib.suppress(KilledError), meeting.links_of(who) as again:
@@ -283,6 +288,51 @@ def test_one_that_starts_again_is_linked_again(who: str, tmp_path: Path) -> None
 
     outcomes = meeting.run(**{who: starts_again, other: stays})
     assert outcomes[other] is True and outcomes[who] in (True, "killed"), outcomes
+
+
+def test_what_relays_say_late_of_the_start_before_ends_no_link(tmp_path: Path) -> None:
+    """Both say once more that 'a' is gone, as they did, when 'a' has started again and is linked."""
+    meeting, lost, linked = Meeting(tmp_path), threading.Event(), threading.Event()
+    said: dict[str, list[Callable[[], None]]] = {"r": [], "s": []}
+
+    def noted(relay: NetworkLinks) -> None:
+        put = relay._outgoing.put_at_once
+
+        def noting(peer: Any, kind: Kind, payload: dict[str, Any]) -> None:
+            if "gone" in payload and peer.name == "b":
+                said[relay.name].append(lambda: put(peer, kind, payload))
+            put(peer, kind, payload)
+
+        relay._outgoing.put_at_once = noting  # type: ignore[method-assign]
+
+    def repeats(links: NetworkLinks) -> None:
+        assert linked.wait(120)
+        for word in list(said[links.name]):
+            word()
+        links.send_object("b", "repeated", {})
+        meeting.over.wait(120)
+
+    def starts_again(links: NetworkLinks) -> bool:
+        meeting.await_made()
+        kill_links(links)
+        assert lost.wait(60)
+        with contextlib.suppress(KilledError), meeting.links_of("a") as again:
+            eventually(lambda: again.alive("b"), 60.0, "they are linked again")
+            linked.set()
+            return exchange(again, "b", 0, 2)
+        return False
+
+    def stays(links: NetworkLinks) -> bool:
+        with pytest.raises(PeerLostError):
+            links.receive_object("a", "never")
+        lost.set()
+        eventually(lambda: links.alive("a"), 60.0, "they are linked again")
+        for relay in said:
+            links.receive_object(relay, "repeated")
+        return not_lost(links, "a") and exchange(links, "a", 0, 2)
+
+    outcomes = meeting.run(noted, ("r", "s"), a=starts_again, b=stays, r=repeats, s=repeats)
+    assert all(said.values()) and outcomes["b"] is True and outcomes["a"] in (True, "killed"), outcomes
 
 
 def test_one_that_joins_later_is_reached_through_relays_once_it_has_said_so(tmp_path: Path) -> None:
