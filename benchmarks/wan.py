@@ -4,7 +4,7 @@
 
 Between any two parties lies a relay, a process of its own that passes TCP bytes on: each direction of each connection delays
 by half the round trip and lets `megabits` through a second; what does not fit waits in a buffer of 4 MB, then the sender
-waits. TLS, gRPC and HTTP/2 flow control run through it unchanged. Loss of packets and TCP's slow start are not emulated.
+waits. TLS runs through it unchanged. Loss of packets and TCP's slow start are not emulated.
 Times in seconds per batch: `online` from the images to the opened logits, `offline` the dealer's corrections ahead of it.
 With `--at-once 2` the images go in two smaller batches that are evaluated at the same time: one sends while the other computes.
 """

@@ -148,6 +148,13 @@ class PeerLostError(LinkError):
         super().__init__(what, fix)
 
 
+class RefusedLinkError(HandshakeError, PeerLostError):
+    """A peer that may be lost refuses this party, or was refused, within a run: it is lost like any other. `peer` names it."""
+
+    def __init__(self, peer: str, what: str, fix: str = "") -> None:
+        PeerLostError.__init__(self, peer, f"lost {peer}: {what}", fix)
+
+
 class LeftOutError(PeerLostError):
     """The other hospitals go on without this one."""
 

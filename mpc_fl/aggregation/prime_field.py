@@ -56,7 +56,8 @@ def from_words(words: torch.Tensor, sender: str) -> Vector:
     if words.dtype == torch.int64 and words.dim() == 2 and words.shape[1] == _WORDS:
         elements = _of_bytes(words.contiguous().numpy().tobytes(), mask=False)
     if elements is None or any(element >= PRIME for element in elements.tolist()):
-        raise ProtocolError(f"{sender} sent something else than elements of the field of a norm check", SAME_VERSION)
+        what = f"{sender} sent something else than elements of the field of a norm check"
+        raise ProtocolError(what, SAME_VERSION, sender)
     return elements
 
 

@@ -28,9 +28,7 @@ from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import ProtocolError
 from mpc_fl.links.links import Links
-from mpc_fl.sharing.closed_sum import SummandMasks
-
-_HEX = 64
+from mpc_fl.sharing.closed_sum import KEY_BYTES, SummandMasks
 
 
 def seed_hash(seed: bytes) -> str:
@@ -93,12 +91,12 @@ class ShownAnswers:
     def _right_answer(self, prover: str, verifier: str, shown: Mapping[str, Any], until: float) -> Vector:
         """What the verifier had to answer, from what the prover shows; all of it is what both had committed to."""
         summands, plan, test = self.summands, self.masks.plan, self.proofs.test
-        seed = _bytes_of(shown.get("seed"))
+        seed = _key_of(shown.get("seed"), prover)
         if seed_hash(seed) != committed_seed(summands, prover, prover, verifier):
             raise ProtocolError(f"{prover} showed another seed of its proof than it committed to", DEVIATES, prover)
         names = [key for key in plan.keys_known_to(prover) if key[1] == prover and key[2] == verifier]
         values = shown.get("keys")
-        keys = [_bytes_of(value) for value in (values if isinstance(values, list) else [])]
+        keys = [_key_of(value, prover) for value in (values if isinstance(values, list) else [])]
         if len(keys) != len(names):
             raise ProtocolError(f"{prover} did not show the keys of its masks", DEVIATES, prover)
         for name, key in zip(names, keys, strict=True):
@@ -144,8 +142,12 @@ def _show(links: Links, others: Sequence[str], tag: str, words: torch.Tensor) ->
     broadcast(others, lambda name: links.send_tensor(name, tag, words))
 
 
-def _bytes_of(text: object) -> bytes:
+def _key_of(text: object, prover: str) -> bytes:
+    """A key or seed that is shown (hex). Two together may have committed to what is none."""
     try:
-        return bytes.fromhex(text) if isinstance(text, str) and len(text) == _HEX else b""
+        key = bytes.fromhex(text) if isinstance(text, str) and len(text) == 2 * KEY_BYTES else b""
     except ValueError:
-        return b""
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ProtocolError(f"{prover} showed no key or seed of its proof", DEVIATES, prover)
+    return key

@@ -28,7 +28,7 @@ from mpc_fl.aggregation.slices import Slices
 from mpc_fl.aggregation.words import Deadlines, broadcast, hear_all, say
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.crypto.memory_layout import own_copy
-from mpc_fl.errors import PeerLostError, ProtocolError
+from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -195,21 +195,21 @@ def _blame(
     for piece in failed:
         for name, words in fixed.held.get(piece, {}).items():
             _send(fixed, f"shown {piece} {name}", words)
-    found, lost = list[str](), None
+    found, lost = list[str](), list[PeerLostError | SumLostError]()
     for piece in failed:
         opener = fixed.slices.opener(piece, fixed.admitted)
         try:
             shown = fixed.held.get(piece) or {
                 name: _receive(fixed, opener, f"shown {piece} {name}", piece, _SHOWN) for name in fixed.admitted
             }
-        except PeerLostError as error:  # what the others show may say more
-            lost = error
+        except (PeerLostError, SumLostError) as error:  # what the others show may say more
+            lost.append(error)
             continue
         hashes = {name: fixed.said[name].hashes[piece] for name in fixed.admitted}
         told = {name: published[name][piece] for name in fixed.admitted}
         found += who_deviates(linear, Evidence(opener, totals[piece], hashes, shown, told))
-    if lost is not None and not found:
-        raise lost
+    if lost and not found:
+        raise lost[-1]
     names = ", ".join(dict.fromkeys(found))
     by = found[0] if found else ""
     raise ProtocolError(f"a slice of '{fixed.why}' was not opened rightly, by {names}", DEVIATES, by)

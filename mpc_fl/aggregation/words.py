@@ -89,19 +89,25 @@ def hear_all(
 ) -> None:
     """Among peers: `take` the next word of each, which is `word`, or "void" where somebody gives up the sum.
 
-    `until`: the deadlines of the sum, and which step this is. What `take` finds comes before who gave up, so that whoever
-    deviates is named. Raises `SumLostError` for a sum that was given up, `PeerLostError` for a hospital that is lost or late.
+    `until`: the deadlines of the sum, and which step this is. What `take` finds comes before who gave up, here or all that the
+    sum is part of, so that whoever deviates is named. Raises `SumLostError` for a sum that was given up, `PeerLostError` for a
+    hospital that is lost or late.
     """
     deadlines, step = until
     given_up, why = "", deadlines.why
     for name in names:
-        said = next_word(links, name, (word, "void"), deadlines.of(step))
+        try:
+            said = next_word(links, name, (word, "void"), deadlines.of(step))
+        except SumLostError as error:
+            given_up = given_up or f"'{why}' came to nothing: {error.what}"
+            continue
         if said["word"] == "void":
-            given_up = given_up or f"{name}: {printable(str(said.get('reason')), _LONGEST_REASON)}"
+            reason = printable(str(said.get("reason")), _LONGEST_REASON)
+            given_up = given_up or f"'{why}' was given up by {name}: {reason}"
         else:
             take(name, said)
     if given_up:
-        raise SumLostError(f"'{why}' was given up by {given_up}", "its summands are made anew")
+        raise SumLostError(given_up, "its summands are made anew")
 
 
 def names_in(word: Mapping[str, Any], key: str, sender: str = "the aggregator") -> tuple[str, ...]:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
+from mpc_fl.apps.group_scores import GroupScores, GroupShare
 from mpc_fl.apps.rows import why_of_all
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.config.config import Config
 from mpc_fl.errors import printable
-from mpc_fl.federation.noised_evaluation import noised_interval
-from mpc_fl.learning.models.evaluation import wilson_interval
+from mpc_fl.learning.models.shares import noised_interval, wilson_interval
 
 CARD_FILE = "model_card.md"
 _FEW_RECORDS = 100  # of a class: a 95 % interval is then up to 20 points wide
@@ -67,6 +67,7 @@ class CardFacts:
     evaluated_round: int | None
     signed: SignedModel | None
     origins: dict[str, str]
+    groups: GroupScores | None = None
 
 
 def card_text(facts: CardFacts) -> str:
@@ -76,7 +77,7 @@ def card_text(facts: CardFacts) -> str:
         "Model": _model(facts),
         "Data": _data(facts),
         "Privacy": _privacy(facts),
-        "Results": _results(facts),
+        "Results": _results(facts) + _groups(facts),
         "Limits": _limits(facts),
         "Training": _training(facts.config),
     }
@@ -263,6 +264,50 @@ def _results(facts: CardFacts) -> str:
     if final.brier is not None and final.calibration_error is not None:
         more = f"\n\nCalibration error {_percent(final.calibration_error)}, Brier score {final.brier:.3f} (0 best, 2 worst)."
     return f"{lead}\n\n{_table(head, rows)}\n\n{how}{more}"
+
+
+def _groups(facts: CardFacts) -> str:
+    """Groups of test patients that are shown, and their gaps; nothing where none were asked for."""
+    found, classes = facts.groups, facts.config.data.classes
+    if found is None:
+        return ""
+    rule = f"A group that was not shown to have {found.fewest} patients is withheld"
+    named = "; ".join(f"{by}: {', '.join(map(_text, of))}" for by, of in found.withheld.items())
+    withheld = f"{rule}: {named}." if named else f"{rule}; there is none."
+    if not found.shown:
+        return f"\n\n**By group of patients.** None is shown. {withheld}"
+    head = ("By", "Group", "Number", *(f"Sensitivity, {_text(name)}" for name in classes))
+    rows = [
+        (
+            of.attribute,
+            _text(of.group),
+            f"{of.scores.records:,}",
+            *(_group_share(part.sensitivity) for part in of.classes),
+        )
+        for of in found.shown
+    ]
+    return f"\n\n**By group of patients.** {withheld}\n\n{_table(head, rows)}\n\n{_gap_words(found, list(classes))}"
+
+
+def _group_share(share: GroupShare) -> str:
+    if share.share is None or share.low is None or share.high is None:
+        return "too few to say"
+    return f"{_percent(share.share)} ({_percent(share.low)} to {_percent(share.high)})"
+
+
+def _gap_words(found: GroupScores, classes: list[str]) -> str:
+    sure, largest = [gap for gap in found.gaps if gap.is_more_than_chance], found.largest
+    if largest is None:
+        return "No two groups could be compared."
+    gaps = (
+        f"{_text(gap.worst)} {_percent(gap.gap)} below {_text(gap.best)} ({gap.attribute}; {_text(gap.named(classes))})"
+        for gap in (sure or [largest])
+    )
+    told = "Gaps that are more than chance" if sure else "No gap is shown to be more than chance; the largest"
+    how = "a normal test" if found.noise is not None else "Fisher's exact test"
+    return (
+        f"{told}: {'; '.join(gaps)}. Each group was tested against the others by {how}, with Holm's correction, at 5 %."
+    )
 
 
 def _shares(final: Scores, index: int) -> Iterable[str]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mpc_fl.apps.summaries import ChosenRound, FittedCalibration, Scores
+from mpc_fl.apps.group_scores import GroupScores
+from mpc_fl.apps.scores import Scores
+from mpc_fl.apps.summaries import ChosenRound, FittedCalibration
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.errors import DataError
 from mpc_fl.parsing import parse_json, parse_json_lines
@@ -24,7 +26,8 @@ T = TypeVar("T")
 class GlobalRound:
     """A line of the aggregator's metrics.jsonl, or of rounds.jsonl; round 0 is the model before training.
 
-    `validation` is on validation patients; the round after training may have `chosen` and calibrated the model.
+    `validation` is on validation patients; the round after training may have `chosen` and calibrated the model. The last one has
+    `groups` of test patients, where they were asked for.
     """
 
     round: int
@@ -33,6 +36,7 @@ class GlobalRound:
     validation: Scores | None = None
     chosen: ChosenRound | None = None
     calibration: FittedCalibration | None = None
+    groups: GroupScores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,20 @@ class HospitalRound:
     records: dict[str, int] | None = None
     class_counts: dict[str, list[int]] | None = None
     left_aside: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A hospital's own_model.json: the final model and one trained on its own patients alone, on its own test records.
+
+    How many records one of them alone decides rightly, and how probable so large a difference is by chance.
+    """
+
+    federated: Scores
+    alone: Scores
+    federated_alone_right: int
+    own_alone_right: int
+    chance: float
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpc_fl.apps.summaries import FittedCalibration, Scores
+from mpc_fl.apps.scores import Scores
+from mpc_fl.apps.summaries import FittedCalibration
 from mpc_fl.apps.typed_json import typed
 
 SEARCH_FILE = "tune.json"

@@ -13,6 +13,7 @@ from mpc_fl.evidence.shortcuts_tested import Changed, Estimate
 
 SHORTCUTS_FILE = "shortcuts.json"
 FEDERATION, ALONE = "federation", "alone"
+CORNERS = "corners replaced"  # the change that takes marks of side away
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class ChangeFound:
     area: Estimate
     area_change: Estimate
     log_odds_change: Estimate
+    beyond_seams: Estimate | None
     kept: float
     p_value: float
     p_holm: float

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from mpc_fl.apps.group_scores import GroupScores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import ModelOrigin
 from mpc_fl.errors import DataError
@@ -32,41 +34,6 @@ class Header:
     command: str = "not recorded"
     versions: dict[str, str] | None = None
     names: dict[str, str] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """An evaluation of a classifier on the test records of all hospitals, as `Evaluation.to_json` writes it.
-
-    `confusion` (classes, classes) counts, rows are true classes. `scores` (classes, 2, bins): histograms of each class's
-    predicted probability among other records and its own. `reliability`: records, mean confidence, share right by bin.
-
-    With `noise`, the standard deviation of each of its counts, it has neither: patients were counted, not records, and the
-    confusion matrix alone was opened.
-    """
-
-    records: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    balanced_accuracy: float
-    class_counts: list[int] | None = None
-    confusion: list[list[int]]
-    scores: list[list[list[int]]] | None = None
-    auc: list[float | None] | None = None
-    auc_macro: float | None = None
-    auc_resolution: float | None = None
-    brier: float | None = None
-    brier_by_class: list[float] | None = None
-    calibration_error: float | None = None
-    reliability: list[tuple[int, float | None, float | None]] | None = None
-    noise: float | None = None
-
-    @property
-    def baseline(self) -> float:
-        """Accuracy of always naming the class that most records have, in [1 / classes, 1]; noise of the counts does not lower it
-        below what it can be."""
-        return min(1.0, max(1 / len(self.confusion), max(map(sum, self.confusion)) / max(1, self.records)))
 
 
 @dataclass(frozen=True)
@@ -108,8 +75,8 @@ class TrainingSummary:
     are also training patients by name. `began_with` is the SHA-256 of the weights it began with, of others or of an earlier run.
     `unit` is what privacy is counted by, a patient unless it says otherwise, and `treatments` says to how many images of all
     hospitals was done what. `validation` is the opened validation of the final model where there is one, `chosen` the round that
-    the model is of where it was chosen, `calibration` what was fitted to it. `simulated`: hospitals were no parties of their own,
-    and nobody signed anything (`mpc-fl simulate`).
+    the model is of where it was chosen, `calibration` what was fitted to it, `groups` how groups of test patients fare with it.
+    `simulated`: hospitals were no parties of their own, and nobody signed anything (`mpc-fl simulate`).
     """
 
     KIND: ClassVar[str] = "train"
@@ -136,6 +103,7 @@ class TrainingSummary:
     chosen: ChosenRound | None = None
     calibration: FittedCalibration | None = None
     simulated: bool = False
+    groups: GroupScores | None = None
     names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -168,7 +136,7 @@ class PartySummary:
     `patients` and `records` count its own by what they are for (train, test, validation), `class_counts` these records by class,
     `left_aside` what lies beside them and is none. `own_accuracy` is that of the final model on its own test records, None where
     it has none. `openings` counts what was opened to anybody. The aggregator
-    has `final` and `took_part` as `TrainingSummary`, and no `privacy`; among peers each hospital has all of them.
+    has `final`, `groups` and `took_part` as `TrainingSummary`, and no `privacy`; among peers each hospital has all of them.
     """
 
     KIND: ClassVar[str] = "party"
@@ -198,6 +166,7 @@ class PartySummary:
     evaluated_round: int | None = None
     took_part: dict[str, list[str]] | None = None
     began_with: str | None = None
+    groups: GroupScores | None = None
     names: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -228,6 +197,7 @@ class PartySummary:
             began_with=self.began_with,
             unit=self.unit,
             treatments=self.treatments,
+            groups=self.groups,
             names=self.names,
         )
 

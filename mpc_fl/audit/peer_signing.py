@@ -31,10 +31,9 @@ from mpc_fl.audit.ledger_audit import shortfalls
 from mpc_fl.audit.ledger_file import RevealLedger, now
 from mpc_fl.audit.opening_record import OPENINGS_FILE
 from mpc_fl.audit.reveal_ledger import Block, Members, Signature, is_signed, sign_block, signature_from, to_json
-from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError, printable
+from mpc_fl.errors import SAME_VERSION, PeerLostError, ProtocolError, SumLostError
 from mpc_fl.links.links import Links
 
-_LONGEST_REASON = 300
 _COMPARE = f"nothing more is opened; compare {OPENINGS_FILE} at the parties"
 
 
@@ -73,7 +72,7 @@ class PeerSigners:
         self._say(others, "signed", {"claim": claim_of(draft), "signature": to_json(own)})
         received, deadline = dict[str, dict[str, Any]](), links.deadline()
         for name in others:
-            received[name] = self._hear(name, "signed", deadline)
+            received[name] = self.links.receive_object(name, "signed", deadline)
         claims = {links.name: claim_of(draft), **{name: said.get("claim") for name, said in received.items()}}
         difference = disagreement({name: claims[name] for name in self.parties})
         if difference is not None:
@@ -112,7 +111,7 @@ class PeerSigners:
         have, deadline, missing = 1, self.links.deadline(), list[PeerLostError | SumLostError]()
         for name in others:
             try:
-                said = self._hear(name, "complete", deadline)
+                said = self.links.receive_object(name, "complete", deadline)
             except (PeerLostError, SumLostError) as error:
                 missing.append(error)
                 continue
@@ -139,25 +138,10 @@ class PeerSigners:
                 raise ProtocolError(who, _COMPARE)
             raise ProtocolError(f"{name} has another signature of a block than {mine.party} made", _COMPARE, name)
 
-    def _hear(self, name: str, tag: str, deadline: float) -> dict[str, Any]:
-        said = self.links.receive_object(name, tag, deadline)
-        if "void" in said:
-            why = printable(str(said["void"]), _LONGEST_REASON)
-            raise SumLostError(f"{name} gave up the block: {why}", f"see the log of {name}")
-        return said
-
     def _say(self, names: Sequence[str], tag: str, value: dict[str, Any]) -> None:
         for name in names:
             with contextlib.suppress(PeerLostError):  # its loss is found where it is waited for
                 self.links.send_object(name, tag, value)
-
-
-def give_up(links: Links, names: Sequence[str], why: str) -> None:
-    """Tell those that may wait for this party's signature, over the links of that block, that it makes none."""
-    for name in names:
-        for tag in ("signed", "complete"):
-            with contextlib.suppress(PeerLostError):
-                links.send_object(name, tag, {"void": why})
 
 
 def _list(value: object) -> list[Any]:

@@ -12,7 +12,7 @@ what, why, shape, to whom, among whom, and the privacy spent as far as all may k
 of its own privacy ledger). `values` of a block holds digests of values that every party of the round has itself, such as
 the new global model: a signature then also says that the party holds the same one.
 
-Signatures are ECDSA on P-256 and not Ed25519, because the certificates are: gRPC's TLS accepts no Ed25519 (`certificates`).
+Signatures are ECDSA on P-256 and not Ed25519, because the certificates are (`certificates`).
 A block counts only with the signatures of all its parties, among them everybody who learned what it opened and a quorum of
 hospitals, so nobody signs a history alone (version 2; `ledger_versions`). Of hospitals that opened a sum to themselves, who was
 lost or refused since is no party of a block "abandoned". A sum's `transcript` is the digest of what all its parties agreed on.

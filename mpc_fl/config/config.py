@@ -34,6 +34,7 @@ from mpc_fl.errors import ConfigError
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL, MODEL_OWNER, hospital_names
 
 _SECONDS_PER_LINK = 0.02
+_SOURCES_WITH_ATTRIBUTES = ("images", "csv", "phantoms")
 _FEWEST_PEERS = 3
 
 
@@ -119,6 +120,11 @@ class Config(Section):
             raise ValueError(
                 "evaluation.noise_multiplier is charged to a budget; set privacy.mechanism, or leave it null"
             )
+        if self.evaluation.groups.recorded and self.data.source not in _SOURCES_WITH_ATTRIBUTES:
+            raise ValueError(
+                f"data.source {self.data.source} says no sex, age or scanner of a record; leave evaluation.groups to site, or "
+                f"use {', '.join(_SOURCES_WITH_ATTRIBUTES)}"
+            )
         _require_parties(self.federation)
         return self
 
@@ -159,8 +165,7 @@ class Config(Section):
     def _check_validation(self) -> Config:
         evaluation, mechanism = self.evaluation, self.privacy.mechanism
         if not self.data.validation_fraction:
-            kept = evaluation.model_copy(update={"every": None, "noise_multiplier": None})
-            if kept != EvaluationSection():
+            if evaluation.asks_for_validation:
                 raise ValueError(
                     "without validation patients there is nothing to choose, calibrate or judge trials by; set "
                     "data.validation_fraction, or leave evaluation.choose, calibrate, criterion, validate_every, "
@@ -234,6 +239,10 @@ class Config(Section):
         every = self.evaluation.every
         due = number in (0, self.last_round) or (every is not None and number % every == 0)
         return self.evaluation.test and due
+
+    def evaluates_groups(self, number: int) -> bool:
+        """Whether test patients are evaluated in groups after round `number`: of the final model alone."""
+        return bool(self.evaluation.groups.attributes) and number == self.last_round and self.evaluates(number)
 
     def evaluation_noise(self, whom: Evaluated) -> float | None:
         """The noise multiplier of sums about these patients; None where they are exact."""

@@ -25,6 +25,7 @@ from mpc_fl.roles import is_hospital
 _ANSWERS_OF_A_SUM = 8
 _ANSWERS_OF_A_BEGINNING = 6  # certificates, blocks, their signatures, what was open, its blocks and signatures
 _SUMS_BESIDE_STEPS = 3  # of features, patients and evaluation
+_SUMS_OF_GROUPS = 2
 # Among peers, one after the other: transcript, five until V is fixed, seven steps until keys leave, keys, and a block.
 _ANSWERS_OF_A_PEER_SUM = 16
 _ANSWERS_OF_A_PEER_CHECK = 11  # what all heard of slices, and the steps of a norm check
@@ -99,7 +100,8 @@ def deadlines_of(config: Config) -> Deadlines:
     word = intake + 2 * answer  # one for what it sends to somebody that takes nothing, one to be on the safe side
     # A hospital that joins waits for the end of a round, which begins anew or goes on with fewer after each loss.
     times, steps = 1 + may_be_lost, config.training.local_steps if config.privacy.mechanism == "distributed" else 1
-    of_sums = (steps + _SUMS_BESIDE_STEPS) * (times * intake + _ANSWERS_OF_A_SUM * answer)
+    sums = steps + _SUMS_BESIDE_STEPS + (_SUMS_OF_GROUPS if config.evaluation.groups.attributes else 0)
+    of_sums = sums * (times * intake + _ANSWERS_OF_A_SUM * answer)
     a_round = of_sums + (_ANSWERS_OF_A_BEGINNING + times) * answer
     announcement = connect + summand
     return Deadlines(

@@ -22,7 +22,7 @@ _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]
 def is_address(text: str) -> bool:
     """Whether a text is host:port: a name, or an IP address, of version 6 in brackets.
 
-    Nothing else is dialled: gRPC would take "unix:..." for a socket on this machine, and "dns://..." for whom to ask for names.
+    Nothing else is dialled: no "unix:..." for a socket on this machine, no "dns://..." for whom to ask for names.
     """
     host, _, port = text.rpartition(":")
     is_port = port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
@@ -223,6 +223,10 @@ class SiteSection(Section):
     leave_after: Count | None = Field(
         default=None,
         description="round after which this hospital says that it leaves, and ends; only where federation.coordinator is none",
+    )
+    train_alone: bool = Field(
+        default=False,
+        description="after a run, also train on this hospital's patients alone and compare both models here; nothing of it leaves",
     )
     allow_packages: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)], ...] = Field(
         default=(),

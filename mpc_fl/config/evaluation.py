@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mpc_fl.config.groups import GroupsSection
 from mpc_fl.config.section import Count, Section
 
 # Whose records an evaluation is about, of all hospitals together.
@@ -55,11 +56,33 @@ class EvaluationSection(Section):
         default=False, description="true: validation patients' records are no secret, so sums of them are exact"
     )
 
+    groups: GroupsSection = GroupsSection()
+    fewest_in_group: Annotated[int, Field(ge=2, le=10**6)] = Field(
+        default=20, description="test patients that a group must be shown to have, or nothing of it is opened"
+    )
+    group_size_noise: Annotated[float, Field(ge=1, le=1e3)] = Field(
+        default=4.0,
+        description="noise of groups' numbers of patients, over what one can move, where counts are exact; else as all noise",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> EvaluationSection:
+        if self.groups.attributes and not self.test:
+            raise ValueError("groups are of test patients; leave groups out with test: false")
+        if self.groups.site and self.noise_multiplier is None:
+            raise ValueError(
+                "groups.site would open exact counts of each hospital; set noise_multiplier, or groups.site to false"
+            )
         if not self.test and self.every is not None:
             raise ValueError("every says when test patients are looked at; leave it null with test: false")
         return self
+
+    @property
+    def asks_for_validation(self) -> bool:
+        """Whether something is set that validation patients are needed for."""
+        default = EvaluationSection()
+        about = ("choose", "calibrate", "criterion", "validate_every", "public_validation", "test")
+        return any(getattr(self, name) != getattr(default, name) for name in about)
 
     @property
     def chooses(self) -> bool:

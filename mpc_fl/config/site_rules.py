@@ -95,6 +95,9 @@ class OpeningRules(Section):
         default=True,
         description="whether counts may be opened of test patients who also train (data.shared_patients: keep)",
     )
+    groups: tuple[Literal["sex", "age", "scanner", "site"], ...] | None = Field(
+        default=None, description="by what test patients may be evaluated in groups (evaluation.groups)"
+    )
     diagnosis: Literal["label", "logits"] | None = None
 
 
@@ -313,6 +316,9 @@ def _broken_of_opened(config: Config, rules: OpeningRules) -> Iterator[tuple[str
     ):
         if allowed is not None and _OPENED.index(opened) > _OPENED.index(allowed):
             yield f"opened.{rule}", f"{opened} {rule} counts"
+    for attribute in config.evaluation.groups.attributes:
+        if rules.groups is not None and attribute not in rules.groups:
+            yield "opened.groups", f"groups of test patients by {attribute}"
     if not rules.incomplete and config.federation.evaluate_incomplete:
         yield "opened.incomplete", "evaluation of some of the hospitals (federation.evaluate_incomplete)"
     if not rules.shared_patients and config.data.shared_patients == "keep":

@@ -1,6 +1,6 @@
 """Who a party is: a certificate of the federation's own authority, bound to the party's name and role.
 
-ECDSA on P-256 (gRPC's TLS library accepts no Ed25519 certificates). Each party reads only its own directory: `<name>.key`
+ECDSA on P-256, which every TLS library and hardware token knows. Each party reads only its own directory: `<name>.key`
 (mode 0600), `<name>.crt`, `federation.crt` (the authority's certificate) and, once there is one, `federation.crl` (the
 serial numbers the authority has revoked, RFC 5280 section 5). `authority` makes the certificates, `identity_files` writes and
 reads these files; this module checks them.

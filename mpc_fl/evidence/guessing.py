@@ -19,6 +19,7 @@ from mpc_fl.evidence.one_run_bound import lower_bound
 _SHARES = (0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _FEWEST = 20  # guesses
 _LARGEST_SHIFT = 50.0
+_LARGEST_CLAIM = 500.0  # epsilon: with this much all guesses are right, and its exponential is a float
 _NORMAL = NormalDist()
 
 
@@ -71,7 +72,7 @@ def _share_right(share: float, shift: float) -> float:
 
 def planned_guesses(canaries: int, epsilon: float, delta: float, level: float) -> Guesses:
     """So many guesses that the lower bound is largest if the claim (epsilon, delta) is tight."""
-    shift, best = shift_of_claim(epsilon, delta), (-1.0, 1.0)
+    shift, best = shift_of_claim(min(epsilon, _LARGEST_CLAIM), delta), (-1.0, 1.0)
     for share in _SHARES:
         count = 2 * max(_FEWEST // 2, round(share * canaries / 2))
         if count <= canaries:

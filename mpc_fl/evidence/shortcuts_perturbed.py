@@ -1,8 +1,10 @@
-"""Films changed on purpose, to see what a diagnosis rests on: lungs hidden, borders or corners hidden, another contrast. Pure.
+"""Films changed on purpose, to see what a diagnosis rests on: no lungs, another film's borders or corners, another contrast. Pure.
 
 A network that reads the disease loses it with the lungs, and keeps it when corners with letters, borders with the marks of a
 cassette, or the contrast of a scanner change (DeGrave, Janizek, Lee, Nature Machine Intelligence 2021; Zech et al., PLOS Medicine
-2018). What is hidden is filled with one grey for all films, their mean there, so that the place says nothing of a film.
+2018). Lungs are filled with one grey for all films, their mean there. Borders and corners become those of a film of another
+diagnosis. Any seam costs accuracy, since no film of the training has one; so the same is done with films of the same
+diagnosis: the seams are alike, and what is lost between the two is what the place said of the diagnosis.
 
 Where lungs lie is known of phantoms. Of films it is a fixed region, the same for all (`lung_fields`): nobody draws outlines, and no
 network does. It takes in the two fields of an upright frontal film, and parts of heart and diaphragm; of a film that is turned,
@@ -30,16 +32,27 @@ _OUTER, _INNER = 0.08, 0.46  # of the left field, as shares of the width; the ri
 
 
 @dataclass(frozen=True)
-class Perturbation:
-    """A change of films: its name, what it should do to a diagnosis, and `of` images and lungs, which gives new images.
+class Films:
+    """What is changed: images float32 (N, channels, side, side) in [0, 1], where lungs lie, bool (N, side, side), and the classes,
+    int64 (N,)."""
 
-    Images are float32 (N, channels, side, side) in [0, 1], lungs bool (N, side, side); what is given has the form of the images.
+    images: torch.Tensor
+    lungs: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """A change of films: its name, what it should do to a diagnosis, and `of` films, which gives new images of their form.
+
+    `seams` gives images that are changed in the same places and say the same of the diagnosis as before; None where there are none.
     """
 
     name: str
     kind: Kind
     about: str
-    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    of: Callable[[Films], torch.Tensor]
+    seams: Callable[[Films], torch.Tensor] | None = None
 
 
 def lung_fields(size: int) -> torch.Tensor:
@@ -82,6 +95,35 @@ def hidden(images: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     return torch.where(where, images[where].double().mean().float(), images)
 
 
+def replaced(films: Films, region: torch.Tensor, alike: bool) -> torch.Tensor:
+    """Images whose region, bool (side, side), is that of another film with the same class (`alike`) or with another one.
+
+    Which film is drawn at random, always the same way for the same classes. A film that has no such other keeps its own.
+    """
+    draw, others = torch.Generator().manual_seed(len(films.labels)), torch.arange(len(films.labels))
+    for label in torch.unique(films.labels).tolist():
+        rows = (films.labels == label).nonzero().flatten()
+        if alike:
+            order = rows[torch.randperm(len(rows), generator=draw)]
+            others[order] = order.roll(1)
+            continue
+        donors = (films.labels != label).nonzero().flatten()
+        if len(donors):
+            others[rows] = donors[torch.randint(len(donors), (len(rows),), generator=draw)]
+    return torch.where(region, films.images[others], films.images)
+
+
+def _place(name: str, about: str, region: Callable[[int], torch.Tensor]) -> Perturbation:
+    """The change that gives a film this place of one of another diagnosis."""
+    return Perturbation(
+        name,
+        "places",
+        about,
+        lambda films: replaced(films, region(films.images.shape[-1]), alike=False),
+        lambda films: replaced(films, region(films.images.shape[-1]), alike=True),
+    )
+
+
 def blurred(images: torch.Tensor) -> torch.Tensor:
     """Images through a Gaussian whose deviation is 1/32 of the side, 0.7 pixels at least, with mirrored edges."""
     deviation = max(_LEAST_BLUR, _BLUR * images.shape[-1])
@@ -97,18 +139,20 @@ def blurred(images: torch.Tensor) -> torch.Tensor:
 
 
 PERTURBATIONS = (
-    Perturbation("lungs masked", "lungs", "nothing of the lungs is left", lambda x, lungs: hidden(x, widened(lungs))),
     Perturbation(
-        "borders masked", "places", "a tenth all around is hidden", lambda x, _: hidden(x, borders(x.shape[-1]))
+        "lungs masked",
+        "lungs",
+        "nothing of the lungs is left",
+        lambda films: hidden(films.images, widened(films.lungs)),
+    ),
+    _place("borders replaced", "a tenth all around is that of a film of another diagnosis", borders),
+    _place("corners replaced", "with marks of side, those of a film of another diagnosis", corners),
+    Perturbation("darker", "contrast", f"brightness to the power of {_DARKER}", lambda films: films.images**_DARKER),
+    Perturbation(
+        "brighter", "contrast", f"brightness to the power of 1/{_DARKER}", lambda films: films.images ** (1 / _DARKER)
     ),
     Perturbation(
-        "corners removed",
-        "places",
-        "marks of side and letters are hidden",
-        lambda x, _: hidden(x, corners(x.shape[-1])),
+        "window inverted", "contrast", "black for white, as a wrong MONOCHROME1 does", lambda films: 1 - films.images
     ),
-    Perturbation("darker", "contrast", f"brightness to the power of {_DARKER}", lambda x, _: x**_DARKER),
-    Perturbation("brighter", "contrast", f"brightness to the power of 1/{_DARKER}", lambda x, _: x ** (1 / _DARKER)),
-    Perturbation("window inverted", "contrast", "black for white, as a wrong MONOCHROME1 does", lambda x, _: 1 - x),
-    Perturbation("blurred", "contrast", "a Gaussian of 1/32 of the side", lambda x, _: blurred(x)),
+    Perturbation("blurred", "contrast", "a Gaussian of 1/32 of the side", lambda films: blurred(films.images)),
 )

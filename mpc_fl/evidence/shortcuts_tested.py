@@ -55,7 +55,8 @@ class Answers:
 class Changed:
     """What one change of films did. `log_odds`: mean change of the log odds of a patient's true class.
 
-    `kept`: which share of the ranking by the untouched films is left, (AUC - 1/2) over that before; 0 where there was none.
+    `beyond_seams`: accuracy less that with the same places changed to what says the same of the diagnosis; None where there is
+    no such change. `kept`: which share of the ranking by the untouched films is left, (AUC - 1/2) over that before; 0 if none was.
     `p_value` is that of the paired test of accuracy, `p_holm` with Holm's correction.
     """
 
@@ -66,6 +67,7 @@ class Changed:
     area: Estimate
     area_change: Estimate
     log_odds_change: Estimate
+    beyond_seams: Estimate | None
     kept: float
     p_value: float
     p_holm: float = 1.0
@@ -75,7 +77,8 @@ class Changed:
         """Whether this shows a shortcut, or that the model leans on a scanner's contrast."""
         if self.kind == "lungs":
             return "shortcut" if self.area.low > 0.5 and self.kept >= LEAST_KEPT else "none"
-        if self.p_holm >= LEVEL or self.accuracy_change.value > -LEAST_LOSS:
+        lost = self.accuracy_change if self.beyond_seams is None else self.beyond_seams
+        if self.p_holm >= LEVEL or lost.value > -LEAST_LOSS or lost.high >= 0:
             return "none"
         return "shortcut" if self.kind == "places" else "contrast"
 
@@ -138,14 +141,16 @@ def accuracy_and_area(answers: Answers, seed: int) -> tuple[Estimate, Estimate]:
     return estimate(*drawn.mean(answers.right)), estimate(*drawn.area(_probabilities(answers)))
 
 
-def changed(name: str, kind: Kind, before: Answers, after: Answers, seed: int) -> Changed:
-    """What a change of films did to what a model says of the same records; `p_holm` is left at 1."""
+def changed(name: str, kind: Kind, before: Answers, after: Answers, seed: int, seams: Answers | None = None) -> Changed:
+    """What a change of films did to what a model says of the same records, beyond its `seams` where there are any; `p_holm` is left
+    at 1."""
     draw = np.random.default_rng(seed)
     drawn = Resampled(before.labels, before.patients, draw)
     right, area = drawn.mean(after.right), drawn.area(_probabilities(after))
     was_right, was_area = drawn.mean(before.right), drawn.area(_probabilities(before))
     odds = drawn.mean_of_patients(_log_odds(after) - _log_odds(before))
     known = was_area[0] - 0.5
+    beyond = None if seams is None else estimate(*drawn.mean(after.right - seams.right))
     return Changed(
         name,
         kind,
@@ -154,6 +159,7 @@ def changed(name: str, kind: Kind, before: Answers, after: Answers, seed: int) -
         estimate(*area),
         estimate(area[0] - was_area[0], area[1] - was_area[1]),
         estimate(*odds),
+        beyond,
         max(0.0, (area[0] - 0.5) / known) if known > 0 else 0.0,
         paired_p_value(_by_patient(after.right - before.right, before.patients), draw),
     )

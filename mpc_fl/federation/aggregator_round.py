@@ -14,7 +14,7 @@ from mpc_fl.federation.distribution import send_global
 from mpc_fl.federation.federated_sgd import aggregator_steps
 from mpc_fl.federation.local_update import agreed_update
 from mpc_fl.federation.planning import headroom_of, with_norm_check
-from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation, log_accuracy
+from mpc_fl.federation.secure_evaluation import RoundOpened, aggregator_evaluation, evaluated_groups, log_accuracy
 from mpc_fl.progress import Notify
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -44,7 +44,8 @@ def aggregator_round(
     notify("evaluation", number, config.training.rounds)
     if evaluation is not None:
         log_accuracy(number, evaluation)
-    return RoundOpened(hospitals, evaluation, validation)
+    hospitals, about = evaluated_groups(aggregator, domain, rules, hospitals, plan, evaluation)
+    return RoundOpened(hospitals, evaluation, validation, about)
 
 
 def _average(aggregator: Aggregator, domain: SecretDomain, rules: Rules, plan: RoundPlan) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ from mpc_fl.federation.planning import calibration_run_name
 from mpc_fl.federation.secure_evaluation import (
     RoundOpened,
     aggregator_evaluation,
+    evaluated_groups,
     evaluation_rules,
     hospital_evaluation,
 )
@@ -208,8 +209,9 @@ def aggregator_final(aggregator: Aggregator, domain: SecretDomain, rules: Rules,
         send_calibration(links, final.digests, hospitals, final.calibration)
         said["calibration"] = final.calibration.to_json()
     hospitals, evaluation = aggregator_evaluation(final, domain, rules, hospitals, plan)
+    hospitals, of_groups = evaluated_groups(final, domain, rules, hospitals, plan, evaluation)
     aggregator.model, aggregator.calibration = final.model, final.calibration
-    return RoundOpened(hospitals, evaluation, about=said)
+    return RoundOpened(hospitals, evaluation, about=said | of_groups)
 
 
 def with_chosen(aggregator: Aggregator) -> tuple[Aggregator, dict[str, Any]]:

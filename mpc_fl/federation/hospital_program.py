@@ -37,6 +37,7 @@ from mpc_fl.federation.global_model import calibrate_own, code_of
 from mpc_fl.federation.hospital_round import hospital_round
 from mpc_fl.federation.hospital_state import Beginning, Hospital
 from mpc_fl.federation.ledger_forecast import privacy_ledger_of
+from mpc_fl.federation.own_model import compare_own_model
 from mpc_fl.federation.planning import largest_weight_total, sum_rules, training_runtime
 from mpc_fl.federation.preparation import heaviest_weight, hospital_preparation
 from mpc_fl.federation.secure_evaluation import hospital_evaluation
@@ -75,6 +76,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             _Run(hospital, domain, ledger, rules, notify).until_complete()
         await_end(links, config.last_round)
     write_traffic(links, out)
+    compare_own_model(hospital, notify)
 
 
 def prepared_hospital(config: Config, rank: int, links: Links, notify: Notify) -> Hospital:

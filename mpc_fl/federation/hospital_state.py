@@ -29,6 +29,7 @@ from mpc_fl.federation.planning import (
     calibration_run_name,
     evaluation_run_name,
     features_run_name,
+    groups_run_name,
     headroom_of,
     mechanism_of,
     plan_release,
@@ -359,6 +360,13 @@ def _done(config: Config, ledger: PrivacyLedger, rounds: int | None, ends: tuple
     """How far this run has come, with what was lost of it: by the ledger, where all that may have left is charged."""
     # What this run has reserved and not released never left, and will be replaced.
     charged = Counter(record.get("run") for record in ledger.records(run_name(config)))
-    named = (run_name, features_run_name, evaluation_run_name, validation_run_name, calibration_run_name)
-    steps, features, evaluations, validations, calibrations = (charged[name(config)] for name in named)
-    return Done(rounds, steps, features, evaluations, validations, calibrations, ends)
+    named = (
+        run_name,
+        features_run_name,
+        evaluation_run_name,
+        validation_run_name,
+        calibration_run_name,
+        groups_run_name,
+    )
+    steps, features, evaluations, validations, calibrations, groups = (charged[name(config)] for name in named)
+    return Done(rounds, steps, features, evaluations, validations, calibrations, ends, groups)

@@ -38,6 +38,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
 from mpc_fl.learning.data.dataset import Dataset
+from mpc_fl.learning.models.shares import noised_interval
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.privacy.distributed_gaussian import (
     DistributedGaussian,
@@ -46,8 +47,6 @@ from mpc_fl.learning.privacy.distributed_gaussian import (
     noised_share,
     plan_mechanism,
 )
-
-_LIKELY = 1.96  # standard deviations to either side of 95 %
 
 
 @dataclass(frozen=True)
@@ -112,17 +111,6 @@ class NoisedEvaluation:
             "confusion": shown.tolist(),
             "noise": round(self.deviation, 5),
         }
-
-
-def noised_interval(share: float, count: float, deviation: float, cells: tuple[int, int]) -> tuple[float, float]:
-    """About 95 % of a share of `count` >= 1 patients that noised counts say: sampling and noise, added as variances.
-
-    `cells`: how many counts, each with noise of `deviation`, make up the patients of the share, and how many the others.
-    """
-    sampling = max(share * (1 - share), 1 / count) / count
-    noise = (deviation / count) ** 2 * (cells[0] * (1 - share) ** 2 + cells[1] * share**2)
-    half = _LIKELY * math.sqrt(sampling + noise)
-    return max(0.0, share - half), min(1.0, share + half)
 
 
 def plan_noised_evaluation(config: Config, whom: Evaluated = "test") -> EvaluationPlan | None:

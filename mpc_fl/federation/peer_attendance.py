@@ -38,7 +38,6 @@ from mpc_fl.aggregation.rules import require_quorum
 from mpc_fl.aggregation.signed_words import heard, say_signed
 from mpc_fl.aggregation.words import first_to_speak, has_spoken, next_word, say
 from mpc_fl.audit.ledger_file import RevealLedger
-from mpc_fl.audit.peer_signing import give_up
 from mpc_fl.audit.reveal_ledger import Block
 from mpc_fl.config.deadlines import PeerDeadlines
 from mpc_fl.errors import (
@@ -57,6 +56,7 @@ from mpc_fl.federation.peer_blocks import GIVEN, PassingOn
 from mpc_fl.federation.peer_certificates import Certificates
 from mpc_fl.federation.peer_presence import Presence, Reason, Standing, lost_with
 from mpc_fl.federation.peer_proposal import DEVIATES, Complete, Proposal, Proposals
+from mpc_fl.federation.peer_views import Views
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.opening import SecretDomain
 
@@ -64,6 +64,7 @@ log = logging.getLogger(__name__)
 
 _WORDS = ("present", "proposal", "block", *ASKING_WORDS)
 _AT_ONCE = 16
+_LOOK = 5.0  # seconds between looks for who has linked, and has not heard this hospital yet
 _NO_ROUND = (-1, -1)  # of a word that is about the whole run
 
 
@@ -92,7 +93,11 @@ class PeerAttendance:
     _proposed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.me, self._links = self.domain.links.name, self.domain.links.scoped("attendance")
+        self.me, self._links, self._views = (
+            self.domain.links.name,
+            self.domain.links.scoped("attendance"),
+            Views(self.domain),
+        )
         self.rules, self.founders = self.admission.rules, frozenset(self.members)
         self.proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
         subject = self.proposals.subject("asks", _NO_ROUND)
@@ -120,6 +125,7 @@ class PeerAttendance:
             proposer = self.proposer(number, tried)
             if not standing.leaves:
                 self._require_enough(number, reason)
+            self._views.enter(number, tried)
             self._say_present(standing, tried, reason)
             said_at = time.monotonic()
             try:
@@ -142,24 +148,20 @@ class PeerAttendance:
                 return proposal
             except _Behind as further:
                 view, reason = further.view, Reason("the others are under a later view")
-                # Or it passes for late there.
-                say(self.agreeing.links(number, tried), self._linked, "void", reason=reason.why)
+                self.void(number, tried, reason)  # or it passes for late there
                 continue
             except LeftOutError:
                 raise
             except (PeerLostError, ProtocolError) as error:
                 reason = Reason(error.what, lost_with(error))
-                say(self.agreeing.links(number, tried), self._linked, "void", reason=error.for_peers)
+                self.void(number, tried, Reason(error.for_peers))
             next_one = self.proposer(number, tried + 1)
             log.warning("round %d under %s came to nothing: %s; %s is next", number, proposer, reason.why, next_one)
         raise SumLostError(f"round {number} came to nothing under every hospital", "see the logs of the hospitals")
 
     def void(self, number: int, view: int, reason: Reason) -> None:
-        """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it next."""
-        for what in ("start", "finish", "block"):  # before any round there may be a block that says who takes part
-            give_up(self.signing(number, view, what), self._linked, reason.why)
-        for links in (self.signing(number, view, "finishing"), self.signing(number, view, "begun").scoped("settle")):
-            say(links, self._linked, "void", reason=reason.why)
+        """Tell all that this hospital gives up what was agreed under a view, wherever they wait for it in that."""
+        self._views.give_up((number, view), self._linked, reason.why)
 
     def signing(self, number: int, view: int, what: str = "block") -> Links:
         """Links for the signatures of a block under a view."""
@@ -236,8 +238,8 @@ class PeerAttendance:
         return name, self._links.key_fingerprint(name), mine.view_of
 
     def _say_again(self, name: str) -> None:
-        """To one that has linked since: what this hospital said of itself last."""
-        if self.me not in self._latest:
+        """To one that has linked since: what this hospital said of itself last. It may have spoken to nobody here, either."""
+        if self.me not in self._latest or not self.certificates.has_told(name):
             return
         mine, word = self._latest[self.me]
         if self._links.alive(name) and self._hearing(name, mine) not in self._heard_by:
@@ -252,13 +254,18 @@ class PeerAttendance:
             for _ in range(_AT_ONCE):
                 if name == self.me or not has_spoken(self._links, name):
                     break
+                self.certificates.exchange()  # what it showed came before its word
                 try:
-                    word = next_word(self._links, name, _WORDS)
-                    self._take_word(name, word)
-                    self._say_again(name)
+                    self._take_word(name, next_word(self._links, name, _WORDS))
                 except ProtocolError as error:
                     log.warning("%s", error)
+        for name in self._linked:
+            self._say_again(name)
         self._take_blocks()
+
+    def _await_word(self, until: float) -> None:
+        """Until somebody speaks, or may have linked."""
+        first_to_speak(self._links, self._linked, min(until, time.monotonic() + _LOOK))
 
     def _take_word(self, name: str, word: dict[str, Any]) -> None:
         match word["word"]:
@@ -326,10 +333,9 @@ class PeerAttendance:
 
     def look(self, until: float) -> bool:
         """Take what comes, waiting for it until then (of `time.monotonic`); False where fewer than a quorum of others are left."""
-        linked = self._linked
-        if len(linked) < self.rules.smallest:
+        if len(self._linked) < self.rules.smallest:
             return False
-        first_to_speak(self._links, linked, until)
+        self._await_word(until)
         try:
             self._take_words()
         except LeftOutError as error:  # a block that it was given, of a round that it was not in: it knows
@@ -382,7 +388,7 @@ class PeerAttendance:
                 raise PeerLostError(proposer, f"{proposer} {how}", f"see the log of {proposer}")
             if not standing.leaves:
                 self._require_enough(number, reason)
-            first_to_speak(self._links, self._linked, min(until, patience or until))
+            self._await_word(min(until, patience or until))
 
     def _is_same_start(self, name: str) -> bool:
         """Whether it is that of the last plan: one that has started again is waited for once it asks."""

@@ -60,6 +60,10 @@ class Certificates:
                     log.warning("%s", error)
         self._announcements.exchange()
 
+    def has_told(self, name: str) -> bool:
+        """Whether this start of a hospital was sent the certificate, so that it can check what it hears next."""
+        return (name, self._links.key_fingerprint(name)) in self._told
+
     def _take(self, start: tuple[str, str], said: Mapping[str, Any]) -> None:
         """What a start of a hospital shows. It has one certificate: with another one its words would seem to be somebody else's
         to whoever has heard of the first. Raises `IdentityError` for one that is not sound."""

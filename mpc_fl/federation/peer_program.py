@@ -33,6 +33,7 @@ from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.audit_trail import figure_digest, open_ledger, require_allowed_members, values_of_end
 from mpc_fl.federation.global_model import code_of
 from mpc_fl.federation.hospital_program import prepared_hospital
+from mpc_fl.federation.own_model import compare_own_model
 from mpc_fl.federation.peer_admission import Admission
 from mpc_fl.federation.peer_announcements import own_announcements
 from mpc_fl.federation.peer_attendance import PeerAttendance
@@ -69,6 +70,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             ledger, peer = open_ledger(config, name), first_state(hospital, common)
             _Run(peer, links, ledger, notify).until_complete()
     write_traffic(links, out)
+    compare_own_model(hospital, notify)
 
 
 class _Run:
@@ -176,7 +178,8 @@ class _Run:
             try:
                 self._follow(proposal, before)
                 break
-            except LeftOutError:
+            except LeftOutError as error:
+                self.attendance.void(number, view, Reason(error.what))  # who counts on this hospital hears that in time
                 raise
             except (PeerLostError, ProtocolError, QuorumError) as error:
                 # Too few in one sum is a lost sum: whether enough hospitals are there, `agree` finds by who is linked.
@@ -303,7 +306,7 @@ class _Run:
         own, opened = made.evaluate(result.hospitals)
         seconds["evaluate"] = time.monotonic() - evaluated
         result.seconds = time.monotonic() - began
-        result.opened = opened_json(opened) | said
+        result.opened = opened_json(opened) | said | made.of_groups
         if number:
             result.own = hospital.metrics(number, own, seconds) | figures
 

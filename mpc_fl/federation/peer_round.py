@@ -21,7 +21,7 @@ from mpc_fl.aggregation.rules import AgreedSum, Rules
 from mpc_fl.audit.ledger_file import RevealLedger
 from mpc_fl.config.evaluation import Evaluated as Of
 from mpc_fl.crypto.secrecy import Private
-from mpc_fl.errors import LeftOutError, ProtocolError, QuorumError
+from mpc_fl.errors import LeftOutError, ProtocolError, QuorumError, SumLostError
 from mpc_fl.federation.attendance import RoundPlan
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.federated_sgd import (
@@ -39,6 +39,16 @@ from mpc_fl.federation.final_round import (
     take_candidate,
 )
 from mpc_fl.federation.global_model import calibrate_own
+from mpc_fl.federation.group_evaluation import GroupsOpened, OwnDecisions
+from mpc_fl.federation.group_sums import (
+    agreed_counts,
+    agreed_sizes,
+    cells_by,
+    opened_groups,
+    own_counts,
+    own_sizes,
+    planned_groups,
+)
 from mpc_fl.federation.local_update import (
     agreed_update,
     charge_round,
@@ -63,7 +73,6 @@ from mpc_fl.federation.preparation import (
 )
 from mpc_fl.federation.secure_evaluation import (
     Evaluated,
-    OwnDecisions,
     agreed_evaluation,
     counts_to_sum,
     evaluation_rules,
@@ -88,7 +97,8 @@ Summand = tuple[Private[torch.Tensor], Release | None]
 @dataclass(frozen=True)
 class PeerRound:
     """A round of `plan` at a hospital. `rules` have the proposer as opener. `refused`: who was not shown to be within the norm
-    bound, and the transcript (hex) of the sum that it was left out of."""
+    bound, and the transcript (hex) of the sum that it was left out of. `of_groups`: what its line says of groups of test patients.
+    """
 
     peer: Peer
     domain: SecretDomain
@@ -97,6 +107,7 @@ class PeerRound:
     plan: RoundPlan
     notify: Notify
     refused: dict[str, str] = field(default_factory=dict)
+    of_groups: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self) -> tuple[str, ...]:
         """The sums before the first round. Returns the hospitals that are in them."""
@@ -224,20 +235,22 @@ class PeerRound:
         config, opened = self.peer.hospital.config, dict[Of, Evaluated]()
         if config.evaluates(self.plan.number, "validation"):
             _, hospitals = self._evaluate(hospitals, "validation", opened)
-        own, _ = self._evaluate(hospitals, "test", opened)
+        found, present = self._evaluate(hospitals, "test", opened)
         if "test" in opened:
             log_accuracy(self.plan.number, opened["test"])
+            if config.evaluates_groups(self.plan.number):
+                self._evaluate_groups(present, found, opened["test"])
         self.notify("evaluation", self.plan.number, config.training.rounds)
-        return own, opened
+        return found.own, opened
 
     def _evaluate(
         self, hospitals: tuple[str, ...], whom: Of, opened: dict[Of, Evaluated]
-    ) -> tuple[Evaluation, tuple[str, ...]]:
+    ) -> tuple[OwnDecisions, tuple[str, ...]]:
         hospital, common, plan = self.peer.hospital, self.peer.common, self.plan
         config, rules = hospital.config, evaluation_rules(hospital.config, self.rules, whom)
         self.domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
         if not config.evaluates(plan.number, whom) or len(hospitals) < rules.smallest:
-            return own_evaluation(hospital, plan.number, whom).own, hospitals
+            return own_evaluation(hospital, plan.number, whom), hospitals
         kept = list[OwnDecisions]()
 
         def summand() -> Summand:
@@ -249,7 +262,7 @@ class PeerRound:
             present, total = self._sum(rules, agreed, summand)
         except QuorumError as error:  # nothing was opened, which all of them have found alike
             log.warning("%s", error)
-            return kept[0].own, hospitals
+            return kept[0], hospitals
         try:
             opened[whom] = opened_evaluation(config, total, len(present), whom)
         except ProtocolError as error:  # whose counts are false nobody can tell, and the model stands without them
@@ -257,7 +270,32 @@ class PeerRound:
         else:
             if whom == "validation":
                 common.consider(plan.number, opened[whom])
-        return kept[0].own, present
+        return kept[0], present
+
+    def _evaluate_groups(self, hospitals: tuple[str, ...], found: OwnDecisions, evaluation: Evaluated) -> None:
+        """The two sums of `group_sums`, over those that are in the evaluation of all test patients."""
+        hospital, plan, digests = self.peer.hospital, self.plan, self.peer.common.digests
+        config, rules = hospital.config, evaluation_rules(hospital.config, self.rules, "test")
+        self.domain.links.set_phase(f"round {plan.number} groups")
+        if len(hospitals) < rules.smallest:
+            return
+        try:
+            agreed = agreed_sizes(config, hospitals, plan, digests)
+            hospitals, sizes = self._sum(rules, agreed, lambda: own_sizes(hospital, plan))
+            cells = cells_by(planned_groups(config), sizes, len(hospitals))
+            opened = GroupsOpened(planned_groups(config), (), ())
+            counted = agreed_counts(config, hospitals, plan, digests, sizes)
+            if counted is not None:
+                hospitals, total = self._sum(rules, counted, lambda: own_counts(hospital, plan, cells, found))
+                opened = opened_groups(config, cells, total, len(hospitals), evaluation)
+        except QuorumError as error:  # nothing was opened, which all of them have found alike
+            log.warning("%s", error)
+        except SumLostError:
+            raise
+        except ProtocolError as error:  # whose counts are false nobody can tell, and the model stands without them
+            log.warning("%s; round %d has no groups", error, plan.number)
+        else:
+            self.of_groups["groups"] = opened.to_json()
 
     def _sum(
         self, rules: Rules, agreed: AgreedSum, summand: Callable[[], Summand]

@@ -21,6 +21,7 @@ from mpc_fl.config.protocols import MASKS_BETWEEN_ALL_UP_TO
 from mpc_fl.crypto.ring import FixedPoint, MeanHeadroom
 from mpc_fl.errors import ConfigError, DataError, HeadroomError, PrivacyBudgetError
 from mpc_fl.federation.feature_statistics import plan_features
+from mpc_fl.federation.group_evaluation import plan_groups
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.learning.data.loading import public_sizes
@@ -115,9 +116,9 @@ class Done:
     """How far a run has come, by a hospital's last checkpoint and its privacy ledger.
 
     `rounds`: the last one that is complete, None before the sums that come before the first. `charged`, `features`,
-    `evaluations`, `validations` and `calibrations`: how many rounds, sums of features, of evaluation on test and on validation
-    patients, and of calibration were charged, those that were lost among them. `ends`: after which rounds it was complete, and
-    evaluated, before it was given more.
+    `evaluations`, `validations`, `calibrations` and `groups`: how many rounds, sums of features, of evaluation on test and on
+    validation patients, of calibration and of groups were charged, those that were lost among them. `ends`: after which rounds it
+    was complete, and evaluated, before it was given more.
     """
 
     rounds: int | None = None
@@ -127,9 +128,11 @@ class Done:
     validations: int = 0
     calibrations: int = 0
     ends: tuple[int, ...] = ()
+    groups: int = 0
 
 
 NOTHING_DONE = Done()
+_SUMS_OF_GROUPS = 2  # of sizes and of counts
 
 
 def _to_come(left: int, planned: int, charged: int) -> int:
@@ -144,8 +147,8 @@ def rounds_to_come(config: Config, done: Done = NOTHING_DONE) -> int:
 
 
 def releases_beside_steps(config: Config, done: Done = NOTHING_DONE) -> list[SubsampledGaussian]:
-    """What a run may still charge besides rounds: sums of features, of noised evaluation on test and validation patients,
-    and of calibration, from public values alone."""
+    """What a run may still charge besides rounds: sums of features, of noised evaluation on test and validation patients and in
+    groups, and of calibration, from public values alone."""
     spare, events = config.privacy.spare_rounds, list[SubsampledGaussian]()
     features = plan_features(config).event() if config.data.normalise == "secure" else None
     if features is not None:
@@ -165,7 +168,21 @@ def releases_beside_steps(config: Config, done: Done = NOTHING_DONE) -> list[Sub
     event = None if calibration is None else calibration.event()
     if event is not None and (done.rounds is None or done.rounds < config.last_round):
         events += [event] * _to_come(1, 1 + min(1, spare), done.calibrations)
-    return events
+    return [*events, *_releases_of_groups(config, done)]
+
+
+def _releases_of_groups(config: Config, done: Done) -> list[SubsampledGaussian]:
+    """Two sums for each evaluation in groups, one of which may be lost."""
+    planned, last = plan_groups(config), config.last_round
+    event = None if planned is None else planned.event()
+    numbers = {*done.ends, last} if config.evaluates_groups(last) else set[int]()
+    left = [number for number in numbers if done.rounds is None or number > done.rounds]
+    if event is None or not left:
+        return []
+    times = _to_come(
+        _SUMS_OF_GROUPS * len(left), _SUMS_OF_GROUPS * (len(numbers) + min(1, config.privacy.spare_rounds)), done.groups
+    )
+    return [event] * times
 
 
 def sample_rate_of(config: Config, patients: int) -> float:
@@ -273,6 +290,11 @@ def validation_run_name(config: Config) -> str:
 def calibration_run_name(config: Config) -> str:
     """How a privacy ledger names what calibration spends."""
     return f"{run_name(config)} calibration"
+
+
+def groups_run_name(config: Config) -> str:
+    """How a privacy ledger names what noised evaluation in groups spends."""
+    return f"{run_name(config)} groups"
 
 
 def run_name(config: Config) -> str:

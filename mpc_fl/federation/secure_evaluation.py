@@ -28,6 +28,8 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.errors import QuorumError, SumLostError
 from mpc_fl.federation.aggregator_state import Aggregator
 from mpc_fl.federation.attendance import RoundPlan
+from mpc_fl.federation.group_evaluation import OwnDecisions
+from mpc_fl.federation.group_sums import aggregator_groups, hospital_groups
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.noised_evaluation import (
@@ -85,23 +87,21 @@ def hospital_evaluation(
             return None
         hospitals = validated.hospitals
     found = _evaluate(hospital, domain, rules, hospitals, plan, "test")
-    return None if found is None else found.own
+    if found is None:
+        return None
+    if hospital.config.evaluates_groups(plan.number):
+        of_tests = evaluation_rules(hospital.config, rules, "test")
+        if not hospital_groups(hospital, domain, of_tests, found.hospitals, plan, found.found):
+            return None
+    return found.found.own
 
 
 @dataclass(frozen=True)
 class _Own:
     """A hospital's own evaluation, and who is still in the round."""
 
-    own: Evaluation
+    found: OwnDecisions
     hospitals: tuple[str, ...]
-
-
-@dataclass(frozen=True, repr=False)
-class OwnDecisions:
-    """A hospital's own evaluation, and how each of its records was decided, int64 (N,)."""
-
-    own: Evaluation
-    decided: torch.Tensor
 
 
 def own_evaluation(hospital: Hospital, number: int, whom: Of) -> OwnDecisions:
@@ -121,7 +121,7 @@ def own_evaluation(hospital: Hospital, number: int, whom: Of) -> OwnDecisions:
     own = evaluate_locally(probabilities, records.labels, predicted)
     # A probability that is not finite is that of a model that diverged: its prediction is as bad as any.
     decided = torch.nan_to_num(probabilities).argmax(dim=1) if predicted is None else predicted
-    return OwnDecisions(own, decided)
+    return OwnDecisions(own, probabilities, decided)
 
 
 Release = Callable[[], None]
@@ -155,9 +155,8 @@ def _evaluate(
     config = hospital.config
     domain.links.set_phase(f"round {plan.number} {phase_of(whom)}")
     found = own_evaluation(hospital, plan.number, whom)
-    own = found.own
     if not config.evaluates(plan.number, whom):
-        return _Own(own, hospitals)
+        return _Own(found, hospitals)
     if next_word(domain.links, AGGREGATOR, ("evaluate", "skip"))["word"] == "evaluate":
         counts, release = counts_to_sum(hospital, found, plan, whom)
         agreed = agreed_evaluation(config, hospitals, plan, whom, hospital.digests)
@@ -165,11 +164,11 @@ def _evaluate(
             admitted = contribute(domain, evaluation_rules(config, rules, whom), agreed, counts, release)
         except SumLostError as error:
             log.warning("%s", error)
-            return _Own(own, hospitals)
+            return _Own(found, hospitals)
         if admitted and hospital.name not in admitted:
             return None
         hospitals = admitted or hospitals  # nobody: nothing was opened
-    return _Own(own, hospitals)
+    return _Own(found, hospitals)
 
 
 def _noised(
@@ -234,6 +233,22 @@ def aggregator_evaluation(
         log.warning("%s", error)
         return hospitals, None
     return present, opened_evaluation(config, total, len(present), whom)
+
+
+def evaluated_groups(
+    aggregator: Aggregator,
+    domain: SecretDomain,
+    rules: Rules,
+    hospitals: tuple[str, ...],
+    plan: RoundPlan,
+    evaluation: Evaluated | None,
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Groups of test patients at the aggregator, where that is due: who goes on, and what its line about the round says of them."""
+    if not aggregator.config.evaluates_groups(plan.number):
+        return hospitals, {}
+    of_tests = evaluation_rules(aggregator.config, rules, "test")
+    hospitals, found = aggregator_groups(aggregator, domain, of_tests, hospitals, plan, evaluation)
+    return hospitals, {} if found is None else {"groups": found.to_json()}
 
 
 def opened_evaluation(config: Config, total: torch.Tensor, hospitals: int, whom: Of) -> Evaluated:

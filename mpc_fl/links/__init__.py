@@ -1,7 +1,7 @@
 """Links between parties: typed messages to named peers, a deadline on every wait, no secret in the clear on the way.
 
 Begin with `links` (the face that protocols use) and `mailboxes` (where they wait, and who is lost). Two kinds carry the
-frames: `network` over gRPC streams (`connections` makes the links with `handshake`, `outgoing` sends, `relay` serves
+frames: `network` over `streams` of TLS (`connections` makes the links with `handshake`, `outgoing` sends, `relay` serves
 parties that can only dial out), and `in_memory` between threads of one process, for tests of protocols. `party_links`
 makes the links of a party from its configuration.
 

@@ -1,4 +1,4 @@
-"""Connections over gRPC streams: dial, admit, greet, dial again, let come back, part.
+"""Connections over streams of TLS: dial, admit, greet, dial again, let come back, part.
 
 One stream per pair of parties. Who has an address is dialled; of two that have one the later in the list dials; two
 parties that can only dial out reach each other through relays (`relay`, `relayed_links`). A link begins with one signed
@@ -24,9 +24,10 @@ from mpc_fl.errors import (
     PeerRefusedError,
     ProtocolError,
 )
+from mpc_fl.links.conversation import Conversation
+from mpc_fl.links.dialling import Dialling
 from mpc_fl.links.frames import Frame, FrameReader, Kind, Observer
 from mpc_fl.links.greetings import Greeter, first_greeting
-from mpc_fl.links.grpc_streams import Conversation, StreamServer, dial, wait_for_all
 from mpc_fl.links.handshake import greeting_digest
 from mpc_fl.links.losses import Known, giving_up, parting_message, stood_still
 from mpc_fl.links.mailboxes import Mailboxes
@@ -38,6 +39,8 @@ from mpc_fl.links.relayed_links import RelayedLinks
 from mpc_fl.links.routes import Route, relayed_route
 from mpc_fl.links.settings import LONGEST_GREETING, Timeouts
 from mpc_fl.links.silence import SIGN
+from mpc_fl.links.stream_server import StreamServer
+from mpc_fl.links.streams import wait_for_all
 from mpc_fl.links.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
@@ -77,7 +80,7 @@ class Connections:
         self._began = 0.0  # of `time.monotonic`
         self._told: set[str] = set()
         self._server: StreamServer | None = None
-        self._channels: list[Any] = []
+        self._diallings: dict[str, Dialling] = {}  # of each peer that this party dials, the last
         self._given_up: list[Conversation] = []
         self._parting: tuple[Kind, dict[str, Any]] | None = None
 
@@ -126,20 +129,27 @@ class Connections:
         peer.greeting = self._greeter.greet(peer.name)
         conversation = self._converse(peer)
         self._outgoing.put(peer, Kind.HELLO, "", peer.greeting)
-        self._channels.append(dial(self._greeter.identity, peer.name, peer.route.address, conversation))
+        if (before := self._diallings.get(peer.name)) is not None:
+            before.close()  # the other end may keep it open, each time that it lets this party dial again
+        self._diallings[peer.name] = Dialling(self._greeter.identity, peer.name, peer.route.address, conversation)
 
     def _converse(self, peer: Peer) -> Conversation:
         """A new conversation with a peer. One that it replaces has no more say."""
 
-        def take(chunk: bytes) -> bool:
+        def take(chunk: bytes | memoryview) -> bool:
             if peer.conversation is not conversation:
                 return False
             frame = peer.reader.feed(chunk)
             return frame is None or self.deliver(peer, frame)
 
+        def room(length: int) -> memoryview | None:
+            return peer.reader.room(length) if peer.conversation is conversation else None
+
         def ended(failure: MpcFlError | None) -> None:
-            if peer.conversation is not conversation:
-                return
+            with self._lock:
+                if peer.conversation is not conversation:
+                    return
+                start = peer.start
             if isinstance(failure, HandshakeError) and conversation.refusal is failure:
                 what = f"{self._name} refused {peer.name}: {failure.what}"
                 failure = PeerRefusedError(peer.name, what, f"see the log of {peer.name}")
@@ -154,15 +164,16 @@ class Connections:
                 reason = stood_still(self._name, seconds, peer.name)
                 self._mailboxes.interrupt(reason)
             self._mailboxes.lose(peer.name, reason)
-            self._note_lost(peer, GONE)
+            self._note_lost(peer, GONE, start)
             self._dial_again(peer)
 
-        conversation = peer.conversation = Conversation(take, ended)
+        conversation = peer.conversation = Conversation(take, ended, room)
         return conversation
 
     def _give_up(self, peer: Peer, silent: PeerLostError) -> None:
         """A peer has given no sign of life for too long: it is lost like any other, and told if it ever wakes up."""
         log.warning("%s", silent)
+        start = peer.start
         self._outgoing.put_at_once(peer, *giving_up(silent))
         if peer.conversation is not None:
             peer.conversation.finish()
@@ -171,11 +182,11 @@ class Connections:
         self._mailboxes.lose(peer.name, silent, Known.SILENT)
         if peer.stream is not None:
             peer.stream.end()
-        self._note_lost(peer, SILENT)
+        self._note_lost(peer, SILENT, start)
         self._dial_again(peer)
 
-    def _note_lost(self, peer: Peer, how: str) -> None:
-        self._relay.tell_lost(peer, how)
+    def _note_lost(self, peer: Peer, how: str, start: str) -> None:
+        self._relay.tell_lost(peer, how, start)
         self._relayed.after_losing(peer)
 
     def _dial_again(self, peer: Peer) -> None:
@@ -234,6 +245,7 @@ class Connections:
         peer.reader.trust()
         self._greeter.keys.learn(peer.name, public_key)
         self._mailboxes.connect(peer.name)
+        peer.start = self._greeter.keys.fingerprint(peer.name)
         self._relay.after_connecting(peer)
         self._relayed.after_connecting(peer)
 
@@ -289,8 +301,8 @@ class Connections:
             conversation.cut()
         for conversation in self._given_up:
             conversation.wait_until_left(_FOR_THE_SILENT)
-        for channel in self._channels:
-            channel.close()
+        for dialling in self._diallings.values():
+            dialling.close()
         if self._server is not None:
             self._server.stop()
         self._relay.close()

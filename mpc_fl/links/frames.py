@@ -39,6 +39,7 @@ MAX_GREETING = 1 << 16
 CHUNK_BYTES = 2 << 20
 MAX_RELAYED = CHUNK_BYTES + (64 << 10)  # one chunk with its header, sealed
 _HEADER = struct.Struct("<4sBBBBQHQ")
+LONGEST_HEADER = _HEADER.size + MAX_TAG + 8 * MAX_DIMENSIONS
 
 _DTYPES: list[tuple[torch.dtype, int]] = [
     (torch.int64, 8),
@@ -108,7 +109,7 @@ def encode_frame(kind: Kind, tag: str, sequence: int, payload: Payload) -> Itera
     head = _HEADER.pack(MAGIC, VERSION, kind, code, len(shape), sequence, len(encoded_tag), len(body))
     head += encoded_tag + b"".join(int(size).to_bytes(8, "little") for size in shape)
     first = MAX_RELAYED if kind == Kind.RELAY else CHUNK_BYTES
-    yield head + bytes(body[:first])
+    yield b"".join((head, body[:first]))
     for start in range(first, len(body), CHUNK_BYTES):
         yield bytes(body[start : start + CHUNK_BYTES])
 
@@ -163,6 +164,7 @@ class FrameReader:
         self._head: tuple[Kind, int, tuple[int, ...], str, int] | None = None
         self._body = _NO_BYTES
         self._filled = 0
+        self._room: memoryview | None = None
 
     def trust(self) -> None:
         """The peer's greeting was checked: it may send frames of all kinds."""
@@ -218,14 +220,26 @@ class FrameReader:
         self._filled = 0
         return memoryview(chunk)[start:]
 
-    def feed(self, chunk: bytes) -> Frame | None:
-        """Take the next chunk; return the frame it completes, if any. A chunk never spans two frames."""
-        piece = memoryview(chunk) if self._head is not None else self._start(chunk)
+    def room(self, length: int) -> memoryview | None:
+        """Where the next `length` bytes belong, if they are of a frame that has begun: whoever writes them there need not copy."""
+        if self._head is None or not 0 < length <= len(self._body) - self._filled:
+            return None
+        self._room = self._body.data[self._filled : self._filled + length]
+        return self._room
+
+    def feed(self, chunk: bytes | memoryview) -> Frame | None:
+        """Take the next chunk, or what was written where `room` said; return the frame it completes, if any.
+
+        A chunk never spans two frames, and the first one of a frame holds its header.
+        """
+        room, self._room = self._room, None
+        piece = memoryview(chunk) if self._head is not None else self._start(bytes(chunk))
         assert self._head is not None
         kind, code, shape, tag, length = self._head
         if self._filled + len(piece) > length or (not piece and self._filled < length):
             raise self._refuse("its payload does not have the announced length")
-        self._body.data[self._filled : self._filled + len(piece)] = piece
+        if chunk is not room:
+            self._body.data[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
         if self._filled < length:
             return None

@@ -56,6 +56,10 @@ class Inbox:
         self._frames.setdefault(frame.tag, collections.deque()).append(frame)
         self.unread += memory_of(frame)
 
+    def first(self, tag: str) -> Frame:
+        """The first frame of a tag that has one; it stays."""
+        return self._frames[tag][0]
+
     def take(self, tag: str) -> Frame:
         """The first frame of a tag that has one."""
         frames = self._frames[tag]

@@ -43,6 +43,7 @@ class Links(abc.ABC):
         self._counter = counter
         self._scope = ""
         self._seconds: float | None = None
+        self._void: str | None = None
         self._stays_for = set(mailboxes.peers)
 
     @abc.abstractmethod
@@ -83,6 +84,13 @@ class Links(abc.ABC):
         """The same links, over which a peer has so many seconds to take one message; by default it has the receive timeout."""
         links = copy.copy(self)
         links._seconds = seconds
+        return links
+
+    def voided_by(self: AnyLinks, tag: str) -> AnyLinks:
+        """The same links for what a peer gives up with an object of `tag`, whose "reason" is a text: whatever scope a wait is in,
+        for a message that the peer has not sent before it raises `SumLostError`."""
+        links = copy.copy(self)
+        links._void = self._scope + tag
         return links
 
     @property
@@ -136,9 +144,9 @@ class Links(abc.ABC):
         """The next tensor of `tag` from `sender`, of exactly this dtype and shape (`None`: any shape).
 
         Waits until `deadline` (of `time.monotonic`), by default for the receive timeout. Raises `PeerLostError` when the
-        sender is gone or late, `ProtocolError` when dtype or shape differ.
+        sender is gone or late, `SumLostError` when it has given up (`voided_by`), `ProtocolError` when dtype or shape differ.
         """
-        frame = self._mailboxes.take(sender, self._scope + tag, deadline)
+        frame = self._mailboxes.take(sender, self._scope + tag, deadline, self._void)
         tensor = frame.payload
         if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype:
             raise ProtocolError(f"{sender} sent no {dtype} tensor for '{tag}'", SAME_VERSION, sender)
@@ -154,7 +162,7 @@ class Links(abc.ABC):
 
     def receive_object(self, sender: str, tag: str, deadline: float | None = None) -> dict[str, Any]:
         """The next JSON object of `tag` from `sender`. Waits and raises like `receive_tensor`."""
-        payload = self._mailboxes.take(sender, self._scope + tag, deadline).payload
+        payload = self._mailboxes.take(sender, self._scope + tag, deadline, self._void).payload
         if not isinstance(payload, dict):
             raise ProtocolError(f"{sender} sent a tensor for '{tag}'", SAME_VERSION, sender)
         return payload
@@ -188,8 +196,9 @@ class Links(abc.ABC):
         self._mailboxes.interrupt(error)
 
     def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
-        """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
-        return self._mailboxes.await_any({name: self._scope + tag for name, tag in tags.items()}, deadline)
+        """The first of these peers of which a message of its tag has arrived, or that is lost or has given up (`voided_by`);
+        `None` at the deadline."""
+        return self._mailboxes.await_any({name: self._scope + tag for name, tag in tags.items()}, deadline, self._void)
 
     def await_change(self, seconds: float) -> None:
         """Wait until something arrives, is lost or connects, for at most `seconds`."""

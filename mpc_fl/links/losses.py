@@ -7,7 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpc_fl.errors import MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, printable
+from mpc_fl.errors import (
+    HandshakeError,
+    MpcFlError,
+    PeerLostError,
+    PeerRefusedError,
+    ProtocolError,
+    SumLostError,
+    printable,
+)
 from mpc_fl.links.frames import Kind
 
 _LONGEST_REASON, _LONGEST_NAME = 300, 64
@@ -35,15 +43,22 @@ class Loss:
     number: int
 
 
-def first_named(losses: Iterable[Loss | None]) -> MpcFlError | None:
-    """The failure to name, None without losses."""
+def first_named(losses: Iterable[Loss | None]) -> Loss | None:
+    """The loss whose failure is named, None without losses."""
+    return min(
+        (loss for loss in losses if loss is not None), key=lambda loss: (_known(loss), loss.number), default=None
+    )
 
-    def explains(loss: Loss) -> tuple[int, int]:
-        refused = isinstance(loss.failure, ProtocolError) or not isinstance(loss.failure, PeerLostError)
-        return (Known.REFUSED if refused else loss.known), loss.number
 
-    first = min((loss for loss in losses if loss is not None), key=explains, default=None)
-    return None if first is None else first.failure
+def is_explained(loss: Loss) -> bool:
+    """Whether more is known of it than that a link ended: what explains that may come a moment later, from another peer."""
+    return _known(loss) != Known.VANISHED
+
+
+def _known(loss: Loss) -> Known:
+    is_refusal = isinstance(loss.failure, ProtocolError | HandshakeError)
+    refused = is_refusal or not isinstance(loss.failure, PeerLostError)
+    return Known.REFUSED if refused else loss.known
 
 
 def parting_message(error: BaseException | None) -> tuple[Kind, dict[str, Any]]:
@@ -78,6 +93,12 @@ def as_heard(sender: str, message: dict[str, Any]) -> PeerLostError:
     cause = printable(str(message.get("cause") or sender), _LONGEST_NAME)
     how = "gave this party up" if gives_up(message) else "stopped"
     return PeerLostError(sender, f"{sender} {how}: {reason}", f"see the log of {cause}", cause)
+
+
+def gave_up(peer: str, message: object) -> SumLostError:
+    """The failure of a wait for a peer that has given up what the wait is part of, and said so in this message."""
+    reason = message.get("reason") if isinstance(message, dict) else None
+    return SumLostError(f"{peer} gave up: {printable(str(reason), _LONGEST_REASON)}", f"see the log of {peer}")
 
 
 def late(peer: str, tag: str, seconds: float, phase: str) -> PeerLostError:

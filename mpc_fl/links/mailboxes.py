@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError
+from mpc_fl.errors import SAME_VERSION, MpcFlError, PeerLostError, PeerRefusedError, ProtocolError, RefusedLinkError
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.inbox import EndedTags
 from mpc_fl.links.losses import (
@@ -25,7 +25,9 @@ from mpc_fl.links.losses import (
     Loss,
     as_heard,
     first_named,
+    gave_up,
     gives_up,
+    is_explained,
     late,
     never_came,
     not_relayable,
@@ -114,8 +116,13 @@ class Mailboxes:
         return self._closing or self._interruption is not None
 
     def lose(self, peer: str, failure: MpcFlError, known: Known = Known.VANISHED) -> None:
-        """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays."""
+        """Note why a peer is lost, and with the last relay to them those behind it; the first reason stays.
+
+        Once all have been connected, one that may be lost is no more than that, whatever it or this party refuses.
+        """
         with self._changed:
+            if self._started and peer in self._tolerance.peers and not isinstance(failure, PeerLostError):
+                failure = RefusedLinkError(peer, failure.what, failure.fix)
             self._mark_lost([peer], failure, known)
             self._mark_lost(self._behind(peer), failure, known)
             self._changed.notify_all()
@@ -245,11 +252,19 @@ class Mailboxes:
     def await_all_connected(self) -> None:
         """Wait for all peers; with `goes_on_without`, at the deadline tolerated ones may be missing, or be lost before.
 
-        Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline.
+        Raises the failure of a peer, or `PeerLostError` that names those missing at the deadline. Of a peer whose link just ended
+        it waits for what explains that, as long as a party that fails stays to say so: whoever refuses one ends, too.
         """
-        deadline = time.monotonic() + self.timeouts.connect
+        deadline, patience = time.monotonic() + self.timeouts.connect, 0.0
         with self._changed:
             while True:
+                first = first_named(self._losses_that_end_waits())
+                if first is not None and not is_explained(first) and self._interruption is None:
+                    now = time.monotonic()
+                    patience = patience or min(deadline, now + self.timeouts.linger_after_error)
+                    if now < patience:
+                        self.readers.wait(patience - now)
+                        continue
                 self._raise_first_failure()
                 missing = [
                     name
@@ -265,10 +280,11 @@ class Mailboxes:
                     raise never_came({name: self._boxes[name].refused for name in missing}, self.timeouts.connect)
                 self.readers.wait(remaining)
 
-    def take(self, sender: str, tag: str, deadline: float | None = None) -> Frame:
+    def take(self, sender: str, tag: str, deadline: float | None = None, void: str | None = None) -> Frame:
         """The next frame of `tag` from `sender`, awaited until `deadline` (of `time.monotonic`) or the receive timeout.
 
-        Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait.
+        Raises `PeerLostError` when the sender is late, has ended or started again, or the failure that ends the wait;
+        `SumLostError` when an object of the tag `void` has come instead.
         """
         began = time.monotonic()
         seconds = self.timeouts.receive if deadline is None else max(0.0, deadline - began)
@@ -276,7 +292,7 @@ class Mailboxes:
             box = self._boxes[sender]
             waited = tag not in box.inbox
             if waited:
-                self._await_message(sender, tag, began + seconds, seconds)
+                self._await_message(sender, (tag, void), began + seconds, seconds)
             frame = box.inbox.take(tag)
             self.readers.made_room()
             self._counter.of(sender).take(frame.size, time.monotonic() - began if waited else None)
@@ -287,8 +303,8 @@ class Mailboxes:
         with self._changed:
             self.readers.was_asked_for(frame)
 
-    def _await_message(self, sender: str, tag: str, deadline: float, seconds: float) -> None:
-        box = self._boxes[sender]
+    def _await_message(self, sender: str, tags: tuple[str, str | None], deadline: float, seconds: float) -> None:
+        box, (tag, void) = self._boxes[sender], tags
         start = box.starts
         while tag not in box.inbox:
             self._raise_first_failure(sender)
@@ -296,6 +312,8 @@ class Mailboxes:
                 raise self.lost(sender, "it started again")
             if box.closed:
                 raise self.lost(sender, "it had finished already")
+            if void is not None and void in box.inbox:  # it stays there, for what is awaited next
+                raise gave_up(sender, box.inbox.first(void).payload)
             remaining = self._remaining(deadline)
             if remaining <= 0:
                 self._raise_suspicion(sender)
@@ -312,14 +330,16 @@ class Mailboxes:
         if suspect := self.silence.suspect(self._needed(awaited)):
             raise self.without_sign(*suspect)
 
-    def await_any(self, tags: Mapping[str, str], deadline: float) -> str | None:
-        """The first of these peers of which a message of its tag has arrived, or that is lost; `None` at the deadline."""
+    def await_any(self, tags: Mapping[str, str], deadline: float, void: str | None = None) -> str | None:
+        """The first of these peers of which a message of its tag has arrived, or one of the tag `void`, or that is lost; `None` at
+        the deadline."""
         with self._changed:
             while True:
                 self._raise_first_failure()
                 for name, tag in tags.items():
                     box = self._boxes[name]
-                    if tag in box.inbox or box.failure is not None or box.closed:
+                    has_given_up = void is not None and void in box.inbox
+                    if tag in box.inbox or has_given_up or box.failure is not None or box.closed:
                         return name
                 remaining = self._remaining(deadline)
                 if remaining <= 0:
@@ -369,9 +389,11 @@ class Mailboxes:
         """The failure that explains most (`losses.Known`)."""
         if self._interruption is not None:
             raise self._interruption
-        ending = (box.loss for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited))
-        if failure := first_named(ending):
-            raise failure
+        if first := first_named(self._losses_that_end_waits(awaited)):
+            raise first.failure
+
+    def _losses_that_end_waits(self, awaited: str | None = None) -> list[Loss | None]:
+        return [box.loss for name, box in self._boxes.items() if self._ends_waits(name, box.failure, awaited)]
 
     def _needed(self, awaited: str | None) -> list[str]:
         """Whose loss ends a wait for `awaited`."""

@@ -1,4 +1,4 @@
-"""Links over the network: mutually authenticated gRPC streams, each party a process (or a session) of its own."""
+"""Links over the network: mutually authenticated streams of TLS, each party a process (or a session) of its own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from mpc_fl.crypto.certificates import Identity
 from mpc_fl.links.connections import Connections
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import FrameWriter, Kind, Observer, Payload
 from mpc_fl.links.greetings import Greeter
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.keys import PairwiseKeys
 from mpc_fl.links.links import Links
@@ -20,7 +20,7 @@ from mpc_fl.links.traffic import TrafficCounter
 
 
 class NetworkLinks(Links):
-    """This party's links to its peers over gRPC. Entering them serves, dials and waits for all peers."""
+    """This party's links to its peers over the network. Entering them serves, dials and waits for all peers."""
 
     def __init__(
         self,

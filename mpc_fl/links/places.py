@@ -19,56 +19,79 @@ from collections.abc import Callable, Iterator
 from mpc_fl.errors import RefusedError
 
 _SILENT_EACH, _SILENT = 3, 16  # streams without a greeting: of one certificate, and in all at least
-_ANSWERING = 8  # threads that always remain to refuse others
+_UNKNOWN = 256  # connections that have not been let in yet, at least
 _KINDS = 100  # of refusals that are told apart
+
+
+class _Waiting:
+    """Those that have not said yet what they want, each `of` somebody: at most `each` of one, and `most` in all.
+
+    Whoever comes is let in; the oldest makes room, of the one with most. Not locked.
+    """
+
+    def __init__(self, each: int, most: int) -> None:
+        self._each, self._most = each, most
+        self._tickets = itertools.count()
+        self._present: dict[int, tuple[bytes, Callable[[], object]]] = {}
+
+    def enter(self, of: bytes, cancel: Callable[[], object]) -> tuple[int, list[Callable[[], object]]]:
+        """A ticket to leave with, and how to end those that must make room."""
+        ticket = next(self._tickets)
+        self._present[ticket] = (of, cancel)
+        ends: list[Callable[[], object]] = []
+        while True:
+            counts = collections.Counter(other for other, _ in self._present.values())
+            if counts[of] > self._each:
+                greedy = of
+            elif len(self._present) > self._most:
+                greedy = counts.most_common(1)[0][0]
+            else:
+                return ticket, ends
+            oldest = next(ticket for ticket, (other, _) in self._present.items() if other == greedy)
+            ends.append(self._present.pop(oldest)[1])
+
+    def leave(self, ticket: int) -> None:
+        """It has said what it wants, or has ended."""
+        self._present.pop(ticket, None)
 
 
 class Places:
     """The places for `streams` admitted streams, and those beside them for streams that have not greeted.
 
-    Of the latter there are half as many, so that all peers of a large federation may come at once.
+    Of the latter there are half as many, so that all peers of a large federation may come at once. Connections that have not been
+    let in yet, whoever they are of, are counted by the machine that they come from.
     """
 
     def __init__(self, streams: int) -> None:
-        self._streams, self._silent_places = streams, max(_SILENT, streams // 2)
-        self.threads = streams + self._silent_places + _ANSWERING
+        self._streams = streams
         self._lock = threading.Lock()
-        self._tickets = itertools.count()
-        self._silent: dict[int, tuple[bytes, Callable[[], object]]] = {}
+        self._silent = _Waiting(_SILENT_EACH, max(_SILENT, streams // 2))
+        self._unknown = _Waiting(max(_UNKNOWN, 2 * streams), max(_UNKNOWN, 2 * streams))
         self._held: collections.Counter[bytes] = collections.Counter()
 
     @contextlib.contextmanager
-    def silent(self, certificate: bytes, cancel: Callable[[], object], seconds: float) -> Iterator[None]:
-        """Wait inside for a stream's greeting. `cancel` ends the stream after `seconds`, or when others need the place."""
+    def unknown(self, machine: bytes, cancel: Callable[[], object]) -> Iterator[None]:
+        """Let a connection in inside, or refuse it. `cancel` ends it when others need the place."""
+        with self._waiting(self._unknown, machine, cancel):
+            yield
+
+    @contextlib.contextmanager
+    def silent(self, certificate: bytes, cancel: Callable[[], object]) -> Iterator[None]:
+        """Wait inside for a stream's greeting. `cancel` ends the stream when others need the place."""
+        with self._waiting(self._silent, certificate, cancel):
+            yield
+
+    @contextlib.contextmanager
+    def _waiting(self, waiting: _Waiting, of: bytes, cancel: Callable[[], object]) -> Iterator[None]:
         with self._lock:
-            ticket = next(self._tickets)
-            self._silent[ticket] = (certificate, cancel)
-            excess = self._excess(certificate)
+            ticket, excess = waiting.enter(of, cancel)
         for end in excess:
             end()
-        timer = threading.Timer(seconds, cancel)
-        timer.daemon = True
-        timer.start()
         try:
             yield
         finally:
-            timer.cancel()
             with self._lock:
-                self._silent.pop(ticket, None)
-
-    def _excess(self, certificate: bytes) -> list[Callable[[], object]]:
-        """How to end those that must make room: the oldest of this certificate, or of the one with most."""
-        ends: list[Callable[[], object]] = []
-        while True:
-            counts = collections.Counter(other for other, _ in self._silent.values())
-            if counts[certificate] > _SILENT_EACH:
-                greedy = certificate
-            elif len(self._silent) > self._silent_places:
-                greedy = counts.most_common(1)[0][0]
-            else:
-                return ends
-            oldest = next(ticket for ticket, (other, _) in self._silent.items() if other == greedy)
-            ends.append(self._silent.pop(oldest)[1])
+                waiting.leave(ticket)
 
     @contextlib.contextmanager
     def held(self, certificate: bytes) -> Iterator[None]:

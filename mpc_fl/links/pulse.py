@@ -1,6 +1,6 @@
 """Signs of life: a party says that it is there when it has nothing else to say, and notes who does not.
 
-TCP and HTTP/2 answer for a process that is stopped, and a party may compute for long; so the runtime itself says it, on a thread
+TCP answers for a process that is stopped, and a party may compute for long; so the runtime itself says it, on a thread
 that no computation holds up. Every chunk that comes is a sign of life. Nobody is silent who cannot be heard: whose stream is not
 read, because this party lets it wait (`mailboxes`). Parties that reach each other through relays hear each other's words about
 sealed chunks (`sealed_stream`), through any of them; each relay hears both, and tells one that the other is silent.
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 
 from mpc_fl.errors import PeerLostError
-from mpc_fl.links.grpc_streams import Conversation
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.peer import Peer

@@ -7,6 +7,7 @@ sender that it has no link with the receiver; whether that is so each end finds 
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from mpc_fl.errors import LinkError
-from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.frames import MAX_GREETING, Frame, Kind
 from mpc_fl.links.losses import not_relayable
 from mpc_fl.links.mailboxes import Mailboxes
 from mpc_fl.links.outgoing import Outgoing
@@ -24,7 +25,9 @@ from mpc_fl.links.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
 
-GONE, SILENT = "gone", "silent"  # what a relay says of a party: it has no link with it, or hears nothing from it
+# What a relay says of a party: it has no link with it, or hears nothing from it; and of which start of that party, by its key's
+# fingerprint, "" where it never had a link with it.
+GONE, SILENT, START = "gone", "silent", "start"
 
 
 class Relay:
@@ -47,13 +50,13 @@ class Relay:
         for greeting in kept.values():
             self._tell(peer, greeting)
 
-    def tell_lost(self, lost: Peer, how: str) -> None:
-        """Let those that reach a peer through this relay know that it is gone, or silent. Waits for nobody."""
+    def tell_lost(self, lost: Peer, how: str, start: str) -> None:
+        """Let those that reach a peer through this relay know that this start of it is gone, or silent. Waits for nobody."""
         if not self.relays or not lost.route.only_dials:
             return
         for other in self._peers.values():  # whoever can be dialled is a relay itself, or needs none
             if other is not lost and other.route.only_dials and self._mailboxes.alive(other.name):
-                self._outgoing.put_at_once(other, Kind.RELAY_GREETING, {how: lost.name})
+                self._outgoing.put_at_once(other, Kind.RELAY_GREETING, {how: lost.name, START: start})
 
     def _tell(self, peer: Peer, message: dict[str, Any]) -> None:
         """Send `peer` what concerns another. Its loss is reported where this party waits for it, not to the other."""
@@ -75,7 +78,8 @@ class Relay:
         Raises `ProtocolError` for one that may not be relayed.
         """
         target = self._require_relayable(origin, greeting.get("name"), greeting.get("to"))
-        if not all(isinstance(value, str) for value in greeting.values()):  # what is no greeting anywhere
+        is_one = all(isinstance(value, str) for value in greeting.values())  # else it is no greeting anywhere
+        if not is_one or len(json.dumps(greeting)) > MAX_GREETING:  # written anew, letters may be longer than they came
             raise not_relayable(origin.name)
         with self._lock:
             if not self._mailboxes.connected(target.name):
@@ -88,14 +92,17 @@ class Relay:
         assert isinstance(frame.payload, torch.Tensor)
         target = self._require_relayable(origin, origin.name, frame.tag)
         self._counter.of(origin.name).bytes_relayed += frame.size
+        start = target.start  # another one that is linked meanwhile is not meant
         try:
             self._outgoing.pass_on(target, origin.name, frame.payload)
         except LinkError:  # the loss of the receiver is reported where this party waits for it
             self._count(f"a sealed chunk for {target.name} could not be passed on")
-            self._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {GONE: target.name})
+            self._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {GONE: target.name, START: start})
 
     def _require_relayable(self, origin: Peer, sender: Any, receiver: Any) -> Peer:
         target = self._peers.get(receiver) if isinstance(receiver, str) else None
         if not self.relays or sender != origin.name or target is None or target is origin:
+            raise not_relayable(origin.name)
+        if target.name in self._outgoing.relays:  # it would take this party for the one that sent it
             raise not_relayable(origin.name)
         return target

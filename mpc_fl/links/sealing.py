@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from mpc_fl.errors import ProtocolError
 
 WORDS = 1 << 63  # the number of the first word
+LONGEST_WORD = 512  # bytes, sealed
 _NUMBER_BYTES, _NONCE_BYTES = 8, 12
 
 
@@ -53,6 +54,17 @@ class Unsealer(_Direction):
     def number_of(self, sealed: bytes) -> int:
         """The number that a chunk or word comes with; it counts once that is unsealed."""
         return int.from_bytes(sealed[:_NUMBER_BYTES], "little")
+
+    def begins(self, sealed: bytes) -> bool:
+        """Whether it is a word of this link, or its first chunk: one of these comes first."""
+        number = self.number_of(sealed)
+        if number and not (number >= WORDS and len(sealed) <= LONGEST_WORD):
+            return False
+        try:
+            self.unseal(sealed)
+        except ProtocolError:
+            return False
+        return True
 
     def unseal(self, sealed: bytes) -> bytes:
         """The chunk or word. Raises `ProtocolError` when it was changed on the way, or is none of this link."""

@@ -57,12 +57,20 @@ class Ways:
         threading.Thread(target=self._send, args=(peer, stream), name=f"to-{peer.name}", daemon=True).start()
 
     def through(self, peer: Peer) -> list[Peer]:
-        """The relays that words and greetings for a peer go through, of those that are there; first the one of its chunks."""
+        """The relays that words and greetings for a peer go through, of those that are there; first the one of its chunks.
+
+        Where there are more, greetings go through others each time, so that no three keep two parties apart.
+        """
         with self._lock:
             way = self._ways.get(peer.name)
-            without = dict(way.without) if way is not None else {}
+            without, chunks = (dict(way.without), way.relay) if way is not None else ({}, "")
         alive = [name for name in peer.route.relays if self._mailboxes.alive(name)]
-        return [self._peers[name] for name in sorted(alive, key=lambda name: name in without)[:_AT_ONCE]]
+        if self._mailboxes.alive(peer.name):
+            alive.sort(key=lambda name: (name in without, name != chunks))
+        elif len(alive) > _AT_ONCE:
+            begin = int(time.monotonic() / SIGN) % len(alive)
+            alive = [*alive[begin:], *alive[:begin]]
+        return [self._peers[name] for name in alive[:_AT_ONCE]]
 
     # ---- what is sent ----------------------------------------------------------------------------------------------
 
@@ -146,8 +154,9 @@ class Ways:
             way, stream = self._ways.get(peer.name), peer.stream
             if way is None or stream is None or stream.over:
                 return
+            if relay not in way.without:
+                log.info("%s says that it does not reach %s", relay, peer.name)
             way.without[relay] = (failure, known)
-            log.info("%s says that it does not reach %s", relay, peer.name)
             used = way.relay == relay
             left = [name for name in peer.route.relays if self._mailboxes.alive(name) and name not in way.without]
         if not left:

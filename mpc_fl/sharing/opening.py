@@ -34,7 +34,7 @@ from mpc_fl.crypto.ring import RingShare
 from mpc_fl.crypto.secrecy import Shared
 from mpc_fl.crypto.signatory import Signatory
 from mpc_fl.crypto.stream_cipher import Seed
-from mpc_fl.errors import PeerLostError, SecrecyError
+from mpc_fl.errors import PeerLostError, SecrecyError, SumLostError
 from mpc_fl.links.links import Links
 from mpc_fl.sharing.closed_sum import ClosedSum, MaskedTotal, SummandMasks
 from mpc_fl.sharing.sum_plan import SumPlan, require_admissible
@@ -168,14 +168,15 @@ def _open_among_peers(domain: SecretDomain, part: MaskedTotal, fixed: FixedSum, 
 def _keys_of(
     domain: SecretDomain, plan: SumPlan, admitted: Sequence[str], own: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The keys that those of V send, beside this party's own. One that is lost is missed only where its keys are needed."""
+    """The keys that those of V send, beside this party's own. One that is lost, or gave up before it could open the sum, is missed
+    only where its keys are needed."""
     links, answers = domain.links, dict(own)
     deadline = links.deadline()
     awaited = [name for name in admitted if name not in own]
     for at, name in enumerate(awaited):
         try:
             answers[name] = links.receive_tensor(name, f"keys {plan.name}", torch.uint8, None, deadline)
-        except PeerLostError:
+        except (PeerLostError, SumLostError):
             if plan.keys_missing(admitted, [*answers, *awaited[at + 1 :]]):
                 raise
     return answers

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.comparison import compare
 from mpc_fl.apps.comparing import differing_settings, read_run
-from mpc_fl.apps.summaries import PartySummary, PrivacySpent, Scores, TrainingSummary
+from mpc_fl.apps.scores import Scores
+from mpc_fl.apps.summaries import PartySummary, PrivacySpent, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.errors import MpcFlError
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.apps.estimates import NoPrivacy, PlannedPrivacy
+from mpc_fl.apps.group_scores import GroupScores
 from mpc_fl.apps.model_card import CardFacts, SignedModel, card_text
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.opening_record import Opening
 from mpc_fl.config.config import Config, parse_config
 from mpc_fl.federation.noised_evaluation import NoisedEvaluation
-from mpc_fl.learning.models.evaluation import evaluate_locally, wilson_interval
+from mpc_fl.learning.models.evaluation import evaluate_locally
+from mpc_fl.learning.models.shares import wilson_interval
 
 PARTIES = ("hospital-0", "hospital-1", "aggregator")
 DIGEST, SEAL = "ab" * 32, "cd" * 32
@@ -162,3 +165,52 @@ def test_wilsons_interval_holds_the_share(few: int) -> None:
     for right in range(few + 1):
         low, high = wilson_interval(right / few, few)
         assert 0 <= low <= right / few + 1e-12 and right / few - 1e-12 <= high <= 1
+
+
+GROUPS: dict[str, Any] = {
+    "fewest": 20,
+    "withheld": {"age": ["unknown"], "scanner": ["<b>old</b>"]},
+    "shown": [
+        {
+            "attribute": "sex",
+            "group": group,
+            "scores": json.loads(json.dumps(asdict(scores()))),
+            "classes": [
+                {"sensitivity": {"share": share, "low": share - 0.1, "high": share + 0.1, "of": 50},
+                 "specificity": {"share": None, "low": None, "high": None, "of": 0}}
+            ] * 3,
+        }
+        for group, share in (("female", 0.6), ("male", 0.8))
+    ],
+    "gaps": [
+        {"attribute": "sex", "class_number": 0, "figure": "sensitivity", "worst": "female", "best": "male", "gap": 0.2,
+         "low": 0.05, "high": 0.34, "chance": 0.004, "differs": "female"},
+        {"attribute": "sex", "class_number": 1, "figure": "specificity", "worst": "male", "best": "female", "gap": 0.3,
+         "low": -0.1, "high": 0.6, "chance": 0.4, "differs": "male"},
+    ],
+}  # fmt: skip
+
+
+def test_groups_stand_with_intervals_gaps_and_what_is_withheld() -> None:
+    text = card_text(facts(groups=typed(GroupScores, GROUPS, "x")))
+    assert "| sex | female | 240 | 60.0 % (50.0 % to 70.0 %) |" in text
+    assert "is withheld: age: unknown; scanner: \\<b\\>old" in text
+    # The larger gap may be chance, so it is not told of as the other.
+    assert "Gaps that are more than chance: female 20.0 % below male (sex; sensitivity, normal)." in text
+    equal = {**GROUPS, "gaps": GROUPS["gaps"][1:]}
+    assert "No gap is shown to be more than chance; the largest: male 30.0 %" in card_text(
+        facts(groups=typed(GroupScores, equal, "x"))
+    )
+    nothing = card_text(facts(groups=typed(GroupScores, {"fewest": 20, "withheld": {"sex": ["female"]}}, "x")))
+    assert "None is shown. A group that was not shown to have 20 patients is withheld: sex: female." in nothing
+    assert "By group" not in card_text(facts())
+
+
+def test_the_largest_gap_that_is_told_of_is_one_that_is_more_than_chance() -> None:
+    found = typed(GroupScores, GROUPS, "x")
+    assert found.largest is not None and found.largest.gap == 0.2
+    assert found.described() == [
+        "Groups: the largest gap is 20.0%, by sex: female below male in sensitivity of class 0 (from 0); more than chance.",
+        "Withheld, not shown to have 20 patients: age unknown; scanner <b>old</b>.",
+    ]
+    assert typed(GroupScores, {"fewest": 2}, "x").described() == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.summaries import (
     KINDS,
     ChosenRound,
@@ -17,7 +18,6 @@ from mpc_fl.apps.summaries import (
     FittedCalibration,
     ImageResult,
     PrivacySpent,
-    Scores,
     ServedDiagnosisSummary,
     TrainingSummary,
     parse_summary,
@@ -48,7 +48,8 @@ TRAIN: dict[str, Any] = {
     "took_part": {"0": ["hospital-0", "hospital-1"], "1": ["hospital-0"]}, "lost": ["hospital-1"],
     "evaluated_round": 2, "shared_patients": 0, "began_with": None,
     "unit": "image", "treatments": {"resized": 4}, "validation": None, "chosen": {"round": 1, "figures": {"1": 0.5}},
-    "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]}, "simulated": False, "names": {"hospital-0": "charite"},
+    "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]}, "simulated": False, "groups": None,
+    "names": {"hospital-0": "charite"},
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],

@@ -21,7 +21,7 @@ from mpc_fl.crypto.identity_files import write_identity
 from mpc_fl.errors import HandshakeError
 from mpc_fl.links.frames import Kind, encode_frame
 from mpc_fl.links.handshake import Agreement, make_greeting
-from tests.support.dialling import channel_to, stream_end
+from tests.support.dialling import stream_end
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually
 
@@ -48,8 +48,7 @@ def _identities(directory: Path) -> Authority:
 def _dial(identity: Identity, port: int) -> str:
     """Dial hospital-0 as a program of one's own would; how the stream ended."""
     greeting = make_greeting(identity, AGREEMENT, FIRST, X25519PrivateKey.generate().public_key().public_bytes_raw())
-    with channel_to(FIRST, port, identity) as channel:
-        return stream_end(channel, [next(encode_frame(Kind.HELLO, "", 0, greeting))], SECONDS)
+    return stream_end(FIRST, port, identity, [next(encode_frame(Kind.HELLO, "", 0, greeting))], SECONDS)
 
 
 def test_who_dials_under_anothers_name_is_refused_and_the_true_one_is_not(tmp_path: Path) -> None:
@@ -66,7 +65,7 @@ def test_who_dials_under_anothers_name_is_refused_and_the_true_one_is_not(tmp_pa
     with local_links(SECOND, PARTIES, ports, tmp_path, chosen=NAMES) as links:
         links.send_object(FIRST, "who", {"name": "st-thomas"})
     waiting.join(SECONDS)
-    assert said == {chosen: f"PERMISSION_DENIED: {reason}" for chosen, reason in REASONS.items()}
+    assert said == {chosen: f"REFUSED_PARTY: {reason}" for chosen, reason in REASONS.items()}
     assert heard == [{"name": "st-thomas"}]
 
 

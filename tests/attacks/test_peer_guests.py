@@ -38,7 +38,7 @@ from mpc_fl.federation.peer_joining import Giving
 from mpc_fl.federation.peer_presence import Presence
 from mpc_fl.federation.peer_proposal import Proposals
 from mpc_fl.links import outgoing
-from mpc_fl.links.grpc_streams import Conversation
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import InMemoryNetwork
 from mpc_fl.links.links import Links
@@ -421,7 +421,7 @@ def test_one_that_reads_nothing_is_waited_for_once(tmp_path: Path, monkeypatch: 
     ["unix:/run/secret.sock:1", "dns://192.0.2.1/inside.example:443", "ipv4:192.0.2.1:1,192.0.2.2:1", "a b:1"],
 )
 def test_an_address_that_is_no_host(address: str) -> None:
-    """gRPC would have dialled a socket of this machine, or asked whom a newcomer names for the address of another."""
+    """A library could dial a socket of this machine, or ask whom a newcomer names for the address of another."""
     assert not is_address(address)
     assert all(map(is_address, ("hospital.example:47100", "192.0.2.1:1", "[2001:db8::1]:65535")))
 

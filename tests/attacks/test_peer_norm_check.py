@@ -7,6 +7,7 @@ rest.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,65 @@ def test_whoever_sends_other_answers_than_it_signed_is_named(sums: PeerSums, mon
 
     only_at(monkeypatch, DEVIATES, Links, "send_tensor", other)
     _all_name(sums, sums.run(), "hospital-1 sent other answers about proofs than it signed")
+
+
+def test_answers_that_are_no_elements_of_the_field_are_named_by_all(
+    sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that names nobody ends the run of all; so they go on without who sends these."""
+    only_at(monkeypatch, DEVIATES, peer_norm_check, "stacked", lambda original, *given: original(*given) * 0 - 1)
+    looks_away = lambda original, words, name: original(words * 0, name)  # noqa: E731
+    only_at(monkeypatch, DEVIATES, peer_norm_check, "from_words", looks_away)
+    _all_name(sums, sums.run(), "hospital-1 sent something else than elements of the field of a norm check")
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_part_of_a_proof_that_is_no_elements_of_the_field_is_named_by_its_first_verifier(
+    part: int, sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bool] = []
+
+    def no_elements(original: Any, elements: Any) -> Any:
+        sent.append(True)
+        words = original(elements)
+        return words * 0 - 1 if len(sent) == part else words
+
+    only_at(monkeypatch, DEVIATES, peer_norm_check, "to_words", no_elements)
+    outcome = sums.run()
+    error = outcome.errors["hospital-2"]
+    assert isinstance(error, ProtocolError) and error.by == DEVIATES, error
+    assert "hospital-1 sent something else than elements of the field" in str(error)
+    assert not outcome.totals
+
+
+def test_two_that_agreed_on_a_seed_that_is_none_end_the_run_of_nobody_else(
+    sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hospital-1 and its first verifier have committed to what reads as no seed; what it shows of that accuses nobody."""
+
+    def accuse(_original: Any, check: ShownAnswers, others: Any, _false: Any) -> None:
+        keys = [key.hex() for key in check.masks.own_keys("hospital-2")]
+        shown_answers.say(check.links, others, "accused", false={"hospital-2": {"seed": "none", "keys": keys}})
+        for piece in check.summands.kept_by("hospital-2", DEVIATES):
+            words = check.summands.own[piece]
+            shown_answers._show(check.links, others, f"accused hospital-2 {piece}", words)
+        carries, bits, _, products = check.proofs.corrections
+        for part, elements in (("carries", carries), ("bits", bits), ("products", products)):
+            shown_answers._show(check.links, others, f"accused {part}", shown_answers.to_words(elements))
+
+    def committed(original: Any, check: PeerNormCheck) -> Any:
+        said, empty = original.__get__(check), peer_norm_check.seed_hash(b"")
+        if threading.current_thread().name == DEVIATES:
+            said["seeds"][check._others_of(DEVIATES).index("hospital-2")] = empty
+        elif threading.current_thread().name == "hospital-2":
+            said["seeds"][3 + check._others_of("hospital-2").index(DEVIATES)] = empty
+        return said
+
+    original = PeerNormCheck.committed
+    monkeypatch.setattr(PeerNormCheck, "committed", property(lambda check: committed(original, check)))
+    _too_long(sums, monkeypatch)
+    only_at(monkeypatch, DEVIATES, ShownAnswers, "accuse", accuse)
+    _goes_on_without(sums, sums.run())
 
 
 def test_a_hospital_that_commits_to_another_seed_than_it_has_ends_the_run_with_both_named(

@@ -19,8 +19,8 @@ import torch
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import LinkError, PeerLostError, ProtocolError
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import CHUNK_BYTES, Frame, FrameReader, Kind, Observer
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.settings import Unread
 from tests.support.harness import free_ports, local_links
 from tests.support.waiting import eventually

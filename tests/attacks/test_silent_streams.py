@@ -7,18 +7,18 @@ import datetime
 import logging
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import torch
 from cryptography import x509
 
 from mpc_fl.crypto.authority import Authority
-from mpc_fl.crypto.certificates import Identity, host_name
+from mpc_fl.crypto.certificates import Identity
 from mpc_fl.crypto.identity_files import load_identity, write_identity
+from mpc_fl.links.tls_sockets import TlsSocket, why
+from tests.support.dialling import dialled, end_of
 from tests.support.harness import free_ports, local_links
 from tests.support.served import Service, configuration, make_service_directory
 from tests.support.waiting import eventually
@@ -33,37 +33,30 @@ class SilentStreams:
     """Dials `target` with `identity` until told to stop, so that `STREAMS` streams are there which say nothing."""
 
     def __init__(self, identity: Identity, port: int, target: str = TARGET) -> None:
-        credentials = grpc.ssl_channel_credentials(identity.authority, identity.key, identity.certificate)
-        options = [("grpc.ssl_target_name_override", host_name(target)), ("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [grpc.secure_channel(f"127.0.0.1:{port}", credentials, options) for _ in range(4)]
+        self._identity, self._port, self._target = identity, port, target
         self._stop = threading.Event()
+        self._lines: set[TlsSocket] = set()
         self.ended: list[str] = []  # how streams ended
-        self._threads = [threading.Thread(target=self._dial, args=(n,), daemon=True) for n in range(STREAMS)]
+        self._threads = [threading.Thread(target=self._dial, daemon=True) for _ in range(STREAMS)]
         for thread in self._threads:
             thread.start()
 
-    def _say_nothing(self) -> Iterator[bytes]:
-        self._stop.wait()
-        yield from ()
-
-    def _dial(self, number: int) -> None:
+    def _dial(self) -> None:
         while not self._stop.is_set():
             try:
-                call = self._channels[number % 4].stream_stream("/mpc_fl.Link/Send")(
-                    self._say_nothing(), wait_for_ready=True
-                )
-                for _ in call:
-                    pass
-            except grpc.RpcError as error:
-                self.ended.append(f"{error.code().name}: {error.details()}")
-            except ValueError:  # the channel was closed just before
-                assert self._stop.is_set()
+                with dialled(self._target, self._port, self._identity, 60.0) as line:
+                    self._lines.add(line)
+                    if self._stop.is_set():
+                        return
+                    self.ended.append(end_of(line, 300.0))
+            except OSError as error:
+                self.ended.append(f"BROKEN: {why(error)}")
             self._stop.wait(0.5)
 
     def stop(self) -> None:
         self._stop.set()
-        for channel in self._channels:
-            channel.close()
+        for line in list(self._lines):
+            line.cut()
         for thread in self._threads:
             thread.join(10)
 
@@ -110,8 +103,8 @@ def test_silent_streams_of_one_certificate_keep_nobody_out(
             thread.join(150)
     assert outcome == {TARGET: [6, 6], "hospital-1": [6], "aggregator": [6]}
     if whose == "revoked":
-        assert all(said.startswith("PERMISSION_DENIED") and "revoked" in said for said in attack.streams.ended[:100])
-    about = [record for record in caplog.records if record.name.endswith("grpc_streams") and "link" in record.message]
+        assert all(said.startswith("REFUSED_PARTY") and "revoked" in said for said in attack.streams.ended[:100])
+    about = [record for record in caplog.records if record.name.endswith("stream_server") and "link" in record.message]
     assert 1 <= len(about) < 30, [record.message for record in about]
     assert any("in all" in record.message for record in about), "they are counted"
 

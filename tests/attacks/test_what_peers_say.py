@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent import futures
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from mpc_fl.crypto.authority import make_local_identities
@@ -14,6 +14,8 @@ from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import LinkError, PeerLostError, ProtocolError, printable
 from mpc_fl.links.frames import Kind
 from mpc_fl.links.in_memory import InMemoryLinks
+from mpc_fl.links.streams import Parcel, send_parcel
+from mpc_fl.links.tls_sockets import TlsSocket, context_of
 from tests.support.harness import free_ports, local_links, run_parties_in_memory
 
 pytestmark = pytest.mark.processes
@@ -49,24 +51,23 @@ def test_the_reason_of_a_party_that_refuses(tmp_path: Path) -> None:
     ports = dict(zip("ab", free_ports(2), strict=True))
     identity = load_identity(tmp_path / "a", "a")
 
-    def refuse(chunks: Any, context: grpc.ServicerContext) -> Any:
-        context.abort(grpc.StatusCode.PERMISSION_DENIED, HOSTILE.replace("\ud800", "") + "x" * 4_000)
-        yield b""
+    said = (HOSTILE.replace("\ud800", "") + "x" * 3_000).encode()
 
-    credentials = grpc.ssl_server_credentials(
-        [(identity.key, identity.certificate)], root_certificates=identity.authority, require_client_auth=True
-    )
-    server = grpc.server(futures.ThreadPoolExecutor(2))
-    handler = grpc.stream_stream_rpc_method_handler(refuse)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("mpc_fl.Link", {"Send": handler}),))
-    server.add_secure_port(f"127.0.0.1:{ports['a']}", credentials)
-    server.start()
-    try:
+    def refuse(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        line = TlsSocket(connection, context_of(identity, listens=True))
+        line.shake_hands(30.0)
+        send_parcel(line, Parcel.REFUSED_PARTY, said)
+        line.drain(30.0)
+        line.close()
+
+    with socket.create_server(("127.0.0.1", ports["a"])) as listening:
+        thread = threading.Thread(target=refuse, args=(listening,))
+        thread.start()
         with pytest.raises(LinkError, match="a refused b: ") as caught:
             with local_links("b", ["a", "b"], ports, tmp_path, connect_timeout=30.0):
                 pass
-    finally:
-        server.stop(0)
+        thread.join(60.0)
     _require_harmless(str(caught.value))
     assert "all is well" in caught.value.what
 

@@ -40,6 +40,10 @@ def PATTERN(pattern: str | None) -> dict[str, Any]:  # noqa: N802 - a part of ca
     return {"data": {"source": "images", "patient_pattern": pattern}}
 
 
+def BY(groups: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 - a part of cases
+    return {"evaluation": {"groups": groups}}
+
+
 TABLE = TABLE_OF("age")
 
 # A rule, a configuration that breaks it, one that does not, and what is said.
@@ -59,6 +63,7 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("opened: {patient_count: false}", "opened.patient_count", UNPROTECTED, {}, "number of patients"),
     ("opened: {incomplete: false}", "opened.incomplete", {"federation": {"evaluate_incomplete": True}}, {}, "some of"),
     ("opened: {shared_patients: false}", "opened.shared_patients", {"data": {"shared_patients": "keep"}}, {}, "who also train"),
+    ("opened: {groups: [age]}", "opened.groups", BY({"sex": ["f"]}), BY({"age_bands": [18]}), "by sex"),
     ("data: {sources: [csv]}", "data.sources", {"data": {"source": "images"}}, TABLE, "data.source images"),
     ("data: {columns: [Age]}", "data.columns", TABLE_OF("age", "mrn"), TABLE_OF("age"), "column 'mrn'"),
     ("data: {columns: [age]}", "data.columns", {"data": {"source": "csv", "table": {"features": 3}}}, TABLE, "what is read"),

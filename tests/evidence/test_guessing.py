@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,12 @@ def test_the_planned_number_of_guesses_shows_more_than_others_would() -> None:
     best = mean_bound(planned)
     assert 0.3 < best < epsilon
     assert mean_bound(Guesses(m // 2, m // 2)) < best and mean_bound(Guesses(10, 10)) < best
+
+
+@pytest.mark.parametrize("epsilon", [700.0, 24_000.0, math.inf])
+def test_guesses_are_planned_for_whatever_an_accountant_says(epsilon: float) -> None:
+    """With next to no noise: all of them."""
+    assert planned_guesses(4000, epsilon, 1e-5, 0.02) == Guesses(2000, 2000)
 
 
 def test_without_noise_all_are_guessed_about_or_those_who_were_drawn() -> None:

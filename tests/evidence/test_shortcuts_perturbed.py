@@ -8,11 +8,13 @@ import torch
 
 from mpc_fl.evidence.shortcuts_perturbed import (
     PERTURBATIONS,
+    Films,
     blurred,
     borders,
     corners,
     hidden,
     lung_fields,
+    replaced,
     widened,
 )
 from mpc_fl.learning.data.phantom_shortcuts import mark_pixels
@@ -31,7 +33,8 @@ def phantoms(size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 def test_every_change_keeps_form_and_range_and_does_something(name: str, size: int) -> None:
     images, lungs = phantoms(size)
     before = images.clone()
-    found = BY_NAME[name].of(images.expand(-1, 3, -1, -1), lungs)
+    labels = torch.arange(len(images)) % 3
+    found = BY_NAME[name].of(Films(images.expand(-1, 3, -1, -1), lungs, labels))
     assert found.shape == (len(images), 3, size, size) and found.dtype == torch.float32
     assert found.min() >= 0 and found.max() <= 1 and torch.equal(images, before)
     assert float((found - images).abs().mean()) > 1e-3
@@ -53,6 +56,22 @@ def test_what_is_hidden_is_one_grey_and_the_rest_stays() -> None:
         assert len(torch.unique(found[where])) == 1 and torch.equal(found[~where], images[~where])
         assert float(found[where][0]) == pytest.approx(float(images[where].mean()), abs=1e-5)
     assert torch.equal(hidden(images, torch.zeros(32, 32, dtype=torch.bool)), images)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_is_replaced_is_that_of_a_film_of_the_same_class_or_of_another(alike: bool) -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
+    images = torch.arange(10.0)[:, None, None, None].expand(10, 1, 16, 16)
+    films = Films(images, torch.zeros(10, 16, 16, dtype=torch.bool), labels)
+    found = replaced(films, corners(16), alike)
+    given = found[:, 0, 0, 0].long()
+    assert bool(((labels[given] == labels) == alike).all()) and not bool((given == torch.arange(10)).any())
+    assert torch.equal(found[..., ~corners(16)], images[..., ~corners(16)])
+    assert torch.equal(found, replaced(films, corners(16), alike))
+    if alike:
+        assert sorted(given.tolist()) == list(range(10))  # each gives to one
+    one_class = Films(images, films.lungs, torch.zeros(10, dtype=torch.int64))
+    assert torch.equal(replaced(one_class, corners(16), False), images)
 
 
 def test_masked_lungs_hold_all_that_tells_the_diagnoses() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpc_fl.aggregation.rules import Rules
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config, parse_config

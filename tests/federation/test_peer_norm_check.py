@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpc_fl.apps.runs.estimate import estimate_training
 from mpc_fl.audit.ledger_audit import parse_line
 from mpc_fl.audit.peer_record import lines_of
 from mpc_fl.audit.reveal_ledger import LEDGER_FILE, Block
@@ -46,6 +48,30 @@ def test_the_model_is_that_of_the_mode_with_an_aggregator(
     assert same(model_of(run, "hospital-0"), model_of(led, AGGREGATOR))
     openings = [opening for block in blocks_of(run, "hospital-0") for opening in block.openings]
     assert sum(opening.what == "whether each update is within its norm bound" for opening in openings) == 1
+
+
+@pytest.mark.parametrize("coordinator", [AGGREGATOR, "none"])
+@pytest.mark.parametrize("count", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_hospitals_send_what_was_estimated(
+    coordinator: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check is most of what they send for a small model."""
+    federation = {"coordinator": coordinator, "hospitals": count, "quorum": 3}
+    run = Training(tmp_path, monkeypatch, federation=federation, training=FIXED, aggregation=CHECKED)
+    run.run()
+    assert set(run.said.values()) == {"finished"}, run.said
+    expected = estimate_training(run.config, [30 // count] * count)
+    unchecked = estimate_training(run.config.with_values(aggregation={"norm_check": False}), [30 // count] * count)
+    assert 2 * unchecked.bytes_sent_per_hospital < expected.bytes_sent_per_hospital
+    for name in names(count):
+        phases = json.loads((run.party(name) / "traffic.json").read_text())["phases"].values()
+        counts = [count for phase in phases for count in phase["peers"].values()]
+        sent, messages = (sum(count[key] for count in counts) for key in ("bytes_sent", "messages_sent"))
+        assert 0.9 * sent < expected.bytes_sent_per_hospital < 1.1 * sent, (sent, expected)
+        # Besides, a greeting to each peer, and a farewell unless the peer was faster.
+        peers = len({peer for phase in phases for peer in phase["peers"]})
+        least, most = messages - 2 * peers, messages - peers
+        assert 0.8 * least < expected.messages_per_hospital < 1.25 * most, (messages, expected)
 
 
 def _is_too_large(monkeypatch: pytest.MonkeyPatch, who: str) -> None:

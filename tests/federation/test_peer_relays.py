@@ -72,6 +72,25 @@ def test_a_relay_that_is_lost_in_mid_run_costs_nobody_but_itself(
     assert not [line for line in blamed if "stood still" not in line], blamed
 
 
+LED: dict[str, Any] = {"hospitals": 4, "quorum": 3, "dial_out_only": BEHIND}
+
+
+@pytest.mark.parametrize("other", ["aggregator", "hospital-2"])
+def test_with_an_aggregator_another_relay_takes_over(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hospital that relays is lost as a hospital, and nobody else with it."""
+    relays = ["hospital-0", other]
+    assert relayed_route(*BEHIND, relays).relays[0] == "hospital-0"
+    run = TrainingOverLinks(tmp_path, monkeypatch, federation={**LED, "relay": relays}, training=FIXED)
+    with at_relayed_frame(run, "hospital-0", 5, lambda: run.kill("hospital-0")) as lost:
+        run.run()
+    assert lost == ["hospital-0"]
+    left = ["aggregator", *names(4)[1:]]
+    assert {name: run.said[name] for name in left} == dict.fromkeys(left, "finished"), run.said
+    assert not [line for line in run.log for name in BEHIND if f"lost {name} in phase" in line], run.log
+
+
 def test_what_relays_pass_on_is_estimated_and_said() -> None:
     values = {**SETTINGS, "federation": FEDERATION, "runtime": {}}
     found = parse_config(values, "test")

@@ -119,6 +119,23 @@ def test_who_proposes_is_lost_in_its_round(
     assert any("hospital-1" in line for line in run.log)
 
 
+@pytest.mark.parametrize(
+    ("place", "heard"),
+    [("transcript update 1 0", 2), ("peers update 1 0 0/word", 23)],
+    ids=["before a sum begins", "before keys leave"],
+)
+def test_nobody_waits_for_who_gave_up(place: str, heard: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hospital-2 is killed between its words to two others: one has what it takes to go on, and the other gives up."""
+    run = among_peers(tmp_path, monkeypatch)
+    sleeper = Sleeper("hospital-2", place, KILLED, heard)
+    run.run(sleeper)
+    assert sleeper.slept
+    others = [name for name in names(5) if name != "hospital-2"]
+    require_sound(run, others)
+    lasted = max(run.ended[name] for name in others) - sleeper.since
+    assert lasted < run.config.runtime.receive_timeout / 4, run.log
+
+
 @pytest.mark.parametrize("at", [3, 17, 40, 61, 83, 120, 170, 215, 260])
 def test_any_hospital_is_killed_anywhere(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lost = f"hospital-{at % 5}"

@@ -183,7 +183,7 @@ def test_a_log_holds_one_line_per_failure_and_no_traceback(tmp_path: Path) -> No
     try:
         raise ValueError("a secret")
     except ValueError:
-        logging.getLogger("grpc").exception("Exception calling application")
+        logging.getLogger("library").exception("unexpected")
     text = path.read_text()
     assert "thread reader failed: this machine ran out of memory" in text and "ValueError at " in text
     assert "Traceback" not in text and "a secret" not in text

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ HELD = dict.fromkeys(FOUNDERS, "2:hospital-3:asks,2:hospital-4:asks") | {
 }
 
 
-def start(root: Path, name: str, port: int) -> subprocess.Popen[bytes]:
+def start(root: Path, name: str, held: str, *more: str) -> subprocess.Popen[bytes]:
+    """A hospital that waits as `held` says (`held_party`), with more arguments for `mpc-fl party`."""
     identity, out = root / name / "identity", root / "run" / "parties" / name
     arguments = [
         "party",
@@ -57,12 +59,9 @@ def start(root: Path, name: str, port: int) -> subprocess.Popen[bytes]:
         str(identity),
         "--out",
         str(out),
+        *more,
     ]
-    if name not in FOUNDERS:
-        arguments += ["--set", f"site.address=127.0.0.1:{port}"]
-    if name == LEAVER:
-        arguments += ["--leave-after", "4"]
-    command = [sys.executable, "-m", "tests.support.held_party", HELD[name], *arguments]
+    command = [sys.executable, "-m", "tests.support.held_party", held, *arguments]
     with said_by(root, name).open("wb") as said:
         return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
 
@@ -91,6 +90,68 @@ def rounds_that_tell(told: dict[str, list[str]], what: str) -> dict[str, int]:
     return found
 
 
+def run_and_told(root: Path, held: Mapping[str, str], more: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Start founders, and when they are in round 2 the others; what each block of their ledger tells when all have ended well."""
+    started = {name: start(root, name, held[name], *more.get(name, ())) for name in FOUNDERS}
+    newcomers = [name for name in held if name not in FOUNDERS]
+    try:
+        for name in FOUNDERS:
+            eventually(partial(is_in_round, root, name, started[name], 2), 900, f"{name} is in round 2")
+        started |= {name: start(root, name, held[name], *more.get(name, ())) for name in newcomers}
+        for process in started.values():
+            process.wait(timeout=1800)
+    finally:
+        for process in started.values():
+            process.kill()
+            process.wait(timeout=30)
+    said = {name: said_by(root, name).read_text(errors="replace") for name in held}
+    assert {name: process.returncode for name, process in started.items()} == dict.fromkeys(held, 0), said
+    run, authority = root / "run", root / "hospital-0" / "identity" / "federation.crt"
+    verified = CliRunner().invoke(ledger.app, ["verify", str(run), "--authority", str(authority)])
+    assert verified.exit_code == 0, verified.output
+    shown = CliRunner().invoke(ledger.app, ["show", str(run), "--json"])
+    return {block["about"]: block["told"] for block in json.loads(shown.output)["blocks"]}
+
+
+@pytest.mark.timeout(3600)
+def test_one_that_can_only_dial_out_joins_through_relays(tmp_path: Path) -> None:
+    """So can hospital-2, a founder: the two reach each other through the other founders.
+
+    Those train round 2 when the newcomer has asked them. hospital-2 hears between rounds from them through whom it is reached, and
+    trains round 4 when the two are linked.
+    """
+    seats, dials = hospital_names(4), "hospital-2"
+    relays = [name for name in FOUNDERS if name != dials]
+    held = dict.fromkeys(relays, "2:hospital-3:asks") | {dials: "2,4:hospital-3:links", "hospital-3": ""}
+    federation = {
+        "coordinator": "none",
+        "hospitals": 4,
+        "founders": 3,
+        "quorum": 3,
+        "session": "joining",
+        "addresses": {name: f"127.0.0.1:{port}" for name, port in zip(relays, free_ports(len(relays)), strict=True)},
+        "dial_out_only": [dials],
+    }
+    training = {**SETTINGS["training"], "rounds": 6}
+    (tmp_path / "federation.yaml").write_text(
+        yaml.safe_dump({**SETTINGS, "training": training, "federation": federation})
+    )
+    make_local_identities(seats, {name: tmp_path / name / "identity" for name in seats})
+    through = ["--set", f"site.reached_through=[{', '.join(relays)}]"]
+    told = run_and_told(tmp_path, held, {"hospital-3": through})
+    joined = rounds_that_tell(told, "Joined: ")
+    assert list(joined) == ["hospital-3"] and 3 <= joined["hospital-3"] <= 5, told
+    parties = tmp_path / "run" / "parties"
+    assert len({(parties / name / "model.safetensors").read_bytes() for name in seats}) == 1
+    relayed = {name: bytes_relayed(parties / name) for name in seats}
+    assert {name for name, count in relayed.items() if count} <= set(relays) and any(relayed.values()), relayed
+
+
+def bytes_relayed(party: Path) -> int:
+    phases = json.loads((party / "traffic.json").read_text())["phases"].values()
+    return sum(count["bytes_relayed"] for phase in phases for count in phase["peers"].values())
+
+
 @pytest.mark.timeout(3600)  # what a machine may take that does much else
 def test_two_join_and_one_leaves(tmp_path: Path) -> None:
     ports = dict(zip(SEATS, free_ports(len(SEATS)), strict=True))
@@ -104,25 +165,9 @@ def test_two_join_and_one_leaves(tmp_path: Path) -> None:
     }
     (tmp_path / "federation.yaml").write_text(yaml.safe_dump({**SETTINGS, "federation": federation}))
     make_local_identities(SEATS, {name: tmp_path / name / "identity" for name in SEATS})
-    started = {name: start(tmp_path, name, ports[name]) for name in FOUNDERS}
-    try:
-        for name in FOUNDERS:
-            founder = partial(is_in_round, tmp_path, name, started[name], 2)
-            eventually(founder, 900, f"{name} is in round 2")
-        started |= {name: start(tmp_path, name, ports[name]) for name in NEWCOMERS}
-        for process in started.values():
-            process.wait(timeout=1800)
-    finally:
-        for process in started.values():
-            process.kill()
-            process.wait(timeout=30)
-    said = {name: said_by(tmp_path, name).read_text(errors="replace") for name in SEATS}
-    assert {name: process.returncode for name, process in started.items()} == dict.fromkeys(SEATS, 0), said
-    run, authority = tmp_path / "run", tmp_path / "hospital-0" / "identity" / "federation.crt"
-    verified = CliRunner().invoke(ledger.app, ["verify", str(run), "--authority", str(authority)])
-    assert verified.exit_code == 0, verified.output
-    shown = CliRunner().invoke(ledger.app, ["show", str(run), "--json"])
-    told = {block["about"]: block["told"] for block in json.loads(shown.output)["blocks"]}
+    more = {name: ["--set", f"site.address=127.0.0.1:{ports[name]}"] for name in NEWCOMERS}
+    told = run_and_told(tmp_path, HELD, more | {LEAVER: ["--leave-after", "4"]})
+    run = tmp_path / "run"
     joined, left = (rounds_that_tell(told, what) for what in ("Joined: ", "Left, as it said: "))
     # hospital-4 must be linked with hospital-3 before it can join, which takes it some rounds or none.
     assert set(joined) == set(NEWCOMERS) and joined["hospital-3"] == 3 <= joined["hospital-4"], told

@@ -119,14 +119,12 @@ def test_a_whole_run_of_three(tmp_path: Path) -> None:
         assert not (own / "identity").exists()
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["dies", "stops"])
 @pytest.mark.parametrize("phase", ["round 1 attendance", "round 1 training", "round 1 signatures"])
 def test_the_proposer_is_lost(how: str, phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     require_without_hospital_1(how, phase, configuration(5), monkeypatch, tmp_path)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["dies", "stops"])
 def test_the_relay_of_two_that_only_dial_out_is_lost(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """hospital-1 proposes, and the two prefer it; another one takes over, and no hospital loses one that is there.
@@ -147,8 +145,6 @@ def require_without_hospital_1(
     how: str, phase: str, config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is lost in that phase, and the others end the run, with one ledger."""
-    # Where it stops between its words to two others, these wait for each other until a deadline.
-    config = config.with_values(runtime={"receive_timeout": 150.0})
     monkeypatch.setenv(FREEZE, f"hospital-1/{phase}/{how}")
     with PartyStarter(modules_to_share(config), "tests.support.frozen_programs") as starter:
         lost = launch(config, tmp_path, lambda *_: None, starter)

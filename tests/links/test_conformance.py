@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mpc_fl.crypto.authority import make_local_identities
-from mpc_fl.errors import DataError, LinkError, MpcFlError, PeerLostError, ProtocolError, SecrecyError
+from mpc_fl.errors import DataError, LinkError, MpcFlError, PeerLostError, ProtocolError, SecrecyError, SumLostError
 from mpc_fl.links import mailboxes
 from mpc_fl.links.frames import Frame, Kind
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
@@ -503,6 +503,31 @@ def test_an_interruption_ends_this_partys_waits(world: type[World]) -> None:
 
     outcome = world(["a", "b"]).meet(a=interrupted, b=lambda links: links.receive_object("a", "enough"))
     assert outcome == {"a": [reason, reason, reason, False], "b": {}}
+
+
+def test_who_has_given_up_is_waited_for_no_more(world: type[World]) -> None:
+    """In whatever scope the wait is; what came before is taken still, and other waits go on."""
+
+    def waits(links: Links) -> list[Any]:
+        bound = links.voided_by("given up 3/1").scoped("sum")
+        said = bound.receive_object("b", "said", time.monotonic() + LONG)
+        first = error_of(bound.receive_tensor, "b", "slice", torch.int32, (1,), time.monotonic() + LONG)
+        spoke = bound.await_any({"b": "never"}, time.monotonic() + LONG)
+        second = error_of(bound.scoped("check").receive_object, "b", "never", time.monotonic() + LONG)
+        links.send_object("b", "go on", {})
+        other = links.voided_by("given up 3/2").receive_object("b", "other", time.monotonic() + LONG)
+        return [said, first, spoke, second, other]
+
+    def gives_up(links: Links) -> None:
+        links.scoped("sum").send_object("a", "said", {"before": True})
+        links.scoped("given up 3").send_object("a", "1", {"reason": "lost c\x1b[2J"})
+        links.receive_object("a", "go on")
+        links.send_object("a", "other", {"of": "the next view"})
+
+    before, first, spoke, second, other = world(["a", "b"]).meet(a=waits, b=gives_up)["a"]
+    assert (before, spoke, other) == ({"before": True}, "b", {"of": "the next view"})
+    for error in (first, second):
+        assert isinstance(error, SumLostError) and error.what == "b gave up: lost c?[2J"
 
 
 def test_await_any_says_who_is_first(world: type[World]) -> None:

@@ -27,8 +27,8 @@ def chatter(links: Links) -> list[int]:
     return [int(links.receive_tensor(peer, "number", torch.int64, (1,))) for peer in links.peers for _ in range(3)]
 
 
-def test_it_needs_neither_grpc_nor_a_certificate() -> None:
-    program = "import sys, mpc_fl.links.in_memory; sys.exit('grpc' in sys.modules)"
+def test_it_needs_neither_tls_nor_a_certificate() -> None:
+    program = "import sys, mpc_fl.links.in_memory; sys.exit('ssl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 0
 
 

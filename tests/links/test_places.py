@@ -10,17 +10,15 @@ import pytest
 from mpc_fl.errors import RefusedError
 from mpc_fl.links.places import Places, Refusals
 
-LONG = 60.0  # seconds that no test is meant to wait
-
 
 def test_the_oldest_silent_stream_of_a_certificate_makes_room() -> None:
     places, ended = Places(8), list[int]()
     with contextlib.ExitStack() as streams:
         for number in range(5):
-            streams.enter_context(places.silent(b"one", lambda number=number: ended.append(number), LONG))
-        streams.enter_context(places.silent(b"other", lambda: ended.append(99), LONG))
+            streams.enter_context(places.silent(b"one", lambda number=number: ended.append(number)))
+        streams.enter_context(places.silent(b"other", lambda: ended.append(99)))
         assert ended == [0, 1]
-    with places.silent(b"one", lambda: ended.append(100), LONG):
+    with places.silent(b"one", lambda: ended.append(100)):
         assert ended == [0, 1], "those that have greeted or ended do not count"
 
 
@@ -30,10 +28,10 @@ def test_of_many_certificates_the_greediest_makes_room() -> None:
         for certificate in range(7):
             for number in range(3 if certificate == 0 else 2):
                 end = f"{certificate}.{number}"
-                streams.enter_context(places.silent(bytes([certificate]), lambda end=end: ended.append(end), LONG))
+                streams.enter_context(places.silent(bytes([certificate]), lambda end=end: ended.append(end)))
         assert not ended
         for certificate in range(7, 9):
-            streams.enter_context(places.silent(bytes([certificate]), lambda: None, LONG))
+            streams.enter_context(places.silent(bytes([certificate]), lambda: None))
     assert ended == ["0.0"]
 
 
@@ -41,7 +39,7 @@ def test_all_peers_of_a_large_federation_may_come_at_once() -> None:
     places, ended = Places(2 * 64 + 4), list[int]()
     with contextlib.ExitStack() as streams:
         for peer in range(64):
-            streams.enter_context(places.silent(bytes([peer]), lambda peer=peer: ended.append(peer), LONG))
+            streams.enter_context(places.silent(bytes([peer]), lambda peer=peer: ended.append(peer)))
     assert not ended
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import HandshakeError, PeerLostError, ProtocolError
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import Frame, FrameReader, FrameWriter, Kind
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.links import Links
 from mpc_fl.links.losses import Known, Loss, as_heard, first_named, giving_up, without_sign
 from mpc_fl.links.mailboxes import Mailboxes
@@ -256,9 +256,9 @@ def test_of_several_losses_a_refusal_is_named_then_silence_then_what_was_told_th
         Loss(HandshakeError("f runs another version"), Known.VANISHED, 5),
     ]
     named = []
-    while failure := first_named(losses):
-        named.append(str(failure)[:6])
-        losses = [loss for loss in losses if loss.failure is not failure]
+    while first := first_named(losses):
+        named.append(str(first.failure)[:6])
+        losses.remove(first)
     assert named == ["f runs", "e has ", "c stop", "lost a", "lost b"]
 
 

@@ -31,7 +31,7 @@ from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
 
 # Every party is a process of its own, forked from a server that has imported the libraries and done nothing else (torch
-# and gRPC survive a fork only before they start threads). The launcher and the command line are tested with spawn.
+# survives a fork only before it starts threads). The launcher and the command line are tested with spawn.
 SPAWN = multiprocessing.get_context("forkserver")
 SPAWN.set_forkserver_preload(["tests.support.harness_imports"])
 # The fork server finds modules only through the environment.

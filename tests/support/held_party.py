@@ -1,8 +1,9 @@
 """`mpc-fl` in a process of its own, in which a hospital among peers does not train a round before somebody else is there.
 
 `python -m tests.support.held_party 2:hospital-3:asks,4:hospital-4:links ARGUMENTS`: round 2 when hospital-3 has asked to take part,
-round 4 when hospital-4 is linked. Whoever is in the plan of that round already is there. So what a test is about happens in the
-round that it means, however slow or fast the machine is; `reached` is what such a hospital prints when it is in that round.
+round 4 when hospital-4 is linked; of `5` alone it says when it is in it. Whoever is in the plan of that round already is there. So
+what a test is about happens in the round that it means, however slow or fast the machine is; `reached` is what such a hospital
+prints when it is in that round.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ def parsed(text: str) -> dict[int, Awaited]:
     """The first argument of this program."""
     rounds = dict[int, list[tuple[str, str]]]()
     for each in filter(None, text.split(",")):
-        number, name, what = each.split(":")
-        rounds.setdefault(int(number), []).append((name, what))
+        number, *awaited = each.split(":")
+        for name, what in zip(awaited[::2], awaited[1::2], strict=True):
+            rounds.setdefault(int(number), []).append((name, what))
+        rounds.setdefault(int(number), [])
     return dict(rounds)
 
 

@@ -83,6 +83,12 @@ class _NoRuntime:
         return SecretDomain(self._links, self._world, record, signatory=signatory)
 
 
+@contextlib.contextmanager
+def without_runtime(links: Links, config: Config) -> Iterator[_NoRuntime]:
+    """In place of CrypTen's (`planning.training_runtime`)."""
+    yield _NoRuntime(links, config)
+
+
 class Training:
     """One run; `said` is how each party ended, `ended` when, `log` what all of them logged, `sent` who sent what, by tags.
 
@@ -102,7 +108,7 @@ class Training:
         self.start_anew()
         for program in (aggregator_program, hospital_program):
             monkeypatch.setattr(program, "connect", self._links)
-            monkeypatch.setattr(program, "training_runtime", self._runtime)
+            monkeypatch.setattr(program, "training_runtime", without_runtime)
         monkeypatch.setattr(peer_program, "connect", self._links)
 
     def start_anew(self) -> None:
@@ -113,10 +119,6 @@ class Training:
 
     def _links(self, config: Config, name: str, _observer: Any, _code: str = "") -> Links:
         return self.network.links(name, tolerance_of(config), timeouts=timeouts_of(config, name))
-
-    @contextlib.contextmanager
-    def _runtime(self, links: Links, config: Config) -> Iterator[_NoRuntime]:
-        yield _NoRuntime(links, config)
 
     def _party(self, name: str, starts: Sequence[threading.Event]) -> None:
         """The whole of a party, which begins when the first of `starts` is set, and again, after it was lost, with each other."""

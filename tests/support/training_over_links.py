@@ -1,4 +1,4 @@
-"""Training runs among peers in one process over real links: each hospital a thread that runs its program, over mutual TLS.
+"""Training runs in one process over real links: each party a thread that runs its program, over mutual TLS.
 
 Where who can be reached by whom matters, links in memory will not do. A hospital can be killed or frozen at a chosen frame.
 """
@@ -17,16 +17,16 @@ import torch
 
 from mpc_fl.apps.runs.local_parties import place_parties
 from mpc_fl.config.config import Config, parse_config
-from mpc_fl.federation import peer_program
+from mpc_fl.federation import aggregator_program, hospital_program, peer_program
 from mpc_fl.links.connections import Connections
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import Frame, Kind
-from mpc_fl.links.grpc_streams import Conversation
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.outgoing import Outgoing
 from mpc_fl.links.party_links import connect
-from mpc_fl.roles import split_name
-from tests.support.training_in_memory import SETTINGS
+from mpc_fl.roles import AGGREGATOR, split_name
+from tests.support.training_in_memory import SETTINGS, without_runtime
 
 LONGEST = 240.0  # seconds that a run may take here
 # `watcher(party, sender, frame)`: called of every frame that a party receives, on the thread that reads it.
@@ -63,7 +63,10 @@ class TrainingOverLinks:
             self.links[name] = links
             return links
 
-        monkeypatch.setattr(peer_program, "connect", connected)
+        for program in (peer_program, hospital_program, aggregator_program):
+            monkeypatch.setattr(program, "connect", connected)
+        for program in (hospital_program, aggregator_program):
+            monkeypatch.setattr(program, "training_runtime", without_runtime)
 
     def kill(self, name: str) -> None:
         """End a party as a killed process ends: its streams break, without a word, and it listens no more."""
@@ -115,7 +118,11 @@ class TrainingOverLinks:
     def _party(self, name: str, start: threading.Event | None) -> None:
         try:
             assert start is None or start.wait(LONGEST)
-            peer_program.run(self.placed[name], split_name(name)[1], lambda *_: None)
+            if name == AGGREGATOR:
+                aggregator_program.run(self.placed[name], lambda *_: None)
+            else:
+                program = peer_program if self.config.among_peers else hospital_program
+                program.run(self.placed[name], split_name(name)[1], lambda *_: None)
             self.said[name] = "finished"
         except KilledError:
             self.said[name] = "killed"
@@ -142,8 +149,8 @@ def _break(connections: Connections) -> None:
         peer.route = type(peer.route)("await")  # it dials nobody again
         if peer.conversation is not None:
             peer.conversation.cut()
-    for channel in connections._channels:
-        channel.close()
+    for dialling in connections._diallings.values():
+        dialling.close()
     if connections._server is not None:
         connections._server.stop()
 

@@ -122,7 +122,11 @@ def shadow_config(config: Config, out: Path) -> Config:
         changes["privacy"] = {"smallest_hospital": fewest, "largest_hospital": sizes.largest}
         changes["training"]["batch_size"] = max(1, round(rate * fewest))
     return config.with_values(
-        task="simulate", aggregation={"norm_check": False, "norm_bound": None}, **changes, **in_one_process(out)
+        task="simulate",
+        aggregation={"norm_check": False, "norm_bound": None},
+        evaluation={"groups": {}},
+        **changes,
+        **in_one_process(out),
     )
 
 
@@ -173,6 +177,7 @@ def in_one_process(out: Path) -> dict[str, dict[str, Any]]:
             "out": str(out),
             "watch": [],
             "resume": False,
+            "train_alone": False,
             "training_processes": 1,
             "device": "cpu",
             "precision": "float32",

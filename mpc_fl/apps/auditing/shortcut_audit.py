@@ -42,7 +42,7 @@ from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError, DataError
-from mpc_fl.evidence.shortcuts_perturbed import PERTURBATIONS
+from mpc_fl.evidence.shortcuts_perturbed import PERTURBATIONS, Films
 from mpc_fl.evidence.shortcuts_sites import site_guesses
 from mpc_fl.evidence.shortcuts_tested import Answers, Changed, accuracy_and_area, changed, holm
 from mpc_fl.files import write_json
@@ -167,9 +167,11 @@ def study(model: JudgingModel, films: Dataset, lungs: torch.Tensor, seed: int = 
     `lungs` bool (N, side, side). `seed` is that of resamples and flips, which are no secret.
     """
     before, found = model.answers(films), list[Changed]()
+    given = Films(films.inputs, lungs, films.labels)
     for change in PERTURBATIONS:
-        after = model.answers(replace(films, inputs=change.of(films.inputs, lungs)))
-        found.append(changed(change.name, change.kind, before, after, seed))
+        after = model.answers(replace(films, inputs=change.of(given)))
+        seams = None if change.seams is None else model.answers(replace(films, inputs=change.seams(given)))
+        found.append(changed(change.name, change.kind, before, after, seed, seams))
     corrected = holm([one.p_value for one in found])
     return before, [replace(one, p_holm=value) for one, value in zip(found, corrected, strict=True)]
 
@@ -257,7 +259,8 @@ def pictures(model: JudgingModel, sites: Sequence[SiteFilms]) -> list[FilmShown]
     films, lungs = together([site.test for site in sites]), torch.cat([site.lungs for site in sites])
     rows = [int((films.labels == label).nonzero()[0]) for label in torch.unique(films.labels).tolist()]
     versions = {"untouched": films.inputs[rows]}
-    versions |= {change.name: change.of(films.inputs, lungs)[rows] for change in PERTURBATIONS}
+    given = Films(films.inputs, lungs, films.labels)
+    versions |= {change.name: change.of(given)[rows] for change in PERTURBATIONS}
     few = replace(films, labels=films.labels[rows], patients=torch.arange(len(rows)), names=())
     said = {
         name: torch.softmax(model.answers(replace(few, inputs=images)).logits.double(), dim=1)

@@ -19,6 +19,7 @@ from mpc_fl.roles import hospital_names
 
 FEWEST_HOSPITALS = 2  # of a federation
 _UNCHECKED: dict[str, Any] = {"norm_check": False, "norm_bound": None}
+_WITHOUT_GROUPS: dict[str, Any] = {"groups": {}}  # of which simulations have none
 
 
 def require_films(config: Config) -> None:
@@ -42,7 +43,9 @@ def require_films(config: Config) -> None:
 
 def run_again_config(config: Config, out: Path) -> Config:
     """That of the run as it was, in one process."""
-    return config.with_values(task="simulate", aggregation=_UNCHECKED, **in_one_process(out))
+    return config.with_values(
+        task="simulate", evaluation=_WITHOUT_GROUPS, aggregation=_UNCHECKED, **in_one_process(out)
+    )
 
 
 def probe_config(config: Config, out: Path) -> Config:
@@ -79,7 +82,11 @@ def left_out_config(config: Config, out: Path) -> Config:
     sections["federation"] |= {"hospitals": hospitals, "quorum": fewer}
     pooling = None if colluders is None else min(colluders, (fewer or hospitals) - 2)
     return config.with_values(
-        task="simulate", privacy=_public_sizes(config) | {"colluders": pooling}, aggregation=_UNCHECKED, **sections
+        task="simulate",
+        privacy=_public_sizes(config) | {"colluders": pooling},
+        evaluation=_WITHOUT_GROUPS,
+        aggregation=_UNCHECKED,
+        **sections,
     )
 
 

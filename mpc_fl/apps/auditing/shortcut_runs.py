@@ -20,6 +20,7 @@ from mpc_fl.apps.simulation.hospitals import HospitalGroup
 from mpc_fl.apps.simulation.rounds import SimulatedRounds
 from mpc_fl.audit.opening_record import OPENINGS_FILE, OpeningRecord
 from mpc_fl.config.config import Config
+from mpc_fl.errors import DataError
 from mpc_fl.evidence.shortcuts_perturbed import lung_fields
 from mpc_fl.evidence.shortcuts_tested import Answers
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
@@ -67,13 +68,15 @@ class SiteFilms:
 def films_of_sites(config: Config, parts: Sequence[Part], only: int | None = None) -> list[SiteFilms]:
     """The films of all hospitals, as the run divided them; or those of the hospital of rank `only`, whose own are here.
 
-    Raises what a run raises that cannot read them.
+    Raises what a run raises that cannot read them, and `DataError` for a hospital without test films.
     """
     ranks = range(config.federation.hospitals) if only is None else (only,)
     divided = {part: divided_records(config, part) for part in parts}
     lungs, size, found = _lungs_of_phantoms(config), config.data.image_size, []
     for rank in ranks:
         own = {part: load_own(records, rank) for part, records in divided.items()}
+        if not len(own["test"]):
+            raise DataError(f"{hospital_name(rank)} has no test films here", "put some into DIR/test/<class>/")
         fixed = lung_fields(size).expand(len(own["test"]), -1, -1)
         found.append(SiteFilms(rank, own, fixed if lungs is None else lungs[rank]))
     return found

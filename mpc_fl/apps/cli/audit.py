@@ -189,7 +189,8 @@ def shortcuts(
 ) -> None:
     """Find out what diagnoses rest on: the lungs, or a letter in a corner, a cassette's border, a site's look (docs/evidence.md).
 
-    The run's model judges its test films again with lungs masked, borders masked, corners removed, and another contrast.
+    The run's model judges its test films again with lungs masked, with the borders or corners of a film of another diagnosis,
+    and in another contrast.
     A diagnosis that survives without lungs, or dies with the corners, is a shortcut; the report says which, with
     intervals and corrected tests. Two more questions need trainings, with the run's own network, noise and steps: whether the
     site can be told from the film, and how a model does at a site that it was trained without. All of it is done in one
@@ -215,10 +216,11 @@ def _say_shortcuts(summary: ShortcutSummary) -> None:
 
     whole = next(studied for studied in summary.models if studied.site is None)
     for change in whole.changes:
-        of = change.accuracy_change
+        of, beyond = change.accuracy_change, change.beyond_seams
+        seams = "" if beyond is None else f", {100 * beyond.value:+.1f} beyond seams"
         mark = {"shortcut": " SHORTCUT", "contrast": " CONTRAST"}.get(change.finding, "")
         say(
-            f"{change.name}: accuracy {100 * of.value:+.1f} points ({100 * of.low:+.1f} to {100 * of.high:+.1f}), "
+            f"{change.name}: accuracy {100 * of.value:+.1f} points ({100 * of.low:+.1f} to {100 * of.high:+.1f}){seams}, "
             f"AUC {change.area.value:.3f}, p {change.p_holm:.2g}.{mark}"
         )
     for sentence in said_of(summary):

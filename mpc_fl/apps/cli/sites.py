@@ -73,9 +73,6 @@ def party(
     from mpc_fl.apps.runs.party_log import set_up_log
     from mpc_fl.apps.runs.party_process import quoting_nothing, require_site_allows
     from mpc_fl.apps.runs.placement import party_of, site_of
-    from mpc_fl.links.tls_log import log_refused_handshakes
-
-    log_refused_handshakes()  # before what follows loads gRPC, which reads then where to log
     from mpc_fl.apps.runs.site_data import with_own_data
     from mpc_fl.apps.runs.site_run import run_site
     from mpc_fl.audit.model_origin import MODEL_FILE

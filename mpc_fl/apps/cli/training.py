@@ -147,6 +147,8 @@ def _say_training(summary: TrainingSummary) -> None:
     elif summary.validation is None:
         say("No evaluation was opened: hospitals were absent.")
     _say_choice(summary)
+    for line in () if summary.groups is None else summary.groups.described():
+        say(names.in_text(line))
     for spent in summary.privacy:
         if spent.epsilon is not None:
             say(

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from mpc_fl.apps.formats import UNITS
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.learning.models.evaluation import area_under_curve, roc_points
 
 _MOST_LINES, _MOST_CLASSES, _MOST_CELLS, _MOST_BARS, _THUMBNAIL = 8, 8, 20, 8, 320
@@ -281,6 +281,27 @@ def reliability_diagram(bins: Sequence[tuple[int, float | None, float | None]]) 
     _from_zero(lower)
     _percent(lower.xaxis)
     _legend_below(figure, upper, 2)
+    return figure
+
+
+@_styled
+def group_shares(
+    classes: Sequence[str], groups: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]]
+) -> Figure:
+    """A panel per class: for each group (its name, and a share with its interval per class) a mark on a line from low to high."""
+    figure, panels = _new(7.2, 1.2 + 0.27 * len(groups), len(classes))
+    for index, (name, axes) in enumerate(zip(classes, panels, strict=True)):
+        for row, (_, spans) in enumerate(groups):
+            span = spans[index]
+            if span is not None:
+                axes.plot(span[1:], (row, row), color=PALETTE[index], linewidth=1.6)
+                axes.plot(span[0], row, color=PALETTE[index], marker=_MARKERS[index], markersize=5)
+        axes.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5), title=shorten(name, 16))
+        axes.set_yticks(
+            range(len(groups)), [shorten(name, 30) for name, _ in groups] if not index else [""] * len(groups)
+        )
+        _percent(axes.xaxis)
+    figure.supxlabel("Sensitivity", fontsize=9.5)
     return figure
 
 

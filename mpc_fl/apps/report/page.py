@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mpc_fl.apps.report import common_sections, inference_sections, party_sections, training_sections
+from mpc_fl.apps.report import common_sections, group_sections, inference_sections, party_sections, training_sections
 from mpc_fl.apps.report.markup import STYLE_SHEET, Markup, escape, paragraph
 from mpc_fl.apps.report.run_files import Run, guarded
 from mpc_fl.apps.rows import read_text
@@ -29,16 +29,21 @@ _TRAINING: _Sections = {
         training_sections.hospital_curves,
     ),
     "Results by class": (training_sections.by_class, training_sections.calibration),
+    "Groups of patients": (group_sections.groups,),
+    "Own models": (group_sections.own_models,),
     "Privacy": (training_sections.privacy,),
 }
 _AGGREGATOR: _Sections = {
     "Result": (party_sections.result,),
     "Training curves": (training_sections.global_curve, training_sections.absences),
     "Results by class": (training_sections.by_class, training_sections.calibration),
+    "Groups of patients": (group_sections.groups,),
 }
 _HOSPITAL: _Sections = {
     "Result": (party_sections.result, party_sections.counts, training_sections.images),
     "Training curves": (training_sections.hospital_curves,),
+    "Groups of patients": (group_sections.groups,),
+    "Own models": (group_sections.own_models,),
     "Privacy": (training_sections.privacy,),
 }
 _DIAGNOSIS: _Sections = {
@@ -79,6 +84,7 @@ def _page(run: Run) -> str:
         title, of_kind = f"{title}, at {run.party.party}", _HOSPITAL if is_hospital(run.party.party) else _AGGREGATOR
     builders = {**of_kind, **_BOTH}
     sections = {name: Markup("".join(guarded(build, run) for build in of)) for name, of in builders.items()}
+    sections = {name: content for name, content in sections.items() if content}
     for name in sections.keys() - {
         _CONFIGURATION
     }:  # which is shown as it is; a chosen name has no letter that HTML minds

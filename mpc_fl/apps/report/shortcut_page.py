@@ -12,6 +12,7 @@ from mpc_fl.apps.report.page import document
 from mpc_fl.apps.rows import read_object
 from mpc_fl.apps.shortcut_summary import (
     ALONE,
+    CORNERS,
     FEDERATION,
     SHORTCUTS_FILE,
     ChangeFound,
@@ -24,7 +25,6 @@ from mpc_fl.files import write_text
 
 _MOST_ALONE = 3  # hospitals in one figure
 _SAYS = {"shortcut": "shows a shortcut", "contrast": "leans on contrast", "none": "no sign"}
-_CORNERS = "corners removed"
 
 
 def _share(of: Estimate) -> str:
@@ -56,14 +56,19 @@ def said_of(summary: ShortcutSummary) -> list[str]:
     of_federation = {studied.site: studied for studied in summary.of_model(FEDERATION)}
     for alone in summary.of_model(ALONE):
         beside = of_federation.get(alone.site)
-        mark = next(change for change in alone.changes if change.name == _CORNERS)
-        if mark.finding != "shortcut" or beside is None:
+        own, common = _corners(alone), None if beside is None else _corners(beside)
+        if (
+            own is None
+            or common is None
+            or own.finding != "shortcut"
+            or own.beyond_seams is None
+            or common.beyond_seams is None
+        ):
             continue
-        less = next(change for change in beside.changes if change.name == _CORNERS)
         said.append(
-            f"{alone.site} alone learned what is in the corners: without them it loses "
-            f"{-100 * mark.accuracy_change.value:.1f} points of accuracy on its own films, the federation "
-            f"{max(0.0, -100 * less.accuracy_change.value):.1f} on the same ones."
+            f"{alone.site} alone learned what is in the corners: with those of a film of another diagnosis instead of the same "
+            f"it loses {-100 * own.beyond_seams.value:.1f} points of accuracy on its own films, the federation "
+            f"{max(0.0, -100 * common.beyond_seams.value):.1f} on the same ones."
         )
     if summary.probe is not None:
         where = "can" if summary.probe.told else "cannot be shown to"
@@ -72,6 +77,10 @@ def said_of(summary: ShortcutSummary) -> list[str]:
             f"who sees no film about {percent(max(summary.probe.chance, summary.probe.by_diagnosis))}."
         )
     return said
+
+
+def _corners(studied: ModelStudied) -> ChangeFound | None:
+    return next((change for change in studied.changes if change.name == CORNERS), None)
 
 
 def _and(names: Sequence[str]) -> str:
@@ -100,9 +109,11 @@ def _rests_on(summary: ShortcutSummary, films: Sequence[FilmShown]) -> Markup:
     whole = _of_all(summary)
     text = f"""Each change is made to all test films, and the same model judges them again. Lungs are {summary.lungs}. With
     lungs masked a diagnosis should be lost: where {LEAST_KEPT:.0%} or more are left of what the area below the curve has above
-    one half, and its interval is above one half, the diagnosis comes from elsewhere. With borders masked or corners removed it
-    should stay. So it should under another contrast; that is no shortcut by itself, but what another scanner changes. A loss
-    counts from {100 * LEAST_LOSS:.0f} points on, where the paired test says so at {LEVEL:.0%} over all changes together (Holm)."""
+    one half, and its interval is above one half, the diagnosis comes from elsewhere. Borders and corners are those of a film of
+    another diagnosis, and should not matter. Their seams alone may, which no film of the training has; so the same is done with
+    films of the same diagnosis, and what counts is the loss beyond the seams. Another contrast should not matter either; that is no
+    shortcut by itself, but what another scanner changes. A loss counts from {100 * LEAST_LOSS:.0f} points on, with its interval
+    below zero, where the paired test against the untouched films says so at {LEVEL:.0%} over all changes together (Holm)."""
     whose = "all hospitals'" if summary.films_of is None else f"{summary.films_of}'s"
     series = {f"the run's model, {whose} films": [_triple(change) for change in whole.changes]}
     names = [change.name for change in whole.changes]
@@ -119,21 +130,22 @@ def _triple(change: ChangeFound) -> tuple[float, float, float]:
 
 
 def _table_of(studied: ModelStudied, caption: str) -> Markup:
-    rows = [("untouched", "", _share(studied.accuracy), "", _number(studied.area), "", "")]
+    rows = [("untouched", "", _share(studied.accuracy), "", "", _number(studied.area), "", "")]
     rows += [
         (
             of.name,
             _SAYS.get(of.finding, "n/a"),
             _share(of.accuracy),
             _points(of.accuracy_change),
+            "" if of.beyond_seams is None else _points(of.beyond_seams),
             _number(of.area),
             _number(of.log_odds_change, "+.2f"),
             plain(of.p_holm, ".2g"),
         )
         for of in studied.changes
     ]
-    head = ("Films", "Says", "Accuracy", "Change, points", "AUC", "Change of log odds", "p (Holm)")
-    return table(caption, head, rows, 5)
+    head = ("Films", "Says", "Accuracy", "Change, points", "Beyond seams", "AUC", "Change of log odds", "p (Holm)")
+    return table(caption, head, rows, 6)
 
 
 def _shown(summary: ShortcutSummary, films: Sequence[FilmShown]) -> Markup:
@@ -178,7 +190,7 @@ def _alone(summary: ShortcutSummary) -> Markup:
 
 def _largest_loss(studied: ModelStudied) -> float:
     """Of places that should not matter, as a change of accuracy."""
-    return min(change.accuracy_change.value for change in studied.changes if change.kind == "places")
+    return min((of.beyond_seams.value for of in studied.changes if of.beyond_seams is not None), default=0.0)
 
 
 def _site(summary: ShortcutSummary) -> Markup:
@@ -226,7 +238,7 @@ def _left_out(summary: ShortcutSummary) -> Markup:
 
 def _limits(summary: ShortcutSummary) -> Markup:
     where = f"Lungs were taken to be {summary.lungs}; nothing outlines them. "
-    more = """What is hidden leaves an edge that no training film has, so a model may lose by the edge alone; and what is seen
+    more = """Grey lungs have an edge that no training film has, and a model may lose by the edge alone; what is seen
     with lungs masked may lie in heart, chest wall or posture, and be medicine all the same. A fixed region misses lungs of
     films that are turned or cropped. A change that does nothing says nothing of shortcuts that are not in this list. Intervals
     and tests are over patients of these sites; they say nothing of other hospitals, nor of another draw of noise."""

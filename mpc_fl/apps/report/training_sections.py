@@ -9,7 +9,7 @@ from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.markup import Markup, paragraph, plot, table, tiles
 from mpc_fl.apps.report.run_files import Run, hospital_rounds, missing, skipped
 from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
-from mpc_fl.apps.summaries import Scores
+from mpc_fl.apps.scores import Scores
 from mpc_fl.errors import DataError
 
 _NOT_OPENED = "with evaluation.noise_multiplier the confusion matrix alone is opened"

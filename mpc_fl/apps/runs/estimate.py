@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from mpc_fl.aggregation.mask_costs import mask_costs
+from mpc_fl.aggregation.norm_costs import CheckCosts, costs_among_peers, costs_with_aggregator
+from mpc_fl.aggregation.norm_plan import check_of
 from mpc_fl.apps.estimates import (
     FastInferenceEstimate,
     InferenceEstimate,
@@ -37,6 +39,7 @@ from mpc_fl.config.protocols import MASKS_BETWEEN_ALL_UP_TO
 from mpc_fl.errors import ModelError
 from mpc_fl.federation.feature_statistics import plan_features
 from mpc_fl.federation.global_model import initial_model
+from mpc_fl.federation.group_evaluation import plan_groups
 from mpc_fl.federation.noised_calibration import plan_calibration
 from mpc_fl.federation.noised_evaluation import plan_noised_evaluation
 from mpc_fl.federation.planning import (
@@ -135,7 +138,7 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
     """Bytes, messages, privacy, headroom and memory of a training run, `patients[i]` training patients at hospital i, or those
     of the one hospital `at`.
 
-    Raises `ModelError` for a network that does not take such records, and what `plan_release` raises.
+    Raises `ModelError` for a network that does not take such records, and what `plan_release` and `norm_plan.check_of` raise.
     """
     model = set_trainable(build_model(config), config.training.trainable)
     parameters, buffers = len(flatten_parameters(model)), len(flatten_buffers(model))
@@ -174,6 +177,8 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
         said = opened * _SAID_OF_SLICES + (config.last_round + 2) * _SAID_OF_A_ROUND
         up = 2 * summands * others // hospitals + others * (opened * keys + hospitals * said)
         sent = others * (1 + _MESSAGES_OF_A_PEER_SUM * opened + _MESSAGES_OF_A_PEER_ROUND * (config.last_round + 3))
+    if (check := _check_costs(config, shared, ring_bits // 8 * shared, patients)) is not None:
+        up, sent = up + rounds * sums * check.bytes_sent, sent + rounds * sums * check.messages
     return TrainingEstimate(
         parameters=parameters,
         rounds=rounds,
@@ -194,16 +199,30 @@ def estimate_training(config: Config, patients: list[int], at: str | None = None
     )
 
 
+def _check_costs(config: Config, shared: int, summand_bytes: int, patients: list[int]) -> CheckCosts | None:
+    """Of the norm check of one sum of updates or gradients; `None` where none is asked for."""
+    mechanism = mechanism_of(config) if config.privacy.mechanism == "distributed" else None
+    hospitals = config.federation.hospitals
+    weights = sum(patients) if config.counts_patients else hospitals
+    check = check_of(config, headroom_of(config), mechanism, shared, 1 << (weights - 1).bit_length())
+    if check is None:
+        return None
+    if config.among_peers:
+        return costs_among_peers(check.test, hospitals, summand_bytes)
+    return costs_with_aggregator(check.test, hospitals)
+
+
 def _evaluations(config: Config, classes: int) -> list[int]:
-    """Elements of every sum of evaluation and calibration that a run opens."""
+    """Elements of every sum of evaluation and calibration that a run opens, at most: groups may be withheld."""
     found = list[int]()
     of: tuple[Evaluated, ...] = ("test", "validation")
     for whom in of:
         noised = plan_noised_evaluation(config, whom)
         counts = evaluation_length(classes) if noised is None else noised.length
         found += [counts] * sum(config.evaluates(number, whom) for number in range(config.last_round + 1))
-    calibration = plan_calibration(config)
-    return found if calibration is None else [*found, calibration.grid.length]
+    calibration, groups = plan_calibration(config), plan_groups(config)
+    found += [] if calibration is None else [calibration.grid.length]
+    return found if groups is None else [*found, groups.length, groups.counts_length(groups.cells)]
 
 
 def relayed_pairs(config: Config) -> int:

@@ -61,6 +61,7 @@ def model_card(config: Config, directory: Path, authority: Path | None = None) -
             privacy=privacy_of_run(config),
             final=evaluated[-1].evaluation if evaluated else None,
             evaluated_round=evaluated[-1].round if evaluated else None,
+            groups=rows[-1].groups if rows else None,
             signed=_signed(directory, certificate, origin.sha256),
             origins=origins_of(config),
         )

@@ -31,7 +31,6 @@ from mpc_fl.errors import ConfigError, MpcFlError, PeerLostError
 from mpc_fl.exhaustion import exhaustion
 from mpc_fl.files import OTHERS_MAY_NOTHING
 from mpc_fl.links.silence import SIGN
-from mpc_fl.links.tls_log import log_refused_handshakes
 from mpc_fl.roles import AGGREGATOR, DEALER, HOSPITAL_ROLE, MODEL_OWNER, split_name
 
 ROLES = {HOSPITAL_ROLE: "parties.hospital", AGGREGATOR: "parties.aggregator", DEALER: "parties.dealer",
@@ -109,7 +108,6 @@ def require_may_record(config: Config) -> None:
 
 def run_party(name: str, config: Config, notify: Callable[[str, int, int], None], observer: Any = None) -> None:
     """Run one party's program in this process until it ends. Raises what the program raises."""
-    log_refused_handshakes()
     require_site_allows(config, name)
     import torch
 
@@ -121,7 +119,7 @@ def run_party(name: str, config: Config, notify: Callable[[str, int, int], None]
         raise ConfigError(f"there is no role '{role}'", f"the roles are {', '.join(ROLES)}")
     log = logging.getLogger("mpc_fl")
     log.info("%s starts (%s), process %d", name, config.task, os.getpid())
-    from mpc_fl.apps.runs.curves import curves_of  # with what follows it loads gRPC, which reads then where to log
+    from mpc_fl.apps.runs.curves import curves_of
 
     program = importlib.import_module(ROLES[role])
     if config.runtime.record_messages and observer is None:

@@ -30,7 +30,7 @@ FROM_ALL = (
     OPENINGS_FILE,
     LEDGER_FILE,
 )  # what the aggregator has for all
-_PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "grpcio", "cryptography")
+_PACKAGES = ("mpc-fl", "torch", "torchvision", "crypten", "opacus", "numpy", "cryptography")
 _KEPT = (LEDGER_FILE, UNCONFIRMED_FILE, OPENINGS_FILE, RECEIPTS_FILE, RESULTS_FILE)  # of a run that failed
 
 

@@ -56,7 +56,7 @@ class Search:
     def trial(self, number: int, noise: float | None, ledgers: Path) -> Config:
         """The configuration of a trial, from 1 on."""
         config = self._with(self.settings[number - 1], f"{self.config.name} trial {number}")
-        evaluation: dict[str, Any] = {"test": False, "every": None}
+        evaluation: dict[str, Any] = {"test": False, "every": None, "groups": {}}
         return _placed(config.with_values(evaluation=evaluation), noise, ledgers)
 
     def last(self, number: int, noise: float | None, ledgers: Path) -> Config:

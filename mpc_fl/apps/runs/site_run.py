@@ -106,4 +106,5 @@ def _with_opened(summary: PartySummary, rounds: list[GlobalRound]) -> PartySumma
         final=evaluated[-1].evaluation if evaluated else None,
         evaluated_round=evaluated[-1].round if evaluated else None,
         took_part={str(line.round): line.hospitals for line in rounds},
+        groups=rounds[-1].groups if rounds else None,
     )

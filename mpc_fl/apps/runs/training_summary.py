@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mpc_fl.apps.rows import GlobalRound, HospitalRound
 from mpc_fl.apps.runs.run_directory import count_parameters, versions
-from mpc_fl.apps.summaries import SUMMARY_FILE, PrivacySpent, Scores, Summary, TrainingSummary
+from mpc_fl.apps.scores import Scores
+from mpc_fl.apps.summaries import SUMMARY_FILE, PrivacySpent, Summary, TrainingSummary
 from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config, party_names
@@ -40,6 +41,7 @@ def training_summary(config: Config, directory: Path, command: str, seconds: flo
         validation=_validation(rounds),
         chosen=rounds[-1].chosen if rounds else None,
         calibration=rounds[-1].calibration if rounds else None,
+        groups=rounds[-1].groups if rounds else None,
         privacy=[_privacy_spent(config, name, line) for name, line in last.items()],
         took_part={str(line.round): line.hospitals for line in rounds},
         lost=lost,

@@ -17,8 +17,10 @@ def require_simulable(config: Config) -> None:
             "set it to aggregator: the model is the same, bit for bit, with noise off",
         ),
         "aggregation.norm_check": (config.aggregation.norm_check, "set it to false"),
+        "evaluation.groups": (bool(config.evaluation.groups.attributes), "leave it out"),
         "runtime.restarts": (config.runtime.restarts > 0, "set it to 0: no hospital is lost"),
         "federation.evaluate_incomplete": (federation.evaluate_incomplete, "set it to false: no hospital is lost"),
+        "site.train_alone": (site.train_alone, "leave it out: this is for a hospital of its own"),
         "site.resume": (site.resume, "leave it out, and begin anew"),
         "site.privacy_ledger": (
             site.privacy_ledger is not None,

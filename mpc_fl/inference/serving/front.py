@@ -22,13 +22,14 @@ from mpc_fl.crypto.certificates import Identity
 from mpc_fl.errors import HandshakeError, MpcFlError, PeerLostError, RefusedError, StorageError
 from mpc_fl.inference.serving.quota import SessionRate
 from mpc_fl.inference.serving.visits import TASK, Visit
+from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.frames import FrameReader
 from mpc_fl.links.greetings import first_greeting
-from mpc_fl.links.grpc_streams import Conversation, StreamServer
 from mpc_fl.links.handshake import Agreement, check_greeting
 from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.settings import LONGEST_GREETING
+from mpc_fl.links.stream_server import StreamServer
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,9 @@ from mpc_fl.learning.data.normalisation import Normalisation
 class Dataset:
     """Records of one hospital: inputs float32 (N, C, H, W) in [0, 1] or (N, F), labels int64 (N,), patient index of each
     record int64 (N,) from 0, names of the records, how many files were unreadable and left out, to how many of the others
-    was done what (`image_files.Picture`), and what else lies beside them and is none (`records.Index`)."""
+    was done what (`image_files.Picture`), and what else lies beside them and is none (`records.Index`).
+
+    `groups`: in which group of each attribute a record is, int64 (N,), by the attribute's name (`attributes`)."""
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -25,6 +27,7 @@ class Dataset:
     skipped: int = 0
     treatments: Mapping[str, int] = field(default_factory=dict)
     left_aside: Mapping[str, int] = field(default_factory=dict)
+    groups: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)

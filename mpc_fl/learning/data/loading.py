@@ -14,6 +14,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.data import SOURCES
 from mpc_fl.config.phantoms import ShortcutSection
 from mpc_fl.errors import ConfigError, DataError
+from mpc_fl.learning.data.attributes import group_numbers
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
 from mpc_fl.learning.data.image_folders import ImageFolder
@@ -233,7 +234,9 @@ def load_own(divided: DividedRecords, rank: int) -> Dataset:
     names = tuple(index.names[row] for row in kept)
     # What lies in a folder that is divided belongs to no hospital.
     aside = index.left_aside if is_one_hospitals(config) else {}
-    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments, aside)
+    known = [index.attributes[row] for row in kept] if index.attributes else []
+    groups = group_numbers(config.evaluation.groups, known, rank, len(kept)) if part == "test" else {}
+    return Dataset(inputs, labels, owners, names, len(read.unreadable), read.treatments, aside, groups)
 
 
 def _with_shortcut(arrays: np.ndarray, index: Index, rows: Sequence[int], rank: int, config: Config) -> np.ndarray:

@@ -26,6 +26,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.identity_files import read_private
 from mpc_fl.errors import DataError, IdentityError, MpcFlError
 from mpc_fl.files import written_whole
+from mpc_fl.learning.data.attributes import Attributes
 from mpc_fl.learning.data.dicom_files import patient_identifier
 from mpc_fl.learning.data.file_kinds import DICOM, UnreadableImageError, kind_of
 from mpc_fl.learning.data.image_files import ImageForm, WrongSizeError, read_image
@@ -94,6 +95,16 @@ def owners_of(files: Sequence[Path], config: Config) -> Owners:
             _FIX if table is None else "complete the table, or remove it",
         )
     return Owners(keys, sources)
+
+
+def attributes_of_files(files: Sequence[Path], config: Config) -> list[Attributes]:
+    """What the table says of each image file beside whose it is; nothing where there is no table. Raises as `owners_of`."""
+    root = config.site.data or Path()
+    table, found = read_table(root), list[Attributes]()
+    for path in files:
+        row = None if table is None else table.row_of(PurePosixPath(*path.relative_to(root).parts))
+        found.append(Attributes() if row is None else Attributes(row.sex, row.age, row.scanner))
+    return found
 
 
 def _can_be_read(path: Path, config: Config) -> bool:

@@ -17,10 +17,11 @@ import numpy as np
 from mpc_fl.config.config import Config
 from mpc_fl.config.data import SOURCES
 from mpc_fl.errors import DataError
+from mpc_fl.learning.data.attributes import Attributes, phantom_attributes
 from mpc_fl.learning.data.file_kinds import IMAGE_KINDS
 from mpc_fl.learning.data.image_folders import ImageFolder, class_folders
 from mpc_fl.learning.data.loaders import read_with_loader
-from mpc_fl.learning.data.patients import owners_in_archive, owners_of, require_known
+from mpc_fl.learning.data.patients import attributes_of_files, owners_in_archive, owners_of, require_known
 from mpc_fl.learning.data.phantoms import make_phantoms
 from mpc_fl.learning.data.tables import Records, Split, read_breast_cancer, read_csv, read_medmnist
 
@@ -39,7 +40,7 @@ class Index:
     """All records of a split before pixels are read: label, patient key and name of each, and where to read it.
 
     `sources` says where each image has its patient from, `left_aside` what else lies in the folders or which rows of a table are
-    none, `treatments` what was done to each row of a table.
+    none, `treatments` what was done to each row of a table, `attributes` what is known of each record where groups are formed.
     """
 
     labels: np.ndarray
@@ -50,6 +51,7 @@ class Index:
     sources: list[str] = field(default_factory=list)
     left_aside: Mapping[str, int] = field(default_factory=dict)
     treatments: list[tuple[str, ...]] = field(default_factory=list)
+    attributes: list[Attributes] = field(default_factory=list)
 
     def only(self, rows: Sequence[int]) -> Index:
         """Some of the records."""
@@ -62,6 +64,7 @@ class Index:
             sources=[self.sources[row] for row in rows] if self.sources else [],
             arrays=None if self.arrays is None else self.arrays[list(rows)],
             treatments=[self.treatments[row] for row in rows] if self.treatments else [],
+            attributes=[self.attributes[row] for row in rows] if self.attributes else [],
         )
 
     def treatments_of(self, rows: Iterable[int]) -> Counter[str]:
@@ -84,7 +87,9 @@ def index_of(config: Config, split: Split) -> Index:
         phantoms = make_phantoms(count, len(config.data.classes), config.data.image_size, config.seed, split)
         names = [f"synthetic-phantom-{split}-{row}" for row in range(len(phantoms.labels))]
         inputs = np.repeat(phantoms.images[:, None], config.data.channels, axis=1)
-        return Index(phantoms.labels, phantom_names(phantoms.patients.tolist(), split), names, arrays=inputs)
+        owners, groups = phantoms.patients.tolist(), config.evaluation.groups
+        attributes = phantom_attributes(groups, owners, config.seed, split) if groups.recorded else []
+        return Index(phantoms.labels, phantom_names(owners, split), names, arrays=inputs, attributes=attributes)
     if source == "images":
         return _index_of_images(config, split)
     return _from_records(_read_records(config, split), config)
@@ -106,9 +111,9 @@ def _index_of_images(config: Config, split: Split) -> Index:
         left_aside += found.left_aside
     owners = owners_of(files, config)
     names = [path.name for path in files]
-    return Index(
-        np.array(labels, dtype=np.int64), owners.keys, names, files, sources=owners.sources, left_aside=left_aside
-    )
+    attributes = attributes_of_files(files, config) if config.evaluation.groups.recorded else []
+    index = Index(np.array(labels, dtype=np.int64), owners.keys, names, files, attributes=attributes)
+    return replace(index, sources=owners.sources, left_aside=left_aside)
 
 
 def _read_records(config: Config, split: Split) -> Records:
@@ -139,7 +144,7 @@ def _from_records(records: Records, config: Config) -> Index:
 def index_from(records: Records) -> Index:
     """The index of records that were read."""
     index = Index(records.labels, records.patients, records.names, arrays=records.inputs)
-    return replace(index, left_aside=records.left_aside, treatments=records.treatments)
+    return replace(index, left_aside=records.left_aside, treatments=records.treatments, attributes=records.attributes)
 
 
 def phantom_names(patients: Sequence[int], split: Split) -> list[str]:

@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,7 @@ import numpy as np
 from mpc_fl.config.columns import plain_name
 from mpc_fl.config.config import Config
 from mpc_fl.errors import DataError
+from mpc_fl.learning.data.attributes import Attributes
 from mpc_fl.learning.data.partition import place_of
 from mpc_fl.learning.data.spellings import in_one_spelling
 from mpc_fl.learning.data.table_columns import (
@@ -35,6 +36,7 @@ from mpc_fl.learning.data.table_files import TableFile, read_table_file
 Split = Literal["train", "test"]  # what sources have
 Part = Literal["train", "validation", "test"]  # what a hospital's patients are for
 _WHOLE = re.compile(r"(?P<number>-?[0-9]+)(?:\.0*|,0{1,2})?")
+_BEFORE_UNIT = re.compile(r"[\[(]")  # age [years]
 _TRUTH = {"true": "1", "false": "0"}  # as pandas writes 1 and 0
 
 
@@ -43,6 +45,7 @@ class Records:
     """All records of one split: inputs (records, ...) float32, int64 labels, patient key and name of each record.
 
     `treatments` says what was done to each, `left_aside` how many rows of a table make no record, and why; of tables alone.
+    `attributes` has what is known of each record where groups are formed.
     """
 
     inputs: np.ndarray
@@ -51,6 +54,7 @@ class Records:
     names: list[str]
     treatments: list[tuple[str, ...]] = field(default_factory=list)
     left_aside: Mapping[str, int] = field(default_factory=dict)
+    attributes: list[Attributes] = field(default_factory=list)
 
 
 def scale_features(features: np.ndarray, config: Config) -> np.ndarray:
@@ -100,6 +104,7 @@ def _chosen(records: Records, rows: np.ndarray) -> Records:
         [records.names[i] for i in rows],
         [records.treatments[i] for i in rows] if records.treatments else [],
         records.left_aside,
+        [records.attributes[i] for i in rows] if records.attributes else [],
     )
 
 
@@ -131,10 +136,12 @@ def read_csv(path: Path, config: Config, split: Split | None) -> Records:
     `split` None the label column may be absent, then they are -1. Raises `DataError` naming row and column of the first bad cell.
     """
     table = config.data.table
+    features, grouped = {plain_name(column.name) for column in table.columns or ()}, config.evaluation.groups.recorded
     own = [
         table.label_column,
         *([table.patient_column] if table.patient_column is not None else []),
         *table.identifiers,
+        *(name for name in grouped if name not in features),  # to form groups alone
     ]
     file = read_table_file(path, [*own, *(column.name for column in table.columns or ())])
     label = place_of_column(file, table.label_column)
@@ -163,8 +170,18 @@ def read_csv(path: Path, config: Config, split: Split | None) -> Records:
         [f"{path.name} line {line}" for line, _ in kept],
         [(read_as, *done) for done in encoded.treatments],
         Counter(why for row, why in encoded.left_out.items() if _tests(patients[row], config) == (split == "test")),
+        _attributes(file, grouped, kept),
     )
     return everything if split is None else _chosen(everything, _split(everything.patients, config, split))
+
+
+def _attributes(file: TableFile, grouped: Sequence[str], rows: Sequence[tuple[int, list[str]]]) -> list[Attributes]:
+    """What columns say of these rows beside features; a table may lack such a column. Empty where no groups are formed."""
+    plain = [plain_name(_BEFORE_UNIT.split(name)[0]) for name in file.header]
+    places = {name: plain.index(name) for name in grouped if name in plain}
+    return (
+        [Attributes(**{name: cells[place] for name, place in places.items()}) for _, cells in rows] if grouped else []
+    )
 
 
 def _no_column(path: Path, name: str) -> DataError:

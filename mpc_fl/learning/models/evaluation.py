@@ -28,6 +28,7 @@ from torch import nn
 
 from mpc_fl.crypto.ring import EXACT_IN_FLOAT64
 from mpc_fl.errors import SAME_VERSION, HeadroomError, ProtocolError
+from mpc_fl.learning.models.shares import wilson_interval
 
 SCORE_BINS = 64
 RELIABILITY_BINS = 10
@@ -88,8 +89,12 @@ class Evaluation:
     @property
     def macro_area_resolution(self) -> float | None:
         """How far `macro_area` may be from that of the scores themselves."""
-        pairs = self.scores.tolist()
-        return _mean([bound for bound in (area_resolution(*pair) for pair in pairs) if bound is not None])
+        return _mean([bound for bound in self.area_resolutions if bound is not None])
+
+    @property
+    def area_resolutions(self) -> list[float | None]:
+        """How far each of `areas` may be from that of the scores themselves."""
+        return [area_resolution(negative, positive) for negative, positive in self.scores.tolist()]
 
     @property
     def brier_scores(self) -> list[float]:
@@ -140,13 +145,6 @@ class Evaluation:
             "reliability": [[count, _rounded(mean), _rounded(right)] for count, mean, right in self.reliability_bins],
             "noise": None,
         }
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a share of `count` >= 1 records taken as independent (Wilson, JASA 1927); z = 1.96 for 95 %."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _rounded(value: float | None) -> float | None:

@@ -36,10 +36,10 @@ def found_in(model: torch.nn.Module, site: int) -> dict[str, Changed]:
 def test_a_model_that_reads_the_mark_is_found() -> None:
     at_marked = found_in(reads_the_mark(small_run()), 0)
     assert at_marked["lungs masked"].finding == "shortcut" and at_marked["lungs masked"].kept > 0.8
-    assert at_marked["corners removed"].finding == "shortcut"
-    assert at_marked["corners removed"].accuracy_change.high < -0.1 and at_marked["corners removed"].p_holm < 0.01
+    assert at_marked["corners replaced"].finding == "shortcut"
+    assert at_marked["corners replaced"].accuracy_change.high < -0.1 and at_marked["corners replaced"].p_holm < 0.01
     elsewhere = found_in(reads_the_mark(small_run()), 1)
-    assert elsewhere["corners removed"].finding == "none" == elsewhere["lungs masked"].finding
+    assert elsewhere["corners replaced"].finding == "none" == elsewhere["lungs masked"].finding
 
 
 def test_a_model_that_reads_the_lungs_is_not_blamed() -> None:
@@ -54,7 +54,7 @@ def test_a_model_that_reads_the_lungs_is_not_blamed() -> None:
     found = found_in(model, 0)
     change = found["lungs masked"]
     assert change.area.value - change.area_change.value > 0.6  # it is no blind model
-    assert found["corners removed"].finding == "none" and found["lungs masked"].finding == "none"
+    assert found["corners replaced"].finding == "none" and found["lungs masked"].finding == "none"
 
 
 def test_lungs_of_phantoms_are_their_own() -> None:
@@ -101,13 +101,18 @@ def test_a_hospital_audits_with_its_own_films(tmp_path: Path) -> None:
     assert summary.films_of == "hospital-1" and len(summary.models) == 1 and "fixed" in summary.lungs
     assert summary.models[0].accuracy.value == 1.0 and summary.shortcuts == [
         "lungs masked",
-        "borders masked",
-        "corners removed",
+        "borders replaced",
+        "corners replaced",
     ]
     report = (tmp_path / "audit" / "report.html").read_text()
     assert "data:image/png" not in report and "No film is shown" in report  # these are patients
     audit_shortcuts(replace(request, pictures=True), tmp_path / "shown", lambda *_: None)
     assert (tmp_path / "shown" / "report.html").read_text().count("data:image/png") == 2 * 8
+    empty = tmp_path / "empty"
+    for name in ("normal", "bacterial"):
+        (empty / "test" / name).mkdir(parents=True)
+    with pytest.raises(DataError, match="hospital-1 has no test films here"):
+        audit_shortcuts(replace(request, data=empty), tmp_path / "none", lambda *_: None)
     of_aggregator = hospitals_own_run(tmp_path / "other", tmp_path / "films of other", "aggregator")
     with pytest.raises(DataError, match="aggregator, which has no films"):
         audit_shortcuts(replace(request, run=of_aggregator), tmp_path / "third", lambda *_: None)
@@ -157,11 +162,11 @@ def test_one_hospital_alone_learns_the_mark_and_the_federation_less(tmp_path: Pa
     alone = train_alone(config, sites[0], lambda *_: None)
 
     def corners(model: JudgingModel) -> Changed:
-        return next(one for one in study(model, sites[0].test, sites[0].lungs)[1] if one.name == "corners removed")
+        return next(one for one in study(model, sites[0].test, sites[0].lungs)[1] if one.name == "corners replaced")
 
     own, common = corners(alone), corners(federation)
-    assert own.finding == "shortcut" and own.accuracy_change.value < -0.1
-    assert common.accuracy_change.value > own.accuracy_change.value / 2
+    assert own.beyond_seams is not None and common.beyond_seams is not None and own.finding == "shortcut"
+    assert own.beyond_seams.value < -0.2 and common.beyond_seams.value > own.beyond_seams.value / 2
     probe = probe_sites(config, sites, lambda *_: None)
     assert probe.told and probe.accuracy.low > 0.5
 

@@ -94,11 +94,11 @@ def test_shortcuts_are_found_and_said(tmp_path: Path) -> None:
     words = ["shortcuts", str(run), "--data", str(tmp_path / "films"), "--no-probe", "--no-left-out"]
     told = CliRunner().invoke(audit.app, words)
     assert told.exit_code == 0, told.output
-    assert "corners removed: accuracy -50.0 points" in told.stdout and "SHORTCUT" in told.stdout
+    assert "corners replaced: accuracy -100.0 points" in told.stdout and "SHORTCUT" in told.stdout
     assert (
         "The run's model shows a shortcut" in told.stdout
         and str(tmp_path / "run-shortcuts" / "report.html") in told.stdout
     )
     told = CliRunner().invoke(audit.app, [*words, "--json", "--out", str(tmp_path / "other")])
-    assert "corners removed" in json.loads(told.stdout.splitlines()[-1])["shortcuts"]
+    assert "corners replaced" in json.loads(told.stdout.splitlines()[-1])["shortcuts"]
     assert "--no-left-out" in CliRunner().invoke(audit.app, ["shortcuts", "--help"], env={"COLUMNS": "200"}).stdout

@@ -146,7 +146,7 @@ except SystemExit:
         "pydantic",
         "yaml",
         "cryptography",
-        "grpc",
+        "ssl",
         "matplotlib",
         "PIL",
         "sklearn",

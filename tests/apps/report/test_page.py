@@ -18,6 +18,9 @@ from mpc_fl.apps.report import common_sections, figures
 from mpc_fl.apps.report.page import write_report
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
+from mpc_fl.federation.group_evaluation import GroupsOpened, plan_groups
+from mpc_fl.federation.noised_evaluation import NoisedEvaluation
+from mpc_fl.federation.own_model import OWN_MODEL_FILE, OwnComparison
 from mpc_fl.learning.models.evaluation import Evaluation, evaluate_locally
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"y $\\frac{ & _"
@@ -439,3 +442,57 @@ def test_a_damaged_summary_costs_the_sections_that_need_it_and_says_what_is_wron
     assert headings(text) == TRAINING + BOTH
     assert "Not shown: summary.json: &#x27;rounds&#x27; is not a whole number" in text
     assert "All 4 openings" in text
+
+
+def groups_of(
+    noise: float | None, attribute: str = "sex", names: tuple[str, str] = ("female", "male")
+) -> dict[str, Any]:
+    """What metrics and summary say of two groups, of which the first fares worse."""
+    config = parse_config(
+        {"evaluation": {"groups": {"sex": ["female", "male"]}, "noise_multiplier": noise}, "data": {"image_size": 8}},
+        "test",
+    )
+    plan = plan_groups(config)
+    assert plan is not None
+    of = [evaluation(0.2, 3), evaluation(0.9, 3)]
+    counts: list[Any] = of if noise is None else [NoisedEvaluation(each.confusion.double(), 1.0) for each in of]
+    found = GroupsOpened(plan, plan.cells[:2], tuple(counts)).to_json()
+    for number, shown in enumerate(found["shown"]):
+        shown |= {"attribute": attribute, "group": names[number]}
+    return json.loads(json.dumps(found))
+
+
+@pytest.mark.parametrize("noise", [None, 4.0])
+def test_groups_have_a_section_with_a_picture_gaps_and_what_is_withheld(tmp_path: Path, noise: float | None) -> None:
+    run = training_run(tmp_path / "run", rounds=1, hospitals=2)
+    summary = json.loads((run / "summary.json").read_text())
+    write(run / "summary.json", {**summary, "groups": groups_of(noise)})
+    page = write_report(run).read_text()
+    assert "Groups of patients" in page and "Sensitivity by group" in page and "Withheld: sex: unknown" in page
+    assert "Gaps that are more than chance" in page and ("Fisher" in page) == (noise is None)
+    assert ("not opened" in page) == (noise is not None)
+
+
+def test_names_of_groups_are_not_trusted(tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run", rounds=1, hospitals=2)
+    summary = json.loads((run / "summary.json").read_text())
+    found = groups_of(None, HOSTILE, (HOSTILE, "b" * 300))
+    write(run / "summary.json", {**summary, "groups": {**found, "withheld": {HOSTILE: [HOSTILE]}}})
+    page = write_report(run).read_text()
+    assert "<script>" not in page and "Groups of patients" in page
+    write(run / "summary.json", {**summary, "groups": {"fewest": 20, "withheld": {"sex": ["female"]}}})
+    assert "none is shown" in write_report(run).read_text()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_own_models_stand_where_hospitals_have_trained_alone(tmp_path: Path) -> None:
+    run = training_run(tmp_path / "run", rounds=1, hospitals=2)
+    page = write_report(run).read_text()
+    assert "Own models" not in page and "Groups of patients" not in page
+    found = OwnComparison(evaluation(0.9, 3), evaluation(0.4, 3), 31, 5).to_json()
+    write(run / "parties" / "hospital-1" / OWN_MODEL_FILE, found)
+    page = write_report(run).read_text()
+    assert "Own models" in page and "31 / 5" in page and "McNemar" in page
+    write(run / "parties" / "hospital-1" / OWN_MODEL_FILE, {**found, "alone": HOSTILE})
+    page = write_report(run).read_text()
+    assert "own_model.json: &#x27;alone&#x27; is not a JSON object" in page and "<script>" not in page

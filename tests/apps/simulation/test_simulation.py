@@ -219,6 +219,8 @@ def test_what_a_simulation_does_not_have_is_refused_in_one_line(section: str, tm
         ({"site": {"training_processes": 2}}, "site.training_processes"),
         ({"site": {"device": "cuda"}}, "site.device"),
         ({"site": {"data_of": "hospital"}}, "site.data_of hospital"),
+        ({"site": {"train_alone": True}}, "site.train_alone"),
+        ({"evaluation": {"groups": {"sex": ["f"]}}}, "evaluation.groups"),
         ({"federation": {"evaluate_incomplete": True}}, "federation.evaluate_incomplete"),
     ],
 )
