@@ -21,7 +21,7 @@ from mpc_fl.evidence.shortcuts_perturbed import Kind
 
 Finding = Literal["shortcut", "contrast", "none"]
 LEVEL = 0.05  # of all tests of one model together
-LEAST_LOSS = 0.03  # of accuracy that is called a finding
+LEAST_LOSS = 0.05  # of accuracy that is called a finding; exposure alone costs phantoms 3 points (docs/results.md)
 LEAST_KEPT = 0.25  # of the ranking that is called a finding where lungs are hidden
 _RESAMPLES, _FLIPS = 1000, 9999
 
