@@ -32,6 +32,7 @@ from mpc_fl.learning.training.dp_sgd import LocalTraining, train_locally
 from mpc_fl.learning.training.sampling import sampling_rate
 from mpc_fl.links.party_links import site_directory
 from mpc_fl.progress import Notify
+from mpc_fl.roles import AGGREGATOR
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def alone_config(config: Config) -> Config:
         training={**_OF_SERVERS, "keep_momentum": config.training.momentum > 0},
         evaluation={"noise_multiplier": None, "public_validation": False, "groups": {}},
         aggregation={"norm_check": False, "norm_bound": None},
-        federation={"coordinator": "aggregator", "founders": None, "admission": "all", "quorum": None},
+        federation={"coordinator": AGGREGATOR, "founders": None, "admission": "all", "quorum": None},
         site={"leave_after": None, "training_processes": 1},
     )
 

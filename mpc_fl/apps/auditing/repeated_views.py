@@ -31,7 +31,7 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.evidence.uniformity import FEWEST_WORDS, correlation, equal_bits, p_values_of_one, p_values_of_two, words_of
 from mpc_fl.federation.aggregator_state import Aggregator, prepare_aggregator
 from mpc_fl.federation.planning import sum_rules
-from mpc_fl.roles import AGGREGATOR
+from mpc_fl.roles import AGGREGATOR, hospital_name
 from mpc_fl.sharing.closed_sum import SummandMasks
 
 _OF_TRAINING, _RUNS, _MOST_WORDS = ("update", "gradient"), 2, 1 << 18
@@ -153,7 +153,7 @@ def add_tests_of_summands(runs: list[list[dict[int, MaskedSummand]]], tests: PVa
                 plain, masked = summand.words
                 if masked.nbytes < FEWEST_WORDS:
                     continue
-                name = f"hospital-{rank}, sum {number + 1} of run {run + 1}"
+                name = f"{hospital_name(rank)}, sum {number + 1} of run {run + 1}"
                 tests.add("masked words", name, p_values_of_one(masked))
                 tests.add("the mask alone", name, p_values_of_one(masked - plain))
                 signed = summand.plain.reshape(-1).double().numpy()[: len(masked)]
