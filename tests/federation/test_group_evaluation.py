@@ -379,8 +379,10 @@ def test_impossible_counts_are_refused_as_those_of_all_patients_are(
 
 
 def settings(config: Config) -> dict[str, Any]:
-    sections = ("data", "evaluation", "privacy")
-    return {name: config.model_dump(mode="json", exclude_defaults=True)[name] for name in sections}
+    dumped = config.model_dump(mode="json", exclude_defaults=True)
+    named = {name: dumped[name] for name in ("data", "evaluation", "privacy")}
+    named["privacy"]["mechanism"] = config.privacy.mechanism  # another one than the default of these runs
+    return named
 
 
 def run_in_memory(
