@@ -158,11 +158,17 @@ class Ways:
                 log.info("%s says that it does not reach %s", relay, peer.name)
             way.without[relay] = (failure, known)
             used = way.relay == relay
-            left = [name for name in peer.route.relays if self._mailboxes.alive(name) and name not in way.without]
+            left = [name for name in peer.route.relays if self._leads_somewhere(name) and name not in way.without]
         if not left:
             self._mailboxes.lose(peer.name, failure, known)
         elif used:
             self.take_another(peer, stream, f"it has no link with {peer.name}")
+
+    def _leads_somewhere(self, relay: str) -> bool:
+        """Whether a relay is there, or may be yet: until all are linked one that comes late can still lead to a peer."""
+        if self._mailboxes.connected(relay) or self._mailboxes.started:
+            return self._mailboxes.alive(relay)
+        return self._mailboxes.failure(relay) is None
 
     def await_arrival(self, seconds: float) -> None:
         """Wait until all relayed peers that are there have what was sent, at most so long, and not without progress."""
