@@ -50,6 +50,7 @@ class TrainingOverLinks:
         self.said: dict[str, str] = {}
         self.links: dict[str, NetworkLinks] = {}
         self.watchers: list[Watcher] = []
+        self.passes_no_greeting: set[str] = set()  # relays, so that links are made through the others
         self.log: list[str] = []
         self._thawed = dict[str, threading.Event]()
 
@@ -61,6 +62,8 @@ class TrainingOverLinks:
             links = connect(config, name, observe, code)
             assert isinstance(links, NetworkLinks)
             self.links[name] = links
+            if name in self.passes_no_greeting:
+                links._connections._relay.pass_greeting_on = lambda *_: None  # type: ignore[method-assign]
             return links
 
         for program in (peer_program, hospital_program, aggregator_program):
