@@ -93,11 +93,8 @@ class PeerAttendance:
     _proposed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.me, self._links, self._views = (
-            self.domain.links.name,
-            self.domain.links.scoped("attendance"),
-            Views(self.domain),
-        )
+        self.me, self._links = self.domain.links.name, self.domain.links.scoped("attendance")
+        self._views = Views(self.domain)
         self.rules, self.founders = self.admission.rules, frozenset(self.members)
         self.proposals = Proposals(self.domain, self.rules, self.admission.about_run, self.admission)
         subject = self.proposals.subject("asks", _NO_ROUND)

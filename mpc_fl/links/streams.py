@@ -23,10 +23,8 @@ _TLS_RECORD = 16 << 10
 LONGEST_DETAILS, LONGEST_REFUSAL = 300, 4 << 10  # of a reason: characters that are shown, bytes that are read
 _HEAD = struct.Struct("<BI")
 _FOR_NOBODY = 2.0  # seconds that a party which ends stays for a peer that has taken nothing from it yet
-_LAST_CHUNKS, LAST_WORDS = (
-    10.0,
-    2.0,
-)  # seconds for chunks that are queued when a stream is over; for the other end to end it, too
+_LAST_CHUNKS = 10.0  # seconds for chunks that are queued when a stream is over
+LAST_WORDS = 2.0  # seconds for the other end to end it, too
 
 
 class Parcel(enum.IntEnum):

@@ -89,7 +89,8 @@ def test_with_an_aggregator_another_relay_takes_over(
     lost = list[str]()
 
     def watch(party: str, _sender: str, frame: Frame) -> None:
-        if party == "hospital-0" and frame.tag == "global model" and not lost:  # hospitals say little to each other here
+        # Hospitals say little to each other here.
+        if party == "hospital-0" and frame.tag == "global model" and not lost:
             lost.append(frame.tag)
             run.kill("hospital-0")
 
