@@ -69,9 +69,8 @@ LONG = {"test_mpc.TestTFP": 19, "test_gradients.TestTFP": 18}
 
 def _parts() -> list[Any]:
     """Each class, and which part of how many."""
-    short = [
-        pytest.param(name, 0, 1, marks=pytest.mark.slow if name in SLOW else ()) for name in PASSING if name not in LONG
-    ]
+    slow = (pytest.mark.slow, pytest.mark.timeout(1200))  # minutes beside other tests
+    short = [pytest.param(name, 0, 1, marks=slow if name in SLOW else ()) for name in PASSING if name not in LONG]
     marks = (pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800))
     return short + [
         pytest.param(name, part, parts, marks=marks) for name, parts in LONG.items() for part in range(parts)
