@@ -4,12 +4,11 @@ The patient is what is drawn anew and what is tested, with all records: films of
 percentiles over resampled patients (Efron 1979), before and after a change with the same ones, so that a difference has an interval
 of its own. The paired test flips, for each patient, which of both answers was before (Fisher's randomisation test): its
 p-value is how often the share of right records then differs by as much as it does. Over all changes of one model p-values are
-corrected as Holm says (Scandinavian Journal of Statistics 1979).
+corrected as Holm says (`learning.models.shares.holm`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,15 +172,6 @@ def paired_p_value(differences: np.ndarray, draw: np.random.Generator) -> float:
     signs = 2.0 * draw.integers(0, 2, size=(_FLIPS, len(moved)), dtype=np.int8) - 1
     farther = np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9
     return float((1 + farther.sum()) / (1 + _FLIPS))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's corrected p-values of a family, in the order of the given ones."""
-    order, found, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        found[place] = largest
-    return found
 
 
 def _probabilities(answers: Answers) -> np.ndarray:

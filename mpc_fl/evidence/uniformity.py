@@ -24,6 +24,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from mpc_fl.learning.models.shares import holm
+
 FEWEST_WORDS = 1280  # below, a chi-square over 256 values of a byte has fewer than five expected at each
 _BYTES = 256
 
@@ -137,9 +139,4 @@ def p_values_of_two(words: np.ndarray, others: np.ndarray) -> dict[str, float]:
 
 def rejected(p_values: Sequence[float], level: float) -> list[bool]:
     """Which tests are rejected so that with probability 1 - `level` none of those is that should hold (Holm 1979)."""
-    order, found = np.argsort(p_values), [False] * len(p_values)
-    for rank, place in enumerate(order):
-        if p_values[place] > level / (len(p_values) - rank):
-            break
-        found[place] = True
-    return found
+    return [corrected <= level for corrected in holm(p_values)]

@@ -16,9 +16,9 @@ from mpc_fl.evidence.shortcuts_tested import (
     accuracy_and_area,
     changed,
     estimate,
-    holm,
     paired_p_value,
 )
+from mpc_fl.learning.models.shares import holm
 
 
 def answers(logits: torch.Tensor, labels: torch.Tensor, patients: torch.Tensor | None = None) -> Answers:

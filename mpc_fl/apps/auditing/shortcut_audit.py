@@ -44,11 +44,12 @@ from mpc_fl.config.loading import load_config
 from mpc_fl.errors import ConfigError, DataError
 from mpc_fl.evidence.shortcuts_perturbed import PERTURBATIONS, Films
 from mpc_fl.evidence.shortcuts_sites import site_guesses
-from mpc_fl.evidence.shortcuts_tested import Answers, Changed, accuracy_and_area, changed, holm
+from mpc_fl.evidence.shortcuts_tested import Answers, Changed, accuracy_and_area, changed
 from mpc_fl.files import write_json
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.records import is_one_hospitals
 from mpc_fl.learning.data.tables import Part
+from mpc_fl.learning.models.shares import holm
 from mpc_fl.progress import Progress
 from mpc_fl.roles import hospital_name, is_hospital, split_name
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mpc_fl.apps.audit_summary import AUDIT_FILE, AuditSummary
 from mpc_fl.apps.formats import duration, percent, plain
+from mpc_fl.apps.report.common_sections import made_by
 from mpc_fl.apps.report.figures import membership_curve, privacy_bounds
-from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table, tiles
+from mpc_fl.apps.report.markup import Markup, paragraph, plot, table, tiles
 from mpc_fl.apps.report.page import document
 from mpc_fl.apps.rows import read_object
 from mpc_fl.files import write_text
@@ -106,15 +107,6 @@ def _rests_on(summary: AuditSummary) -> Markup:
     return Markup(paragraph(facts) + paragraph(made))
 
 
-def _record(summary: AuditSummary) -> Markup:
-    said = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
-    return Markup(
-        f"<p>Command:</p><pre>{escape(summary.command)}</pre>"
-        + paragraph(f"Audited run: {summary.run}.")
-        + paragraph(f"Versions: {said}.")
-    )
-
-
 def write_audit_report(directory: Path) -> Path:
     """Write `report.html` of an audit from its audit.json, whole or not at all. Raises `DataError` where that is damaged."""
     summary = read_object(AuditSummary, directory, AUDIT_FILE)
@@ -123,7 +115,7 @@ def write_audit_report(directory: Path) -> Path:
         "Guesses": _guesses(summary),
         "Membership": _membership(summary),
         "What it rests on": _rests_on(summary),
-        "Record": _record(summary),
+        "Record": made_by(summary.command, summary.versions, summary.run),
     }
     path = directory / "report.html"
     write_text(path, document(f"Audit of privacy: {summary.name}", summary.synthetic, sections))

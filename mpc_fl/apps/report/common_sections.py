@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mpc_fl.apps.formats import duration, size
@@ -95,6 +96,13 @@ def openings(run: Run) -> Markup:
     text = f"All {sum(map(len, groups.values()))} openings, equal ones together, from {name}."
     statement = _TRAINING_STATEMENT if training else _INFERENCE_STATEMENT
     return Markup(paragraph(statement, "key") + table(text, head, rows, 3))
+
+
+def made_by(command: str, versions: Mapping[str, str], audited: str | None = None) -> Markup:
+    """The command and versions that a page was made with, and the directory of the run that was `audited`, if it is of one."""
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    of_run = Markup("") if audited is None else paragraph(f"Audited run: {audited}.")
+    return Markup(f"<p>Command:</p><pre>{escape(command)}</pre>" + of_run + paragraph(f"Versions: {said}."))
 
 
 def configuration(run: Run) -> Markup:

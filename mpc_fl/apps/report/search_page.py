@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpc_fl.apps.formats import duration, percent, plain
+from mpc_fl.apps.report.common_sections import made_by
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, table, tiles
 from mpc_fl.apps.report.page import document
 from mpc_fl.apps.rows import read_object, read_text
@@ -64,10 +65,8 @@ def _privacy(summary: SearchSummary) -> Markup:
 
 
 def _configuration(summary: SearchSummary, directory: Path) -> Markup:
-    versions = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
     return Markup(
-        f"<p>Command:</p><pre>{escape(summary.command)}</pre>"
-        + paragraph(f"Versions: {versions}.")
+        made_by(summary.command, summary.versions)
         + f"<details><summary>Configuration without the searched values (config.yaml)</summary>"
         f"<pre>{escape(read_text(directory, 'config.yaml'))}</pre></details>"
     )

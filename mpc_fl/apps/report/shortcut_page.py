@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpc_fl.apps.formats import duration, percent, plain
+from mpc_fl.apps.report.common_sections import made_by
 from mpc_fl.apps.report.figures import accuracy_changes, png_uri
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table, tiles
 from mpc_fl.apps.report.page import document
@@ -245,15 +246,6 @@ def _limits(summary: ShortcutSummary) -> Markup:
     return paragraph(where + more)
 
 
-def _record(summary: ShortcutSummary) -> Markup:
-    said = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
-    return Markup(
-        f"<p>Command:</p><pre>{escape(summary.command)}</pre>"
-        + paragraph(f"Audited run: {summary.run}.")
-        + paragraph(f"Versions: {said}.")
-    )
-
-
 def write_shortcut_report(directory: Path, films: Sequence[FilmShown]) -> Path:
     """Write `report.html` of an audit of shortcuts from its shortcuts.json and these films, whole or not at all.
 
@@ -267,7 +259,7 @@ def write_shortcut_report(directory: Path, films: Sequence[FilmShown]) -> Path:
         "Can the site be told?": _site(summary),
         "Leaving each site out": _left_out(summary),
         "What this does not show": _limits(summary),
-        "Record": _record(summary),
+        "Record": made_by(summary.command, summary.versions, summary.run),
     }
     path = directory / "report.html"
     write_text(path, document(f"Audit of shortcuts: {summary.name}", summary.synthetic, sections))

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from mpc_fl.apps.formats import duration, percent, plain, size
+from mpc_fl.apps.report.common_sections import made_by
 from mpc_fl.apps.report.figures import extraction_curves, png_uri
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table, tiles
 from mpc_fl.apps.report.page import document
@@ -140,15 +141,6 @@ def _extraction(summary: ViewsSummary) -> Markup:
     return Markup(paragraph(text) + picture + table("Agreement", ("Queries", "Labels alone", "Logits"), rows, 3))
 
 
-def _record(summary: ViewsSummary) -> Markup:
-    said = ", ".join(f"{name} {version}" for name, version in summary.versions.items())
-    return Markup(
-        f"<p>Command:</p><pre>{escape(summary.command)}</pre>"
-        + paragraph(f"Audited run: {summary.run}.")
-        + paragraph(f"Versions: {said}.")
-    )
-
-
 def _pictures(directory: Path) -> dict[str, torch.Tensor]:
     """uint8 (n, height, width) by name. Raises `DataError` for anything else."""
     path = directory / PICTURES_FILE
@@ -171,7 +163,7 @@ def write_views_report(directory: Path) -> Path:
         "Uniform and independent": _tests(summary),
         "Gradient inversion": _inversion(summary, _pictures(directory)),
         "Model extraction": _extraction(summary),
-        "Record": _record(summary),
+        "Record": made_by(summary.command, summary.versions, summary.run),
     }
     path = directory / "report.html"
     write_text(path, document(f"What parties saw: {summary.name}", summary.synthetic, sections))
