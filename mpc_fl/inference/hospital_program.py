@@ -6,7 +6,7 @@ The other side is one model owner for one session (`diagnose`, `fill`), or one t
 
 from __future__ import annotations
 
-from dataclasses import replace
+import torch
 
 from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
@@ -56,14 +56,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
         notify("connect", 1, 1)
         results, refusal = ask_service(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     count = len(results)
-    answered = replace(
-        images,
-        inputs=images.inputs[:count],
-        labels=images.labels[:count],
-        patients=images.patients[:count],
-        names=images.names[:count],
-    )
-    write_results(config, answered, results, out)
+    write_results(config, images.only(torch.arange(count)), results, out)
     write_traffic(links, out)
     require_no_doubt(results)
     if refusal is not None:

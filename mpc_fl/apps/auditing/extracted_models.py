@@ -24,11 +24,8 @@ from mpc_fl.learning.models.feature_extractor import as_records
 from mpc_fl.learning.models.model_file import load_model, load_normalisation
 
 FEWEST_QUERIES, _HELD_OUT = 25, 1000
-_OF_QUERIES, _OF_HELD_OUT, _OF_STUDENT = (
-    1_000_003,
-    2_000_003,
-    3_000_017,
-)  # added to the run's seed: images and weights of their own
+# Added to the run's seed: images and weights of their own.
+_OF_QUERIES, _OF_HELD_OUT, _OF_STUDENT = 1_000_003, 2_000_003, 3_000_017
 
 
 def counts_up_to(most: int) -> list[int]:

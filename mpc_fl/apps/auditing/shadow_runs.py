@@ -60,15 +60,9 @@ class _HalfOfEach(HospitalGroup):
 def of_patients(records: Dataset, inside: np.ndarray) -> Dataset:
     """The records of the patients that are `inside`, bool (patients,), who are numbered anew."""
     of = torch.from_numpy(inside)
-    rows = of[records.patients].nonzero().squeeze(1)
+    chosen = records.only(of[records.patients].nonzero().squeeze(1))
     numbers = torch.cumsum(of.long(), dim=0) - 1
-    return replace(
-        records,
-        inputs=records.inputs[rows],
-        labels=records.labels[rows],
-        patients=numbers[records.patients[rows]],
-        names=tuple(records.names[row] for row in rows.tolist()),
-    )
+    return replace(chosen, patients=numbers[chosen.patients])
 
 
 @dataclass(frozen=True)

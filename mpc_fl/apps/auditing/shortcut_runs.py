@@ -153,13 +153,8 @@ class _GivenHospitals(HospitalGroup):
 
 
 def _first(films: Dataset, count: int) -> Dataset:
-    return replace(
-        films,
-        inputs=films.inputs[:count],
-        labels=films.labels[:count],
-        patients=films.patients[:count] - films.patients[:count].min() if len(films) else films.patients,
-        names=films.names[:count],
-    )
+    few = films.only(torch.arange(min(count, len(films))))
+    return replace(few, patients=few.patients - few.patients.min()) if len(few) else few
 
 
 @dataclass(frozen=True)

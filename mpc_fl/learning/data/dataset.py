@@ -45,6 +45,17 @@ class Dataset:
         """Number of patients."""
         return int(self.patients.max()) + 1 if len(self.patients) else 0
 
+    def only(self, rows: torch.Tensor) -> Dataset:
+        """Some of the records, by row numbers int64 (n,); patients keep their numbers."""
+        return replace(
+            self,
+            inputs=self.inputs[rows],
+            labels=self.labels[rows],
+            patients=self.patients[rows],
+            names=tuple(self.names[row] for row in rows.tolist()),
+            groups={attribute: numbers[rows] for attribute, numbers in self.groups.items()},
+        )
+
     def class_counts(self, classes: int) -> list[int]:
         """Records of each of so many classes."""
         return torch.bincount(self.labels, minlength=classes).tolist()
