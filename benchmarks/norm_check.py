@@ -61,7 +61,7 @@ def party(name: str, names: list[str], addresses: dict[str, str], folder: str, o
         check = NormCheck(NormTest(bound, 32), options.parameters)
         measured = []
         for number in range(options.rounds + 1):
-            plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing, "seen alike")
+            plan = SumPlan(hospitals, AGGREGATOR, ("round", number), options.closing, "seen alike", apart=True)
             if name == AGGREGATOR:
                 measured.append(aggregate(domain, check, plan, number))
             else:

@@ -41,12 +41,12 @@ class MaskCosts:
 def mask_costs(rules: Rules, hospitals: int) -> MaskCosts:
     """Of a sum by these rules over so many hospitals with names as long as the longest of the federation."""
     bounds, quorum = rules.bounds(hospitals), min(rules.smallest, hospitals)
-    closing, joint = min(rules.closing, hospitals - 1), min(rules.closing, hospitals - 1)
+    closing = min(rules.closing, hospitals - 1)
     neighbours, against = hospitals - 1, quorum - 2
     if bounds is not None:
         assert rules.colluders is not None
         closing, neighbours, against = bounds.closing if rules.closing else 0, bounds.neighbours, rules.colluders
-        joint = min(closing, 1)
+    joint = closing if rules.check is not None else min(closing, 1)
     name = max(map(len, rules.hospitals))
     missing = -(-neighbours * (hospitals - quorum) // hospitals) if rules.closing else 0
     keys = neighbours + 2 * closing

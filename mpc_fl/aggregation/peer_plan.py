@@ -30,7 +30,9 @@ def signed_plan(domain: SecretDomain, rules: Rules, agreed: AgreedSum) -> SumPla
     require_hospitals(rules, agreed.hospitals, domain.links.name)
     transcript = transcript_of(domain.links, rules, agreed, agreed.hospitals, 0)
     closing = min(rules.closing, len(agreed.hospitals) - 1)
-    plan = SumPlan(agreed.hospitals, rules.opener, (*agreed.label, 0), closing, transcript)
+    plan = SumPlan(
+        agreed.hospitals, rules.opener, (*agreed.label, 0), closing, transcript, apart=rules.check is not None
+    )
     links, why, subject = domain.links.scoped(f"transcript {plan.name}"), agreed.about.why, Subject(transcript, _WORD)
     others, now = [name for name in plan.hospitals if name != links.name], time.monotonic()
 

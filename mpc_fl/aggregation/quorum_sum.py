@@ -87,7 +87,9 @@ def plan_of(links: Fingerprints, rules: Rules, agreed: AgreedSum, hospitals: tup
     closing, circle, bounds = min(rules.closing, len(hospitals) - 1), None, rules.bounds(len(hospitals))
     if bounds is not None:
         closing, circle = bounds.closing if rules.closing else 0, mask_circle(hospitals, transcript, bounds)
-    return SumPlan(hospitals, rules.opener, (*agreed.label, attempt), closing, transcript, circle)
+    return SumPlan(
+        hospitals, rules.opener, (*agreed.label, attempt), closing, transcript, circle, rules.check is not None
+    )
 
 
 # ---- at a hospital -----------------------------------------------------------------------------------------------------

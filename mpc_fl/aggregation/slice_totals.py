@@ -88,14 +88,18 @@ def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
 
     Raises `ProtocolError` naming who deviates, `PeerLostError`, and `SumLostError` where another hospital gave up.
     """
-    totals, told = _told_totals(fixed)
-    linear = LinearMap(_coin(fixed, told))
-    published, of_kept = _combinations(fixed, linear)
+    told = _told_totals(fixed)
+    totals = told.totals
+    linear = LinearMap(_coin(fixed, told.signed))
+    published, of_kept, said = _combinations(fixed, linear)
     failed = [
         piece
         for piece in fixed.slices.hospitals
         if not fits(linear, totals[piece], [published[name][piece] for name in fixed.admitted])
     ]
+    # Before the others hear the last word without which they give no key: they may have been sent the right one.
+    told.require_signed(failed, fixed)
+    _compare(fixed, said)
     if failed:
         _blame(fixed, linear, failed, totals, published)
     for piece, numbers in of_kept.items():
@@ -105,15 +109,35 @@ def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
     return totals
 
 
-def _told_totals(fixed: FixedSlices) -> tuple[dict[str, torch.Tensor], dict[str, Signed]]:
-    """Step 4: all totals, and what each hospital said of those that it made."""
+@dataclass(frozen=True, repr=False)
+class _Told:
+    """All totals by slice, the hash that its opener signed of each, and what each hospital signed."""
+
+    totals: dict[str, torch.Tensor]
+    hashes: dict[str, object]
+    signed: dict[str, Signed]
+
+    def require_signed(self, pieces: Collection[str], fixed: FixedSlices) -> None:
+        """Raise `ProtocolError` naming an opener that sent another total of one of these slices than it signed.
+
+        Of slices that do not fit alone: a total that fits is right, whatever was signed, and a hash takes as long as the check.
+        """
+        for piece in pieces:
+            if tensor_digest(self.totals[piece]) != self.hashes[piece]:
+                name = fixed.slices.opener(piece, fixed.admitted)
+                what = f"{name} sent another total of a slice of '{fixed.why}' than it signed"
+                raise ProtocolError(what, DEVIATES, name)
+
+
+def _told_totals(fixed: FixedSlices) -> _Told:
+    """Step 4."""
     domain, links, totals = fixed.domain, fixed.links, dict[str, torch.Tensor]()
     for piece, slices in fixed.held.items():
         first, *others = slices.values()
         totals[piece] = own_copy(first)
         for words in others:
             totals[piece] += words
-    hashes = {piece: tensor_digest(words) for piece, words in totals.items()}
+    hashes: dict[str, object] = {piece: tensor_digest(words) for piece, words in totals.items()}
     subject = Subject(fixed.bound, "total")
     told = {links.name: say_signed(domain, links, fixed.peers, subject, {"hashes": hashes})}
     for piece, words in list(totals.items()):
@@ -125,13 +149,10 @@ def _told_totals(fixed: FixedSlices) -> tuple[dict[str, torch.Tensor], dict[str,
         if not isinstance(said, dict) or set(said) != set(opened):
             raise ProtocolError(f"{name} opens other slices of '{fixed.why}' than its own", DEVIATES, name)
         for piece in opened:
-            totals[piece] = _receive(fixed, name, f"total {piece}", piece, _TOTALS)
-            if tensor_digest(totals[piece]) != said[piece]:
-                what = f"{name} sent another total of a slice of '{fixed.why}' than it signed"
-                raise ProtocolError(what, DEVIATES, name)
+            totals[piece], hashes[piece] = _receive(fixed, name, f"total {piece}", piece, _TOTALS), said[piece]
 
     hear_all(links, fixed.peers, "total", take, (fixed.deadlines, _TOTALS))
-    return totals, told
+    return _Told(totals, hashes, told)
 
 
 def _coin(fixed: FixedSlices, told: Mapping[str, Signed]) -> bytes:
@@ -149,9 +170,9 @@ def _coin(fixed: FixedSlices, told: Mapping[str, Signed]) -> bytes:
 
 def _combinations(
     fixed: FixedSlices, linear: LinearMap
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """What each hospital of V tells of its slices, by hospital and slice, the same to all of V; and what keepers tell of their
-    copies, by slice."""
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor], dict[str, Signed]]:
+    """What each hospital of V tells of its slices, by hospital and slice; what keepers tell of their copies, by slice; and
+    what each hospital signed of that."""
     domain, links, subject = fixed.domain, fixed.links, Subject(fixed.bound, "combinations")
     mine = {piece: linear.of(fixed.own[piece]) for piece in fixed.slices.hospitals}
     published, said = {links.name: mine}, dict[str, Signed]()
@@ -168,13 +189,18 @@ def _combinations(
         of_kept.update(_told(word.get("kept"), name, {piece: mine[piece] for piece in kept}))
 
     hear_all(links, fixed.peers, "combinations", take, (fixed.deadlines, _COMBINATIONS))
-    say(links, fixed.peers, "repeated", repeated=repeated(said))
+    return published, of_kept, said
+
+
+def _compare(fixed: FixedSlices, said: Mapping[str, Signed]) -> None:
+    """All of V were told the same combinations."""
+    subject = Subject(fixed.bound, "combinations")
+    say(fixed.links, fixed.peers, "repeated", repeated=repeated(said))
 
     def compare(name: str, word: dict[str, Any]) -> None:
-        require_one_version(domain, name, subject, said, word.get("repeated"))
+        require_one_version(fixed.domain, name, subject, said, word.get("repeated"))
 
-    hear_all(links, fixed.peers, "repeated", compare, (fixed.deadlines, _REPEATED))
-    return published, of_kept
+    hear_all(fixed.links, fixed.peers, "repeated", compare, (fixed.deadlines, _REPEATED))
 
 
 def _told(given: object, name: str, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

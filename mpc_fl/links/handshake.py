@@ -27,7 +27,7 @@ from mpc_fl.errors import SAME_VERSION, DisagreementError, HandshakeError, Ident
 # 3: parties give signs of life. 4: the linear check has another map; peers say who joins, leaves and admits. 5: peers know each
 # other's starts with their certificates, and show votes to whom they ask for the state; what is relayed is numbered, and may
 # come through several relays. 6: who gives up a view of a round says so once, for all of it; relays say which start is lost.
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 _VERSION = f"{__version__}, protocol {PROTOCOL_VERSION}"
 _LONGEST_VERSION = 40
 _LONGEST_CODE = 200

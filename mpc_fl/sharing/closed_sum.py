@@ -26,14 +26,16 @@ does not fit its commitment is known to be its sender's doing, two commitments t
 What a lost party costs. Nothing before step 3: V just does not hold it. In step 3 the key of c_ij comes from j, or if j is
 lost from i; only if both are lost the sum stays closed for ever (`ProtocolError`), and what was in it must be made anew.
 
-Many hospitals. In a circle (`mask_circle`) z_ij and c_ij are shared by neighbours alone, P(i) follows i in the circle, and the
-c_ij of one hospital are one key stream, whose key is a hash of the keys c_ij was expanded from: one honest one of P(i) is
-enough for it to be unknown. No V is opened that leaves somebody in it with too few who follow.
+One stream for all c_ij. Unless they are `apart`, because a check of norms folds the masks that two hospitals share, the c_ij of one
+hospital are one key stream, whose key is a hash of all their keys: one honest one of P(i) is enough for it to be unknown.
+
+Many hospitals. In a circle (`mask_circle`) z_ij and c_ij are shared by neighbours alone, and P(i) follows i in the circle. No V
+is opened that leaves somebody in it with too few who follow.
 
 Who shares what with whom, and which keys open what, is public: `sum_plan`.
 
 Rounds and bytes. Two: y_i (k / 8 bytes per element) and at most 2 `closing` + n commitments, then V and as many keys, of 32
-bytes each. The opener expands `closing` key streams for each hospital, so its work grows linearly with their number.
+bytes each. The opener expands one key stream for each hospital, or `closing` where they are apart.
 """
 
 from __future__ import annotations
@@ -90,19 +92,25 @@ class SummandMasks:
         summand = encoded.inside_protocol()
         self._encoded = None if in_place else encoded
         summand = summand if in_place and summand.is_contiguous() else own_copy(summand)
-        for (kind, owner, partner), seed in self._seeds.items():
-            if owner == self.me and (kind == "zero" or self.plan.circle is None):
-                _add_or_subtract(seed.stream("mask"), summand, kind == "closing" or self.plan.adds(owner, partner))
-        if self.plan.circle is not None and self.plan.closing:
-            own = [self._seeds["closing", self.me, partner] for partner in self.plan.partners(self.me)]
-            joint_seed([seed.reveal_for_transport() for seed in own]).stream("mask").add_to(summand)
+        for other in self.plan.neighbours(self.me):
+            stream = self._seeds["zero", self.me, other].stream("mask")
+            _add_or_subtract(stream, summand, self.plan.adds(self.me, other))
+        for stream in self.closing_masks():
+            stream.add_to(summand)
         return summand
+
+    def closing_masks(self) -> Iterator[Stream]:
+        """The key streams of the c_ij of this hospital's own summand, expanded anew each time."""
+        own = [self._seeds["closing", self.me, partner].again() for partner in self.plan.partners(self.me)]
+        return _closing_streams(self.plan, own)
 
     def shared_masks(self, hospital: str) -> Iterator[tuple[Stream, bool]]:
         """The masks of another hospital's summand that this one knows, expanded again, and whether each was added.
 
-        For this party's share of a linear function of that summand, in the check before step 2.
+        For this party's share of a linear function of that summand, in the check before step 2. Raises `SecrecyError` where closing
+        masks are one key stream, of which nobody else knows the key.
         """
+        self._require_apart()
         zero = self._seeds["zero", self.me, hospital]
         yield zero.again().stream("mask"), self.plan.adds(hospital, self.me)
         closing = self._seeds.get(("closing", hospital, self.me))
@@ -111,10 +119,15 @@ class SummandMasks:
 
     def own_masks(self, partner: str) -> Iterator[tuple[Stream, bool]]:
         """As `shared_masks`: the masks of this hospital's own summand that `partner` knows too."""
+        self._require_apart()
         yield self._seeds["zero", self.me, partner].again().stream("mask"), self.plan.adds(self.me, partner)
         closing = self._seeds.get(("closing", self.me, partner))
         if closing is not None:
             yield closing.again().stream("mask"), True
+
+    def _require_apart(self) -> None:
+        if self.plan.closing and not self.plan.apart:
+            raise SecrecyError(f"nobody shares the closing masks of '{self.plan.name}' with only one other hospital")
 
     def own_keys(self, partner: str) -> list[bytes]:
         """The keys of the masks of this hospital's own summand that `partner` knows too, in the order of `SumPlan.keys_known_to`.
@@ -289,6 +302,13 @@ class MaskedTotal:
         return _without_masks(self.plan, self.total, admitted, self.commitments.checked(admitted, keys))
 
 
+def _closing_streams(plan: SumPlan, own: Sequence[Seed]) -> Iterator[Stream]:
+    """Of the c_ij of one hospital, from the seeds that it shares with its partners, in their order."""
+    if own and not plan.apart:
+        own = [joint_seed([seed.reveal_for_transport() for seed in own])]
+    return (seed.stream("mask") for seed in own)
+
+
 def _without_masks(
     plan: SumPlan, total: torch.Tensor, admitted: Sequence[str], known: Mapping[Key, bytes]
 ) -> torch.Tensor:
@@ -296,12 +316,13 @@ def _without_masks(
         if key not in known:
             raise ProtocolError("the keys of a sum were lost with the parties that held them", "make its summands anew")
         kind, owner, partner = key
-        if kind == "zero" or plan.circle is None:
-            added = kind == "closing" or plan.adds(owner, partner)
-            _add_or_subtract(Seed(known[key]).stream("mask"), total, not added)
-    for name in admitted if plan.circle is not None and plan.closing else ():
-        own = [known["closing", name, partner] for partner in plan.partners(name)]
-        joint_seed(own).stream("mask").subtract_from(total)
+        if kind == "zero":
+            _add_or_subtract(Seed(known[key]).stream("mask"), total, not plan.adds(owner, partner))
+    for name in admitted:
+        for stream in _closing_streams(
+            plan, [Seed(known["closing", name, partner]) for partner in plan.partners(name)]
+        ):
+            stream.subtract_from(total)
     return total
 
 

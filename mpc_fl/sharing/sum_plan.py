@@ -21,7 +21,8 @@ Key = tuple[str, str, str]  # "zero" or "closing", whose summand it is in, with 
 @dataclass(frozen=True)
 class SumPlan:
     """What is public of one sum: its hospitals U in order, its opener, a label used once, `closing`, |P(i)|, and the
-    transcript T as this party has it, in hex. `circle`: who shares masks with whom, all with all where it is None.
+    transcript T as this party has it, in hex. `circle`: who shares masks with whom, all with all where it is None. The c_ij of one
+    hospital are one key stream, or one each where they are `apart`, which a check of norms needs.
     """
 
     hospitals: tuple[str, ...]
@@ -30,6 +31,7 @@ class SumPlan:
     closing: int
     transcript: str
     circle: MaskCircle | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if len(self._places) != len(self.hospitals) or not 0 <= self.closing < len(self.hospitals):
@@ -38,6 +40,8 @@ class SumPlan:
             set(self.circle.order) != set(self.hospitals) or self.closing > self.circle.reach
         ):
             raise ProtocolError("a sum over these hospitals cannot be masked by this circle", SAME_VERSION)
+        if self.circle is not None and self.apart:
+            raise ProtocolError("a sum whose norms are checked cannot be masked by a circle", SAME_VERSION)
 
     @cached_property
     def _places(self) -> dict[str, int]:

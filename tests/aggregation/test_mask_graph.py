@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from mpc_fl.aggregation.rules import Rules
 
 UNSAFE = 2.0 ** -(SECURITY_BITS + TRIES_BITS + 1)
 STOPPED = 2.0**-CORRECTNESS_BITS
+_ANY_CHECK: Any = object()  # whichever it is
 
 
 def collude_more(hospitals: int, colluders: int, reach: int, most: int) -> float:
@@ -124,7 +126,9 @@ def test_costs_up_to_sixteen_are_those_of_masks_between_all() -> None:
     rules = Rules("aggregator", names, 14, 2, 1.0, colluders=3)
     assert rules.bounds(16) is None and mask_costs(rules, 16) == mask_costs(replace(rules, colluders=None), 16)
     costs = mask_costs(rules, 16)
-    assert (costs.neighbours, costs.keys, costs.streams, costs.against) == (15, 19, 17, 12)
+    assert (costs.neighbours, costs.keys, costs.streams, costs.against) == (15, 19, 16, 12)
+    apart = mask_costs(replace(rules, check=_ANY_CHECK), 16)
+    assert (apart.streams, apart.opener_streams, costs.opener_streams) == (17, 32, 16)
 
 
 def test_bounds_state_what_they_mean() -> None:

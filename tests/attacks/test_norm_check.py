@@ -230,7 +230,7 @@ def asked_twice(links: Any, directory: str) -> Any:
         for name in WORLD[:-1]:
             links.send_object(name, "word", {"hospitals": WORLD[:-1], "sketch": "11" * 32})
         return passed
-    plan = SumPlan(tuple(WORLD[:-1]), AGGREGATOR, ("sum", "a"), 1, "seen alike")
+    plan = SumPlan(tuple(WORLD[:-1]), AGGREGATOR, ("sum", "a"), 1, "seen alike", apart=True)
     masks = SummandMasks(plan, links.name, (PARAMETERS,), domain.sum_seed)
     links.send_tensor(AGGREGATOR, "summand", masks.masked(Private("update", update("honest", BOUND, 3).int())))
     check = NormCheck(test, PARAMETERS)

@@ -40,6 +40,7 @@ from mpc_fl.links.handshake import Agreement
 from mpc_fl.links.in_memory import DroppedError, InMemoryNetwork
 from mpc_fl.links.links import Links
 from mpc_fl.links.settings import Timeouts, Tolerance
+from mpc_fl.sharing.mask_circle import joint_seed
 from mpc_fl.sharing.opening import SecretDomain
 from mpc_fl.sharing.sum_plan import SumPlan
 from tests.support.signatories import signatories
@@ -307,11 +308,12 @@ def _left_of(chosen: tuple[Summand, ...], here: list[Summand]) -> torch.Tensor:
                     if kind == "zero":
                         known[kind, other, owner] = secret
         for (kind, owner, other), secret in known.items():
-            if owner != each.hospital or (kind == "zero" and other in names):
-                continue
-            stream = Seed(secret).stream("mask")
-            added = kind == "closing" or each.plan.adds(owner, other)
-            (stream.subtract_from if added else stream.add_to)(total)
+            if kind == "zero" and owner == each.hospital and other not in names:
+                stream = Seed(secret).stream("mask")
+                (stream.subtract_from if each.plan.adds(owner, other) else stream.add_to)(total)
+        closing = [known.get(("closing", each.hospital, other)) for other in each.plan.partners(each.hospital)]
+        if own := [secret for secret in closing if secret is not None]:  # with one too few it is another mask
+            joint_seed(own).stream("mask").subtract_from(total)
     return total
 
 

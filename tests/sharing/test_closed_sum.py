@@ -18,16 +18,19 @@ from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
 from mpc_fl.errors import HeadroomError, ProtocolError, SecrecyError
 from mpc_fl.sharing.closed_sum import ClosedSum, SummandMasks
+from mpc_fl.sharing.mask_circle import joint_seed
 from mpc_fl.sharing.sum_plan import SumPlan
 
 FALSE_ALARM = 1e-7
 
 
-def parties(count: int, closing: int, shape: tuple[int, ...] = (3,), label: str = "test") -> dict[str, SummandMasks]:
+def parties(
+    count: int, closing: int, shape: tuple[int, ...] = (3,), label: str = "test", apart: bool = False
+) -> dict[str, SummandMasks]:
     """The masks of all hospitals of one sum, each pair with a seed of its own."""
     names = tuple(f"hospital-{rank}" for rank in range(count))
     keys = {frozenset(pair): secrets.token_bytes(32) for pair in combinations(names, 2)}
-    plan = SumPlan(names, "aggregator", (label,), closing, "seen alike")
+    plan = SumPlan(names, "aggregator", (label,), closing, "seen alike", apart=apart)
     return {
         name: SummandMasks(plan, name, shape, lambda other, name=name: Seed(keys[frozenset((name, other))]))  # type: ignore[misc]
         for name in names
@@ -52,14 +55,15 @@ def opened(masks: dict[str, SummandMasks], values: dict[str, torch.Tensor], admi
     st.integers(0, 5),
     st.sampled_from([torch.int32, torch.int64]),
     st.integers(0, 2**32 - 1),
+    st.booleans(),
     st.data(),
 )
 @settings(max_examples=60, deadline=None)
 def test_the_sum_over_those_admitted_is_exact(
-    count: int, closing: int, dtype: torch.dtype, seed: int, data: st.DataObject
+    count: int, closing: int, dtype: torch.dtype, seed: int, apart: bool, data: st.DataObject
 ) -> None:
     closing = min(closing, count - 1)
-    masks = parties(count, closing)
+    masks = parties(count, closing, apart=apart)
     names = list(masks)
     generator, bits = torch.Generator().manual_seed(seed), 31 if dtype == torch.int32 else 63
     values = {
@@ -76,9 +80,10 @@ def test_the_sum_over_those_admitted_is_exact(
     assert total.dtype == dtype and torch.equal(total, expected)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("lost", ["hospital-0", "hospital-1", "hospital-2", "hospital-3"])
-def test_a_hospital_lost_after_it_sent_costs_nothing(lost: str) -> None:
-    masks = parties(4, 2)
+def test_a_hospital_lost_after_it_sent_costs_nothing(lost: str, apart: bool) -> None:
+    masks = parties(4, 2, apart=apart)
     values = {name: torch.full((3,), rank + 1, dtype=torch.int32) for rank, name in enumerate(masks)}
     assert opened(masks, values, list(masks), [lost]).tolist() == [10, 10, 10]
 
@@ -88,6 +93,33 @@ def test_the_keys_of_two_partners_lost_together_close_the_sum_for_ever() -> None
     values = {name: torch.ones(3, dtype=torch.int32) for name in masks}
     with pytest.raises(ProtocolError, match="lost with the parties that held them"):
         opened(masks, values, list(masks), ["hospital-0", "hospital-1"])
+
+
+def test_all_closing_masks_of_a_summand_are_one_key_stream_unless_they_are_apart() -> None:
+    """Which then nobody can fold for a check, because nobody else knows its key."""
+    joint, apart = parties(4, 3), parties(4, 3, apart=True)
+    assert [len(list(masks["hospital-1"].closing_masks())) for masks in (joint, apart)] == [1, 3]
+    for told in ("shared_masks", "own_masks"):
+        assert len(list(getattr(apart["hospital-1"], told)("hospital-2"))) == 2
+        with pytest.raises(SecrecyError, match="only one other hospital"):
+            list(getattr(joint["hospital-1"], told)("hospital-2"))
+
+
+def test_one_key_that_stays_unknown_leaves_a_summand_masked() -> None:
+    """Whoever has all others of the three keys of its closing mask."""
+    masks = parties(4, 3, (20_000,))
+    own, plan = masks["hospital-0"], masks["hospital-0"].plan
+    words = own.masked(Private("x", torch.zeros(20_000, dtype=torch.int32)))
+    for other in plan.neighbours("hospital-0"):
+        own._seeds["zero", "hospital-0", other].again().stream("mask").subtract_from(words)
+    known = [own._seeds["closing", "hospital-0", partner].again() for partner in plan.partners("hospital-0")]
+    for guessed in (known[:2], known[1:], [*known[:2], Seed.from_system()]):
+        tried = words.clone()
+        joint_seed([seed.reveal_for_transport() for seed in guessed]).stream("mask").subtract_from(tried)
+        assert _uniform(tried) > FALSE_ALARM
+    for stream in own.closing_masks():
+        stream.subtract_from(words)
+    assert not words.any()
 
 
 def test_masks_of_different_transcripts_do_not_cancel() -> None:

@@ -50,7 +50,7 @@ def checked_sum(
 ) -> list[str] | None:
     """Summands, then their check: those that passed at the aggregator, whose `x` is `None`; a hospital returns `None`."""
     links, hospitals = domain.links, domain.world[:-1]
-    plan = SumPlan(tuple(hospitals), AGGREGATOR, ("sum", name), 1, "seen alike")
+    plan = SumPlan(tuple(hospitals), AGGREGATOR, ("sum", name), 1, "seen alike", apart=True)
     if x is not None:
         masks = SummandMasks(plan, links.name, (PARAMETERS,), domain.sum_seed)
         links.send_tensor(AGGREGATOR, "summand", masks.masked(Private("update", x.to(test.dtype))))

@@ -59,7 +59,9 @@ def planned(links: Links, rules: Rules, agreed: AgreedSum) -> SumPlan:
     """The plan of a first attempt, as the caller of `peer_sum` makes it."""
     closing = min(rules.closing, len(agreed.hospitals) - 1)
     transcript = transcript_of(links, rules, agreed, agreed.hospitals, 0)
-    return SumPlan(agreed.hospitals, rules.opener, (*agreed.label, 0), closing, transcript)
+    return SumPlan(
+        agreed.hospitals, rules.opener, (*agreed.label, 0), closing, transcript, apart=rules.check is not None
+    )
 
 
 def only_at(monkeypatch: pytest.MonkeyPatch, who: str, where: Any, name: str, deviating: Callable[..., Any]) -> None:

@@ -87,12 +87,10 @@ class WatchedGroup(HospitalGroup):
 
 
 def _without_closing_masks(masked: torch.Tensor, masks: SummandMasks | None) -> torch.Tensor | None:
-    """Beyond 16 hospitals (a circle of masks) None: there one mask closes a summand, of keys that are joined."""
-    if masks is None or not masks.plan.closing or masks.plan.circle is not None:
+    if masks is None or not masks.plan.closing:
         return None
     unlocked = masked.clone()
-    for partner in masks.plan.partners(masks.me):
-        _, (closing, _) = masks.own_masks(partner)  # the one that cancels in the sum comes first
+    for closing in masks.closing_masks():
         closing.subtract_from(unlocked)
     return unlocked
 
