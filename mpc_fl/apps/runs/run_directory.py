@@ -131,9 +131,9 @@ def is_finished(directory: Path) -> bool:
 def _keep_logs(partial: Path, failed: Path) -> None:
     """Logs and configuration, and what was revealed until then: diagnoses, reveal ledgers, receipts, with the certificate."""
     shutil.rmtree(failed, ignore_errors=True)
+    _remove_half_written(partial)
     logs, receipts = partial / "logs", [*partial.rglob(RECEIPTS_FILE), *partial.rglob(RESULTS_FILE)]
     if has_state(partial):
-        _remove_half_written(partial)
         partial.rename(failed)
         return
     if receipts or (logs.is_dir() and any(logs.iterdir())):
