@@ -18,12 +18,13 @@ from torch import nn
 from mpc_fl.audit.opening_record import Record
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, ProtocolError
+from mpc_fl.free_memory import give_back_free_memory
 from mpc_fl.inference.fast.network import RING_BITS, IntegerModel, Network
 from mpc_fl.inference.fast.online.hospital_session import AskingGate, HospitalSession
 from mpc_fl.inference.fast.online.owner_session import BatchGate, OwnerSession, SessionTerms
 from mpc_fl.inference.fast.preprocessing.party_pools import HospitalPool, OwnerPool
 from mpc_fl.inference.fast.preprocessing.pool import Purpose
-from mpc_fl.inference.fast.quantization.calibration import Calibration, calibrate
+from mpc_fl.inference.fast.quantization.calibration import calibrate
 from mpc_fl.inference.inputs import ModelInputs, calibration_images
 from mpc_fl.inference.results import Diagnosis
 from mpc_fl.learning.data.normalisation import Normalisation
@@ -59,10 +60,13 @@ def pool_of(
 # ---- model owner ---------------------------------------------------------------------------------------------------
 
 
-def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> Calibration:
+def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> IntegerModel:
     """The model as integers, with ranges found on `calibration_images`. Raises `HeadroomError`, `DataError`."""
     images = calibration_images(config)
-    return calibrate(model, images if normalisation is None else normalisation.apply(images))
+    found = calibrate(model, images if normalisation is None else normalisation.apply(images)).integers
+    del images
+    give_back_free_memory()  # of calibration, which needs more than any session
+    return found
 
 
 def answering_session(
@@ -93,10 +97,10 @@ def _most_records(config: Config, in_whole_batches: bool) -> int | None:
 
 def answer(config: Config, model: nn.Module, normalisation: Normalisation | None, links: Links, record: Record) -> int:
     """The model owner's side of one diagnosis, or of filling a pool: returns the number of batches that were evaluated."""
-    calibration = calibrated(config, model, normalisation)
+    integers = calibrated(config, model, normalisation)
     with pool_of(config, OwnerPool, MODEL_OWNER, HOSPITAL, filling=config.inference.fill > 0) as pool:
         domain = session_domain(links, HOSPITAL, record)
-        return answering_session(config, calibration, domain, HOSPITAL, pool).serve()
+        return answering_session(config, integers, domain, HOSPITAL, pool).serve()
 
 
 # ---- hospital ------------------------------------------------------------------------------------------------------

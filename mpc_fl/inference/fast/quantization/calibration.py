@@ -52,6 +52,11 @@ class Calibration(IntegerModel):
     limits: tuple[RangeLimit, ...]
 
     @property
+    def integers(self) -> IntegerModel:
+        """What a session needs of it: the float network takes as much memory again."""
+        return IntegerModel(self.network, self.weights)
+
+    @property
     def risk(self) -> Risk:
         """What the calibration images say about values beyond the limits."""
 
