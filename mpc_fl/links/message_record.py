@@ -101,7 +101,7 @@ class RecordedMessage:
         try:
             # An audit may read what others have put together: no pipe or device, and nothing that is larger than it says.
             if not self.file.is_file() or self.file.stat().st_size > self.size + _MOST_BESIDE:
-                raise DataError(f"{self.file} is no file of {self.size} bytes", _DAMAGED)
+                raise ValueError
             tensor = load(self.file.read_bytes())[_CONTENT]
         except (OSError, SafetensorError, KeyError, ValueError):
             raise DataError(f"{self.file} cannot be read", _DAMAGED) from None
