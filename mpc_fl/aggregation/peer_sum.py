@@ -13,9 +13,10 @@ T are given: all of U have signed T before this begins.
   4. when all of V have signed the same, each adds up the slices that it holds and sends the total, still masked, to all of V
      ("total", with signed hashes)
   5. the linear check (`linear_check`): all show their random numbers ("coin"), which make the coin; all tell the combinations of
-     their own slices that follow from it ("combinations"), signed; all repeat what they heard ("repeated"). Whoever told two
-     hospitals different things in steps 1, 4 or 5 is found by what others repeat (`signed_words`). Where a total does not fit, its
-     opener shows the slices that it was sent, and who deviates is named by all (`ProtocolError`)
+     their own slices that follow from it ("combinations"), signed; all repeat what they heard, and say which totals do not fit
+     ("repeated"). Whoever told two hospitals different things in steps 1, 4 or 5 is found by what others repeat (`signed_words`),
+     or of two totals by the hash. Where a total does not fit, its opener shows the slices that it was sent, and who deviates is
+     named by all (`ProtocolError`)
   6. each of V records the opening and gives its keys to all of V; each takes the masks away by itself (`opening`)
 
 A loss before step 3 leaves the hospital out, and so does a slice that does not arrive where it should. A loss of the

@@ -25,7 +25,7 @@ from mpc_fl.aggregation.linear_check import (
 )
 from mpc_fl.aggregation.signed_words import DEVIATES, Signed, Subject, heard, repeated, require_one_version, say_signed
 from mpc_fl.aggregation.slices import Slices
-from mpc_fl.aggregation.words import Deadlines, broadcast, hear_all, say
+from mpc_fl.aggregation.words import Deadlines, broadcast, hear_all, names_in, say
 from mpc_fl.audit.ledger_file import tensor_digest
 from mpc_fl.crypto.memory_layout import own_copy
 from mpc_fl.errors import PeerLostError, ProtocolError, SumLostError
@@ -99,7 +99,7 @@ def checked_totals(fixed: FixedSlices) -> dict[str, torch.Tensor]:
     ]
     # Before the others hear the last word without which they give no key: they may have been sent the right one.
     told.require_signed(failed, fixed)
-    _compare(fixed, said)
+    _require_same_failures(fixed, told, failed, _compare(fixed, said, failed))
     if failed:
         _blame(fixed, linear, failed, totals, published)
     for piece, numbers in of_kept.items():
@@ -120,7 +120,8 @@ class _Told:
     def require_signed(self, pieces: Collection[str], fixed: FixedSlices) -> None:
         """Raise `ProtocolError` naming an opener that sent another total of one of these slices than it signed.
 
-        Of slices that do not fit alone: a total that fits is right, whatever was signed, and a hash takes as long as the check.
+        Of slices alone that do not fit, here or at another hospital: a total that fits is right, whatever was signed, and a hash
+        takes as long as the check.
         """
         for piece in pieces:
             if tensor_digest(self.totals[piece]) != self.hashes[piece]:
@@ -192,15 +193,31 @@ def _combinations(
     return published, of_kept, said
 
 
-def _compare(fixed: FixedSlices, said: Mapping[str, Signed]) -> None:
-    """All of V were told the same combinations."""
-    subject = Subject(fixed.bound, "combinations")
-    say(fixed.links, fixed.peers, "repeated", repeated=repeated(said))
+def _compare(fixed: FixedSlices, said: Mapping[str, Signed], failed: Collection[str]) -> dict[str, str]:
+    """All of V were told the same combinations. Returns the slices that do not fit at others, and one each at which."""
+    subject, others = Subject(fixed.bound, "combinations"), dict[str, str]()
+    say(fixed.links, fixed.peers, "repeated", repeated=repeated(said), failed=list(failed))
 
     def compare(name: str, word: dict[str, Any]) -> None:
         require_one_version(fixed.domain, name, subject, said, word.get("repeated"))
+        others.update(dict.fromkeys(names_in(word, "failed", name), name))
 
     hear_all(fixed.links, fixed.peers, "repeated", compare, (fixed.deadlines, _REPEATED))
+    return others
+
+
+def _require_same_failures(fixed: FixedSlices, told: _Told, failed: Collection[str], others: Mapping[str, str]) -> None:
+    """Raise `ProtocolError` where a slice fits here and not at another: its opener sent this hospital another total than it signed.
+
+    If not, that other one says something false: it has the total that was signed, as this one, or has named the opener.
+    """
+    for piece, name in others.items():
+        if piece in failed:
+            continue
+        if piece in told.totals:
+            told.require_signed([piece], fixed)
+        what = f"{name} says that a slice of '{fixed.why}' does not fit, which does"
+        raise ProtocolError(what, DEVIATES, name)
 
 
 def _told(given: object, name: str, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MESSAGES_DIRECTORY, _LINES, _CONTENT = "messages", "messages.jsonl", "content"
 _MOST_LINES = 200_000
+_MOST_BESIDE = 4096  # bytes of a file beside its tensor
 _FILE = re.compile(r"[0-9]{6,9}\.safetensors")
 _DAMAGED = "make the run again with runtime.record_messages=true"
 
@@ -98,6 +99,9 @@ class RecordedMessage:
         if self.file is None:
             raise DataError(f"the message '{self.tag}' of {self.sender} was not kept", "raise runtime.recorded_bytes")
         try:
+            # An audit may read what others have put together: no pipe or device, and nothing that is larger than it says.
+            if not self.file.is_file() or self.file.stat().st_size > self.size + _MOST_BESIDE:
+                raise ValueError
             tensor = load(self.file.read_bytes())[_CONTENT]
         except (OSError, SafetensorError, KeyError, ValueError):
             raise DataError(f"{self.file} cannot be read", _DAMAGED) from None

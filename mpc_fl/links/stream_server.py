@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _LONGEST_GREETING = 66 << 10  # bytes of a stream's first chunk
 _HANDSHAKE = 30.0  # seconds for TLS
 _PAUSE = 0.1  # seconds after which a machine without files or threads left is tried again
+_LOOK = 1.0  # seconds between looks for connections that should have been let in or refused
 _GRACE = 0.2  # seconds that streams have to end by themselves when the server stops
 
 # `admit(names in the client's certificate, first chunk)` returns this party's end, or raises to refuse the stream.
@@ -60,6 +61,7 @@ class StreamServer:
         self._context = context_of(identity, listens=True)
         self._lock = threading.Lock()
         self._lines: dict[TlsSocket, threading.Thread] = {}
+        self._let_in_until: dict[TlsSocket, float] = {}  # of `time.monotonic`
         self._stopped = False
         try:
             self._listening = listening(listen)
@@ -76,16 +78,17 @@ class StreamServer:
         for number in (*by_number, self._awake):
             poll.register(number, select.POLLIN)
         while True:
-            ready = [number for number, _ in poll.poll()]
+            ready = [number for number, _ in poll.poll(round(1000 * _LOOK))]
             if self._awake in ready:
                 return
+            self._cut_late()
             for number in ready:
                 try:
                     connection, address = by_number[number].accept()
                     self._begin(connection, f"{address[0]}:{address[1]}", str(address[0]))
                 except BlockingIOError:
                     continue  # it has gone again
-                except (OSError, RuntimeError) as error:  # no file or thread is left
+                except (OSError, RuntimeError, MemoryError) as error:  # no file, thread or memory is left
                     kind = f"a connection could not be accepted: {type(error).__name__}"
                     self._refusals.count(kind, kind)
                     time.sleep(_PAUSE)
@@ -98,16 +101,26 @@ class StreamServer:
         thread = threading.Thread(target=self._serve, args=(line, address, host), name="link", daemon=True)
         with self._lock:
             self._lines[line] = thread
+            self._let_in_until[line] = time.monotonic() + _HANDSHAKE + self._greeting_timeout + 2 * LAST_WORDS
         try:
             thread.start()
         except RuntimeError:
             self._end(line)
             raise
 
+    def _cut_late(self) -> None:
+        """End connections whose time to be let in is over: records that hold nothing keep a thread inside OpenSSL beyond it."""
+        now = time.monotonic()
+        with self._lock:
+            late = [line for line, until in self._let_in_until.items() if now > until]
+        for line in late:
+            line.cut()
+
     def _end(self, line: TlsSocket) -> None:
         line.close()
         with self._lock:
             self._lines.pop(line, None)
+            self._let_in_until.pop(line, None)
 
     def _serve(self, line: TlsSocket, address: str, host: str) -> None:
         """One connection: let it in or refuse it, then write."""
@@ -115,11 +128,14 @@ class StreamServer:
         try:
             with self._places.unknown(host.encode(), line.cut):
                 names, conversation = self._let_in(line, address, held)
+            with self._lock:
+                self._let_in_until.pop(line, None)
             if conversation is not None:
                 with held:
                     converse(line, conversation, names, dialled=False)
                 if conversation.refusal is not None:
-                    log.warning("refused a frame from %s: %s", names, conversation.refusal)
+                    said = f"refused a frame from {names}"
+                    self._refusals.count(said, f"{said}: {conversation.refusal}")
         finally:
             self._end(line)
 

@@ -23,6 +23,8 @@ from mpc_fl.errors import IdentityError, LinkError
 _LONGEST_SECRET = 16 << 10  # bytes of a key or certificate in PEM; a pipe holds 64 KB
 _BACKLOG = 1024  # connections that the system keeps until they are accepted
 _LOOK = 1.0  # seconds between looks whether a sender that waits for room may go on waiting
+_LOOKS = 10  # at a call of OpenSSL that does not end; of a machine that stands still meanwhile one passes
+_AT_ONCE = 0.1  # seconds for a call that is under way, before what was to leave at once is queued
 _SCRATCH = 64 << 10
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 2}  # a machine that is gone is found in 20 s
 ENDED = "it ended the connection"
@@ -146,7 +148,9 @@ def connected_to(address: str, seconds: float) -> socket.socket:
 class TlsSocket:
     """One TLS connection. One thread reads it and another writes it; any may `cut` it, and whoever made it closes it last.
 
-    OpenSSL takes one call at a time for a connection: each is made under its lock, and none waits inside.
+    OpenSSL takes one call at a time for a connection: each is made under its lock, and none waits inside. But reading goes on as
+    long as records come that hold nothing (new keys, tickets), of which TLS allows any number: whoever waits for such a call
+    gives the connection up after some seconds.
     """
 
     def __init__(self, connection: socket.socket, context: ssl.SSLContext, host: str | None = None) -> None:
@@ -167,12 +171,20 @@ class TlsSocket:
         self._closed = False
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[ssl.SSLSocket]:
-        """For one call. Once closed there is none: OpenSSL would use whatever file has the number of the socket now."""
-        with self._lock:
+    def _held(self, at_once: bool = False) -> Iterator[ssl.SSLSocket]:
+        """For one call. Once closed there is none: OpenSSL would use whatever file has the number of the socket now.
+
+        Raises `TimeoutError` where another call does not end.
+        """
+        seconds, times = (_AT_ONCE, 1) if at_once else (_LOOK, _LOOKS)
+        if not any(self._lock.acquire(timeout=seconds) for _ in range(times)):
+            raise TimeoutError
+        try:
             if self._closed:
                 raise ConnectionAbortedError("the connection was closed")
             yield self._connection
+        finally:
+            self._lock.release()
 
     def shake_hands(self, seconds: float) -> None:
         """Prove and check certificates, within `seconds`. Raises `OSError` (`why` explains it)."""
@@ -251,9 +263,9 @@ class TlsSocket:
     def send_at_once(self, data: bytes | memoryview) -> memoryview:
         """Send what leaves without waiting; return the rest, which must be sent before anything else. Raises `OSError`."""
         rest = memoryview(data)
-        with contextlib.suppress(ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        with contextlib.suppress(ssl.SSLWantWriteError, ssl.SSLWantReadError, TimeoutError):
             while rest:
-                with self._held() as connection:
+                with self._held(at_once=True) as connection:
                     rest = rest[connection.send(rest) :]
         return rest
 

@@ -200,6 +200,56 @@ def test_an_opener_that_sends_another_slice_than_it_signed_is_named(
     _all_name(sums, sums.run(), "hospital-1 sent another total of a slice of 'round 1' than it signed")
 
 
+@pytest.mark.parametrize("signed", ["false", "right"])
+def test_an_opener_that_sends_the_right_total_to_one_hospital_alone_is_named_by_who_sees_that(
+    signed: str, sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fits at that one, which must not open the sum while the others give it up. All keys of the deviating one leave."""
+    made: list[torch.Tensor] = []
+
+    def kept(original: Any, tensor: torch.Tensor) -> torch.Tensor:
+        made.append(original(tensor))
+        return made[-1]
+
+    def false() -> torch.Tensor:
+        words = made[0].clone()
+        words[5] += 1
+        return words
+
+    def signs(original: Any, domain: Any, links: Any, names: Any, subject: Subject, values: Any) -> Any:
+        if subject.word == "total" and signed == "false":
+            values = {"hashes": {DEVIATES: tensor_digest(false())}}
+        return original(domain, links, names, subject, values)
+
+    def sends(original: Any, fixed: Any, tag: str, words: torch.Tensor) -> None:
+        for name in fixed.peers:
+            right = not tag.startswith("total") or name == fixed.peers[0]
+            fixed.links.send_tensor(name, tag, words if right else false())
+
+    only_at(monkeypatch, DEVIATES, slice_totals, "own_copy", kept)
+    only_at(monkeypatch, DEVIATES, slice_totals, "say_signed", signs)
+    only_at(monkeypatch, DEVIATES, slice_totals, "_send", sends)
+    only_at(monkeypatch, DEVIATES, slice_totals, "_compare", lambda original, *said: original(*said) and {})
+    outcome = sums.run()
+    first = sums.hospitals[2]  # whom hospital-1 speaks to first
+    for name in _honest(sums):
+        assert name not in outcome.totals and not sums.openings(name), name
+        if (name == first) == (signed == "false"):
+            assert "hospital-1 sent another total of a slice of 'round 1' than it signed" in outcome.said(name)
+    assert not [tag for sender, _, tag, _ in outcome.frames if tag.startswith("keys") and sender != DEVIATES]
+
+
+@pytest.mark.parametrize("piece", ["hospital-0", "hospital-1", "nobody"])
+def test_whoever_says_falsely_that_a_slice_does_not_fit_is_named(
+    piece: str, sums: PeerSums, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accused(original: Any, links: Any, names: Any, word: str, **values: Any) -> None:
+        original(links, names, word, **(values | ({"failed": [piece]} if word == "repeated" else {})))
+
+    only_at(monkeypatch, DEVIATES, slice_totals, "say", accused)
+    _all_name(sums, sums.run(), "hospital-1 says that a slice of 'round 1' does not fit, which does")
+
+
 # ---- liars in the linear check -----------------------------------------------------------------------------------------
 
 

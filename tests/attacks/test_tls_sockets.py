@@ -3,8 +3,10 @@ genuine party gets in meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
+import select
 import socket
 import ssl
 import struct
@@ -18,7 +20,7 @@ import pytest
 from mpc_fl.crypto.authority import Authority
 from mpc_fl.crypto.certificates import Identity, host_name
 from mpc_fl.errors import HandshakeError, IdentityError, LinkError, MpcFlError, ProtocolError
-from mpc_fl.links import places, stream_server, streams
+from mpc_fl.links import places, stream_server, streams, tls_sockets
 from mpc_fl.links.conversation import Conversation
 from mpc_fl.links.dialling import Dialling
 from mpc_fl.links.stream_server import StreamServer
@@ -273,6 +275,51 @@ def test_a_peer_that_reads_nothing_is_let_go_when_its_stream_is_over(
             assert put < 100, "what is queued is bounded"
         conversation.cut()
         assert conversation.wait_until_left(LONG)
+
+
+@contextlib.contextmanager
+def _records_that_hold_nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Inside, whoever listens reads for as long as the connection is there, as OpenSSL does while new keys come fast enough.
+
+    The event: somebody reads so.
+    """
+    original, goes_on, reads = ssl.SSLSocket.recv_into, threading.Event(), threading.Event()
+
+    def recv_into(self: ssl.SSLSocket, memory: memoryview) -> int:
+        if self.server_side and goes_on.is_set():
+            ended = select.poll()
+            ended.register(self.fileno(), select.POLLRDHUP)
+            reads.set()
+            ended.poll(10 * 1000 * LONG)
+        return original(self, memory)
+
+    monkeypatch.setattr(ssl.SSLSocket, "recv_into", recv_into)
+    goes_on.set()
+    yield reads
+    goes_on.clear()
+
+
+def test_records_that_hold_nothing_before_a_greeting_end(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_server, "LAST_WORDS", 0.1)
+    with _records_that_hold_nothing(monkeypatch) as reads, dialled(NAME, served.port, served.genuine) as line:
+        assert reads.wait(LONG)
+        assert _ends(line._connection)
+
+
+def test_records_that_hold_nothing_hold_up_nobody_who_sends(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs of life are sent by one thread to all peers: it must not wait for one of them, nor any party without a deadline."""
+    monkeypatch.setattr(tls_sockets, "_LOOK", 0.1)
+    with dialled(NAME, served.port, served.genuine) as line:
+        send_parcel(line, Parcel.CHUNK, GREETING)
+        eventually(lambda: len(served.conversations) == 1, LONG, "it is admitted")
+        with _records_that_hold_nothing(monkeypatch) as reads:
+            line.send(bytes([Parcel.CHUNK]))
+            assert reads.wait(LONG)
+            sender = threading.Thread(target=served.conversations[0].put, args=(b"a sign", 0.0), daemon=True)
+            sender.start()
+            sender.join(LONG)
+            assert not sender.is_alive()
+            eventually(lambda: served.ended == [None], LONG, "the connection is given up")
 
 
 def test_more_connections_than_may_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

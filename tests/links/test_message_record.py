@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,29 @@ def test_another_content_than_was_recorded_is_refused(tmp_path: Path) -> None:
     first.write_bytes(b"nothing")
     with pytest.raises(DataError, match="cannot be read"):
         found.tensor()
+
+
+def test_what_is_no_file_or_larger_than_it_says_is_not_read(tmp_path: Path) -> None:
+    """Of a directory that others put together: a pipe would keep the reader for ever, and a device fill its memory."""
+    record_in(tmp_path)("b", tensor_frame("summand", WORDS))
+    (message,) = recorded_messages(tmp_path)
+    assert message.file is not None
+    content = message.file.read_bytes()
+    message.file.unlink()
+    os.mkfifo(message.file)
+
+    def write() -> None:
+        with contextlib.suppress(OSError), message.file.open("wb") as pipe:  # type: ignore[union-attr]
+            pipe.write(content)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    with pytest.raises(DataError, match="cannot be read"):
+        message.tensor()
+    reading = os.open(message.file, os.O_RDONLY | os.O_NONBLOCK)
+    writer.join(60)
+    os.close(reading)
+    message.file.unlink()
+    message.file.write_bytes(content + bytes(1 << 20))
+    with pytest.raises(DataError, match="cannot be read"):
+        message.tensor()
