@@ -174,7 +174,7 @@ def assert_self_contained(text: str) -> None:
 
 TRAINING = ["Result", "Training curves", "Results by class", "Privacy"]
 INFERENCE = ["Result", "Each image", "All images"]
-BOTH = ["What was opened", "Time and bytes", "Configuration"]
+BOTH = ["What was opened", "Time, bytes and energy", "Configuration"]
 
 
 def test_training_report_has_every_section_and_stands_alone(tmp_path: Path) -> None:
