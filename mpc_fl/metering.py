@@ -20,12 +20,9 @@ from pathlib import Path
 from mpc_fl.package_energy import PackageEnergy, busy_seconds, package_energy, share_of
 
 _JOULES_PER_KWH = 3.6e6
-_OF_PROCESS = (
-    11,
-    12,
-    13,
-    14,
-)  # its own user and system time, and that of its children, behind the name in /proc/<pid>/stat
+_OF_PROCESS = slice(
+    11, 15
+)  # user and system time, its own and its ended children's, behind the name in /proc/<pid>/stat
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def _of_process(number: int | None) -> float:
     try:
         text = Path(f"/proc/{number}/stat").read_text(encoding="utf-8", errors="replace")
         behind = text.rpartition(")")[2].split()
-        return sum(int(behind[column]) for column in _OF_PROCESS) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, LookupError):
+        return sum(map(int, behind[_OF_PROCESS])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
         return 0.0
 
 

@@ -83,9 +83,12 @@ class RunResults:
         """How it was trained, in some words: where patients were, and what stood between them and the others."""
         if self.summary.central:
             return "central"
-        mechanisms = {spent.mechanism for spent in self.summary.privacy} - {"none"}
-        how = "simulated" if self.summary.simulated else "federated"
-        return f"{how}, secure sums" + (f", {' and '.join(sorted(mechanisms))} noise" if mechanisms else "")
+        said = {spent.mechanism for spent in self.summary.privacy} or {
+            str(self.settings.get("privacy.mechanism", "none"))
+        }
+        mechanisms = said - {"none"}
+        how = "simulated, " if self.summary.simulated else ""
+        return f"{how}secure sums" + (f", {' and '.join(sorted(mechanisms))} noise" if mechanisms else "")
 
     def remarks(self) -> list[str]:
         """What a reader of its figures has to know beside them, in some words each."""

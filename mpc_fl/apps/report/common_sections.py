@@ -56,16 +56,16 @@ def _energy(spent: Mapping[str, PartyCosts]) -> Markup:
     if not known:
         return missing("energy was not recorded by the version that made this run")
     rows = [
-        (party, duration(of.total.processor_seconds),
-         "none" if of.total.gpu_seconds is None else duration(of.total.gpu_seconds), energy(of.total.joules), of.energy,
+        (party, of.energy, duration(of.total.processor_seconds),
+         "none" if of.total.gpu_seconds is None else duration(of.total.gpu_seconds), energy(of.total.joules),
          plain(of.grams_co2, ".3g", unit=" g"))
         for party, of in known.items()
     ]  # fmt: skip
-    head = ("Party", "Processor", "GPU", "Energy", "Known how", "CO2 equivalent")
+    head = ("Party", "Energy is", "Processor", "GPU", "Energy", "CO2 equivalent")
     text = """Energy of each party in all. Measured: by the counters of its machine, shared out by processor seconds
     among all that ran there. Estimated: seconds times the watts of site.costs, which is no measurement. CO2: by the grid intensity
     of site.costs."""
-    return table(text, head, rows, 5)
+    return table(text, head, rows, 4)
 
 
 def openings(run: Run) -> Markup:

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from mpc_fl.apps.rows import GlobalRound
+from mpc_fl.apps.rows import GlobalRound, read_rows
 from mpc_fl.apps.runs.party_log import set_up_log
 from mpc_fl.apps.runs.party_process import require_site_allows
 from mpc_fl.apps.runs.run_directory import count_parameters, require_free, run_directory, versions
 from mpc_fl.apps.runs.training_summary import conclude, costs_of_parties
 from mpc_fl.apps.summaries import PrivacySpent, TrainingSummary
-from mpc_fl.apps.typed_json import typed
 from mpc_fl.audit.model_origin import MODEL_FILE
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed
@@ -83,14 +82,14 @@ def train_central(config: Config, out: Path, command: str, progress: Progress) -
             Beginning(central), 0, lambda part: _of_all(config, part), lambda *of: progress(CENTRAL, *of)
         )
         _normalise(hospital, central)
-        rounds = list(_rounds(hospital, central, counter, progress))
-        for line in rounds:
+        for line in _rounds(hospital, central, counter, progress):
             append_json_line(directory / "metrics.jsonl", line)
+        counter.set_phase("conclusion")
         save_model(directory / MODEL_FILE, hospital.model, central, hospital.normalisation)
         counter.set_phase("closed")
         write_costs(counter, own, config.site.costs)
         seconds = round(time.monotonic() - began, 2)
-        summary = _summary(central, directory, hospital, rounds, command, seconds)
+        summary = _summary(central, directory, hospital, command, seconds)
         conclude(directory, summary)
     return summary
 
@@ -166,19 +165,13 @@ def _rounds(
                 hospital.velocity = local.velocity
                 progress(CENTRAL, "training", number, last)
             counter.set_phase(f"round {number} evaluation")
-            due = config.evaluates(number) or (config.evaluation.test and number == last)
-            found = own_evaluation(hospital, number, "test").own.to_json() if due else None
+            found = own_evaluation(hospital, number, "test").own.to_json() if config.evaluates(number) else None
             yield {"round": number, "evaluation": found, "hospitals": [], "seconds": time.monotonic() - began}
 
 
-def _summary(
-    config: Config, directory: Path, hospital: Hospital, rounds: list[dict[str, Any]], command: str, seconds: float
-) -> TrainingSummary:
-    names, lines = (
-        hospital_names(config.federation.hospitals),
-        [typed(GlobalRound, of, "metrics.jsonl") for of in rounds],
-    )
-    evaluated, privacy = [line for line in lines if line.evaluation is not None], config.privacy
+def _summary(config: Config, directory: Path, hospital: Hospital, command: str, seconds: float) -> TrainingSummary:
+    names, privacy = hospital_names(config.federation.hospitals), config.privacy
+    evaluated = [of for of in read_rows(GlobalRound, directory, "metrics.jsonl") if of.evaluation is not None]
     return TrainingSummary(
         name=config.name,
         synthetic=config.data.source == "phantoms",

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from mpc_fl.apps.auditing.finished_run import summary_of
 from mpc_fl.apps.comparing import read_run
 from mpc_fl.apps.runs.central_run import CENTRAL, central_config, together, train_central
 from mpc_fl.apps.summaries import TrainingSummary
 from mpc_fl.config.config import parse_config
-from mpc_fl.errors import ConfigError, MpcFlError
+from mpc_fl.errors import ConfigError, DataError, MpcFlError
 from mpc_fl.learning.data.dataset import Dataset
 from mpc_fl.learning.data.loading import load_hospital, patients_per_hospital
 from mpc_fl.learning.models.model_file import load_normalisation
@@ -59,7 +60,8 @@ def test_a_run_leaves_model_costs_and_report_and_says_what_it_is(tmp_path: Path)
     assert (CENTRAL, "training", 2, 2) in told
     read = TrainingSummary.from_json(json.loads((out / "summary.json").read_text()))
     assert read == summary and read.central and read.evaluated_round == 2
-    assert read.final is not None and read.final.records == 12
+    assert read.final is not None
+    assert read.final.records == sum(len(load_hospital(config, rank, "test")) for rank in range(3))
     assert all(spent.epsilon is None and spent.mechanism == "none" for spent in read.privacy)
     assert read.costs is not None and list(read.costs) == [CENTRAL]
     costs = read.costs[CENTRAL]
@@ -75,5 +77,7 @@ def test_a_run_leaves_model_costs_and_report_and_says_what_it_is(tmp_path: Path)
     page = (out / "report.html").read_text()
     assert "CENTRAL" in page and "Not shown" not in page and "What was opened" not in page
     assert (read_run(out).arrangement, "one place" in read_run(out).remarks()[1]) == ("central", True)
+    with pytest.raises(DataError, match="in one place"):
+        summary_of(out)
     with pytest.raises(MpcFlError, match="exists already"):
         train_central(config, out, "mpc-fl", lambda *_: None)
