@@ -95,4 +95,4 @@ def share_of(joules: float, own: float, busy: float) -> float:
     So what the machine draws while it waits falls to who works on it, and what falls to all together is what was counted. Both
     are counted in ticks, so that a process may seem to have worked longer than all: then all is its own.
     """
-    return joules * own / max(own, busy) if own > 0 else 0.0
+    return joules * (own / max(own, busy)) if own > 0 else 0.0

@@ -36,8 +36,14 @@ class Cost:
 
     def rounded(self) -> Cost:
         """To tenths of milliseconds and of millijoules."""
-        of = {name: round(value, 4) for name, value in vars(self).items() if isinstance(value, float)}
-        return replace(self, **of)
+        return replace(
+            self,
+            seconds=round(self.seconds, 4),
+            processor_seconds=_rounded(self.processor_seconds),
+            gpu_seconds=_rounded(self.gpu_seconds),
+            joules=_rounded(self.joules),
+            seconds_waited=round(self.seconds_waited, 4),
+        )
 
     def __add__(self, other: Cost) -> Cost:
         used = [of.gpu_seconds for of in (self, other) if of.gpu_seconds is not None]
@@ -52,6 +58,10 @@ class Cost:
             self.waits + other.waits,
             self.seconds_waited + other.seconds_waited,
         )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _both(one: float | None, other: float | None) -> float | None:

@@ -7,6 +7,7 @@ federation. There are no links: in the same files as those of a party stands wha
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,9 +79,8 @@ def train_central(config: Config, out: Path, command: str, progress: Progress) -
         own.mkdir(parents=True)
         central, counter = central.with_values(site={"out": str(own)}), TrafficCounter("data")
         _charge(central)
-        hospital = joined_hospital(
-            Beginning(central), 0, lambda part: _of_all(config, part), lambda *of: progress(CENTRAL, *of)
-        )
+        notify = functools.partial(progress, CENTRAL)
+        hospital = joined_hospital(Beginning(central), 0, lambda part: _of_all(config, part), notify)
         _normalise(hospital, central)
         for line in _rounds(hospital, central, counter, progress):
             append_json_line(directory / "metrics.jsonl", line)
