@@ -179,11 +179,10 @@ class CostsSection(Section):
 
     watts_per_core: Positive = Field(
         default=12.0,
-        description="watts of a busy core, where the machine's own counters (RAPL) cannot be read; the default is that of Green "
-        "Algorithms for any processor",
+        description="watts of a busy core, where the machine's counters cannot be read; default: Green Algorithms, any processor",
     )
     watts_per_gpu: Positive = Field(
-        default=200.0, description="watts of a busy GPU; the default is that of Green Algorithms for any GPU"
+        default=200.0, description="watts of a busy GPU; default: Green Algorithms, any GPU"
     )
     grid_intensity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         default=475.0,

@@ -34,7 +34,7 @@ def test_the_recipe_stays_and_draws_as_many_patients_as_all_hospitals_together()
     kept = ("rounds", "local_steps", "learning_rate", "momentum")
     assert all(getattr(central.training, name) == getattr(config.training, name) for name in kept)
     assert central.data == config.data and central.model == config.model
-    chosen = {"data": {"validation_fraction": 0.2}, "evaluation": {"choose": "best"}}
+    chosen = {"data": {"validation_fraction": 0.2}, "evaluation": {"choose": "best"}, "privacy": {"mechanism": "none"}}
     with pytest.raises(ConfigError, match="last round"):
         central_config(parse_config(chosen, "test"))
 
