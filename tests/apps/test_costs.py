@@ -100,5 +100,5 @@ def test_what_an_earlier_version_did_not_record_is_not_known(tmp_path: Path) -> 
 
 
 def test_rounds_and_images_are_counted_together() -> None:
-    names = ("round 12 training", "image 3", "images 4 to 7", "batch 2", "closed")
-    assert [phase_of_all(name) for name in names] == ["training", "images", "images", "images", "closed"]
+    names = ("round 12 training", "image 3", "images 4 to 7", "batch 2", "sharing weights")
+    assert [phase_of_all(name) for name in names] == ["training", "images", "images", "images", "sharing weights"]

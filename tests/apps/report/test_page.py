@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mpc_fl.apps.report import common_sections, figures
+from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.page import write_report
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
@@ -426,17 +426,6 @@ def test_area_agrees_with_all_pairs_within_its_stated_bound() -> None:
     exact = float((own[:, None] > other[None, :]).double().mean())
     area = figures.area_under_curve(negative, positive)
     assert area is not None and 0.7 < exact < 0.95 and abs(area - exact) <= ties / 2 + 1e-12
-
-
-def test_phases_of_rounds_and_images_are_summed() -> None:
-    names = ["round 12 training", "image 3", "images 1 to 4", "batch 2", "sharing weights"]
-    assert [common_sections.phase_of_all(name) for name in names] == [
-        "training",
-        "images",
-        "images",
-        "images",
-        "sharing weights",
-    ]
 
 
 @pytest.mark.usefixtures("undrawn")
