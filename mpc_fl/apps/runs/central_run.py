@@ -8,6 +8,7 @@ federation. There are no links: in the same files as those of a party stands wha
 from __future__ import annotations
 
 import functools
+import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from mpc_fl.apps.rows import GlobalRound, read_rows
 from mpc_fl.apps.runs.party_log import set_up_log
 from mpc_fl.apps.runs.party_process import require_site_allows
+from mpc_fl.apps.runs.party_starter import modules_to_share
 from mpc_fl.apps.runs.run_directory import count_parameters, require_free, run_directory, versions
 from mpc_fl.apps.runs.training_summary import conclude, costs_of_parties
 from mpc_fl.apps.summaries import PrivacySpent, TrainingSummary
@@ -72,6 +74,10 @@ def train_central(config: Config, out: Path, command: str, progress: Progress) -
     central = central_config(config)
     require_site_allows(central)
     torch.set_num_threads(config.runtime.threads)
+    for module in modules_to_share(
+        central.with_values(task="train")
+    ):  # parties are forked with them: it is no cost there
+        importlib.import_module(module)
     with run_directory(out) as directory:
         write_text(directory / "config.yaml", central.to_yaml())
         set_up_log(directory / "logs" / f"{CENTRAL}.log")
