@@ -31,7 +31,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         notify("connect", 1, 1)
         links.set_phase("correlated randomness")
         deal(links)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
 
 
 def _dealing(config: Config) -> Callable[[Links], object]:

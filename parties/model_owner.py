@@ -47,4 +47,4 @@ def _answer(config: Config, notify: Notify, observer: Observer | None) -> None:
     with links:
         notify("connect", 1, 1)
         answer_requests(config, model, links, OpeningRecord(out / "openings.jsonl", MODEL_OWNER))
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)

@@ -8,10 +8,11 @@ patients, at the aggregator the opened evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpc_fl.apps.costs import costs_of_all
 from mpc_fl.apps.search_summary import SEARCH_FILE
 from mpc_fl.apps.summaries import SUMMARY_FILE, PartySummary, TrainingSummary
 from mpc_fl.errors import DataError, MpcFlError
@@ -39,9 +40,13 @@ class RunResults:
         `epsilon` is the largest of its hospitals that are here, None where it holds for one of them no more, and `unit` what it is
         counted by. `own_accuracy` is that of a hospital on its own test records, of one party's directory. `evaluated_round` is
         the round that accuracy is of, `counted_with_noise` the standard deviation of its counts, `rounds_with_absent` how many
-        rounds a hospital was missing in.
+        rounds a hospital was missing in. Costs (`costs.RunCosts`) are of all parties whose costs are here, `seconds` by the clock.
         """
-        scores, privacy = self.summary.final, self.summary.privacy
+        scores, privacy, costs = (
+            self.summary.final,
+            self.summary.privacy,
+            costs_of_all((self.summary.costs or {}).values()),
+        )
         epsilons = [spent.epsilon for spent in privacy if spent.epsilon is not None]
         noises = [spent.noise_multiplier for spent in privacy if spent.noise_multiplier is not None]
         return {
@@ -66,16 +71,32 @@ class RunResults:
             "unit": self.summary.counted_unit,
             "synthetic": self.summary.synthetic,
             "simulated": self.summary.simulated,
+            "central": self.summary.central,
             "evaluated_round": self.summary.evaluated_round,
             "counted_with_noise": None if scores is None else scores.noise,
             "rounds_with_absent": len(self.summary.absences()),
+            **asdict(costs),
         }
+
+    @property
+    def arrangement(self) -> str:
+        """How it was trained, in some words: where patients were, and what stood between them and the others."""
+        if self.summary.central:
+            return "central"
+        said = {spent.mechanism for spent in self.summary.privacy} or {
+            str(self.settings.get("privacy.mechanism", "none"))
+        }
+        mechanisms = said - {"none"}
+        how = "simulated, " if self.summary.simulated else ""
+        return f"{how}secure sums" + (f", {' and '.join(sorted(mechanisms))} noise" if mechanisms else "")
 
     def remarks(self) -> list[str]:
         """What a reader of its figures has to know beside them, in some words each."""
         of, said = self.figures(), list[str]()
         if of["synthetic"]:
             said.append("synthetic phantoms, not patients")
+        if of["central"]:
+            said.append("all patients in one place, nobody was protected from anybody")
         if of["simulated"]:
             said.append("simulated, without parties and signatures")
         if of["mechanism"] not in (None, "none"):

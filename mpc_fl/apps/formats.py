@@ -1,10 +1,11 @@
-"""Numbers as people read them: shares, seconds, bytes. What is no number, as files of other versions may hold, becomes "n/a"."""
+"""Numbers as people read them: shares, seconds, bytes, joules. What is no number, as in files of other versions, becomes "n/a"."""
 
 from __future__ import annotations
 
 import math
 
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_JOULES = ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ"), (1.0, "J"))
 _HOUR, _MINUTE = 3600.0, 60.0
 _ROUNDED = 0.9995  # of a unit: with three digits it is one whole
 
@@ -39,6 +40,13 @@ def size(value: object) -> str:
     count = number(value)
     factor, unit = next(((f, u) for f, u in UNITS if count >= _ROUNDED * f), (1.0, "bytes"))
     return _three_digits(count, factor, unit)
+
+
+def energy(value: object) -> str:
+    """Joules as text in a unit that suits them, to three digits: 12 mJ, 12 J, 2.5 kJ, 3.1 MJ."""
+    joules = number(value)
+    factor, unit = next(((f, u) for f, u in _JOULES if abs(joules) >= _ROUNDED * f), (1e-3, "mJ"))
+    return "n/a" if math.isnan(joules) else _three_digits(joules, factor, unit)
 
 
 def in_ranges(numbers: list[str]) -> str:

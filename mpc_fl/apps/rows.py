@@ -8,10 +8,12 @@ asks (`summaries.ImageResult`), `openings.jsonl` the record of openings, `traffi
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mpc_fl.apps.costs import Cost, PartyCosts, energy_words, phase_of_all
 from mpc_fl.apps.group_scores import GroupScores
 from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.summaries import ChosenRound, FittedCalibration
@@ -99,10 +101,40 @@ class PeerTraffic:
 
 @dataclass(frozen=True)
 class PhaseTraffic:
-    """One phase of a party's work."""
+    """One phase of a party's work; `gpu_seconds` is None where none was used."""
 
     seconds: float
     peers: dict[str, PeerTraffic]
+    processor_seconds: float | None = None
+    gpu_seconds: float | None = None
+    joules: float | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """The same with all peers together."""
+        peers = self.peers.values()
+        return Cost(
+            self.seconds,
+            self.processor_seconds,
+            self.gpu_seconds,
+            self.joules,
+            sum(peer.bytes_sent for peer in peers),
+            sum(peer.bytes_received for peer in peers),
+            sum(peer.messages_sent for peer in peers),
+            sum(peer.waits for peer in peers),
+            sum(peer.seconds_waited for peer in peers),
+        )
+
+
+@dataclass(frozen=True)
+class EnergyRead:
+    """How the joules of a traffic.json are known, and what was taken for what could not be measured."""
+
+    processors_measured: bool
+    watts_per_core: float
+    watts_per_gpu: float
+    grid_intensity: float
+    grams_co2: float
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,20 @@ class PartyTraffic:
     """A party's traffic.json: its phases in the order of work."""
 
     phases: dict[str, PhaseTraffic]
+    energy: EnergyRead | None = None
+
+    def costs(self) -> PartyCosts:
+        """What the party spent, phases of all rounds or images together."""
+        found, total = dict[str, Cost](), Cost()
+        for name, phase in self.phases.items():
+            of_all = phase_of_all(name)
+            found[of_all] = found[of_all] + phase.cost if of_all in found else phase.cost
+            total += phase.cost
+        found, total, energy = {name: cost.rounded() for name, cost in found.items()}, total.rounded(), self.energy
+        if energy is None:
+            return PartyCosts(found, total)
+        words = energy_words(energy.processors_measured, total.gpu_seconds is not None)
+        return PartyCosts(found, total, words, energy.grams_co2)
 
 
 @dataclass(frozen=True)
@@ -117,6 +163,15 @@ class PlaintextReference:
     """plaintext_reference.json: the logits (images, classes) of the same network in the clear."""
 
     logits: list[list[float]]
+
+
+def costs_in(directory: Path, files: Mapping[str, str]) -> dict[str, PartyCosts]:
+    """Costs of the parties whose traffic.json lies in `directory`, by the names in `files`; who was lost left none.
+
+    Raises `DataError` for a damaged one.
+    """
+    there = {party: name for party, name in files.items() if (directory / name).is_file()}
+    return {party: read_object(PartyTraffic, directory, name).costs() for party, name in there.items()}
 
 
 def why_of_all(why: str) -> str:

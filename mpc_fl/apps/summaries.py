@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from mpc_fl.apps.costs import PartyCosts
 from mpc_fl.apps.group_scores import GroupScores
 from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.typed_json import typed
@@ -76,7 +77,8 @@ class TrainingSummary:
     `unit` is what privacy is counted by, a patient unless it says otherwise, and `treatments` says to how many images of all
     hospitals was done what. `validation` is the opened validation of the final model where there is one, `chosen` the round that
     the model is of where it was chosen, `calibration` what was fitted to it, `groups` how groups of test patients fare with it.
-    `simulated`: hospitals were no parties of their own, and nobody signed anything (`mpc-fl simulate`).
+    `simulated`: hospitals were no parties of their own, and nobody signed anything (`mpc-fl simulate`). `central`: all patients
+    were in one place, and there was nothing to sum. `costs` are those of each party that ran on this machine.
     """
 
     KIND: ClassVar[str] = "train"
@@ -105,6 +107,8 @@ class TrainingSummary:
     simulated: bool = False
     groups: GroupScores | None = None
     names: dict[str, str] | None = None
+    costs: dict[str, PartyCosts] | None = None
+    central: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -137,6 +141,7 @@ class PartySummary:
     `left_aside` what lies beside them and is none. `own_accuracy` is that of the final model on its own test records, None where
     it has none. `openings` counts what was opened to anybody. The aggregator
     has `final`, `groups` and `took_part` as `TrainingSummary`, and no `privacy`; among peers each hospital has all of them.
+    `costs` has this party's alone.
     """
 
     KIND: ClassVar[str] = "party"
@@ -168,6 +173,7 @@ class PartySummary:
     began_with: str | None = None
     groups: GroupScores | None = None
     names: dict[str, str] | None = None
+    costs: dict[str, PartyCosts] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -199,6 +205,7 @@ class PartySummary:
             treatments=self.treatments,
             groups=self.groups,
             names=self.names,
+            costs=self.costs,
         )
 
 
@@ -231,7 +238,7 @@ class Comparison:
 class DiagnosisSummary:
     """Of `mpc-fl infer` with all parties on this machine; `model_file` says whether the model is the one that was signed.
 
-    `unreported` says why summary.json and the report could not be written, so it stands in none.
+    `unreported` says why summary.json and the report could not be written, so it stands in none. `costs` are by party.
     """
 
     KIND: ClassVar[str] = "infer"
@@ -253,6 +260,7 @@ class DiagnosisSummary:
     unreported: str | None = None
     results: list[ImageResult] | None = None
     names: dict[str, str] | None = None
+    costs: dict[str, PartyCosts] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -268,7 +276,7 @@ class DiagnosisSummary:
 class ServedDiagnosisSummary:
     """Of `mpc-fl infer` at a hospital that asks a model owner that stays up; `refused` says why not all was answered.
 
-    `revealed` is what that opens: 'label' or 'logits'.
+    `revealed` is what that opens: 'label' or 'logits'. `costs` has those of this hospital.
     """
 
     KIND: ClassVar[str] = "ask"
@@ -290,6 +298,7 @@ class ServedDiagnosisSummary:
     unreported: str | None = None
     results: list[ImageResult] | None = None
     names: dict[str, str] | None = None
+    costs: dict[str, PartyCosts] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of summary.json."""

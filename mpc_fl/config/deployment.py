@@ -171,6 +171,25 @@ class FederationSection(Section):
         return self.hospitals if self.quorum is None else self.quorum
 
 
+class CostsSection(Section):
+    """By what this party tells the energy of a run, and CO2, from what it counted (docs/costs.md); all parties need not agree.
+
+    What the machine measures of its processors stands before `watts_per_core`. The defaults are of any machine and the whole world.
+    """
+
+    watts_per_core: Positive = Field(
+        default=12.0,
+        description="watts of a busy core, where the machine's counters cannot be read; default: Green Algorithms, any processor",
+    )
+    watts_per_gpu: Positive = Field(
+        default=200.0, description="watts of a busy GPU; default: Green Algorithms, any GPU"
+    )
+    grid_intensity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=475.0,
+        description="grams of CO2 equivalent per kWh of the grid here; the default is the world's mean of 2018 (IEA)",
+    )
+
+
 class SiteSection(Section):
     """What only this machine knows. Not part of the digest, never sent.
 
@@ -275,6 +294,7 @@ class SiteSection(Section):
         default="memory",
         description="directory where features of images are kept over runs, encrypted; memory: computed in every run",
     )
+    costs: CostsSection = CostsSection()
 
     @model_validator(mode="after")
     def _check(self) -> SiteSection:

@@ -172,4 +172,4 @@ def run(config: Config, notify: Notify, observer: Observer | None = None) -> Non
             for number in range(aggregator.round + 1, config.last_round + 1):
                 led.round(number)
             led.end()
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)

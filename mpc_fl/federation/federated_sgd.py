@@ -34,7 +34,7 @@ from mpc_fl.federation.distribution import receive_global, send_global
 from mpc_fl.federation.hospital_state import Hospital
 from mpc_fl.federation.model_digests import ModelDigests, sum_terms
 from mpc_fl.federation.planning import privacy_of_steps
-from mpc_fl.learning.device import follow, on_device, repeatable
+from mpc_fl.learning.device import at_work, follow, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, load_flat_parameters, trainable_parameters
 from mpc_fl.learning.privacy.distributed_gaussian import mean_gradient, noised_share, require_patients
 from mpc_fl.learning.training.augmentation import augmented
@@ -90,8 +90,8 @@ class OwnGradients:
         require_patients(mechanism, len(rows), hospital.name)
         copies_seed = self._order.derive("augmentation", number, step)
         inputs = augmented(config.training.augmentation, patients.inputs[rows], copies_seed)
-        follow(self._computed, self._working)
-        with repeatable():
+        with at_work(hospital.device), repeatable():
+            follow(self._computed, self._working)
             sums = rounded_sum(self._computed, self._loss, inputs, patients.labels[rows], mechanism, self._method)
         self._losses += float(sums.losses.sum())
         self._clipped += int((sums.norms > config.privacy.clipping_norm).sum())

@@ -75,7 +75,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
             domain = runtime.domain(ledger, signatory_of(ledger))
             _Run(hospital, domain, ledger, rules, notify).until_complete()
         await_end(links, config.last_round)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
     compare_own_model(hospital, notify)
 
 

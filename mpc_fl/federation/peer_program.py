@@ -69,7 +69,7 @@ def run(config: Config, rank: int, notify: Notify, observer: Observer | None = N
         with training_group(config, hospital.trained_network) as hospital.group:
             ledger, peer = open_ledger(config, name), first_state(hospital, common)
             _Run(peer, links, ledger, notify).until_complete()
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
     compare_own_model(hospital, notify)
 
 

@@ -37,7 +37,7 @@ def diagnose(config: Config, notify: Notify, observer: Observer | None = None) -
         notify("connect", 1, 1)
         results = request_diagnoses(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     write_results(config, images, results, out)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
     require_no_doubt(results)
 
 
@@ -57,7 +57,7 @@ def ask(config: Config, name: str, notify: Notify, observer: Observer | None = N
         results, refusal = ask_service(config, images, links, OpeningRecord(out / "openings.jsonl", name), notify)
     count = len(results)
     write_results(config, images.only(torch.arange(count)), results, out)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
     require_no_doubt(results)
     if refusal is not None:
         raise RefusedError(f"{count} of {len(images)} images were answered; {refusal.what}", refusal.fix)
@@ -71,7 +71,7 @@ def fill(config: Config, notify: Notify, observer: Observer | None = None) -> No
     with links:
         notify("connect", 1, 1)
         fill_pool(config, links, OpeningRecord(out / "openings.jsonl", name), notify)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)
 
 
 def fill_from_server(config: Config, name: str, notify: Notify, observer: Observer | None = None) -> None:
@@ -82,4 +82,4 @@ def fill_from_server(config: Config, name: str, notify: Notify, observer: Observ
     with links:
         notify("connect", 1, 1)
         fill_from_service(config, links, OpeningRecord(out / "openings.jsonl", name), notify)
-    write_traffic(links, out)
+    write_traffic(links, out, config.site.costs)

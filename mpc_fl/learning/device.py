@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpc_fl.config.config import Config
 from mpc_fl.errors import ConfigError, ModelError
+from mpc_fl.metering import on_gpu
 
 Precision = Literal["float32", "bfloat16"]
 _NO_REPEATABLE_KERNEL = "does not have a deterministic implementation"
@@ -87,6 +88,19 @@ def _compute_repeatably(distributed: bool) -> None:
         torch.backends.cudnn.enabled = False
 
 
+@contextlib.contextmanager
+def at_work(device: Device) -> Iterator[None]:
+    """Where the block computes on a GPU, count its time as that of the GPU (`metering.on_gpu`).
+
+    A network `OnDevice` does so itself; a step does for the gradients that follow it.
+    """
+    if device.place.type != "cuda":
+        yield
+        return
+    with on_gpu(lambda: torch.cuda.synchronize(device.place)):
+        yield
+
+
 class OnDevice(nn.Module):
     """A network on a device: takes records from the CPU, gives float32 logits or features (N, ...) on the CPU.
 
@@ -100,11 +114,12 @@ class OnDevice(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Logits or features of `inputs`, float32 (N, ...)."""
-        carried = inputs.to(self.device.place)
-        if self.device.precision == "float32":
-            return self.network(carried).cpu()
-        with torch.autocast(self.device.place.type, torch.bfloat16, cache_enabled=False):
-            return self.network(carried).float().cpu()
+        with at_work(self.device):
+            carried = inputs.to(self.device.place)
+            if self.device.precision == "float32":
+                return self.network(carried).cpu()
+            with torch.autocast(self.device.place.type, torch.bfloat16, cache_enabled=False):
+                return self.network(carried).float().cpu()
 
 
 def on_device(network: nn.Module, device: Device) -> nn.Module:

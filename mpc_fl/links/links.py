@@ -109,13 +109,14 @@ class Links(abc.ABC):
         return self._counter.by_phase
 
     @property
-    def phase_seconds(self) -> dict[str, float]:
-        """Seconds by phase, of the phases that have ended."""
-        return self._counter.phase_seconds
+    def counter(self) -> TrafficCounter:
+        """Counts by phase and peer, and what was spent by phase, of the phases that have ended."""
+        return self._counter
 
     def seconds_of(self, phase: str) -> float:
         """Seconds spent in a phase so far, the current stay left out."""
-        return self._counter.phase_seconds.get(phase, 0.0)
+        spent = self._counter.spent.get(phase)
+        return 0.0 if spent is None else spent.seconds
 
     def deadline(self) -> float:
         """Until when (of `time.monotonic`) a wait lasts that begins now and says nothing else: for several waits in one."""

@@ -15,6 +15,7 @@ from mpc_fl.config.config import (
     relays_of,
 )
 from mpc_fl.config.deadlines import another_relay, deadlines_of
+from mpc_fl.config.deployment import CostsSection
 from mpc_fl.crypto.identity_files import load_identity
 from mpc_fl.errors import ConfigError
 from mpc_fl.files import write_json
@@ -24,6 +25,8 @@ from mpc_fl.links.links import Links
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.routes import routes
 from mpc_fl.links.settings import Reach, Timeouts, Tolerance, Unread
+from mpc_fl.links.traffic import TrafficCounter
+from mpc_fl.metering import grams_of, joules_of
 from mpc_fl.roles import is_hospital
 
 
@@ -123,13 +126,34 @@ def joining_later(config: Config) -> list[str]:
     return [name for name in party_names(config) if config.among_peers and is_hospital(name) and name not in founders]
 
 
-def write_traffic(links: Links, directory: Path) -> None:
-    """Write seconds per phase and the traffic with each peer, once the links are closed."""
+def write_traffic(links: Links, directory: Path, rates: CostsSection) -> None:
+    """Write what this party spent by phase and its traffic with each peer, once the links are closed, in its own directory.
+
+    It stays there: seconds and joules of a hospital tell how many patients it has.
+    """
+    write_costs(links.counter, directory, rates)
+
+
+def write_costs(counter: TrafficCounter, directory: Path, rates: CostsSection) -> None:
+    """The same of a counter whose last phase has ended, also of who has no links: traffic.json."""
+    spent = counter.spent
+    measured = all(of.processor_joules is not None for of in spent.values())
+    gpu = any(of.gpu_seconds for of in spent.values())
+    joules = {phase: joules_of(of, measured, rates.watts_per_core, rates.watts_per_gpu) for phase, of in spent.items()}
     phases = {
         phase: {
-            "seconds": round(seconds, 4),
-            "peers": {peer: asdict(count) for peer, count in links.traffic.get(phase, {}).items()},
+            "seconds": round(of.seconds, 4),
+            "processor_seconds": round(of.processor_seconds, 4),
+            "gpu_seconds": round(of.gpu_seconds, 4) if gpu else None,
+            "joules": round(joules[phase], 4),
+            "peers": {peer: asdict(count) for peer, count in counter.by_phase.get(phase, {}).items()},
         }
-        for phase, seconds in links.phase_seconds.items()
+        for phase, of in spent.items()
     }
-    write_json(directory / "traffic.json", {"phases": phases})
+    energy = {
+        "measured": measured and not gpu,
+        "processors_measured": measured,
+        **rates.model_dump(mode="json"),
+        "grams_co2": float(f"{grams_of(sum(joules.values()), rates.grid_intensity):.4g}"),
+    }
+    write_json(directory / "traffic.json", {"phases": phases, "energy": energy})

@@ -1,9 +1,10 @@
-"""Bytes, messages, rounds and seconds, per peer and phase of a run."""
+"""Bytes, messages and rounds, per peer and phase of a run, and what this process spends in each phase."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+
+from mpc_fl.metering import Spent, meter
 
 
 @dataclass
@@ -28,19 +29,20 @@ class Traffic:
 
 
 class TrafficCounter:
-    """Counts by the phase that is going on. `by_phase[phase][peer]` is a `Traffic`; a wait is one round of messages."""
+    """Counts by the phase that is going on. `by_phase[phase][peer]` is a `Traffic`; a wait is one round of messages. `spent`
+    is of the phases that have ended."""
 
     def __init__(self, phase: str) -> None:
         self.by_phase: dict[str, dict[str, Traffic]] = {}
-        self.phase_seconds: dict[str, float] = {}
+        self.spent: dict[str, Spent] = {}
         self.phase = phase
-        self._began = time.monotonic()
+        self._meter = meter()
 
     def set_phase(self, phase: str) -> None:
         """End the current phase and begin another, or go on with one of the same name."""
-        now = time.monotonic()
-        self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._began
-        self.phase, self._began = phase, now
+        spent, before = self._meter.lap(), self.spent.get(self.phase)
+        self.spent[self.phase] = spent if before is None else before + spent
+        self.phase = phase
 
     def of(self, peer: str) -> Traffic:
         """The counts of `peer` in the current phase."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from mpc_fl.apps.cli.comparison import compare
 from mpc_fl.apps.comparing import differing_settings, read_run
+from mpc_fl.apps.costs import Cost, PartyCosts
 from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.summaries import PartySummary, PrivacySpent, TrainingSummary
 from mpc_fl.config.config import Config, parse_config
@@ -94,6 +96,36 @@ def test_of_a_run_on_several_machines_each_party_says_what_it_has(tmp_path: Path
     text = " ".join(output.split())
     assert "70.0% of 10" in text and "all" in text and " none " not in text  # nobody trained without privacy
     assert "Own accuracy" not in CliRunner().invoke(app, [str(whole)]).output
+
+
+def test_the_price_of_privacy_stands_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = parse_config({}, "x")
+
+    def with_costs(name: str, processor: float, epsilon: float | None, mechanism: str, central: bool = False) -> None:
+        directory = _run(tmp_path / name, 0.8, config, epsilon)
+        summary = TrainingSummary.from_json(json.loads((directory / "summary.json").read_text()))
+        total = Cost(4.0, processor, None, 12 * processor, 0 if central else 5_000_000)
+        spent = [replace(of, mechanism=mechanism) for of in summary.privacy]
+        parties = ["central"] if central else ["hospital-0", "aggregator"]
+        costs = {party: PartyCosts({"training": total}, total, "estimated", 0.1) for party in parties}
+        changed = replace(summary, costs=costs, central=central, privacy=spent)
+        (directory / "summary.json").write_text(json.dumps(changed.to_json()))
+
+    with_costs("central", 10.0, None, "none", central=True)
+    with_costs("sums", 15.0, None, "none")
+    with_costs("noise", 40.0, 3.0, "distributed")
+    output = CliRunner().invoke(app, ["central", "sums", "noise"]).output
+    text = " ".join(output.split())
+    assert "The price of privacy:" in text and "central: synthetic phantoms" in text
+    assert "secure sums, distributed noise" in text
+    assert "10 s none" in text and "30 s (3.0 x central)" in text and "80 s (8.0 x central)" in text
+    assert "10 MB 360 J estimated 0.2 g" in text
+    printed = json.loads(CliRunner().invoke(app, ["central", "noise", "--json"]).output)["runs"]
+    assert [run["processor_seconds"] for run in printed] == [10.0, 80.0] and printed[0]["central"]
+    assert [run["joules"] for run in printed] == [120.0, 960.0] and printed[1]["energy"] == "estimated"
+    before = _run(tmp_path / "before", 0.8, config)  # by a version that counted nothing of it
+    assert "price of privacy" not in CliRunner().invoke(app, [str(before)]).output
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mpc_fl
-from mpc_fl.apps.formats import duration, in_ranges, percent, plain, size
+from mpc_fl.apps.formats import duration, energy, in_ranges, percent, plain, size
 
 _SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 _BYTES = {"bytes": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -33,6 +33,15 @@ def test_seconds_have_a_unit_that_suits_them(seconds: float | None, text: str) -
 )  # fmt: skip
 def test_bytes_have_a_unit_that_suits_them(count: float | None, text: str) -> None:
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("joules", "text"),
+    [(0, "0 mJ"), (0.0123, "12.3 mJ"), (0.9999, "1 J"), (12, "12 J"), (2500, "2.5 kJ"), (3.1e6, "3.1 MJ"), (2e13, "20,000 GJ"),
+     (None, "n/a")],
+)  # fmt: skip
+def test_joules_have_a_unit_that_suits_them(joules: float | None, text: str) -> None:
+    assert energy(joules) == text
 
 
 @given(st.floats(1e-3, 1e9), st.floats(1, 1e16))

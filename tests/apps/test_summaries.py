@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpc_fl.apps.costs import Cost, PartyCosts
 from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.summaries import (
     KINDS,
@@ -41,6 +42,10 @@ RESULT: dict[str, Any] = {
     "index": 0, "name": "scan.png", "label": -1, "predicted": 1, "probabilities": [0.25, 0.75], "logits": [0.0, 1.1],
     "seconds": 3.25,
 }  # fmt: skip
+COST: dict[str, Any] = {
+    "seconds": 2.5, "processor_seconds": 1.0, "gpu_seconds": None, "joules": 12.0, "bytes_sent": 7, "bytes_received": 8,
+    "messages_sent": 1, "waits": 0, "seconds_waited": 0.5,
+}  # fmt: skip
 TRAIN: dict[str, Any] = {
     "kind": "train", "name": "demo", "synthetic": True, "rounds": 2, "parameters": 1234,
     "hospitals": ["hospital-0", "hospital-1"], "skipped_files": 1, "seconds": 61.5, "command": "mpc-fl train c.yaml",
@@ -50,18 +55,20 @@ TRAIN: dict[str, Any] = {
     "unit": "image", "treatments": {"resized": 4}, "validation": None, "chosen": {"round": 1, "figures": {"1": 0.5}},
     "calibration": {"temperature": 2.0, "offsets": [0.0, 0.5]}, "simulated": False, "groups": None,
     "names": {"hospital-0": "charite"},
+    "costs": {"hospital-0": {"phases": {"data": COST}, "total": COST, "energy": "estimated", "grams_co2": 0.1}}, "central": False,
 }  # fmt: skip
 INFER: dict[str, Any] = {
     "kind": "infer", "name": "demo", "synthetic": False, "images": 1, "skipped_files": 0, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
     "comparison": {"largest_logit_difference": None, "classes_agree": True, "plaintext_seconds_per_image": 0.01},
     "model_file": {"sha256": "5" * 64, "signed": False, "words": "could not be checked"}, "unreported": None,
-    "results": [RESULT], "names": None,
+    "results": [RESULT], "names": None, "costs": None,
 }  # fmt: skip
 ASK: dict[str, Any] = {
     "kind": "ask", "name": "demo", "hospital": "hospital-2", "synthetic": False, "images": 1, "classes": ["a", "b"],
     "seconds": 12.0, "seconds_per_image": 3.25, "command": "mpc-fl infer c.yaml", "versions": {},
     "refused": "come back tomorrow", "revealed": "logits", "unreported": None, "results": [RESULT], "names": None,
+    "costs": None,
 }  # fmt: skip
 
 
@@ -80,8 +87,9 @@ def test_a_summary_made_here_has_the_keys_of_its_file() -> None:
     shared |= {"command": INFER["command"], "versions": {}, "results": [result]}
     trained = {key: value for key, value in TRAIN.items() if key != "kind"}
     chosen = {"chosen": ChosenRound(1, {"1": 0.5}), "calibration": FittedCalibration(2.0, [0.0, 0.5])}
+    costs = {"hospital-0": PartyCosts({"data": Cost(**COST)}, Cost(**COST), "estimated", 0.1)}
     made = [
-        TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)], **chosen}),
+        TrainingSummary(**{**trained, "final": final, "privacy": [PrivacySpent(**PRIVACY)], **chosen, "costs": costs}),
         DiagnosisSummary(
             **shared,
             skipped_files=0,

@@ -49,7 +49,12 @@ def summary_of(directory: Path) -> TrainingSummary:
         raise DataError(
             f"{directory} is no training run of all its parties", "give the --out of a finished train or simulate"
         )
-    return TrainingSummary.from_json(content)
+    summary = TrainingSummary.from_json(content)
+    if summary.central:
+        raise DataError(
+            f"{directory} is of training in one place, where nothing was shared", "give that of a federation"
+        )
+    return summary
 
 
 def run_to_audit(directory: Path, canaries: int) -> AuditedRun:

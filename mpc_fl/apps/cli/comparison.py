@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpc_fl.apps.cli.options import AsJson, cell, output_console, print_json, say
-from mpc_fl.apps.formats import duration
+from mpc_fl.apps.formats import duration, energy, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +32,10 @@ def compare(
     same question: what differs is listed below. Of a run by mpc-fl party each
     party's directory says what that party has; own accuracy is a hospital's,
     on its own test records alone.
+
+    The price of privacy: time, processors, bytes, energy and CO2 of all parties
+    together. With a run of `mpc-fl train --central` among them, that of training
+    on the same patients in one place stands beside it.
     """
     from mpc_fl.apps.comparing import differing_settings, read_run
 
@@ -45,6 +49,12 @@ def compare(
     for run in read:
         if remarks := run.remarks():
             say(f"{run.where}: {'; '.join(remarks)}.")
+    if any(run.summary.costs for run in read):
+        say("\nThe price of privacy:")
+        console.print(_prices([(run.where, run.arrangement, run.figures()) for run in read]))
+        say(
+            "Energy is estimated but where it says measured (docs/costs.md). Of a party by itself: what that party spent."
+        )
     if differing:
         say("")
         console.print(_settings([run.where for run in read], differing))
@@ -70,6 +80,25 @@ def _results(runs: list[tuple[str, dict[str, Any]]]) -> Table:
             where, *((of["party"] or "all", own) if of_parties else ()), str(of["hospitals"]), str(of["rounds"]),
             f"{of['parameters']:,}", interval, _number(of["balanced_accuracy"], ".1%"), _number(of["auc_macro"], ".3f"),
             _number(of["epsilon"], ".2f", "none" if spent else ""), str(of["mechanism"] or ""), duration(of["seconds"]),
+        ]  # fmt: skip
+        table.add_row(*map(cell, cells))
+    return table
+
+
+def _prices(runs: list[tuple[str, str, dict[str, Any]]]) -> Table:
+    """What runs cost beside what they reached, with how many times the processor seconds of the one that was central."""
+    central = [of["processor_seconds"] for _, arrangement, of in runs if arrangement == "central"]
+    table = _table("Run", "Trained", "Accuracy", "Time", "Processor", "GPU", "Sent", "Energy", "Known how", "CO2")
+    for where, arrangement, of in runs:
+        processor, times = of["processor_seconds"], ""
+        if len(central) == 1 and central[0] and processor is not None and arrangement != "central":
+            times = f" ({processor / central[0]:.1f} x central)"
+        cells = [
+            where, arrangement, _number(of["accuracy"], ".1%"), duration(of["seconds"]),
+            "" if processor is None else duration(processor) + times,
+            "none" if of["gpu_seconds"] is None else duration(of["gpu_seconds"]),
+            "" if of["bytes_sent"] is None else size(of["bytes_sent"]), "" if of["joules"] is None else energy(of["joules"]),
+            of["energy"] or "", "" if of["grams_co2"] is None else f"{of['grams_co2']:.3g} g",
         ]  # fmt: skip
         table.add_row(*map(cell, cells))
     return table

@@ -61,6 +61,12 @@ def train(
         typer.Option("--resume", help="Go on with the run at --out: it failed, or is to have more training.rounds."),
     ] = False,
     from_model: FromModel = None,
+    central: Annotated[
+        bool,
+        typer.Option(
+            "--central", help="Train on all patients in one place instead, to compare with: no privacy, no parties."
+        ),
+    ] = False,
     anyway: Anyway = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,12 +74,18 @@ def train(
 
     Every hospital adds differential-privacy noise, shares its update, and only the mean is opened. Writes
     model.safetensors with its model_card.md, metrics.jsonl, openings.jsonl, logs/ and report.html to --out.
+
+    With --central the same recipe runs on the same patients in one place; mpc-fl compare sets its accuracy
+    and costs beside those of the federation.
     """
     from mpc_fl.apps.runs.launcher import start_early
 
     if resume and from_model is not None:
         raise ConfigError(f"{out} goes on from its own model", "leave out --from, or --resume for a new run")
     settings = configure(config, overrides, from_model, data=data, privacy_ledger=ledger)
+    if central:
+        _train_centrally(settings, out, resume, as_json)
+        return
     with start_early(settings, "train") as starter:
         from mpc_fl.apps.runs import local_runs as run
         from mpc_fl.apps.runs.run_directory import may_go_on, require_free
@@ -106,6 +118,24 @@ def train(
     say_skipped(summary.skipped_files)
     say_earlier_failure(out)
     say(f"Model:  {out / 'model.safetensors'}, with its card\nReport: {out / 'report.html'}")
+
+
+def _train_centrally(settings: Config, out: Path, resume: bool, as_json: bool) -> None:
+    """What the federation is compared with. Raises `ConfigError` for what it does not have."""
+    from mpc_fl.apps.runs.central_run import train_central
+
+    if resume:
+        raise ConfigError("central training keeps nothing to go on from", "leave out --resume, and begin anew")
+    say_shared_patients(settings, as_json)
+    with shown_progress(settings.federation.chosen_names) as progress:
+        summary = train_central(settings, out, command_line(), progress)
+    if as_json:
+        print_json({**summary.to_json(), "report": str(out / "report.html")})
+        return
+    say("CENTRAL: the patients of all hospitals in one place, nobody was protected from anybody.")
+    _say_training(summary)
+    say_skipped(summary.skipped_files)
+    say(f"Model:  {out / 'model.safetensors'}\nReport: {out / 'report.html'}")
 
 
 def _ledgers_end_with_it(config: Config) -> bool:

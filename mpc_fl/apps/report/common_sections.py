@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from mpc_fl.apps.formats import duration, size
+from mpc_fl.apps.costs import PartyCosts
+from mpc_fl.apps.formats import duration, energy, plain, size
 from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.markup import Markup, escape, paragraph, plot, table
 from mpc_fl.apps.report.run_files import Run, each, guarded, missing
-from mpc_fl.apps.rows import OpenedValue, PartyTraffic, PhaseTraffic, read_object, read_rows, read_text, why_of_all
+from mpc_fl.apps.rows import OpenedValue, PartyTraffic, read_object, read_rows, read_text, why_of_all
 
 _TRAINING_STATEMENT = """These sums are the only values that left the secret domain. Everything else that was computed
 from patients and sent to another party was a share, which alone is uniformly random. The global model, computed from the
@@ -22,64 +21,51 @@ _INFERENCE_STATEMENT = """The logits (or the class alone), opened to the hospita
 Images and weights were sent as shares; what is revealed between layers is masked by random values used once."""
 
 
-def phase_of_all(name: str) -> str:
-    """Phases of all rounds, and of all images, under one name."""
-    name = re.sub(r"^round \d+ ", "", name)
-    return "images" if re.match(r"(images?|batch) \d", name) else name
-
-
-@dataclass
-class _Cost:
-    """What a party spent in a phase, all rounds or images together; bytes and messages with all peers."""
-
-    seconds: float = 0.0
-    sent: int = 0
-    received: int = 0
-    messages: int = 0
-    waits: int = 0
-    waited: float = 0.0
-
-    def add(self, phase: PhaseTraffic) -> None:
-        self.seconds += phase.seconds
-        for peer in phase.peers.values():
-            self.sent += peer.bytes_sent
-            self.received += peer.bytes_received
-            self.messages += peer.messages_sent
-            self.waits += peer.waits
-            self.waited += peer.seconds_waited
-
-
-def _costs(traffic: PartyTraffic) -> dict[str, _Cost]:
-    """By phase, in the order of work."""
-    found: dict[str, _Cost] = {}
-    for name, phase in traffic.phases.items():
-        found.setdefault(phase_of_all(name), _Cost()).add(phase)
-    return found
-
-
 def costs(run: Run) -> Markup:
-    """Seconds, bytes and messages of each party, by phase."""
-    traffic, notes = each(
-        lambda party: read_object(PartyTraffic, run.directory, run.file_of(party, "traffic.json")), run.parties()
+    """Seconds, bytes, messages and energy of each party, by phase."""
+    spent, notes = each(
+        lambda party: read_object(PartyTraffic, run.directory, run.file_of(party, "traffic.json")).costs(),
+        run.parties(),
     )
-    if not traffic:
+    if not spent:
         return Markup(notes or missing("no party left a traffic.json"))
-    spent = {party: _costs(of) for party, of in traffic.items()}
-    seconds = {party: {phase: cost.seconds for phase, cost in of.items()} for party, of in spent.items()}
-    sent = {party: {phase: float(cost.sent) for phase, cost in of.items()} for party, of in spent.items()}
+    seconds = {party: {phase: cost.seconds for phase, cost in of.phases.items()} for party, of in spent.items()}
+    sent = {party: {phase: float(cost.bytes_sent) for phase, cost in of.phases.items()} for party, of in spent.items()}
     rows = [
-        (party, phase, f"{c.seconds:.2f}", f"{c.waited:.2f}", size(c.sent), size(c.received), c.messages, c.waits)
+        (party, phase, f"{c.seconds:.2f}", f"{c.seconds_waited:.2f}", plain(c.processor_seconds, ".2f"), size(c.bytes_sent),
+         size(c.bytes_received), c.messages_sent, c.waits, energy(c.joules))
         for party, of in spent.items()
-        for phase, c in of.items()
-    ]
-    totals = "; ".join(f"{a}: {duration(sum(seconds[a].values()))}, {size(sum(sent[a].values()))} sent" for a in spent)
+        for phase, c in of.phases.items()
+    ]  # fmt: skip
+    totals = "; ".join(
+        f"{a}: {duration(of.total.seconds)}, {size(of.total.bytes_sent)} sent" for a, of in spent.items()
+    )
     caption = """Wall-clock time and bytes sent by each party, by phase, all rounds or images together. Parties wait for
     each other: the times of different parties overlap and do not add up."""
-    head = ("Party", "Phase", "Seconds", "Waited", "Sent", "Received", "Messages", "Waits")
-    text = "Waited: seconds spent waiting for peers. Waits: how often a party had to wait. Messages: those sent."
+    head = ("Party", "Phase", "Seconds", "Waited", "Processor", "Sent", "Received", "Messages", "Waits", "Energy")
+    text = """Waited: seconds spent waiting for peers. Processor: seconds of all threads and processes of the party.
+    Waits: how often a party had to wait. Messages: those sent."""
     drawn = figures.phase_bars(run.by_short_name(seconds), run.by_short_name(sent))
     chart = plot(drawn, f"Totals. {totals}.", caption)
-    return Markup(chart + notes + table(text, head, rows, 6))
+    return Markup(chart + notes + table(text, head, rows, 8) + _energy(spent))
+
+
+def _energy(spent: Mapping[str, PartyCosts]) -> Markup:
+    """What each party spent in all, and how its energy is known."""
+    known = {party: of for party, of in spent.items() if of.energy is not None}
+    if not known:
+        return missing("energy was not recorded by the version that made this run")
+    rows = [
+        (party, of.energy, duration(of.total.processor_seconds),
+         "none" if of.total.gpu_seconds is None else duration(of.total.gpu_seconds), energy(of.total.joules),
+         plain(of.grams_co2, ".3g", unit=" g"))
+        for party, of in known.items()
+    ]  # fmt: skip
+    head = ("Party", "Energy is", "Processor", "GPU", "Energy", "CO2 equivalent")
+    text = """Energy of each party in all. Measured: by the counters of its machine, shared out by processor seconds
+    among all that ran there. Estimated: seconds times the watts of site.costs, which is no measurement. CO2: by the grid intensity
+    of site.costs."""
+    return table(text, head, rows, 4)
 
 
 def openings(run: Run) -> Markup:

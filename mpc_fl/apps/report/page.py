@@ -33,6 +33,13 @@ _TRAINING: _Sections = {
     "Own models": (group_sections.own_models,),
     "Privacy": (training_sections.privacy,),
 }
+_CENTRAL: _Sections = {
+    "Result": (training_sections.result, training_sections.images),
+    "Training curves": (training_sections.global_curve,),
+    "Results by class": (training_sections.by_class, training_sections.calibration),
+    "Time, bytes and energy": (common_sections.costs,),
+    _CONFIGURATION: (common_sections.configuration,),
+}
 _AGGREGATOR: _Sections = {
     "Result": (party_sections.result,),
     "Training curves": (training_sections.global_curve, training_sections.absences),
@@ -53,10 +60,11 @@ _DIAGNOSIS: _Sections = {
 }
 _BOTH: _Sections = {
     "What was opened": (common_sections.openings,),
-    "Time and bytes": (common_sections.costs,),
+    "Time, bytes and energy": (common_sections.costs,),
     _CONFIGURATION: (common_sections.configuration,),
 }
 _SIMULATED = "SIMULATED: hospitals of one researcher, masks in place, no signatures, nobody was protected from anybody"
+_AT_ONE_PLACE = "CENTRAL: the patients of all hospitals in one place, nobody was protected from anybody"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -82,14 +90,16 @@ def _page(run: Run) -> str:
     of_kind = _TRAINING if run.is_training else _DIAGNOSIS
     if run.is_of_a_party:
         title, of_kind = f"{title}, at {run.party.party}", _HOSPITAL if is_hospital(run.party.party) else _AGGREGATOR
-    builders = {**of_kind, **_BOTH}
+    builders, remark = {**of_kind, **_BOTH}, _SIMULATED if simulated else ""
+    if run.is_training and run.content.get("central") is True:
+        title, builders, remark = f"Central training: {run.header.name}", _CENTRAL, _AT_ONE_PLACE
     sections = {name: Markup("".join(guarded(build, run) for build in of)) for name, of in builders.items()}
     sections = {name: content for name, content in sections.items() if content}
     for name in sections.keys() - {
         _CONFIGURATION
     }:  # which is shown as it is; a chosen name has no letter that HTML minds
         sections[name] = Markup(run.names.in_text(sections[name]))
-    return document(run.names.in_text(title), run.header.synthetic, sections, _SIMULATED if simulated else "")
+    return document(run.names.in_text(title), run.header.synthetic, sections, remark)
 
 
 def document(title: str, synthetic: bool, sections: Mapping[str, Markup], remark: str = "") -> str:

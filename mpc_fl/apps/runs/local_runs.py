@@ -30,7 +30,7 @@ from mpc_fl.apps.runs.run_directory import (
     run_directory,
     versions,
 )
-from mpc_fl.apps.runs.training_summary import conclude, training_summary
+from mpc_fl.apps.runs.training_summary import conclude, costs_of_parties, training_summary
 from mpc_fl.apps.search_summary import SEARCH_FILE
 from mpc_fl.apps.summaries import (
     SUMMARY_FILE,
@@ -172,6 +172,7 @@ def infer(
             model_file=origin,
             results=results,
             names=config.federation.names or None,
+            costs=costs_of_parties(directory, party_names(config)),
         )
         summary = replace(summary, unreported=_unreported(directory, summary, config))
         forget_identities(config, directory)
@@ -266,6 +267,7 @@ def ask(config: Config, out: Path, command: str, progress: Progress) -> ServedDi
             revealed=("label" if results[0].logits is None else "logits") if results else None,
             results=results,
             names=config.federation.names or None,
+            costs=costs_of_parties(directory, [name]),
         )
         summary = replace(summary, unreported=_unreported(directory, summary))
     return summary

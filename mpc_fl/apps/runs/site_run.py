@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mpc_fl.apps.rows import GlobalRound, HospitalRound, read_rows
+from mpc_fl.apps.rows import GlobalRound, HospitalRound, costs_in, read_rows
 from mpc_fl.apps.runs.party_process import quoting_nothing, run_alone
 from mpc_fl.apps.runs.run_directory import count_parameters, versions
 from mpc_fl.apps.summaries import SUMMARY_FILE, PartySummary, PrivacySpent
@@ -59,6 +59,7 @@ def _summary(name: str, config: Config, command: str, seconds: float) -> PartySu
         openings=len(read_json_lines(out / OPENINGS_FILE)),
         began_with=config.model.initial_weights,
         names=config.federation.names or None,
+        costs=costs_in(out, {name: "traffic.json"}),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from mpc_fl.apps.rows import GlobalRound, HospitalRound
+from mpc_fl.apps.costs import PartyCosts
+from mpc_fl.apps.rows import GlobalRound, HospitalRound, costs_in
 from mpc_fl.apps.runs.run_directory import count_parameters, versions
 from mpc_fl.apps.scores import Scores
 from mpc_fl.apps.summaries import SUMMARY_FILE, PrivacySpent, Summary, TrainingSummary
@@ -47,7 +49,13 @@ def training_summary(config: Config, directory: Path, command: str, seconds: flo
         lost=lost,
         names=config.federation.names or None,
         simulated=config.task == "simulate",
+        costs=costs_of_parties(directory, party_names(config)),
     )
+
+
+def costs_of_parties(directory: Path, parties: Sequence[str]) -> dict[str, PartyCosts] | None:
+    """Of those that left them in a run's directory on this machine, None where nobody did. Raises `DataError` for damaged files."""
+    return costs_in(directory, {name: f"parties/{name}/traffic.json" for name in parties}) or None
 
 
 def conclude(directory: Path, summary: Summary) -> None:

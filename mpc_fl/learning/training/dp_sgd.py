@@ -37,7 +37,7 @@ from mpc_fl.config.config import Config
 from mpc_fl.crypto.stream_cipher import Seed, Stream
 from mpc_fl.errors import DataError, ModelError, PrivacyBudgetError
 from mpc_fl.learning.data.dataset import PatientRecords
-from mpc_fl.learning.device import CPU, Device, follow, gradients_of, on_device, repeatable
+from mpc_fl.learning.device import CPU, Device, at_work, follow, gradients_of, on_device, repeatable
 from mpc_fl.learning.models.parameters import flatten_parameters, trainable_parameters
 from mpc_fl.learning.privacy.accounting import SubsampledGaussian
 from mpc_fl.learning.training.augmentation import Inputs, augmented, copies_per_record
@@ -302,7 +302,7 @@ def train_locally(
         # 3. Clip and sum, add noise, scale, step.
         for parameter_group in sgd.param_groups:
             parameter_group["lr"] = settings.learning_rate * learning_rate_factor(settings, round_number, step)
-        with repeatable():
+        with at_work(training.device), repeatable():
             take_step(inputs, data.labels[rows], measured)
         if progress is not None:
             progress(step + 1, settings.local_steps)

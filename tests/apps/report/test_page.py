@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from mpc_fl.apps.report import common_sections, figures
+from mpc_fl.apps.report import figures
 from mpc_fl.apps.report.page import write_report
 from mpc_fl.config.config import parse_config
 from mpc_fl.errors import DataError, MpcFlError
@@ -50,8 +50,13 @@ def write_traffic(run: Path, party: str, peers: list[str], phases: list[str]) ->
         count = {"bytes_sent": 400_000 * number, "bytes_received": 300_000, "messages_sent": 7}
         return {**count, "messages_received": 7, "waits": 3, "seconds_waited": 0.25}
 
-    values = {p: {"seconds": 1.5 * n, "peers": {peer: entry(n) for peer in peers}} for n, p in enumerate(phases, 1)}
-    write(run / "parties" / party / "traffic.json", {"phases": values})
+    spent = {"processor_seconds": 0.5, "gpu_seconds": None, "joules": 6.0}
+    values = {
+        p: {"seconds": 1.5 * n, **spent, "peers": {peer: entry(n) for peer in peers}} for n, p in enumerate(phases, 1)
+    }
+    rates = {"watts_per_core": 12.0, "watts_per_gpu": 200.0, "grid_intensity": 475.0}
+    energy = {"measured": False, "processors_measured": False, **rates, "grams_co2": 0.25}
+    write(run / "parties" / party / "traffic.json", {"phases": values, "energy": energy})
     write(run / "logs" / f"{party}.log", "started\n")
 
 
@@ -174,7 +179,7 @@ def assert_self_contained(text: str) -> None:
 
 TRAINING = ["Result", "Training curves", "Results by class", "Privacy"]
 INFERENCE = ["Result", "Each image", "All images"]
-BOTH = ["What was opened", "Time and bytes", "Configuration"]
+BOTH = ["What was opened", "Time, bytes and energy", "Configuration"]
 
 
 def test_training_report_has_every_section_and_stands_alone(tmp_path: Path) -> None:
@@ -199,6 +204,7 @@ def test_training_report_states_the_numbers_on_file(tmp_path: Path) -> None:
     assert "All 13 openings" in text
     assert "<td>each round: evaluation counts</td><td>aggregator</td>" in text
     assert '<td class="n">309</td><td class="n">5</td><td class="n">1,545</td>' in text
+    assert "<td>estimated</td>" in text and '<td class="n">none</td>' in text and '<td class="n">0.25 g</td>' in text
     # Three peers; training is phase 3, 6, 9 and 12 of the traffic of a hospital.
     assert "<td>hospital-0</td><td>training</td>" in text and '<td class="n">45.00</td><td class="n">3.00</td>' in text
     assert "mpc-fl train --config &lt;c.yaml&gt;" in text and "torch 2.13.0" in text
@@ -420,17 +426,6 @@ def test_area_agrees_with_all_pairs_within_its_stated_bound() -> None:
     exact = float((own[:, None] > other[None, :]).double().mean())
     area = figures.area_under_curve(negative, positive)
     assert area is not None and 0.7 < exact < 0.95 and abs(area - exact) <= ties / 2 + 1e-12
-
-
-def test_phases_of_rounds_and_images_are_summed() -> None:
-    names = ["round 12 training", "image 3", "images 1 to 4", "batch 2", "sharing weights"]
-    assert [common_sections.phase_of_all(name) for name in names] == [
-        "training",
-        "images",
-        "images",
-        "images",
-        "sharing weights",
-    ]
 
 
 @pytest.mark.usefixtures("undrawn")
