@@ -2,144 +2,108 @@
 
 from __future__ import annotations
 
-from case_study import results
+from case_study import attacks, results
 from case_study.figures import Findings
 from case_study.paper import Article, Block, Code, Table, Text
-from case_study.results import at_epsilon, interval, network_name, points, verdict
+from case_study.wording import at_epsilon, capital, interval, network_name, points
 from mpc_fl.apps.formats import duration
 
 TITLE = "Federated learning and encrypted diagnosis of chest X-rays: a case study"
+_WAYS = """Ways of training. Central: all films in one place. Alone: a hospital by itself, mean over all three. Federated:
+an update of each hospital leaves it masked, and the sum over all alone is opened. With local noise each hospital hides its
+patients by itself; with distributed noise each adds a part, and the sum has it all (discrete Gaussian). The patient is the
+unit of privacy, delta is 1e-5, and the mean of features is charged like everything else that is released."""
+_AFTER = """After Kaissis et al. (PriMIA, Nature Machine Intelligence 2021) we take paediatric chest X-rays of three
+classes, secure sums, noise and encrypted inference; after Warnat-Herresthal et al. (Swarm Learning, Nature 2021) unequal
+sites, and hospitals without anybody in the middle that join and leave. Attacks: gradient inversion (Geiping et al. 2020),
+membership by likelihood ratios (Carlini et al. 2022), a lower bound on epsilon by canaries (Steinke et al. 2023)."""
+_LIMITS = (
+    """All hospitals were processes on one machine: times are those of shared cores and of links without distance, and one
+    public data set, divided at random, stands for them. Real sites differ in more than that.""",
+    """Films are of children of one centre; some patients recur in the test set. Nothing here says that a model is fit for use.""",
+    """Runs with real parties were made once each, so that their figures have the interval of the test films alone; the
+    tables have the repetitions. With noise each run is one draw.""",
+    """Attacks are those that were tried. A better one finds more in plaintext, in sums and in models; a bound that is not
+    exceeded is no proof. Gradient inversion was made on phantoms of 32 pixels, one film to a hospital, the easiest case for
+    it.""",
+    "A sum without noise shows what it shows: with three hospitals each knows the sum of the other two.",
+)
 
 
 def _abstract(found: Findings) -> list[Block]:
-    head, said = found.study.head, list[str]()
-    said.append(
-        "Hospitals that may not show each other films train one model, and diagnose with it. We measure what that costs in "
-        "accuracy, privacy, time and bytes, beside training with all films in one place and beside each hospital alone, and "
-        "attack what leaves a hospital."
-    )
+    head = found.study.head
+    said = [
+        """Hospitals that may not show each other films train one model, and diagnose with it. We measure what that costs in
+        accuracy, privacy, time and bytes, beside training with all films in one place and beside each hospital alone, and
+        attack what leaves a hospital."""
+    ]
     for epsilon in (None, 8.0, 1.0):
         together = found.row(head, "local" if epsilon is None else "distributed", epsilon)
         alone = found.row(head, "alone", epsilon)
         if together and alone:
             said.append(
-                f"{at_epsilon(epsilon)[:1].upper()}{at_epsilon(epsilon)[1:]} a federation of three with a linear layer on "
-                f"{network_name(head)} features reaches {interval(together.figures['accuracy'])} of test films, a "
-                "hospital alone "
-                f"{interval(alone.figures['accuracy'])}."
+                f"""{capital(at_epsilon(epsilon))} a federation of three with a linear layer on {network_name(head)} features
+                reaches {interval(together.figures["accuracy"])} of test films, a hospital alone {interval(alone.figures["accuracy"])}."""
             )
     small = found.row("small", "distributed", 8.0)
     if small:
         said.append(f"A network trained from nothing reaches {interval(small.figures['accuracy'])} at epsilon 8.")
-    said += results.attacks_in_short(found)
+    said += attacks.attacks_in_short(found)
     if found.diagnoses:
-        agree = [of.summary.comparison for of in found.diagnoses.values()]
+        compared = [of.summary.comparison for of in found.diagnoses.values()]
         images = sum(of.summary.images for of in found.diagnoses.values())
-        same = all(of is not None and of.classes_agree for of in agree)
-        said.append(
-            f"Of {images} diagnoses under encryption {'all' if same else 'not all'} are those of the same model in the clear."
-        )
-    said.append("All intervals are of 95 %, over test patients and repeated training.")
+        same = "all" if all(of is not None and of.classes_agree for of in compared) else "not all"
+        said.append(f"Of {images} diagnoses under encryption {same} are those of the same model in the clear.")
+    said.append("Intervals are of 95 %.")
     return [Text(" ".join(said))]
 
 
 def _methods(found: Findings) -> list[Block]:
     blocks = list[Block]()
     if found.survey is not None:
-        parts = found.survey.parts
-        blocks.append(
-            Text(
-                "Films. "
-                + " ".join(
-                    f"{name}: {of.patients} patients with {of.records} films, {of.class_counts} by class."
-                    for name, of in parts.items()
-                )
-                + f" Three hospitals have {found.survey.training_patients} training patients; no patient is at two. Test patients "
-                "who are by name also training patients stay in the test set, so that figures compare with those of others."
-            )
+        counted = " ".join(
+            f"{name}: {of.patients} patients with {of.records} films, {of.class_counts} by class."
+            for name, of in found.survey.parts.items()
         )
-    seeds = {of.seeds for table in found.tables.values() for of in table.table}
-    trained = f" of {max(seeds)} trainings, in each of which patients are divided anew" if seeds else ""
-    blocks += [
-        Text(
-            "Ways of training. Central: all films in one place. Alone: a hospital by itself, mean over all "
-            "three. Federated: an update "
-            "of each hospital leaves it masked, and the sum over all alone is opened. With local noise each "
-            "hospital hides its patients "
-            "by itself; with distributed noise each adds a part, and the sum has it all (discrete Gaussian). The "
-            "patient is the "
-            "unit of privacy, delta is 1e-5, and the mean of features is charged like everything else that is released."
-        ),
-        Text(
-            f"Networks. A linear layer on {network_name(found.study.head)} features, which hospitals compute once "
-            "from their own "
-            "films with public weights or formulas; and a small convolutional network that is trained as a "
-            "whole, from nothing. "
-            "Learning rates, clipping and steps were chosen on blocks of the training patients, as "
-            "docs/chest_xray_table.md says."
-        ),
-        Text(
-            f"Figures of tables are{trained or ' of repeated training'}. Their intervals cover the choice of seeds and of test "
-            "patients, whose films stay together (bootstrap, 2,000 draws). Comparisons take the same patients "
-            "and the same seeds on "
-            "both sides. They are not corrected for their number. Rows of tables are computed by the functions "
-            "that parties call, "
-            "without masks, which cancel exactly; runs of real parties, each a process with links of its own, "
-            "stand beside them."
-        ),
-        Text(
-            "After Kaissis et al. (PriMIA, Nature Machine Intelligence 2021) we take paediatric chest X-rays of "
-            "three classes, secure "
-            "sums, noise and encrypted inference; after Warnat-Herresthal et al. (Swarm Learning, Nature 2021) "
-            "unequal sites, and "
-            "hospitals without anybody in the middle that join and leave. Attacks: gradient inversion (Geiping et al. 2020), "
-            "membership by likelihood ratios (Carlini et al. 2022), a lower bound on epsilon by canaries (Steinke et al. 2023)."
-        ),
-    ]
-    return blocks
+        patients = ", ".join(map(str, found.survey.training_patients))
+        text = f"""Films. {counted} Three hospitals have {patients} training patients; no patient is at two. Test patients who are
+        by name also training patients stay in the test set, so that figures compare with those of others."""
+        blocks.append(Text(text))
+    seeds = max((of.seeds for table in found.tables.values() for of in table.table), default=0)
+    trained = f"{seeds} trainings, in each of which patients are divided anew" if seeds else "repeated training"
+    networks = f"""Networks. A linear layer on {network_name(found.study.head)} features, which hospitals compute once from
+    their own films with public weights or formulas; and a small convolutional network that is trained as a whole, from nothing. Learning rates,
+    clipping and steps were chosen on blocks of the training patients, as docs/chest_xray_table.md says."""
+    figures = f"""Figures of tables are of {trained}. Their intervals cover the choice of seeds and of test patients, whose films
+    stay together (bootstrap, 2,000 draws). Comparisons take the same patients and the same seeds on both sides; they are not corrected
+    for their number. Rows of tables are computed by the functions that parties call, without masks, which cancel exactly; runs of
+    real parties, each a process with links of its own, stand beside them."""
+    return [*blocks, Text(_WAYS), Text(networks), Text(figures), Text(_AFTER)]
 
 
 def _negative(found: Findings) -> list[Block]:
-    said = [
-        f"{network_name(of.network)}, {at_epsilon(of.epsilon)}: that {of.first} is better than {of.second} was "
-        f"{'contradicted' if of.accuracy.high < 0 else 'not shown'} ({points(of.accuracy)})."
-        for of in found.comparisons
-        if of.first in ("local", "distributed") and of.second == "alone" and of.accuracy.low <= 0
-    ]
-    said += [
-        f"{network_name(of.network)}, {at_epsilon(of.epsilon)}: {of.first} is {verdict(of.accuracy)} than {of.second} "
-        f"({points(of.accuracy)})."
-        for of in found.comparisons
-        if of.accuracy.high < 0 and of.second != "alone"
-    ]
+    said = list[str]()
+    for of in found.comparisons:
+        where = f"{capital(network_name(of.network))}, {at_epsilon(of.epsilon)}"
+        first, second = network_name(of.first), network_name(of.second)
+        if of.accuracy.high < 0:
+            said.append(f"{where}: {first} is worse than {second} ({points(of.accuracy)}).")
+        elif of.second == "alone" and of.accuracy.low <= 0:
+            said.append(f"{where}: that {first} is better than {second} was not shown ({points(of.accuracy)}).")
     said += results.negative_of_runs(found)
-    said += [f"The step {name} has no result: {' '.join(why.split())}" for name, why in found.lacking.items()]
+    said += [f"The step {name} has no result: {why}" for name, why in found.lacking.items()]
     if not said:
         return [Text("None of the comparisons came out against what was hoped for, and all steps came to their end.")]
     return [Text(sentence) for sentence in said]
 
 
 def _limits(found: Findings) -> list[Block]:
-    said = [
-        "All hospitals were processes on one machine: times are those of shared cores and of links without distance, and one "
-        "public data set, divided at random, stands for them. Real sites differ in more than that.",
-        "Films are of children of one centre; some patients recur in the test set. Nothing here says that a "
-        "model is fit for use.",
-        "Runs with real parties were made once each, so that their figures have the interval of the test films "
-        "alone; the tables have "
-        "the repetitions. With noise each run is one draw.",
-        "Attacks are those that were tried. A better one finds more in plaintext, in sums and in models; a bound "
-        "that is not exceeded "
-        "is no proof. Gradient inversion was made on phantoms of 32 pixels, one film to a hospital, the easiest case for it.",
-        "A sum without noise shows what it shows: with three hospitals each knows the sum of the other two.",
-    ]
-    if found.study.synthetic:
-        said.insert(0, "The films are phantoms: figures say that the study runs, and nothing of chest X-rays.")
+    said = list[str]()
     if found.study.quick:
-        said.insert(
-            0, "This was a quick try: few rounds and seeds, and no public network. Its figures are of no other use."
-        )
-    return [Text(sentence) for sentence in said]
+        said.append("This was a quick try: few rounds and seeds, no public network. Its figures are of no other use.")
+    if found.study.synthetic:
+        said.append("The films are phantoms: figures say that the study runs, and nothing of chest X-rays.")
+    return [Text(sentence) for sentence in (*said, *_LIMITS)]
 
 
 def _record(found: Findings) -> list[Block]:

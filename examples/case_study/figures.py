@@ -211,14 +211,14 @@ def comparisons_within(network: str, table: AccuracyTable) -> Iterator[Compariso
     """Federation against hospitals alone and against central training, distributed noise against local, and what privacy costs."""
     for epsilon in table.epsilons:
         own = table.federated(epsilon)
-        pairs = [(own, "alone", epsilon), (own, "central", epsilon)]
+        pairs = {("federated", second): (own, second, epsilon) for second in ("alone", "central")}
         if epsilon is not None:
-            pairs += [("distributed", "local", epsilon), ("distributed", "local", None)]
-        for first, second, of_second in pairs:
+            pairs["distributed noise", "local noise"] = ("distributed", "local", epsilon)
+            pairs["distributed noise", "no noise"] = ("distributed", "local", None)
+        for names, (first, second, of_second) in pairs.items():
             sides = table.trainings(first, epsilon), table.trainings(second, of_second)
             if sides[0] and len(sides[0]) == len(sides[1]):
-                other = "without noise" if epsilon is not None and of_second is None else second
-                yield _compared(network, (first, other), epsilon, sides, table.test)
+                yield _compared(network, names, epsilon, sides, table.test)
 
 
 def comparisons_between(names: tuple[str, str], first: AccuracyTable, second: AccuracyTable) -> Iterator[Comparison]:

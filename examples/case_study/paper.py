@@ -17,10 +17,15 @@ from mpc_fl.files import written_whole
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is plain, key (what matters most) or warning."""
+    """A paragraph; `kind` is plain, key (what matters most) or warning. Lines and spaces in `words` are those of the source."""
 
     words: str
     kind: str = "plain"
+
+    @property
+    def line(self) -> str:
+        """In one line."""
+        return " ".join(self.words.split())
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Article:
 
 def _html(block: Block) -> str:
     if isinstance(block, Text):
-        return paragraph(block.words, block.kind)
+        return paragraph(block.line, block.kind)
     if isinstance(block, Heading):
         return f"<h3>{escape(block.words)}</h3>"
     if isinstance(block, Table):
@@ -94,7 +99,7 @@ def _cells(cells: Sequence[object]) -> str:
 
 def _markdown(block: Block, stem: str) -> str:
     if isinstance(block, Text):
-        return f"**{block.words}**" if block.kind == "warning" else block.words
+        return f"**{block.line}**" if block.kind == "warning" else block.line
     if isinstance(block, Heading):
         return f"### {block.words}"
     if isinstance(block, Table):

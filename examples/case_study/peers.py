@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def hospitals_of(out: Path, sites: Path, addresses: dict[str, str]) -> Iterator[
         yield hospitals
     finally:
         hospitals.end()
+        shutil.rmtree(out / "identities", ignore_errors=True)  # keys are of this run alone
 
 
 def rounds_told(blocks: list[dict[str, Any]], what: str) -> dict[str, str]:

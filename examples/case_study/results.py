@@ -2,60 +2,24 @@
 
 from __future__ import annotations
 
+from case_study.attacks import CHANCE, PLAINTEXT, attacks, shortcuts
 from case_study.figures import AccuracyTable, Comparison, Findings, RunFound
 from case_study.paper import Block, Heading, Picture, Table, Text
-from mpc_fl.apps.audit_summary import AuditSummary
+from case_study.wording import at_epsilon, capital, interval, network_name, points, verdict
 from mpc_fl.apps.formats import duration, in_ranges, percent, plain, size
 from mpc_fl.apps.report.figures import (
     accuracy_by_epsilon,
     accuracy_changes,
-    extraction_curves,
     global_curve,
-    membership_curve,
 )
-from mpc_fl.apps.views_summary import Inversion
 from mpc_fl.evidence.shortcuts_tested import Estimate
 
-_NETWORKS = {
-    "lite0": "EfficientNet-Lite0",
-    "scattering": "scattering",
-    "small": "the small network",
-    "both": "Both networks",
-}
 _ROWS = {
     "central": "central",
     "alone": "one hospital alone",
     "local": "federated, local noise",
     "distributed": "federated, distributed noise",
 }
-_CHANCE = 0.05
-_VIEW_HEAD = ("View", "Mean", "Lowest", "With other films", "By chance", "")
-_MASKED, _PLAINTEXT = "masked", "plaintext"
-
-
-def network_name(features: str) -> str:
-    """A network as sentences call it."""
-    return _NETWORKS.get(features, features)
-
-
-def at_epsilon(epsilon: float | None) -> str:
-    """Under which promise, in words."""
-    return "without privacy" if epsilon is None else f"at epsilon {epsilon:g}"
-
-
-def interval(of: Estimate) -> str:
-    """A share with its interval."""
-    return f"{percent(of.value)} ({100 * of.low:.1f} to {100 * of.high:.1f})"
-
-
-def points(of: Estimate) -> str:
-    """A difference of shares in percentage points with its interval."""
-    return f"{100 * of.value:+.1f} points ({100 * of.low:+.1f} to {100 * of.high:+.1f})"
-
-
-def verdict(of: Estimate) -> str:
-    """What a difference shows."""
-    return "better" if of.low > 0 else "worse" if of.high < 0 else "not shown to be better or worse"
 
 
 def _plain_interval(of: Estimate) -> str:
@@ -86,17 +50,21 @@ def _table(features: str, table: AccuracyTable) -> list[Block]:
     head = ("Trained", "Epsilon spent", "Seeds", "Accuracy", "Balanced accuracy", "Macro AUC", "Time of one")
     caption = "Without privacy there is no noise to distribute: the federation stands as local noise."
     return [
-        Heading(f"{network_name(features)[:1].upper()}{network_name(features)[1:]}"),
+        Heading(f"{capital(network_name(features))}"),
         Picture(figure, f"accuracy-{features}", f"Accuracy by epsilon, {network_name(features)}", caption),
         Table(f"Accuracy against epsilon, {network_name(features)}", head, rows, 6),
     ]
+
+
+def _where(of: Comparison) -> str:
+    return f"{capital(network_name(of.network))}, {at_epsilon(of.epsilon)}"
 
 
 def _compared(comparisons: list[Comparison]) -> list[Block]:
     if not comparisons:
         return []
     shown = [of for of in comparisons if of.network != "both"]
-    names = [f"{network_name(of.network)}, {at_epsilon(of.epsilon)}: {of.first} less {of.second}" for of in comparisons]
+    names = [f"{_where(of)}: {network_name(of.first)} less {network_name(of.second)}" for of in comparisons]
     rows = tuple(
         (
             name,
@@ -113,13 +81,12 @@ def _compared(comparisons: list[Comparison]) -> list[Block]:
         ]
         for second in ("alone", "central")
     }
-    labels = [f"{network_name(of.network)}, {at_epsilon(of.epsilon)}" for of in against if of.second == "alone"]
+    labels = [_where(of) for of in against if of.second == "alone"]
     blocks: list[Block] = [
         Heading("Differences, on the same patients and seeds"),
         Text(
-            "An interval that holds zero leaves open which way is better; that is no proof that they are alike. "
-            "Intervals are not "
-            "corrected for their number."
+            """An interval that holds zero leaves open which way is better; that is no proof that they are alike. Intervals
+            are not corrected for their number."""
         ),
     ]
     if labels and len(series["federated less alone"]) == len(series["federated less central"]):
@@ -161,7 +128,7 @@ def real_runs(found: Findings) -> list[Block]:
         return []
     text = """Each hospital and the aggregator were processes with links of their own: secure sums, signed ledgers, one run each.
     Intervals are those of the test films alone."""
-    blocks: list[Block] = [Text(" ".join(text.split())), Table("Federations of real parties", _RUN_HEAD, rows, 6)]
+    blocks: list[Block] = [Text(text), Table("Federations of real parties", _RUN_HEAD, rows, 6)]
     sums = found.runs.get("head-sums")
     row = found.row(found.study.head, "local", None)
     if sums is not None and row is not None and sums.figures["accuracy"] is not None:
@@ -169,9 +136,9 @@ def real_runs(found: Findings) -> list[Block]:
         inside = reached.low <= sums.figures["accuracy"] <= reached.high
         blocks.append(
             Text(
-                "Masks cancel, so that secure sums should cost no accuracy: the run without noise reached "
-                f"{percent(sums.figures['accuracy'])}, "
-                f"{'within' if inside else 'OUTSIDE'} the interval of the same training without masks, {interval(reached)}."
+                f"""Masks cancel, so that secure sums should cost no accuracy: the run without noise reached
+                {percent(sums.figures["accuracy"])}, {"within" if inside else "OUTSIDE"} the interval of the same training
+                without masks, {interval(reached)}."""
             )
         )
     return [*blocks, *_own_models("head-sums", sums)]
@@ -208,7 +175,7 @@ def unequal(found: Findings) -> list[Block]:
     text = """Shares of the classes were drawn for each hospital from a Dirichlet distribution (0.5): sites differ in size, and one
     may hardly see a class. Its own model then says little of that class, whatever it reaches on its own test films."""
     rows = tuple(_run_row(name, of) for name, of in runs.items())
-    blocks: list[Block] = [Text(" ".join(text.split())), Table("Unequal sites", _RUN_HEAD, rows, 6)]
+    blocks: list[Block] = [Text(text), Table("Unequal sites", _RUN_HEAD, rows, 6)]
     return [*blocks, *_own_models("unequal-sums", runs.get("unequal-sums"))]
 
 
@@ -221,16 +188,11 @@ def peers(found: Findings) -> list[Block]:
     joined, left = of.rounds_with(of.newcomer), of.rounds_with(of.leaver)
     took_part = "took part in no round" if not joined else f"took part in rounds {in_ranges([str(n) for n in joined])}"
     last = f"{of.leaver} was in {len(left)} rounds, the last {max(left)}" if left else f"{of.leaver} was in no round"
-    said = (
-        f"{len(of.hospitals)} hospitals, nobody in the middle: rounds are proposed in turn, and each opens a part "
-        "of every sum. "
-        f"{of.newcomer} was started while the others trained and {took_part}; {last}, as it had said. The blocks "
-        "that all signed tell "
-        f"it: joined {', '.join(of.joined) or 'nobody'}, left {', '.join(of.left) or 'nobody'}. The ledger of "
-        f"{of.blocks} blocks was "
-        f"verified. Those that stayed ({', '.join(others)}, and whoever joined) have "
-        f"{'one model' if of.one_model else 'DIFFERENT models'}."
-    )
+    said = f"""{len(of.hospitals)} hospitals, nobody in the middle: rounds are proposed in turn, and each opens a part of every
+        sum. {of.newcomer} was started while the others trained and {took_part}; {last}, as it had said. The blocks that all
+        signed tell it: joined {", ".join(of.joined) or "nobody"}, left {", ".join(of.left) or "nobody"}. The ledger of
+        {of.blocks} blocks was verified. Those that stayed ({", ".join(others)}, and whoever joined) have
+        {"one model" if of.one_model else "DIFFERENT models"}."""
     blocks: list[Block] = [Text(said)]
     evaluated = [line for line in of.rounds if line.evaluation is not None]
     scores = [line.evaluation for line in evaluated if line.evaluation is not None]
@@ -269,115 +231,7 @@ def diagnosis(found: Findings) -> list[Block]:
         "A film",
         "In the clear",
     )
-    return [Text(" ".join(text.split())), Table("Encrypted diagnosis", head, tuple(rows), 6)]
-
-
-def _inversions(found: Findings) -> tuple[Inversion | None, Inversion | None]:
-    of = {} if found.views is None else {at.view: at for at in found.views.inversions}
-    return of.get(_PLAINTEXT), of.get(_MASKED)
-
-
-def attacks_in_short(found: Findings) -> list[str]:
-    """For the abstract."""
-    said, (plaintext, masked) = list[str](), _inversions(found)
-    if plaintext is not None and masked is not None:
-        hidden = "at chance" if masked.at_chance >= _CHANCE else "NOT at chance"
-        said.append(
-            f"Gradient inversion finds films in plaintext updates (similarity {plaintext.mean:.2f}, 1 is the "
-            "film); in the words that "
-            f"really leave a hospital it is {hidden} ({masked.mean:.2f})."
-        )
-    areas = {name: of.membership.area for name, of in found.audits.items() if of.membership is not None}
-    if areas:
-        listed = ", ".join(f"{area:.2f} for {name.removeprefix('membership-')}" for name, area in areas.items())
-        said.append(f"Membership inference by the final model has an area of {listed} (one half is chance).")
-    return said
-
-
-def _membership(name: str, audit: AuditSummary) -> list[Block]:
-    rows = tuple(
-        (of.seen, of.round, of.guesses, of.right, plain(of.lower), "no bound" if of.upper is None else plain(of.upper))
-        for of in audit.bounds
-    )
-    head = ("From", "After round", "Guesses", "Right", "Epsilon at least", "Epsilon at most")
-    said = "no lower bound exceeds what is promised" if audit.holds else "A LOWER BOUND EXCEEDS WHAT IS PROMISED"
-    if audit.noise_multiplier is None:
-        said = "there is no noise and no promise; the lower bound is as high as so many canaries can show"
-    caption = f"{name}: {audit.canaries} canaries, delta {audit.delta:.2g}; {said}"
-    blocks: list[Block] = [Table(caption, head, rows, 5)]
-    member = audit.membership
-    if member is not None:
-        rates = ", ".join(f"{percent(true)} of members at {percent(false)} mistakes" for false, true in member.rates)
-        of_whom = f"{name}: {member.models} shadow models, {member.patients} patients"
-        text = f"{of_whom}; area {member.area:.3f}, one half is chance; {rates}."
-        picture = membership_curve(member.curve)
-        caption = "Left of the dashed line: better than chance at few mistakes, which is what harms."
-        blocks += [Text(text), Picture(picture, name, f"Membership, {name}", caption)]
-    return blocks
-
-
-def attacks(found: Findings) -> list[Block]:
-    """Gradient inversion, uniformity, extraction, membership and lower bounds."""
-    blocks, views = list[Block](), found.views
-    if views is not None:
-        rows = tuple(
-            (
-                of.view, plain(of.mean, ".2f"), plain(min(of.own), ".2f"), plain(sum(of.others) / len(of.others), ".2f"),
-                plain(of.at_chance, ".2g"), "at chance" if of.at_chance >= _CHANCE else "shows its film",
-            )
-            for of in views.inversions
-        )  # fmt: skip
-        tests = sum(of.tests for of in (*views.recorded, *views.repeated))
-        rejected = f"{len(views.rejected)} were rejected" if views.rejected else "none was rejected"
-        blocks += [
-            Heading("Gradient inversion, and what parties saw"),
-            Table(
-                "Similarity of what was found with the film",
-                ("View", "Mean", "Lowest", "With other films", "By chance", ""),
-                rows,
-                5,
-            ),
-            Text(
-                f"{tests} tests of masked words, of a run of which all messages were recorded, at "
-                f"{percent(views.level)} together: "
-                f"{rejected}. Masks hide an update from who adds up, not the sum from who sees it: of so few "
-                "films without noise it may "
-                "show some."
-            ),
-        ]
-        if views.extraction is not None:
-            curves = {"labels alone": views.extraction.labels, "logits": views.extraction.logits}
-            caption = (
-                f"How often a copy agrees with the model on {views.extraction.held_out} new phantoms, against queries."
-            )
-            picture = extraction_curves(curves, views.extraction.least)
-            blocks.append(Picture(picture, "extraction", "Agreement of a copy against queries", caption))
-    if found.audits:
-        blocks.append(Heading("Membership, and epsilon from below"))
-    return [*blocks, *(block for name, audit in found.audits.items() for block in _membership(name, audit))]
-
-
-def shortcuts(found: Findings) -> list[Block]:
-    """What diagnoses rest on."""
-    if found.shortcuts is None:
-        return []
-    whole = next(of for of in found.shortcuts.models if of.site is None)
-    rows = tuple(
-        (
-            of.name, points(of.accuracy_change), "" if of.beyond_seams is None else points(of.beyond_seams),
-            plain(of.area.value, ".3f"), plain(of.p_holm, ".2g"), of.finding,
-        )
-        for of in whole.changes
-    )  # fmt: skip
-    said = ", ".join(found.shortcuts.shortcuts)
-    text = (
-        f"The model shows a shortcut: {said}."
-        if said
-        else "No shortcut was found by lungs, borders or corners; that is no proof that there is none."
-    )
-    head = ("Change", "Accuracy", "Beyond seams", "AUC left", "p (Holm)", "Finding")
-    before = f"Before any change {interval(whole.accuracy)} on {whole.records} films."
-    return [Text(f"{before} {text}"), Table("Films changed on purpose (small-distributed)", head, rows, 5)]
+    return [Text(text), Table("Encrypted diagnosis", head, tuple(rows), 6)]
 
 
 def negative_of_runs(found: Findings) -> list[str]:
@@ -387,14 +241,14 @@ def negative_of_runs(found: Findings) -> list[str]:
         for hospital, of in run.own.items():
             if of.alone.accuracy > of.federated.accuracy:
                 said.append(
-                    f"{name}: {hospital}'s own model is better on its own test films ({percent(of.alone.accuracy)} beside "
-                    f"{percent(of.federated.accuracy)}, by chance {of.chance:.2g})."
+                    f"""{name}: {hospital}'s own model is better on its own test films ({percent(of.alone.accuracy)} beside
+                    {percent(of.federated.accuracy)}, by chance {of.chance:.2g})."""
                 )
     said += [
         f"{name}: a lower bound on epsilon exceeds the promise." for name, of in found.audits.items() if not of.holds
     ]
     if found.views is not None:
-        shown = [of.view for of in found.views.inversions if of.at_chance < _CHANCE and of.view != _PLAINTEXT]
+        shown = [of.view for of in found.views.inversions if of.at_chance < CHANCE and of.view != PLAINTEXT]
         said += [f"Gradient inversion finds more than chance in: {view}." for view in shown]
         said += [f"A test of masked words was rejected: {name}." for name in found.views.rejected]
     if found.shortcuts is not None:

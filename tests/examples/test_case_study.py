@@ -221,7 +221,7 @@ def findings(tmp_path: Path) -> Findings:
         study=Study(tmp_path, tmp_path),
         records={"small-table": Record("small-table", "failed", "a command", said="no space <left>")},
         tables={"lite0": table},
-        comparisons=[Comparison("lite0", "distributed", "alone", 8.0, estimate(0.0213), estimate(0.01))],
+        comparisons=[Comparison("lite0", "federated", "alone", 8.0, estimate(0.0213), estimate(0.01))],
         runs={"head-sums": RunFound(run, 123456.0, {"hospital-2": own})},
         audits={"membership-distributed": audit},
         peers=peers,
@@ -245,8 +245,8 @@ def test_figures_in_the_article_are_those_that_were_found(findings: Findings) ->
 
 def test_what_went_against_hopes_is_said(findings: Findings) -> None:
     negative = article_of(findings).sections["Negative results"]
-    text = " ".join(block.words for block in negative)  # type: ignore[union-attr]
-    assert "that distributed is better than alone was not shown" in text
+    text = " ".join(block.line for block in negative)  # type: ignore[union-attr]
+    assert "that federated is better than alone was not shown" in text
     assert "hospital-2's own model is better on its own test films (74.0 % beside 71.0 %" in text
     assert "membership-distributed: a lower bound on epsilon exceeds the promise." in text
     assert "The step small-table has no result: no space <left>" in text
