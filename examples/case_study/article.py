@@ -42,8 +42,9 @@ def _abstract(found: Findings) -> list[Block]:
         alone = found.row(head, "alone", epsilon)
         if together and alone:
             said.append(
-                f"""{capital(at_epsilon(epsilon))} a federation of three with a linear layer on {network_name(head)} features
-                reaches {interval(together.figures["accuracy"])} of test films, a hospital alone {interval(alone.figures["accuracy"])}."""
+                f"""{capital(at_epsilon(epsilon))} a federation of three with a linear layer on {network_name(head)}
+                features reaches {interval(together.figures["accuracy"])} of test films, a hospital alone
+                {interval(alone.figures["accuracy"])}."""
             )
     small = found.row("small", "distributed", 8.0)
     if small:
@@ -71,13 +72,13 @@ def _methods(found: Findings) -> list[Block]:
         blocks.append(Text(text))
     seeds = max((of.seeds for table in found.tables.values() for of in table.table), default=0)
     trained = f"{seeds} trainings, in each of which patients are divided anew" if seeds else "repeated training"
-    networks = f"""Networks. A linear layer on {network_name(found.study.head)} features, which hospitals compute once from
-    their own films with public weights or formulas; and a small convolutional network that is trained as a whole, from nothing. Learning rates,
-    clipping and steps were chosen on blocks of the training patients, as docs/chest_xray_table.md says."""
-    figures = f"""Figures of tables are of {trained}. Their intervals cover the choice of seeds and of test patients, whose films
-    stay together (bootstrap, 2,000 draws). Comparisons take the same patients and the same seeds on both sides; they are not corrected
-    for their number. Rows of tables are computed by the functions that parties call, without masks, which cancel exactly; runs of
-    real parties, each a process with links of its own, stand beside them."""
+    networks = f"""Networks. A linear layer on {network_name(found.study.head)} features, which hospitals compute once
+    from their own films with public weights or formulas; and a small convolutional network that is trained as a whole, from
+    nothing. Learning rates, clipping and steps were chosen on blocks of the training patients, as docs/chest_xray_table.md says."""
+    figures = f"""Figures of tables are of {trained}. Their intervals cover the choice of seeds and of test patients,
+    whose films stay together (bootstrap, 2,000 draws). Comparisons take the same patients and the same seeds on both sides;
+    they are not corrected for their number. Rows of tables are computed by the functions that parties call, without masks,
+    which cancel exactly; runs of real parties, each a process with links of its own, stand beside them."""
     return [*blocks, Text(_WAYS), Text(networks), Text(figures), Text(_AFTER)]
 
 
