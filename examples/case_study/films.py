@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -70,9 +71,10 @@ def listed(data: Path) -> list[Path]:
     return files
 
 
-def sizes(config: Path, data: Path, overrides: Iterable[str] = ()) -> Sizes:
+def sizes(config: Path, data: Path, values: Mapping[str, Any]) -> Sizes:
     """How many training patients hospitals get of `data` by a configuration with values over it. Raises what reading raises."""
-    settings = load_config(config, [*overrides]).with_values(site={"data": str(data)})
+    overrides = [f"{key}={value}" for key, value in values.items()]
+    settings = load_config(config, overrides).with_values(site={"data": str(data)})
     counts = patients_per_hospital(settings)
     return Sizes(min(counts), max(counts))
 
