@@ -108,7 +108,8 @@ def head_settings(study: Study, sizes: Sizes, mechanism: str, epsilon: float | N
     else:
         noise = round(_NORMALISE_NOISE / epsilon, 3)
         values |= {"privacy.epsilon": epsilon, "data.normalise_noise_multiplier": noise}
-        values |= {"training.learning_rate": 15} if epsilon <= 1 and not study.quick else {}
+        if epsilon <= 1:  # a few hundred phantoms are too few for the noise of their mean
+            values |= {"data.normalise": "none"} if study.quick else {"training.learning_rate": 15}
     return _set(values)
 
 
