@@ -5,6 +5,7 @@ from __future__ import annotations
 from case_study import attacks, results
 from case_study.figures import Findings
 from case_study.paper import Article, Block, Code, Table, Text
+from case_study.runner import NOT_RUN
 from case_study.wording import at_epsilon, capital, interval, network_name, points
 from mpc_fl.apps.formats import duration
 
@@ -92,7 +93,9 @@ def _negative(found: Findings) -> list[Block]:
         elif of.second == "alone" and of.accuracy.low <= 0:
             said.append(f"{where}: that {first} is better than {second} was not shown ({points(of.accuracy)}).")
     said += results.negative_of_runs(found)
-    said += [f"The step {name} has no result: {why}" for name, why in found.lacking.items()]
+    not_run = [name for name, why in found.lacking.items() if why == NOT_RUN]
+    said += [f"The step {name} has no result: {why}" for name, why in found.lacking.items() if name not in not_run]
+    said += [f"Not run: {', '.join(not_run)}."] if not_run else []
     if not said:
         return [Text("None of the comparisons came out against what was hoped for, and all steps came to their end.")]
     return [Text(sentence) for sentence in said]

@@ -28,6 +28,7 @@ from mpc_fl.errors import DataError
 from mpc_fl.files import write_json
 
 Outcome = Literal["done", "failed", "left out", "not run"]
+NOT_RUN: Outcome = "not run"
 _FEWEST_SECONDS, _TIMES = 900.0, 5.0  # of a deadline: whatever a step should take, and how often that
 _ENDING_SECONDS = 30.0  # a command cleans up after itself when it is told to end
 _STEP_SECONDS = 0.1
@@ -58,7 +59,7 @@ def read_record(study: Study, step: Step) -> Record:
     try:
         return read_object(Record, record_file(study, step.name).parent, f"{step.name}.json")
     except DataError:  # missing, or cut off by what ended the study
-        return Record(step.name, "not run", shown(study, step))
+        return Record(step.name, NOT_RUN, shown(study, step))
 
 
 def shown(study: Study, step: Step) -> str:

@@ -108,8 +108,9 @@ def head_settings(study: Study, sizes: Sizes, mechanism: str, epsilon: float | N
     else:
         noise = round(_NORMALISE_NOISE / epsilon, 3)
         values |= {"privacy.epsilon": epsilon, "data.normalise_noise_multiplier": noise}
-        if epsilon <= 1:  # a few hundred phantoms are too few for the noise of their mean
-            values |= {"data.normalise": "none"} if study.quick else {"training.learning_rate": 15}
+        values |= {"training.learning_rate": 15} if epsilon <= 1 and not study.quick else {}
+    if study.quick:  # a few hundred phantoms are too few for the noise of their mean
+        values["data.normalise"] = "none"
     return _set(values)
 
 
@@ -126,9 +127,9 @@ def small_settings(study: Study, sizes: Sizes, mechanism: str, epsilon: float | 
 
 
 def _table(study: Study, name: str, features: str, epsilons: tuple[str, ...], minutes: float) -> Step:
-    few = {"training.rounds": 2, "training.local_steps": 2} if study.quick else {}
+    few: dict[str, Any] = {"training.rounds": 2, "training.local_steps": 2} if study.quick else {}
     if features != "small" and study.quick:
-        few["training.average_last"] = 2
+        few |= {"training.average_last": 2, "data.normalise": "none"}
     result = study.run(name) / "table.json"
     command = (
         "benchmarks/chest_xray_table.py",
