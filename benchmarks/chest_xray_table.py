@@ -13,8 +13,8 @@ With `--block K` test records stay aside: the K-th quarter of the training patie
 by models of the others. Settings are chosen so. Neighbours in number were X-rayed at about the same time, so that this tells more
 of other patients than a quarter drawn at random, which flatters.
 
-The seed divides the patients; noise comes from the system. Intervals: both seeds and test patients are drawn anew (2,000 times,
-a patient's records together), so they cover the choice of either.
+The seed divides the patients; noise comes from the system. Intervals cover the choice of seeds and of test patients
+(`mpc_fl/evidence/models_compared.py`). With `--json FILE` predictions, what is true of the test records, and the table are kept.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from mpc_fl.config.config import Config
 from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.secrecy import Private
 from mpc_fl.crypto.stream_cipher import Seed
+from mpc_fl.evidence.models_compared import FIGURES, JudgedRecords, with_intervals
+from mpc_fl.evidence.shortcuts_tested import Estimate
 from mpc_fl.federation.feature_statistics import decode_features, encode_features, plan_features
 from mpc_fl.federation.global_model import initial_model
 from mpc_fl.federation.planning import mechanism_of, plan_release, releases_beside_steps, sample_rate_of
@@ -99,9 +101,7 @@ ROWS = {
 }
 SOURCES = ("data/image_files.py", "models/feature_extractor.py", "models/scattering.py", "models/efficientnet_lite.py")
 NUMBERED, BLOCKS = re.compile(r"(.*?)(\d+)$"), 4
-RESAMPLES = 2000
 CORES = 2
-FIGURES = ("accuracy", "balanced accuracy", "macro AUC", "MCC")
 
 
 @dataclass(frozen=True)
@@ -331,55 +331,38 @@ def measure(task: Task) -> Result:
 # ---- statistics and text -----------------------------------------------------------------------------------------------
 
 
-def figures_of(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, ...]:
-    """The `FIGURES` of one model, probabilities (N, classes), each record counted as often as `weights` (N,) say."""
-    classes = probabilities.shape[1]
-    pairs = np.bincount(labels * classes + probabilities.argmax(axis=1), weights, classes**2).reshape(classes, classes)
-    found, right, total = pairs.sum(axis=1), pairs.trace(), pairs.sum()
-    said = pairs.sum(axis=0)
-    spread = (total**2 - said @ said) * (total**2 - found @ found)
-    correlation = (right * total - said @ found) / math.sqrt(spread) if spread else 0.0
-    areas = [_area(probabilities[:, own], labels == own, weights) for own in range(classes)]
-    return right / total, float(np.mean(pairs.diagonal() / found)), float(np.mean(areas)), correlation
+def tested_on(test: Dataset) -> JudgedRecords:
+    """What is true of the test records."""
+    return JudgedRecords(test.labels.numpy(), test.patients.numpy())
 
 
-def _area(scores: np.ndarray, own: np.ndarray, weights: np.ndarray) -> float:
-    """Under the curve of one class against the others: how often a record of it has the higher score, equal ones half."""
-    places = np.unique(scores, return_inverse=True)[1]
-    of_class, others = np.bincount(places, weights * own), np.bincount(places, weights * ~own)
-    return float(of_class @ (others.cumsum() - others / 2) / (of_class.sum() * others.sum()))
+def figures_of_row(results: Sequence[Result], test: Dataset) -> list[Estimate]:
+    """Each of `FIGURES` over the seeds of one row, with intervals."""
+    return with_intervals([result.probabilities for result in results], tested_on(test))
 
 
-def interval(results: Sequence[Result], test: Dataset) -> list[tuple[float, float, float]]:
-    """Mean of each figure over seeds and models, with a 95 % interval over seeds and test patients (bootstrap)."""
-    labels, rows = test.labels.numpy(), [records.numpy() for records in test.records_of_patient]
-    by_seed = [result.probabilities for result in results]
-    once = np.ones(len(labels))
-    means = np.mean([[figures_of(model, labels, once) for model in models] for models in by_seed], axis=(0, 1))
-    draw, drawn = np.random.default_rng(0), []
-    for _ in range(RESAMPLES):
-        models = by_seed[draw.integers(len(by_seed))]
-        model = models[draw.integers(len(models))]
-        chosen = np.concatenate([rows[patient] for patient in draw.integers(len(rows), size=len(rows))])
-        weights = np.bincount(chosen, minlength=len(labels)).astype(float)
-        if len(np.unique(labels[chosen])) == len(np.unique(labels)):
-            drawn.append(figures_of(model, labels, weights))
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    return list(zip(means, low, high, strict=True))
-
-
-def line(results: Sequence[Result], test: Dataset) -> str:
-    first, found = results[0], interval(results, test)
-    cells = []
-    for name, (mean, low, high) in zip(FIGURES, found, strict=True):
+def line(results: Sequence[Result], figures: Sequence[Estimate]) -> str:
+    """One row as Markdown."""
+    first, cells = results[0], []
+    for name, of in zip(FIGURES, figures, strict=True):
         if name.endswith("accuracy"):
-            cells.append(f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})")
+            cells.append(f"{100 * of.value:.1f} % ({100 * of.low:.1f} to {100 * of.high:.1f})")
         else:
-            cells.append(f"{mean:.3f} ({low:.3f} to {high:.3f})")
-    spent = "none" if first.spent is None else f"{max(result.spent or 0.0 for result in results):.2f}"
-    seconds = sum(result.seconds for result in results) / len(results)
+            cells.append(f"{of.value:.3f} ({of.low:.3f} to {of.high:.3f})")
+    of = row_of(results)
+    spent = "none" if of["spent"] is None else f"{of['spent']:.2f}"
     row = "federated" if first.row == "local" and first.epsilon is None else ROWS[first.row]
-    return f"| {NETWORKS[first.features]} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {seconds:.0f} |"
+    return (
+        f"| {NETWORKS[first.features]} | {row} | {spent} | {len(results)} | {' | '.join(cells)} | {of['seconds']:.0f} |"
+    )
+
+
+def row_of(results: Sequence[Result]) -> dict[str, Any]:
+    """Which row it is, the largest epsilon that was spent in a training, and the mean of seconds."""
+    first, spent = results[0], [result.spent for result in results if result.spent is not None]
+    seconds = sum(result.seconds for result in results) / len(results)
+    of = {"features": first.features, "row": first.row, "epsilon": first.epsilon, "seeds": len(results)}
+    return {**of, "spent": max(spent, default=None), "seconds": seconds}
 
 
 @contextlib.contextmanager
@@ -436,13 +419,18 @@ def main() -> None:
     command, began = " ".join(["python", "benchmarks/chest_xray_table.py", *words]), time.monotonic()
     head = " | ".join(["model", "row", "epsilon", "seeds", *FIGURES, "seconds"])
     lines, results = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)], list[Result]()
+    table = list[dict[str, Any]]()
     rows = [row for features in arguments.features for row in tasks(arguments, features)]
     with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool, cancelled_with(pool):
         waiting = [[pool.submit(measure, task) for task in row] for row in rows]
         for row, futures in zip(rows, waiting, strict=True):
             own, test = [future.result() for future in futures], _data(row[0].files, arguments.block)[1]
             results += own
-            lines.append(line(own, test))
+            figures = figures_of_row(own, test)
+            lines.append(line(own, figures))
+            table.append(
+                {**row_of(own), "figures": {name: vars(of) for name, of in zip(FIGURES, figures, strict=True)}}
+            )
             say(lines[-1])
             made = f"Made {datetime.date.today()} in {(time.monotonic() - began) / 60:.0f} minutes by"
             about = f"- Versions: {', '.join(f'{name} {version}' for name, version in versions().items())}; one thread a process."
@@ -451,7 +439,9 @@ def main() -> None:
                 write_text(arguments.out, "# Chest X-rays: accuracy against epsilon\n\n" + text)
             if arguments.json is not None:
                 values = [{**vars(item), "probabilities": item.probabilities.tolist()} for item in results]
-                write_json(arguments.json, {"command": command, "results": values})
+                truth = {"labels": test.labels.tolist(), "patients": test.patients.tolist()}
+                made_of = {"command": command, "versions": versions(), "test": truth}
+                write_json(arguments.json, {**made_of, "table": table, "results": values})
     print(text)
 
 

@@ -217,6 +217,28 @@ def accuracy_changes(
 
 
 @_styled
+def accuracy_by_epsilon(
+    epsilons: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]], title: str
+) -> Figure:
+    """At each epsilon, by its name, accuracy and interval (value, low, high) of each way of training; None: it was not tried."""
+    figure, (axes,) = _new(7.2, 3.6)
+    for index, (name, values) in enumerate(series.items()):
+        there = [(place, value) for place, value in enumerate(values) if value is not None]
+        if not there:
+            continue
+        places = [place + 0.12 * (index - (len(series) - 1) / 2) for place, _ in there]
+        middle, low, high = np.array([value for _, value in there]).T
+        style = {"color": PALETTE[index % len(PALETTE)], "linestyle": _DASHES[index % len(_DASHES)], "capsize": 2}
+        style |= {"marker": _MARKERS[index % len(_MARKERS)], "markersize": 5, "label": shorten(name, 40)}
+        axes.errorbar(places, middle, yerr=np.maximum([middle - low, high - middle], 0), **style)
+    axes.set_xticks(range(len(epsilons)), list(epsilons))
+    axes.set(title=title, xlabel="ε")
+    _percent(axes.yaxis)
+    _legend_below(figure, axes, 3)
+    return figure
+
+
+@_styled
 def membership_curve(curve: Sequence[tuple[float, float]]) -> Figure:
     """Members recognised against mistakes, on scales of powers of ten; points at zero are left out."""
     shown = [(false, true) for false, true in curve if false > 0 and true > 0]
