@@ -65,7 +65,7 @@ def _draws(sides: Sequence[Trainings], tested: JudgedRecords) -> Iterator[list[t
     labels, rows = tested.labels, tested.of_patient
     draw, classes = np.random.default_rng(0), len(np.unique(tested.labels))
     for _ in range(_RESAMPLES):
-        training = draw.integers(len(sides[0]))
+        training = int(draw.integers(len(sides[0])))
         models = [side[training][draw.integers(len(side[training]))] for side in sides]
         chosen = np.concatenate([rows[patient] for patient in draw.integers(len(rows), size=len(rows))])
         if len(np.unique(labels[chosen])) == classes:
