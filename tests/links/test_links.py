@@ -284,7 +284,7 @@ Chunks = Callable[[Identity], list[bytes]]
         (lambda b: [_hello(b, to="c")], "made for another link"),
         (lambda b: [_hello(b, signature="00" * 70)], "does not verify"),
         (lambda b: [_hello(b, signature="zz")], "not signed"),
-        (lambda b: [_hello(b, version="0.0.0")], "b runs version 0.0.0, protocol 1 and a version .*, protocol 6"),
+        (lambda b: [_hello(b, version="0.0.0")], "b runs version 0.0.0, protocol 1 and a version .*, protocol 7"),
         (lambda b: [_hello(b, answers="ab" * 32)], "answers another"),
         (lambda b: [_hello(b, public_key="zz")], "no valid public key"),
         (lambda b: [_hello(b), b"garbage"], "truncated"),
@@ -484,7 +484,7 @@ def test_a_party_of_an_older_protocol_is_refused_in_one_line_that_names_both(old
         with local_links("a", ["a", "b"], ports, tmp_path, connect_timeout=30.0):
             pass
     if older_dials:
-        assert caught.value.what == f"b runs version {version}, protocol 1 and a version {version}, protocol 6"
+        assert caught.value.what == f"b runs version {version}, protocol 1 and a version {version}, protocol 7"
         assert f"a refused b: b runs version {version}, protocol 1" in results.get(timeout=60)
     else:  # it refuses first, in its own words
         assert "b refused a: a runs version" in caught.value.what or "not the same version" in caught.value.what
