@@ -54,7 +54,7 @@ def _energy(spent: Mapping[str, PartyCosts]) -> Markup:
     """What each party spent in all, and how its energy is known."""
     known = {party: of for party, of in spent.items() if of.energy is not None}
     if not known:
-        return missing("energy was not recorded by the version that made this run")
+        return paragraph("The version that made this run did not record its energy.")
     rows = [
         (party, of.energy, duration(of.total.processor_seconds),
          "none" if of.total.gpu_seconds is None else duration(of.total.gpu_seconds), energy(of.total.joules),
