@@ -97,7 +97,9 @@ class Relay:
             self._outgoing.pass_on(target, origin.name, frame.payload)
         except LinkError:  # the loss of the receiver is reported where this party waits for it
             self._count(f"a sealed chunk for {target.name} could not be passed on")
-            self._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {GONE: target.name, START: start})
+            # One that has not come yet is not gone, and may have been reached through another relay before. A chunk is sent again.
+            if start or self._mailboxes.failure(target.name) is not None:
+                self._outgoing.put_at_once(origin, Kind.RELAY_GREETING, {GONE: target.name, START: start})
 
     def _require_relayable(self, origin: Peer, sender: Any, receiver: Any) -> Peer:
         target = self._peers.get(receiver) if isinstance(receiver, str) else None

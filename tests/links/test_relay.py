@@ -13,6 +13,7 @@ import torch
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.errors import PeerLostError
 from mpc_fl.links.frames import Frame, Kind
+from mpc_fl.links.losses import Known
 from mpc_fl.links.network import NetworkLinks
 from mpc_fl.links.pulse import Pulse
 from mpc_fl.links.silence import Silence
@@ -142,3 +143,24 @@ def test_parties_with_addresses_hear_from_no_relay_who_is_gone(tmp_path: Path) -
         links.send_object("third", "after", {"all": "well"})
         threads[1].join()
     assert heard == [{"all": "well"}]
+
+
+@pytest.mark.parametrize("state", ["has not come yet", "came and went", "did not come in time"])
+def test_a_relay_says_of_nobody_who_has_not_come_yet_that_it_is_gone(state: str, tmp_path: Path) -> None:
+    """Else a second relay, that a party is not linked with yet, would make a false word of the first one about it true."""
+    relays = ["relay", "other"]
+    make_local_identities(["relay"], {"relay": tmp_path / "relay"})
+    ports = dict(zip(relays, free_ports(2), strict=True))
+    names, others = ["a", "b", *relays], ["a", "b", "other"]
+    links = local_links("relay", names, ports, tmp_path, relay=relays, tolerated=others)
+    boxes, peers, told = links._mailboxes, links._outgoing.peers, list[Any]()
+    boxes.connect("a")
+    if state != "has not come yet":
+        boxes.connect("b") if state == "came and went" else None
+        peers["b"].start = "its start" if state == "came and went" else ""
+        boxes.lose("b", boxes.lost("b", "it is away"), Known.VANISHED)
+    links._outgoing.put_at_once = lambda peer, kind, payload: told.append((peer.name, payload))  # type: ignore[method-assign]
+    chunk = Frame(Kind.RELAY, "b", 0, torch.zeros(40, dtype=torch.uint8), 40)
+    links._connections._relay.pass_on(peers["a"], chunk)
+    said = {"gone": "b", "start": peers["b"].start}
+    assert told == ([] if state == "has not come yet" else [("a", said)])
