@@ -96,7 +96,7 @@ def _prices(runs: list[tuple[str, str, dict[str, Any]]]) -> Table:
         cells = [
             where, arrangement, _number(of["accuracy"], ".1%"), duration(of["seconds"]),
             "" if processor is None else duration(processor) + times,
-            "none" if of["gpu_seconds"] is None else duration(of["gpu_seconds"]),
+            "not used" if of["gpu_seconds"] is None else duration(of["gpu_seconds"]),
             "" if of["bytes_sent"] is None else size(of["bytes_sent"]), "" if of["joules"] is None else energy(of["joules"]),
             of["energy"] or "", "" if of["grams_co2"] is None else f"{of['grams_co2']:.3g} g",
         ]  # fmt: skip
