@@ -119,7 +119,7 @@ def test_the_price_of_privacy_stands_in_one_table(tmp_path: Path, monkeypatch: p
     text = " ".join(output.split())
     assert "The price of privacy:" in text and "central: synthetic phantoms" in text
     assert "secure sums, distributed noise" in text
-    assert "10 s none" in text and "30 s (3.0 x central)" in text and "80 s (8.0 x central)" in text
+    assert "10 s not used" in text and "30 s (3.0 x central)" in text and "80 s (8.0 x central)" in text
     assert "10 MB 360 J estimated 0.2 g" in text
     printed = json.loads(CliRunner().invoke(app, ["central", "noise", "--json"]).output)["runs"]
     assert [run["processor_seconds"] for run in printed] == [10.0, 80.0] and printed[0]["central"]
