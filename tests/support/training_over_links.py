@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from mpc_fl.roles import AGGREGATOR, split_name
 from tests.support.training_in_memory import SETTINGS, without_runtime
 
 LONGEST = 240.0  # seconds that a run may take here
+_OF_KILLED = 20.0  # seconds for a killed party to find that it is
 # `watcher(party, sender, frame)`: called of every frame that a party receives, on the thread that reads it.
 Watcher = Callable[[str, str, Frame], None]
 
@@ -95,10 +97,11 @@ class TrainingOverLinks:
     def run(self, **late: threading.Event) -> None:
         """Run all parties until all have ended, or what is frozen alone is left. `late` (with underscores) wait for their event."""
         handler = logging.Handler()
-        handler.emit = lambda record: self.log.append(record.getMessage())  # type: ignore[method-assign]
+        handler.emit = self._note  # type: ignore[method-assign]
         logger = logging.getLogger("mpc_fl")
         logger.addHandler(handler)
         torch.set_num_threads(1)
+        until = time.monotonic() + LONGEST
         threads = {
             name: threading.Thread(
                 target=self._party, args=(name, late.get(name.replace("-", "_"))), name=name, daemon=True
@@ -109,14 +112,21 @@ class TrainingOverLinks:
             thread.start()
         try:
             for name, thread in threads.items():
-                if name not in self._thawed:
-                    thread.join(LONGEST)
-                    assert not thread.is_alive() or name in self._thawed, (name, self.said, self.log[-30:])
+                while thread.is_alive() and name not in self._thawed:  # which it may be yet
+                    assert time.monotonic() < until, (name, self.said, self.log[-30:])
+                    thread.join(0.5)
             self.end_frozen()
-            for thread in threads.values():
-                thread.join(LONGEST)
+            # Of a killed process nothing would be left; a thread goes on until its wait has an end.
+            for name, thread in threads.items():
+                thread.join(_OF_KILLED if name in self._thawed else LONGEST)
         finally:
             logger.removeHandler(handler)
+
+    def _note(self, record: logging.LogRecord) -> None:
+        """What a killed party says when what kept it is let go, it would never have said."""
+        thawed = self._thawed.get(str(record.threadName))
+        if thawed is None or not thawed.is_set():
+            self.log.append(record.getMessage())
 
     def _party(self, name: str, start: threading.Event | None) -> None:
         try:
