@@ -184,8 +184,7 @@ class Findings:
 def _run(directory: Path) -> RunFound:
     figures, sent, own = read_run(directory).figures(), list[int](), dict[str, OwnModel]()
     for place in sorted((directory / "parties").glob("hospital-*")):
-        traffic = read_object(PartyTraffic, place, "traffic.json")
-        sent.append(sum(peer.bytes_sent for phase in traffic.phases.values() for peer in phase.peers.values()))
+        sent.append(read_object(PartyTraffic, place, "traffic.json").costs().total.bytes_sent)
         if (place / "own_model.json").exists():
             own[place.name] = read_object(OwnModel, place, "own_model.json")
     return RunFound(figures, sum(sent) / len(sent) if sent else None, own)

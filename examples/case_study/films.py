@@ -101,8 +101,9 @@ def divide(data: Path, folder: Path, hospitals: int, seed: int = _SEED) -> Path:
 
 def choose(data: Path, folder: Path, of_each: int) -> Path:
     """So many test films of each class in `folder`/<class>/, spread evenly over the names in order, once; return `folder`."""
+    films = listed(data)
     for name in CLASSES:
-        found = sorted((data / "test" / name).glob("*.*"))
+        found = [path for path in films if path.parts[-3:-1] == ("test", name)]
         for row in np.linspace(0, len(found) - 1, min(of_each, len(found))).round().astype(int).tolist():
             _put(found[row], folder / name / found[row].name)
     return folder

@@ -16,7 +16,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from mpc_fl.apps.runs.local_parties import local_addresses
 from mpc_fl.config.loading import load_config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.certificates import ROOT_FILE
@@ -36,17 +36,6 @@ from mpc_fl.roles import hospital_names
 _LEAVER = 1
 _POLL_SECONDS, _DEADLINE_SECONDS, _ENDING_SECONDS = 0.2, 7200.0, 30.0
 _JOINED, _LEFT = "Joined: ", "Left, as it said: "
-
-
-def free_addresses(names: list[str]) -> dict[str, str]:
-    """An address on this machine for each, at ports that are free now."""
-    with contextlib.ExitStack() as kept:
-        sockets = [kept.enter_context(socket.socket()) for _ in names]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return {
-            name: f"127.0.0.1:{item.getsockname()[1]}" for name, item in zip(names, sockets, strict=True)
-        }  # fmt: skip
 
 
 class Hospitals:
@@ -146,7 +135,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     seats = load_config(options.config, [*options.set, "federation.coordinator=none"]).federation.hospitals
     names, newcomer = hospital_names(seats), hospital_names(seats)[-1]
     founders, leaver = names[:-1], names[_LEAVER]
-    addresses = free_addresses(names)
+    addresses = local_addresses(names, None)
     federation = {"coordinator": "none", "session": secrets.token_hex(16), "evaluate_incomplete": True}
     federation["addresses"] = {name: addresses[name] for name in founders}
     config = load_config(options.config, [*options.set, *_as_overrides(federation), "evaluation.every=1", "task=train"])

@@ -34,7 +34,7 @@ from mpc_fl.audit.opening_record import OpeningRecord
 from mpc_fl.config.config import Config
 from mpc_fl.crypto.authority import make_local_identities
 from mpc_fl.crypto.identity_files import load_identity
-from mpc_fl.free_memory import give_back_free_memory
+from mpc_fl.inference.fast.diagnosis import integers_of
 from mpc_fl.inference.fast.kernels.compiled import kernels
 from mpc_fl.inference.fast.online.hospital_session import HospitalSession
 from mpc_fl.inference.fast.online.owner_session import OwnerSession, SessionTerms
@@ -248,8 +248,7 @@ def _diagnoses(domain: SecretDomain, job: Job) -> dict[str, Any]:
 
 
 def _answers(domain: SecretDomain, job: Job) -> dict[str, Any]:
-    integers = calibrate(job.network(), job.calibration_images()).integers
-    give_back_free_memory()  # as `fast.diagnosis.calibrated` does
+    integers = integers_of(job.network(), job.calibration_images())
     OwnerSession(domain, HOSPITAL, integers, SessionTerms(at_once=job.at_once)).serve()
     return {}
 

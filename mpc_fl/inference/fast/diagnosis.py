@@ -63,8 +63,12 @@ def pool_of(
 def calibrated(config: Config, model: nn.Module, normalisation: Normalisation | None) -> IntegerModel:
     """The model as integers, with ranges found on `calibration_images`. Raises `HeadroomError`, `DataError`."""
     images = calibration_images(config)
-    found = calibrate(model, images if normalisation is None else normalisation.apply(images)).integers
-    del images
+    return integers_of(model, images if normalisation is None else normalisation.apply(images))
+
+
+def integers_of(model: nn.Module, images: torch.Tensor) -> IntegerModel:
+    """The same for ranges found on these images, float32 (N, C, H, W). Raises as `calibrate`."""
+    found = calibrate(model, images).integers
     give_back_free_memory()  # of calibration, which needs more than any session
     return found
 
